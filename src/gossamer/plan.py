@@ -195,10 +195,10 @@ class SparsePlan:
 
     Query ``i`` attends key ``j`` (slots), with positions from `Extent`, exactly when::
 
-        live(j)  and  (pos(j) <= pos(i) if causal)  and  (pos(i) - pos(j) < limit if limit is given)
+        live(j)  and  (pos(j) <= pos(i) if causal)  and  (|pos(i) - pos(j)| < limit if limit is given)
         and (   key block of j is selected for the query block of i
              or j is in the column list of the group of query blocks that i belongs to
-             or pos(j) < sink[h]  or  pos(i) - pos(j) < window[h] )
+             or pos(j) < sink[h]  or  |pos(i) - pos(j)| < window[h] )
 
     A pair that several parts select counts once. Blocks are counted in slots: key block ``j // block_k``, query
     block ``i // block_q`` (of the permuted order, where there is one).
@@ -372,7 +372,7 @@ class SparsePlan:
         live = (kpos >= 0) & (kpos < self.extent.key_count.to(device)[:, None, None, None])
         allowed = live & (kpos <= qpos) if self.causal else live.expand(-1, -1, stop - start, -1)
         if self.limit is not None:
-            allowed = allowed & (qpos - kpos < self.limit)
+            allowed = allowed & ((qpos - kpos).abs() < self.limit)
 
         shape = (self.batch, self.heads, stop - start, self.key_len)
         q_block = self._ranks(self.q_order, self.query_len)[..., start:stop] // self.block_q
@@ -385,7 +385,7 @@ class SparsePlan:
             group = (q_block // self.column_group)[..., None].expand(shape)
             selected |= self.column_mask().gather(2, group)
         selected |= kpos < torch.as_tensor(self.sink).view(1, -1, 1, 1)
-        selected |= qpos - kpos < torch.as_tensor(self.window).view(1, -1, 1, 1)
+        selected |= (qpos - kpos).abs() < torch.as_tensor(self.window).view(1, -1, 1, 1)
         return selected & allowed
 
     def _ranks(self, order: Tensor | None, length: int) -> Tensor:
