@@ -1,0 +1,218 @@
+"""Estimators: pure functions from q and k to scores. All heads and batch rows in one call, GQA never expanded.
+
+Shapes: q ``[B, H, S, D]``, k ``[B, G, T, D]``. Everything streams: no intermediate grows with S x T, and none
+exceeds `CHUNK_BYTES` by much, so a million keys fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gossamer.plan import Extent, ceil_div
+
+__all__ = ["last_query_probe", "pooled_scores", "row_block_energy", "pool_keys", "pool_queries"]
+
+CHUNK_BYTES = 256 << 20
+
+
+def last_query_probe(
+    q: Tensor, k: Tensor, *, scale: float, extent: Extent, last: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Attention mass of each column and each diagonal under the last queries (MInference, 2407.02490, Alg. 2).
+
+    The softmax rows of the last ``last`` live queries of this call are summed by key slot and by distance
+    ``pos(i) - pos(j)``. Two streaming passes over the keys: one for the row's log-sum-exp, one for the sums.
+
+    Returns:
+        columns, diagonals: fp32 ``[B, H, T]``; ``columns[..., j]`` is slot j's mass, ``diagonals[..., d]`` that of
+        distance d. Dead slots have mass 0. Both sum to the number of probing rows.
+    """
+    batch, heads, query_len, dim = q.shape
+    groups, key_len = k.shape[1], k.shape[2]
+    share = heads // groups
+    rows = min(last, query_len)
+    # The rows end at the last query whose own slot is live (right padding comes after it).
+    end = (extent.key_count - extent.query_start).clamp(rows, query_len)
+    row = (end[:, None] - rows + torch.arange(rows)).to(q.device)  # [B, rows]
+    probe = q.gather(2, row[:, None, :, None].expand(batch, heads, rows, dim))
+    probe = probe.reshape(batch, groups, share * rows, dim) * scale
+    position = row + extent.query_start.to(q.device)[:, None]
+    key_position = extent.key_positions(key_len).to(q.device)
+    key_count = extent.key_count.to(q.device)
+
+    def logits(start: int, stop: int) -> Tensor:
+        kpos = key_position[:, start:stop]
+        visible = (kpos >= 0) & (kpos < key_count[:, None])
+        visible = visible[:, None, :] & (kpos[:, None, :] <= position[:, :, None])
+        scores = (probe @ k[:, :, start:stop].transpose(-1, -2)).float()
+        scores = scores.view(batch, groups, share, rows, stop - start)
+        return scores.masked_fill_(~visible[:, None, None], float("-inf"))
+
+    chunk = max(64, CHUNK_BYTES // max(1, 8 * batch * heads * rows))
+    lse = torch.full((batch, groups, share, rows), float("-inf"), device=q.device)
+    for start in range(0, key_len, chunk):
+        lse = torch.logaddexp(lse, logits(start, min(start + chunk, key_len)).logsumexp(-1))
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)[..., None]
+
+    columns = torch.zeros(batch, heads, key_len, device=q.device)
+    diagonals = torch.zeros(batch, heads, key_len, device=q.device)
+    for start in range(0, key_len, chunk):
+        stop = min(start + chunk, key_len)
+        mass = logits(start, stop).sub_(lse).exp_().view(batch, heads, rows, stop - start)
+        columns[..., start:stop] = mass.sum(dim=2)
+        sums = _diagonal_sums(mass)  # index u: key offset - row offset + rows - 1
+        for b in range(batch):
+            # distance = first - u, descending in u
+            first = int(position[b, 0]) - int(key_position[b, start]) + rows - 1
+            low, high = max(0, first - key_len + 1), min(sums.shape[-1], first + 1)
+            if high > low:
+                diagonals[b, :, first - high + 1 : first - low + 1] += sums[b, :, low:high].flip(-1)
+    return columns, diagonals
+
+
+def _diagonal_sums(mass: Tensor) -> Tensor:
+    """Sums of ``mass[..., a, c]`` over equal ``c - a``: ``[..., rows + columns - 1]``, offset by rows - 1.
+
+    Rows are skewed by one element each, by padding and re-striding, so that a column sum is a diagonal sum.
+    """
+    rows, columns = mass.shape[-2:]
+    skewed = F.pad(mass.flip(-2), (0, rows)).flatten(-2)[..., : rows * (columns + rows - 1)]
+    return skewed.view(*mass.shape[:-2], rows, columns + rows - 1).sum(dim=-2)
+
+
+def pool_keys(k: Tensor, extent: Extent, block: int) -> Tensor:
+    """Mean of the live keys of each block of slots: fp32 ``[B, G, N, D]``; 0 for a block without live keys."""
+    position = extent.key_positions(k.shape[2])
+    live = (position >= 0) & (position < extent.key_count[:, None])
+    return _pool(k, live.to(k.device), block)
+
+
+def pool_queries(q: Tensor, extent: Extent, block: int) -> Tensor:
+    """Mean of the queries of each block: fp32 ``[B, H, M, D]``; left-padding rows do not count."""
+    return _pool(q, (extent.query_positions(q.shape[2]) >= 0).to(q.device), block)
+
+
+def _pool(x: Tensor, live: Tensor, block: int) -> Tensor:
+    """Means in fp32 over the ``live`` ``[B, tokens]`` ones of each ``block`` tokens."""
+    batch, heads, tokens, dim = x.shape
+    blocks = ceil_div(tokens, block)
+    sums = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
+    padded = not bool(live.all())
+    step = max(1, CHUNK_BYTES // max(1, 4 * batch * heads * block * dim))
+    for at in range(0, blocks, step):
+        part = slice(at * block, min((at + step) * block, tokens))
+        # A dead slot may hold anything, NaN too: select, do not multiply.
+        values = torch.where(live[:, None, part, None], x[:, :, part], 0.0) if padded else x[:, :, part]
+        values = F.pad(values, (0, 0, 0, -values.shape[2] % block)).unflatten(2, (-1, block))
+        sums[:, :, at : at + step] = values.sum(dim=3, dtype=torch.float32)
+    counts = F.pad(live.float(), (0, -tokens % block)).unflatten(-1, (-1, block)).sum(-1)
+    return sums / counts.clamp(min=1.0)[:, None, :, None]
+
+
+def pooled_scores(
+    q: Tensor, k: Tensor, *, extent: Extent, block_q: int, block_k: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Mean query times mean key of each block pair (MInference block-sparse, 3.2), streamed over query blocks.
+
+    Yields:
+        first query block of the chunk, and scores ``[B, H, m, N]`` in fp32: unscaled logits, -inf for block pairs
+        with no visible pair.
+    """
+    batch, heads = q.shape[:2]
+    groups = k.shape[1]
+    queries = pool_queries(q, extent, block_q)
+    keys = pool_keys(k, extent, block_k)
+    blocks, key_blocks = queries.shape[2], keys.shape[2]
+    queries = queries.view(batch, groups, heads // groups, blocks, -1)
+    visible = BlockVisibility(extent, q.shape[2], k.shape[2], block_q, block_k, q.device)
+    step = max(1, CHUNK_BYTES // max(1, 8 * batch * heads * key_blocks))
+    for at in range(0, blocks, step):
+        stop = min(at + step, blocks)
+        scores = queries[:, :, :, at:stop] @ keys[:, :, None].transpose(-1, -2)
+        scores = scores.view(batch, heads, stop - at, key_blocks)
+        yield at, scores.masked_fill_(~visible.any_pair(at, stop)[:, None], float("-inf"))
+
+
+def row_block_energy(
+    q: Tensor, k: Tensor, *, scale: float, extent: Extent, block_q: int, block_k: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Every query row against mean-pooled keys, summed over a query block and a GQA group.
+
+    FlashPrefill V2 (2608.19758): with ``x[r, j] = scale * q_r . kbar_j`` where row r sees the first key of block j,
+    ``E[j] = sum_r exp(x[r, j] - R)`` with one maximum R for the whole tile (all rows of the query block in all heads
+    that share the key/value head). Only blocks wholly at or before the tile's last position are scored.
+
+    Yields:
+        first query block of the chunk, and energies ``[B, G, m, N]`` in fp32, at most the number of rows; 0 where a
+        block is not scored.
+    """
+    batch, heads, query_len, dim = q.shape
+    groups, key_len = k.shape[1], k.shape[2]
+    share = heads // groups
+    pooled = pool_keys(k, extent, block_k)
+    pooled_t = pooled.to(q.dtype).transpose(-1, -2)
+    blocks, key_blocks = ceil_div(query_len, block_q), pooled.shape[2]
+    visible = BlockVisibility(extent, query_len, key_len, block_q, block_k, q.device)
+    step = max(1, CHUNK_BYTES // max(1, 12 * batch * heads * block_q * key_blocks))
+    for at in range(0, blocks, step):
+        stop = min(at + step, blocks)
+        first, last = at * block_q, min(stop * block_q, query_len)
+        rows = q[:, :, first:last].reshape(batch, groups, share * (last - first), dim)
+        x = (rows @ pooled_t).float().mul_(scale).view(batch, groups, share, last - first, key_blocks)
+        x.masked_fill_(~visible.row_sees_first_key(first, last)[:, None, None], float("-inf"))
+        x = F.pad(x, (0, 0, 0, (stop - at) * block_q - (last - first)), value=float("-inf"))
+        x = x.view(batch, groups, share, stop - at, block_q, key_blocks)
+        scored = visible.wholly_before_last_row(at, stop)[:, None]
+        tile_max = x.amax(dim=(2, 4)).masked_fill_(~scored, float("-inf")).amax(dim=-1)
+        tile_max = tile_max.masked_fill_(tile_max == float("-inf"), 0.0)
+        energy = x.sub_(tile_max[:, :, None, :, None, None]).exp_().sum(dim=(2, 4))
+        yield at, energy.masked_fill_(~scored, 0.0)
+
+
+class BlockVisibility:
+    """Which block pairs hold visible pairs, by position: causality, padding and dead slots."""
+
+    def __init__(
+        self, extent: Extent, query_len: int, key_len: int, block_q: int, block_k: int, device: torch.device
+    ) -> None:
+        blocks_q, blocks_k = ceil_div(query_len, block_q), ceil_div(key_len, block_k)
+        self._block_k = block_k
+        self._query_start = extent.query_start.to(device)[:, None]
+        self._key_start = extent.key_start.to(device)[:, None]
+        count = extent.key_count.to(device)[:, None]
+        low = torch.arange(blocks_k, device=device) * block_k - self._key_start
+        self.block_end = low + block_k  # [B, N] one past the block's last slot, live or not
+        self.first_key = low.clamp(min=0)  # [B, N] position of each block's first live key
+        self.past_key = torch.minimum(self.block_end, count)  # [B, N] one past the last live key
+        self.has_keys = self.past_key > self.first_key
+        last = (torch.arange(blocks_q, device=device) + 1) * block_q
+        self.first_query = torch.arange(blocks_q, device=device) * block_q + self._query_start
+        self.last_query = last.clamp(max=query_len) - 1 + self._query_start
+
+    def any_pair(self, at: int, stop: int) -> Tensor:
+        """bool ``[B, m, N]``: some row of the query block sees some live key of the key block."""
+        return self.has_keys[:, None] & (self.first_key[:, None] <= self.last_query[:, at:stop, None])
+
+    def row_sees_first_key(self, first: int, last: int) -> Tensor:
+        """bool ``[B, rows, N]``: query row sees the first live key of the block."""
+        position = torch.arange(first, last, device=self.first_key.device) + self._query_start
+        return self.has_keys[:, None] & (self.first_key[:, None] <= position[..., None])
+
+    def wholly_before_last_row(self, at: int, stop: int) -> Tensor:
+        """bool ``[B, m, N]``: the whole key block lies at or before the query block's last position."""
+        return self.has_keys[:, None] & (self.block_end[:, None] <= self.last_query[:, at:stop, None] + 1)
+
+    def own_key_blocks(self, at: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Key blocks that hold the first and the last row's own slot: int64 ``[B, m]`` each."""
+        first = self.first_query[:, at:stop] + self._key_start
+        last = self.last_query[:, at:stop] + self._key_start
+        return first // self._block_k, last // self._block_k
+
+    def leading_blocks(self, count: int) -> Tensor:
+        """bool ``[B, N]``: the first ``count`` blocks that hold live keys."""
+        block = torch.arange(self.first_key.shape[1], device=self.first_key.device)
+        return self.has_keys & (block < self._key_start // self._block_k + count)
