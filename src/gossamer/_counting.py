@@ -50,9 +50,7 @@ class _Head:
     def of(cls, plan: SparsePlan, batch_row: int, head: int) -> _Head:
         row = batch_row * plan.heads + head
         blocks, block_lengths = _csr_rows(plan.block_indptr, plan.block_indices, row, plan.num_query_blocks)
-        columns, column_lengths = _csr_rows(
-            plan.column_indptr, plan.column_indices, row, plan.num_column_groups
-        )
+        columns, column_lengths = _csr_rows(plan.column_indptr, plan.column_indices, row, plan.num_column_groups)
         selected = torch.zeros(plan.num_query_blocks, plan.num_key_blocks, dtype=torch.bool)
         selected[torch.repeat_interleave(block_lengths), blocks] = True
         extent = plan.extent
@@ -122,9 +120,7 @@ class _Head:
             dead |= (low >= self.sink) & (self._distance(first, last, low, high) >= self.window)
         keep = ~dead
         first, last, low, high, width = first[keep], last[keep], low[keep], high[keep], width[keep]
-        whole = (self._count_rows(first, low, high, kind) == width) & (
-            self._count_rows(last, low, high, kind) == width
-        )
+        whole = (self._count_rows(first, low, high, kind) == width) & (self._count_rows(last, low, high, kind) == width)
         if kind == "column":  # a narrow window may pass between the first and the last row
             whole &= self._distance(first, last, low, high) >= self.window
         total = int(((last - first + 1) * width)[whole].sum())
@@ -168,4 +164,3 @@ def _csr_rows(indptr: Tensor | None, indices: Tensor, row: int, length: int) -> 
     assert indptr is not None
     pointers = indptr[row * length : (row + 1) * length + 1].cpu()
     return indices[int(pointers[0]) : int(pointers[-1])].cpu().long(), pointers.diff()
-

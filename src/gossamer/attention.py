@@ -159,9 +159,7 @@ def sparse_attention(
     return out, lse
 
 
-def _reason_for_dense(
-    q: Tensor, k: Tensor, v: Tensor, policy: Policy, causal: bool, limit: int | None
-) -> str | None:
+def _reason_for_dense(q: Tensor, k: Tensor, v: Tensor, policy: Policy, causal: bool, limit: int | None) -> str | None:
     """Why no plan is even tried, or None."""
     reach = k.shape[2] if limit is None else min(limit, k.shape[2])
     if policy.method.name == "dense":
@@ -248,7 +246,7 @@ def _sdpa(
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_once(reason: str) -> None:
     logger.info("attention runs dense: %s (counted in stats; logged once)", reason)
 

@@ -14,14 +14,12 @@ from torch import Tensor
 
 from gossamer.plan import Extent, ceil_div
 
-__all__ = ["last_query_probe", "pooled_scores", "row_block_energy", "pool_keys", "pool_queries"]
+__all__ = ["last_query_probe", "pool_keys", "pool_queries", "pooled_scores", "row_block_energy"]
 
 CHUNK_BYTES = 256 << 20
 
 
-def last_query_probe(
-    q: Tensor, k: Tensor, *, scale: float, extent: Extent, last: int = 64
-) -> tuple[Tensor, Tensor]:
+def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last: int = 64) -> tuple[Tensor, Tensor]:
     """Attention mass of each column and each diagonal under the last queries (MInference, 2407.02490, Alg. 2).
 
     The softmax rows of the last ``last`` live queries of this call are summed by key slot and by distance
@@ -113,9 +111,7 @@ def _pool(x: Tensor, live: Tensor, block: int) -> Tensor:
     return sums / counts.clamp(min=1.0)[:, None, :, None]
 
 
-def pooled_scores(
-    q: Tensor, k: Tensor, *, extent: Extent, block_q: int, block_k: int
-) -> Iterator[tuple[int, Tensor]]:
+def pooled_scores(q: Tensor, k: Tensor, *, extent: Extent, block_q: int, block_k: int) -> Iterator[tuple[int, Tensor]]:
     """Mean query times mean key of each block pair (MInference block-sparse, 3.2), streamed over query blocks.
 
     Yields:

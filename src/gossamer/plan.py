@@ -161,9 +161,7 @@ def _check_csr(indptr: Tensor, indices: Tensor, rows: int, limit: int, name: str
         return
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= limit:
-        raise ValueError(
-            f"SparsePlan.{name}_indices must lie in [0, {limit}) ({unit}), got {low if low < 0 else high}"
-        )
+        raise ValueError(f"SparsePlan.{name}_indices must lie in [0, {limit}) ({unit}), got {low if low < 0 else high}")
     rising = indices.diff() > 0
     starts = indptr[1:-1]
     rising[starts[(starts > 0) & (starts < indices.numel())] - 1] = True
@@ -259,9 +257,7 @@ class SparsePlan:
         if self.block_indptr is None:
             object.__setattr__(self, "block_indptr", torch.zeros(block_rows + 1, dtype=torch.int64, device=device))
         if self.column_indptr is None:
-            object.__setattr__(
-                self, "column_indptr", torch.zeros(column_rows + 1, dtype=torch.int64, device=device)
-            )
+            object.__setattr__(self, "column_indptr", torch.zeros(column_rows + 1, dtype=torch.int64, device=device))
         assert self.block_indptr is not None and self.column_indptr is not None
         _check_csr(self.block_indptr, self.block_indices, block_rows, self.num_key_blocks, "block", "key blocks")
         _check_csr(self.column_indptr, self.column_indices, column_rows, self.key_len, "column", "key slots")
@@ -297,9 +293,7 @@ class SparsePlan:
         cls, heads: int, query_len: int, key_len: int, extent: Extent, *, causal: bool = True, limit: int | None = None
     ) -> SparsePlan:
         """The plan that computes every pair that the extent, causality and the model's own window allow."""
-        return cls(
-            heads, query_len, key_len, extent, window=query_len + key_len, causal=causal, limit=limit
-        )
+        return cls(heads, query_len, key_len, extent, window=query_len + key_len, causal=causal, limit=limit)
 
     @classmethod
     def from_block_mask(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["top_k", "relative_to_max", "local_blocks", "CsrBuilder"]
+__all__ = ["CsrBuilder", "local_blocks", "relative_to_max", "top_k"]
 
 
 def top_k(scores: Tensor, k: Tensor | int) -> Tensor:

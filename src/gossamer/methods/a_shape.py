@@ -31,9 +31,7 @@ class AShape(Method):
         require_at_least(self, 0, "sink")
         require_at_least(self, 1, "window")
 
-    def plan(
-        self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None
-    ) -> SparsePlan:
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         return SparsePlan(k.shape[1], q.shape[2], k.shape[2], extent, sink=self.sink, window=self.window)
 
 
@@ -56,9 +54,7 @@ class TriShape(Method):
         require_at_least(self, 0, "sink", "last")
         require_at_least(self, 1, "window", "block")
 
-    def plan(
-        self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None
-    ) -> SparsePlan:
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         query_len, key_len = q.shape[2], k.shape[2]
         tail = tail_blocks(extent, query_len, self.last, self.block)
         visible = BlockVisibility(extent, query_len, key_len, self.block, self.block, q.device)

@@ -20,9 +20,7 @@ class Method(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def plan(
-        self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None
-    ) -> SparsePlan:
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         """Choose what to compute for ``q [B, H, S, D]`` against ``k [B, G, T, D]``, all heads and rows at once.
 
         Args:

@@ -33,9 +33,7 @@ class BlockSparse(Method):
     def __post_init__(self) -> None:
         require_at_least(self, 1, "blocks", "block")
 
-    def plan(
-        self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None
-    ) -> SparsePlan:
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         query_len, key_len = q.shape[2], k.shape[2]
         visible = BlockVisibility(extent, query_len, key_len, self.block, self.block, q.device)
         csr = CsrBuilder()

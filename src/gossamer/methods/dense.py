@@ -19,7 +19,5 @@ class Dense(Method):
 
     name: ClassVar[str] = "dense"
 
-    def plan(
-        self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None
-    ) -> SparsePlan:
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         return SparsePlan.dense(k.shape[1], q.shape[2], k.shape[2], extent)

@@ -49,9 +49,7 @@ class MaxRelative(Method):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"max_relative.alpha must lie in [0, 1], got {self.alpha}")
 
-    def plan(
-        self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None
-    ) -> SparsePlan:
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         query_len, key_len = q.shape[2], k.shape[2]
         share = q.shape[1] // k.shape[1]
         visible = BlockVisibility(extent, query_len, key_len, self.block_q, self.block_k, q.device)

@@ -60,9 +60,7 @@ class MInference(Method):
             values = values | {"profile": Profile.from_dict(profile)}
         return super().from_fields(values)
 
-    def plan(
-        self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None
-    ) -> SparsePlan:
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         if self.profile is None:
             uniform = VerticalSlash(self.vertical_size, self.slash_size, self.last)
             return uniform.plan(q, k, scale=scale, extent=extent)
@@ -86,9 +84,7 @@ def _mixed_plan(
     bands = None
     if "vertical_slash" in kinds:
         columns, diagonals = last_query_probe(q, k, scale=scale, extent=extent, last=last)
-        fields = column_fields(
-            select_columns(columns, budgets("vertical_slash", 0, -1), extent), query_len
-        )
+        fields = column_fields(select_columns(columns, budgets("vertical_slash", 0, -1), extent), query_len)
         bands = select_bands(diagonals, budgets("vertical_slash", 1, -1))
     if "block_sparse" in kinds:
         best = budgets("block_sparse", 0, 0)

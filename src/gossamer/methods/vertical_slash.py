@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,9 +56,7 @@ class VerticalSlash(Method):
         require_at_least(self, 0, "vertical_size", "slash_size")
         require_at_least(self, 1, "last")
 
-    def plan(
-        self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None
-    ) -> SparsePlan:
+    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         heads, query_len, key_len = q.shape[1], q.shape[2], k.shape[2]
         columns, diagonals = last_query_probe(q, k, scale=scale, extent=extent, last=self.last)
         column_mask = select_columns(columns, self.vertical_size, extent)
@@ -154,7 +152,7 @@ def band_blocks(bands: Tensor, visible: BlockVisibility, at: int, stop: int) -> 
     return (chosen | (own_blocks(visible, at, stop)[:, None] & active)) & visible.any_pair(at, stop)[:, None]
 
 
-def column_fields(column_mask: Tensor, query_len: int) -> dict[str, Tensor | int]:
+def column_fields(column_mask: Tensor, query_len: int) -> dict[str, Any]:
     """One column list a head, for all its query blocks: the plan's column fields."""
     csr = CsrBuilder()
     csr.add(column_mask[:, :, None])
