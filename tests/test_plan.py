@@ -31,12 +31,7 @@ def naive_attend(plan: SparsePlan, b: int, h: int, i: int, j: int) -> bool:
     row = (b * plan.heads + h) * plan.num_column_groups + block // plan.column_group
     columns = plan.column_indices[int(plan.column_indptr[row]) : int(plan.column_indptr[row + 1])].tolist()
     sink, window = torch.as_tensor(plan.sink), torch.as_tensor(plan.window)
-    return (
-        rank_j // plan.block_k in blocks
-        or j in columns
-        or kpos < int(sink[h])
-        or abs(qpos - kpos) < int(window[h])
-    )
+    return rank_j // plan.block_k in blocks or j in columns or kpos < int(sink[h]) or abs(qpos - kpos) < int(window[h])
 
 
 plans = st.builds(
