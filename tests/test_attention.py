@@ -102,9 +102,7 @@ def test_dense_attention_with_a_mask_equals_the_reference() -> None:
     q, k, v = tensors(60, 60)
     plan = SparsePlan.from_block_mask(torch.rand(1, 1, 15, 15) < 0.5, 60, 60, block_q=4, block_k=4, window=1)
     mask = plan.to_mask()
-    plan = SparsePlan.from_block_mask(
-        plan.block_mask().expand(-1, 2, -1, -1), 60, 60, block_q=4, block_k=4, window=1
-    )
+    plan = SparsePlan.from_block_mask(plan.block_mask().expand(-1, 2, -1, -1), 60, 60, block_q=4, block_k=4, window=1)
     for sinks, softcap in ((None, None), (torch.randn(4), None), (torch.randn(4), 4.0), (None, 4.0)):
         got = dense_attention(q, k, v, mask=mask, scale=0.2, sinks=sinks, softcap=softcap)
         expected, _ = reference.execute(q, k, v, plan, scale=0.2, sinks=sinks, softcap=softcap)
@@ -120,7 +118,7 @@ def test_methods_by_name_and_unknown_names() -> None:
 
 
 def test_bad_policies_are_named() -> None:
-    with pytest.raises(TypeError, match="must be a gossamer.methods.Method, got str"):
+    with pytest.raises(TypeError, match=r"must be a gossamer\.methods\.Method, got str"):
         Policy("dense")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_tokens must not be negative"):
         Policy(methods.create("dense"), min_tokens=-1)

@@ -25,8 +25,6 @@ def naive_attend(plan: SparsePlan, b: int, h: int, i: int, j: int) -> bool:
     rank_j = j if plan.k_order is None else plan.k_order[b, h].tolist().index(j)
     block = rank_i // plan.block_q
     row = (b * plan.heads + h) * plan.num_query_blocks + block
-    assert plan.block_indptr is not None
-    assert plan.column_indptr is not None
     blocks = plan.block_indices[int(plan.block_indptr[row]) : int(plan.block_indptr[row + 1])].tolist()
     row = (b * plan.heads + h) * plan.num_column_groups + block // plan.column_group
     columns = plan.column_indices[int(plan.column_indptr[row]) : int(plan.column_indptr[row + 1])].tolist()

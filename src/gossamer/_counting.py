@@ -159,8 +159,7 @@ class _Head:
         return band if kind == "band" else pairs - band
 
 
-def _csr_rows(indptr: Tensor | None, indices: Tensor, row: int, length: int) -> tuple[Tensor, Tensor]:
+def _csr_rows(indptr: Tensor, indices: Tensor, row: int, length: int) -> tuple[Tensor, Tensor]:
     """The indices of ``length`` consecutive CSR rows that belong to head ``row``, and each row's count."""
-    assert indptr is not None
     pointers = indptr[row * length : (row + 1) * length + 1].cpu()
     return indices[int(pointers[0]) : int(pointers[-1])].cpu().long(), pointers.diff()

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,44 @@ class CallRecord:
     key_len: int
 
 
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    method: Policy | Method | str = "minference",
+    *,
+    scale: float | None = None,
+    extent: Extent | None = None,
+    causal: bool = True,
+    limit: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    layer: int | None = None,
+    record: Callable[[CallRecord], None] | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    method: Policy | Method | str = "minference",
+    *,
+    scale: float | None = None,
+    extent: Extent | None = None,
+    causal: bool = True,
+    limit: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    layer: int | None = None,
+    record: Callable[[CallRecord], None] | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -113,7 +152,8 @@ def sparse_attention(
         ValueError, TypeError: arguments that do not fit each other, or an unknown method.
     """
     policy = Policy.of(method)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     query_len, key_len = q.shape[2], k.shape[2]
     if extent is None:
         extent = Extent.full(q.shape[0], query_len, key_len)

@@ -23,7 +23,10 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _int_vector(value: Tensor | Sequence[int] | int, name: str, batch: int | None = None) -> Tensor:
+_Integers = Tensor | Sequence[int] | int
+
+
+def _int_vector(value: _Integers, name: str, batch: int | None = None) -> Tensor:
     tensor = torch.as_tensor(value, dtype=torch.int64, device="cpu")
     if tensor.ndim == 0 and batch is not None:
         tensor = tensor.expand(batch).contiguous()
@@ -36,7 +39,7 @@ def _int_vector(value: Tensor | Sequence[int] | int, name: str, batch: int | Non
     return tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, init=False)
 class Extent:
     """Where the tokens of one attention call sit. One rule for one-shot and chunked prefill, caches and padding.
 
@@ -58,11 +61,11 @@ class Extent:
     key_start: Tensor
     key_count: Tensor
 
-    def __post_init__(self) -> None:
-        query_start = _int_vector(self.query_start, "query_start")
-        object.__setattr__(self, "query_start", query_start)
-        for name in ("key_start", "key_count"):
-            vector = _int_vector(getattr(self, name), name, query_start.numel())
+    def __init__(self, query_start: _Integers, key_start: _Integers, key_count: _Integers) -> None:
+        starts = _int_vector(query_start, "query_start")
+        object.__setattr__(self, "query_start", starts)
+        for name, value in (("key_start", key_start), ("key_count", key_count)):
+            vector = _int_vector(value, name, starts.numel())
             if vector.numel() and int(vector.min()) < 0:
                 raise ValueError(f"Extent.{name} must not be negative, got {vector.tolist()}")
             object.__setattr__(self, name, vector)
@@ -125,7 +128,7 @@ class Extent:
         )
 
 
-def _per_head(value: Tensor | Sequence[int] | int, heads: int, name: str) -> Tensor:
+def _per_head(value: _Integers, heads: int, name: str) -> Tensor:
     tensor = torch.as_tensor(value)
     if tensor.ndim == 0:
         tensor = tensor.expand(heads)
@@ -225,13 +228,13 @@ class SparsePlan:
     extent: Extent
     block_q: int = 64
     block_k: int = 64
-    block_indptr: Tensor | None = None
+    block_indptr: Tensor = None  # type: ignore[assignment]  # set in __post_init__
     block_indices: Tensor = field(default_factory=_empty_indices)
     column_group: int = 1
-    column_indptr: Tensor | None = None
+    column_indptr: Tensor = None  # type: ignore[assignment]
     column_indices: Tensor = field(default_factory=_empty_indices)
-    sink: Tensor | Sequence[int] | int = 0
-    window: Tensor | Sequence[int] | int = 0
+    sink: _Integers = 0
+    window: _Integers = 0
     q_order: Tensor | None = None
     k_order: Tensor | None = None
     causal: bool = True
@@ -258,7 +261,6 @@ class SparsePlan:
             object.__setattr__(self, "block_indptr", torch.zeros(block_rows + 1, dtype=torch.int64, device=device))
         if self.column_indptr is None:
             object.__setattr__(self, "column_indptr", torch.zeros(column_rows + 1, dtype=torch.int64, device=device))
-        assert self.block_indptr is not None and self.column_indptr is not None
         _check_csr(self.block_indptr, self.block_indices, block_rows, self.num_key_blocks, "block", "key blocks")
         _check_csr(self.column_indptr, self.column_indices, column_rows, self.key_len, "column", "key slots")
         object.__setattr__(self, "sink", _per_head(self.sink, self.heads, "sink").to(device))
@@ -342,7 +344,6 @@ class SparsePlan:
 
     def block_mask(self) -> Tensor:
         """The selected blocks as bool ``[B, heads, M, N]``; columns and bands are not in it."""
-        assert self.block_indptr is not None
         rows = self.batch * self.heads * self.num_query_blocks
         mask = torch.zeros(rows, self.num_key_blocks, dtype=torch.bool, device=self.device)
         row = torch.repeat_interleave(torch.arange(rows, device=self.device), self.block_indptr.diff())
@@ -351,7 +352,6 @@ class SparsePlan:
 
     def column_mask(self) -> Tensor:
         """The column lists as bool ``[B, heads, groups, T]``."""
-        assert self.column_indptr is not None
         rows = self.batch * self.heads * self.num_column_groups
         mask = torch.zeros(rows, self.key_len, dtype=torch.bool, device=self.device)
         row = torch.repeat_interleave(torch.arange(rows, device=self.device), self.column_indptr.diff())

@@ -187,5 +187,5 @@ def test_bad_configurations_are_named(name: str, fields: dict, message: str) -> 
 
 
 def test_fields_of_another_type_are_named() -> None:
-    with pytest.raises(TypeError, match="must be an integer, got 1.5"):
+    with pytest.raises(TypeError, match=r"must be an integer, got 1\.5"):
         methods.create("block_sparse", blocks=1.5)

@@ -76,5 +76,6 @@ def test_nan_in_dead_slots_stays_there() -> None:
 )
 def test_bad_shapes_are_named(shapes: tuple, message: str) -> None:
     plan = SparsePlan.dense(2, 4, 4, Extent.full(1, 4, 4))
+    q, k, v = (torch.randn(s) for s in shapes)
     with pytest.raises(ValueError, match=message):
-        reference.execute(*(torch.randn(s) for s in shapes), plan, scale=1.0)
+        reference.execute(q, k, v, plan, scale=1.0)
