@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -153,7 +154,7 @@ def sparse_attention(
     """
     policy = Policy.of(method)
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        scale = 1.0 / math.sqrt(q.shape[-1])
     query_len, key_len = q.shape[2], k.shape[2]
     if extent is None:
         extent = Extent.full(q.shape[0], query_len, key_len)

@@ -1,0 +1,71 @@
+"""At full budget a model computes the same with gossamer as without, in every situation that transformers knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_transformers import DENSE_SITUATIONS, FAMILIES, SITUATIONS, pair
+
+from gossamer.integrations.transformers import NAME, Stats, enable
+
+pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
+
+ALWAYS_SPARSE: dict[str, Any] = {"min_tokens": 0, "max_density": 2.0}
+FULL_BUDGETS: dict[str, dict[str, Any]] = {
+    "max_relative": {"alpha": 0.0, "block_q": 16, "block_k": 16},
+    "a_shape": {"sink": 1, "window": 1024},
+    "minference": {"vertical_size": 1024, "slash_size": 1024},
+}
+# Its modelling code does not hand positions to the mask, so the sequences leak into each other under sdpa, too.
+UNSEEN_BY_TRANSFORMERS = {("gpt-oss-sinks", "packed")}
+
+
+def compare(family: str, situation: str, method: str) -> Stats:
+    """Assert equality with the stock implementation, and that gossamer really ran."""
+    stock, model = pair(family)
+    expected = SITUATIONS[situation](stock)
+    with enable(model, method, **FULL_BUDGETS[method], **ALWAYS_SPARSE) as handle:
+        assert model.config._attn_implementation == NAME != stock.config._attn_implementation
+        got = SITUATIONS[situation](model)
+        stats = handle.stats()
+    assert torch.equal(got.tokens, expected.tokens)
+    torch.testing.assert_close(got.logits, expected.logits, atol=2e-4, rtol=1e-4)
+    assert len(stats) == 2
+    return stats
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity_at_full_budget(family: str, situation: str) -> None:
+    stats = compare(family, situation, "max_relative")
+    reasons = set(stats.fallbacks())
+    if situation in DENSE_SITUATIONS and (family, situation) not in UNSEEN_BY_TRANSFORMERS:
+        assert reasons == {"mask is not plain"}
+        assert all(row.sparse_calls == 0 for row in stats)
+    else:
+        assert reasons <= {"decode"}
+        assert all(row.sparse_calls >= 1 for row in stats)
+        assert all(row.density == pytest.approx(1.0) for row in stats)
+
+
+@pytest.mark.parametrize("method", ["a_shape", "minference"])
+@pytest.mark.parametrize("situation", ["left padding", "chunked, left padding", "static cache", "follow-up turn"])
+@pytest.mark.parametrize("family", ["llama", "gpt-oss-sinks"])
+def test_parity_of_other_methods_at_full_budget(family: str, situation: str, method: str) -> None:
+    stats = compare(family, situation, method)
+    assert all(row.sparse_calls >= 1 for row in stats)
+
+
+@pytest.mark.parametrize("situation", sorted(set(SITUATIONS) - DENSE_SITUATIONS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_small_budget_changes_the_logits(family: str, situation: str) -> None:
+    """The negative control of the parity above: these weights do show which pairs were computed."""
+    stock, model = pair(family)
+    expected = SITUATIONS[situation](stock)
+    with enable(model, "a_shape", sink=1, window=3, **ALWAYS_SPARSE) as handle:
+        got = SITUATIONS[situation](model)
+        stats = handle.stats()
+    assert all(0 < row.density < 0.7 for row in stats)
+    assert (got.logits - expected.logits).abs().max() > 0.05
