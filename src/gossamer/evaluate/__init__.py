@@ -1,0 +1,1 @@
+"""Retrieval tasks, metrics and runners that compare sparse with dense attention."""
