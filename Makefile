@@ -1,0 +1,56 @@
+# `make demo` and `make test` set themselves up: a virtual environment in the checkout, pinned by constraints.txt.
+#
+#   make demo     the reference model reads 16K tokens, dense and sparse; prints the table of the README
+#   make test     all tests
+#   make lint     ruff and pyright
+#   make docs     the documentation, into site/
+#   make bench    CPU benchmarks, into benchmarks/results/
+#   make clean    remove what was built, the environment included
+#
+# PYTHON picks the interpreter, VENV the environment's place, PIP_FLAGS what pip should know, for example
+# PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for a torch without CUDA.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/*)
+
+# The pins hold for what the build needs as well (pip reads one of the two, by its age).
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: venv demo test lint docs bench clean
+
+venv: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gossamer needs Python 3.11 or newer; say which: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev,docs]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/cpu.py
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
