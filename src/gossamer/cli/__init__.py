@@ -1,0 +1,52 @@
+"""The command ``gossamer``: one file a subcommand, ``--json`` on each.
+
+Exit codes: 0 done, 2 bad input (one line on stderr says what and what to do), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from gossamer import __version__
+from gossamer.cli import doctor, methods, run
+from gossamer.cli.common import BadInput
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message} (see {self.prog} --help)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gossamer", description="Dynamic sparse attention for long prompts.")
+    parser.add_argument("--version", action="version", version=f"gossamer {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (run, doctor, methods):
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; ``argv`` without the program's name. Returns the exit code."""
+    try:
+        arguments = make_parser().parse_args(argv)
+        with warnings.catch_warnings():
+            # One line for a user; Python's own form names a file and quotes its source.
+            warnings.showwarning = lambda message, *_args, **_more: print(f"warning: {message}", file=sys.stderr)
+            return arguments.execute(arguments)
+    except BadInput as error:
+        print(f"gossamer: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe is gone; keep Python from complaining about it again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

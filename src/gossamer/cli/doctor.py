@@ -1,0 +1,153 @@
+"""``gossamer doctor``: what runs here, and why anything is off."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gossamer import __version__, ops
+from gossamer.cli.common import add_command, first_line, print_json
+from gossamer.methods import AShape
+from gossamer.ops import cpu, reference
+from gossamer.plan import Extent
+
+__all__ = ["add_parser"]
+
+# Instruction sets that some kernel could use, as Linux names them.
+_FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512(f|bw|vl|dq|_bf16|_fp16|_vnni)|amx_\w+|asimd|sve2?|bf16|i8mm")
+_ENVIRONMENT = ("GOSSAMER_CPU_ISA", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_PACKAGES = {
+    "transformers": "gossamer.enable and `gossamer run` need it: pip install 'gossamer[cli]'",
+    "tqdm": "progress bars need it: pip install 'gossamer[cli]'",
+}
+
+
+def add_parser(commands: Any) -> None:
+    add_command(commands, "doctor", execute, "say what runs on this machine, and why anything is off")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    report = examine()
+    if arguments.json:
+        print_json(report)
+    else:
+        print(_format(report))
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """What the machine has, what is chosen, and what is off and why; plain JSON types."""
+    executors, tests = {}, {}
+    for dtype in _DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        try:
+            executors[name] = ops.executor_for(torch.empty(1, 1, 1, 64, dtype=dtype))
+            tests[name] = _self_test(dtype)
+        except (ValueError, RuntimeError) as error:
+            executors[name] = tests[name] = f"error: {first_line(error)}"
+    packages = {"torch": torch.__version__} | {name: _version(name) for name in _PACKAGES}
+    report = {
+        "gossamer": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": {
+            "model": _cpu_model(),
+            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "features": _cpu_features(),
+        },
+        "kernels": {
+            "available": cpu.is_available(),
+            "why_unavailable": cpu.why_unavailable(),
+            "instruction_sets": list(cpu.supported_isas()),
+        },
+        "executor": executors,
+        "self_test": tests,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": packages,
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+    }
+    return report | {"off": _what_is_off(report)}
+
+
+def _self_test(dtype: torch.dtype) -> str:
+    """Run a small plan on the chosen executor against the definition."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 200, 64, generator=generator).to(dtype)
+    k, v = (torch.randn(1, 1, 200, 64, generator=generator).to(dtype) for _ in range(2))
+    plan = AShape(sink=8, window=48).plan(q, k, scale=0.125, extent=Extent.full(1, 200, 200))
+    out, _ = ops.execute(q, k, v, plan, scale=0.125)
+    expected, _ = reference.execute(q.double(), k.double(), v.double(), plan, scale=0.125)
+    # The output is rounded to the dtype, and so may be the weights on the way.
+    error, bound = float((out.double() - expected).abs().max()), 8 * torch.finfo(dtype).eps
+    return "ok" if error <= bound else f"WRONG: off by {error:.1e}, more than {bound:.1e}"
+
+
+def _what_is_off(report: dict[str, Any]) -> list[str]:
+    off = []
+    if not report["kernels"]["available"]:
+        off.append(
+            f"C++ kernels: {report['kernels']['why_unavailable']}; sparse attention runs on the torch reference path, "
+            "which is slower than dense"
+        )
+    for dtype, result in report["self_test"].items():
+        if result != "ok":
+            off.append(f"executor for {dtype}: {result}")
+    if report["gpus"]:
+        off.append("GPU: seen, but there is no GPU executor yet; models on it run the torch reference path")
+    else:
+        off.append("GPU: none that torch can use (and there is no GPU executor yet)")
+    off += [f"{name}: not installed; {why}" for name, why in _PACKAGES.items() if report["packages"][name] is None]
+    return off
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.is_file() else ""
+
+
+def _cpu_model() -> str:
+    named = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def _cpu_features() -> list[str]:
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return [flag for flag in found[1].split() if _FEATURES.fullmatch(flag)] if found else []
+
+
+def _format(report: dict[str, Any]) -> str:
+    machine, kernels = report["cpu"], report["kernels"]
+    rows = [
+        ("gossamer", f"{report['gossamer']}, Python {report['python']}, {report['system']}"),
+        (
+            "cpu",
+            f"{machine['model']}, {machine['usable_cores']} usable cores, {machine['torch_threads']} torch threads",
+        ),
+        ("features", " ".join(machine["features"]) or "unknown"),
+        ("kernels", " ".join(kernels["instruction_sets"]) if kernels["available"] else "not available"),
+    ]
+    for dtype, executor in report["executor"].items():
+        tested = report["self_test"][dtype]
+        rows.append((dtype, executor if tested == executor else f"{executor} (self-test: {tested})"))
+    rows.append(("gpu", ", ".join(report["gpus"]) or "none"))
+    rows += [(name, version or "not installed") for name, version in report["packages"].items()]
+    rows += list(report["environment"].items())
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
+    return "\n".join([*lines, "", "off here:", *(f"  - {line}" for line in report["off"])])

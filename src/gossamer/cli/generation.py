@@ -1,0 +1,157 @@
+"""Loading a model from a folder, and one timed greedy generation. Imports transformers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+import gossamer
+from gossamer.attention import Policy
+from gossamer.cli.common import BadInput, first_line
+
+__all__ = ["Generation", "compare_top1", "generate", "load_model", "load_tokenizer", "tokenize"]
+
+_HEAD_ROWS = 512
+
+
+@dataclass
+class Generation:
+    """What one generation gave and cost. Seconds are wall-clock; plan, attention and density are the prefill's alone.
+
+    ``top1`` is the model's choice at every position of the prompt, int64 ``[S]``, where it was asked for.
+    """
+
+    text: str
+    tokens: list[int]
+    prefill_seconds: float
+    plan_seconds: float
+    attention_seconds: float
+    decode_seconds: float
+    density: float
+    executors: list[str]
+    dense_because: dict[str, int]
+    top1: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding: the first token is the prefill's."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        names = [name for name in self.__dataclass_fields__ if name != "top1"]
+        return {name: getattr(self, name) for name in names} | {"tokens_per_second": self.tokens_per_second}
+
+    def summary(self) -> str:
+        because = ", ".join(f"{reason} x{count}" for reason, count in self.dense_because.items())
+        return (
+            f"prefill {self.prefill_seconds:.2f} s (planning {self.plan_seconds:.2f}, attention "
+            f"{self.attention_seconds:.2f}), density {self.density:.3f}, executor {', '.join(self.executors)}; "
+            f"{len(self.tokens)} new tokens, {self.tokens_per_second:.1f} a second"
+            + (f"\nthe prefill ran dense: {because}" if because else "")
+        )
+
+
+def load_tokenizer(path: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its parsers do
+        raise BadInput(f"{path} has no tokenizer that transformers can load: {first_line(error)}") from error
+
+
+def load_model(path: Path, dtype: str, progress: bool) -> Any:
+    if not progress:
+        transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise BadInput(f"{path} is no language model that transformers can load: {first_line(error)}") from error
+    return model.eval()
+
+
+def tokenize(tokenizer: Any, text: str, chat: bool) -> Tensor:
+    """Token ids ``[1, S]``."""
+    if not chat:
+        return tokenizer(text, return_tensors="pt")["input_ids"]
+    if not tokenizer.chat_template:
+        raise BadInput("--chat: this model's tokenizer has no chat template; leave --chat out")
+    turns = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")[
+        "input_ids"
+    ]
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: Tensor,
+    policy: Policy,
+    max_new_tokens: int,
+    stream: TextIO | None = None,
+    *,
+    keep_top1: bool = False,
+) -> Generation:
+    """Prefill ``prompt [1, S]`` by the policy, decode greedily, write the text to ``stream`` as it comes."""
+    hidden: list[Tensor] = []
+    hooks = []
+    if keep_top1:
+        hooks.append(model.base_model.register_forward_hook(lambda *call: hidden.append(call[-1][0])))
+    printed = ""
+    with gossamer.enable(model, policy) as handle:
+        started = time.perf_counter()
+        out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        prefilled = time.perf_counter()
+        for hook in hooks:
+            hook.remove()
+        layers = handle.stats()
+        result = Generation(
+            text="",
+            tokens=[],
+            prefill_seconds=prefilled - started,
+            plan_seconds=sum(layer.plan_seconds for layer in layers),
+            attention_seconds=sum(layer.attention_seconds for layer in layers),
+            decode_seconds=0.0,
+            density=sum(layer.density for layer in layers) / max(1, len(layers)),
+            executors=sorted({name for layer in layers for name in layer.executors}),
+            dense_because=layers.fallbacks(),
+        )
+        stop = _stop_tokens(model)
+        prefilled = time.perf_counter()
+        while True:
+            token = int(out.logits[0, -1].argmax())
+            result.tokens.append(token)
+            result.text = tokenizer.decode(result.tokens, skip_special_tokens=True)
+            if stream is not None and not result.text.endswith("�"):  # half of a character
+                print(result.text[len(printed) :], end="", file=stream, flush=True)
+                printed = result.text
+            if token in stop or len(result.tokens) == max_new_tokens:
+                break
+            out = model(
+                input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1
+            )
+        result.decode_seconds = time.perf_counter() - prefilled
+    if stream is not None:
+        print(result.text[len(printed) :], file=stream, flush=True)
+    if hidden:
+        head = model.get_output_embeddings()
+        result.top1 = torch.cat([head(rows).argmax(-1) for rows in hidden[0][0].split(_HEAD_ROWS)])
+    return result
+
+
+def compare_top1(one: Generation, other: Generation) -> float:
+    """Share of the prompt's positions at which both would continue with the same token."""
+    if one.top1 is None or other.top1 is None:
+        raise ValueError("compare_top1 needs two generations that were made with keep_top1=True")
+    return float((one.top1 == other.top1).float().mean())
+
+
+def _stop_tokens(model: Any) -> set[int]:
+    stop = model.generation_config.eos_token_id
+    return set() if stop is None else set(stop) if isinstance(stop, list) else {stop}

@@ -1,0 +1,240 @@
+"""``gossamer run``: a model reads a prompt with a sparse method and answers greedily."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gossamer import methods
+from gossamer.attention import Policy
+from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
+from gossamer.profile import Profile
+
+if typing.TYPE_CHECKING:
+    from gossamer.cli.generation import Generation
+
+__all__ = ["add_parser"]
+
+_COLUMNS: tuple[str, ...] = (
+    "method",
+    "prefill s",
+    "attention s",
+    "density",
+    "tokens/s",
+    "top-1 as dense",
+    "same tokens",
+)
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(commands, "run", execute, "let a model read a long prompt and stream its answer")
+    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("prompt", nargs="?", default="-", help="text file; - or nothing reads standard input")
+    parser.add_argument("--method", default="minference", help="see `gossamer methods` (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the method")
+    parser.add_argument("--profile", type=Path, help="per-head patterns, for methods that take a profile")
+    parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
+    parser.add_argument("--compare", action="store_true", help="also run dense, and print both as a table")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    if arguments.max_new_tokens < 1:
+        raise BadInput(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    policy = _make_policy(arguments)
+    config = _check_model(arguments.model)
+    _check_profile(policy, config)
+    text = _read_prompt(arguments.prompt)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise BadInput("`gossamer run` needs transformers: pip install 'gossamer[cli]'") from error
+    from gossamer.cli.generation import compare_top1, generate, load_model, load_tokenizer, tokenize
+
+    tokenizer = load_tokenizer(arguments.model)
+    prompt = tokenize(tokenizer, text, arguments.chat)
+    _check_length(config, prompt.shape[1], arguments.max_new_tokens)
+    model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
+
+    contenders = {policy.method.name: policy}
+    if arguments.compare:
+        generate(model, tokenizer, prompt[:, :64], policy, 1)  # pages the weights in, so that neither contender pays
+        contenders["dense"] = Policy.of("dense")
+    results: dict[str, Generation] = {}
+    for name, contender in contenders.items():
+        stream = sys.stdout if not (arguments.json or results) else None
+        with _progress(model, f"{name}: prefill"):
+            results[name] = generate(
+                model, tokenizer, prompt, contender, arguments.max_new_tokens, stream, keep_top1=arguments.compare
+            )
+    answer = results[policy.method.name]
+    agreement = compare_top1(answer, results["dense"]) if arguments.compare else None
+    if arguments.json:
+        data = {"model": str(arguments.model), "prompt_tokens": prompt.shape[1], "method": policy.method.to_dict()}
+        data |= answer.to_dict()
+        if arguments.compare:
+            data["dense"] = results["dense"].to_dict()
+            data["top1_agreement"] = agreement
+        print_json(data)
+        return 0
+    if arguments.compare:
+        print(_comparison(results, agreement), file=sys.stderr)
+    print(answer.summary(), file=sys.stderr)
+    return 0
+
+
+def _make_policy(arguments: argparse.Namespace) -> Policy:
+    try:
+        fields = _parse_fields(type(methods.create(arguments.method)), arguments.set)
+        if arguments.profile is not None:
+            fields["profile"] = Profile.load(arguments.profile)
+        policy = Policy(methods.create(arguments.method, **fields))
+        return policy if arguments.min_tokens is None else Policy(policy.method, arguments.min_tokens)
+    except (ValueError, TypeError) as error:
+        raise BadInput(first_line(error)) from error
+    except OSError as error:
+        raise BadInput(f"cannot read the profile {arguments.profile}: {error.strerror}") from error
+
+
+def _parse_fields(method: type[methods.Method], pairs: list[str]) -> dict[str, Any]:
+    """``FIELD=VALUE`` pairs by the types of the method's fields; names that it lacks pass through as they are.
+
+    Raises:
+        ValueError: a value that is not of its field's type.
+    """
+    types = typing.get_type_hints(method)
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        kind = types.get(name)
+        if not equals:
+            raise ValueError(f"--set takes FIELD=VALUE, got {pair!r}")
+        if name == "profile" and kind is not None:
+            raise ValueError("a profile is a file: use --profile FILE instead of --set profile=...")
+        try:
+            values[name] = _parse(kind, value)
+        except ValueError:
+            raise ValueError(f"{method.name}.{name} takes {kind.__name__ if kind else kind}, got {value!r}") from None
+    return values
+
+
+def _parse(kind: type | None, value: str) -> Any:
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise ValueError(value)
+        return value.lower() == "true"
+    return kind(value) if kind in (int, float) else value
+
+
+def _check_model(path: Path) -> dict[str, Any]:
+    """The model's config as JSON; the folder is looked at before anything slow is imported."""
+    if not path.exists():
+        raise BadInput(f"no such model: {path} (give the folder of a transformers model; nothing is downloaded)")
+    file = path / "config.json"
+    if not file.is_file():
+        raise BadInput(f"{path} is not a model: it has no config.json")
+    try:
+        config = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path} is not a model: its config.json cannot be read ({first_line(error)})") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise BadInput(f"{path} is not a transformers model: its config.json names no model_type")
+    return config
+
+
+def _check_profile(policy: Policy, config: dict[str, Any]) -> None:
+    profile: Profile | None = getattr(policy.method, "profile", None)
+    text = config.get("text_config") or config
+    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
+    if profile is not None and layers and heads and (profile.layers, profile.heads) != (layers, heads):
+        raise BadInput(
+            f"the profile is for {profile.layers} layers of {profile.heads} heads, but this model has {layers} layers "
+            f"of {heads}; use a profile made for it"
+        )
+
+
+def _read_prompt(name: str) -> str:
+    if name == "-":
+        if sys.stdin.isatty():
+            print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
+        text, source = sys.stdin.read(), "standard input"
+    else:
+        path, source = Path(name), name
+        if not path.exists():
+            raise BadInput(f"no such prompt file: {name}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BadInput(f"the prompt file {name} is not UTF-8 text") from error
+        except OSError as error:
+            raise BadInput(f"cannot read the prompt file {name}: {error.strerror}") from error
+    if not text.strip():
+        raise BadInput(f"the prompt is empty ({source})")
+    return text
+
+
+def _check_length(config: dict[str, Any], tokens: int, new_tokens: int) -> None:
+    limit = (config.get("text_config") or config).get("max_position_embeddings")
+    if limit is not None and tokens + new_tokens > limit:
+        raise BadInput(
+            f"the prompt is too long: {tokens} tokens and {new_tokens} new ones, but this model takes {limit}; "
+            f"shorten it to {max(0, limit - new_tokens)} tokens or lower --max-new-tokens"
+        )
+
+
+@contextmanager
+def _progress(model: nn.Module, title: str) -> Iterator[None]:
+    """A bar over the decoder's layers during the first forward pass, on a terminal, if it takes over two seconds."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=len, default=None)
+    if layers is None or not sys.stderr.isatty():
+        yield
+        return
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(layers), desc=title, unit="layer", delay=2, leave=False, file=sys.stderr)
+
+    def advance(*_: Any) -> None:
+        if bar.n < len(layers):
+            bar.update()
+            if bar.n == len(layers):
+                bar.close()
+
+    hooks = [layer.register_forward_hook(advance) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        bar.close()
+
+
+def _comparison(results: dict[str, Generation], agreement: float | None) -> str:
+    dense = results["dense"]
+    rows = [_COLUMNS]
+    for name, result in results.items():
+        same = sum(a == b for a, b in zip(result.tokens, dense.tokens, strict=False))
+        rows.append(
+            (
+                name,
+                f"{result.prefill_seconds:.2f}",
+                f"{result.plan_seconds + result.attention_seconds:.2f}",
+                f"{result.density:.3f}",
+                f"{result.tokens_per_second:.1f}",
+                "-" if agreement is None or result is dense else f"{agreement:.2%}",
+                "-" if result is dense else f"{same}/{len(dense.tokens)}",
+            )
+        )
+    return table(rows)

@@ -1,0 +1,193 @@
+"""``gossamer run`` on a tiny random model: answers, numbers, and one clear line for every bad input."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gossamer.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
+
+SPARSE = ["--method", "a_shape", "--set", "sink=8", "--set", "window=32", "--min-tokens", "0"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    code = main(["run", *map(str, argv)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_streams_the_answer_to_stdout_and_figures_to_stderr(capsys, model_path, prompt_file):
+    code, out, err = run(capsys, model_path, prompt_file, *SPARSE, "--max-new-tokens", 5)
+    assert code == 0
+    assert len(out.split()) == 5
+    assert "density 0." in err
+
+
+def test_json_is_one_object_with_the_figures_of_the_prefill(capsys, model_path, prompt_file):
+    code, out, _ = run(capsys, model_path, prompt_file, *SPARSE, "--max-new-tokens", 3, "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["prompt_tokens"] == 300
+    assert data["method"] == {"method": "a_shape", "sink": 8, "window": 32}
+    assert 0 < data["density"] < 0.5
+    assert len(data["tokens"]) == 3
+    assert data["prefill_seconds"] > data["attention_seconds"] > 0
+
+
+def test_compare_adds_a_dense_run(capsys, model_path, prompt_file):
+    code, out, _ = run(capsys, model_path, prompt_file, *SPARSE, "--max-new-tokens", 3, "--json", "--compare")
+    data = json.loads(out)
+    assert code == 0
+    assert data["dense"]["density"] == 1.0
+    assert 0 <= data["top1_agreement"] <= 1
+
+
+def test_compare_prints_a_table(capsys, model_path, prompt_file):
+    code, _, err = run(capsys, model_path, prompt_file, *SPARSE, "--max-new-tokens", 3, "--compare")
+    lines = [line.split() for line in err.splitlines()]
+    assert code == 0
+    assert [line[0] for line in lines if line and line[0] in ("a_shape", "dense")] == ["a_shape", "dense"]
+
+
+def test_a_method_that_drops_nothing_agrees_with_dense(capsys, model_path, prompt_file):
+    # Whole prompt in the window: the same function up to rounding.
+    argv = ["--method", "a_shape", "--min-tokens", 0, "--max-new-tokens", 4, "--json", "--compare"]
+    code, out, _ = run(capsys, model_path, prompt_file, *argv)
+    data = json.loads(out)
+    assert code == 0
+    assert data["tokens"] == data["dense"]["tokens"]
+    assert data["top1_agreement"] == 1.0
+
+
+def test_reads_the_prompt_from_standard_input(capsys, model_path, prompt_file, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(prompt_file.read_text()))
+    code, out, _ = run(capsys, model_path, *SPARSE, "--max-new-tokens", 1, "--json")
+    assert code == 0
+    assert json.loads(out)["prompt_tokens"] == 300
+
+
+def test_says_why_a_short_prompt_ran_dense(capsys, model_path, prompt_file):
+    code, out, _ = run(capsys, model_path, prompt_file, "--max-new-tokens", 1, "--json")
+    assert code == 0
+    assert json.loads(out)["dense_because"] == {"short prompt": 2}
+
+
+def bad(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The one line that a bad command line gives."""
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_missing_model(capsys, tmp_path, prompt_file):
+    assert "no such model" in bad(capsys, tmp_path / "nowhere", prompt_file)
+
+
+def test_folder_that_is_not_a_model(capsys, tmp_path, prompt_file):
+    assert "is not a model" in bad(capsys, tmp_path, prompt_file)
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "{}"])
+def test_config_that_is_not_a_model(capsys, tmp_path, prompt_file, config):
+    (tmp_path / "config.json").write_text(config)
+    assert "model" in bad(capsys, tmp_path, prompt_file)
+
+
+def test_model_without_tokenizer(capsys, tmp_path, model_path, prompt_file):
+    shutil.copy(model_path / "config.json", tmp_path)
+    assert "no tokenizer" in bad(capsys, tmp_path, prompt_file)
+
+
+def test_model_without_weights(capsys, tmp_path, model_path, prompt_file):
+    shutil.copytree(model_path, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    assert "can load" in bad(capsys, tmp_path, prompt_file)
+
+
+def test_damaged_weights(capsys, tmp_path, model_path, prompt_file):
+    shutil.copytree(model_path, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    assert "can load" in bad(capsys, tmp_path, prompt_file)
+
+
+def test_missing_prompt_file(capsys, model_path, tmp_path):
+    assert "no such prompt file" in bad(capsys, model_path, tmp_path / "nothing.txt")
+
+
+def test_prompt_file_that_is_a_folder(capsys, model_path, tmp_path):
+    assert "cannot read the prompt file" in bad(capsys, model_path, tmp_path)
+
+
+def test_prompt_file_that_is_not_text(capsys, model_path, tmp_path):
+    file = tmp_path / "image.bin"
+    file.write_bytes(b"\xff\xfe\x00\x81")
+    assert "not UTF-8" in bad(capsys, model_path, file)
+
+
+def test_empty_prompt(capsys, model_path, tmp_path):
+    file = tmp_path / "empty.txt"
+    file.write_text("\n")
+    assert "empty" in bad(capsys, model_path, file)
+
+
+def test_prompt_longer_than_the_model_allows(capsys, model_path, prompt_file):
+    line = bad(capsys, model_path, prompt_file, "--max-new-tokens", 725)
+    assert "300 tokens and 725 new ones, but this model takes 1024" in line
+
+
+def test_unknown_method_lists_the_known_ones(capsys, model_path, prompt_file):
+    line = bad(capsys, model_path, prompt_file, "--method", "magic")
+    assert "'magic'" in line
+    assert "minference" in line
+    assert "max_relative" in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("sinks=1", "its fields are: sink, window"),
+        ("sink=many", "a_shape.sink takes int"),
+        ("sink", "FIELD=VALUE"),
+        ("sink=-1", "at least 0"),
+    ],
+)
+def test_bad_field(capsys, model_path, prompt_file, setting, expected):
+    assert expected in bad(capsys, model_path, prompt_file, "--method", "a_shape", "--set", setting)
+
+
+def test_missing_profile(capsys, model_path, prompt_file, tmp_path):
+    assert "cannot read the profile" in bad(capsys, model_path, prompt_file, "--profile", tmp_path / "none.json")
+
+
+def test_file_that_is_no_profile(capsys, model_path, prompt_file):
+    assert "is not JSON" in bad(capsys, model_path, prompt_file, "--profile", prompt_file)
+
+
+def test_profile_of_another_model(capsys, model_path, prompt_file, tmp_path):
+    from gossamer import HeadPattern, Profile
+
+    Profile.uniform(3, 8, HeadPattern("dense")).save(tmp_path / "profile.json")
+    line = bad(capsys, model_path, prompt_file, "--profile", tmp_path / "profile.json", "--min-tokens", 0)
+    assert "3 layers of 8 heads" in line
+
+
+def test_chat_without_a_template(capsys, model_path, prompt_file):
+    assert "no chat template" in bad(capsys, model_path, prompt_file, "--chat")
+
+
+def test_unknown_option(capsys, model_path, prompt_file):
+    assert "--fast" in bad(capsys, model_path, prompt_file, "--fast")
+
+
+def test_no_new_tokens(capsys, model_path, prompt_file):
+    assert "at least 1" in bad(capsys, model_path, prompt_file, "--max-new-tokens", 0)
+
+
+def test_model_path_stays_in_the_message(capsys, prompt_file):
+    assert "meta/some-name" in bad(capsys, Path("meta/some-name"), prompt_file)
