@@ -1,0 +1,271 @@
+"""`enable` and its `Handle`: one policy for one model object, what it did, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, cast
+
+from torch import nn
+
+from gossamer import methods
+from gossamer.attention import CallRecord, Policy
+from gossamer.integrations.transformers.attention import NAME, Owner, owner_of, register, set_owner
+from gossamer.methods import Method
+from gossamer.profile import Profile
+
+__all__ = ["Handle", "LayerStats", "Stats", "enable"]
+
+
+@dataclass(slots=True)
+class LayerStats:
+    """What one layer's attention did since `enable` or `Handle.reset`.
+
+    Fields:
+        layer: the model's index of it; None collects the modules that have no ``layer_idx``.
+        calls, sparse_calls, dense_calls: a batch is one call. A compiled decode step is not counted.
+        density: share of the dense causal pairs that was computed, over all calls with more than one query (so
+            decoding, which is always dense, does not dilute it); 1.0 if there were none.
+        plan_seconds, attention_seconds: wall-clock, estimation and execution.
+        fallbacks: reason of each dense call and how often; a method that is itself dense gives none.
+        executors: what ran, and how often.
+    """
+
+    layer: int | None
+    sparse_calls: int = 0
+    dense_calls: int = 0
+    plan_seconds: float = 0.0
+    attention_seconds: float = 0.0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    executors: dict[str, int] = field(default_factory=dict)
+    _computed: float = 0.0
+    _pairs: float = 0.0
+
+    @property
+    def calls(self) -> int:
+        return self.sparse_calls + self.dense_calls
+
+    @property
+    def density(self) -> float:
+        return self._computed / self._pairs if self._pairs else 1.0
+
+    def add(self, call: CallRecord) -> None:
+        if call.path == "sparse":
+            self.sparse_calls += 1
+        else:
+            self.dense_calls += 1
+        self.plan_seconds += call.plan_seconds
+        self.attention_seconds += call.attention_seconds
+        self.executors[call.executor] = self.executors.get(call.executor, 0) + 1
+        if call.reason is not None:
+            self.fallbacks[call.reason] = self.fallbacks.get(call.reason, 0) + 1
+        if call.query_len > 1:
+            pairs = call.query_len * (call.key_len - (call.query_len - 1) / 2)
+            self._pairs += pairs
+            self._computed += call.density * pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The layers of a model, in order; prints as a table."""
+
+    layers: tuple[LayerStats, ...]
+
+    def __iter__(self) -> Iterator[LayerStats]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def fallbacks(self) -> dict[str, int]:
+        """Reasons of the dense calls of all layers, the most frequent first."""
+        total: dict[str, int] = {}
+        for row in self.layers:
+            for reason, count in row.fallbacks.items():
+                total[reason] = total.get(reason, 0) + count
+        return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no attention calls recorded"
+        lines = [f"{'layer':>5} {'calls':>6} {'sparse':>6} {'density':>7} {'plan s':>8} {'attn s':>8}  dense because"]
+        for row in self.layers:
+            name = "-" if row.layer is None else str(row.layer)
+            why = ", ".join(f"{reason} x{count}" for reason, count in row.fallbacks.items())
+            lines.append(
+                f"{name:>5} {row.calls:>6} {row.sparse_calls:>6} {row.density:>7.3f} {row.plan_seconds:>8.3f} "
+                f"{row.attention_seconds:>8.3f}  {why}".rstrip()
+            )
+        return "\n".join(lines)
+
+
+class Handle:
+    """An enabled model. `enable` makes it; as a context manager it disables the model on the way out.
+
+    It holds the model weakly: a handle that is kept does not keep the model in memory.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, previous: str | dict[str, Any]) -> None:
+        self.policy = policy
+        self._model = weakref.ref(model)
+        self._previous = previous
+        self._layers: dict[int | None, LayerStats] = {}
+        owner = Owner(policy, self._record)
+        for module in model.modules():
+            set_owner(module, owner)
+        self._enabled = True
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    def stats(self) -> Stats:
+        """What each layer did until now. Layers that were not called are absent."""
+        order = sorted(self._layers, key=lambda layer: (layer is None, layer or 0))
+        return Stats(tuple(copy.deepcopy(self._layers[layer]) for layer in order))
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self._layers.clear()
+
+    def disable(self) -> None:
+        """Give the model its previous attention implementation back. A second call does nothing."""
+        model = self._model()
+        if not self._enabled or model is None:
+            self._enabled = False
+            return
+        self._enabled = False
+        for module in model.modules():
+            set_owner(module, None)
+        cast(Any, model).set_attn_implementation(self._previous)
+
+    def _record(self, call: CallRecord) -> None:
+        self._layers.setdefault(call.layer, LayerStats(call.layer)).add(call)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+    def __repr__(self) -> str:
+        model = self._model()
+        name = type(model).__name__ if model is not None else "a model that is gone"
+        return f"<gossamer {self.policy.method.name} on {name}, {'enabled' if self._enabled else 'disabled'}>"
+
+
+def enable(
+    model: Any,
+    method: str | Method | Policy = "minference",
+    *,
+    profile: str | os.PathLike[str] | Profile | None = None,
+    min_tokens: int | None = None,
+    max_density: float | None = None,
+    **fields: Any,
+) -> Handle:
+    """Run a transformers model's attention through gossamer: prefill by a sparse method, decoding dense.
+
+    Only this model object is affected, and of a composite model only its text part. Its weights, its config's other
+    fields and the library stay as they are.
+
+    Args:
+        model: a transformers model whose attention goes through ``AttentionInterface``.
+        method: a name from `gossamer.methods.available`, a method, or a whole policy.
+        profile: per-head patterns for a method that has a field ``profile``: a `Profile`, or the path of one.
+        min_tokens, max_density: thresholds of the policy; see `Policy`.
+        **fields: hyperparameters of the method, where `method` is a name.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: an unknown method or field, a model that is enabled already, or one that cannot switch its
+            attention implementation.
+    """
+    policy = _policy(method, profile, min_tokens, max_density, fields)
+    modules = getattr(model, "modules", None)
+    if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config") or modules is None:
+        raise TypeError(
+            f"gossamer.enable needs a transformers model (a PreTrainedModel), got {type(model).__name__}; "
+            "for a pipeline, pass its .model"
+        )
+    if any(owner_of(module) is not None for module in modules()):
+        raise ValueError(
+            f"this {type(model).__name__}, or a part of it, is enabled already; call disable() on its handle first"
+        )
+    register()
+    text = model.config.get_text_config(decoder=True)
+    previous = _implementations(model.config)
+    model.set_attn_implementation(_request(model.config, text))
+    reached = text if _path(model.config, text) is not None else model.config
+    if reached._attn_implementation != NAME:
+        model.set_attn_implementation(previous)
+        raise ValueError(
+            f"{type(model).__name__} does not let its attention implementation be changed: its modelling code does "
+            "not go through transformers' AttentionInterface. gossamer cannot run it"
+        )
+    return Handle(model, policy, previous)
+
+
+def _policy(
+    method: str | Method | Policy,
+    profile: str | os.PathLike[str] | Profile | None,
+    min_tokens: int | None,
+    max_density: float | None,
+    fields: dict[str, Any],
+) -> Policy:
+    thresholds: dict[str, Any] = {"min_tokens": min_tokens, "max_density": max_density}
+    thresholds = {name: value for name, value in thresholds.items() if value is not None}
+    if profile is not None:
+        fields = fields | {"profile": profile if isinstance(profile, Profile) else Profile.load(profile)}
+    if isinstance(method, str):
+        return Policy(methods.create(method, **fields), **thresholds)
+    if fields:
+        raise ValueError(
+            f"{', '.join(sorted(fields))} given beside a finished {type(method).__name__}; "
+            "pass the method by its name, or set its fields where it is made"
+        )
+    if isinstance(method, Policy):
+        return dataclasses.replace(method, **thresholds)
+    return Policy(method, **thresholds)
+
+
+def _children(config: Any) -> dict[str, Any]:
+    """The sub-configs of a composite config, by name."""
+    named = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    return {name: child for name, child in named.items() if child is not None}
+
+
+def _implementations(config: Any) -> str | dict[str, Any]:
+    """The attention implementations of a config and its sub-configs, as ``set_attn_implementation`` takes them."""
+    children = _children(config)
+    if not children:
+        return config._attn_implementation
+    return {"": config._attn_implementation} | {name: _implementations(child) for name, child in children.items()}
+
+
+def _path(config: Any, target: Any) -> tuple[str, ...] | None:
+    """Names that lead from a config to one of its sub-configs (by identity), or None."""
+    if config is target:
+        return ()
+    for name, child in _children(config).items():
+        rest = _path(child, target)
+        if rest is not None:
+            return (name, *rest)
+    return None
+
+
+def _request(config: Any, text: Any) -> str | dict[str, Any]:
+    """What to ask ``set_attn_implementation`` for, so that the text part alone changes."""
+    path = _path(config, text) or ()
+    if not path and not _children(config):
+        return NAME
+    request: str | dict[str, Any] = NAME if path else {"": NAME}
+    for name in reversed(path):
+        request = {name: request}
+    return request

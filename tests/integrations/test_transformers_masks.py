@@ -1,0 +1,176 @@
+"""`compact_mask` says exactly what ``sdpa_mask`` says, in less."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    padding_mask_function,
+    sdpa_mask,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
+
+from gossamer.integrations.transformers.masks import (
+    compact_mask,
+    explicit_mask,
+    extent_of,
+    plain_window,
+    window_of,
+)
+
+BATCH = 3
+
+
+def expand(mask: Tensor | None, q_length: int, kv_length: int) -> Tensor:
+    """A compact mask as the pairs that attention will use."""
+    if mask is not None and mask.ndim == 4:
+        return mask
+    extent, used = extent_of(mask, BATCH, q_length, kv_length)
+    assert used <= kv_length
+    return explicit_mask(extent, q_length, kv_length, window_of(mask), "cpu")
+
+
+def whole(**arguments: Any) -> Tensor:
+    mask = sdpa_mask(**arguments, allow_is_causal_skip=False)
+    assert mask is not None
+    return mask
+
+
+def padded(seen: int, kind: str) -> Tensor | None:
+    if kind == "none":
+        return None
+    mask = torch.ones(BATCH, seen, dtype=torch.bool)
+    left, right = {"left": (3, 0), "right": (0, 2), "both": (2, 3), "every": (0, 1), "hole": (0, 0)}[kind]
+    mask[1, :left] = False
+    if right:
+        mask[0 if kind == "every" else 1 :, -right:] = False
+    if kind == "hole":
+        mask[1, 4:6] = False
+    return mask
+
+
+# (queries, past tokens, keys or None for past + queries): one-shot, chunk, static prefill, static chunk.
+SHAPES = [(12, 0, None), (5, 9, None), (12, 0, 20), (5, 9, 20), (2, 30, 32)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("kind", ["none", "left", "right", "both", "every", "hole"])
+@pytest.mark.parametrize(("q_length", "past", "keys"), SHAPES)
+def test_compact_mask_means_what_sdpa_mask_means(
+    q_length: int, past: int, keys: int | None, kind: str, window: int | None
+) -> None:
+    attention_mask = padded(past + q_length, kind)
+    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    arguments: dict[str, Any] = {
+        "batch_size": BATCH,
+        "q_length": q_length,
+        "kv_length": keys or past + q_length,
+        "q_offset": past,
+        "mask_function": function,
+        "attention_mask": attention_mask,
+    }
+    mask = compact_mask(**arguments)
+    if kind in ("every", "hole"):
+        assert mask is not None
+        assert mask.ndim == 4
+    else:
+        assert mask is None or mask.ndim == 2
+    expected = whole(**arguments)
+    assert torch.equal(expand(mask, q_length, arguments["kv_length"]), expected)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["made once", "handed back by generate"])
+@pytest.mark.parametrize("kind", ["none", "left"])
+def test_rolling_caches_keep_their_offset(kind: str, again: bool) -> None:
+    q_length, past, window = 6, 20, 8
+    arguments: dict[str, Any] = {
+        "batch_size": BATCH,
+        "q_length": q_length,
+        "kv_length": window - 1 + q_length,
+        "q_offset": past,
+        "kv_offset": past - window + 1,
+        "mask_function": sliding_window_causal_mask_function(window),
+        "attention_mask": padded(past + q_length, kind),
+    }
+    expected = whole(**arguments)
+    mask = compact_mask(**arguments)
+    if again and mask is not None:
+        mask = compact_mask(**{**arguments, "attention_mask": mask.bool()})
+    assert mask is not None
+    assert mask.ndim == 2
+    assert torch.equal(expand(mask, q_length, arguments["kv_length"]), expected)
+
+
+def test_nothing_to_say_is_none() -> None:
+    assert compact_mask(2, 8, 8) is None
+    assert compact_mask(2, 8, 8, attention_mask=torch.ones(2, 8, dtype=torch.bool)) is None
+    assert compact_mask(2, 8, 30, q_offset=22) is None
+    assert compact_mask(2, 8, 30, q_offset=torch.tensor(22)) is None
+
+
+def test_a_caller_that_wants_the_whole_mask_gets_it() -> None:
+    mask = compact_mask(2, 8, 8, allow_is_causal_skip=False)
+    assert mask is not None
+    assert mask.shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("q_offset", [0, 5])
+def test_one_query_gets_what_sdpa_gets(q_offset: int) -> None:
+    static = compact_mask(2, 1, 12, q_offset=torch.tensor(q_offset), allow_is_causal_skip=False)
+    assert static is not None
+    assert static.shape == (2, 1, 1, 12)
+    assert compact_mask(2, 1, q_offset + 1, q_offset=q_offset) is None
+
+
+def test_plain_masks_are_a_whitelist() -> None:
+    window = sliding_window_overlay(5)
+    assert plain_window(causal_mask_function) == (True, None)
+    assert plain_window(sliding_window_causal_mask_function(5)) == (True, 5)
+    assert plain_window(and_masks(causal_mask_function, window)) == (True, 5)
+    padding = padding_mask_function(torch.ones(1, 4, dtype=torch.bool))
+    others = [
+        or_masks(window, causal_mask_function),
+        and_masks(window, causal_mask_function, padding),
+        and_masks(causal_mask_function, padding),
+        and_masks(causal_mask_function),
+        and_masks(causal_mask_function, causal_mask_function),
+        and_masks(window, window),
+        window,
+        chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long)),
+        sliding_window_bidirectional_mask_function(5),
+        lambda batch, head, q, kv: kv <= q,
+        max,
+    ]
+    assert [plain_window(function) for function in others] == [(False, None)] * len(others)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 3), (3, 9)])
+def test_an_overlay_falls_to_the_whole_mask(start: int, stop: int) -> None:
+    """An image block that sees itself both ways is not causal."""
+
+    def block(batch: Any, head: Any, q: Any, kv: Any) -> Any:
+        return (q >= start) & (q < stop) & (kv >= start) & (kv < stop)
+
+    arguments: dict[str, Any] = {
+        "batch_size": 2,
+        "q_length": 12,
+        "kv_length": 12,
+        "mask_function": or_masks(causal_mask_function, block),
+    }
+    mask = compact_mask(**arguments)
+    assert mask is not None
+    assert torch.equal(mask, whole(**arguments))
+
+
+def test_a_mask_for_other_keys_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 9\).*\(2, 12\)"):
+        extent_of(torch.ones(2, 9, dtype=torch.bool), 2, 4, 12)
