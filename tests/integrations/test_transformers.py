@@ -357,6 +357,21 @@ class TestUnusualArguments:
         assert weights is None
         torch.testing.assert_close(out, expected.transpose(1, 2))
 
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_a_position_bias_is_added(self, causal: bool) -> None:
+        q, k, v = (torch.randn(2, 2, 9, 8) for _ in range(3))
+        bias = torch.randn(1, 2, 9, 9)
+        out, _ = hf_attention(nn.Module(), q, k, v, None, position_bias=bias, is_causal=causal)
+        added = bias.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -torch.inf) if causal else bias
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=added)
+        torch.testing.assert_close(out, expected.transpose(1, 2))
+
+    def test_bidirectional_dropout_hides_no_keys(self) -> None:
+        q, k = (torch.randn(1, 2, 9, 8) for _ in range(2))
+        values = torch.eye(9).expand(1, 2, 9, 9)
+        out, _ = hf_attention(nn.Module(), q, k, values, None, dropout=0.01, is_causal=False)
+        assert (out[:, 0, :, 1:] > 0).any()
+
     def test_trained_sparse_indices_are_followed(self) -> None:
         config = DeepseekV32Config(
             vocab_size=96, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,

@@ -142,6 +142,7 @@ def test_plain_masks_are_a_whitelist() -> None:
         and_masks(window, causal_mask_function, padding),
         and_masks(causal_mask_function, padding),
         and_masks(causal_mask_function),
+        and_masks(window),
         and_masks(causal_mask_function, causal_mask_function),
         and_masks(window, window),
         window,
@@ -151,6 +152,13 @@ def test_plain_masks_are_a_whitelist() -> None:
         max,
     ]
     assert [plain_window(function) for function in others] == [(False, None)] * len(others)
+
+
+@pytest.mark.parametrize(("q_offset", "kv_offset"), [(0, 0), (4, 0)])
+def test_queries_beyond_the_keys_are_not_described(q_offset: int, kv_offset: int) -> None:
+    mask = compact_mask(2, 8, 6, q_offset=q_offset, kv_offset=kv_offset)
+    assert mask is not None
+    assert mask.shape == (2, 1, 8, 6)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 3), (3, 9)])
