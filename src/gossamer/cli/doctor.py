@@ -18,7 +18,7 @@ from gossamer.methods import AShape
 from gossamer.ops import cpu, reference
 from gossamer.plan import Extent
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "examine", "examine_cpu"]
 
 # Instruction sets that some kernel could use, as Linux names them.
 _FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512(f|bw|vl|dq|_bf16|_fp16|_vnni)|amx_\w+|asimd|sve2?|bf16|i8mm")
@@ -58,12 +58,7 @@ def examine() -> dict[str, Any]:
         "gossamer": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": {
-            "model": _cpu_model(),
-            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-            "features": _cpu_features(),
-        },
+        "cpu": examine_cpu(),
         "kernels": {
             "available": cpu.is_available(),
             "why_unavailable": cpu.why_unavailable(),
@@ -76,6 +71,16 @@ def examine() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     }
     return report | {"off": _what_is_off(report)}
+
+
+def examine_cpu() -> dict[str, Any]:
+    """The processor, its instruction sets, the cores that this process may use and torch's threads."""
+    return {
+        "model": _cpu_model(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "features": _cpu_features(),
+    }
 
 
 def _self_test(dtype: torch.dtype) -> str:
