@@ -1,0 +1,66 @@
+// Python's view: pointers, strides and index arrays in, nothing of torch linked. The GIL is released while it runs.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu_features.h"
+#include "executor.h"
+#include "isa.h"
+
+namespace nb = nanobind;
+using namespace gossamer;
+
+namespace {
+
+TensorView view(uintptr_t data, const std::vector<int64_t>& strides) {
+  if (strides.size() != 4 || strides[3] != 1) throw std::invalid_argument("four strides, the last of them 1");
+  return {reinterpret_cast<char*>(data), {strides[0], strides[1], strides[2]}};
+}
+
+template <class T>
+const T* pointer(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+void attend(const std::string& isa, int dtype, uintptr_t q, const std::vector<int64_t>& q_strides, uintptr_t k,
+            const std::vector<int64_t>& k_strides, uintptr_t v, const std::vector<int64_t>& v_strides, uintptr_t out,
+            const std::vector<int64_t>& out_strides, uintptr_t lse, uintptr_t sinks,
+            const std::vector<int64_t>& sizes, const std::vector<uintptr_t>& arrays, int64_t limit, bool causal,
+            float scale, float softcap, int threads) {
+  const Kernels* kernels = kernels_of(isa);
+  if (kernels == nullptr) throw std::invalid_argument("this build has no kernels for " + isa);
+  if (sizes.size() != 11 || arrays.size() != 11) throw std::invalid_argument("11 sizes and 11 arrays");
+  const PlanView plan{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
+                      pointer<int64_t>(arrays[0]), pointer<int32_t>(arrays[1]), pointer<int64_t>(arrays[2]),
+                      pointer<int32_t>(arrays[3]), pointer<int32_t>(arrays[4]), pointer<int32_t>(arrays[5]),
+                      pointer<int32_t>(arrays[6]), pointer<int32_t>(arrays[7]), pointer<int64_t>(arrays[8]),
+                      pointer<int64_t>(arrays[9]), pointer<int64_t>(arrays[10]), limit < 0 ? kUnlimited : limit, causal};
+  const Call call{view(q, q_strides), view(k, k_strides), view(v, v_strides), view(out, out_strides),
+                  reinterpret_cast<float*>(lse), pointer<float>(sinks), sizes[7], sizes[8],
+                  static_cast<int>(sizes[9]), static_cast<int>(sizes[10]), static_cast<DType>(dtype), scale, softcap,
+                  threads};
+  nb::gil_scoped_release release;
+  execute(*kernels, plan, call);
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  m.doc() = "Sparse attention kernels for CPUs; see gossamer.ops.cpu";
+  m.def("attend", &attend);
+  m.def("supported", &supported_isas, "Instruction sets of this build that this machine runs, best last");
+  m.def("prefers_bf16_dot", &prefers_bf16_dot, "Whether vdpbf16ps beats fp32 FMA here (AMD)");
+  m.def("has_openmp", [] {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+  });
+}

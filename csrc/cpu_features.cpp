@@ -1,0 +1,94 @@
+#include "cpu_features.h"
+
+#ifdef GOSSAMER_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+namespace gossamer {
+namespace {
+
+#ifdef GOSSAMER_X86
+struct Leaf {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+};
+
+Leaf cpuid(unsigned leaf, unsigned part) {
+  Leaf r;
+  if (!__get_cpuid_count(leaf, part, &r.a, &r.b, &r.c, &r.d)) return {};
+  return r;
+}
+
+// What the operating system saves on a context switch.
+uint64_t enabled_state() {
+  if (!(cpuid(1, 0).c >> 27 & 1)) return 0;
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return uint64_t{high} << 32 | low;
+}
+
+bool has_avx2() {
+  const unsigned c = cpuid(1, 0).c;
+  return (enabled_state() & 6) == 6 && (c >> 12 & 1) && (c >> 29 & 1) && (cpuid(7, 0).b >> 5 & 1);
+}
+
+bool has_avx512() {
+  const unsigned b = cpuid(7, 0).b;  // F 16, DQ 17, BW 30, VL 31
+  return has_avx2() && (enabled_state() & 0xe6) == 0xe6 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) &&
+         (b >> 31 & 1);
+}
+
+bool has_avx512_bf16() { return has_avx512() && (cpuid(7, 1).a >> 5 & 1); }
+
+// Tile state must be enabled by the system, and granted to the process on request.
+bool has_amx() {
+#ifdef __linux__
+  const unsigned d = cpuid(7, 0).d;  // AMX-BF16 22, AMX-TILE 24
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return has_avx512_bf16() && (enabled_state() >> 17 & 3) == 3 && (d >> 22 & 1) && (d >> 24 & 1) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names{"portable"};
+#ifdef GOSSAMER_X86
+  if (has_avx2()) names.push_back("avx2");
+  if (has_avx512()) names.push_back("avx512");
+  if (has_avx512_bf16()) names.push_back("avx512_bf16");
+  if (has_amx()) names.push_back("amx");
+#endif
+  names.push_back("amx_emulated");
+  return names;
+}
+
+const Kernels* kernels_of(const std::string& isa) {
+  if (isa == "portable") return portable_kernels();
+  if (isa == "amx_emulated") return amx_emulated_kernels();
+#ifdef GOSSAMER_X86
+  if (isa == "avx2" && has_avx2()) return avx2_kernels();
+  if (isa == "avx512" && has_avx512()) return avx512_kernels();
+  if (isa == "avx512_bf16" && has_avx512_bf16()) return avx512_bf16_kernels();
+  if (isa == "amx" && has_amx()) return amx_kernels();
+#endif
+  return nullptr;
+}
+
+bool prefers_bf16_dot() {
+#ifdef GOSSAMER_X86
+  const Leaf vendor = cpuid(0, 0);  // "AuthenticAMD"
+  return has_avx512_bf16() && vendor.b == 0x68747541 && vendor.d == 0x69746e65 && vendor.c == 0x444d4163;
+#else
+  return false;
+#endif
+}
+
+}  // namespace gossamer
