@@ -57,7 +57,7 @@ def answer(model: Any, tokenizer: Any, sample: NeedleSample) -> list[str]:
             if fed[0] == tokenizer.eos_token_id:
                 break
         answers.append(tokenizer.decode(new))
-        cache.crop(len(context))
+        cache.crop(len(context) - cache.get_seq_length())
     return answers
 
 

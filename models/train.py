@@ -2,7 +2,7 @@
 
 The text is that of the installed Python packages (`corpus.py`), the tasks are generated (`tasks.py`). Steps,
 not seconds, define the schedule, and each step draws its data from a generator seeded with (seed, step), so a
-run can be resumed (--checkpoint) and repeated.
+run can be resumed (--resume) and repeated.
 """
 
 import argparse
@@ -49,10 +49,11 @@ class Phase:
 SCHEDULE = (
     Phase(256, 32, 150, 0.0, 1.0, 1.0),
     Phase(1024, 8, 170, 0.3, 1.0, 1.0),
-    Phase(2048, 4, 150, 0.5, 1.0, 0.8),
+    Phase(2048, 4, 240, 0.5, 1.0, 0.8),
     Phase(8192, 1, 60, 0.5, 0.8, 0.5),
-    Phase(8192, 2, 70, 0.5, 0.5, 0.25, tail=1024),
-    Phase(16384, 1, 60, 0.5, 0.25, 0.05, tail=1024),
+    Phase(8192, 2, 80, 0.5, 0.5, 0.3, tail=1024),
+    Phase(16384, 1, 60, 0.5, 0.3, 0.1, tail=1024),
+    Phase(32768, 1, 12, 0.5, 0.1, 0.03, tail=1024),
 )
 
 
@@ -187,9 +188,11 @@ class Trainer:
             "process_cpu_s": round(self.cpu, 1),
             "threads": torch.get_num_threads(),
             "machine": machine(),
-            "log": [{k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()} for entry in self.log],
         }
-        (out / "training_log.json").write_text(json.dumps(summary, indent=1).replace("\n   ", " ") + "\n")
+        rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()} for entry in self.log]
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        head = json.dumps(summary, indent=1).removesuffix("\n}")
+        (out / "training_log.json").write_text(f'{head},\n "log": [\n{lines}\n ]\n}}\n')
 
 
 def machine() -> str:

@@ -1,0 +1,194 @@
+"""Write the model card and its pictures from measurements: `python models/card.py models/reference RESULTS.json`."""
+
+import argparse
+import json
+import statistics
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8a63a8", "#b08b2e", "#5b8a99", "#a0526d")
+Point = tuple[float, float]
+
+
+class Panel:
+    """One set of axes in an SVG picture, 340 by 220 units, at a horizontal offset."""
+
+    def __init__(self, left: float, title: str, x_label: str, x: Point, y: Point):
+        self.left, self.x, self.y = left, x, y
+        self.parts = [
+            f'<text x="{left + 170}" y="18" text-anchor="middle" font-weight="bold">{title}</text>',
+            f'<text x="{left + 170}" y="258" text-anchor="middle">{x_label}</text>',
+            f'<rect x="{left + 40}" y="28" width="290" height="190" fill="none" stroke="#999"/>',
+        ]
+        for i in range(5):
+            value = y[0] + (y[1] - y[0]) * i / 4
+            at = self.place((x[0], value))[1]
+            self.parts.append(f'<text x="{left + 35}" y="{at + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+            self.parts.append(f'<line x1="{left + 40}" x2="{left + 330}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
+
+    def place(self, point: Point) -> Point:
+        """A data point in picture units."""
+        across = (point[0] - self.x[0]) / (self.x[1] - self.x[0])
+        up = (min(max(point[1], self.y[0]), self.y[1]) - self.y[0]) / (self.y[1] - self.y[0])
+        return self.left + 40 + 290 * across, 218 - 190 * up
+
+    def tick(self, x: float, text: str) -> None:
+        """A label below the axis."""
+        self.parts.append(f'<text x="{self.place((x, 0))[0]:.1f}" y="236" text-anchor="middle">{text}</text>')
+
+    def line(self, points: list[Point], colour: str) -> None:
+        """Connected points."""
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in map(self.place, points))
+        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+
+    def bar(self, x: float, low: float, middle: float, high: float, colour: str) -> None:
+        """A point with its interval."""
+        (a, b), (_, top), (_, bottom) = (self.place((x, v)) for v in (middle, high, low))
+        self.parts.append(
+            f'<line x1="{a:.1f}" x2="{a:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{colour}" stroke-width="1.5"/>'
+        )
+        self.parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"/>')
+
+    def note(self, row: int, text: str, colour: str) -> None:
+        """A line of the legend, from the bottom left up."""
+        self.parts.append(f'<text x="{self.left + 48}" y="{210 - 14 * row}" fill="{colour}">{text}</text>')
+
+
+def write_svg(path: Path, panels: list[Panel]) -> None:
+    """Panels side by side."""
+    body = "\n".join(part for panel in panels for part in panel.parts)
+    width = 350 * len(panels)
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 270" font-family="sans-serif" font-size="11">\n'
+        f'<rect width="{width}" height="270" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def smooth(points: list[Point], window: int = 9) -> list[Point]:
+    """Running mean of the values."""
+    half = window // 2
+    values = [value for _, value in points]
+    return [(x, statistics.mean(values[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
+
+
+def quiet_seconds(log: list[dict[str, Any]]) -> float:
+    """What the steps would take on a machine of their own: each at the lower quintile of its phase's step times."""
+    total = 0.0
+    for phase in sorted({row["phase"] for row in log}):
+        rows = [row for row in log if row["phase"] == phase]
+        times = sorted(b["wall_s"] - a["wall_s"] for a, b in pairwise(rows))
+        total += len(rows) * times[len(times) // 5]
+    return total
+
+
+def draw(out: Path, training: dict, results: dict) -> None:
+    """curves.svg: loss, accuracy in training, accuracy by length."""
+    log = training["log"]
+    last = log[-1]["tokens"] / 1e6
+    panels = [
+        Panel(0, "loss on text in training (nats per token)", "million tokens seen", (0, last), (1, 7)),
+        Panel(350, "answer tokens right in training", "million tokens seen", (0, last), (0, 1)),
+        Panel(700, "exact match by length (95% interval)", "tokens in the prompt", (0, 6), (0, 1)),
+    ]
+    for panel, field in zip(panels, ("text_loss", "answer_accuracy"), strict=False):
+        for tick in range(0, int(last) + 1, max(1, int(last) // 5)):
+            panel.tick(tick, str(tick))
+        lengths: list[str] = []
+        for phase in sorted({row["phase"] for row in log}):
+            rows = [row for row in log if row["phase"] == phase and row[field] is not None]
+            colour = COLOURS[phase % len(COLOURS)]
+            panel.line(smooth([(row["tokens"] / 1e6, row[field]) for row in rows]), colour)
+            settings = training["schedule"][phase]
+            lengths.append(f"{settings['length']} tokens" + (", tail only" if settings["tail"] else ""))
+        if field == "answer_accuracy":
+            for phase, text in enumerate(lengths):
+                panel.note(len(lengths) - phase, text, COLOURS[phase % len(COLOURS)])
+    panel = panels[2]
+    sizes = sorted({row["length"] for row in results["results"]})
+    for i, size in enumerate(sizes):
+        panel.tick(i + 1, f"{size // 1024}K")
+    kinds = sorted({(row["haystack"], row["needles"]) for row in results["results"]})
+    for j, kind in enumerate(kinds):
+        for row in results["results"]:
+            if (row["haystack"], row["needles"]) == kind:
+                x = sizes.index(row["length"]) + 1 + (j - len(kinds) / 2) * 0.12
+                panel.bar(x, row["interval_95"][0], row["exact_match"], row["interval_95"][1], COLOURS[j])
+        panel.note(len(kinds) - j, f"{kind[0].replace('_', '-')} text, {kind[1]} needle(s)", COLOURS[j])
+    write_svg(out / "curves.svg", panels)
+
+
+def table(results: dict) -> str:
+    """Accuracy by length in Markdown."""
+    lines = [
+        "| haystack | prompt tokens | needles in it | haystacks | questions | right | exact match | 95% interval |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(results["results"], key=lambda r: (r["needles"], r["length"], r["haystack"])):
+        low, high = row["interval_95"]
+        lines.append(
+            f"| {row['haystack'].replace('_', '-')} | {row['length']:,} | {row['needles']} | {row['haystacks']} | "
+            f"{row['questions']} | {row['right']} | {row['exact_match']:.3f} | {low:.3f} to {high:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def schedule(training: dict) -> str:
+    """The phases in Markdown."""
+    lines = [
+        "| length | samples per step | steps | gradient through | position skips | learning rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for phase in training["schedule"]:
+        tail = f"last {phase['tail']:,}" if phase["tail"] else "all"
+        lines.append(
+            f"| {phase['length']:,} | {phase['rows']} | {phase['steps']} | {tail} | {phase['skip']:.0%} | "
+            f"{phase['first']:g} to {phase['last']:g} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the measurements, write README.md and curves.svg beside the weights."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("results", type=Path)
+    arguments = parser.parse_args()
+    training = json.loads((arguments.model / "training_log.json").read_text())
+    results = json.loads(arguments.results.read_text())
+    draw(arguments.model, training, results)
+    mass = results["first_token_attention_mass_4096"]
+    loss = results["text_loss"][0]
+    corpus = training["corpus"]
+    words = {
+        "parameters": f"{training['parameters'] / 1e6:.2f}",
+        "megabytes": f"{(arguments.model / 'model.safetensors').stat().st_size / 1e6:.1f}",
+        "table": table(results),
+        "schedule": schedule(training),
+        "steps": f"{training['steps']:,}",
+        "tokens": f"{training['tokens'] / 1e6:.1f}",
+        "seed": training["seed"],
+        "machine": training["machine"],
+        "wall": f"{training['wall_s'] / 60:.0f}",
+        "cpu": f"{training['process_cpu_s'] / 60 / training['threads']:.0f}",
+        "quiet": f"{quiet_seconds(training['log']) / 60:.0f}",
+        "characters": f"{corpus['train_characters'] / 1e6:.1f}",
+        "corpus_tokens": f"{corpus['train_tokens'] / 1e6:.1f}",
+        "held_out": f"{corpus['held_out_characters'] / 1e6:.1f}",
+        "sha256": corpus["sha256"],
+        "versions": ", ".join(f"{name} {version}" for name, version in corpus["versions"].items()),
+        "nats": f"{loss['nats_per_token']:.2f}",
+        "bits": f"{loss['bits_per_byte']:.2f}",
+        "windows": loss["windows"],
+        "window": f"{loss['length']:,}",
+        "mass": "\n".join(f"| {i} | " + " | ".join(f"{v:.3f}" for v in row) + " |" for i, row in enumerate(mass)),
+        "dtype": results["dtype"],
+        "eval_machine": results["machine"],
+        "eval_versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+    }
+    template = (Path(__file__).parent / "card_template.md").read_text()
+    (arguments.model / "README.md").write_text(template.format(**words))
+
+
+if __name__ == "__main__":
+    main()
