@@ -16,6 +16,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -24,6 +25,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 VOCAB = 96
@@ -51,18 +53,26 @@ def _size(**changes: Any) -> dict[str, Any]:
     return copy.deepcopy(_SIZE | {"head_dim": 8} | changes)
 
 
-# Name: (config, the stock implementation to compare with). SDPA has neither soft-caps nor sinks.
-FAMILIES: dict[str, tuple[Callable[[], Any], str]] = {
-    "llama": (lambda: LlamaConfig(**_size()), "sdpa"),
-    "qwen3": (lambda: Qwen3Config(**_size()), "sdpa"),
-    "mistral-window": (lambda: MistralConfig(**_size(sliding_window=WINDOW)), "sdpa"),
-    "phi3-head96": (
+@dataclass(frozen=True)
+class Family:
+    """One architecture. SDPA has neither soft-caps nor sinks, so that some are compared with eager attention."""
+
+    config: Callable[[], Any]
+    stock: str = "sdpa"
+    sparse_layers: tuple[int, ...] = (0, 1)
+    dense_layers: tuple[int, ...] = ()
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(lambda: LlamaConfig(**_size())),
+    "qwen3": Family(lambda: Qwen3Config(**_size())),
+    "mistral-window": Family(lambda: MistralConfig(**_size(sliding_window=WINDOW))),
+    "phi3-head96": Family(
         lambda: Phi3Config(
             **_size(hidden_size=192, head_dim=96, num_attention_heads=2, num_key_value_heads=1, sliding_window=None)
         ),
-        "sdpa",
     ),
-    "gemma2-softcap": (
+    "gemma2-softcap": Family(
         lambda: Gemma2Config(
             **_size(
                 sliding_window=WINDOW,
@@ -74,7 +84,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "eager",
     ),
-    "gemma3-head256": (
+    "gemma3-head256": Family(
         lambda: Gemma3TextConfig(
             **_size(
                 head_dim=256,
@@ -85,21 +95,19 @@ FAMILIES: dict[str, tuple[Callable[[], Any], str]] = {
                 query_pre_attn_scalar=256,
             )
         ),
-        "sdpa",
     ),
-    "gpt-oss-sinks": (
+    "gpt-oss-sinks": Family(
         lambda: GptOssConfig(
             **_size(sliding_window=WINDOW, layer_types=_ALTERNATING, num_local_experts=2, num_experts_per_tok=1)
         ),
         "eager",
     ),
-    "mixtral": (
+    "mixtral": Family(
         lambda: MixtralConfig(**_size(num_local_experts=2, num_experts_per_tok=1, sliding_window=None)),
-        "sdpa",
     ),
-    "qwen3-moe": (lambda: Qwen3MoeConfig(**_size(**_EXPERTS)), "sdpa"),
+    "qwen3-moe": Family(lambda: Qwen3MoeConfig(**_size(**_EXPERTS))),
     # Masks with a window that it does not pass to its attention function.
-    "qwen2-moe-window": (
+    "qwen2-moe-window": Family(
         lambda: Qwen2MoeConfig(
             **_size(
                 **_EXPERTS,
@@ -110,20 +118,45 @@ FAMILIES: dict[str, tuple[Callable[[], Any], str]] = {
                 layer_types=_ALTERNATING,
             )
         ),
-        "sdpa",
     ),
-    "olmo2": (lambda: Olmo2Config(**_size()), "sdpa"),
+    "olmo2": Family(lambda: Olmo2Config(**_size())),
+    # Only its full-attention layer attends; the linear one never calls attention.
+    "qwen3-next-hybrid": Family(
+        lambda: Qwen3NextConfig(
+            **_size(
+                **_EXPERTS,
+                shared_expert_intermediate_size=32,
+                layer_types=["linear_attention", "full_attention"],
+                linear_num_value_heads=4,
+                linear_num_key_heads=2,
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+            )
+        ),
+        sparse_layers=(1,),
+    ),
+    # Chunked attention is no sliding window, and no plain mask.
+    "llama4-chunked": Family(
+        lambda: Llama4TextConfig(
+            **_size(
+                intermediate_size_mlp=32,
+                num_local_experts=2,
+                attention_chunk_size=16,
+                layer_types=["chunked_attention", "full_attention"],
+            )
+        ),
+        sparse_layers=(1,),
+        dense_layers=(0,),
+    ),
 }
 
 
 @functools.cache
 def pair(family: str) -> tuple[Any, Any]:
     """Two models with the same weights and configs of their own: for the stock implementation, and to be enabled."""
-    make, stock = FAMILIES[family]
+    make, stock = FAMILIES[family].config, FAMILIES[family].stock
     torch.manual_seed(7)
-    models = [
-        AutoModelForCausalLM.from_config(copy.deepcopy(make()), attn_implementation=stock).eval() for _ in range(2)
-    ]
+    models = [AutoModelForCausalLM.from_config(make(), attn_implementation=stock).eval() for _ in range(2)]
     with torch.no_grad():
         for name, weight in models[0].named_parameters():
             if any(part in name for part in ("q_norm", "k_norm")):
