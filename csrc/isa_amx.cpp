@@ -49,18 +49,13 @@ struct Amx {
   using Vec = VecAvx512;
   using Tiles = AmxTiles;
   static constexpr bool kPairs = true;
+  static constexpr int kRowStep = 16;
   static constexpr int kExpDegree = 3;
   static void begin() { Tiles::begin(); }
   static void end() { Tiles::end(); }
   static void multiply(int rows, int columns, int depth, const uint32_t* a, int64_t lda, const uint32_t* b,
                        int64_t ldb, float* out, int64_t ldo, bool accumulate) {
     tile_gemm<Tiles>(rows, columns, depth, a, lda, b, ldb, out, ldo, accumulate);
-  }
-  static void round_row(float* s) {
-    for (int t = 0; t < kChunk; t += 32) {
-      const __m512 low = _mm512_loadu_ps(s + t), high = _mm512_loadu_ps(s + t + 16);
-      _mm512_storeu_si512(s + t / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
   }
 };
 

@@ -47,18 +47,13 @@ struct EmulatedTiles {
 struct AmxEmulated {
   using Vec = VecPortable;
   static constexpr bool kPairs = true;
+  static constexpr int kRowStep = 16;
   static constexpr int kExpDegree = 3;
   static void begin() {}
   static void end() {}
   static void multiply(int rows, int columns, int depth, const uint32_t* a, int64_t lda, const uint32_t* b,
                        int64_t ldb, float* out, int64_t ldo, bool accumulate) {
     tile_gemm<EmulatedTiles>(rows, columns, depth, a, lda, b, ldb, out, ldo, accumulate);
-  }
-  static void round_row(float* s) {
-    for (int t = 0; t < kChunk / 2; ++t) {
-      const uint32_t pair = bf16_pair(float_to_bf16(s[2 * t]), float_to_bf16(s[2 * t + 1]));
-      memcpy(s + t, &pair, sizeof pair);
-    }
   }
 };
 

@@ -10,6 +10,7 @@ struct Avx2 {
   using Vec = VecAvx2;
   using Operand = Vec::Reg;
   static constexpr bool kPairs = false;
+  static constexpr int kRowStep = 1;
   static constexpr int kExpDegree = 5;
   static Operand load(const uint32_t* p) { return Vec::load(reinterpret_cast<const float*>(p)); }
   static Operand broadcast(const uint32_t* p) { return _mm256_broadcast_ss(reinterpret_cast<const float*>(p)); }

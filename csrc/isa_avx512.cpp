@@ -10,6 +10,7 @@ struct Avx512 {
   using Vec = VecAvx512;
   using Operand = Vec::Reg;
   static constexpr bool kPairs = false;
+  static constexpr int kRowStep = 1;
   static constexpr int kExpDegree = 5;
   static Operand load(const uint32_t* p) { return Vec::load(reinterpret_cast<const float*>(p)); }
   static Operand broadcast(const uint32_t* p) { return Vec::set1(bits_to_float(*p)); }

@@ -10,17 +10,11 @@ struct Avx512Bf16 {
   using Vec = VecAvx512;
   using Operand = __m512bh;
   static constexpr bool kPairs = true;
+  static constexpr int kRowStep = 1;
   static constexpr int kExpDegree = 3;
   static Operand load(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static Operand broadcast(const uint32_t* p) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(*p)); }
   static Vec::Reg mac(Operand a, Operand b, Vec::Reg c) { return _mm512_dpbf16_ps(c, a, b); }
-  // 64 floats become 32 pairs of bf16, in place.
-  static void round_row(float* s) {
-    for (int t = 0; t < kChunk; t += 32) {
-      const __m512 low = _mm512_loadu_ps(s + t), high = _mm512_loadu_ps(s + t + 16);
-      _mm512_storeu_si512(s + t / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-  }
   static void begin() {}
   static void end() {}
   static void multiply(int rows, int columns, int depth, const uint32_t* a, int64_t lda, const uint32_t* b,

@@ -85,6 +85,26 @@ struct VecAvx2 {
         _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
   }
+
+  // 8 x 8 elements; strides in elements.
+  static void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+    __m256 y[8];
+    for (int r = 0; r < 8; r += 4) {
+      const float* at = reinterpret_cast<const float*>(from + r * from_stride);
+      const __m256 x0 = load(at), x1 = load(at + from_stride), x2 = load(at + 2 * from_stride);
+      const __m256 x3 = load(at + 3 * from_stride);
+      const __m256 a = _mm256_unpacklo_ps(x0, x1), b = _mm256_unpackhi_ps(x0, x1);
+      const __m256 c = _mm256_unpacklo_ps(x2, x3), d = _mm256_unpackhi_ps(x2, x3);
+      y[r] = _mm256_shuffle_ps(a, c, 0x44);
+      y[r + 1] = _mm256_shuffle_ps(a, c, 0xee);
+      y[r + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      y[r + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    for (int n = 0; n < 4; ++n) {
+      store(reinterpret_cast<float*>(to + n * to_stride), _mm256_permute2f128_ps(y[n], y[n + 4], 0x20));
+      store(reinterpret_cast<float*>(to + (n + 4) * to_stride), _mm256_permute2f128_ps(y[n], y[n + 4], 0x31));
+    }
+  }
 };
 
 }  // namespace

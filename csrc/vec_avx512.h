@@ -71,6 +71,33 @@ struct VecAvx512 {
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 #endif
   }
+
+  // 16 x 16 elements; strides in elements.
+  static void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+    __m512i x[16], y[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(from + r * from_stride);
+    // In each 128-bit lane the 4 x 4 corners of four rows, then the lanes themselves.
+#pragma GCC unroll 4
+    for (int r = 0; r < 16; r += 4) {
+      const __m512i a = _mm512_unpacklo_epi32(x[r], x[r + 1]), b = _mm512_unpackhi_epi32(x[r], x[r + 1]);
+      const __m512i c = _mm512_unpacklo_epi32(x[r + 2], x[r + 3]), d = _mm512_unpackhi_epi32(x[r + 2], x[r + 3]);
+      y[r] = _mm512_unpacklo_epi64(a, c);
+      y[r + 1] = _mm512_unpackhi_epi64(a, c);
+      y[r + 2] = _mm512_unpacklo_epi64(b, d);
+      y[r + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) {
+      const __m512i a = _mm512_shuffle_i32x4(y[n], y[n + 4], 0x88), b = _mm512_shuffle_i32x4(y[n], y[n + 4], 0xdd);
+      const __m512i c = _mm512_shuffle_i32x4(y[n + 8], y[n + 12], 0x88);
+      const __m512i d = _mm512_shuffle_i32x4(y[n + 8], y[n + 12], 0xdd);
+      _mm512_storeu_si512(to + n * to_stride, _mm512_shuffle_i32x4(a, c, 0x88));
+      _mm512_storeu_si512(to + (n + 4) * to_stride, _mm512_shuffle_i32x4(b, d, 0x88));
+      _mm512_storeu_si512(to + (n + 8) * to_stride, _mm512_shuffle_i32x4(a, c, 0xdd));
+      _mm512_storeu_si512(to + (n + 12) * to_stride, _mm512_shuffle_i32x4(b, d, 0xdd));
+    }
+  }
 };
 
 }  // namespace

@@ -81,6 +81,12 @@ struct VecPortable {
     for (int t = 0; t < 4; ++t) p[t] = float_to_fp16(x[t]);
   }
 
+  // 4 x 4 elements; strides in elements.
+  static void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+    for (int n = 0; n < 4; ++n)
+      for (int r = 0; r < 4; ++r) to[n * to_stride + r] = from[r * from_stride + n];
+  }
+
  private:
   static Reg pick(Lanes mask, Reg kept, Reg other) {
     return (Reg)(((Lanes)kept & mask) | ((Lanes)other & ~mask));
