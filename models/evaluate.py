@@ -143,9 +143,9 @@ def main() -> None:
         "--plan",
         nargs="+",
         default=[
-            *("held_out:2048:1:200", "held_out:4096:1:200", "held_out:8192:1:200", "held_out:8192:8:25"),
-            *("repository:8192:1:50", "held_out:16384:1:50", "held_out:16384:8:12", "repository:16384:8:12"),
-            *("held_out:32768:1:25", "held_out:32768:8:5"),
+            *("held_out:8192:1:200", "held_out:8192:8:25", "repository:16384:8:8", "held_out:16384:8:8"),
+            *("held_out:2048:1:200", "held_out:4096:1:100", "held_out:16384:1:40", "repository:8192:1:30"),
+            *("held_out:32768:8:4", "held_out:32768:1:16"),
         ],
         help="haystack:length:needles:samples, each",
     )
