@@ -22,7 +22,7 @@ def count_pairs(plan: SparsePlan) -> Tensor:
     if plan.q_order is not None or plan.k_order is not None:
         chunk = max(1, (1 << 26) // max(1, plan.batch * plan.heads * plan.key_len))
         for start in range(0, plan.query_len, chunk):
-            counts += plan.rows_mask(start, min(start + chunk, plan.query_len)).sum(dim=(2, 3)).cpu()
+            counts += plan.rows_mask(torch.arange(start, min(start + chunk, plan.query_len))).sum(dim=(2, 3)).cpu()
         return counts
     if plan.num_query_blocks == 0 or plan.num_key_blocks == 0:
         return counts

@@ -239,7 +239,7 @@ def _dense(
         if query_len == key_len:
             return _sdpa(q, k, v, scale, is_causal=True), None, "sdpa"
     if training or (plain and (query_len == 1 or ops.executor_for(q) == "reference")):
-        mask = plan.rows_mask(0, query_len)[:, :1].to(q.device)
+        mask = plan.rows_mask(torch.arange(query_len))[:, :1].to(q.device)
         out = dense_attention(q, k, v, mask=mask, scale=scale, sinks=sinks, softcap=softcap)
         return out, None, "sdpa" if sinks is None and softcap is None else "torch"
     out, lse = ops.execute(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)

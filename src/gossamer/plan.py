@@ -358,18 +358,18 @@ class SparsePlan:
         mask[row, self.column_indices.long()] = True
         return mask.view(self.batch, self.heads, self.num_column_groups, self.key_len)
 
-    def rows_mask(self, start: int, stop: int) -> Tensor:
-        """The definition: bool ``[B, heads, stop - start, T]``, True where the pair is computed."""
+    def rows_mask(self, rows: Tensor) -> Tensor:
+        """The definition, for the query rows ``int64 [R]``: bool ``[B, heads, R, T]``, True where computed."""
         device = self.device
         kpos = self.extent.key_positions(self.key_len).to(device)[:, None, None, :]
-        qpos = self.extent.query_positions(self.query_len)[:, start:stop].to(device)[:, None, :, None]
+        qpos = self.extent.query_positions(self.query_len)[:, rows.cpu()].to(device)[:, None, :, None]
         live = (kpos >= 0) & (kpos < self.extent.key_count.to(device)[:, None, None, None])
-        allowed = live & (kpos <= qpos) if self.causal else live.expand(-1, -1, stop - start, -1)
+        allowed = live & (kpos <= qpos) if self.causal else live.expand(-1, -1, len(rows), -1)
         if self.limit is not None:
             allowed = allowed & ((qpos - kpos).abs() < self.limit)
 
-        shape = (self.batch, self.heads, stop - start, self.key_len)
-        q_block = self._ranks(self.q_order, self.query_len)[..., start:stop] // self.block_q
+        shape = (self.batch, self.heads, len(rows), self.key_len)
+        q_block = self._ranks(self.q_order, self.query_len)[..., rows.to(device)] // self.block_q
         k_block = self._ranks(self.k_order, self.key_len) // self.block_k
         selected = torch.zeros(shape, dtype=torch.bool, device=device)
         if self.block_indices.numel():
@@ -391,7 +391,7 @@ class SparsePlan:
 
     def to_mask(self) -> Tensor:
         """Dense bool mask ``[B, heads, S, T]``. For tests and pictures: it has S * T entries a head."""
-        return self.rows_mask(0, self.query_len)
+        return self.rows_mask(torch.arange(self.query_len))
 
     def count_pairs(self) -> Tensor:
         """Number of pairs that the plan computes, int64 ``[B, heads]``. Exact; never builds the S x T mask

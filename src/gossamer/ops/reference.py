@@ -56,7 +56,7 @@ def execute(
         logits = (rows @ keys.transpose(-1, -2) * scale).view(batch, heads, stop - start, key_len)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        mask = plan.rows_mask(start, stop).to(q.device)
+        mask = plan.rows_mask(torch.arange(start, stop)).to(q.device)
         mask = mask.repeat_interleave(heads // plan.heads, dim=1)
         logits = logits.masked_fill(~mask, float("-inf"))
         row_lse = torch.logsumexp(logits, dim=-1)

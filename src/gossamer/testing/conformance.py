@@ -83,7 +83,7 @@ def reference_rows(case: Case, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, 
     batch, heads, _, dim = case.q.shape
     groups = case.k.shape[1]
     q = case.q[:, :, rows]
-    mask = torch.cat([plan.rows_mask(int(r), int(r) + 1) for r in rows], dim=2)
+    mask = plan.rows_mask(rows)
     mask = mask.repeat_interleave(heads // plan.heads, dim=1)
     kpos = case.extent.key_positions(case.key_len)
     live = ((kpos >= 0) & (kpos < case.extent.key_count[:, None]))[:, None, :, None]
@@ -101,7 +101,7 @@ def reference_rows(case: Case, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, 
     return out, lse, torch.where(mask.any(-1, keepdim=True), sdpa.double(), 0.0)
 
 
-def assert_accurate(case: Case, plan: SparsePlan, out: Tensor, lse: Tensor, *, most_rows: int = 130) -> None:
+def assert_accurate(case: Case, plan: SparsePlan, out: Tensor, lse: Tensor, *, most_rows: int = 100) -> None:
     """The executor's result against the definition, on all rows or an even sample with the block edges.
 
     fp32: at most 1e-5 of the largest output. bf16 and fp16: at most 1.5 times the error that torch's SDPA makes under
@@ -137,7 +137,7 @@ def assert_keeps_diagonal(case: Case, plan: SparsePlan) -> None:
     step = max(1, (1 << 25) // max(1, plan.heads * case.key_len))
     for at in range(0, case.query_len, step):
         stop = min(at + step, case.query_len)
-        mask = plan.rows_mask(at, stop)
+        mask = plan.rows_mask(torch.arange(at, stop))
         index = own[:, at:stop].clamp(0, case.key_len - 1)[:, None, :, None].expand(*mask.shape[:3], 1)
         kept = mask.gather(3, index)[..., 0] | ~live[:, None, at:stop]
         if not bool(kept.all()):

@@ -133,7 +133,17 @@ def execute(
     )
 
 
-@torch.library.custom_op("gossamer::cpu_execute", mutates_args=())
+# Defined by schema, not by torch.library.custom_op: that imports the whole of torch._dynamo on the first call.
+_library = torch.library.Library("gossamer", "DEF")
+_library.define(
+    "cpu_execute(Tensor q, Tensor k, Tensor v, Tensor block_indptr, Tensor block_indices, Tensor column_indptr, "
+    "Tensor column_indices, Tensor sink, Tensor window, Tensor q_order, Tensor k_order, Tensor query_start, "
+    "Tensor key_start, Tensor key_count, Tensor sinks, int[] shape, int limit, bool causal, float scale, "
+    "float softcap) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "cpu_execute", "CPU")
 def _cpu_execute(
     q: Tensor,
     k: Tensor,
@@ -219,7 +229,7 @@ def _cpu_execute(
     return out, lse
 
 
-@_cpu_execute.register_fake
+@torch.library.register_fake("gossamer::cpu_execute", lib=_library)
 def _(q: Tensor, k: Tensor, v: Tensor, *_args: object) -> tuple[Tensor, Tensor]:
     shape = (*q.shape[:3], v.shape[-1])
     return q.new_empty(shape), q.new_empty(q.shape[:3], dtype=torch.float32)
