@@ -14,10 +14,11 @@ from gossamer.plan import Extent, SparsePlan
 from gossamer.profile import HeadPattern, Profile
 
 if TYPE_CHECKING:
-    from gossamer.integrations.transformers import enable
+    from gossamer.integrations.transformers import enable as enable
 
 __version__ = "0.1.0"
-__all__ = ["Extent", "HeadPattern", "Policy", "Profile", "SparsePlan", "enable", "methods", "sparse_attention"]
+# Without "enable": a star import must not import transformers.
+__all__ = ["Extent", "HeadPattern", "Policy", "Profile", "SparsePlan", "methods", "sparse_attention"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,3 +28,7 @@ def __getattr__(name: str) -> Any:
 
         return enable
     raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "enable"])
