@@ -30,29 +30,47 @@ uint64_t enabled_state() {
   return uint64_t{high} << 32 | low;
 }
 
-bool has_avx2() {
+bool detect_avx2() {
   const unsigned c = cpuid(1, 0).c;
   return (enabled_state() & 6) == 6 && (c >> 12 & 1) && (c >> 29 & 1) && (cpuid(7, 0).b >> 5 & 1);
 }
 
-bool has_avx512() {
+bool detect_avx512() {
   const unsigned b = cpuid(7, 0).b;  // F 16, DQ 17, BW 30, VL 31
-  return has_avx2() && (enabled_state() & 0xe6) == 0xe6 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) &&
+  return detect_avx2() && (enabled_state() & 0xe6) == 0xe6 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) &&
          (b >> 31 & 1);
 }
 
-bool has_avx512_bf16() { return has_avx512() && (cpuid(7, 1).a >> 5 & 1); }
+bool detect_avx512_bf16() { return detect_avx512() && (cpuid(7, 1).a >> 5 & 1); }
 
 // Tile state must be enabled by the system, and granted to the process on request.
-bool has_amx() {
+bool detect_amx() {
 #ifdef __linux__
   const unsigned d = cpuid(7, 0).d;  // AMX-BF16 22, AMX-TILE 24
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return has_avx512_bf16() && (enabled_state() >> 17 & 3) == 3 && (d >> 22 & 1) && (d >> 24 & 1) &&
+  return detect_avx512_bf16() && (enabled_state() >> 17 & 3) == 3 && (d >> 22 & 1) && (d >> 24 & 1) &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
+}
+
+// Asked once: in a virtual machine every cpuid is a trap.
+bool has_avx2() {
+  static const bool yes = detect_avx2();
+  return yes;
+}
+bool has_avx512() {
+  static const bool yes = detect_avx512();
+  return yes;
+}
+bool has_avx512_bf16() {
+  static const bool yes = detect_avx512_bf16();
+  return yes;
+}
+bool has_amx() {
+  static const bool yes = detect_amx();
+  return yes;
 }
 #endif
 
@@ -84,7 +102,7 @@ const Kernels* kernels_of(const std::string& isa) {
 
 bool prefers_bf16_dot() {
 #ifdef GOSSAMER_X86
-  const Leaf vendor = cpuid(0, 0);  // "AuthenticAMD"
+  static const Leaf vendor = cpuid(0, 0);  // "AuthenticAMD"
   return has_avx512_bf16() && vendor.b == 0x68747541 && vendor.d == 0x69746e65 && vendor.c == 0x444d4163;
 #else
   return false;

@@ -18,7 +18,7 @@ from gossamer.plan import SparsePlan
 __all__ = ["active_isa", "execute", "has_openmp", "is_available", "supported_isas", "why_unavailable"]
 
 try:
-    from gossamer.ops.cpu import _kernels  # pyright: ignore[reportMissingModuleSource]
+    import gossamer.ops.cpu._kernels as _kernels  # pyright: ignore[reportMissingModuleSource]
 
     _failure: str | None = None
 except ImportError as error:
