@@ -10,6 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer import Extent, SparsePlan
 from gossamer.ops import cpu, reference
@@ -31,7 +33,19 @@ def force(monkeypatch):
     return lambda isa: monkeypatch.setenv(cpu.ENVIRONMENT, isa)
 
 
-def draw(plan: SparsePlan, *, heads: int, groups: int, dim: int, value_dim: int | None = None, seed: int = 0):
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def draw(
+    plan: SparsePlan,
+    *,
+    heads: int,
+    groups: int,
+    dim: int,
+    value_dim: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
     """Inputs for a plan; dead slots hold NaN."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(plan.batch, heads, plan.query_len, dim, generator=generator)
@@ -39,7 +53,7 @@ def draw(plan: SparsePlan, *, heads: int, groups: int, dim: int, value_dim: int 
     v = torch.randn(plan.batch, groups, plan.key_len, value_dim or dim, generator=generator)
     kpos = plan.extent.key_positions(plan.key_len)
     dead = ((kpos < 0) | (kpos >= plan.extent.key_count[:, None]))[:, None, :, None]
-    return q, k.masked_fill(dead, math.nan), v.masked_fill(dead, math.nan)
+    return q.to(dtype), k.masked_fill(dead, math.nan).to(dtype), v.masked_fill(dead, math.nan).to(dtype)
 
 
 def check(plan, q, k, v, *, scale=None, sinks=None, softcap=None, tolerance=None) -> None:
@@ -81,7 +95,7 @@ def test_random_plans(force, isa: str, dtype: torch.dtype, seed: int) -> None:
         causal=seed != 4,
         limit=50 if seed in (3, 4) else None,
     )
-    q, k, v = (t.to(dtype) for t in draw(plan, heads=4, groups=2, dim=[64, 128, 32, 80, 64, 96][seed], seed=seed))
+    q, k, v = draw(plan, heads=4, groups=2, dim=[64, 128, 32, 80, 64, 96][seed], seed=seed, dtype=dtype)
     sinks = torch.randn(4) if seed in (1, 4) else None
     check(plan, q, k, v, sinks=sinks, softcap=5.0 if seed in (2, 4) else None)
 
@@ -113,7 +127,7 @@ def test_head_dimensions(force, isa: str, dim: int) -> None:
     force(isa)
     plan = random_plan(3, batch=1, heads=2, query_len=70, key_len=100)
     for dtype in (torch.float32, torch.bfloat16):
-        q, k, v = (t.to(dtype) for t in draw(plan, heads=2, groups=1, dim=dim, seed=dim))
+        q, k, v = draw(plan, heads=2, groups=1, dim=dim, seed=dim, dtype=dtype)
         check(plan, q, k, v)
 
 
@@ -122,7 +136,7 @@ def test_values_of_another_dimension(force, isa: str) -> None:
     force(isa)
     plan = random_plan(5, batch=1, heads=2, query_len=70, key_len=100)
     for dtype in DTYPES.values():
-        check(plan, *(t.to(dtype) for t in draw(plan, heads=2, groups=2, dim=96, value_dim=40)))
+        check(plan, *draw(plan, heads=2, groups=2, dim=96, value_dim=40, dtype=dtype))
 
 
 @every_isa
@@ -213,7 +227,7 @@ def test_empty_rows(force, isa: str) -> None:
     force(isa)
     plan = SparsePlan(2, 100, 100, Extent.full(1, 100, 100))
     for dtype in DTYPES.values():
-        out, lse = cpu.execute(*(t.to(dtype) for t in draw(plan, heads=2, groups=1, dim=64)), plan, scale=1.0)
+        out, lse = cpu.execute(*draw(plan, heads=2, groups=1, dim=64, dtype=dtype), plan, scale=1.0)
         assert bool((out == 0).all())
         assert bool((lse == -math.inf).all())
 
@@ -224,7 +238,7 @@ def test_masked_keys_leave_no_trace(force, isa: str, dtype: torch.dtype) -> None
     """Replacing tokens from j on leaves every earlier output and lse bit-identical."""
     force(isa)
     plan = SparsePlan.from_block_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool), 250, 250)
-    q, k, v = (t.to(dtype) for t in draw(plan, heads=2, groups=1, dim=64))
+    q, k, v = draw(plan, heads=2, groups=1, dim=64, dtype=dtype)
     out, lse = cpu.execute(q, k, v, plan, scale=0.2)
     for j in (1, 64, 130, 249):
         k2, v2 = k.clone(), v.clone()
@@ -239,13 +253,13 @@ def test_masked_keys_leave_no_trace(force, isa: str, dtype: torch.dtype) -> None
 def test_results_do_not_depend_on_threads(force, isa: str) -> None:
     force(isa)
     plan = random_plan(2, batch=2, heads=2, query_len=400, key_len=400)
-    inputs = [t.bfloat16() for t in draw(plan, heads=4, groups=2, dim=64)]
+    q, k, v = draw(plan, heads=4, groups=2, dim=64, dtype=torch.bfloat16)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(cpu.execute(*inputs, plan, scale=0.1))
+            results.append(cpu.execute(q, k, v, plan, scale=0.1))
     finally:
         torch.set_num_threads(before)
     for out, lse in results[1:]:
@@ -278,13 +292,13 @@ def test_strided_inputs(force, isa: str) -> None:
     force(isa)
     plan = random_plan(7, batch=2, heads=2, query_len=100, key_len=100)
     for dtype in (torch.float32, torch.bfloat16):
-        q, k, v = (t.to(dtype) for t in draw(plan, heads=4, groups=2, dim=64))
+        q, k, v = draw(plan, heads=4, groups=2, dim=64, dtype=dtype)
         expected, expected_lse = cpu.execute(q, k, v, plan, scale=0.1)
         swapped = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
         gaps = [F.pad(t, (3, 5), value=math.nan)[..., 3:-5] for t in (q, k, v)]
         columns = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)]
-        for inputs in (swapped, gaps, columns):
-            out, lse = cpu.execute(*inputs, plan, scale=0.1)
+        for q2, k2, v2 in (swapped, gaps, columns):
+            out, lse = cpu.execute(q2, k2, v2, plan, scale=0.1)
             assert out.is_contiguous()
             assert torch.equal(out, expected)
             assert torch.equal(lse, expected_lse)
@@ -335,7 +349,7 @@ def test_operator_is_registered_properly() -> None:
     q, k, v = draw(plan, heads=1, groups=1, dim=8)
     captured = []
 
-    class Capture(torch.utils._python_dispatch.TorchDispatchMode):
+    class Capture(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.gossamer.cpu_execute.default:
                 captured.append(args)
@@ -377,8 +391,9 @@ def test_emulation_is_never_chosen() -> None:
 )
 def test_bad_inputs_are_named(change, error, message: str) -> None:
     plan = SparsePlan.dense(1, 4, 4, Extent.full(1, 4, 4))
+    q, k, v = change(*draw(plan, heads=1, groups=1, dim=8))
     with pytest.raises(error, match=message):
-        cpu.execute(*change(*draw(plan, heads=1, groups=1, dim=8)), plan, scale=1.0)
+        cpu.execute(q, k, v, plan, scale=1.0)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not cpu.has_openmp(), reason="reads /proc; needs OpenMP")
