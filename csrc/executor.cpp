@@ -121,7 +121,8 @@ class Execution {
     columns_ = packed_;
     columns_.base += at_once * chunks_ * tile_bytes();
 
-    const int threads = std::max(1, call_.threads);
+    const int64_t most_jobs = std::max({int64_t{1}, at_once * chunks_, static_cast<int64_t>(items.size())});
+    const int threads = static_cast<int>(std::clamp<int64_t>(call_.threads, 1, most_jobs));
     std::vector<std::unique_ptr<Worker>> workers(threads);
     for (auto& worker : workers) worker = std::make_unique<Worker>(*this);
     run_parallel(workers, column_tiles_, [](Worker& w, int64_t n) { w.pack_columns(n); });

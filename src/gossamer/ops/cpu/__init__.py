@@ -2,7 +2,8 @@
 
 ``GOSSAMER_CPU_ISA`` forces one of `supported_isas` (read at every call); without it each dtype gets the fastest that
 this machine has. ``amx``, ``amx_emulated`` and ``avx512_bf16`` compute in bf16 and serve bf16 tensors; others then run
-on the fp32 kernels of the same machine. ``amx_emulated`` is the AMX kernel over emulated tile operations, for tests.
+on the fp32 kernels of the same machine. ``amx_emulated`` is the AMX kernel over emulated tile operations, for tests:
+the AMX path has so far been tested in this form only, every other one natively.
 """
 
 from __future__ import annotations
