@@ -16,7 +16,9 @@ from gossamer.plan import Extent, ceil_div
 
 __all__ = ["last_query_probe", "pool_keys", "pool_queries", "pooled_scores", "row_block_energy"]
 
-CHUNK_BYTES = 256 << 20
+# Working set of a chunk: it should fit caches and memory that the allocator reuses; fresh pages cost more than the
+# arithmetic.
+CHUNK_BYTES = 16 << 20
 
 
 def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last: int = 64) -> tuple[Tensor, Tensor]:
@@ -160,12 +162,14 @@ def row_block_energy(
         rows = q[:, :, first:last].reshape(batch, groups, share * (last - first), dim)
         x = (rows @ pooled_t).float().mul_(scale).view(batch, groups, share, last - first, key_blocks)
         x.masked_fill_(~visible.row_sees_first_key(first, last)[:, None, None], float("-inf"))
-        x = F.pad(x, (0, 0, 0, (stop - at) * block_q - (last - first)), value=float("-inf"))
+        missing = (stop - at) * block_q - (last - first)
+        if missing:
+            x = F.pad(x, (0, 0, 0, missing), value=float("-inf"))
         x = x.view(batch, groups, share, stop - at, block_q, key_blocks)
         scored = visible.wholly_before_last_row(at, stop)[:, None]
-        tile_max = x.amax(dim=(2, 4)).masked_fill_(~scored, float("-inf")).amax(dim=-1)
+        tile_max = x.amax(dim=4).amax(dim=2).masked_fill_(~scored, float("-inf")).amax(dim=-1)
         tile_max = tile_max.masked_fill_(tile_max == float("-inf"), 0.0)
-        energy = x.sub_(tile_max[:, :, None, :, None, None]).exp_().sum(dim=(2, 4))
+        energy = x.sub_(tile_max[:, :, None, :, None, None]).exp_().sum(dim=4).sum(dim=2)
         yield at, energy.masked_fill_(~scored, 0.0)
 
 
