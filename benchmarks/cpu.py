@@ -5,7 +5,8 @@
 First both contenders are verified, SDPA and our kernel, against fp64; nothing is timed while one of them is wrong.
 Every sample is taken twice at once: wall-clock seconds, and seconds of CPU time of the whole process divided by the
 number of threads. On an idle machine they agree. Beside other programs (the report says how much of the machine they
-took) the wall clock says little, and CPU time with ``--threads 1`` still tells what the kernels cost.
+took) the wall clock says little, and CPU time with ``--threads 1`` still tells what the kernels cost; with more
+threads CPU time counts their waiting, and short samples of it are only exact to a tick of the scheduler.
 """
 
 from __future__ import annotations
@@ -206,9 +207,9 @@ def main() -> int:
     started, used, busy = time.perf_counter(), time.process_time(), busy_seconds()
     report = {"machine": machine(), "threads": arguments.threads, "rounds": ROUNDS, "rows": []}
     print(
-        "speed-up over torch SDPA (causal, same dtype) by wall clock and by CPU time; GFLOP/s of a thread on the pairs"
+        f"speed-up over torch SDPA (causal, same dtype) on {arguments.threads} thread(s) by wall clock and by CPU time;"
     )
-    print("of the plan, by CPU time; 4 query heads, 1 key/value head")
+    print("GFLOP/s of all threads on the plan's pairs, by CPU time; 4 query heads, 1 key/value head")
     print("dtype length  dim          isa  blocks  density     wall       cpu   GFLOP/s  effic.")
     for dtype, of_dtype in lengths.items():
         for length in of_dtype:
