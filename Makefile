@@ -30,9 +30,10 @@ venv: $(STAMP)
 $(STAMP): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "gossamer needs Python 3.11 or newer; say which: make PYTHON=python3.12 ..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev,docs]'
-	touch $@
+	@echo "setting up $(VENV); this takes minutes, and torch is a large download"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev,docs]'
+	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py

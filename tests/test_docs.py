@@ -1,0 +1,74 @@
+"""The documentation is true: its code runs, its figures are those of the committed files, its lists are complete."""
+
+import functools
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import gossamer
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; a missing folder must not be looked up
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def code_of(page: Path) -> str:
+    """All python blocks of a page as one module, on the page's own lines."""
+    text = page.read_text(encoding="utf-8")
+    lines = [""] * text.count("\n")
+    for block in BLOCK.finditer(text):
+        first = text.count("\n", 0, block.start(1))
+        code = block[1].splitlines()
+        lines[first : first + len(code)] = code
+    return "\n".join(lines)
+
+
+@pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page).strip()], ids=lambda page: page.name)
+def test_code_blocks_run(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    # Dataclasses look their module up by name.
+    name = f"page_{page.stem.replace('-', '_')}"
+    module = type(sys)(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(code_of(page), str(page), "exec"), module.__dict__)
+
+
+@functools.cache
+def demo():
+    """examples/demo.py as a module."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_shows_the_committed_run_of_the_demo():
+    figures = json.loads((ROOT / "examples" / "demo.json").read_text())
+    assert demo().report(figures) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_repository_is_long_enough_for_the_demo():
+    text = demo().repository_text()
+    assert len(text) > 4 * demo().TOKENS
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_every_method_is_listed(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert not [name for name in gossamer.methods.available() if f"| `{name}` |" not in text]
+
+
+def test_changelog_has_this_version():
+    assert f"\n## {gossamer.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
