@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gossamer.cli import main
+from gossamer.ops import cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -179,6 +180,12 @@ def test_profile_of_another_model(capsys, model_path, prompt_file, tmp_path):
 
 def test_chat_without_a_template(capsys, model_path, prompt_file):
     assert "no chat template" in bad(capsys, model_path, prompt_file, "--chat")
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="no C++ kernels to choose from")
+def test_unknown_instruction_set_lists_the_known_ones(capsys, model_path, prompt_file, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_CPU_ISA", "vax")
+    assert "portable" in bad(capsys, model_path, prompt_file)
 
 
 def test_unknown_option(capsys, model_path, prompt_file):

@@ -54,7 +54,7 @@ class Generation:
             f"prefill {self.prefill_seconds:.2f} s (planning {self.plan_seconds:.2f}, attention "
             f"{self.attention_seconds:.2f}), density {self.density:.3f}, executor {', '.join(self.executors)}; "
             f"{len(self.tokens)} new tokens, {self.tokens_per_second:.1f} a second"
-            + (f"\nthe prefill ran dense: {because}" if because else "")
+            + (f"\nlayers whose prefill ran dense: {because}" if because else "")
         )
 
 

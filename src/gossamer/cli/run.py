@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gossamer import methods
 from gossamer.attention import Policy
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
+from gossamer.ops import cpu
 from gossamer.profile import Profile
 
 if typing.TYPE_CHECKING:
@@ -52,6 +54,7 @@ def add_parser(commands: Any) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise BadInput(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    _check_environment()
     policy = _make_policy(arguments)
     config = _check_model(arguments.model)
     _check_profile(policy, config)
@@ -93,6 +96,14 @@ def execute(arguments: argparse.Namespace) -> int:
         print(_comparison(results, agreement), file=sys.stderr)
     print(answer.summary(), file=sys.stderr)
     return 0
+
+
+def _check_environment() -> None:
+    try:
+        if cpu.is_available():
+            cpu.active_isa(torch.float32)
+    except ValueError as error:
+        raise BadInput(first_line(error)) from error
 
 
 def _make_policy(arguments: argparse.Namespace) -> Policy:
