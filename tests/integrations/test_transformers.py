@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from gossamer import methods
-from gossamer.attention import Policy
+from gossamer.attention import Policy, sparse_attention
 from gossamer.integrations.transformers import NAME, enable, hf_attention, register
 from gossamer.integrations.transformers.attention import owner_of
 from gossamer.profile import HeadPattern, Profile
@@ -46,6 +46,22 @@ def tiny_llama(**changes: Any) -> Any:
 
 
 class TestHandle:
+    def test_observe_shows_every_layers_tensors(self) -> None:
+        model = tiny_llama()
+        seen: list[Any] = []
+        with enable(model, "a_shape", sink=1, window=3, **ALWAYS_SPARSE) as handle:
+            handle.observe(seen.append)
+            forward(model, prompt())
+            assert [call.layer for call in seen] == list(range(model.config.num_hidden_layers))
+            call = seen[0]
+            again = sparse_attention(call.q, call.k, call.v, handle.policy, scale=call.scale, extent=call.extent)
+            assert torch.equal(again, call.out)
+            handle.observe(None)
+            forward(model, prompt())
+            assert len(seen) == model.config.num_hidden_layers
+        with pytest.raises(ValueError, match="disabled"):
+            handle.observe(seen.append)
+
     def test_disable_restores_the_model(self) -> None:
         model = tiny_llama()
         before = forward(model, prompt())

@@ -17,8 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gossamer.attention import CallRecord, Policy, dense_attention, sparse_attention
 from gossamer.integrations.transformers.masks import compact_mask, explicit_mask, extent_of, window_of
+from gossamer.plan import Extent
 
-__all__ = ["NAME", "hf_attention", "owner_of", "register", "set_owner"]
+__all__ = ["NAME", "AttentionCall", "hf_attention", "owner_of", "register", "set_owner"]
 
 logger = logging.getLogger("gossamer")
 
@@ -46,11 +47,34 @@ IGNORED = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What went into and came out of one call with several queries, for `Handle.observe`.
+
+    Fields:
+        layer: the model's index of it.
+        q: ``[B, H, S, D]``; k: ``[B, G, T, D]``; v: ``[B, G, T, Dv]``; out: ``[B, H, S, Dv]``. Read, do not write.
+        scale, extent, limit, sinks, softcap: see `gossamer.sparse_attention`.
+    """
+
+    layer: int | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    scale: float
+    extent: Extent
+    limit: int | None
+    sinks: Tensor | None
+    softcap: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Owner:
     """Who decides for an attention module: the policy, and where its calls are recorded."""
 
     policy: Policy
     record: Callable[[CallRecord], None] | None
+    observe: Callable[[AttentionCall], None] | None = None
 
 
 # Which model object a module belongs to; the one piece of process-wide state, written by `Handle` alone.
@@ -194,6 +218,9 @@ def _attend(
             record=owner.record,
         )
         assert isinstance(out, Tensor)
+        if owner.observe is not None:
+            keys, values = key[:, :, :used], value[:, :, :used]
+            owner.observe(AttentionCall(layer, query, keys, values, out, scale, extent, limit, s_aux, softcap))
         return out.transpose(1, 2).contiguous(), None
 
     started = 0.0 if compiling else time.perf_counter()

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, cast
@@ -15,7 +15,7 @@ from torch import nn
 
 from gossamer import methods
 from gossamer.attention import CallRecord, Policy
-from gossamer.integrations.transformers.attention import NAME, Owner, owner_of, register, set_owner
+from gossamer.integrations.transformers.attention import NAME, AttentionCall, Owner, owner_of, register, set_owner
 from gossamer.methods import Method
 from gossamer.profile import Profile
 
@@ -132,6 +132,19 @@ class Handle:
     def reset(self) -> None:
         """Start counting anew."""
         self._layers.clear()
+
+    def observe(self, visit: Callable[[AttentionCall], None] | None) -> None:
+        """Show ``visit`` the tensors of every attention call with several queries and a plain mask; None ends it.
+
+        It is called after the attention, in the order of the layers, and for dense calls too. What it keeps stays in
+        memory.
+        """
+        model = self._model()
+        if not self._enabled or model is None:
+            raise ValueError("this handle is disabled; call gossamer.enable(model) again")
+        owner = Owner(self.policy, self._record, visit)
+        for module in model.modules():
+            set_owner(module, owner)
 
     def disable(self) -> None:
         """Give the model its previous attention implementation back. A second call does nothing."""
