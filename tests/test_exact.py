@@ -123,7 +123,7 @@ def test_a_row_of_blocks_sums_to_its_live_rows() -> None:
 def test_tiles_smaller_and_larger_than_blocks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     case = poisoned_case("left padding", 500)
     whole = exact.exact_masses(case.q, case.k, scale=case.scale, extent=case.extent, block_q=100, block_k=150)
-    monkeypatch.setattr("gossamer._tiles.CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr("gossamer._tiles.TILE_BYTES", 1 << 10)
     small = exact.exact_masses(case.q, case.k, scale=case.scale, extent=case.extent, block_q=100, block_k=150)
     for name in ("columns", "diagonals", "blocks", "rows"):
         torch.testing.assert_close(getattr(small, name), getattr(whole, name), **TOLERANCE)

@@ -1,7 +1,7 @@
 """The exact oracle: where the attention mass of q and k lies, streamed, with GQA never expanded.
 
 The mass of a pair is its softmax weight, ``exp(logit - lse)``. All arithmetic is in fp32 (fp64 for fp64 input), also
-for bf16 tensors, and nothing grows with S x T: a tile of rows by keys holds about `estimators.CHUNK_BYTES`.
+for bf16 tensors, and nothing grows with S x T: a tile of rows by keys holds a few MiB.
 
 A query row is *live* when its own key is: ``0 <= pos(i) < key_count``. Rows of padding have no mass. The mass of a
 live row sums to 1 over the keys, less what a sink logit takes: it stands in the denominator and has no key.
