@@ -143,3 +143,14 @@ def test_the_reference_path_warns_of_its_cost(monkeypatch) -> None:
         out = sparse_attention(q, k, v, SPARSE)
     attention._warn_reference.cache_clear()
     assert isinstance(out, torch.Tensor)
+
+
+def test_dense_runs_on_our_own_kernel_if_asked() -> None:
+    q, k, v = tensors(100, 100)
+    expected, record = call(q, k, v, Policy.of("dense"))
+    assert record.executor == "sdpa"
+    out, record = call(q, k, v, Policy(methods.create("dense", kernel="gossamer")))
+    assert record.executor == ops.executor_for(q)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="'torch' or 'gossamer'"):
+        methods.create("dense", kernel="triton")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer import methods, ops
-from gossamer.methods import Method
+from gossamer.methods import Dense, Method
 from gossamer.plan import Extent, SparsePlan
 
 __all__ = ["CallRecord", "Policy", "dense_attention", "sparse_attention"]
@@ -172,7 +172,8 @@ def sparse_attention(
     planned = time.perf_counter()
 
     if plan is None:
-        out, lse, executor = _dense(q, k, v, full, scale, sinks, softcap, return_lse)
+        own_kernel = isinstance(policy.method, Dense) and policy.method.kernel == "gossamer"
+        out, lse, executor = _dense(q, k, v, full, scale, sinks, softcap, return_lse or own_kernel)
     else:
         executor = ops.executor_for(q)
         if executor == "reference":

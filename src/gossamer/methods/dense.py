@@ -15,9 +15,19 @@ __all__ = ["Dense"]
 
 @dataclass(frozen=True)
 class Dense(Method):
-    """Every causal pair."""
+    """Every causal pair.
+
+    Fields:
+        kernel: ``torch`` for its scaled_dot_product_attention, or ``gossamer`` for the executor that sparse plans
+            run on: then a comparison shows what leaving pairs out gains, and not what the kernel gains.
+    """
 
     name: ClassVar[str] = "dense"
+    kernel: str = "torch"
+
+    def __post_init__(self) -> None:
+        if self.kernel not in ("torch", "gossamer"):
+            raise ValueError(f"dense.kernel must be 'torch' or 'gossamer', got {self.kernel!r}")
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         return SparsePlan.dense(k.shape[1], q.shape[2], k.shape[2], extent)
