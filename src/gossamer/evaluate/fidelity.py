@@ -1,0 +1,154 @@
+"""How far a method is from dense attention, without generating: inside the attention, and in the model's logits.
+
+Inside, every layer sees the inputs of the dense run, so that errors do not add up and layers can be compared: the
+attention mass that the plan keeps, next to what the best plan of whole blocks with as many blocks keeps, and the
+output. The logits are those of a whole sparse run. Memory: one layer's tensors, two times the hidden states, and the
+logits of 512 positions.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gossamer import ops
+from gossamer.attention import Policy
+from gossamer.evaluate.subject import Subject
+from gossamer.exact import block_counts, block_mass, live_rows, log_sum_exp, oracle_blocks, oracle_recall
+from gossamer.integrations.transformers import AttentionCall
+from gossamer.plan import SparsePlan
+
+__all__ = ["FIGURES", "compare", "compare_layer", "compare_logits", "plan_map"]
+
+FIGURES = ("head_density", "recall", "oracle_recall", "relative_l2", "cosine")
+_MAP_SIZE = 64
+_MAPS = 6
+_ROWS_PER_TILE = 4
+
+
+def compare(subject: Subject, tokens: Tensor, policies: Sequence[Policy]) -> list[dict[str, Any]]:
+    """The fields of a ``fidelity`` record for each policy.
+
+    Args:
+        tokens: ``[1, S]``.
+
+    Raises:
+        ValueError: the model's attention cannot be observed, or its logits not be formed in chunks.
+    """
+    measured: list[dict[str, list[Any]]] = [{name: [] for name in (*FIGURES, "maps")} for _ in policies]
+    layers = subject.config.num_hidden_layers
+    drawn = {round(i * (layers - 1) / (_MAPS - 1)) if layers > 1 else 0: i for i in range(_MAPS)}
+
+    def visit(call: AttentionCall) -> None:
+        heads = call.q.shape[1]
+        masses: dict[tuple[int, int], Tensor] = {}
+        lse = _lse(call)
+        for policy, rows in zip(policies, measured, strict=True):
+            plan = policy.method.plan(call.q, call.k, scale=call.scale, extent=call.extent, layer=call.layer)
+            plan = plan.with_limit(call.limit)
+            for name, values in compare_layer(call, plan, lse, masses).items():
+                rows[name].append([round(value, 6) for value in values])
+            if call.layer in drawn:
+                head = drawn[call.layer] % heads
+                rows["maps"].append({"layer": call.layer, "head": head} | plan_map(plan, head, heads))
+
+    dense, _ = subject.hidden_states(tokens, Policy.of("dense"), visit)
+    if any(len(rows["recall"]) == 0 for rows in measured):
+        raise ValueError(
+            f"{type(subject.model).__name__} made no attention call with a plain mask; fidelity cannot be measured"
+        )
+    results = []
+    for policy, rows in zip(policies, measured, strict=True):
+        sparse, _ = subject.hidden_states(tokens, policy)
+        means = {name: _mean(rows[name]) for name in FIGURES}
+        logits = compare_logits(subject, dense, sparse)
+        results.append({"density": means["head_density"]} | rows | {"mean": means, "logits": logits})
+    return results
+
+
+def _mean(rows: list[list[float]]) -> float:
+    return sum(map(sum, rows)) / sum(map(len, rows))
+
+
+def _lse(call: AttentionCall) -> Tensor:
+    return log_sum_exp(
+        call.q, call.k, scale=call.scale, extent=call.extent, limit=call.limit, sinks=call.sinks, softcap=call.softcap
+    )
+
+
+def compare_layer(
+    call: AttentionCall, plan: SparsePlan, lse: Tensor, masses: dict[tuple[int, int], Tensor] | None = None
+) -> dict[str, list[float]]:
+    """Each of `FIGURES` for each query head of a layer, of a batch of one.
+
+    Args:
+        lse: of dense attention, ``[1, H, S]``.
+        masses: keeps the mass of all blocks by their size between calls for the same layer.
+    """
+    heads, query_len, key_len = call.q.shape[1], call.q.shape[2], call.k.shape[2]
+    out, kept = ops.execute(call.q, call.k, call.v, plan, scale=call.scale, sinks=call.sinks, softcap=call.softcap)
+    live = live_rows(call.extent, query_len)[0].to(out.device)
+    sparse, dense = out[0, :, live].float(), call.out[0, :, live].float()
+    recall = (kept - lse)[0, :, live].exp().clamp(max=1.0).mean(dim=-1)
+
+    masses = {} if masses is None else masses
+    size = (plan.block_q, plan.block_k)
+    where: dict[str, Any] = {"extent": call.extent, "block_q": size[0], "block_k": size[1], "limit": call.limit}
+    if size not in masses:
+        masses[size] = block_mass(call.q, call.k, lse, scale=call.scale, softcap=call.softcap, **where)
+    best = oracle_blocks(masses[size], block_counts(plan), query_len=query_len, key_len=key_len, **where)
+    oracle = oracle_recall(masses[size], best, live_rows(call.extent, query_len).sum(1))[0]
+    dense_pairs = SparsePlan.dense(1, query_len, key_len, call.extent, limit=call.limit).count_pairs()
+    density = (plan.count_pairs() / dense_pairs)[0].repeat_interleave(heads // plan.heads)
+    return {
+        "head_density": density.tolist(),
+        "recall": recall.tolist(),
+        "oracle_recall": oracle.tolist(),
+        "relative_l2": ((sparse - dense).norm(dim=(1, 2)) / dense.norm(dim=(1, 2)).clamp(min=1e-20)).tolist(),
+        "cosine": F.cosine_similarity(sparse, dense, dim=-1).mean(dim=-1).tolist(),
+    }
+
+
+@torch.inference_mode()
+def compare_logits(subject: Subject, dense: Tensor, sparse: Tensor) -> dict[str, Any]:
+    """KL divergence (nats, of the sparse from the dense prediction) and share of equal choices, by position.
+
+    Args:
+        dense, sparse: hidden states ``[S, width]``.
+    """
+    length = dense.shape[0]
+    edges = [0, *(edge for edge in (64 * 4**i for i in range(12)) if edge < length), length]
+    divergence, agreement = torch.empty(length), torch.empty(length)
+    for (start, p), (_, q) in zip(subject.logits(dense), subject.logits(sparse), strict=True):
+        rows = slice(start, start + p.shape[0])
+        expected = p.log_softmax(-1)
+        divergence[rows] = (expected.exp() * (expected - q.log_softmax(-1))).sum(-1).clamp(min=0).cpu()
+        agreement[rows] = (p.argmax(-1) == q.argmax(-1)).float().cpu()
+    pieces = [slice(a, b) for a, b in pairwise(edges)]
+    return {
+        "edges": edges,
+        "kl": [float(divergence[piece].mean()) for piece in pieces],
+        "top1": [float(agreement[piece].mean()) for piece in pieces],
+        "mean_kl": float(divergence.mean()),
+        "mean_top1": float(agreement.mean()),
+    }
+
+
+def plan_map(plan: SparsePlan, head: int, heads: int, size: int = _MAP_SIZE) -> dict[str, Any]:
+    """A picture of a plan for a query head of a batch of one: see ``maps`` in the format of results.
+
+    A tile is judged by up to 4 of its rows.
+    """
+    rows = torch.linspace(0, plan.query_len - 1, size * _ROWS_PER_TILE).round().long()
+    mask = plan.rows_mask(rows)[0, head * plan.heads // heads].float()
+    dense = SparsePlan.dense(1, plan.query_len, plan.key_len, plan.extent, limit=plan.limit)
+    visible = dense.rows_mask(rows)[0, 0].float()
+    kept, seen = (F.adaptive_avg_pool2d(x.cpu()[None], (size, size))[0] for x in (mask, visible))
+    image = (255 * kept / seen.clamp(min=1e-9)).round().clamp(max=255).to(torch.uint8)
+    return {"size": size, "data": base64.b64encode(bytes(image.flatten().tolist())).decode()}

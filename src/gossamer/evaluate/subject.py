@@ -1,0 +1,253 @@
+"""The model under evaluation: greedy answers with timed prefill, and hidden states without logits of a whole prompt."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import gossamer
+from gossamer.attention import Policy
+from gossamer.evaluate.tasks import Sample
+from gossamer.integrations.transformers import Handle, Stats
+
+__all__ = ["Answers", "Cost", "Subject"]
+
+# Rows of logits that are held at once.
+_HEAD_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one prefill. Seconds on the clock; of a batch, per row. Density is the mean over layers."""
+
+    density: float
+    prefill_s: float
+    plan_s: float
+    attention_s: float
+    dense_because: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The texts that a model gave to the turns of one sample, and what they cost."""
+
+    texts: tuple[str, ...]
+    cost: Cost
+    decode_s: float
+
+
+class Subject:
+    """A transformers model with its tokenizer.
+
+    Raises:
+        TypeError: not a transformers model.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        if not hasattr(model, "generate") or not hasattr(model, "config"):
+            raise TypeError(f"evaluation needs a transformers language model, got {type(model).__name__}")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config = model.config.get_text_config(decoder=True)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that the model takes, as far as its config says."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the results file says of the model."""
+        heads = self.config.num_attention_heads
+        return {
+            "name": self.name,
+            "architecture": type(self.model).__name__,
+            "fingerprint": self.fingerprint(),
+            "layers": self.config.num_hidden_layers,
+            "heads": heads,
+            "kv_heads": getattr(self.config, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(self.config, "head_dim", None) or self.config.hidden_size // heads,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    def fingerprint(self) -> str:
+        """Hash of the config and of a strided sample of every weight: changes when the model does."""
+        digest = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())
+        for name, weight in self.model.named_parameters():
+            flat = weight.detach().reshape(-1)
+            part = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+            digest.update(name.encode() + part.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.inference_mode()
+    def answer(self, samples: Sequence[Sample], policy: Policy, max_new_tokens: int) -> list[Answers]:
+        """Greedy answers; several samples are one batch, padded on the left where their lengths differ.
+
+        An answer ends at the model's end token, at a line end after some text, or after ``max_new_tokens``. A sample
+        of several turns is read without its questions first (see `Task.turns`) and cannot be batched.
+
+        Raises:
+            ValueError: a batch of samples with several turns.
+        """
+        if any(len(sample.turns) > 1 for sample in samples):
+            if len(samples) > 1:
+                raise ValueError(f"samples with several turns are run one by one, got a batch of {len(samples)}")
+            return [self._converse(samples[0], policy, max_new_tokens)]
+        prompts = [self.tokens(sample.prompt()) for sample in samples]
+        with gossamer.enable(self.model, policy) as handle:
+            out, stop, decode = self._generate(prompts, max_new_tokens, None, handle)
+            cost = _cost(stop.layers, stop.prefill / len(samples), len(samples))
+        return [Answers((self.text(row),), cost, decode / len(samples)) for row in out]
+
+    def _converse(self, sample: Sample, policy: Policy, max_new_tokens: int) -> Answers:
+        prompts = [self.tokens(sample.prompt(i)) for i in range(len(sample.turns))]
+        # A tokenizer may join the context's end with a question's start: what all prompts share is read once.
+        shared = 0
+        while shared < min(map(len, prompts)) - 1 and len({prompt[shared] for prompt in prompts}) == 1:
+            shared += 1
+        context = torch.tensor([prompts[0][:shared]], device=self.device)
+        texts, spent = [], 0.0
+        with gossamer.enable(self.model, policy) as handle:
+            started = time.perf_counter()
+            read = self.model(input_ids=context, use_cache=True, logits_to_keep=1)
+            self.wait()
+            cost = _cost(handle.stats(), time.perf_counter() - started, 1)
+            for i, prompt in enumerate(prompts):
+                last = i == len(prompts) - 1
+                cache = read.past_key_values if last else copy.deepcopy(read.past_key_values)
+                out, stop, decode = self._generate([prompt], max_new_tokens, cache, handle)
+                spent += stop.prefill + decode
+                texts.append(self.text(out[0]))
+        return Answers(tuple(texts), cost, spent)
+
+    def _generate(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, cache: Any, handle: Handle
+    ) -> tuple[list[list[int]], _Stop, float]:
+        """New tokens of each prompt, what was noted at the first of them, and the seconds after it."""
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        pad = pad if pad is not None else self.tokenizer.eos_token_id or 0
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        stop = _Stop(self, longest, handle)
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+            stopping_criteria=StoppingCriteriaList([stop]),
+        )
+        self.wait()
+        ended = time.perf_counter()
+        return out[:, longest:].tolist(), stop, ended - stop.first
+
+    @torch.inference_mode()
+    def hidden_states(self, tokens: Tensor, policy: Policy, observe: Any = None) -> tuple[Tensor, Cost]:
+        """What the head reads at every position, ``[S, width]``, and the cost. ``observe``: see `Handle.observe`."""
+        kept: list[Tensor] = []
+        with gossamer.enable(self.model, policy) as handle:
+            handle.observe(observe)
+            hook = self.model.base_model.register_forward_hook(lambda *call: kept.append(call[-1][0]))
+            try:
+                started = time.perf_counter()
+                out = self.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+                self.wait()
+                cost = _cost(handle.stats(), time.perf_counter() - started, 1)
+            finally:
+                hook.remove()
+        hidden = kept[0][0]
+        self._check_head(hidden[-1:], out.logits[0, -1:])
+        return hidden, cost
+
+    def logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """First row and fp32 logits ``[rows, vocabulary]`` of `hidden_states`, in chunks."""
+        for start in range(0, hidden.shape[0], _HEAD_ROWS):
+            yield start, self._head(hidden[start : start + _HEAD_ROWS])
+
+    @torch.inference_mode()
+    def _head(self, hidden: Tensor) -> Tensor:
+        logits = self.model.get_output_embeddings()(hidden).float()
+        scale = getattr(self.config, "logit_scale", None)
+        if isinstance(scale, int | float):
+            logits = logits * scale
+        divisor = getattr(self.config, "logits_scaling", None)
+        if isinstance(divisor, int | float):
+            logits = logits / divisor
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _check_head(self, hidden: Tensor, expected: Tensor) -> None:
+        """Logits are formed here in chunks; a model that does more to them than we know must not pass unseen."""
+        mine = self._head(hidden)
+        if not torch.allclose(
+            mine, expected.float(), rtol=2e-2, atol=2e-2 * float(expected.float().abs().max() + 1e-6)
+        ):
+            raise ValueError(
+                f"{type(self.model).__name__} does more to its logits than its head, its scale and its soft-cap; "
+                "leave out fidelity and perplexity for it, and report it"
+            )
+
+    def tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class _Stop(StoppingCriteria):
+    """Ends a row at a line end that follows some text; notes what the prefill cost when the first token is there."""
+
+    def __init__(self, subject: Subject, prompt: int, handle: Handle) -> None:
+        self.subject = subject
+        self.prompt = prompt
+        self.handle = handle
+        self.layers = Stats(())
+        self.started = time.perf_counter()
+        self.first = 0.0
+
+    @property
+    def prefill(self) -> float:
+        """Seconds until the first token."""
+        return self.first - self.started
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        if not self.first:
+            self.subject.wait()
+            self.first = time.perf_counter()
+            self.layers = self.handle.stats()
+        texts = [self.subject.text(row) for row in input_ids[:, self.prompt :].tolist()]
+        return torch.tensor(["\n" in text.lstrip() for text in texts], device=input_ids.device)
+
+
+def _cost(layers: Stats, seconds: float, rows: int) -> Cost:
+    return Cost(
+        density=sum(layer.density for layer in layers) / max(1, len(layers)),
+        prefill_s=seconds,
+        plan_s=sum(layer.plan_seconds for layer in layers) / rows,
+        attention_s=sum(layer.attention_seconds for layer in layers) / rows,
+        dense_because=layers.fallbacks(),
+    )
