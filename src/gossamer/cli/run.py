@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import typing
@@ -12,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from gossamer import methods
 from gossamer.attention import Policy
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
-from gossamer.ops import cpu
+from gossamer.cli.inputs import check_environment, check_model, check_profile, read_prompt
+from gossamer.cli.specs import field_values
 from gossamer.profile import Profile
 
 if typing.TYPE_CHECKING:
@@ -54,11 +53,11 @@ def add_parser(commands: Any) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise BadInput(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
-    _check_environment()
+    check_environment()
     policy = _make_policy(arguments)
-    config = _check_model(arguments.model)
-    _check_profile(policy, config)
-    text = _read_prompt(arguments.prompt)
+    config = check_model(arguments.model)
+    check_profile(policy, config)
+    text = read_prompt(arguments.prompt)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import transformers  # noqa: F401
@@ -98,17 +97,9 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_environment() -> None:
-    try:
-        if cpu.is_available():
-            cpu.active_isa(torch.float32)
-    except ValueError as error:
-        raise BadInput(first_line(error)) from error
-
-
 def _make_policy(arguments: argparse.Namespace) -> Policy:
     try:
-        fields = _parse_fields(type(methods.create(arguments.method)), arguments.set)
+        fields = field_values(type(methods.create(arguments.method)), arguments.set)
         if arguments.profile is not None:
             fields["profile"] = Profile.load(arguments.profile)
         policy = Policy(methods.create(arguments.method, **fields))
@@ -117,83 +108,6 @@ def _make_policy(arguments: argparse.Namespace) -> Policy:
         raise BadInput(first_line(error)) from error
     except OSError as error:
         raise BadInput(f"cannot read the profile {arguments.profile}: {error.strerror}") from error
-
-
-def _parse_fields(method: type[methods.Method], pairs: list[str]) -> dict[str, Any]:
-    """``FIELD=VALUE`` pairs by the types of the method's fields; names that it lacks pass through as they are.
-
-    Raises:
-        ValueError: a value that is not of its field's type.
-    """
-    types = typing.get_type_hints(method)
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        kind = types.get(name)
-        if not equals:
-            raise ValueError(f"--set takes FIELD=VALUE, got {pair!r}")
-        if name == "profile" and kind is not None:
-            raise ValueError("a profile is a file: use --profile FILE instead of --set profile=...")
-        try:
-            values[name] = _parse(kind, value)
-        except ValueError:
-            raise ValueError(f"{method.name}.{name} takes {kind.__name__ if kind else kind}, got {value!r}") from None
-    return values
-
-
-def _parse(kind: type | None, value: str) -> Any:
-    if kind is bool:
-        if value.lower() not in ("true", "false"):
-            raise ValueError(value)
-        return value.lower() == "true"
-    return kind(value) if kind in (int, float) else value
-
-
-def _check_model(path: Path) -> dict[str, Any]:
-    """The model's config as JSON; the folder is looked at before anything slow is imported."""
-    if not path.exists():
-        raise BadInput(f"no such model: {path} (give the folder of a transformers model; nothing is downloaded)")
-    file = path / "config.json"
-    if not file.is_file():
-        raise BadInput(f"{path} is not a model: it has no config.json")
-    try:
-        config = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{path} is not a model: its config.json cannot be read ({first_line(error)})") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise BadInput(f"{path} is not a transformers model: its config.json names no model_type")
-    return config
-
-
-def _check_profile(policy: Policy, config: dict[str, Any]) -> None:
-    profile: Profile | None = getattr(policy.method, "profile", None)
-    text = config.get("text_config") or config
-    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    if profile is not None and layers and heads and (profile.layers, profile.heads) != (layers, heads):
-        raise BadInput(
-            f"the profile is for {profile.layers} layers of {profile.heads} heads, but this model has {layers} layers "
-            f"of {heads}; use a profile made for it"
-        )
-
-
-def _read_prompt(name: str) -> str:
-    if name == "-":
-        if sys.stdin.isatty():
-            print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
-        text, source = sys.stdin.read(), "standard input"
-    else:
-        path, source = Path(name), name
-        if not path.exists():
-            raise BadInput(f"no such prompt file: {name}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise BadInput(f"the prompt file {name} is not UTF-8 text") from error
-        except OSError as error:
-            raise BadInput(f"cannot read the prompt file {name}: {error.strerror}") from error
-    if not text.strip():
-        raise BadInput(f"the prompt is empty ({source})")
-    return text
 
 
 def _check_length(config: dict[str, Any], tokens: int, new_tokens: int) -> None:
