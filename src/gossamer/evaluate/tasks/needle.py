@@ -36,8 +36,8 @@ __all__ = [
 
 NEEDLE = "The number for {key} is {value}."
 QUESTION = "\n\nWhat is the number for {key}? The number for {key} is"
-VALUES_QUESTION = "\n\nWhat are all the numbers for {key}? The number for {key} is"
-LIST_QUESTION = "\n\nWhat are the numbers for {keys}? The number for {key} is"
+VALUES_QUESTION = "\n\nWhat are all the numbers for {key}? In a list, {key} is"
+LIST_QUESTION = "\n\nWhat are the numbers for these, {keys}? In a list, {key} is"
 
 HAYSTACKS = ("text", "noise", "needles")
 # What one value and the words before the next one may take, with a tokenizer that splits numbers into digits.
