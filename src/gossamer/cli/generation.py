@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -16,7 +19,7 @@ import gossamer
 from gossamer.attention import Policy
 from gossamer.cli.common import BadInput, first_line
 
-__all__ = ["Generation", "compare_top1", "generate", "load_model", "load_tokenizer", "tokenize"]
+__all__ = ["Generation", "compare_top1", "generate", "layer_progress", "load_model", "load_tokenizer", "tokenize"]
 
 _HEAD_ROWS = 512
 
@@ -73,6 +76,33 @@ def load_model(path: Path, dtype: str, progress: bool) -> Any:
     except Exception as error:  # as above
         raise BadInput(f"{path} is no language model that transformers can load: {first_line(error)}") from error
     return model.eval()
+
+
+@contextmanager
+def layer_progress(model: nn.Module, title: str) -> Iterator[None]:
+    """A bar over the decoder's layers during the first forward pass, on a terminal, if it takes over two seconds."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=len, default=None)
+    if layers is None or not sys.stderr.isatty():
+        yield
+        return
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(layers), desc=title, unit="layer", delay=2, leave=False, file=sys.stderr)
+
+    def advance(*_: Any) -> None:
+        if bar.n < len(layers):
+            bar.update()
+            if bar.n == len(layers):
+                bar.close()
+
+    hooks = [layer.register_forward_hook(advance) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        bar.close()
 
 
 def tokenize(tokenizer: Any, text: str, chat: bool) -> Tensor:

@@ -6,12 +6,8 @@ import argparse
 import os
 import sys
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from gossamer import methods
 from gossamer.attention import Policy
@@ -63,7 +59,7 @@ def execute(arguments: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise BadInput("`gossamer run` needs transformers: pip install 'gossamer[cli]'") from error
-    from gossamer.cli.generation import compare_top1, generate, load_model, load_tokenizer, tokenize
+    from gossamer.cli.generation import compare_top1, generate, layer_progress, load_model, load_tokenizer, tokenize
 
     tokenizer = load_tokenizer(arguments.model)
     prompt = tokenize(tokenizer, text, arguments.chat)
@@ -77,7 +73,7 @@ def execute(arguments: argparse.Namespace) -> int:
     results: dict[str, Generation] = {}
     for name, contender in contenders.items():
         stream = sys.stdout if not (arguments.json or results) else None
-        with _progress(model, f"{name}: prefill"):
+        with layer_progress(model, f"{name}: prefill"):
             results[name] = generate(
                 model, tokenizer, prompt, contender, arguments.max_new_tokens, stream, keep_top1=arguments.compare
             )
@@ -117,33 +113,6 @@ def _check_length(config: dict[str, Any], tokens: int, new_tokens: int) -> None:
             f"the prompt is too long: {tokens} tokens and {new_tokens} new ones, but this model takes {limit}; "
             f"shorten it to {max(0, limit - new_tokens)} tokens or lower --max-new-tokens"
         )
-
-
-@contextmanager
-def _progress(model: nn.Module, title: str) -> Iterator[None]:
-    """A bar over the decoder's layers during the first forward pass, on a terminal, if it takes over two seconds."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(lists, key=len, default=None)
-    if layers is None or not sys.stderr.isatty():
-        yield
-        return
-    from tqdm import tqdm
-
-    bar = tqdm(total=len(layers), desc=title, unit="layer", delay=2, leave=False, file=sys.stderr)
-
-    def advance(*_: Any) -> None:
-        if bar.n < len(layers):
-            bar.update()
-            if bar.n == len(layers):
-                bar.close()
-
-    hooks = [layer.register_forward_hook(advance) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        bar.close()
 
 
 def _comparison(results: dict[str, Generation], agreement: float | None) -> str:

@@ -1,0 +1,196 @@
+"""``gossamer inspect``: what each head of a model does with a prompt, as a table, a page and files."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
+from gossamer.cli.inputs import check_environment, check_model, read_prompt
+
+if TYPE_CHECKING:
+    from gossamer.evaluate.heads import HeadReport
+
+__all__ = ["add_parser"]
+
+_LISTED = 2
+_WORTH_LISTING = 0.01
+_BLOCK_WORTH_LISTING = 0.001
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(commands, "inspect", execute, "show what each head of a model attends to")
+    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("prompt", nargs="?", default="-", help="text file; - or nothing reads standard input")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write heads.html, heads.csv and heads.jsonl here")
+    parser.add_argument("--layers", metavar="LIST", help="such as 0,3-5 (default: all)")
+    parser.add_argument("--heads", metavar="LIST", help="such as 0,2-3 (default: all)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="read the first N tokens of the prompt only")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="look at about this many queries, evenly spaced (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    for name in ("max_tokens", "rows"):
+        value = getattr(arguments, name)
+        if value is not None and value < 2:
+            raise BadInput(f"--{name.replace('_', '-')} must be at least 2, got {value}")
+    check_environment()
+    config = check_model(arguments.model)
+    text_config = config.get("text_config") or config
+    layers = _numbers("layers", arguments.layers, text_config.get("num_hidden_layers"))
+    heads = _numbers("heads", arguments.heads, text_config.get("num_attention_heads"))
+    if arguments.out is not None:
+        _make_folder(arguments.out)
+    text = read_prompt(arguments.prompt)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise BadInput("`gossamer inspect` needs transformers: pip install 'gossamer[cli]'") from error
+    from gossamer.cli.generation import layer_progress, load_model, load_tokenizer, tokenize
+    from gossamer.evaluate.heads import heads_record, inspect_model
+
+    tokenizer = load_tokenizer(arguments.model)
+    tokenizer.model_max_length = sys.maxsize  # its warning comes before the prompt is cut
+    prompt = tokenize(tokenizer, text, chat=False)[:, : arguments.max_tokens]
+    _check_length(text_config, prompt.shape[1])
+    model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
+    rows = arguments.rows if arguments.rows < prompt.shape[1] else None
+    map_size = None if arguments.out is None else 64
+    try:
+        with layer_progress(model, "inspect"):
+            reports = inspect_model(model, prompt, rows=rows, layers=layers, heads=heads, map_size=map_size)
+    except ValueError as error:
+        raise BadInput(first_line(error)) from error
+
+    name = arguments.model.resolve().name
+    about = {"model": name, "run": "inspect", "task": "prompt", "length": prompt.shape[1], "index": 0, "rows": rows}
+    record = heads_record(reports, **about)
+    if arguments.out is not None:
+        from gossamer.cli.heads_page import make_page
+
+        _write(arguments.out / "heads.jsonl", lambda: json.dumps(record) + "\n")
+        _write(arguments.out / "heads.csv", lambda: _csv(reports))
+        _write(arguments.out / "heads.html", lambda: make_page(reports, name, arguments.prompt, prompt.shape[1], rows))
+    if arguments.json:
+        print_json({key: value for key, value in record.items() if key not in ("kind", "maps", "run", "task", "index")})
+        return 0
+    print(table(_rows(reports)))
+    print(_summary(reports, prompt.shape[1], rows), file=sys.stderr)
+    if arguments.out is not None:
+        print(f"wrote {arguments.out}/heads.html, heads.csv, heads.jsonl", file=sys.stderr)
+    return 0
+
+
+def _numbers(option: str, given: str | None, count: int | None) -> list[int] | None:
+    """``0,3-5`` as [0, 3, 4, 5]; None for all."""
+    if given is None:
+        return None
+    numbers: set[int] = set()
+    for part in given.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise BadInput(f"--{option} takes numbers and ranges such as 0,3-5, got {given!r}")
+        if count is not None and int(last or first) >= count:
+            raise BadInput(f"--{option}: this model has {option} 0 to {count - 1}, got {int(last or first)}")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return sorted(numbers)
+
+
+def _check_length(config: dict[str, Any], tokens: int) -> None:
+    limit = config.get("max_position_embeddings")
+    if tokens < 2:
+        raise BadInput(f"the prompt has {tokens} token; give one of at least 2")
+    if limit is not None and tokens > limit:
+        raise BadInput(
+            f"the prompt is too long: {tokens} tokens, but this model takes {limit}; add --max-tokens {limit}"
+        )
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise BadInput(f"--out {path} is a file; give a folder") from error
+    except OSError as error:
+        raise BadInput(f"cannot make the folder {path}: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise BadInput(f"cannot write into {path}; give another folder")
+
+
+def _write(path: Path, make: Callable[[], str]) -> None:
+    """A whole file or none: under a temporary name first."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(make(), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rows(reports: Sequence[HeadReport]) -> list[tuple[str, ...]]:
+    patterns = tuple(reports[0].mass)
+    header = ("layer", "head", "pattern", *patterns, "90% in", "columns", "distances", "blocks")
+    return [header] + [
+        (
+            "-" if report.layer is None else str(report.layer),
+            str(report.head),
+            report.pattern,
+            *(f"{share:.0%}" for share in report.mass.values()),
+            str(report.window),
+            _short([(str(at), mass) for at, mass in report.columns], _WORTH_LISTING),
+            _short([(str(at), mass) for at, mass in report.diagonals], _WORTH_LISTING),
+            " ".join(f"{m}:{n}" for m, n, mass in report.blocks[:_LISTED] if mass >= _BLOCK_WORTH_LISTING) or "-",
+        )
+        for report in reports
+    ]
+
+
+def _short(places: Sequence[tuple[str, float]], least: float) -> str:
+    """The first few places that are worth a line, with their share of the mass."""
+    return " ".join(f"{name}({mass:.0%})" for name, mass in places[:_LISTED] if mass >= least) or "-"
+
+
+def _summary(reports: Sequence[HeadReport], tokens: int, rows: int | None) -> str:
+    counts = Counter(report.pattern for report in reports)
+    found = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    sampled = "" if rows is None else f", about {rows} of them looked at"
+    return (
+        f"{tokens} tokens{sampled}; {len(reports)} heads: {found}. Each figure is the share of the head's attention "
+        f"that the pattern explains with at most {reports[0].budget:.1%} of the pairs. `90% in` is how many of the "
+        "latest tokens hold 90% of it; columns and distances are in tokens, blocks of 64 are query:key."
+    )
+
+
+def _csv(reports: Sequence[HeadReport]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    figures = ("budget", "first_token", "first_tokens", "window", "sink_logit")
+    writer.writerow(["layer", "head", "pattern", *reports[0].mass, *figures, "columns", "diagonals", "blocks"])
+    for report in reports:
+        lists = (
+            [f"{at}:{mass:.6f}" for at, mass in report.columns],
+            [f"{at}:{mass:.6f}" for at, mass in report.diagonals],
+            [f"{m}-{n}:{mass:.6f}" for m, n, mass in report.blocks],
+        )
+        numbers = [*report.mass.values(), *(getattr(report, name) for name in figures)]
+        shown = [f"{number:.6f}" if isinstance(number, float) else number for number in numbers]
+        writer.writerow([report.layer, report.head, report.pattern, *shown, *(" ".join(part) for part in lists)])
+    return out.getvalue()
