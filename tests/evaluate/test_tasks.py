@@ -114,7 +114,9 @@ def test_bad_fields_are_named(name, fields, message):
 class TestNeedles:
     def test_taking_the_needles_out_gives_back_the_haystack(self):
         _, sample = make("needle_multikey", keys=8)
-        text = re.sub(r"The number for [a-z]+ [a-z]+ is \d+\.\n| The number for [a-z]+ [a-z]+ is \d+\.", "", sample.context)
+        text = re.sub(
+            r"The number for [a-z]+ [a-z]+ is \d+\.\n| The number for [a-z]+ [a-z]+ is \d+\.", "", sample.context
+        )
         assert text in HAYSTACK.text
         assert len(text) > 1000
 
@@ -301,11 +303,11 @@ class TestWords:
             draw_compounds(10**6, random.Random(0))
 
     def test_numbers_are_not_in_the_text(self):
-        text = " ".join(map(str, range(1000, 9000)))
-        numbers = draw_numbers(text, 10, 4, random.Random(0))
-        assert all(int(number) >= 9000 for number in numbers)
+        text = " ".join(map(str, range(10, 90)))
+        numbers = draw_numbers(text, 3, 2, random.Random(0))
+        assert all(number not in text for number in numbers)
         with pytest.raises(ValueError, match="use more digits"):
-            draw_numbers(text, 2000, 4, random.Random(0))
+            draw_numbers(text, 50, 2, random.Random(0))
 
 
 class TestHaystacks:

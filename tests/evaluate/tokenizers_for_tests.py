@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 
 from gossamer.evaluate.haystack import Haystack
 
 
 class WordTokenizer:
-    """One token for each word, mark or line end, and one in front; text comes back as it was."""
+    """One token for each word, mark or line end, and one in front. A token's text is its number: ``w17``."""
 
     pad_token_id = 0
     eos_token_id = 1
 
-    def __init__(self) -> None:
-        self.pieces: list[str] = ["<pad>", "<eos>", "<bos>"]
-        self.ids: dict[str, int] = {}
-
     def __call__(self, text: str) -> dict[str, list[int]]:
-        ids = [2]
-        for piece in re.findall(r"\s?\w+|\s?[^\w\s]|\s", text):
-            if piece not in self.ids:
-                self.ids[piece] = len(self.pieces)
-                self.pieces.append(piece)
-            ids.append(self.ids[piece])
-        return {"input_ids": ids}
+        pieces = re.findall(r"\s?\w+|\s?[^\w\s]|\s", text)
+        return {"input_ids": [2, *(3 + zlib.crc32(piece.encode()) % 2900 for piece in pieces)]}
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return "".join(self.pieces[i] for i in ids if i > 2 and i < len(self.pieces))
+        return "".join(f" w{i}" for i in ids if i > 2)
 
 
 def make_text(lines: int = 3000, seed: int = 0) -> str:

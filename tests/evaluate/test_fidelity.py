@@ -1,0 +1,136 @@
+"""Fidelity: recall and errors of a layer against the full matrix; KL and top-1 against their formulas; pictures."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from test_runner import SPARSE, subject
+
+from gossamer import methods
+from gossamer.attention import Policy, sparse_attention
+from gossamer.evaluate.fidelity import FIGURES, compare, compare_layer, compare_logits, plan_map
+from gossamer.exact import log_sum_exp
+from gossamer.integrations.transformers import AttentionCall
+from gossamer.plan import Extent, SparsePlan
+
+LENGTH = 200
+
+
+def one_call(limit: int | None = None) -> tuple[AttentionCall, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q = 2 * torch.randn(1, 4, LENGTH, 16, generator=generator)
+    k, v = (torch.randn(1, 2, LENGTH, 16, generator=generator) for _ in range(2))
+    extent = Extent.full(1, LENGTH, LENGTH)
+    out = sparse_attention(q, k, v, "dense", scale=0.25, limit=limit)
+    lse = log_sum_exp(q, k, scale=0.25, extent=extent, limit=limit)
+    return AttentionCall(0, q, k, v, out, 0.25, extent, limit, None, None), lse
+
+
+def weights(call: AttentionCall) -> torch.Tensor:
+    """The full softmax matrix in fp64, ``[H, S, T]``."""
+    keys = call.k.double().repeat_interleave(2, dim=1)
+    logits = (call.q.double() @ keys.mT)[0] * call.scale
+    plan = SparsePlan.dense(1, LENGTH, LENGTH, call.extent, limit=call.limit)
+    return logits.masked_fill(~plan.to_mask()[0], float("-inf")).softmax(-1)
+
+
+@pytest.mark.parametrize("name", [name for name in methods.available() if name != "dense"])
+@pytest.mark.parametrize("limit", [None, 90])
+def test_recall_and_errors_equal_those_of_the_full_matrix(name: str, limit: int | None) -> None:
+    fields: dict[str, dict[str, Any]] = {
+        "a_shape": {"sink": 3, "window": 40},
+        "tri_shape": {"sink": 3, "window": 40, "last": 8},
+        "vertical_slash": {"vertical_size": 9, "slash_size": 30},
+        "minference": {"vertical_size": 9, "slash_size": 30},
+        "block_sparse": {"blocks": 1},
+        "max_relative": {
+            "last_rows": 0,
+            "window_blocks": 1,
+            "sink_blocks": 0,
+            "alpha": 1.0,
+            "block_q": 16,
+            "block_k": 16,
+        },
+    }
+    call, lse = one_call(limit)
+    method = methods.create(name, **fields[name])
+    plan = method.plan(call.q, call.k, scale=call.scale, extent=call.extent, layer=0).with_limit(limit)
+    figures = compare_layer(call, plan, lse)
+    full = weights(call)
+    mask = plan.to_mask()[0].repeat_interleave(4 // plan.heads, dim=0)
+    recall = (full * mask).sum(-1).mean(-1)
+    assert 0.05 < recall.mean() < 0.999
+    torch.testing.assert_close(torch.tensor(figures["recall"]).double(), recall, atol=1e-5, rtol=1e-5)
+    values = call.v.double().repeat_interleave(2, dim=1)[0]
+    kept = full * mask
+    sparse, dense = (kept / kept.sum(-1, keepdim=True)) @ values, full @ values
+    error = (sparse - dense).norm(dim=(1, 2)) / dense.norm(dim=(1, 2))
+    torch.testing.assert_close(torch.tensor(figures["relative_l2"]).double(), error, atol=1e-4, rtol=1e-4)
+    cosine = torch.cosine_similarity(sparse, dense, dim=-1).mean(-1)
+    torch.testing.assert_close(torch.tensor(figures["cosine"]).double(), cosine, atol=1e-4, rtol=1e-4)
+    pairs = (full > 0).sum(dim=(1, 2))
+    density = mask.sum(dim=(1, 2)) / pairs
+    torch.testing.assert_close(torch.tensor(figures["head_density"]).double(), density.double(), atol=1e-4, rtol=1e-4)
+    assert all(0 < value <= 1 + 1e-6 for value in figures["oracle_recall"])
+
+
+def test_dense_is_perfect() -> None:
+    call, lse = one_call()
+    figures = compare_layer(call, SparsePlan.dense(2, LENGTH, LENGTH, call.extent), lse)
+    # The oracle gets as many full blocks as the pairs would fill: it may lack those on the rim.
+    for name, expected in zip(FIGURES, (1.0, 1.0, None, 0.0, 1.0), strict=True):
+        assert expected is None or figures[name] == pytest.approx([expected] * 4, abs=1e-5), name
+
+
+def test_a_model_against_itself_and_against_a_sparse_run() -> None:
+    of = subject()
+    tokens = torch.randint(3, 2900, (1, 300), generator=torch.Generator().manual_seed(1))
+    same, sparse = compare(of, tokens, [Policy(methods.create("a_shape", window=300), 0, 2.0), SPARSE])
+    assert same["logits"]["mean_top1"] == 1.0
+    assert same["logits"]["mean_kl"] < 1e-6
+    assert same["mean"]["recall"] == pytest.approx(1.0, abs=1e-5)
+    assert sparse["mean"]["recall"] < 0.9
+    assert sparse["logits"]["mean_kl"] > same["logits"]["mean_kl"]
+    assert [len(sparse[name]) for name in FIGURES] == [2] * 5  # layers
+    assert [len(row) for row in sparse["recall"]] == [4, 4]  # heads
+    assert {(m["layer"], m["head"]) for m in sparse["maps"]} <= {(layer, head) for layer in (0, 1) for head in range(4)}
+
+
+def test_kl_and_top1_are_the_formulas_by_position() -> None:
+    of = subject()
+    a, b = (torch.randn(300, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    b[:64] = a[:64]
+    found = compare_logits(of, a, b)
+    with torch.inference_mode():
+        p, q = (of.model.lm_head(x).double() for x in (a, b))
+    divergence = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none")
+    divergence = divergence.sum(-1)
+    agreement = (p.argmax(-1) == q.argmax(-1)).double()
+    assert found["edges"] == [0, 64, 256, 300]
+    assert found["kl"][0] == 0.0
+    assert found["top1"][0] == 1.0
+    assert found["kl"][1:] == pytest.approx(
+        [float(divergence[64:256].mean()), float(divergence[256:].mean())], rel=1e-3
+    )
+    assert found["top1"][1:] == pytest.approx([float(agreement[64:256].mean()), float(agreement[256:].mean())])
+    assert found["mean_kl"] == pytest.approx(float(divergence.mean()), rel=1e-3)
+
+
+def test_the_picture_of_a_plan() -> None:
+    extent = Extent.full(1, 512, 512)
+    blocks = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    blocks[0, 0, range(8), range(8)] = True
+    blocks[0, 0, :, 0] = True
+    plan = SparsePlan.from_block_mask(blocks, query_len=512, key_len=512, extent=extent, block_q=64, block_k=64)
+    picture = plan_map(plan, head=2, heads=4, size=8)
+    image = torch.tensor(list(base64.b64decode(picture["data"]))).view(8, 8)
+    expected = torch.zeros(8, 8)
+    expected[:, 0] = 255
+    expected.fill_diagonal_(255)
+    assert torch.equal(image.float(), expected)
