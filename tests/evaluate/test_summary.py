@@ -58,6 +58,7 @@ def test_figures() -> None:
     assert fast.tasks == {"a": (0.5, 4), "b": (0.25, 1)}
     assert (fast.recall, fast.oracle_recall, fast.kl, fast.top1) == (0.8, 0.9, 0.1, 0.95)
     assert fast.speedup == 7.0
+    assert fast.difference_interval is not None
     low, high = fast.difference_interval
     assert -1.0 <= low < -0.5 < high <= 0.0
     assert (alone.difference, alone.speedup) == (None, None)

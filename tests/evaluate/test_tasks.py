@@ -32,6 +32,12 @@ def make(name: str, length: int = 2048, seed: int = 0, **fields: object) -> tupl
     return task, task.make(HAYSTACK, WORDS, length, random.Random(seed))
 
 
+def search(pattern: str, text: str) -> re.Match[str]:
+    found = re.search(pattern, text)
+    assert found is not None
+    return found
+
+
 @pytest.fixture(scope="module")
 def reference_tokenizer():
     transformers = pytest.importorskip("transformers")
@@ -138,7 +144,7 @@ class TestNeedles:
 
     def test_the_question_ends_as_the_needle_does_before_its_value(self):
         _, sample = make("needle_single")
-        key, value = re.search(r"The number for ([a-z]+ [a-z]+) is (\d+)\.", sample.context).groups()
+        key, value = search(r"The number for ([a-z]+ [a-z]+) is (\d+)\.", sample.context).groups()
         assert sample.turns[0].question.endswith(NEEDLE.format(key=key, value=value).removesuffix(f" {value}."))
 
     def test_the_depth_is_where_the_needle_stands(self):
@@ -146,10 +152,11 @@ class TestNeedles:
             _, sample = make("needle_multikey", seed=seed, turns=3)
             for turn in sample.turns:
                 value = sample.context.index(turn.references[0])
+                assert turn.depth is not None
                 assert 0 < value - turn.depth * len(sample.context) < 60
 
     def test_depths_are_uniform(self):
-        depths = [make("needle_single", 600, seed)[1].turns[0].depth for seed in range(300)]
+        depths = [make("needle_single", 600, seed)[1].turns[0].depth or 0.0 for seed in range(300)]
         fifths = Counter(min(4, int(depth * 5)) for depth in depths)
         assert all(40 <= fifths[i] <= 85 for i in range(5))
 
@@ -159,7 +166,7 @@ class TestNeedles:
         assert len("\n".join(lines)) > 0.9 * len(sample.context)
         assert len(lines) > 100
         assert sum(sample.turns[0].references[0] in line for line in lines) == 1
-        key = re.search(r"for ([a-z]+ [a-z]+)\?", sample.turns[0].question).group(1)
+        key = search(r"for ([a-z]+ [a-z]+)\?", sample.turns[0].question).group(1)
         assert sum(f"for {key} is" in line for line in lines) == 1
         assert sample.prompt_tokens == 3000 - task.max_new_tokens
 
@@ -185,7 +192,7 @@ class TestVariableTracking:
         assert len(names) == 5
         positions = [sample.context.index(f"of {a} goes to {b}.") for a, b in pairwise(names)]
         assert positions == sorted(positions)
-        value = re.search(r"value (\d{5}) go\?", sample.turns[0].question).group(1)
+        value = search(r"value (\d{5}) go\?", sample.turns[0].question).group(1)
         assert sample.context.index(f"The value {value} goes to {names[0]}.") < positions[0]
 
     def test_the_example_comes_first_and_shares_no_name(self):
@@ -246,7 +253,7 @@ class TestCountingTasks:
                 "median": numbers[len(numbers) // 2],
             }
             for turn in sample.turns:
-                which = re.search(r"the ([a-z ]+) number", turn.question).group(1)
+                which = search(r"the ([a-z ]+) number", turn.question).group(1)
                 assert turn.references == (str(expected[which]),)
 
 
@@ -264,7 +271,7 @@ class TestKeyValueTasks:
         pairs = dict(re.findall(r"The pair of (\S+) is (\S+)\.", sample.context))
         assert len(pairs) > 100
         for turn in sample.turns:
-            assert pairs[re.search(r"of (\S+) is$", turn.question).group(1)] == turn.references[0]
+            assert pairs[search(r"of (\S+) is$", turn.question).group(1)] == turn.references[0]
 
     def test_power_law_gaps_have_the_distribution(self):
         rng = random.Random(0)

@@ -220,7 +220,8 @@ def _attend(
         assert isinstance(out, Tensor)
         if owner.observe is not None:
             keys, values = key[:, :, :used], value[:, :, :used]
-            owner.observe(AttentionCall(layer, query, keys, values, out, scale, extent, limit, s_aux, softcap))
+            where = extent if extent is not None else Extent.full(query.shape[0], query_len, used)
+            owner.observe(AttentionCall(layer, query, keys, values, out, scale, where, limit, s_aux, softcap))
         return out.transpose(1, 2).contiguous(), None
 
     started = 0.0 if compiling else time.perf_counter()
