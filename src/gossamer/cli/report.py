@@ -1,0 +1,38 @@
+"""``gossamer report``: one page with pictures from results of ``gossamer eval``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from gossamer.cli.common import BadInput, add_command, first_line, print_json
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(commands, "report", execute, "draw the results of `gossamer eval` as one HTML page")
+    parser.add_argument("results", type=Path, nargs="+", help="files that `gossamer eval` or `inspect` wrote")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    parser.add_argument("--title", default="Sparse attention, measured", help="its heading")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    from gossamer.evaluate.summary import read_results, summary_rows
+    from gossamer.report import write_report
+
+    try:
+        records = [record for path in arguments.results for record in read_results(path)]
+        written = write_report(records, arguments.out, arguments.title)
+    except ValueError as error:
+        raise BadInput(first_line(error)) from error
+    except OSError as error:
+        raise BadInput(f"cannot write {arguments.out}: {error.strerror or first_line(error)}") from error
+    if arguments.json:
+        print_json({"files": [str(path) for path in written], "rows": [r.to_dict() for r in summary_rows(records)]})
+    else:
+        print(written[0])
+        print(f"and {len(written) - 1} CSV files in {written[1].parent}", file=sys.stderr)
+    return 0

@@ -1,0 +1,194 @@
+"""The page: what was found in words, the table, the pictures, the circumstances. No network, no scripts."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import os
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from gossamer.evaluate.summary import SummaryRow, main_table, summary_rows, task_table
+from gossamer.report.charts import Figure, figures
+
+__all__ = ["findings", "write_report"]
+
+Record = dict[str, Any]
+
+_FEW = 20
+_STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #5b6570; --grid: #dfe3e8; --axis: #8a939e;
+  --card: #f6f8fa; --link: #0a66c2; }
+@media (prefers-color-scheme: dark) { :root { --back: #14171b; --text: #e4e8ec; --soft: #9aa5b1; --grid: #2c333b;
+  --axis: #76818d; --card: #1c2127; --link: #6cb4ff; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 76rem; background: var(--back); color: var(--text);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
+a { color: var(--link); } nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; font-size: .9rem; }
+p.note, figcaption, footer { color: var(--soft); font-size: .9rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
+th:first-child, td:first-child { text-align: left; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+figure { margin: 0; padding: .7rem; background: var(--card); border-radius: .5rem; min-width: 0; }
+figcaption { overflow-wrap: anywhere; margin-bottom: .3rem; }
+svg { width: 100%; height: auto; display: block; font-family: inherit; }
+img.map { width: 100%; max-width: 260px; image-rendering: pixelated; border: 1px solid var(--grid); background: #fff; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .85rem; }
+.legend span { display: inline-flex; align-items: center; gap: .3rem; } .legend svg { width: 14px; }
+.warning { border-left: 4px solid #d55e00; padding: .4rem .8rem; background: var(--card); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem; } dd { margin: 0;
+  overflow-wrap: anywhere; }
+"""
+
+
+def write_report(records: Sequence[Record], out: Path, title: str = "Sparse attention, measured") -> list[Path]:
+    """Write the page to ``out`` and a CSV for each picture and table to ``<stem>_csv`` beside it.
+
+    Every file is written under a temporary name first.
+
+    Returns:
+        the files written, the page first.
+
+    Raises:
+        ValueError: results of several models, which one page cannot compare.
+    """
+    models = {record["model"]["fingerprint"]: record["model"]["name"] for record in records if record["kind"] == "run"}
+    if len(models) > 1:
+        raise ValueError(
+            f"the results are of {len(models)} models ({', '.join(sorted(models.values()))}); make a report of each"
+        )
+    rows = summary_rows(records)
+    pictures = figures(records, rows)
+    tables = [("summary", main_table(rows)), ("tasks", task_table(rows))]
+    folder = out.with_name(f"{out.stem}_csv")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [_write(out, _page(title, records, rows, pictures, tables))]
+    for name, table in [*tables, *((figure.name, figure.table) for figure in pictures)]:
+        written.append(_write(folder / f"{name}.csv", _csv(table)))
+    return written
+
+
+def findings(rows: Sequence[SummaryRow]) -> list[str]:
+    """One sentence for each method at the longest length, from the figures alone."""
+    if not rows:
+        return []
+    longest = max(row.length for row in rows)
+    sentences = []
+    for row in rows:
+        if row.length != longest or row.difference is None or row.difference_interval is None:
+            continue
+        low, high = row.difference_interval
+        if high < 0:
+            judged = f"loses {-row.difference:.3f} of accuracy against dense (95% interval {-high:.3f} to {-low:.3f})"
+        elif low > 0:
+            judged = f"is {row.difference:.3f} more accurate than dense (95% interval {low:.3f} to {high:.3f})"
+        else:
+            judged = (
+                f"does not differ measurably from dense (difference {row.difference:+.3f}, {low:+.3f} to {high:+.3f})"
+            )
+        if row.samples < _FEW:
+            judged += f"; {row.samples} samples are too few to say more"
+        cost = [f"computes {row.density:.1%} of the pairs"] if row.density is not None else []
+        if row.speedup is not None:
+            cost.append(f"takes {1 / row.speedup:.2f} times the prefill of dense")
+        worst = min(row.tasks, key=lambda task: row.tasks[task][0]) if len(row.tasks) > 1 else None
+        tail = f" Its weakest task is {worst}, {row.tasks[worst][0]:.3f}." if worst and row.accuracy != 1.0 else ""
+        sentences.append(f"At {longest:,} tokens {row.method} {judged}; it {' and '.join(cost)}.{tail}")
+    return sentences
+
+
+def _page(
+    title: str,
+    records: Sequence[Record],
+    rows: Sequence[SummaryRow],
+    pictures: Sequence[Figure],
+    tables: Sequence[tuple[str, list[list[str]]]],
+) -> str:
+    runs = [record for record in records if record["kind"] == "run"]
+    sections = [("summary", "Summary", tables[0][1]), ("tasks", "Accuracy by task", tables[1][1])]
+    links = [(name, heading) for name, heading, _ in sections] + [(f.name, f.title) for f in pictures]
+    links.append(("circumstances", "Circumstances"))
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>{escape(title)}</title><link rel='icon' href='data:,'><style>{_STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        _headline(runs),
+        "<nav aria-label='Contents'>" + "".join(f"<a href='#{n}'>{escape(h)}</a>" for n, h in links) + "</nav>",
+        _warnings(runs),
+    ]
+    for name, heading, table in sections:
+        parts.append(f"<section id='{name}'><h2>{escape(heading)}</h2>")
+        if name == "summary":
+            parts.append("<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(rows)) + "</ul>")
+        parts.append(_html_table(table) + _download(name, table) + "</section>")
+    for figure in pictures:
+        parts.append(
+            f"<section id='{figure.name}'><h2>{escape(figure.title)}</h2><p class='note'>{escape(figure.note)}</p>"
+        )
+        parts.append("<div class='panels'>")
+        for caption, body in figure.panels:
+            parts.append(f"<figure><figcaption>{escape(caption)}</figcaption>{body}</figure>")
+        parts.append("</div>" + _download(figure.name, figure.table) + "</section>")
+    parts.append(_circumstances(runs) + "</body></html>\n")
+    return "\n".join(part for part in parts if part)
+
+
+def _headline(runs: Sequence[Record]) -> str:
+    if not runs:
+        return ""
+    model = runs[0]["model"]
+    return (
+        f"<p>{escape(str(model['name']))}: {escape(str(model['architecture']))}, {model['layers']} layers of "
+        f"{model['heads']} heads, {model['parameters']:,} parameters, {escape(str(model['dtype']))}.</p>"
+    )
+
+
+def _warnings(runs: Sequence[Record]) -> str:
+    lines = []
+    if len({str(run.get("machine")) for run in runs}) > 1:
+        lines.append("The results come from several machines: do not compare their seconds.")
+    if len({run["haystack"]["sha256"] for run in runs}) > 1:
+        lines.append("The results come from several haystacks.")
+    return "".join(f"<p class='warning'>{escape(line)}</p>" for line in lines)
+
+
+def _circumstances(runs: Sequence[Record]) -> str:
+    entries: dict[str, str] = {}
+    for run in runs:
+        for name in ("machine", "versions", "haystack"):
+            values = ", ".join(f"{key} {value}" for key, value in run.get(name, {}).items())
+            entries[f"{name} {values}"] = f"<dt>{name}</dt><dd>{escape(values)}</dd>"
+        seed = escape(str(run.get("seed")))
+        entries[f"seed {seed}"] = f"<dt>seed</dt><dd>{seed}</dd>"
+    return f"<section id='circumstances'><h2>Circumstances</h2><dl>{''.join(entries.values())}</dl></section>"
+
+
+def _html_table(table: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in table[0])
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table[1:])
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _download(name: str, table: Sequence[Sequence[Any]]) -> str:
+    data = base64.b64encode(_csv(table).encode()).decode()
+    return f"<p class='note'><a download='{name}.csv' href='data:text/csv;base64,{data}'>{name}.csv</a></p>"
+
+
+def _csv(table: Sequence[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(table)
+    return out.getvalue()
+
+
+def _write(path: Path, text: str) -> Path:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,270 @@
+"""The report: pictures and their numbers agree, text is escaped, a browser shows it without errors or overflow."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import math
+import random
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gossamer.cli import main
+from gossamer.evaluate.summary import summary_rows
+from gossamer.report.charts import break_even, figures
+from gossamer.report.page import findings, write_report
+from gossamer.report.png import grey_png
+from gossamer.report.svg import colour_of, text_on
+
+NAMES = ["needles", "density", "recall", "latency", "logits", "heads", "maps"]
+LENGTHS = (4096, 8192, 16384)
+METHODS = {"dense": 1.0, "fast(size=1)": 0.1, "fast(size=4)": 0.4, "good(alpha=0.1)": 0.2}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Leaves in the DOM what it measured of the page in the frame.
+MEASURE = """
+const sizes = (page, what) => [...page.querySelectorAll(what)].map(e => e.getBoundingClientRect());
+frame.onload = () => {
+  const page = frame.contentDocument, root = page.documentElement;
+  found.textContent = JSON.stringify({
+    overflow: root.scrollWidth - root.clientWidth,
+    pictures: sizes(page, "figure > svg, figure > img").map(r => [r.width, r.height]),
+    sections: [...page.querySelectorAll("section")].map(s => s.id),
+    loaded: [...page.images].every(i => i.complete && i.naturalWidth > 0),
+    smallest: Math.min(...sizes(page, "svg text").map(r => r.height)),
+  });
+};
+"""
+
+
+def make_records(samples: int = 25) -> list[dict[str, Any]]:
+    rng = random.Random(0)
+    records: list[dict[str, Any]] = [
+        {
+            "kind": "run",
+            "model": {
+                "name": "<b>model</b>",
+                "architecture": "Llama",
+                "fingerprint": "abc",
+                "layers": 2,
+                "heads": 3,
+                "parameters": 1000,
+                "dtype": "bfloat16",
+            },
+            "machine": {"processor": "cpu"},
+            "versions": {"torch": "2"},
+            "haystack": {"name": "x", "sha256": "y", "characters": 5},
+            "seed": 0,
+        }
+    ]
+    square = base64.b64encode(bytes(range(16))).decode()
+    for length in LENGTHS:
+        for method, share in METHODS.items():
+            head = {"method": method, "length": length, "density": share}
+            for task in ("needle_single", "chain"):
+                for index in range(samples):
+                    score = 1.0 if method == "dense" else float(rng.random() < 0.5 + share / 2)
+                    depth = rng.random() if task == "needle_single" else None
+                    turn = {
+                        "generated": "<script>alert(1)</script>",
+                        "references": ["1"],
+                        "score": score,
+                        "depth": depth,
+                    }
+                    seconds = (length / 4096) ** (2.0 if method == "dense" else 1.1) * (1 if method == "dense" else 2)
+                    more = {"task": task, "index": index, "turns": [turn], "score": score, "prefill_s": seconds}
+                    records.append({"kind": "sample"} | head | more)
+            if method != "dense":
+                grid = [[share + 0.1 * i + 0.01 * j for j in range(3)] for i in range(2)]
+                figures_ = {name: grid for name in ("recall", "oracle_recall", "head_density", "relative_l2", "cosine")}
+                logits = {
+                    "edges": [0, 64, length],
+                    "kl": [0.1, 0.2],
+                    "top1": [0.9, 0.8],
+                    "mean_kl": 0.2,
+                    "mean_top1": 0.8,
+                }
+                maps = [{"layer": 0, "head": 1, "size": 4, "data": square}]
+                more = {"index": 0, "mean": {"recall": 0.5, "oracle_recall": 0.6}, "logits": logits, "maps": maps}
+                records.append({"kind": "fidelity", "task": "needle_single"} | head | figures_ | more)
+    heads = [
+        {"layer": i, "head": j, "pattern": pattern, "mass": {"sink": 0.1, "local": 0.2}}
+        for i in range(2)
+        for j, pattern in enumerate(("sink", "slash", "diffuse"))
+    ]
+    records.append({"kind": "heads", "task": "needle_single", "length": 4096, "index": 0, "heads": heads, "maps": []})
+    records.append({"kind": "unknown", "anything": 1})
+    return records
+
+
+RECORDS = make_records()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(RECORDS, out)
+    return out
+
+
+def test_every_picture_has_panels_and_numbers() -> None:
+    made = figures(RECORDS, summary_rows(RECORDS))
+    assert [figure.name for figure in made] == NAMES
+    for figure in made:
+        assert figure.panels
+        assert len(figure.table) > 1
+        assert all(len(row) == len(figure.table[0]) for row in figure.table[1:])
+
+
+def test_files_are_complete_and_nothing_temporary_stays(page: Path) -> None:
+    folder = page.with_name("report_csv")
+    assert {path.stem for path in folder.iterdir()} == {"summary", "tasks", *NAMES}
+    assert [path.name for path in page.parent.iterdir() if path.name.endswith(".tmp")] == []
+    with (folder / "density.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    expected = {(row.method, row.length): row.accuracy for row in summary_rows(RECORDS)}
+    assert {(row["method"], int(row["length"])): float(row["accuracy"]) for row in rows} == expected
+    assert base64.b64encode((folder / "density.csv").read_bytes()).decode() in page.read_text()
+
+
+def test_the_page_stands_alone_and_escapes_what_it_shows(page: Path) -> None:
+    text = page.read_text()
+    assert "<script" not in text
+    assert "<b>model</b>" not in text
+    assert "&lt;b&gt;model&lt;/b&gt;" in text
+    assert not re.search(r"(?:src|href)=['\"](?!data:|#)", text)
+
+
+def test_pictures_show_the_numbers_of_the_table() -> None:
+    needles = figures(RECORDS, summary_rows(RECORDS))[0]
+    caption, svg = needles.panels[0]
+    task, method = caption.split(", ")
+    cells = [row for row in needles.table[1:] if row[:2] == [task, method]]
+    shown = re.findall(r'fill="#(?:000|fff)" font-size="11">([^<]*)<', svg)
+    assert len(shown) == len(cells) > 10
+    assert svg.count("·") == 15 - len(cells)
+    assert sorted(shown) == sorted("1" if row[5] == 1 else f"{row[5]:.2f}".replace("0.", ".") for row in cells)
+
+
+def test_break_even() -> None:
+    lengths = [1000, 2000, 4000]
+    assert break_even(lengths, [1, 4, 16], [2, 4, 8]) == pytest.approx(2000)
+    assert break_even(lengths, [1, 4, 16], [4, 8, 16]) is None
+    assert break_even(lengths, [1, 4, 16], [0.5, 1, 2]) == 1000
+    crossing = break_even([1000, 4000], [1, 16], [2, 8])
+    assert crossing == pytest.approx(2000)
+    assert math.isclose(crossing or 0, 2000)
+    words = next(figure for figure in figures(RECORDS, summary_rows(RECORDS)) if figure.name == "latency").note
+    assert "breaks even with dense at about 8.64K tokens" in words
+
+
+def test_findings_come_from_the_figures() -> None:
+    sentences = findings(summary_rows(RECORDS))
+    assert len(sentences) == 3
+    assert all(sentence.startswith("At 16,384 tokens") for sentence in sentences)
+    assert "loses 0." in sentences[0]
+    assert "computes 10.0% of the pairs" in sentences[0]
+    few = findings(summary_rows(make_records(4)))
+    assert all("8 samples are too few" in sentence for sentence in few)
+
+
+def test_results_of_two_models_are_refused(tmp_path: Path) -> None:
+    other = json.loads(json.dumps(RECORDS[0]).replace('"abc"', '"def"'))
+    with pytest.raises(ValueError, match="2 models"):
+        write_report([*RECORDS, other], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_several_machines_are_said(tmp_path: Path) -> None:
+    other = json.loads(json.dumps(RECORDS[0]).replace('"cpu"', '"gpu"'))
+    write_report([*RECORDS, other], tmp_path / "r.html")
+    assert "several machines" in (tmp_path / "r.html").read_text()
+
+
+def test_png_decodes_to_its_pixels() -> None:
+    uri = grey_png(bytes(range(6)), 3, 2)
+    data = base64.b64decode(uri.partition(",")[2])
+    width, height = struct.unpack(">II", data[16:24])
+    at = data.index(b"IDAT")
+    size = struct.unpack(">I", data[at - 4 : at])[0]
+    raw = zlib.decompress(data[at + 4 : at + 4 + size])
+    assert (width, height) == (3, 2)
+    assert raw == b"\0\0\1\2\0\3\4\5"
+    with pytest.raises(ValueError, match="needs 6 pixels"):
+        grey_png(b"12", 3, 2)
+
+
+def test_text_is_readable_on_every_colour() -> None:
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    lights = [luminance(colour_of(i / 100)) for i in range(101)]
+    assert lights == sorted(lights)
+    for i in range(101):
+        front = 1.0 if text_on(i / 100) == "#fff" else 0.0
+        light, dark = max(front, lights[i]), min(front, lights[i])
+        assert (light + 0.05) / (dark + 0.05) > 3.5
+
+
+class TestCommand:
+    def write(self, tmp_path: Path) -> Path:
+        path = tmp_path / "r.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+        return path
+
+    def test_writes_the_page(self, capsys, tmp_path):
+        out = tmp_path / "page.html"
+        assert main(["report", str(self.write(tmp_path)), "--out", str(out)]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == f"{out}\n"
+        assert "9 CSV files" in captured.err
+
+    def test_json_lists_files_and_rows(self, capsys, tmp_path):
+        out = tmp_path / "page.html"
+        assert main(["report", str(self.write(tmp_path)), "--out", str(out), "--json"]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert data["files"][0] == str(out)
+        assert len(data["rows"]) == 12
+
+    def test_bad_input_is_one_line(self, capsys, tmp_path):
+        empty = tmp_path / "empty.jsonl"
+        empty.write_text("")
+        for path, message in ((tmp_path / "none", "cannot read"), (empty, "no results")):
+            assert main(["report", str(path), "--out", str(tmp_path / "p.html")]) == 2
+            assert message in capsys.readouterr().err
+        assert not (tmp_path / "p.html").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_all_pictures_without_errors_or_overflow(page: Path, tmp_path: Path, width: int) -> None:
+    """The page in a frame of that width, measured by a script of the test's own."""
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f"<iframe id=frame src='{page.as_uri()}' style='width:{width}px;height:4000px;border:0'></iframe>"
+        f"<pre id=found></pre><script>{MEASURE}</script>"
+    )
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=3000"]
+    command += ["--window-size=1400,1000", "--dump-dom", frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    measured = re.search(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.DOTALL)
+    assert measured is not None
+    found = json.loads(measured[1])
+    assert found["overflow"] <= 0
+    assert found["sections"] == ["summary", "tasks", *NAMES, "circumstances"]
+    assert found["loaded"]
+    assert len(found["pictures"]) >= 20
+    assert all(across > 60 and down > 30 for across, down in found["pictures"])
+    assert found["smallest"] > 8
