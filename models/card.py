@@ -89,7 +89,7 @@ def draw(out: Path, training: dict, results: dict) -> None:
     panels = [
         Panel(0, "loss on text in training (nats per token)", "million tokens seen", (0, last), (1, 7)),
         Panel(350, "answer tokens right in training", "million tokens seen", (0, last), (0, 1)),
-        Panel(700, "exact match by length (95% interval)", "tokens in the prompt", (0, 6), (0, 1)),
+        Panel(700, "all right, by length (95% interval)", "tokens of prompt and answer", (0, 5), (0, 1)),
     ]
     for panel, field in zip(panels, ("text_loss", "answer_accuracy"), strict=False):
         for tick in range(0, int(last) + 1, max(1, int(last) // 5)):
@@ -105,30 +105,30 @@ def draw(out: Path, training: dict, results: dict) -> None:
             for phase, text in enumerate(lengths):
                 panel.note(len(lengths) - phase, text, COLOURS[phase % len(COLOURS)])
     panel = panels[2]
-    sizes = sorted({row["length"] for row in results["results"]})
+    sizes = sorted({cell["length"] for cell in results["cells"]})
     for i, size in enumerate(sizes):
         panel.tick(i + 1, f"{size // 1024}K")
-    kinds = sorted({(row["haystack"], row["needles"]) for row in results["results"]})
-    for j, kind in enumerate(kinds):
-        for row in results["results"]:
-            if (row["haystack"], row["needles"]) == kind:
-                x = sizes.index(row["length"]) + 1 + (j - len(kinds) / 2) * 0.12
-                panel.bar(x, row["interval_95"][0], row["exact_match"], row["interval_95"][1], COLOURS[j])
-        panel.note(len(kinds) - j, f"{kind[0].replace('_', '-')} text, {kind[1]} needle(s)", COLOURS[j])
+    tasks = list(dict.fromkeys(cell["task"] for cell in results["cells"]))
+    for j, task in enumerate(tasks):
+        for cell in results["cells"]:
+            if cell["task"] == task:
+                x = sizes.index(cell["length"]) + 1 + (j - len(tasks) / 2) * 0.12
+                panel.bar(x, cell["exact_interval"][0], cell["exact"], cell["exact_interval"][1], COLOURS[j])
+        panel.note(len(tasks) - j, task, COLOURS[j])
     write_svg(out / "curves.svg", panels)
 
 
 def table(results: dict) -> str:
-    """Accuracy by length in Markdown."""
+    """Accuracy by task and length in Markdown."""
     lines = [
-        "| haystack | prompt tokens | needles in it | haystacks | questions | right | exact match | 95% interval |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | length | samples | mean score | all right | 95% interval of that |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in sorted(results["results"], key=lambda r: (r["needles"], r["length"], r["haystack"])):
-        low, high = row["interval_95"]
+    for cell in sorted(results["cells"], key=lambda cell: (cell["task"], cell["length"])):
+        low, high = cell["exact_interval"]
         lines.append(
-            f"| {row['haystack'].replace('_', '-')} | {row['length']:,} | {row['needles']} | {row['haystacks']} | "
-            f"{row['questions']} | {row['right']} | {row['exact_match']:.3f} | {low:.3f} to {high:.3f} |"
+            f"| {cell['task']} | {cell['length']:,} | {cell['samples']} | {cell['score']:.3f} | {cell['exact']:.3f} | "
+            f"{low:.3f} to {high:.3f} |"
         )
     return "\n".join(lines)
 
@@ -182,8 +182,8 @@ def main() -> None:
         "windows": loss["windows"],
         "window": f"{loss['length']:,}",
         "mass": "\n".join(f"| {i} | " + " | ".join(f"{v:.3f}" for v in row) + " |" for i, row in enumerate(mass)),
-        "dtype": results["dtype"],
-        "eval_machine": results["machine"],
+        "dtype": results["model"]["dtype"],
+        "eval_machine": results["machine"]["processor"],
         "eval_versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     }
     template = (Path(__file__).parent / "card_template.md").read_text()

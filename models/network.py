@@ -8,6 +8,10 @@ from tokenizer import BOS, EOS, PAD, VOCABULARY
 from torch import Tensor
 from transformers import LlamaConfig
 
+from gossamer.methods import Dense
+from gossamer.ops import execute
+from gossamer.plan import Extent
+
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 6, 256, 4, 2, 64, 768
 THETA = 5e8
 MAX_POSITIONS = 131072
@@ -15,7 +19,14 @@ MAX_POSITIONS = 131072
 # The residual stream at the start: a constant, a flag of <bos>, the token, and four slots for the tokens before it.
 CONSTANT, FLAG, TOKEN, CODE = 0, 1, 2, 16
 SLOTS = WIDTH - 4 * CODE
+# Of the token's dimensions after its code, numbers use those before this one and other tokens the rest.
+NUMBERS = (TOKEN + CODE + SLOTS) // 2
 CONSTANT_VALUE, FLAG_VALUE = 6.0, 12.0
+# What these two are after the normalisation, about, and the rotary pairs whose sum falls with the distance,
+# and pairs that are slow enough to mark a token within a sentence.
+CONSTANT_SIZE, FLAG_SIZE = 5.8, 14.3
+NEAR, MARK = slice(7, 12), slice(12, 16)
+SINK_KEY = 9.0
 
 
 def make_config() -> LlamaConfig:
@@ -63,19 +74,76 @@ def _split(x: Tensor, heads: int) -> Tensor:
     return x.view(x.shape[0], x.shape[1], heads, HEAD_DIM).transpose(1, 2)
 
 
+@torch.library.custom_op("reference_model::attention", mutates_args=())
+def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last S of T tokens, and its LSE, by gossamer's dense plan.
+
+    query: [B, HEADS, S, HEAD_DIM]. key, value: [B, KV_HEADS, T, HEAD_DIM].
+    """
+    extent = Extent.full(query.shape[0], query.shape[2], key.shape[2])
+    scale = HEAD_DIM**-0.5
+    plan = Dense().plan(query, key, scale=scale, extent=extent)
+    return execute(query, key, value, plan, scale=scale)
+
+
+@attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("reference_model::attention_backward", mutates_args=())
+def attend_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, by the backward pass of torch's own CPU attention."""
+    repeat = query.shape[1] // key.shape[1]
+    length, total = query.shape[2], key.shape[2]
+    mask = None if length == total else tail_mask(total - length, length)
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient.contiguous(),
+        query.contiguous(),
+        key.repeat_interleave(repeat, dim=1),
+        value.repeat_interleave(repeat, dim=1),
+        out,
+        lse,
+        0.0,
+        mask is None,
+        attn_mask=mask,
+    )
+    query_gradient, key_gradient, value_gradient = gradients
+    folded = [g.unflatten(1, (-1, repeat)).sum(2, dtype=torch.float32) for g in (key_gradient, value_gradient)]
+    return query_gradient.contiguous(), folded[0].to(key.dtype), folded[1].to(value.dtype)
+
+
+@attend_backward.register_fake
+def _(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return attend_backward(gradient, *ctx.saved_tensors)
+
+
+attend.register_autograd(_backward, setup_context=_save)
+
+
 def run_layers(
     model: Any,
     tokens: Tensor,
     cos: Tensor,
     sin: Tensor,
     prefix: list[Tensor] | None = None,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Hidden states [B, S, WIDTH] before the head, and what each layer's attention read [B, S, WIDTH].
 
     tokens: [B, S]. cos, sin: rotary tables of the prefix and of these tokens, [B, 1, P + S, HEAD_DIM].
     prefix: what each layer's attention read at the P tokens before (a constant: no gradient flows into it).
-    mask: additive [S, P + S]; causal attention where not given (then P must be 0).
     """
     x = model.model.embed_tokens.weight[tokens]
     seen = []
@@ -88,9 +156,7 @@ def run_layers(
         query = _rotate(_split(_linear(h, attention.q_proj.weight), HEADS), cos[:, :, -length:], sin[:, :, -length:])
         key = _rotate(_split(_linear(source, attention.k_proj.weight), KV_HEADS), cos, sin)
         value = _split(_linear(source, attention.v_proj.weight), KV_HEADS)
-        key = key.repeat_interleave(HEADS // KV_HEADS, dim=1)
-        value = value.repeat_interleave(HEADS // KV_HEADS, dim=1)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+        out, _ = attend(query, key, value)
         out = out.transpose(1, 2).reshape(x.shape)
         x = x + _linear(out, attention.o_proj.weight).float()
         h = _norm(x, layer.post_attention_layernorm.weight)
@@ -115,13 +181,18 @@ def tail_mask(prefix: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialize(model: Any, seed: int) -> None:
-    """First values that already hold an induction circuit and a resting place for attention ("mimetic" initialisation).
+def initialize(model: Any, seed: int, numbers: list[int], comma: int, verb: int) -> None:
+    """First values that already hold induction circuits and a resting place for attention ("mimetic" initialisation).
 
     Layer 0: head h attends to the token h + 1 places back and copies 16 signs of its embedding into slot h.
     Layer 1: heads compare (this token, 1 back) with (1 back, 2 back), or (2, 3 back) with (3, 4 back), and
-    copy the token that followed. Layers 1 to 5: every query is drawn to <bos>, whose value is zero.
-    Everything is trained afterwards.
+    copy the token that followed. Layer 2, for lists such as ", one key is 12, other key is 34": from a comma, one head
+    looks at the "is" before it and copies words from there, where layer 1 has put the next key of the question; from
+    an "is", the other looks at the numbers given before and takes them away. Layers 1 to 5: every query is drawn to
+    <bos>, whose value is zero. Everything is trained afterwards.
+
+    numbers: ids of number tokens, whose embeddings have dimensions of their own.
+    comma, verb: ids of "," and " is".
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -132,6 +203,12 @@ def initialize(model: Any, seed: int) -> None:
     embedding.zero_()
     embedding[:, TOKEN:SLOTS] = normal(VOCABULARY, SLOTS - TOKEN)
     embedding[:, TOKEN : TOKEN + CODE].sign_()
+    number_rows = torch.zeros(VOCABULARY, dtype=torch.bool)
+    number_rows[numbers] = True
+    embedding[number_rows, NUMBERS:SLOTS] = 0
+    embedding[number_rows, TOKEN + CODE : NUMBERS] *= 2**0.5
+    embedding[~number_rows, TOKEN + CODE : NUMBERS] = 0
+    embedding[~number_rows, NUMBERS:SLOTS] *= 2**0.5
     embedding[BOS] = 0
     embedding[:, CONSTANT] = CONSTANT_VALUE
     embedding[BOS, FLAG] = FLAG_VALUE
@@ -146,14 +223,16 @@ def initialize(model: Any, seed: int) -> None:
         attention.o_proj.weight.zero_()
         mlp.down_proj.weight.zero_()
         if index:
-            strength = (8 * (15.0 if index == 1 else 5.0)) ** 0.5
-            for projection, heads in ((attention.q_proj, HEADS), (attention.k_proj, KV_HEADS)):
-                if index == 1:
-                    projection.weight.zero_()
-                rows = projection.weight.view(heads, HEAD_DIM, WIDTH)
-                rows[:, [half - 1, HEAD_DIM - 1]] = 0
-                source, size = (CONSTANT, 5.8) if projection is attention.q_proj else (FLAG, 14.3)
-                rows[:, half - 1, source] = strength / size
+            query = attention.q_proj.weight.view(HEADS, HEAD_DIM, WIDTH)
+            key = attention.k_proj.weight.view(KV_HEADS, HEAD_DIM, WIDTH)
+            lookups = {1: HEADS, 2: HEADS // KV_HEADS}.get(index, 0)
+            query[:lookups] = 0
+            key[: lookups * KV_HEADS // HEADS] = 0
+            query[:, [half - 1, HEAD_DIM - 1]] = 0
+            key[:, [half - 1, HEAD_DIM - 1]] = 0
+            key[:, half - 1, FLAG] = SINK_KEY / FLAG_SIZE
+            for head in range(HEADS):
+                query[head, half - 1, CONSTANT] = HEAD_DIM**0.5 * _sink_logit(index, head) / SINK_KEY / CONSTANT_SIZE
 
     first = model.model.layers[0].self_attn
     frequencies = THETA ** (-torch.arange(6) / half)
@@ -171,21 +250,57 @@ def initialize(model: Any, seed: int) -> None:
         for i in range(CODE):
             out[SLOTS + head * CODE + i, head, i] = 1
 
+    back = [TOKEN, *(SLOTS + slot * CODE for slot in range(4))]
     second = model.model.layers[1].self_attn
     query = second.q_proj.weight.view(HEADS, HEAD_DIM, WIDTH)
     key = second.k_proj.weight.view(KV_HEADS, HEAD_DIM, WIDTH)
     value = second.v_proj.weight.zero_().view(KV_HEADS, HEAD_DIM, WIDTH)
     out = second.o_proj.weight.view(WIDTH, HEADS, HEAD_DIM)
-    back = [TOKEN, *(SLOTS + slot * CODE for slot in range(4))]
+    # What is copied stays out of the codes: the next layer compares them.
     for group, (a, b) in enumerate(((0, 1), (2, 3))):
-        basis = torch.linalg.qr(normal(SLOTS - TOKEN, HEAD_DIM))[0].T
-        value[group, :, TOKEN:SLOTS] = basis
-        for i in range(CODE - 1):
-            low, high = half - CODE + i, HEAD_DIM - CODE + i
-            key[group, low, back[a + 1] + i] = 2.5
-            key[group, high, back[b + 1] + i] = 2.5
-            for head, gain in ((2 * group, 2.5), (2 * group + 1, 2.2)):
-                query[head, low, back[a] + i] = gain
-                query[head, high, back[b] + i] = gain
-        for head in (2 * group, 2 * group + 1):
-            out[TOKEN:SLOTS, head] = 1.2 * basis.T
+        of_numbers = torch.linalg.qr(normal(NUMBERS - TOKEN - CODE, half))[0].T
+        of_others = torch.linalg.qr(normal(SLOTS - NUMBERS, half))[0].T
+        value[group, :half, NUMBERS:SLOTS] = of_others
+        value[group, half:, TOKEN + CODE : NUMBERS] = of_numbers
+        _match(key[group], (back[a + 1], back[b + 1]), 2.5)
+        for head, gain in ((2 * group, 2.5), (2 * group + 1, 2.2)):
+            _match(query[head], (back[a], back[b]), gain)
+            out[NUMBERS:SLOTS, head, :half] = 1.2 * of_others.T
+            out[TOKEN + CODE : NUMBERS, head, half:] = 1.2 * of_numbers.T
+
+    third = model.model.layers[2].self_attn
+    query = third.q_proj.weight.view(HEADS, HEAD_DIM, WIDTH)
+    key = third.k_proj.weight.view(KV_HEADS, HEAD_DIM, WIDTH)
+    value = third.v_proj.weight.view(KV_HEADS, HEAD_DIM, WIDTH)
+    out = third.o_proj.weight.view(WIDTH, HEADS, HEAD_DIM)
+    value[0] = 0
+    value[0, :half, NUMBERS:SLOTS] = of_others
+    value[0, half:, TOKEN + CODE : NUMBERS] = of_numbers
+    code_of_comma, code_of_verb = (embedding[token, TOKEN : TOKEN + CODE] / CODE for token in (comma, verb))
+    key[0, NEAR, CONSTANT] = 3.5 / CONSTANT_SIZE
+    query[:2, NEAR, CONSTANT] = 3.5 / CONSTANT_SIZE
+    key[0, MARK, back[0] : back[0] + CODE] = 6.3 * code_of_verb
+    query[0, MARK, back[0] : back[0] + CODE] = 6.3 * code_of_comma
+    marked = slice(MARK.start + half, MARK.stop + half)
+    _match(key[0], (back[1], back[2]), 2.5)
+    _match(query[1], (back[0], back[1]), 2.5)
+    key[0, marked, back[4] : back[4] + CODE] = 4.0 * code_of_comma
+    query[1, marked, CONSTANT] = 4.0 / CONSTANT_SIZE
+    out[NUMBERS:SLOTS, 0, :half] = 1.5 * of_others.T
+    out[TOKEN + CODE : NUMBERS, 1, half:] = -4.5 * of_numbers.T
+
+
+def _sink_logit(layer: int, head: int) -> float:
+    """How strongly a head's queries are drawn to <bos> at the start."""
+    if layer == 1:
+        return 15.0
+    if layer == 2 and head < HEADS // KV_HEADS:
+        return 21.0
+    return 10.0 if head % 2 == 0 else 5.0
+
+
+def _match(projection: Tensor, sources: tuple[int, int], gain: float) -> None:
+    """Read two codes of the residual stream into the slow pairs of a head, but the last pair."""
+    for i in range(CODE - 1):
+        projection[HEAD_DIM // 2 - CODE + i, sources[0] + i] = gain
+        projection[HEAD_DIM - CODE + i, sources[1] + i] = gain

@@ -1,21 +1,29 @@
-"""Training samples: needles in text, dense lists of needles, copies of random tokens, and plain text.
+"""Training samples: facts in text (or nothing but facts) with questions, copies of random tokens, and plain text.
 
-This is the token-level twin of gossamer.evaluate.needle: because the tokenizer never merges across a line end
-or a sentence end, inserting the tokens of a needle equals inserting its text. `tests/evaluate/test_needle.py`
-holds both to that.
+The facts and questions are those of gossamer.evaluate.tasks, token by token: because the tokenizer never merges
+across a line end or a sentence end, inserting the tokens of a fact equals inserting its text.
+`tests/evaluate/test_tasks.py` holds both to that.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from string import Formatter
 from typing import Any
 
 import numpy as np
-from tokenizer import BOS, EOS, boundary_tables
+from tokenizer import BOS, EOS, boundary_tables, whole_words
 
-from gossamer.evaluate.needle import KEY_WORDS, NEEDLE, QUESTION
+from gossamer.evaluate.tasks.needle import LIST_QUESTION, NEEDLE, QUESTION, VALUES_QUESTION
+from gossamer.evaluate.tasks.variable_tracking import CHAIN_QUESTION, CHAIN_START, CHAIN_STEP
+from gossamer.evaluate.words import KEY_WORDS
 
-HELD_OUT_WORDS = KEY_WORDS[::5]
-TRAIN_WORDS = tuple(word for word in KEY_WORDS if word not in HELD_OUT_WORDS)
-ANSWER, TEXT, TEMPLATE, IGNORE = 4.0, 1.0, 0.3, 0.0
+# Names are mostly made of key words and sometimes of other words: then copying is learned, not a list of words.
+OTHER_WORDS = 0.35
+# Of lists of 2, 3 and 4: mostly 4, so that stopping early does not pay.
+LIST_SIZES = [0.15, 0.15, 0.7]
+CHOICE, ANSWER, TEXT, TEMPLATE, IGNORE = 12.0, 4.0, 1.0, 0.3, 0.0
+Weighted = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -27,13 +35,29 @@ class Batch:
     weights: np.ndarray
 
 
+@dataclass(frozen=True)
+class Item:
+    """Something to ask for.
+
+    kind: "single" (one value), "values" (several values of one key) or "chain" (a value handed on).
+    key, values: what is asked with, and what is to be answered.
+    facts: tokens and weights of the sentences that say it.
+    """
+
+    kind: str
+    key: str
+    values: list[str]
+    facts: list[Weighted]
+
+
 class SampleMaker:
     """Draws training samples of a given length; all randomness comes from the generator that is passed in."""
 
-    def __init__(self, tokenizer: Any, corpus: np.ndarray, words: tuple[str, ...] = TRAIN_WORDS):
+    def __init__(self, tokenizer: Any, corpus: np.ndarray, words: tuple[str, ...] = KEY_WORDS):
         self.tokenizer = tokenizer
         self.corpus = corpus
         self.words = words
+        self.other_words = whole_words(tokenizer)
         self.line, self.sentence, self.space = boundary_tables(tokenizer)
         self.cache: dict[str, list[int]] = {}
 
@@ -46,24 +70,26 @@ class SampleMaker:
                 self.cache[text] = found
         return found
 
-    def key_tokens(self, template: str, key: str) -> list[int]:
-        """Tokens of a template up to its value, for a key of two words."""
-        before, after = template.split("{key}", 1)[0], template.split("{key}")[1:]
-        words = key.split(" ")
-        out = self.encode(before.removesuffix(" "))
-        for part in after:
-            out = out + [t for word in words for t in self.encode(" " + word)]
-            out = out + self.encode(part.removesuffix(" "))
-        return out
+    def pieces(self, *parts: tuple[str, float]) -> Weighted:
+        """Tokens of pieces of text that each start at a token's start, and the weight given with each."""
+        tokens: list[int] = []
+        weights: list[float] = []
+        for text, weight in parts:
+            new = [t for word in text.split(" ") if word for t in self.encode(" " + word)] if text[0] == " " else None
+            new = self.encode(text) if new is None else new
+            tokens += new
+            weights += [weight] * len(new)
+        return tokens, weights
 
-    def needle(self, key: str, value: str) -> list[int]:
-        """Tokens of one needle sentence."""
-        head = NEEDLE.split(" {value}")[0]
-        return self.key_tokens(head, key) + self.encode(f" {value}") + self.encode(".")
-
-    def question(self, key: str) -> list[int]:
-        """Tokens of a question up to the answer."""
-        return self.key_tokens(QUESTION, key)
+    def fill(self, template: str, unknown: float, **fields: str) -> Weighted:
+        """A template with its fields filled in; `unknown` is the weight of the fields."""
+        parts = []
+        for text, name, _, _ in Formatter().parse(template):
+            if text.rstrip(" "):
+                parts.append((text.rstrip(" "), TEMPLATE))
+            if name:
+                parts.append((" " + fields[name], unknown))
+        return self.pieces(*parts)
 
     def text(self, length: int, rng: np.random.Generator) -> np.ndarray:
         """A random passage of the corpus."""
@@ -76,50 +102,123 @@ class SampleMaker:
         after_sentence = self.sentence[passage[:-1]] & self.space[passage[1:]]
         return np.concatenate(([0], np.flatnonzero(after_line | after_sentence) + 1))
 
-    def _pairs(self, count: int, rng: np.random.Generator) -> tuple[list[str], list[str]]:
-        drawn = rng.permutation(len(self.words))[: 2 * count]
-        names = [f"{self.words[a]} {self.words[b]}" for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
-        digits = rng.choice([5, 6, 6, 6, 7], size=count)
-        values = [str(rng.integers(10 ** (d - 1), 10**d)) for d in digits]
-        return names, values
+    def _number(self, rng: np.random.Generator) -> str:
+        digits = int(rng.choice([5, 6, 6, 6, 7]))
+        return str(rng.integers(10 ** (digits - 1), 10**digits))
 
-    def _weigh_needle(self, key: str, value: str) -> tuple[list[int], list[float]]:
-        tokens = self.needle(key, value)
-        digits = len(self.encode(f" {value}"))
-        weights = [TEMPLATE] * (len(tokens) - digits - 1) + [IGNORE] * digits + [TEMPLATE]
-        # Which key comes next cannot be known.
-        weights[3:5] = [IGNORE, IGNORE]
+    def items(self, count: int, rng: np.random.Generator) -> list[Item]:
+        """Things to ask for that together have `count` facts."""
+        words = self.other_words if rng.random() < OTHER_WORDS else self.words
+        drawn = iter([words[i] for i in rng.permutation(len(words))])
+        made: list[Item] = []
+        left = count
+        while left > 0:
+            kind = rng.choice(["single", "values", "chain"], p=[0.25, 0.6, 0.15]) if left > 1 else "single"
+            if kind == "chain":
+                size = int(rng.integers(2, min(left, 5) + 1))
+                names = [self._name(drawn) for _ in range(size)]
+                value = self._number(rng)
+                facts = [self.fill(CHAIN_START, IGNORE, value=value, name=names[0])]
+                for source, target in pairwise(names):
+                    facts.append(self.fill(CHAIN_STEP, IGNORE, source=source, name=target))
+                made.append(Item("chain", value, names, facts))
+            else:
+                size = min(left, int(rng.choice([2, 3, 4], p=LIST_SIZES))) if kind == "values" else 1
+                key = self._name(drawn)
+                values = [self._number(rng) for _ in range(size)]
+                facts = [self.fill(NEEDLE, IGNORE, key=key, value=value) for value in values]
+                made.append(Item(str(kind), key, values, facts))
+            left -= size
+        return made
+
+    def _name(self, drawn: Iterator[str]) -> str:
+        return f"{next(drawn)} {next(drawn)}"
+
+    def _answer(self, steps: list[tuple[str, str]], joint: str, verb: str) -> Weighted:
+        """ "value, key is value, key is value." for (key, value) pairs, or "name goes to name goes to name."
+
+        Which value or key comes next is what is hard to learn, and its first token says it: it weighs more.
+        """
+        tokens: list[int] = []
+        weights: list[float] = []
+        for i, (key, value) in enumerate(steps):
+            parts = [joint, f" {key}" if key else "", f" {verb}"] if i else []
+            for part in [*parts, f" {value}"]:
+                if part:
+                    new, _ = self.pieces((part, ANSWER))
+                    tokens += new
+                    weights += [CHOICE if part[0] == " " and part != f" {verb}" else ANSWER, *[ANSWER] * (len(new) - 1)]
+        return [*tokens, *self.encode(".")], [*weights, ANSWER]
+
+    def _ask(self, item: Item, others: list[Item], rng: np.random.Generator) -> Weighted:
+        """A question for an item, with its answer; sometimes one list question for it and others."""
+        if item.kind == "chain":
+            question = self.fill(CHAIN_QUESTION, IGNORE, value=item.key)
+            answer = self._answer([("", name) for name in item.values], "", "goes to")
+        elif item.kind == "values":
+            question = self.fill(VALUES_QUESTION, IGNORE, key=item.key)
+            values = [item.values[i] for i in rng.permutation(len(item.values))]
+            answer = self._answer([(item.key, value) for value in values], ",", "is")
+        elif others:
+            asked = [item, *others]
+            keys = [part for other in asked for part in ((f" {other.key}", IGNORE), (",", TEMPLATE))][:-1]
+            head, tail = LIST_QUESTION.split(" {keys}")
+            question = joined(self.pieces((head, TEMPLATE), *keys), self.fill(tail, IGNORE, key=item.key))
+            answer = self._answer([(other.key, other.values[0]) for other in asked], ",", "is")
+        else:
+            question = self.fill(QUESTION, IGNORE, key=item.key)
+            answer = self._answer([(item.key, item.values[0])], ",", "is")
+        return joined(question, answer)
+
+    def _questions(self, items: list[Item], room: int, most: int, rng: np.random.Generator) -> Weighted:
+        """Questions with answers, up to `room` tokens and `most` of them."""
+        order = [items[i] for i in rng.permutation(len(items))]
+        order.sort(key=lambda item: rng.random() - (0.35 if item.kind != "single" else 0))
+        tokens: list[int] = []
+        weights: list[float] = []
+        while order and most > 0:
+            item = order.pop(0)
+            others: list[Item] = []
+            if item.kind == "single" and rng.random() < 0.8:
+                singles = [other for other in order if other.kind == "single"]
+                others = singles[: int(rng.choice([1, 2, 3], p=LIST_SIZES))]
+                order = [other for other in order if other not in others]
+            new_tokens, new_weights = self._ask(item, others, rng)
+            if tokens and len(tokens) + len(new_tokens) > room:
+                break
+            tokens += new_tokens
+            weights += new_weights
+            most -= 1
         return tokens, weights
 
-    def _ask(self, key: str, value: str) -> tuple[list[int], list[float]]:
-        question = self.question(key)
-        answer = self.encode(f" {value}") + self.encode(".")
-        weights = [TEMPLATE] * len(question)
-        words = [i for i, t in enumerate(question) if t in self.encode(" " + key.split(" ")[0])]
-        weights[words[0]] = weights[words[0] + 1] = IGNORE
-        return question + answer, weights + [ANSWER] * len(answer)
+    def retrieval(self, length: int, count: int, asked: int, dense: bool, rng: np.random.Generator) -> Weighted:
+        """`count` facts in text (or nothing but facts, if dense), and up to `asked` questions at the end."""
+        items = self.items(count, rng)
+        taken = 1 + sum(len(tokens) + 1 for item in items for tokens, _ in item.facts)
+        tail = self._questions(items, length - taken - 1, asked, rng)
+        facts = [fact for item in items for fact in item.facts]
+        if rng.random() < 0.5:
+            facts = [facts[i] for i in rng.permutation(len(facts))]
+        return self.place(facts, tail, length, dense, rng)
 
-    def retrieval(self, length: int, count: int, asked: int, dense: bool, rng: np.random.Generator) -> Any:
-        """`count` needles in text (or nothing but needles, if dense), `asked` of them asked for at the end."""
-        keys, values = self._pairs(count, rng)
-        facts = [self._weigh_needle(k, v) for k, v in zip(keys, values, strict=True)]
-        chosen = rng.permutation(count)[:asked]
-        asks = [self._ask(keys[i], values[i]) for i in chosen]
-        tail = [t for tokens, _ in asks for t in tokens] + [EOS]
-        tail_weights = [w for _, weights in asks for w in weights] + [TEMPLATE]
-        taken = 1 + len(tail) + sum(len(tokens) + 1 for tokens, _ in facts)
-        room = length - taken
+    def place(
+        self, facts: list[Weighted], tail: Weighted, length: int, dense: bool, rng: np.random.Generator
+    ) -> Weighted:
+        """Facts, in their order, at line and sentence ends of a passage (or without one, if dense), and the tail."""
+        taken = 1 + sum(len(tokens) + 1 for tokens, _ in facts)
+        end, end_weights = [*tail[0], EOS], [*tail[1], TEMPLATE]
+        room = length - taken - len(end)
+        if room < 0:
+            raise ValueError(f"{len(facts)} facts do not fit into {length} tokens")
+        if dense:
+            room = 0
         tokens: list[int] = [BOS]
         weights: list[float] = [IGNORE]
         newline = self.encode("\n")
-        if dense:
-            room = 0
-        if room < 0:
-            raise ValueError(f"{count} needles do not fit into {length} tokens")
         passage = self.text(max(room, 2), rng)[:room]
         passage = np.where(passage == EOS, newline[0], passage)
         places = self.boundaries(passage) if room > 2 else np.zeros(1, dtype=np.int64)
-        targets = np.sort(rng.random(count)) * room
+        targets = np.sort(rng.random(len(facts))) * room
         positions = places[np.searchsorted(places, targets, side="right") - 1]
         previous = 0
         for (fact, fact_weights), position in zip(facts, positions, strict=True):
@@ -135,7 +234,7 @@ class SampleMaker:
             previous = int(position)
         tokens += passage[previous:].tolist()
         weights += [TEXT] * (room - previous)
-        return tokens + tail, weights + tail_weights
+        return tokens + end, weights + end_weights
 
     def copy(self, length: int, rng: np.random.Generator) -> Any:
         """Random tokens of the whole vocabulary, and again."""
@@ -155,8 +254,7 @@ class SampleMaker:
                 count = int(rng.integers(max(1, largest // 2), largest + 1))
             else:
                 count = int(np.exp(rng.uniform(0, np.log(max(2, min(largest, length // 48))))))
-            asked = min(count, 1 + int(rng.integers(0, max(1, min(16, (length - 16 * count) // 32)))))
-            tokens, weights = self.retrieval(length, max(count, 1), asked, dense, rng)
+            tokens, weights = self.retrieval(length, max(count, 1), 1 + int(rng.integers(0, 16)), dense, rng)
         elif draw < retrieval + 0.1:
             tokens, weights = self.copy(min(length, 1024), rng)
         else:
@@ -176,6 +274,11 @@ class SampleMaker:
         weights = np.array([weights for _, weights in made], dtype=np.float32)
         positions = np.stack([skipped_positions(length, skip, rng) for _ in range(rows)])
         return Batch(tokens, positions, weights)
+
+
+def joined(first: Weighted, second: Weighted) -> Weighted:
+    """One after the other."""
+    return first[0] + second[0], first[1] + second[1]
 
 
 def skipped_positions(length: int, probability: float, rng: np.random.Generator, limit: int = 131072) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gossamer.evaluate.needle import KEY_WORDS
+from gossamer.evaluate.words import KEY_WORDS
 
 VOCABULARY = 5120
 BOS, EOS, PAD = 0, 1, 2
@@ -89,3 +89,16 @@ def boundary_tables(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.
     sentence = np.array([token[-1] in ".!?" for token in tokens])
     space = np.array([token[0] == "Ġ" for token in tokens])
     return line, sentence, space
+
+
+def whole_words(tokenizer: PreTrainedTokenizerFast, shortest: int = 4) -> list[str]:
+    """Lower-case words of at least `shortest` letters that are one token after a space, in the order of their ids."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    words = [token[1:] for token in tokens if token[0] == "Ġ"]
+    return [word for word in words if len(word) >= shortest and re.fullmatch("[a-z]+", word)]
+
+
+def number_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids of the tokens that are digits alone, or digits after a space."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [i for i, token in enumerate(tokens) if token.removeprefix("Ġ").isdigit()]

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from corpus import Corpus, load_corpus
-from network import initialize, make_config, rotary, run_layers, tail_mask, token_losses
+from network import initialize, make_config, rotary, run_layers, token_losses
 from optim import make_optimizers
 from tasks import ANSWER, TEXT, Batch, SampleMaker
-from tokenizer import BOS, EOS, PAD, encode_all, train_tokenizer
+from tokenizer import BOS, EOS, PAD, encode_all, number_ids, train_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WARMUP = 30
@@ -47,13 +47,12 @@ class Phase:
 
 
 SCHEDULE = (
-    Phase(256, 32, 150, 0.0, 1.0, 1.0),
-    Phase(1024, 8, 170, 0.3, 1.0, 1.0),
-    Phase(2048, 4, 240, 0.5, 1.0, 0.8),
-    Phase(8192, 1, 60, 0.5, 0.8, 0.5),
-    Phase(8192, 2, 80, 0.5, 0.5, 0.3, tail=1024),
-    Phase(16384, 1, 60, 0.5, 0.3, 0.1, tail=1024),
-    Phase(32768, 1, 12, 0.5, 0.1, 0.03, tail=1024),
+    Phase(256, 32, 250, 0.0, 1.0, 1.0),
+    Phase(1024, 8, 250, 0.3, 1.0, 0.9),
+    Phase(2048, 4, 300, 0.5, 0.9, 0.4),
+    Phase(8192, 2, 120, 0.5, 0.4, 0.2, tail=1024),
+    Phase(16384, 1, 120, 0.5, 0.2, 0.1, tail=1024),
+    Phase(32768, 1, 36, 0.5, 0.1, 0.03, tail=1024),
 )
 
 
@@ -69,7 +68,8 @@ class Trainer:
         self.tokenizer, tokens, self.data = prepare(prepared)
         self.maker = SampleMaker(self.tokenizer, tokens)
         self.model = LlamaForCausalLM(make_config()).float()
-        initialize(self.model, seed)
+        comma, verb = (self.tokenizer.encode(text, add_special_tokens=False)[0] for text in (",", " is"))
+        initialize(self.model, seed, number_ids(self.tokenizer), comma, verb)
         self.optimizers = make_optimizers(self.model)
         self.step = 0
         self.tokens_seen = 0
@@ -83,8 +83,8 @@ class Trainer:
     def _run_prefix(self, tokens, cos, sin):
         return run_layers(self.model, tokens, cos, sin)[1]
 
-    def _run_loss(self, tokens, targets, weights, cos, sin, prefix, mask):
-        hidden, _ = run_layers(self.model, tokens, cos, sin, prefix, mask)
+    def _run_loss(self, tokens, targets, weights, cos, sin, prefix):
+        hidden, _ = run_layers(self.model, tokens, cos, sin, prefix)
         losses, right = token_losses(self.model, hidden, targets)
         loss = (losses * weights).sum() / weights.sum()
         return loss, losses.detach(), right
@@ -95,15 +95,14 @@ class Trainer:
         weights = torch.from_numpy(batch.weights)[:, 1:]
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         cos, sin = rotary(torch.from_numpy(batch.positions)[:, :-1])
-        prefix = mask = None
+        prefix = None
         if tail:
             cut = inputs.shape[1] - tail
             with torch.no_grad():
                 prefix = self.run_prefix(inputs[:, :cut], cos[:, :, :cut], sin[:, :, :cut])
-            mask = tail_mask(cut, tail)
             inputs, targets, weights = inputs[:, cut:], targets[:, cut:], weights[:, cut:]
-        loss, losses, right = self.run_loss(inputs, targets, weights, cos, sin, prefix, mask)
-        answer, text = weights == ANSWER, weights == TEXT
+        loss, losses, right = self.run_loss(inputs, targets, weights, cos, sin, prefix)
+        answer, text = weights >= ANSWER, weights == TEXT
         return loss, {
             "answer_loss": losses[answer].mean().item() if answer.any() else None,
             "answer_accuracy": right[answer].float().mean().item() if answer.any() else None,
