@@ -26,7 +26,10 @@ from tqdm import tqdm
 import gossamer
 from gossamer.cli.common import table
 from gossamer.cli.doctor import examine_cpu
-from gossamer.evaluate.needle import NeedleSample, exact_match, make_sample
+from gossamer.evaluate.haystack import Haystack
+from gossamer.evaluate.metrics import first_number_matches
+from gossamer.evaluate.tasks import Sample
+from gossamer.evaluate.tasks.needle import MultiKey
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "reference"
@@ -75,9 +78,11 @@ def repository_text() -> str:
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
-def hide_needles(tokenizer: Any) -> NeedleSample:
-    # A little above the size aimed at, because `length` is an upper bound and includes the question.
-    return make_sample(repository_text(), tokenizer, TOKENS + 128, NEEDLES, random.Random(0))
+def hide_needles(tokenizer: Any) -> Sample:
+    task = MultiKey(keys=NEEDLES, turns=NEEDLES)
+    # A little above the size aimed at: the length is that of the longest prompt.
+    length = TOKENS + 128 + task.max_new_tokens
+    return task.make(Haystack("repository", repository_text()), tokenizer, length, random.Random(0))
 
 
 @torch.inference_mode()
@@ -101,7 +106,7 @@ def read_and_answer(
         while len(tokens) < ANSWER_TOKENS:
             out = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
             tokens.append(int(out.logits[0, -1].argmax()))
-    row.right.append(exact_match(tokenizer.decode(tokens, skip_special_tokens=True), answer))
+    row.right.append(first_number_matches(tokenizer.decode(tokens, skip_special_tokens=True), [answer]) == 1.0)
     return torch.cat([model.lm_head(rows).argmax(-1) for rows in hidden[0][0].split(1024)])
 
 
@@ -119,8 +124,8 @@ def run(model_path: Path, dtype: str) -> dict[str, Any]:
     work = tqdm(total=NEEDLES * len(ROWS), unit="prompt", leave=False, disable=not sys.stderr.isatty(), file=sys.stderr)
     for _, method, fields in ROWS:  # the first call of anything is slower
         read_and_answer(model, tokenizer, prompts[0][:, :2560], "", Row(), method=method, **fields)
-    for prompt, answer in zip(prompts, sample.answers, strict=True):
-        dense = None
+    for prompt, turn in zip(prompts, sample.turns, strict=True):
+        answer, dense = turn.references[0], None
         for name, method, fields in ROWS:
             work.set_description(name)
             top1 = read_and_answer(model, tokenizer, prompt, answer, rows[name], method=method, **fields)
@@ -130,7 +135,7 @@ def run(model_path: Path, dtype: str) -> dict[str, Any]:
     work.close()
     return {
         "prompt_tokens": [prompt.shape[1] for prompt in prompts],
-        "needle_depths": list(sample.depths),
+        "needle_depths": [turn.depth for turn in sample.turns],
         "dtype": dtype,
         "machine": machine(),
         "rows": {name: {"method": method, "fields": fields} | rows[name].to_dict() for name, method, fields in ROWS},
