@@ -319,7 +319,11 @@ class TestWords:
 
 class TestHaystacks:
     def test_the_default_is_long_and_free_of_the_tasks_own_wording(self):
-        text = load_haystack().text
+        haystack = load_haystack()
+        text = haystack.text
+        assert (
+            haystack.sha256 == "9115597854f8a4f0d3ce06c41a98f9a2d9738dd37cb96a352000d56b90bf9069"
+        )  # frozen: results of different versions compare
         assert len(text) > 400_000
         assert "The number for" not in text
         assert "goes to amber" not in text

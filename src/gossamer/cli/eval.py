@@ -44,7 +44,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="prompts that run together (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="results; an existing file goes on")
-    parser.add_argument("--haystack", default="package", help="text file to hide things in (default: gossamer's own)")
+    parser.add_argument(
+        "--haystack", default="package", help="text file to hide things in (default: gossamer's own text)"
+    )
     parser.add_argument("--text", help="text file for perplexity (default: the haystack)")
     parser.add_argument("--profile", type=Path, help="per-head patterns, for methods that take a profile")
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
