@@ -41,7 +41,7 @@ ANSWER_TOKENS = 8
 # pair on gossamer's kernel (a window over the whole prompt): it tells the kernel's gain from that of leaving pairs out.
 ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("dense", "dense", {}),
-    ("dense, gossamer's kernel", "a_shape", {"window": 1 << 20, "max_density": 2.0}),
+    ("dense, gossamer's kernel", "dense", {"kernel": "gossamer"}),
     ("minference", "minference", {}),
     ("minference, small budget", "minference", {"vertical_size": 256, "slash_size": 1024}),
     ("max_relative", "max_relative", {}),

@@ -158,7 +158,7 @@ def main() -> None:
     results = json.loads(arguments.results.read_text())
     draw(arguments.model, training, results)
     mass = results["first_token_attention_mass_4096"]
-    loss = results["text_loss"][0]
+    loss = results["text_loss"]
     corpus = training["corpus"]
     words = {
         "parameters": f"{training['parameters'] / 1e6:.2f}",
