@@ -157,17 +157,20 @@ def test_lm_eval_runs_through_the_enabled_model(capsys, monkeypatch, qwen3, tmp_
             model.model(torch.arange(3, 403)[None])
         return {"results": {tasks[0]: {"400,none": 0.5, "800,none": -1}}, "versions": {tasks[0]: 1}}
 
-    package = types.ModuleType("lm_eval")
+    package = types.ModuleType("lm_eval.evaluator")
     package.simple_evaluate = simple_evaluate  # pyright: ignore[reportAttributeAccessIssue]
     module = types.ModuleType("lm_eval.models.huggingface")
     module.HFLM = HFLM  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "lm_eval", package)
+    monkeypatch.setitem(sys.modules, "lm_eval", types.ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", package)
     monkeypatch.setitem(sys.modules, "lm_eval.models", types.ModuleType("lm_eval.models"))
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", module)
     out_file = tmp_path / "r.jsonl"
     call = (qwen3, "--methods", METHODS, "--tasks", "needle_single", *SMALL, "--fidelity", 0, "--out", out_file)
     for _ in range(2):
-        assert evaluate(capsys, *call, "--lm-eval", "ruler_vt,ruler_cwe")[0] == 0
+        code, out, _ = evaluate(capsys, *call, "--lm-eval", "ruler_vt,ruler_cwe")
+        assert code == 0
+        assert out.splitlines()[-2].split() == ["dense", "ruler_vt", "400", "0.500"]
     assert len(seen) == 2  # one a method, none repeated
     assert seen[0]["tasks"] == ["ruler_vt", "ruler_cwe"]
     assert seen[0]["max_seq_lengths"] == [400]

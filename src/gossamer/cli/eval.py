@@ -184,10 +184,26 @@ def _print(arguments: argparse.Namespace, job: Any, records: list[dict[str, Any]
     wanted = [record for record in records if record["kind"] == "run" or record.get("method") in job.labels]
     rows = summary_rows(wanted)
     if arguments.json:
-        print_json({"out": str(arguments.out), "rows": [row.to_dict() for row in rows]})
+        harness = [record for record in wanted if record["kind"] == "lm_eval"]
+        print_json({"out": str(arguments.out), "rows": [row.to_dict() for row in rows], "lm_eval": harness})
         return
     print(table(main_table(rows)))
     if len(job.tasks) > 1:
         print("\naccuracy by task")
         print(table(task_table(rows)))
+    scores = _harness_table(wanted)
+    if len(scores) > 1:
+        print("\nlm-evaluation-harness")
+        print(table(scores))
     print(f"\n{arguments.out}; for pictures: gossamer report {arguments.out}", file=sys.stderr)
+
+
+def _harness_table(records: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["method", "task", "metric", "score"]]
+    for record in records:
+        if record["kind"] == "lm_eval":
+            for task, metrics in record["scores"].items():
+                for metric, value in metrics.items():
+                    if isinstance(value, float):
+                        rows.append([record["method"], task, metric.removesuffix(",none"), f"{value:.3f}"])
+    return rows

@@ -21,6 +21,7 @@ Record = dict[str, Any]
 def require() -> None:
     """Raise ValueError unless lm-evaluation-harness is installed."""
     try:
+        import lm_eval.evaluator  # pyright: ignore[reportMissingImports]
         import lm_eval.models.huggingface  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
@@ -53,7 +54,7 @@ def run(subject: Subject, policy: Policy, tasks: str, lengths: tuple[int, ...], 
     Raises:
         ValueError: an unknown task, or its data cannot be had.
     """
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     path = subject.model.config._name_or_path
@@ -83,7 +84,7 @@ def run(subject: Subject, policy: Policy, tasks: str, lengths: tuple[int, ...], 
 
 
 def _plain(value: Any) -> Any:
-    """As JSON types; -1 marks a length that was not run and is left out."""
+    """As JSON types; what the harness marks as not run (-1) or not known (N/A) is left out."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items() if item != -1}
+        return {str(key): _plain(item) for key, item in value.items() if item not in (-1, "N/A")}
     return value if isinstance(value, int | float | str | bool | None) else str(value)

@@ -182,7 +182,8 @@ class ResultsFile:
 def _cell(record: Record) -> tuple[Any, ...]:
     """What a line is the result of."""
     fields = json.dumps(record.get("method_fields"), sort_keys=True)
-    return record["kind"], fields, record.get("policy"), record.get("task"), record.get("length"), record.get("index")
+    length = record.get("length") or str(record.get("lengths"))
+    return record["kind"], fields, record.get("policy"), record.get("task"), length, record.get("index")
 
 
 def make_header(subject: Subject, job: Job) -> Record:
