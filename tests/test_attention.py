@@ -63,6 +63,15 @@ def test_dense_calls_say_why(policy: Policy, lengths: tuple[int, int], kwargs: d
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_plan_too_dense_to_pay_runs_dense_on_our_own_kernel() -> None:
+    q, k, v = tensors(300, 300)
+    _, record = call(q, k, v, Policy(methods.create("a_shape"), min_tokens=0))
+    assert record.reason == "plan too dense to pay"
+    assert record.executor == ("sdpa" if ops.executor_for(q) == "reference" else ops.executor_for(q))
+    _, record = call(q, k, v, Policy(methods.create("dense"), min_tokens=0))
+    assert record.executor == "sdpa"
+
+
 def test_training_goes_dense_and_has_gradients() -> None:
     q, k, v = (t.requires_grad_() for t in tensors(100, 100))
     out, record = call(q, k, v, SPARSE)

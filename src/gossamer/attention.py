@@ -25,6 +25,8 @@ logger = logging.getLogger("gossamer")
 
 # With fewer queries than this a plan costs more than it saves, whatever the keys.
 FEW_QUERIES = 32
+# The reason of a call whose plan would compute nearly every pair: our own kernel then runs dense.
+TOO_DENSE = "plan too dense to pay"
 
 
 @dataclass(frozen=True)
@@ -168,11 +170,13 @@ def sparse_attention(
         plan = policy.method.plan(q, k, scale=scale, extent=extent, layer=layer).with_limit(limit)
         density = plan.density()
         if density > policy.max_density:
-            plan, density, reason = None, 1.0, "plan too dense to pay"
+            plan, density, reason = None, 1.0, TOO_DENSE
     planned = time.perf_counter()
 
     if plan is None:
         own_kernel = isinstance(policy.method, Dense) and policy.method.kernel == "gossamer"
+        if reason == TOO_DENSE and ops.executor_for(q) != "reference":
+            own_kernel = True
         out, lse, executor = _dense(q, k, v, full, scale, sinks, softcap, return_lse or own_kernel)
     else:
         executor = ops.executor_for(q)
