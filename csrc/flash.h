@@ -188,7 +188,7 @@ class PanelKernel {
       factor = total > 0 ? static_cast<float>(own / all / total) : 0.0f;
       lse = static_cast<float>((top + std::log2(all)) * kLn2);
     }
-    narrow_row<V>(out_ + int64_t{r} * value_dim_, panel_.dtype, panel_.value_dim, factor, panel_.outputs[r]);
+    narrow_row<V>(out_ + int64_t{r} * value_dim_, panel_.output_dtype, panel_.value_dim, factor, panel_.outputs[r]);
     *panel_.lse[r] = lse;
   }
 

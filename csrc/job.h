@@ -52,6 +52,7 @@ struct Panel {
   int padded_head_dim;  // as packed
   int padded_value_dim;
   DType dtype;
+  DType output_dtype;
   const void* const* queries;  // one pointer a row
   void* const* outputs;
   float* const* lse;

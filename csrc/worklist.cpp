@@ -39,6 +39,16 @@ int64_t column_list(const PlanView& plan, int64_t b, int64_t plan_head, int64_t 
   return (b * plan.heads + plan_head) * groups + block / plan.column_group;
 }
 
+int64_t listed_keys(const PlanView& plan, int64_t b, int64_t plan_head, int64_t block) {
+  const int64_t row = (b * plan.heads + plan_head) * ceil_div(plan.query_len, plan.block_q) + block;
+  const int64_t list = column_list(plan, b, plan_head, block);
+  const int64_t blocks = plan.block_indptr[row + 1] - plan.block_indptr[row];
+  const int64_t columns = plan.column_indptr[list + 1] - plan.column_indptr[list];
+  const int64_t position = std::max<int64_t>(plan.query_start[b] + (block + 1) * plan.block_q, 0);
+  return blocks * plan.block_k + columns +
+         std::min(plan.sink[plan_head] + int64_t{plan.window[plan_head]}, position);
+}
+
 Worklist::Worklist(const PlanView& plan, int64_t chunks)
     : plan_(plan), chunks_(chunks), selected_(chunks), touched_(chunks) {}
 
@@ -109,11 +119,11 @@ void Worklist::add_columns(const QueryBlock& block, int64_t low, int64_t high, c
   }
 }
 
-void Worklist::add_gathered(const QueryBlock& block, const PackedTiles& packed) {
+void Worklist::add_gathered(const QueryBlock& block, const PackedTiles& packed, const int32_t* slots) {
   const int64_t total = static_cast<int64_t>(gathered_.size());
   for (int64_t tile = 0; tile * kChunk < total; ++tile) {
     const int count = static_cast<int>(std::min<int64_t>(kChunk, total - tile * kChunk));
-    add_column_tile(block, gathered_.data() + tile * kChunk, count, first_bits(count), packed.keys(tile),
+    add_column_tile(block, slots + tile * kChunk, count, first_bits(count), packed.keys(tile),
                     packed.values(tile));
   }
 }

@@ -34,7 +34,8 @@ class Worklist {
   // Lists the tiles for a query block. `packed` holds the chunks of its head; `columns` the tiles of its column list,
   // or null: then the columns that no listed chunk covers are left in gathered(), for the caller to pack and add.
   void build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns);
-  void add_gathered(const QueryBlock& block, const PackedTiles& packed);
+  // `slots` is gathered(), or a copy of it that lives longer.
+  void add_gathered(const QueryBlock& block, const PackedTiles& packed, const int32_t* slots);
 
   const std::vector<Tile>& tiles() const { return tiles_; }
   const std::vector<int32_t>& gathered() const { return gathered_; }
@@ -58,5 +59,8 @@ class Worklist {
 
 // A row of the plan's column lists.
 int64_t column_list(const PlanView& plan, int64_t b, int64_t plan_head, int64_t block);
+
+// Keys that the parts of the plan list for a query block: an estimate, overlaps count twice.
+int64_t listed_keys(const PlanView& plan, int64_t b, int64_t plan_head, int64_t block);
 
 }  // namespace gossamer
