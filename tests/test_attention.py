@@ -72,6 +72,24 @@ def test_a_plan_too_dense_to_pay_runs_dense_on_our_own_kernel() -> None:
     assert record.executor == "sdpa"
 
 
+@pytest.mark.parametrize("query_len", [1, 5])
+def test_long_caches_are_decoded_on_our_own_kernel(query_len: int) -> None:
+    q, k, v = (t.bfloat16() for t in tensors(query_len, 1000))
+    if ops.executor_for(q) == "reference":
+        pytest.skip("no C++ kernels")
+    policy = Policy(SPARSE.method, min_tokens=500)
+    out, record = call(q, k, v, policy)
+    assert record.executor == ops.executor_for(q)
+    assert record.reason == ("decode" if query_len == 1 else "few queries")
+    plan = SparsePlan.dense(2, query_len, 1000, Extent.full(1, query_len, 1000))
+    expected, _ = reference.execute(q.double(), k.double(), v.double(), plan, scale=32**-0.5)
+    torch.testing.assert_close(out.double(), expected, atol=1e-2, rtol=2e-2)
+    _, record = call(q[:, :, :1], k[:, :, :100], v[:, :, :100], policy)
+    assert record.executor == "sdpa"
+    _, record = call(q[:, :, :1], k, v, Policy(methods.create("dense")))
+    assert record.executor == "sdpa"
+
+
 def test_training_goes_dense_and_has_gradients() -> None:
     q, k, v = (t.requires_grad_() for t in tensors(100, 100))
     out, record = call(q, k, v, SPARSE)

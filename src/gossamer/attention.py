@@ -19,12 +19,15 @@ from gossamer import methods, ops
 from gossamer.methods import Dense, Method
 from gossamer.plan import Extent, SparsePlan
 
-__all__ = ["CallRecord", "Policy", "dense_attention", "sparse_attention"]
+__all__ = ["CallRecord", "Policy", "decodes_on_kernel", "dense_attention", "sparse_attention"]
 
 logger = logging.getLogger("gossamer")
 
 # With fewer queries than this a plan costs more than it saves, whatever the keys.
 FEW_QUERIES = 32
+# With fewer keys than this torch's SDPA decodes faster than our kernel (measured on AMD Zen 5): what a call costs by
+# itself decides. By bytes of an element; SDPA is slow at decoding in 16 bits.
+STREAMED_KEYS = {2: 512, 4: 4096}
 # The reason of a call whose plan would compute nearly every pair: our own kernel then runs dense.
 TOO_DENSE = "plan too dense to pay"
 
@@ -174,9 +177,7 @@ def sparse_attention(
     planned = time.perf_counter()
 
     if plan is None:
-        own_kernel = isinstance(policy.method, Dense) and policy.method.kernel == "gossamer"
-        if reason == TOO_DENSE and ops.executor_for(q) != "reference":
-            own_kernel = True
+        own_kernel = _runs_own_kernel(policy, reason, q, key_len)
         out, lse, executor = _dense(q, k, v, full, scale, sinks, softcap, return_lse or own_kernel)
     else:
         executor = ops.executor_for(q)
@@ -221,6 +222,22 @@ def _reason_for_dense(q: Tensor, k: Tensor, v: Tensor, policy: Policy, causal: b
     if q.shape[2] < min(FEW_QUERIES, policy.min_tokens):
         return "few queries"
     return None
+
+
+def _runs_own_kernel(policy: Policy, reason: str | None, q: Tensor, key_len: int) -> bool:
+    """Whether dense attention runs on our executor where torch's SDPA could do it too."""
+    if isinstance(policy.method, Dense):
+        return policy.method.kernel == "gossamer"
+    if reason == TOO_DENSE:
+        return ops.executor_for(q) != "reference"
+    return reason in ("decode", "few queries") and decodes_on_kernel(policy, q, key_len)
+
+
+def decodes_on_kernel(policy: Policy, q: Tensor, key_len: int) -> bool:
+    """Whether few queries against these keys run on our executor: not under plain dense attention, nor short caches."""
+    if isinstance(policy.method, Dense) and policy.method.kernel == "torch":
+        return False
+    return key_len >= STREAMED_KEYS.get(q.element_size(), key_len + 1) and ops.executor_for(q) != "reference"
 
 
 def _dense(

@@ -23,6 +23,7 @@ from gossamer.integrations.transformers.masks import (
     compact_mask,
     explicit_mask,
     extent_of,
+    extent_of_one_query,
     plain_window,
     window_of,
 )
@@ -182,3 +183,20 @@ def test_an_overlay_falls_to_the_whole_mask(start: int, stop: int) -> None:
 def test_a_mask_for_other_keys_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"\(2, 9\).*\(2, 12\)"):
         extent_of(torch.ones(2, 9, dtype=torch.bool), 2, 4, 12)
+
+
+def test_one_query_with_a_hole_has_no_extent() -> None:
+    mask = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    mask[1, 0, 0, :2] = False
+    found = extent_of_one_query(mask, 2, 6)
+    assert found is not None
+    extent, used = found
+    assert (extent.query_start.tolist(), extent.key_start.tolist(), extent.key_count.tolist()) == (
+        [5, 3],
+        [0, 2],
+        [6, 4],
+    )
+    assert used == 6
+    mask[0, 0, 0, 3] = False
+    assert extent_of_one_query(mask, 2, 6) is None
+    assert extent_of_one_query(mask.float(), 2, 6) is None

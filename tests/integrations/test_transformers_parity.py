@@ -9,6 +9,7 @@ import torch
 from tiny_transformers import DENSE_SITUATIONS, FAMILIES, SITUATIONS, pair
 
 from gossamer.integrations.transformers import NAME, Stats, enable
+from gossamer.ops import cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -61,6 +62,19 @@ def test_parity_at_full_budget(family: str, situation: str) -> None:
 def test_parity_of_other_methods_at_full_budget(family: str, situation: str, method: str) -> None:
     stats = compare(family, situation, method)
     assert all(row.sparse_calls >= 1 for row in stats)
+
+
+@pytest.mark.parametrize("situation", ["no padding", "static cache, left padding", "chunked, left padding"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity_of_decoding_on_our_own_kernel(family: str, situation: str, monkeypatch) -> None:
+    if not cpu.is_available():
+        pytest.skip("no C++ kernels")
+    monkeypatch.setattr("gossamer.attention.STREAMED_KEYS", {4: 0})
+    stats = compare(family, situation, "a_shape")
+    for row in stats:
+        ours = sum(count for name, count in row.executors.items() if name.startswith("cpu/"))
+        assert ours == row.calls - row.fallbacks.get("mask is not plain", 0)
+        assert row.fallbacks["decode"] > 0 or row.layer in FAMILIES[family].dense_layers
 
 
 @pytest.mark.parametrize("situation", sorted(set(SITUATIONS) - DENSE_SITUATIONS))

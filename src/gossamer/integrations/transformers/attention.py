@@ -15,8 +15,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gossamer.attention import CallRecord, Policy, dense_attention, sparse_attention
-from gossamer.integrations.transformers.masks import compact_mask, explicit_mask, extent_of, window_of
+from gossamer.attention import CallRecord, Policy, decodes_on_kernel, dense_attention, sparse_attention
+from gossamer.integrations.transformers.masks import (
+    compact_mask,
+    explicit_mask,
+    extent_of,
+    extent_of_one_query,
+    window_of,
+)
 from gossamer.plan import Extent
 
 __all__ = ["NAME", "AttentionCall", "hf_attention", "owner_of", "register", "set_owner"]
@@ -177,7 +183,7 @@ def _attend(
     pairwise = attention_mask is not None and attention_mask.ndim == 4
     query_len, key_len = query.shape[2], key.shape[2]
 
-    reason = None
+    reason, one_query = None, None
     if position_bias is not None:
         reason = "position bias"
     elif dropout > 0:
@@ -189,13 +195,17 @@ def _attend(
     elif not causal:
         reason = "not causal"
     elif query_len == 1:
-        reason = "decode"
+        if owner is not None and decodes_on_kernel(owner.policy, query, key_len):
+            one_query = extent_of_one_query(attention_mask, query.shape[0], key_len)
+        reason = "decode" if one_query is None else None
     elif pairwise:
         reason = "mask is not plain"
 
     # A single query sees every key that its mask leaves; positions matter from the second one on.
     mask, extent, used, limit = attention_mask, None, key_len, None
-    if causal and not pairwise and (query_len > 1 or attention_mask is not None):
+    if one_query is not None:
+        extent, used = one_query
+    elif causal and not pairwise and (query_len > 1 or attention_mask is not None):
         window = window_of(attention_mask) or sliding_window
         extent, used = extent_of(attention_mask, query.shape[0], query_len, key_len)
         limit = window if window is not None and window < used else None
@@ -218,7 +228,7 @@ def _attend(
             record=owner.record,
         )
         assert isinstance(out, Tensor)
-        if owner.observe is not None:
+        if owner.observe is not None and query_len > 1:
             keys, values = key[:, :, :used], value[:, :, :used]
             where = extent if extent is not None else Extent.full(query.shape[0], query_len, used)
             owner.observe(AttentionCall(layer, query, keys, values, out, scale, where, limit, s_aux, softcap))
