@@ -35,6 +35,8 @@ void attend(const std::string& isa, int dtype, uintptr_t q, const std::vector<in
             float scale, float softcap, int threads) {
   const Kernels* kernels = kernels_of(isa);
   if (kernels == nullptr) throw std::invalid_argument("this build has no kernels for " + isa);
+  if (kernels->bf16_tiles && static_cast<DType>(dtype) != DType::kBFloat16)
+    throw std::invalid_argument(isa + " computes in bf16 and takes nothing else");
   if (sizes.size() != 11 || arrays.size() != 11) throw std::invalid_argument("11 sizes and 11 arrays");
   const PlanView plan{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
                       pointer<int64_t>(arrays[0]), pointer<int32_t>(arrays[1]), pointer<int64_t>(arrays[2]),

@@ -86,13 +86,12 @@ struct VecAvx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
   }
 
-  // 8 x 8 elements; strides in elements.
-  static void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+  // Elements [first, first + 8) of 8 rows; the stride in elements.
+  static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t to_stride) {
+    const auto row = [&](int r) { return load(reinterpret_cast<const float*>(rows[r] + first)); };
     __m256 y[8];
     for (int r = 0; r < 8; r += 4) {
-      const float* at = reinterpret_cast<const float*>(from + r * from_stride);
-      const __m256 x0 = load(at), x1 = load(at + from_stride), x2 = load(at + 2 * from_stride);
-      const __m256 x3 = load(at + 3 * from_stride);
+      const __m256 x0 = row(r), x1 = row(r + 1), x2 = row(r + 2), x3 = row(r + 3);
       const __m256 a = _mm256_unpacklo_ps(x0, x1), b = _mm256_unpackhi_ps(x0, x1);
       const __m256 c = _mm256_unpacklo_ps(x2, x3), d = _mm256_unpackhi_ps(x2, x3);
       y[r] = _mm256_shuffle_ps(a, c, 0x44);

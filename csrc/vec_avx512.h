@@ -72,11 +72,21 @@ struct VecAvx512 {
 #endif
   }
 
-  // 16 x 16 elements; strides in elements.
-  static void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+  // Pairs (even[n], odd[n]) for n < 32.
+  static void merge_pairs(const uint16_t* even, const uint16_t* odd, uint32_t* to) {
+    alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                  8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
+    _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
+  }
+
+  // Elements [first, first + 16) of 16 rows; the stride in elements.
+  static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t to_stride) {
     __m512i x[16], y[16];
 #pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(from + r * from_stride);
+    for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(rows[r] + first);
     // In each 128-bit lane the 4 x 4 corners of four rows, then the lanes themselves.
 #pragma GCC unroll 4
     for (int r = 0; r < 16; r += 4) {

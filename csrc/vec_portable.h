@@ -81,10 +81,15 @@ struct VecPortable {
     for (int t = 0; t < 4; ++t) p[t] = float_to_fp16(x[t]);
   }
 
-  // 4 x 4 elements; strides in elements.
-  static void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+  // Pairs (even[n], odd[n]) for n < 8.
+  static void merge_pairs(const uint16_t* even, const uint16_t* odd, uint32_t* to) {
+    for (int n = 0; n < 8; ++n) to[n] = uint32_t{even[n]} | uint32_t{odd[n]} << 16;
+  }
+
+  // Elements [first, first + 4) of 4 rows; the stride in elements.
+  static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t to_stride) {
     for (int n = 0; n < 4; ++n)
-      for (int r = 0; r < 4; ++r) to[n * to_stride + r] = from[r * from_stride + n];
+      for (int r = 0; r < 4; ++r) to[n * to_stride + r] = rows[r][first + n];
   }
 
  private:
