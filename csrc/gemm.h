@@ -7,14 +7,15 @@
 namespace gossamer {
 namespace {
 
-// out[r][c] (+)= sum over d of a[r][d] * b[d][c], for R rows and C vectors of columns.
+// out[r][c] (+)= sum over d of a[r][d] * b[d][c], for R rows and C vectors of columns. The sum is taken by itself and
+// then added: over many tiles that rounds less than one long chain.
 template <class Isa, int R, int C>
 inline void micro_kernel(int depth, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* out,
                          int64_t ldo, bool accumulate) {
   using V = typename Isa::Vec;
   typename V::Reg acc[R][C];
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) acc[r][c] = accumulate ? V::load(out + r * ldo + c * V::kWidth) : V::zero();
+    for (int c = 0; c < C; ++c) acc[r][c] = V::zero();
   for (int d = 0; d < depth; ++d) {
     typename Isa::Operand columns[C];
     for (int c = 0; c < C; ++c) columns[c] = Isa::load(b + d * ldb + c * V::kWidth);
@@ -24,7 +25,10 @@ inline void micro_kernel(int depth, const uint32_t* a, int64_t lda, const uint32
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) V::store(out + r * ldo + c * V::kWidth, acc[r][c]);
+    for (int c = 0; c < C; ++c) {
+      float* at = out + r * ldo + c * V::kWidth;
+      V::store(at, accumulate ? V::add(V::load(at), acc[r][c]) : acc[r][c]);
+    }
 }
 
 template <class Isa, int R>

@@ -23,7 +23,7 @@ struct Item {
   int64_t first_stretch = 0, stretches = 0;
 };
 
-void store(float x, DType dtype, void* row, int64_t at) {
+void store(float x, DType dtype, void* row, size_t at) {
   if (dtype == DType::kBFloat16)
     static_cast<uint16_t*>(row)[at] = float_to_bf16(x);
   else if (dtype == DType::kFloat16)
@@ -147,12 +147,12 @@ class Streamed {
     if (item.stretches == 1) return;
     PanelRows rows;
     rows.collect(o_, item.range);
-    std::vector<float> sums(o_.call.value_dim);
+    std::vector<double> sums(o_.call.value_dim);
     for (int64_t r = 0; r < rows.size(); ++r) merge_row(item, r, rows, sums);
   }
 
   // out = sum of exp(lse_s - lse) out_s with lse = log sum exp(lse_s).
-  void merge_row(const Item& item, int64_t row, const PanelRows& rows, std::vector<float>& sums) const {
+  void merge_row(const Item& item, int64_t row, const PanelRows& rows, std::vector<double>& sums) const {
     constexpr float kNothing = -std::numeric_limits<float>::infinity();
     const int64_t begin = item.first_stretch, end = begin + item.stretches;
     float top = kNothing;
@@ -160,15 +160,15 @@ class Streamed {
     double total = 0.0;
     for (int64_t s = begin; s < end; ++s) total += std::exp(double{*partial_lse(s, row)} - top);
     const double lse = top == kNothing ? double{kNothing} : top + std::log(total);
-    std::fill(sums.begin(), sums.end(), 0.0f);
+    std::fill(sums.begin(), sums.end(), 0.0);
     for (int64_t s = begin; s < end; ++s) {
       if (*partial_lse(s, row) == kNothing) continue;
-      const float weight = static_cast<float>(std::exp(*partial_lse(s, row) - lse));
+      const double weight = std::exp(*partial_lse(s, row) - lse);
       const float* out = partial_out(s, row);
       for (size_t d = 0; d < sums.size(); ++d) sums[d] += weight * out[d];
     }
     *rows.lse(row) = static_cast<float>(lse);
-    for (size_t d = 0; d < sums.size(); ++d) store(sums[d], o_.call.dtype, rows.output(row), static_cast<int64_t>(d));
+    for (size_t d = 0; d < sums.size(); ++d) store(static_cast<float>(sums[d]), o_.call.dtype, rows.output(row), d);
   }
 
   const Operands& o_;

@@ -88,7 +88,9 @@ def execute(
     """Attention over exactly the pairs that the plan names. See `gossamer.ops.reference.execute`, the definition.
 
     fp32, bf16 or fp16 in, fp32 accumulation; head dimensions up to 256. Runs on ``torch.get_num_threads()`` threads;
-    results do not depend on their number. The GIL is released.
+    results do not depend on their number. The GIL is released. Few queries (one block of them, as in decoding) run
+    split over the keys. A value that is not finite also spoils rows that do not attend it, where they attend another
+    key of the same 64 (0 * inf; torch's SDPA does so for all keys); dead slots are never read.
 
     Returns:
         out ``[B, H, S, Dv]`` in q's dtype and lse fp32 ``[B, H, S]``, both contiguous.
