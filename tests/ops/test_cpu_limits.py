@@ -1,0 +1,71 @@
+"""The C++ executor at the edges: nothing to do, very large tensors, forked workers."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from executor_checks import check
+
+from gossamer import Extent, SparsePlan
+from gossamer.ops import cpu
+
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no C++ kernels: {cpu.why_unavailable()}")
+
+
+@pytest.mark.parametrize(("batch", "query_len", "key_len"), [(0, 5, 5), (1, 0, 5), (2, 0, 0), (1, 5, 0), (1, 1, 0)])
+def test_nothing_to_do(batch: int, query_len: int, key_len: int) -> None:
+    extent = Extent([0] * batch, [0] * batch, [key_len] * batch)
+    plan = SparsePlan.dense(1, query_len, key_len, extent)
+    q, k = torch.randn(batch, 2, query_len, 32), torch.randn(batch, 1, key_len, 32)
+    out, lse = cpu.execute(q, k, k, plan, scale=1.0)
+    assert out.shape == q.shape
+    assert bool((out == 0).all())
+    assert bool((lse == -math.inf).all())
+
+
+@pytest.mark.parametrize("query_len", [3, 100])
+def test_offsets_beyond_32_bits(query_len: int) -> None:
+    """Heads more than 2^31 elements apart; the memory between them is never touched."""
+    key_len, dim, gap = 200, 64, (1 << 31) + 64
+    storage = torch.empty(gap + key_len * dim, dtype=torch.bfloat16)
+    k = storage.as_strided((1, 2, key_len, dim), (0, gap, dim, 1))
+    generator = torch.Generator().manual_seed(0)
+    k.copy_(torch.randn(1, 2, key_len, dim, generator=generator))
+    q = torch.randn(1, 4, query_len, dim, generator=generator).bfloat16()
+    plan = SparsePlan.dense(2, query_len, key_len, Extent.full(1, query_len, key_len))
+    assert not torch.equal(k[:, 0], k[:, 1])
+    check(plan, q, k, k)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_forked_workers() -> None:
+    """OpenMP's threads do not survive a fork; a child must neither wait for them nor compute anything else."""
+    code = """
+import os, sys, warnings
+import torch
+from gossamer import Extent, SparsePlan
+from gossamer.ops import cpu
+warnings.simplefilter("ignore")
+torch.set_num_threads(2)
+q = torch.randn(1, 4, 200, 64)
+plan = SparsePlan.dense(4, 200, 200, Extent.full(1, 200, 200))
+expected, _ = cpu.execute(q, q, q, plan, scale=0.1)
+children = []
+for _ in range(2):
+    child = os.fork()
+    if child == 0:
+        got = [cpu.execute(q, q, q, plan, scale=0.1)[0].numpy().tobytes() for _ in range(2)]
+        os._exit(0 if got == [expected.numpy().tobytes()] * 2 else 3)
+    children.append(child)
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+again, _ = cpu.execute(q, q, q, plan, scale=0.1)
+print(codes, torch.equal(again, expected))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "[0, 0] True"
