@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gossamer.evaluate.summary import read_results, summary_rows
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the markers ``<!-- table: name -->`` of a page."""
-    for name, make in (("cpu", cpu_table), ("demo", demo_table)):
+    for name, make in (("cpu", cpu_table), ("demo", demo_table), ("methods", methods_table)):
         marker = f"<!-- table: {name} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, make())
@@ -51,6 +53,35 @@ def demo_table() -> str:
                 f"| {name} | {row['prefill_seconds']:.2f} | {row['attention_seconds']:.2f} | {row['density']:.3f} | "
                 f"{row['right']}/{row['asked']} | {row['top1_agreement']:.1%} |"
                 for name, row in data["rows"].items()
+            ),
+        ]
+    )
+
+
+def methods_table() -> str:
+    """The methods on the reference model at the longest length that was measured."""
+    records = read_results(ROOT / "benchmarks" / "results" / "reference_eval.jsonl")
+    rows = summary_rows(records)
+    longest = max(row.length for row in rows)
+    tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
+    machine = next(record for record in records if record["kind"] == "run")["machine"]
+
+    def share(value: float | None, digits: int = 3) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    return "\n".join(
+        [
+            f"{machine['processor']}, {machine['threads']} threads, {longest:,} tokens, bfloat16; "
+            f"{rows[-1].tasks[tasks[0]][2]} samples of each task, mean scores.",
+            "",
+            f"| method | {' | '.join(tasks)} | recall | oracle | density | prefill s | times dense |",
+            "|---|" + "---|" * (len(tasks) + 5),
+            *(
+                f"| `{row.method}` | {' | '.join(share(row.tasks[task][0]) for task in tasks)} | {share(row.recall)} | "
+                f"{share(row.oracle_recall)} | {share(row.density)} | {share(row.prefill_s, 2)} | "
+                f"{share(row.speedup, 1)} |"
+                for row in rows
+                if row.length == longest
             ),
         ]
     )

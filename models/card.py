@@ -1,11 +1,17 @@
-"""Write the model card and its pictures from measurements: `python models/card.py models/reference RESULTS.json`."""
+"""Write the model card and its pictures from measurements: `python models/card.py models/reference RESULTS.json`.
+
+heads.json in the model's folder comes from `models/heads.py`.
+"""
 
 import argparse
+import base64
 import json
 import statistics
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from gossamer.report.png import grey_png
 
 COLOURS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8a63a8", "#b08b2e", "#5b8a99", "#a0526d")
 Point = tuple[float, float]
@@ -118,6 +124,57 @@ def draw(out: Path, training: dict, results: dict) -> None:
     write_svg(out / "curves.svg", panels)
 
 
+def draw_heads(out: Path, record: dict) -> None:
+    """heads.svg: the attention map of each head, its pattern, and the mass that each pattern explains."""
+    pitch, map_size, top = 160, 116, 24
+    rows = sorted({head["layer"] for head in record["heads"]})
+    columns = sorted({head["head"] for head in record["heads"]})
+    maps = {(m["layer"], m["head"]): m for m in record["maps"]}
+    height = top + len(rows) * pitch
+    parts = []
+    for head in record["heads"]:
+        x, y = 20 + columns.index(head["head"]) * 216, top + rows.index(head["layer"]) * pitch
+        drawn = maps[head["layer"], head["head"]]
+        pixels = bytes(255 - level for level in base64.b64decode(drawn["data"]))
+        name = f"layer {head['layer']}, head {head['head']}"
+        parts.append(f'<text x="{x}" y="{y}"><tspan font-weight="bold">{name}</tspan> {head["pattern"]}</text>')
+        parts.append(
+            f'<image x="{x}" y="{y + 6}" width="{map_size}" height="{map_size}" style="image-rendering:pixelated" '
+            f'href="{grey_png(pixels, drawn["size"], drawn["size"])}"><title>{name}</title></image>'
+            f'<rect x="{x}" y="{y + 6}" width="{map_size}" height="{map_size}" fill="none" stroke="#999"/>'
+        )
+        for n, (pattern, mass) in enumerate(head["mass"].items()):
+            at = y + 18 + n * 22
+            parts.append(f'<text x="{x + map_size + 6}" y="{at}" font-size="9">{pattern} {mass:.0%}</text>')
+            parts.append(f'<rect x="{x + map_size + 6}" y="{at + 3}" width="66" height="5" fill="#e3e3e3"/>')
+            colour = COLOURS[0] if pattern == head["pattern"] else "#9ab"
+            parts.append(
+                f'<rect x="{x + map_size + 6}" y="{at + 3}" width="{66 * mass:.1f}" height="5" fill="{colour}"/>'
+            )
+        parts.append(
+            f'<text x="{x}" y="{y + map_size + 20}" font-size="9" fill="#555">first token '
+            f"{head['first_token']:.0%}, 90% in {head['window']:,} tokens</text>"
+        )
+    width, body = 20 + len(columns) * 216, "\n".join(parts)
+    (out / "heads.svg").write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="11">\n<rect width="{width}" height="{height}" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def heads_table(record: dict) -> str:
+    """What each head does, in Markdown."""
+    patterns = list(record["heads"][0]["mass"])
+    lines = [
+        f"| layer | head | pattern | {' | '.join(patterns)} | first token |",
+        "|---|---|---|" + "---|" * (len(patterns) + 1),
+    ]
+    for head in record["heads"]:
+        shares = " | ".join(f"{head['mass'][name]:.0%}" for name in patterns)
+        lines.append(f"| {head['layer']} | {head['head']} | {head['pattern']} | {shares} | {head['first_token']:.0%} |")
+    return "\n".join(lines)
+
+
 def table(results: dict) -> str:
     """Accuracy by task and length in Markdown."""
     lines = [
@@ -156,7 +213,9 @@ def main() -> None:
     arguments = parser.parse_args()
     training = json.loads((arguments.model / "training_log.json").read_text())
     results = json.loads(arguments.results.read_text())
+    heads = json.loads((arguments.model / "heads.json").read_text())
     draw(arguments.model, training, results)
+    draw_heads(arguments.model, heads)
     mass = results["first_token_attention_mass_4096"]
     loss = results["text_loss"]
     corpus = training["corpus"]
@@ -182,6 +241,9 @@ def main() -> None:
         "windows": loss["windows"],
         "window": f"{loss['length']:,}",
         "mass": "\n".join(f"| {i} | " + " | ".join(f"{v:.3f}" for v in row) + " |" for i, row in enumerate(mass)),
+        "heads": heads_table(heads),
+        "heads_budget": f"{heads['heads'][0]['budget']:.1%}",
+        "heads_tokens": f"{heads['length']:,}",
         "dtype": results["model"]["dtype"],
         "eval_machine": results["machine"]["processor"],
         "eval_versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),

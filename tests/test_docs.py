@@ -72,3 +72,14 @@ def test_every_method_is_listed(page):
 
 def test_changelog_has_this_version():
     assert f"\n## {gossamer.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_report_in_the_documentation_is_drawn_from_the_committed_results(tmp_path):
+    from gossamer.evaluate.summary import read_results
+    from gossamer.report import write_report
+
+    records = read_results(ROOT / "benchmarks" / "results" / "reference_eval.jsonl")
+    page = tmp_path / "reference_eval.html"
+    write_report(records, page, title="Methods on the reference model")
+    committed = (ROOT / "docs" / "reports" / "reference_eval.html").read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == committed, "run `gossamer report` again, see docs/benchmarks.md"

@@ -55,7 +55,7 @@ def test_figures() -> None:
     assert fast.samples == 5
     assert fast.accuracy == pytest.approx(2.25 / 5)
     assert fast.difference == pytest.approx(-0.5)  # of the four samples that dense has too
-    assert fast.tasks == {"a": (0.5, 4), "b": (0.25, 1)}
+    assert fast.tasks == {"a": (0.5, (0.0, 1.0), 4), "b": (0.25, (0.25, 0.25), 1)}
     assert (fast.recall, fast.oracle_recall, fast.kl, fast.top1) == (0.8, 0.9, 0.1, 0.95)
     assert fast.speedup == 7.0
     assert fast.difference_interval is not None

@@ -24,7 +24,8 @@ class SummaryRow:
         samples: samples of all tasks; each weighs the same.
         accuracy: mean score, with its 95% bootstrap interval over samples.
         difference: accuracy less that of dense on the same samples, with its interval (paired).
-        tasks: mean score and number of samples of each task.
+        tasks: mean score of each task, its interval, and the number of samples. Where all samples score alike the
+            bootstrap's interval has no width: Wilson's for shares of 1 and 0 then says more.
         recall, oracle_recall: attention mass in the plan, and in the best plan of as many whole blocks.
         kl, top1: logits against those of the dense run: nats, and share of equal choices.
         density: share of the pairs that was computed.
@@ -39,7 +40,7 @@ class SummaryRow:
     interval: Interval | None
     difference: float | None
     difference_interval: Interval | None
-    tasks: dict[str, tuple[float, int]]
+    tasks: dict[str, tuple[float, Interval, int]]
     recall: float | None
     oracle_recall: float | None
     kl: float | None
@@ -117,7 +118,10 @@ def _row(label: str, length: int, mine: list[Record], dense: list[Record]) -> Su
         interval=bootstrap_interval(scores) if scores else None,
         difference=_mean(pairs),
         difference_interval=bootstrap_interval(pairs) if pairs else None,
-        tasks={task: (sum(values) / len(values), len(values)) for task, values in by_task.items()},
+        tasks={
+            task: (sum(values) / len(values), bootstrap_interval(values), len(values))
+            for task, values in by_task.items()
+        },
         recall=_mean([r["mean"]["recall"] for r in fidelity]),
         oracle_recall=_mean([r["mean"]["oracle_recall"] for r in fidelity]),
         kl=_mean([r["logits"]["mean_kl"] for r in fidelity]),
@@ -164,11 +168,11 @@ def main_table(rows: Sequence[SummaryRow]) -> list[list[str]]:
 
 
 def task_table(rows: Sequence[SummaryRow]) -> list[list[str]]:
-    """Header and cells: the accuracy of each task."""
+    """Header and cells: the accuracy of each task, with its interval."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
     table = [["method", "length", *tasks]]
     for row in rows:
-        cells = [f"{row.tasks[task][0]:.3f}" if task in row.tasks else "-" for task in tasks]
+        cells = [_with_interval(*row.tasks[task][:2]) if task in row.tasks else "-" for task in tasks]
         table.append([row.method, str(row.length), *cells])
     return table
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from gossamer.evaluate.summary import SummaryRow, main_table, summary_rows, task_table
 from gossamer.report.charts import Figure, figures
@@ -18,6 +19,7 @@ __all__ = ["findings", "write_report"]
 
 Record = dict[str, Any]
 
+_LARGEST_INLINE_CSV = 200_000
 _FEW = 20
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #5b6570; --grid: #dfe3e8; --axis: #8a939e;
@@ -68,7 +70,7 @@ def write_report(records: Sequence[Record], out: Path, title: str = "Sparse atte
     tables = [("summary", main_table(rows)), ("tasks", task_table(rows))]
     folder = out.with_name(f"{out.stem}_csv")
     folder.mkdir(parents=True, exist_ok=True)
-    written = [_write(out, _page(title, records, rows, pictures, tables))]
+    written = [_write(out, _page(title, records, rows, pictures, tables, folder.name))]
     for name, table in [*tables, *((figure.name, figure.table) for figure in pictures)]:
         written.append(_write(folder / f"{name}.csv", _csv(table)))
     return written
@@ -109,6 +111,7 @@ def _page(
     rows: Sequence[SummaryRow],
     pictures: Sequence[Figure],
     tables: Sequence[tuple[str, list[list[str]]]],
+    folder: str,
 ) -> str:
     runs = [record for record in records if record["kind"] == "run"]
     sections = [("summary", "Summary", tables[0][1]), ("tasks", "Accuracy by task", tables[1][1])]
@@ -127,7 +130,7 @@ def _page(
         parts.append(f"<section id='{name}'><h2>{escape(heading)}</h2>")
         if name == "summary":
             parts.append("<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(rows)) + "</ul>")
-        parts.append(_html_table(table) + _download(name, table) + "</section>")
+        parts.append(_html_table(table) + _download(name, table, folder) + "</section>")
     for figure in pictures:
         parts.append(
             f"<section id='{figure.name}'><h2>{escape(figure.title)}</h2><p class='note'>{escape(figure.note)}</p>"
@@ -135,7 +138,7 @@ def _page(
         parts.append("<div class='panels'>")
         for caption, body in figure.panels:
             parts.append(f"<figure><figcaption>{escape(caption)}</figcaption>{body}</figure>")
-        parts.append("</div>" + _download(figure.name, figure.table) + "</section>")
+        parts.append("</div>" + _download(figure.name, figure.table, folder) + "</section>")
     parts.append(_circumstances(runs) + "</body></html>\n")
     return "\n".join(part for part in parts if part)
 
@@ -176,9 +179,13 @@ def _html_table(table: Sequence[Sequence[str]]) -> str:
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _download(name: str, table: Sequence[Sequence[Any]]) -> str:
-    data = base64.b64encode(_csv(table).encode()).decode()
-    return f"<p class='note'><a download='{name}.csv' href='data:text/csv;base64,{data}'>{name}.csv</a></p>"
+def _download(name: str, table: Sequence[Sequence[Any]], folder: str) -> str:
+    """A link to a table: inside the page, or, where that would make it heavy, to the file beside it."""
+    text = _csv(table).encode()
+    href = f"data:text/csv;base64,{base64.b64encode(text).decode()}"
+    if len(text) > _LARGEST_INLINE_CSV:
+        href = f"{quote(folder)}/{name}.csv"
+    return f"<p class='note'><a download='{name}.csv' href='{href}'>{name}.csv</a></p>"
 
 
 def _csv(table: Sequence[Sequence[Any]]) -> str:
