@@ -1,197 +1,84 @@
-"""Speed of the C++ executor against torch's SDPA: one process, contenders alternating, fresh inputs each round.
+"""Speed of the C++ executor against torch's SDPA and FlexAttention, on this machine.
 
-    python benchmarks/cpu.py [--quick] [--threads N] [--out FILE]
+    python benchmarks/cpu.py [--only SECTION,...] [--quick] [--threads N] [--out FILE]
 
-First both contenders are verified, SDPA and our kernel, against fp64; nothing is timed while one of them is wrong.
-Every sample is taken twice at once: wall-clock seconds, and seconds of CPU time of the whole process divided by the
-number of threads. On an idle machine they agree. Beside other programs (the report says how much of the machine they
-took) the wall clock says little, and CPU time with ``--threads 1`` still tells what the kernels cost; with more
-threads CPU time counts their waiting, and short samples of it are only exact to a tick of the scheduler.
+First the contenders are verified against fp64; nothing is timed while one of them is wrong. Contenders take turns in
+one process on inputs that are fresh each round, and figures are medians of seven rounds (three where a call takes more
+than 40 seconds). Beside seconds on the clock stands CPU time, and how much of the machine other programs took.
+A section that is measured again replaces its rows in the file; the others stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from cpu_sections import SECTIONS
+from timing import ROUNDS, Bystanders, machine, write
+from workloads import verify
 
-from gossamer import Extent, SparsePlan
 from gossamer.ops import cpu
-from gossamer.testing import Case, assert_accurate
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
-ROUNDS = 5
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-DENSITIES = (None, 0.5, 0.25, 0.1, 0.05)  # None: the dense plan
+SHOWN = (
+    "speedup",
+    "speedup_over_flex",
+    "gflops",
+    "gb_per_s",
+    "share_of_gemm",
+    "efficiency",
+    "pair_cost_over_blocks",
+    "planning_share",
+    "exponent",
+    "beyond_packed_mib",
+)
 
 
-@dataclass(frozen=True)
-class Shape:
-    length: int
-    heads: int
-    groups: int
-    dim: int
-    dtype: str
+def line(row: dict) -> str:
+    """A row for the terminal."""
+    where = [str(row[name]) for name in ("dtype", "length", "dim", "isa") if name in row]
+    figures = [f"{name} {row[name]}" for name in SHOWN if row.get(name) is not None]
+    density = f"{row['density']:.3f}" if "density" in row else ""
+    return f"{row['what']:<28} {' '.join(where):<32} {density:>6}  {'  '.join(figures)}"
 
 
-def inputs(shape: Shape, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (shape.heads, shape.groups, shape.groups)
-    q, k, v = (torch.randn(1, n, shape.length, shape.dim, generator=generator) for n in sizes)
-    dtype = DTYPES[shape.dtype]
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def make_plan(shape: Shape, density: float | None, block_k: int, seed: int) -> SparsePlan:
-    """Random blocks with the diagonal, one plan per key/value head, at a share of the causal block pairs."""
-    length, extent = shape.length, Extent.full(1, shape.length, shape.length)
-    if density is None:
-        return SparsePlan.dense(shape.groups, length, length, extent)
-    rows, columns = -(-length // 64), -(-length // block_k)
-    generator = torch.Generator().manual_seed(seed)
-    first, last = torch.arange(rows)[:, None] * 64, (torch.arange(columns)[None] + 1) * block_k - 1
-    diagonal = (last - block_k + 1 <= first + 63) & (last >= first)
-    below = last < first
-    wanted = density * float(below.sum() + diagonal.sum()) - float(diagonal.sum())
-    share = max(0.0, wanted / max(1, int(below.sum())))
-    chosen = torch.rand(1, shape.groups, rows, columns, generator=generator) < share
-    return SparsePlan.from_block_mask(chosen & below | diagonal, length, length, block_k=block_k)
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-def verify() -> None:
-    """Raises AssertionError if a contender is wrong."""
-    for dtype in DTYPES:
-        for dim in (64, 128):
-            shape = Shape(1024, 4, 1, dim, dtype)
-            q, k, v = inputs(shape, seed=0)
-            for density, block_k in ((None, 64), (0.25, 64), (0.25, 128)):
-                plan = make_plan(shape, density, block_k, seed=1)
-                case = Case(q, k, v, plan.extent, dim**-0.5)
-                out, lse = cpu.execute(q, k, v, plan, scale=case.scale)
-                assert_accurate(case, plan, out, lse)
-                if density is None:
-                    torch.testing.assert_close(sdpa(q, k, v), out, atol=3e-2, rtol=3e-2)
-
-
-def sample(call: Callable[[], object], threads: int) -> tuple[float, float]:
-    wall, used = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - wall, (time.process_time() - used) / threads
-
-
-def measure(shape: Shape, block_ks: tuple[int, ...], threads: int, rounds: int) -> list[dict]:
-    """SDPA, then every plan, in turn; as often as there are rounds."""
-    plans = [
-        (density, block_k, make_plan(shape, density, block_k, seed=round(1000 * (density or 0)) + block_k))
-        for density in DENSITIES
-        for block_k in (block_ks if density is not None else block_ks[:1])
-    ]
-    scale = shape.dim**-0.5
-    samples: list[list[tuple[float, float]]] = [[] for _ in range(len(plans) + 1)]
-    warm_up = shape.length <= 4096  # longer calls need none
-    for n in range(rounds + warm_up):
-        q, k, v = inputs(shape, seed=n)
-        calls: list[Callable[[], object]] = [lambda q=q, k=k, v=v: sdpa(q, k, v)]
-        calls += [lambda q=q, k=k, v=v, p=plan: cpu.execute(q, k, v, p, scale=scale) for _, _, plan in plans]
-        for series, call in zip(samples, calls, strict=True):
-            taken = sample(call, threads)
-            if n or not warm_up:
-                series.append(taken)
-    rows = []
-    for (density, block_k, plan), series in zip(plans, samples[1:], strict=True):
-        row = {
-            **shape.__dict__,
-            "block_q": plan.block_q,
-            "block_k": block_k,
-            "nominal_density": density,
-            "density": round(plan.density(), 4),
-            "isa": cpu.active_isa(DTYPES[shape.dtype]),
-        }
-        for index, clock in enumerate(("wall", "cpu")):
-            base = statistics.median(s[index] for s in samples[0])
-            ours = statistics.median(s[index] for s in series)
-            row[f"speedup_{clock}"] = round(base / ours, 3)
-            row[f"gflops_{clock}"] = round(2 * plan.density() * pair_flops(shape) / ours / 1e9, 1)
-            row[f"sdpa_{clock}_s"] = [round(s[index], 6) for s in samples[0]]
-            row[f"gossamer_{clock}_s"] = [round(s[index], 6) for s in series]
+def measure(name: str, quick: bool, threads: int) -> dict:
+    """One section, with its circumstances."""
+    print(f"\n{name}: {(SECTIONS[name].__doc__ or '').splitlines()[0]}")
+    bystanders, started, rows = Bystanders(), time.perf_counter(), []
+    for row in SECTIONS[name](quick):
+        print(line(row), flush=True)
         rows.append(row)
-    dense = next(r for r in rows if r["nominal_density"] is None)
-    for row in rows:  # its speed-up over the same kernel run dense, times density: 1 is ideal
-        row["efficiency_cpu"] = round(row["speedup_cpu"] / dense["speedup_cpu"] * row["density"], 3)
-    return rows
-
-
-def pair_flops(shape: Shape) -> float:
-    """Flops of one of the two products over all causal pairs."""
-    return 2.0 * shape.heads * shape.dim * shape.length * (shape.length + 1) / 2
-
-
-def busy_seconds() -> float | None:
-    """CPU seconds that all programs of this machine have used, where that is known."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return None
-    user, nice, system = (int(x) for x in stat.read_text().split()[1:4])
-    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
-
-
-def machine() -> dict:
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
+    share = bystanders.share()
+    if share:
+        print(f"other programs used {share:.0%} of the machine")
     return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "isas": cpu.supported_isas(),
-        "torch": torch.__version__,
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
+        "machine": machine(),
+        "threads": threads,
+        "rounds": ROUNDS,
+        "date": date.today().isoformat(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "used_by_others": share,
+        "rows": rows,
     }
 
 
-def write(path: Path, report: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def print_rows(rows: list[dict]) -> None:
-    for r in rows:
-        name = "dense" if r["nominal_density"] is None else f"{r['density']:.1%}"
-        print(
-            f"{r['dtype']:>5} {r['length']:>6} {r['dim']:>4} {r['isa']:>12}  64x{r['block_k']:<4} {name:>6}"
-            f" {r['speedup_wall']:>8.2f}x {r['speedup_cpu']:>8.2f}x {r['gflops_cpu']:>8.0f}"
-            f" {r['efficiency_cpu']:>7.2f}",
-            flush=True,
-        )
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="4K tokens only; writes nothing unless --out is given")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--quick", action="store_true", help="small sizes; writes nothing unless --out is given")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} beside this script")
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} in results/")
     arguments = parser.parse_args()
+    chosen = arguments.only.split(",")
+    unknown = sorted(set(chosen) - set(SECTIONS))
+    if unknown:
+        parser.error(f"--only takes {', '.join(SECTIONS)}; got {unknown[0]!r}")
     if not cpu.is_available():
         print(cpu.why_unavailable(), file=sys.stderr)
         return 1
@@ -201,34 +88,21 @@ def main() -> int:
     except AssertionError as error:
         print(f"nothing timed: {error}", file=sys.stderr)
         return 1
-    lengths = {"bf16": (4096, 16384, 32768), "fp32": (4096, 16384)}
-    if arguments.quick:
-        lengths = {"bf16": (4096,), "fp32": (4096,)}
-    started, used, busy = time.perf_counter(), time.process_time(), busy_seconds()
-    report = {"machine": machine(), "threads": arguments.threads, "rounds": ROUNDS, "rows": []}
-    print(
-        f"speed-up over torch SDPA (causal, same dtype) on {arguments.threads} thread(s) by wall clock and by CPU time;"
-    )
-    print("GFLOP/s of all threads on the plan's pairs, by CPU time; 4 query heads, 1 key/value head")
-    print("dtype length  dim          isa  blocks  density     wall       cpu   GFLOP/s  effic.")
-    for dtype, of_dtype in lengths.items():
-        for length in of_dtype:
-            for dim in (128, 64):
-                rows = measure(Shape(length, 4, 1, dim, dtype), (64, 128), arguments.threads, ROUNDS)
-                print_rows(rows)
-                report["rows"] += rows
-    seconds, busy_now = time.perf_counter() - started, busy_seconds()
-    report["seconds"] = round(seconds, 1)
-    if busy is not None and busy_now is not None:
-        others = (busy_now - busy - (time.process_time() - used)) / seconds / (os.cpu_count() or 1)
-        report["machine"]["used_by_others"] = round(others, 3)
-        print(f"other programs used {others:.0%} of the machine")
     out = arguments.out or (None if arguments.quick else RESULTS)
+    report: dict = {"sections": {}}
+    if out is not None and out.exists():
+        report = json.loads(out.read_text())
+    for name in chosen:
+        section = measure(name, arguments.quick, arguments.threads)
+        if out is not None:
+            report["sections"][name] = section
+            report["sections"] = {n: report["sections"][n] for n in SECTIONS if n in report["sections"]}
+            write(out, report)
     if out is not None:
-        write(out, report)
-        print(f"wrote {out.name}")
+        print(f"wrote {out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with torch.inference_mode():
+        sys.exit(main())

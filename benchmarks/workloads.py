@@ -1,0 +1,130 @@
+"""Inputs and plans of the CPU benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gossamer import Extent, SparsePlan
+from gossamer.ops import cpu
+from gossamer.selectors import CsrBuilder
+from gossamer.testing import Case, assert_accurate
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call: all queries of a prompt, or ``queries`` of them at its end."""
+
+    length: int
+    heads: int
+    groups: int
+    dim: int
+    dtype: str
+    queries: int | None = None
+
+    @property
+    def query_len(self) -> int:
+        return self.length if self.queries is None else self.queries
+
+    def draw(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, fresh for each seed."""
+        generator = torch.Generator().manual_seed(seed)
+        dtype = DTYPES[self.dtype]
+        lengths = ((self.heads, self.query_len), (self.groups, self.length), (self.groups, self.length))
+        return tuple(  # pyright: ignore[reportReturnType]
+            torch.randn(1, n, tokens, self.dim, generator=generator).to(dtype) for n, tokens in lengths
+        )
+
+    def extent(self) -> Extent:
+        return Extent.full(1, self.query_len, self.length)
+
+    def causal_pairs(self) -> float:
+        """Of one head."""
+        return self.query_len * (self.length - (self.query_len - 1) / 2)
+
+    def flops(self) -> float:
+        """Of both products, over all causal pairs of all heads."""
+        return 4.0 * self.heads * self.dim * self.causal_pairs()
+
+    def run(self, plan: SparsePlan) -> Callable[[Tensor, Tensor, Tensor], object]:
+        return lambda q, k, v: cpu.execute(q, k, v, plan, scale=self.dim**-0.5)
+
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.query_len > 1, enable_gqa=True)
+
+
+def random_blocks(shape: Shape, density: float | None, block_k: int = 64, seed: int = 0) -> SparsePlan:
+    """Random blocks with the diagonal, one plan per key/value head, at a share of the causal pairs; None: dense."""
+    if density is None:
+        return SparsePlan.dense(shape.groups, shape.query_len, shape.length, shape.extent())
+    rows, columns = -(-shape.query_len // 64), -(-shape.length // block_k)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.arange(rows)[:, None] * 64 + shape.length - shape.query_len
+    begin = torch.arange(columns)[None] * block_k
+    diagonal = (begin <= first + 63) & (begin + block_k > first)
+    below = begin + block_k <= first
+    # The diagonal blocks count half: about that share of their pairs is causal.
+    wanted = density * (float(below.sum()) + float(diagonal.sum()) / 2) - float(diagonal.sum()) / 2
+    share = max(0.0, wanted / max(1, int(below.sum())))
+    chosen = torch.rand(1, shape.groups, rows, columns, generator=generator) < share
+    return SparsePlan.from_block_mask(
+        chosen & below | diagonal, shape.query_len, shape.length, extent=shape.extent(), block_k=block_k
+    )
+
+
+def blocks_a_row(shape: Shape, count: int, seed: int = 0) -> SparsePlan:
+    """That many blocks of 64 in every query block, the diagonal one among them."""
+    blocks = -(-shape.length // 64)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(1, shape.groups, blocks, blocks, generator=generator).tril()
+    scores += 2 * torch.eye(blocks)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask.scatter_(3, scores.topk(min(count, blocks), dim=-1).indices, True)
+    return SparsePlan.from_block_mask(mask & (scores > 0), shape.query_len, shape.length, extent=shape.extent())
+
+
+def columns(shape: Shape, count: int, seed: int = 0, **more: object) -> SparsePlan:
+    """That many random columns of each key/value head, for all queries."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(1, shape.groups, 1, shape.length, dtype=torch.bool)
+    order = torch.rand(1, shape.groups, 1, shape.length, generator=generator).argsort(-1)[..., :count]
+    chosen.scatter_(3, order, True)
+    csr = CsrBuilder()
+    csr.add(chosen)
+    indptr, indices = csr.build()
+    return SparsePlan(
+        shape.groups,
+        shape.query_len,
+        shape.length,
+        shape.extent(),
+        column_group=-(-shape.query_len // 64),
+        column_indptr=indptr,
+        column_indices=indices,
+        **more,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def bands(shape: Shape, sink: int, window: int) -> SparsePlan:
+    """The first tokens and a local window, token-exact."""
+    return SparsePlan(shape.groups, shape.query_len, shape.length, shape.extent(), sink=sink, window=window)
+
+
+def verify() -> None:
+    """Raises AssertionError if a contender is wrong."""
+    for dtype in DTYPES:
+        for dim in (64, 128):
+            for shape in (Shape(1024, 4, 1, dim, dtype), Shape(3000, 4, 1, dim, dtype, queries=1)):
+                plans = [random_blocks(shape, density, block_k) for density, block_k in ((None, 64), (0.25, 128))]
+                for plan in (*plans, columns(shape, 200), bands(shape, 64, 200)):
+                    q, k, v = shape.draw(0)
+                    case = Case(q, k, v, plan.extent, dim**-0.5)
+                    out, lse = cpu.execute(q, k, v, plan, scale=case.scale)
+                    assert_accurate(case, plan, out, lse)
+                dense, _ = cpu.execute(q, k, v, plans[0], scale=dim**-0.5)
+                torch.testing.assert_close(shape.sdpa(q, k, v), dense, atol=3e-2, rtol=3e-2)
