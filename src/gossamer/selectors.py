@@ -57,8 +57,12 @@ class CsrBuilder:
 
     def add(self, mask: Tensor) -> None:
         """The next query blocks: bool ``[B, heads, m, N]``."""
-        self._counts.append(mask.sum(dim=-1))
-        self._indices.append(mask.flatten(0, 2).nonzero()[:, 1].to(torch.int32))
+        self.add_lists(mask.sum(dim=-1), mask.flatten(0, 2).nonzero()[:, 1].to(torch.int32))
+
+    def add_lists(self, counts: Tensor, indices: Tensor) -> None:
+        """The next query blocks as lists: their lengths int64 ``[B, heads, m]``, and the int32 members in order."""
+        self._counts.append(counts)
+        self._indices.append(indices)
 
     def build(self) -> tuple[Tensor, Tensor]:
         """Row pointers int64 and ascending column indices int32."""
