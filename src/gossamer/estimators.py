@@ -19,7 +19,14 @@ from torch import Tensor
 from gossamer.ops.cpu import planning
 from gossamer.plan import Extent, ceil_div
 
-__all__ = ["last_query_probe", "pool_keys", "pool_queries", "pooled_scores", "row_block_energy"]
+__all__ = [
+    "antidiagonal_scores",
+    "last_query_probe",
+    "pool_keys",
+    "pool_queries",
+    "pooled_scores",
+    "row_block_energy",
+]
 
 # Working set of a chunk: it should fit caches and memory that the allocator reuses; fresh pages cost more than the
 # arithmetic.
@@ -209,6 +216,50 @@ def _energy_in_torch(
         tile_max = tile_max.masked_fill_(tile_max == float("-inf"), 0.0)
         energy = x.sub_(tile_max[:, :, None, :, None, None]).exp_().sum(dim=4).sum(dim=2)
         yield at, energy.masked_fill_(~scored, 0.0)
+
+
+def antidiagonal_scores(
+    q: Tensor, k: Tensor, *, scale: float, extent: Extent, block_q: int, block_k: int, stride: int = 8
+) -> Iterator[tuple[int, Tensor]]:
+    """Attention mass of each block pair, from one antidiagonal in each cell (XAttention, 2503.16428, 3.1).
+
+    A cell pairs ``stride`` consecutive queries with ``stride`` consecutive key slots; its logit is the mean of the
+    scaled products on its antidiagonal, so that every query and every key counts once. The softmax over a row of
+    cells, summed by block, is the score. A cell counts if its last query sees its first live key: on the diagonal a
+    few later keys take part, as in the paper. Dead slots and padding queries count as zeros.
+
+    Yields:
+        first query block of the chunk, and scores ``[B, H, m, N]`` in fp32; the scores of a query block sum to the
+        number of its cells that see any key.
+
+    Raises:
+        ValueError: ``stride`` does not divide the block sizes.
+    """
+    if stride < 1 or block_q % stride or block_k % stride:
+        raise ValueError(f"stride must divide block_q and block_k, got {stride} for blocks {block_q} and {block_k}")
+    batch, heads, query_len, dim = q.shape
+    groups, key_len = k.shape[1], k.shape[2]
+    share = heads // groups
+    visible = BlockVisibility(extent, query_len, key_len, stride, stride, q.device)
+    position = extent.key_positions(key_len).to(k.device)
+    dead = (position < 0) | (position >= extent.key_count.to(k.device)[:, None])
+    keys = F.pad(k.masked_fill(dead[:, None, :, None], 0.0), (0, 0, 0, -key_len % stride))
+    keys = keys.reshape(batch, groups, 1, -1, stride * dim).transpose(-1, -2)
+    padding = extent.query_positions(query_len).to(q.device) < 0
+    blocks, cells = ceil_div(query_len, block_q), keys.shape[-1]
+    step = max(1, CHUNK_BYTES // max(1, 8 * batch * heads * (block_q // stride) * cells))
+    for at in range(0, blocks, step):
+        first, last = at * block_q, min((at + step) * block_q, query_len)
+        rows = q[:, :, first:last].masked_fill(padding[:, None, first:last, None], 0.0)
+        rows = F.pad(rows, (0, 0, 0, -rows.shape[2] % stride)).unflatten(2, (-1, stride)).flip(3)
+        rows = rows.reshape(batch, groups, share, -1, stride * dim)
+        logits = (rows @ keys).float().mul_(scale / stride).view(batch, heads, -1, cells)
+        seen = visible.any_pair(first // stride, ceil_div(last, stride))
+        mass = logits.masked_fill_(~seen[:, None], float("-inf")).softmax(dim=-1)
+        mass = mass.masked_fill_(~seen.any(dim=-1)[:, None, :, None], 0.0)
+        mass = F.pad(mass, (0, -cells % (block_k // stride), 0, -mass.shape[2] % (block_q // stride)))
+        mass = mass.unflatten(3, (-1, block_k // stride)).sum(-1)
+        yield at, mass.unflatten(2, (-1, block_q // stride)).sum(3)
 
 
 class BlockVisibility:
