@@ -1,6 +1,7 @@
 // Planning in plain pointers: scores of columns, diagonals and blocks; chosen blocks; pairs in a plan.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <vector>
@@ -77,7 +78,8 @@ void count_pairs(const PlanView& plan, int64_t* counts, int threads);
 template <class Job>
 void run_jobs(int threads, int64_t jobs, const Job& job) {
   std::exception_ptr failure;  // an exception must not leave a parallel region
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads < 1 ? 1 : threads)
+  const int team = static_cast<int>(std::clamp<int64_t>(jobs, 1, threads < 1 ? 1 : threads));
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
   for (int64_t n = 0; n < jobs; ++n) {
     try {
 #ifdef _OPENMP

@@ -142,6 +142,27 @@ def test_results_do_not_depend_on_threads_or_strides() -> None:
         torch.set_num_threads(before)
 
 
+def test_plans_do_not_depend_on_threads() -> None:
+    case = make_case("left padding", length=3000, heads=4, groups=2, dim=40, dtype=torch.bfloat16)
+    before = torch.get_num_threads()
+
+    def results() -> list[Tensor]:
+        found = []
+        for name, fields in (("vertical_slash", {"slash_size": 500}), ("max_relative", {"alpha": 0.3})):
+            plan = methods.create(name, **fields).plan(case.q, case.k, scale=case.scale, extent=case.extent)
+            found += [plan.block_indptr, plan.block_indices, plan.column_indices, plan.count_pairs()]
+        return found
+
+    try:
+        torch.set_num_threads(1)
+        expected = results()
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(*pair) for pair in zip(results(), expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 def lists_of(mask: Tensor) -> tuple[Tensor, Tensor]:
     csr = CsrBuilder()
     csr.add(mask)
