@@ -210,6 +210,7 @@ def main() -> int:
     busy_now = busy_seconds()
     if busy is not None and busy_now is not None:
         others = (busy_now - busy - (time.process_time() - used)) / report["seconds"] / (os.cpu_count() or 1)
+        others = max(0.0, others)  # CPU time is counted in ticks
         report["machine"]["used_by_others"] = round(others, 3)
         print(f"other programs used {others:.0%} of the machine")
     if arguments.out is not None:
