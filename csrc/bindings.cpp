@@ -16,6 +16,8 @@
 namespace nb = nanobind;
 using namespace gossamer;
 
+void bind_planning(nb::module_& m);
+
 namespace {
 
 TensorView view(uintptr_t data, const std::vector<int64_t>& strides) {
@@ -56,6 +58,7 @@ void attend(const std::string& isa, int dtype, uintptr_t q, const std::vector<in
 NB_MODULE(_kernels, m) {
   m.doc() = "Sparse attention kernels for CPUs; see gossamer.ops.cpu";
   m.def("attend", &attend);
+  bind_planning(m);
   m.def("supported", &supported_isas, "Instruction sets of this build that this machine runs, best last");
   m.def("prefers_bf16_dot", &prefers_bf16_dot, "Whether vdpbf16ps beats fp32 FMA here (AMD)");
   m.def("has_openmp", [] {

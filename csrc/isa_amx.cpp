@@ -5,6 +5,7 @@
 #include "amx_tiles.h"
 #include "flash.h"
 #include "isa.h"
+#include "planning_kernels.h"
 #include "vec_avx512.h"
 
 namespace gossamer {
@@ -65,7 +66,7 @@ struct Amx {
 }  // namespace
 
 const Kernels* amx_kernels() {
-  static const Kernels kernels{true, 32, pack_tile<Amx>, attend_panel<Amx>};
+  static const Kernels kernels{true, 32, pack_tile<Amx>, attend_panel<Amx>, planning_kernels<Amx>()};
   return &kernels;
 }
 

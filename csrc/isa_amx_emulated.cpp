@@ -2,6 +2,7 @@
 #include "amx_tiles.h"
 #include "flash.h"
 #include "isa.h"
+#include "planning_kernels.h"
 #include "vec_portable.h"
 
 namespace gossamer {
@@ -60,7 +61,7 @@ struct AmxEmulated {
 }  // namespace
 
 const Kernels* amx_emulated_kernels() {
-  static const Kernels kernels{true, 32, pack_tile<AmxEmulated>, attend_panel<AmxEmulated>};
+  static const Kernels kernels{true, 32, pack_tile<AmxEmulated>, attend_panel<AmxEmulated>, planning_kernels<AmxEmulated>()};
   return &kernels;
 }
 

@@ -1,6 +1,7 @@
 // Compiled for AVX2, FMA and F16C.
 #include "isa.h"
 #include "flash.h"
+#include "planning_kernels.h"
 #include "vec_avx2.h"
 
 namespace gossamer {
@@ -26,7 +27,7 @@ struct Avx2 {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels{false, 16, pack_tile<Avx2>, attend_panel<Avx2>};
+  static const Kernels kernels{false, 16, pack_tile<Avx2>, attend_panel<Avx2>, planning_kernels<Avx2>()};
   return &kernels;
 }
 

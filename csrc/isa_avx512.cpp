@@ -1,6 +1,7 @@
 // Compiled for AVX-512 F, BW, VL and DQ: fp32 FMA.
 #include "isa.h"
 #include "flash.h"
+#include "planning_kernels.h"
 #include "vec_avx512.h"
 
 namespace gossamer {
@@ -26,7 +27,7 @@ struct Avx512 {
 }  // namespace
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels{false, 16, pack_tile<Avx512>, attend_panel<Avx512>};
+  static const Kernels kernels{false, 16, pack_tile<Avx512>, attend_panel<Avx512>, planning_kernels<Avx512>()};
   return &kernels;
 }
 

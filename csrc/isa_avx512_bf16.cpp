@@ -1,6 +1,7 @@
 // Compiled for AVX-512 with BF16: vdpbf16ps, twice the rate of fp32 FMA on AMD (Zen 4 on), half of it on Intel.
 #include "isa.h"
 #include "flash.h"
+#include "planning_kernels.h"
 #include "vec_avx512.h"
 
 namespace gossamer {
@@ -26,7 +27,7 @@ struct Avx512Bf16 {
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() {
-  static const Kernels kernels{true, 32, pack_tile<Avx512Bf16>, attend_panel<Avx512Bf16>};
+  static const Kernels kernels{true, 32, pack_tile<Avx512Bf16>, attend_panel<Avx512Bf16>, planning_kernels<Avx512Bf16>()};
   return &kernels;
 }
 

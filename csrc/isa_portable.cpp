@@ -1,6 +1,7 @@
 // Baseline flags: runs everywhere.
 #include "isa.h"
 #include "flash.h"
+#include "planning_kernels.h"
 #include "vec_portable.h"
 
 namespace gossamer {
@@ -26,7 +27,7 @@ struct Portable {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels{false, 16, pack_tile<Portable>, attend_panel<Portable>};
+  static const Kernels kernels{false, 16, pack_tile<Portable>, attend_panel<Portable>, planning_kernels<Portable>()};
   return &kernels;
 }
 

@@ -79,12 +79,15 @@ struct PackJob {
   void* values;
 };
 
+struct PlanningKernels;
+
 // One instruction set's kernels.
 struct Kernels {
   bool bf16_tiles;       // packs bf16 pairs instead of fp32
   int head_dim_multiple; // packed head dimensions are multiples of it
   void (*pack)(const PackJob&);
   void (*attend)(const Panel&);
+  const PlanningKernels* planning;
 };
 
 // Layout of a panel's scratch: Q, O, S (P overwrites it), per-row state.

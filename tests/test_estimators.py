@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from gossamer import estimators
+from gossamer.ops.cpu import planning
 from gossamer.plan import Extent, ceil_div
 from gossamer.testing import SITUATIONS, make_case
+
+
+@pytest.fixture(params=["", "torch"], ids=["cpp", "torch"], autouse=True)
+def planner(request, monkeypatch) -> None:
+    """Every estimator as it runs here, and by torch alone."""
+    monkeypatch.setenv(planning.ENVIRONMENT, request.param)
 
 
 def naive_probe(case, last: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +141,53 @@ def test_row_block_energy(monkeypatch, situation: str, chunk_bytes: int) -> None
                 for n in range(energy.shape[3]):
                     expected = sum(math.exp(value - top) for value in x.get(n, []))
                     assert float(energy[b, g, m, n]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("chunk_bytes", [estimators.CHUNK_BYTES, 1])
+@pytest.mark.parametrize(("length", "stride"), [(150, 4), (7, 8), (90, 1)])
+def test_antidiagonal_scores(monkeypatch, situation: str, chunk_bytes: int, length: int, stride: int) -> None:
+    monkeypatch.setattr(estimators, "CHUNK_BYTES", chunk_bytes)
+    case = make_case(situation, length=length, heads=4, groups=2, dim=8)
+    block_q, block_k = 32, 16
+    sizes = {"extent": case.extent, "block_q": block_q, "block_k": block_k, "stride": stride}
+    chunks = list(estimators.antidiagonal_scores(case.q, case.k, scale=case.scale, **sizes))
+    scores = torch.cat([s for _, s in chunks], dim=2)
+    assert [at for at, _ in chunks] == [sum(s.shape[2] for _, s in chunks[:n]) for n in range(len(chunks))]
+    expected = torch.zeros(case.q.shape[0], 4, ceil_div(case.query_len, block_q), ceil_div(case.key_len, block_k))
+    assert scores.shape == expected.shape
+    for b in range(case.q.shape[0]):
+        start, count, first = (
+            int(t[b]) for t in (case.extent.key_start, case.extent.key_count, case.extent.query_start)
+        )
+        for h in range(4):
+            for t in range(ceil_div(case.query_len, stride)):
+                last = first + min((t + 1) * stride, case.query_len) - 1
+                logits = {}
+                for u in range(ceil_div(case.key_len, stride)):
+                    live = [j for j in range(u * stride, (u + 1) * stride) if start <= j < start + count]
+                    if not live or live[0] - start > last:
+                        continue
+                    pairs = [(t * stride + stride - 1 - (j - u * stride), j) for j in live]
+                    logits[u] = sum(
+                        float(case.q[b, h, i] @ case.k[b, h // 2, j])
+                        for i, j in pairs
+                        if i < case.query_len and first + i >= 0
+                    ) * (case.scale / stride)
+                total = sum(math.exp(x) for x in logits.values())
+                for u, x in logits.items():
+                    expected[b, h, t * stride // block_q, u * stride // block_k] += math.exp(x) / total
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_stride_that_does_not_divide_the_blocks_is_named() -> None:
+    case = make_case("no padding", length=10, heads=1, groups=1, dim=8)
+    with pytest.raises(ValueError, match="stride must divide block_q and block_k, got 5 for blocks 32 and 16"):
+        next(
+            estimators.antidiagonal_scores(
+                case.q, case.k, scale=1.0, extent=case.extent, block_q=32, block_k=16, stride=5
+            )
+        )
 
 
 def test_no_intermediate_exceeds_its_budget_at_a_million_keys() -> None:

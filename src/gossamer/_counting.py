@@ -17,7 +17,15 @@ _ROW_BUDGET = 1 << 22  # rows expanded at once
 
 
 def count_pairs(plan: SparsePlan) -> Tensor:
-    """Pairs computed by each head, int64 ``[B, heads]``, on the CPU."""
+    """Pairs computed by each head, int64 ``[B, heads]``, on the CPU. In C++ where it can be."""
+    from gossamer.ops.cpu import planning  # imports plan
+
+    if plan.device.type == "cpu" and plan.q_order is None and plan.k_order is None and planning.enabled():
+        return planning.count_pairs(plan)
+    return _count_in_torch(plan)
+
+
+def _count_in_torch(plan: SparsePlan) -> Tensor:
     counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64)
     if plan.q_order is not None or plan.k_order is not None:
         chunk = max(1, (1 << 26) // max(1, plan.batch * plan.heads * plan.key_len))

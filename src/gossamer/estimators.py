@@ -2,6 +2,10 @@
 
 Shapes: q ``[B, H, S, D]``, k ``[B, G, T, D]``. Everything streams: no intermediate grows with S x T, and none
 exceeds `CHUNK_BYTES` by much, so a million keys fit.
+
+On the CPU the probe, the means and the energies come from C++ (`gossamer.ops.cpu.planning`); the torch versions are
+their oracles and serve other devices. The C++ ones sum the products of bf16 and fp16 inputs in fp32, where torch rounds
+each product to the input's dtype: they are nearer to the formula, so scores differ by that rounding.
 """
 
 from __future__ import annotations
@@ -12,13 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gossamer.ops.cpu import planning
 from gossamer.plan import Extent, ceil_div
 
-__all__ = ["last_query_probe", "pool_keys", "pool_queries", "pooled_scores", "row_block_energy"]
+__all__ = [
+    "antidiagonal_scores",
+    "last_query_probe",
+    "pool_keys",
+    "pool_queries",
+    "pooled_scores",
+    "row_block_energy",
+]
 
 # Working set of a chunk: it should fit caches and memory that the allocator reuses; fresh pages cost more than the
 # arithmetic.
 CHUNK_BYTES = 16 << 20
+# Energies yielded at once by the C++ planner, which has no other working set that grows.
+ENERGY_BYTES = 64 << 20
 
 
 def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last: int = 64) -> tuple[Tensor, Tensor]:
@@ -31,6 +45,12 @@ def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last
         columns, diagonals: fp32 ``[B, H, T]``; ``columns[..., j]`` is slot j's mass, ``diagonals[..., d]`` that of
         distance d. Dead slots have mass 0. Both sum to the number of probing rows.
     """
+    if planning.serves(q, k):
+        return planning.last_query_probe(q, k, scale=scale, extent=extent, last=last)
+    return _probe_in_torch(q, k, scale, extent, last)
+
+
+def _probe_in_torch(q: Tensor, k: Tensor, scale: float, extent: Extent, last: int) -> tuple[Tensor, Tensor]:
     batch, heads, query_len, dim = q.shape
     groups, key_len = k.shape[1], k.shape[2]
     share = heads // groups
@@ -86,18 +106,24 @@ def _diagonal_sums(mass: Tensor) -> Tensor:
 
 def pool_keys(k: Tensor, extent: Extent, block: int) -> Tensor:
     """Mean of the live keys of each block of slots: fp32 ``[B, G, N, D]``; 0 for a block without live keys."""
-    position = extent.key_positions(k.shape[2])
-    live = (position >= 0) & (position < extent.key_count[:, None])
-    return _pool(k, live.to(k.device), block)
+    return _pool(k, torch.stack([extent.key_start, extent.key_start + extent.key_count], dim=1), block)
 
 
 def pool_queries(q: Tensor, extent: Extent, block: int) -> Tensor:
     """Mean of the queries of each block: fp32 ``[B, H, M, D]``; left-padding rows do not count."""
-    return _pool(q, (extent.query_positions(q.shape[2]) >= 0).to(q.device), block)
+    first = (-extent.query_start).clamp(min=0)
+    return _pool(q, torch.stack([first, torch.full_like(first, q.shape[2])], dim=1), block)
 
 
 def _pool(x: Tensor, live: Tensor, block: int) -> Tensor:
-    """Means in fp32 over the ``live`` ``[B, tokens]`` ones of each ``block`` tokens."""
+    """Means in fp32 over the live ones of each ``block`` tokens, those in the ranges ``live`` ``[B, 2]``."""
+    if planning.serves(x):
+        return planning.pool(x, live, block)
+    token = torch.arange(x.shape[2])
+    return _pool_in_torch(x, ((token >= live[:, :1]) & (token < live[:, 1:])).to(x.device), block)
+
+
+def _pool_in_torch(x: Tensor, live: Tensor, block: int) -> Tensor:
     batch, heads, tokens, dim = x.shape
     blocks = ceil_div(tokens, block)
     sums = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
@@ -148,11 +174,30 @@ def row_block_energy(
         first query block of the chunk, and energies ``[B, G, m, N]`` in fp32, at most the number of rows; 0 where a
         block is not scored.
     """
+    pooled = pool_keys(k, extent, block_k).to(q.dtype)
+    key_len = k.shape[2]
+    if not planning.serves(q, k):
+        yield from _energy_in_torch(q, pooled, key_len, scale, extent, block_q, block_k)
+        return
+    blocks = ceil_div(q.shape[2], block_q)
+    step = max(1, ENERGY_BYTES // max(1, 4 * pooled.shape[0] * pooled.shape[1] * pooled.shape[2]))
+    for at in range(0, blocks, step):
+        stop = min(at + step, blocks)
+        yield (
+            at,
+            planning.row_block_energy(
+                q, pooled, key_len, scale=scale, extent=extent, block_q=block_q, block_k=block_k, at=at, stop=stop
+            ),
+        )
+
+
+def _energy_in_torch(
+    q: Tensor, pooled: Tensor, key_len: int, scale: float, extent: Extent, block_q: int, block_k: int
+) -> Iterator[tuple[int, Tensor]]:
     batch, heads, query_len, dim = q.shape
-    groups, key_len = k.shape[1], k.shape[2]
+    groups = pooled.shape[1]
     share = heads // groups
-    pooled = pool_keys(k, extent, block_k)
-    pooled_t = pooled.to(q.dtype).transpose(-1, -2)
+    pooled_t = pooled.transpose(-1, -2)
     blocks, key_blocks = ceil_div(query_len, block_q), pooled.shape[2]
     visible = BlockVisibility(extent, query_len, key_len, block_q, block_k, q.device)
     step = max(1, CHUNK_BYTES // max(1, 12 * batch * heads * block_q * key_blocks))
@@ -173,6 +218,50 @@ def row_block_energy(
         yield at, energy.masked_fill_(~scored, 0.0)
 
 
+def antidiagonal_scores(
+    q: Tensor, k: Tensor, *, scale: float, extent: Extent, block_q: int, block_k: int, stride: int = 8
+) -> Iterator[tuple[int, Tensor]]:
+    """Attention mass of each block pair, from one antidiagonal in each cell (XAttention, 2503.16428, 3.1).
+
+    A cell pairs ``stride`` consecutive queries with ``stride`` consecutive key slots; its logit is the mean of the
+    scaled products on its antidiagonal, so that every query and every key counts once. The softmax over a row of
+    cells, summed by block, is the score. A cell counts if its last query sees its first live key: on the diagonal a
+    few later keys take part, as in the paper. Dead slots and padding queries count as zeros.
+
+    Yields:
+        first query block of the chunk, and scores ``[B, H, m, N]`` in fp32; the scores of a query block sum to the
+        number of its cells that see any key.
+
+    Raises:
+        ValueError: ``stride`` does not divide the block sizes.
+    """
+    if stride < 1 or block_q % stride or block_k % stride:
+        raise ValueError(f"stride must divide block_q and block_k, got {stride} for blocks {block_q} and {block_k}")
+    batch, heads, query_len, dim = q.shape
+    groups, key_len = k.shape[1], k.shape[2]
+    share = heads // groups
+    visible = BlockVisibility(extent, query_len, key_len, stride, stride, q.device)
+    position = extent.key_positions(key_len).to(k.device)
+    dead = (position < 0) | (position >= extent.key_count.to(k.device)[:, None])
+    keys = F.pad(k.masked_fill(dead[:, None, :, None], 0.0), (0, 0, 0, -key_len % stride))
+    keys = keys.reshape(batch, groups, 1, -1, stride * dim).transpose(-1, -2)
+    padding = extent.query_positions(query_len).to(q.device) < 0
+    blocks, cells = ceil_div(query_len, block_q), keys.shape[-1]
+    step = max(1, CHUNK_BYTES // max(1, 8 * batch * heads * (block_q // stride) * cells))
+    for at in range(0, blocks, step):
+        first, last = at * block_q, min((at + step) * block_q, query_len)
+        rows = q[:, :, first:last].masked_fill(padding[:, None, first:last, None], 0.0)
+        rows = F.pad(rows, (0, 0, 0, -rows.shape[2] % stride)).unflatten(2, (-1, stride)).flip(3)
+        rows = rows.reshape(batch, groups, share, -1, stride * dim)
+        logits = (rows @ keys).float().mul_(scale / stride).view(batch, heads, -1, cells)
+        seen = visible.any_pair(first // stride, ceil_div(last, stride))
+        mass = logits.masked_fill_(~seen[:, None], float("-inf")).softmax(dim=-1)
+        mass = mass.masked_fill_(~seen.any(dim=-1)[:, None, :, None], 0.0)
+        mass = F.pad(mass, (0, -cells % (block_k // stride), 0, -mass.shape[2] % (block_q // stride)))
+        mass = mass.unflatten(3, (-1, block_k // stride)).sum(-1)
+        yield at, mass.unflatten(2, (-1, block_q // stride)).sum(3)
+
+
 class BlockVisibility:
     """Which block pairs hold visible pairs, by position: causality, padding and dead slots."""
 
@@ -180,10 +269,11 @@ class BlockVisibility:
         self, extent: Extent, query_len: int, key_len: int, block_q: int, block_k: int, device: torch.device
     ) -> None:
         blocks_q, blocks_k = ceil_div(query_len, block_q), ceil_div(key_len, block_k)
+        self.device = device
         self._block_k = block_k
         self._query_start = extent.query_start.to(device)[:, None]
         self._key_start = extent.key_start.to(device)[:, None]
-        count = extent.key_count.to(device)[:, None]
+        self._key_count = count = extent.key_count.to(device)[:, None]
         low = torch.arange(blocks_k, device=device) * block_k - self._key_start
         self.block_end = low + block_k  # [B, N] one past the block's last slot, live or not
         self.first_key = low.clamp(min=0)  # [B, N] position of each block's first live key
@@ -192,6 +282,14 @@ class BlockVisibility:
         last = (torch.arange(blocks_q, device=device) + 1) * block_q
         self.first_query = torch.arange(blocks_q, device=device) * block_q + self._query_start
         self.last_query = last.clamp(max=query_len) - 1 + self._query_start
+
+    def seen_blocks(self, at: int, stop: int) -> Tensor:
+        """The key blocks of `any_pair` as a range: int64 ``[B, m, 2]``, empty where there are none."""
+        last = self.last_query[:, at:stop]
+        low = (self._key_start // self._block_k).expand_as(last)
+        end = self._key_start + self._key_count
+        high = torch.minimum(-(-end // self._block_k), (last + self._key_start) // self._block_k + 1)
+        return torch.stack([low, torch.where((last >= 0) & (self._key_count > 0), high, low)], dim=-1)
 
     def any_pair(self, at: int, stop: int) -> Tensor:
         """bool ``[B, m, N]``: some row of the query block sees some live key of the key block."""
@@ -213,6 +311,6 @@ class BlockVisibility:
         return first // self._block_k, last // self._block_k
 
     def leading_blocks(self, count: int) -> Tensor:
-        """bool ``[B, N]``: the first ``count`` blocks that hold live keys."""
-        block = torch.arange(self.first_key.shape[1], device=self.first_key.device)
-        return self.has_keys & (block < self._key_start // self._block_k + count)
+        """The first ``count`` blocks that hold live keys, as a range: int64 ``[B, 2]``; it may reach beyond them."""
+        first = self._key_start // self._block_k
+        return torch.cat([first, first + count], dim=1)

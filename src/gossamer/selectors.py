@@ -8,7 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["CsrBuilder", "local_blocks", "relative_to_max", "top_k"]
+__all__ = [
+    "CsrBuilder",
+    "local_blocks",
+    "relative_to_max",
+    "top_k",
+    "top_p",
+    "top_p_below",
+    "top_p_count",
+    "top_p_of_all_rows",
+    "top_p_reaching",
+]
 
 
 def top_k(scores: Tensor, k: Tensor | int) -> Tensor:
@@ -42,6 +52,84 @@ def relative_to_max(energy: Tensor, alpha: float) -> Tensor:
     return (energy >= alpha * energy.amax(dim=-1, keepdim=True)) & (energy > 0)
 
 
+def top_p(scores: Tensor, p: float, forced: Tensor | None = None) -> Tensor:
+    """The fewest best entries of each row that hold the share ``p`` of its sum: the entry that crosses p is in.
+
+    An entry is chosen when the entries before it hold less than ``p`` of the row's sum. ``forced`` entries (bool, as
+    the scores) come first and are always chosen (XAttention, 2503.16428). Entries after the whole sum are never
+    chosen. Scores are non-negative; sums are in fp64.
+
+    Raises:
+        ValueError: ``p`` lies outside [0, 1].
+    """
+    order = _best_first(scores, p, forced)
+    up_to = _running_sum(scores, order)
+    before = up_to - scores.gather(-1, order).double()
+    chosen = _unsort(before < p * up_to[..., -1:], order)
+    return chosen if forced is None else chosen | forced
+
+
+def top_p_reaching(scores: Tensor, p: float) -> Tensor:
+    """The best entries of each row up to the first whose running sum is at least ``p``; none where none reaches it.
+
+    ``p`` is compared with the sum itself, for rows that sum to 1 (PBS-Attn). Scores, sums and errors as in `top_p`.
+    """
+    order = _best_first(scores, p)
+    reached = _running_sum(scores, order) >= p
+    first = reached.int().argmax(dim=-1, keepdim=True)
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    return _unsort((rank <= first) & reached.any(dim=-1, keepdim=True), order)
+
+
+def top_p_below(scores: Tensor, p: float) -> Tensor:
+    """The best entries of each row whose running sum is at most ``p`` of the row's; at least the best one.
+
+    The entry that crosses p is out (SpargeAttn, 2502.18137). Scores, sums and errors as in `top_p`.
+    """
+    order = _best_first(scores, p)
+    up_to = _running_sum(scores, order)
+    chosen = up_to <= p * up_to[..., -1:]
+    chosen[..., :1] = True
+    return _unsort(chosen, order)
+
+
+def top_p_of_all_rows(scores: Tensor, p: float) -> Tensor:
+    """As `top_p_below`, over the two last dimensions at once and without a least entry: a row may stay empty.
+
+    One budget for all query blocks of a head (FlexPrefill's query-aware pattern, 2502.20766).
+    """
+    flat = scores.flatten(-2)
+    order = _best_first(flat, p)
+    up_to = _running_sum(flat, order)
+    return _unsort(up_to <= p * up_to[..., -1:], order).view(scores.shape)
+
+
+def top_p_count(scores: Tensor, p: float) -> Tensor:
+    """How many of the best entries of each row hold at most ``p`` of its sum: int64, without the last dimension.
+
+    A budget that is then spent on other scores (FlexPrefill's vertical-slash pattern, 2502.20766).
+    """
+    up_to = _running_sum(scores, _best_first(scores, p))
+    return (up_to <= p * up_to[..., -1:]).sum(dim=-1)
+
+
+def _best_first(scores: Tensor, p: float, forced: Tensor | None = None) -> Tensor:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must lie in [0, 1], got {p}")
+    if scores.shape[-1] == 0:
+        raise ValueError(f"top-p needs at least one entry a row, got shape {tuple(scores.shape)}")
+    first = scores if forced is None else scores.masked_fill(forced, float("inf"))
+    return first.argsort(dim=-1, descending=True, stable=True)
+
+
+def _running_sum(scores: Tensor, order: Tensor) -> Tensor:
+    return scores.gather(-1, order).double().cumsum(dim=-1)
+
+
+def _unsort(chosen: Tensor, order: Tensor) -> Tensor:
+    return torch.zeros_like(chosen).scatter_(-1, order, chosen)
+
+
 def local_blocks(first: Tensor, last: Tensor, window: int, blocks: int) -> Tensor:
     """Blocks ``first - window + 1 .. last`` of each row: bool ``[..., blocks]``."""
     block = torch.arange(blocks, device=first.device)
@@ -57,8 +145,12 @@ class CsrBuilder:
 
     def add(self, mask: Tensor) -> None:
         """The next query blocks: bool ``[B, heads, m, N]``."""
-        self._counts.append(mask.sum(dim=-1))
-        self._indices.append(mask.flatten(0, 2).nonzero()[:, 1].to(torch.int32))
+        self.add_lists(mask.sum(dim=-1), mask.flatten(0, 2).nonzero()[:, 1].to(torch.int32))
+
+    def add_lists(self, counts: Tensor, indices: Tensor) -> None:
+        """The next query blocks as lists: their lengths int64 ``[B, heads, m]``, and the int32 members in order."""
+        self._counts.append(counts)
+        self._indices.append(indices)
 
     def build(self) -> tuple[Tensor, Tensor]:
         """Row pointers int64 and ascending column indices int32."""

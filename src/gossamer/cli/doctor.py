@@ -22,7 +22,7 @@ __all__ = ["add_parser", "examine", "examine_cpu"]
 
 # Instruction sets that some kernel could use, as Linux names them.
 _FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512(f|bw|vl|dq|_bf16|_fp16|_vnni)|amx_\w+|asimd|sve2?|bf16|i8mm")
-_ENVIRONMENT = ("GOSSAMER_CPU_ISA", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+_ENVIRONMENT = ("GOSSAMER_CPU_ISA", "GOSSAMER_PLANNER", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PACKAGES = {
     "transformers": "gossamer.enable and `gossamer run` need it: pip install 'gossamer[cli]'",

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, pooled_scores
+from gossamer.methods._choice import BlockChoice
 from gossamer.methods.base import Method, require_at_least
 from gossamer.plan import Extent, SparsePlan
-from gossamer.selectors import CsrBuilder, local_blocks, top_k
 
-__all__ = ["BlockSparse", "own_blocks"]
+__all__ = ["BlockSparse"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class BlockSparse(Method):
     def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         query_len, key_len = q.shape[2], k.shape[2]
         visible = BlockVisibility(extent, query_len, key_len, self.block, self.block, q.device)
-        csr = CsrBuilder()
+        choice = BlockChoice(visible, q.shape[1])
+        budgets = torch.full((q.shape[1],), self.blocks, device=q.device)
         for at, scores in pooled_scores(q, k, extent=extent, block_q=self.block, block_k=self.block):
-            chosen = top_k(scores, self.blocks)
-            csr.add(chosen | own_blocks(visible, at, at + scores.shape[2])[:, None])
-        indptr, indices = csr.build()
+            choice.add(at, at + scores.shape[2], scores, budgets=budgets)
+        indptr, indices = choice.build()
         return SparsePlan(
             q.shape[1],
             query_len,
@@ -51,9 +52,3 @@ class BlockSparse(Method):
             block_indptr=indptr,
             block_indices=indices,
         )
-
-
-def own_blocks(visible: BlockVisibility, at: int, stop: int, window: int = 1) -> Tensor:
-    """Key blocks from ``window - 1`` before the block of the first row to that of the last: bool ``[B, m, N]``."""
-    first, last = visible.own_key_blocks(at, stop)
-    return local_blocks(first, last, window, visible.first_key.shape[1]) & visible.any_pair(at, stop)

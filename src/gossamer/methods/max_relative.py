@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, row_block_energy
+from gossamer.methods._choice import BlockChoice
 from gossamer.methods.a_shape import tail_blocks
 from gossamer.methods.base import Method, require_at_least
-from gossamer.methods.block_sparse import own_blocks
 from gossamer.plan import Extent, SparsePlan, ceil_div
-from gossamer.selectors import CsrBuilder, relative_to_max
 
 __all__ = ["MaxRelative"]
 
@@ -54,16 +52,12 @@ class MaxRelative(Method):
         share = q.shape[1] // k.shape[1]
         visible = BlockVisibility(extent, query_len, key_len, self.block_q, self.block_k, q.device)
         tail = tail_blocks(extent, query_len, ceil_div(self.last_rows, share), self.block_q).to(q.device)
-        sink = visible.leading_blocks(self.sink_blocks)
-        csr = CsrBuilder()
+        choice = BlockChoice(visible, k.shape[1], window=self.window_blocks, leading=self.sink_blocks, tail=tail)
         for at, energy in row_block_energy(
             q, k, scale=scale, extent=extent, block_q=self.block_q, block_k=self.block_k
         ):
-            stop = at + energy.shape[2]
-            seen = visible.any_pair(at, stop)
-            forced = tail[:, at:stop, None] | sink[:, None] | own_blocks(visible, at, stop, self.window_blocks)
-            csr.add(torch.logical_and(relative_to_max(energy, self.alpha) | forced[:, None], seen[:, None]))
-        indptr, indices = csr.build()
+            choice.add(at, at + energy.shape[2], energy, alpha=self.alpha)
+        indptr, indices = choice.build()
         return SparsePlan(
             k.shape[1],
             query_len,

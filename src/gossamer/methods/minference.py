@@ -9,20 +9,11 @@ import torch
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, last_query_probe, pooled_scores
+from gossamer.methods._choice import BlockChoice
 from gossamer.methods.base import Method, require_at_least
-from gossamer.methods.block_sparse import own_blocks
-from gossamer.methods.vertical_slash import (
-    BLOCK,
-    VerticalSlash,
-    band_blocks,
-    band_chunks,
-    column_fields,
-    select_bands,
-    select_columns,
-)
+from gossamer.methods.vertical_slash import BLOCK, VerticalSlash, band_choice, column_fields, select_bands
 from gossamer.plan import Extent, SparsePlan
 from gossamer.profile import HeadPattern, Profile
-from gossamer.selectors import CsrBuilder, top_k
 
 __all__ = ["MInference"]
 
@@ -80,24 +71,24 @@ def _mixed_plan(
     kinds = {p.kind for p in patterns}
     visible = BlockVisibility(extent, query_len, key_len, BLOCK, BLOCK, q.device)
     fields: dict[str, Any] = {}
-    csr = CsrBuilder()
     bands = None
     if "vertical_slash" in kinds:
         columns, diagonals = last_query_probe(q, k, scale=scale, extent=extent, last=last)
-        fields = column_fields(select_columns(columns, budgets("vertical_slash", 0, -1), extent), query_len)
+        fields = column_fields(columns, budgets("vertical_slash", 0, -1), extent, query_len)
         bands = select_bands(diagonals, budgets("vertical_slash", 1, -1))
     if "block_sparse" in kinds:
         best = budgets("block_sparse", 0, 0)
+        forcing = (best > 0).expand(extent.batch, heads)
+        choice = BlockChoice(
+            visible, heads, bands=bands, forcing=forcing if bands is None else forcing | bands.any(dim=-1)
+        )
         for at, scores in pooled_scores(q, k, extent=extent, block_q=BLOCK, block_k=BLOCK):
-            stop = at + scores.shape[2]
-            own = own_blocks(visible, at, stop)[:, None] & (best > 0)[:, None, None]
-            chosen = top_k(scores, best[:, None].expand(scores.shape[:3])) | own
-            csr.add(chosen if bands is None else chosen | band_blocks(bands, visible, at, stop))
+            choice.add(at, at + scores.shape[2], scores, budgets=best)
+        fields["block_indptr"], fields["block_indices"] = choice.build()
     elif bands is not None:
-        for at, stop in band_chunks(extent.batch * heads, query_len, key_len):
-            csr.add(band_blocks(bands, visible, at, stop))
-    if "block_sparse" in kinds or bands is not None:
-        fields["block_indptr"], fields["block_indices"] = csr.build()
+        choice = band_choice(visible, bands)
+        choice.add_all()
+        fields["block_indptr"], fields["block_indices"] = choice.build()
     dense = torch.tensor([p.kind == "dense" for p in patterns], device=q.device)
     window = budgets("a_shape", 1, 0)
     is_a_shape = torch.tensor([p.kind == "a_shape" for p in patterns], device=q.device)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, last_query_probe
+from gossamer.methods._choice import BlockChoice, column_lists
 from gossamer.methods._exact_slash import exact_slash_blocks
 from gossamer.methods.base import Method, require_at_least
-from gossamer.methods.block_sparse import own_blocks
 from gossamer.plan import Extent, SparsePlan, ceil_div
-from gossamer.selectors import CsrBuilder, top_k
+from gossamer.selectors import top_k
 
 __all__ = ["VerticalSlash", "select_bands", "select_columns", "select_diagonals"]
 
@@ -59,16 +59,14 @@ class VerticalSlash(Method):
     def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         heads, query_len, key_len = q.shape[1], q.shape[2], k.shape[2]
         columns, diagonals = last_query_probe(q, k, scale=scale, extent=extent, last=self.last)
-        column_mask = select_columns(columns, self.vertical_size, extent)
         if self.exact:
+            column_mask = select_columns(columns, self.vertical_size, extent)
             slashes = select_diagonals(diagonals, self.slash_size, extent)
             return exact_slash_blocks(column_mask, slashes, extent, query_len)
-        bands = select_bands(diagonals, self.slash_size)
-        csr = CsrBuilder()
         visible = BlockVisibility(extent, query_len, key_len, BLOCK, BLOCK, q.device)
-        for at, stop in band_chunks(extent.batch * heads, query_len, key_len):
-            csr.add(band_blocks(bands, visible, at, stop))
-        indptr, indices = csr.build()
+        choice = band_choice(visible, select_bands(diagonals, self.slash_size))
+        choice.add_all()
+        indptr, indices = choice.build()
         return SparsePlan(
             heads,
             query_len,
@@ -78,7 +76,7 @@ class VerticalSlash(Method):
             block_k=BLOCK,
             block_indptr=indptr,
             block_indices=indices,
-            **column_fields(column_mask, query_len),
+            **column_fields(columns, self.vertical_size, extent, query_len),
         )
 
 
@@ -87,10 +85,14 @@ def select_columns(mass: Tensor, size: Tensor | int, extent: Extent) -> Tensor:
 
     ``size`` is one number or one a head; a size below 0 selects nothing for that head.
     """
+    return top_k(column_scores(mass, extent), at_least(size, FORCED_COLUMNS, mass.device))
+
+
+def column_scores(mass: Tensor, extent: Extent) -> Tensor:
+    """The mass, infinite for the forced columns and -inf for dead slots."""
     position = extent.key_positions(mass.shape[-1]).to(mass.device)[:, None]
     live = (position >= 0) & (position < extent.key_count.to(mass.device)[:, None, None])
-    scores = mass.masked_fill((position < FORCED_COLUMNS) & live, float("inf")).masked_fill(~live, float("-inf"))
-    return top_k(scores, at_least(size, FORCED_COLUMNS, mass.device))
+    return mass.masked_fill((position < FORCED_COLUMNS) & live, float("inf")).masked_fill(~live, float("-inf"))
 
 
 def select_diagonals(mass: Tensor, size: Tensor | int, extent: Extent) -> Tensor:
@@ -127,35 +129,14 @@ def at_least(size: Tensor | int, minimum: int, device: torch.device) -> Tensor:
     return torch.where(budget < 0, 0, budget.clamp(min=minimum))
 
 
-def band_chunks(rows: int, query_len: int, key_len: int) -> list[tuple[int, int]]:
-    """Chunks of query blocks whose block masks stay below 64 MiB."""
-    blocks = ceil_div(query_len, BLOCK)
-    step = max(1, (64 << 20) // max(1, rows * ceil_div(key_len, BLOCK)))
-    return [(at, min(at + step, blocks)) for at in range(0, blocks, step)]
+def band_choice(visible: BlockVisibility, bands: Tensor) -> BlockChoice:
+    """Blocks on the chosen block diagonals, and the own ones of heads that have any band at all."""
+    return BlockChoice(visible, bands.shape[1], bands=bands, forcing=bands.any(dim=-1))
 
 
-def band_blocks(bands: Tensor, visible: BlockVisibility, at: int, stop: int) -> Tensor:
-    """Key blocks on the chosen block diagonals, and the own ones: bool ``[B, H, m, N]``.
-
-    The block diagonal of a query block is counted from the key block of its last row, so that one rule serves
-    chunks that start anywhere.
-    """
-    key_blocks = visible.first_key.shape[1]
-    _, own = visible.own_key_blocks(at, stop)
-    band = own[..., None] - torch.arange(key_blocks, device=bands.device)  # [B, m, N]
-    inside = (band >= 0) & (band < bands.shape[-1])
-    index = band.clamp(0, bands.shape[-1] - 1)[:, None].expand(-1, bands.shape[1], -1, -1)
-    rows = bands[:, :, None].expand(-1, -1, stop - at, -1)
-    chosen = rows.gather(3, index) & inside[:, None]
-    # A head with no bands at all (another pattern of a profile) gets no own blocks either.
-    active = bands.any(dim=-1)[:, :, None, None]
-    return (chosen | (own_blocks(visible, at, stop)[:, None] & active)) & visible.any_pair(at, stop)[:, None]
-
-
-def column_fields(column_mask: Tensor, query_len: int) -> dict[str, Any]:
-    """One column list a head, for all its query blocks: the plan's column fields."""
-    csr = CsrBuilder()
-    csr.add(column_mask[:, :, None])
-    indptr, indices = csr.build()
+def column_fields(mass: Tensor, size: Tensor | int, extent: Extent, query_len: int) -> dict[str, Any]:
+    """`select_columns` as the plan's column fields: one list a head, for all its query blocks."""
+    budgets = at_least(size, FORCED_COLUMNS, mass.device).expand(mass.shape[1])
+    indptr, indices = column_lists(column_scores(mass, extent), budgets)
     blocks = max(1, ceil_div(query_len, BLOCK))
     return {"column_indptr": indptr, "column_indices": indices, "column_group": blocks}

@@ -1,0 +1,223 @@
+"""Seconds of planning by stage, torch against C++, and planning's share of a sparse attention call.
+
+    python benchmarks/planning.py [--lengths 16384 65536] [--methods minference] [--threads N] [--no-torch] [--out FILE]
+
+One process, the planners alternating, medians. The plans of both are compared first. Inputs are drawn with a few keys
+that many queries look for and with neighbours alike, so that plans are sparse; H 32, G 8, D 128, bf16. Stages are
+timed inside whole plans, by wrapping the functions that make them up: what is left over is "rest". Beside each plan
+stands the time of the executor on it, and of `SparsePlan.density`, which every call of `sparse_attention` asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from cpu import busy_seconds, machine, write
+from torch import Tensor
+
+from gossamer import Extent, SparsePlan, estimators, methods
+from gossamer.methods import _choice, block_sparse, max_relative, vertical_slash
+from gossamer.ops import cpu
+from gossamer.ops.cpu import planning
+
+HEADS, GROUPS, DIM = 32, 8, 128
+METHODS = ("minference", "max_relative", "block_sparse")
+
+
+def inputs(length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and queries that drift with the position, so that near ones match, and a hundred keys that all match."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int) -> Tensor:
+        return torch.randn(1, heads, length, DIM, generator=generator)
+
+    topic = torch.randn(1, GROUPS, length // 512 + 1, DIM, generator=generator).repeat_interleave(512, 2)[:, :, :length]
+    k = draw(GROUPS) + topic
+    q = draw(HEADS) + 2 * topic.repeat_interleave(HEADS // GROUPS, 1)
+    lines = torch.randint(length, (100,), generator=generator)
+    k[:, :, lines] += 1.5 * q[:, :: HEADS // GROUPS].mean(2, keepdim=True)
+    return tuple(t.to(torch.bfloat16) for t in (q, k, draw(GROUPS)))  # type: ignore[return-value]
+
+
+# What a plan spends its time on: (stage, module, name). Generators are timed by the item.
+STAGES: tuple[tuple[str, Any, str], ...] = (
+    ("probe", vertical_slash, "last_query_probe"),
+    ("select bands", vertical_slash, "select_bands"),
+    ("columns", vertical_slash, "column_fields"),
+    ("pooling", estimators, "_pool"),
+    ("energies", max_relative, "row_block_energy"),
+    ("pooled scores", block_sparse, "pooled_scores"),
+    ("choose blocks", _choice.BlockChoice, "add"),
+    ("build lists", _choice.BlockChoice, "build"),
+    ("validation", SparsePlan, "__post_init__"),
+)
+
+
+@contextlib.contextmanager
+def timed_stages(seconds: dict[str, float]) -> Iterator[None]:
+    """Adds to ``seconds`` what each stage takes. Stages that contain another one count without it."""
+    nested = [0.0]
+
+    def spent(stage: str, call: Callable[[], Any]) -> Any:
+        outer, nested[0] = nested[0], 0.0
+        started = time.perf_counter()
+        try:
+            return call()
+        finally:
+            taken = time.perf_counter() - started
+            seconds[stage] = seconds.get(stage, 0.0) + taken - nested[0]
+            nested[0] = outer + taken
+
+    def wrap(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = spent(stage, lambda: function(*args, **kwargs))
+            if not isinstance(result, Iterator):
+                return result
+            return iter(lambda: spent(stage, lambda: next(result, None)), None)
+
+        return wrapped
+
+    originals = [(owner, name, getattr(owner, name)) for _, owner, name in STAGES]
+    for (stage, owner, name), (_, _, function) in zip(STAGES, originals, strict=True):
+        setattr(owner, name, wrap(stage, function))
+    try:
+        yield
+    finally:
+        for owner, name, function in originals:
+            setattr(owner, name, function)
+
+
+def plan_once(name: str, planner: str, q: Tensor, k: Tensor) -> tuple[SparsePlan, dict[str, float]]:
+    os.environ[planning.ENVIRONMENT] = planner
+    extent = Extent.full(1, q.shape[2], k.shape[2])
+    stages: dict[str, float] = {}
+    started = time.perf_counter()
+    with timed_stages(stages):
+        plan = methods.create(name).plan(q, k, scale=DIM**-0.5, extent=extent)
+    planned = time.perf_counter()
+    stages["rest"] = planned - started - sum(stages.values())
+    plan.density()
+    stages["density"] = time.perf_counter() - planned
+    stages["total"] = time.perf_counter() - started
+    return plan, stages
+
+
+def differing_pairs(one: SparsePlan, other: SparsePlan) -> float:
+    """Share of the entries of two plans, blocks and columns, that only one of them holds."""
+
+    def keys(indptr: Tensor, indices: Tensor) -> Tensor:
+        row = torch.repeat_interleave(torch.arange(indptr.numel() - 1), indptr.diff())
+        return (row << 32) + indices.long()
+
+    only = both = 0
+    for name in ("block", "column"):
+        mine, theirs = (keys(getattr(p, f"{name}_indptr"), getattr(p, f"{name}_indices")) for p in (one, other))
+        common = int(torch.isin(mine, theirs, assume_unique=True).sum())
+        only += mine.numel() + theirs.numel() - 2 * common
+        both += mine.numel() + theirs.numel()
+    return only / max(1, both)
+
+
+def verify(names: list[str], length: int = 4096) -> None:
+    """Raises AssertionError unless both planners make the same plans from fp32 inputs, near-ties aside."""
+    q, k, _ = (t.float() for t in inputs(length, seed=0))
+    for name in names:
+        ours, torchs = (plan_once(name, planner, q, k)[0] for planner in ("", "torch"))
+        share = differing_pairs(ours, torchs)
+        assert share < 1e-4, f"{name}: {share:.1e} of the choices differ"
+        os.environ[planning.ENVIRONMENT] = ""
+        counted = ours.count_pairs()
+        os.environ[planning.ENVIRONMENT] = "torch"
+        assert torch.equal(counted, ours.count_pairs()), f"{name}: pairs are counted differently"
+
+
+def measure(name: str, length: int, planners: list[str], rounds: int) -> dict[str, Any]:
+    samples: dict[str, list[dict[str, float]]] = {planner: [] for planner in planners}
+    executed: list[float] = []
+    density = differing = 0.0
+    for n in range(rounds):
+        q, k, v = inputs(length, seed=n)
+        plans = {}
+        for planner in planners:
+            plans[planner], stages = plan_once(name, planner, q, k)
+            samples[planner].append(stages)
+        os.environ[planning.ENVIRONMENT] = ""
+        started = time.perf_counter()
+        cpu.execute(q, k, v, plans[""], scale=DIM**-0.5)
+        executed.append(time.perf_counter() - started)
+        density = plans[""].density()
+        if "torch" in plans and n == 0:
+            differing = differing_pairs(plans[""], plans["torch"])
+    execute = statistics.median(executed)
+    row: dict[str, Any] = {
+        "method": name,
+        "length": length,
+        "density": round(density, 4),
+        "execute_s": round(execute, 4),
+    }
+    for planner in planners:
+        label = planner or "cpp"
+        stages = {s: round(statistics.median(x.get(s, 0.0) for x in samples[planner]), 4) for s in samples[planner][0]}
+        row[f"{label}_s"] = stages
+        row[f"{label}_share"] = round(stages["total"] / (stages["total"] + execute), 4)
+    row["differing"] = round(differing, 6)
+    return row
+
+
+def print_row(row: dict[str, Any]) -> None:
+    print(f"{row['method']} {row['length']}: density {row['density']:.3f}, executor {row['execute_s']:.2f} s")
+    for label in ("torch", "cpp"):
+        if f"{label}_s" in row:
+            stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in row[f"{label}_s"].items())
+            print(f"  {label:>5}: {row[f'{label}_share']:.1%} of the call; {stages}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-torch", action="store_true", help="leave the torch planner out")
+    parser.add_argument("--out", type=Path, help="where to write the report as JSON")
+    arguments = parser.parse_args()
+    if not cpu.is_available():
+        print(cpu.why_unavailable(), file=sys.stderr)
+        return 1
+    torch.set_num_threads(arguments.threads)
+    try:
+        verify(arguments.methods)
+    except AssertionError as error:
+        print(f"nothing timed: {error}", file=sys.stderr)
+        return 1
+    started, used, busy = time.perf_counter(), time.process_time(), busy_seconds()
+    rows = []
+    for length in arguments.lengths:
+        for name in arguments.methods:
+            rows.append(measure(name, length, [""] if arguments.no_torch else ["torch", ""], arguments.rounds))
+            print_row(rows[-1])
+    report = {"machine": machine(), "threads": arguments.threads, "rounds": arguments.rounds, "rows": rows}
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    busy_now = busy_seconds()
+    if busy is not None and busy_now is not None:
+        others = (busy_now - busy - (time.process_time() - used)) / report["seconds"] / (os.cpu_count() or 1)
+        others = max(0.0, others)  # CPU time is counted in ticks
+        report["machine"]["used_by_others"] = round(others, 3)
+        print(f"other programs used {others:.0%} of the machine")
+    if arguments.out is not None:
+        write(arguments.out, report)
+        print(f"wrote {arguments.out.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

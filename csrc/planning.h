@@ -1,0 +1,70 @@
+// Planning in plain pointers: scores of columns, diagonals and blocks; chosen blocks; pairs in a plan.
+#pragma once
+
+#include <cstdint>
+
+#include "executor.h"
+#include "job.h"
+
+namespace gossamer {
+
+// Where the tokens of each batch row sit; see Extent in plan.py.
+struct Positions {
+  const int64_t* query_start;
+  const int64_t* key_start;
+  const int64_t* key_count;
+};
+
+struct ScoreCall {
+  TensorView q, k;  // [batch, heads, query_len, dim], [batch, groups, key_len, dim]
+  int64_t batch, heads, groups, query_len, key_len;
+  int dim;
+  DType dtype;
+  float scale;
+  Positions positions;
+  int threads;
+};
+
+// Mass by column and by diagonal, [batch, heads, key_len] each, zero on entry.
+void probe(const Kernels& kernels, const ScoreCall& call, int64_t last, float* columns, float* diagonals);
+
+// Means of the live tokens of each block: out [batch, heads, blocks, dim], zero on entry. Live are slots
+// [live[2 b], live[2 b + 1]).
+void pool(const Kernels& kernels, const TensorView& x, int64_t batch, int64_t heads, int64_t tokens, int dim,
+          DType dtype, int64_t block, const int64_t* live, float* out, int threads);
+
+// Energies of query blocks [at, stop) against pooled keys, call.k [batch, groups, key blocks, dim]; key_len counts
+// the keys before pooling. out [batch, groups, stop - at, key blocks].
+void block_energy(const Kernels& kernels, const ScoreCall& call, int64_t block_q, int64_t block_k, int64_t at,
+                  int64_t stop, float* out);
+
+enum class Rule : int { kNone = 0, kRelative = 1, kTopK = 2 };
+
+// Rows of choices, [batch, heads, blocks] of them, among `width` candidates.
+struct Choice {
+  int64_t batch, heads, blocks, width;
+  Rule rule;
+  float alpha;             // kRelative
+  const float* scores;     // a row's candidates, contiguous
+  const int64_t* budgets;  // kTopK: one a head
+  const uint8_t* bands;    // null, or [batch, heads, band_count]: chosen block diagonals
+  int64_t band_count;
+  const int64_t* band_origin;  // [batch, blocks]: the candidate on block diagonal 0
+  const uint8_t* forcing;      // [batch, heads]: heads whose forced candidates count
+  const int64_t* forced;       // [batch, blocks, 2]: a range
+  const int64_t* leading;      // [batch, 2]: a range, forced in all rows
+  const int64_t* seen;         // [batch, blocks, 2]: nothing outside this range is chosen
+};
+
+inline int64_t words_of(int64_t width) { return (width + 63) / 64; }
+
+// Bits of the chosen candidates, words_of(width) a row, and their number.
+void choose(const Choice& choice, uint64_t* bits, int64_t* counts, int threads);
+// Their indices, ascending, from indptr[row] on.
+void list_bits(const uint64_t* bits, int64_t rows, int64_t width, const int64_t* indptr, int32_t* indices,
+               int threads);
+
+// Pairs that each head of a plan without permutation computes: [batch, heads], zero on entry.
+void count_pairs(const PlanView& plan, int64_t* counts, int threads);
+
+}  // namespace gossamer

@@ -1,0 +1,286 @@
+"""Planning in C++, for CPU tensors: scores, chosen blocks, pairs in a plan. The torch versions are the oracles.
+
+`gossamer.estimators`, `gossamer.methods` and `gossamer.plan` call these functions where `serves` says so; the sets that
+are chosen are the same. ``GOSSAMER_PLANNER=torch`` (read at every call) keeps to the torch versions. All functions run
+on ``torch.get_num_threads()`` threads, on the instruction set of `gossamer.ops.cpu.active_isa`, without the GIL;
+results do not depend on the number of threads.
+
+Notation: B batch, H query heads, G key/value heads, S queries, T key slots, D head dimension.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.ops import cpu
+from gossamer.plan import Extent, SparsePlan, ceil_div
+
+__all__ = ["Ranges", "choose", "count_pairs", "last_query_probe", "pool", "row_block_energy", "serves"]
+
+ENVIRONMENT = "GOSSAMER_PLANNER"
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether planning with these tensors runs in C++: on the CPU, kernels built, head dimension 1 to 256.
+
+    Raises:
+        ValueError: ``GOSSAMER_PLANNER`` is neither empty nor ``torch``.
+    """
+    return enabled() and all(
+        t.device.type == "cpu" and t.dtype in _DTYPES and 1 <= t.shape[-1] <= cpu.MAX_HEAD_DIM for t in tensors
+    )
+
+
+def enabled() -> bool:
+    """Whether the kernels are built and not switched off."""
+    wanted = os.environ.get(ENVIRONMENT, "")
+    if wanted not in ("", "torch"):
+        raise ValueError(f"{ENVIRONMENT}={wanted!r} is not known; leave it empty, or say 'torch' for the torch planner")
+    return not wanted and cpu.is_available() and not torch.compiler.is_compiling()
+
+
+def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last: int = 64) -> tuple[Tensor, Tensor]:
+    """See `gossamer.estimators.last_query_probe`. Products of bf16 and fp16 inputs are summed in fp32."""
+    _check(q, k, k.shape[2], extent)
+    if last < 1:
+        raise ValueError(f"the probe needs at least one row, got last={last}")
+    columns = torch.zeros(q.shape[0], q.shape[1], k.shape[2])
+    diagonals = torch.zeros_like(columns)
+    q, k = _dense_rows(q), _dense_rows(k)
+    arrays = _extent_arrays(extent)
+    _kernels().probe(
+        cpu.active_isa(q.dtype),
+        _DTYPES[q.dtype],
+        *_view(q),
+        *_view(k),
+        _sizes(q, k, k.shape[2]),
+        [t.data_ptr() for t in arrays],
+        last,
+        float(scale),
+        columns.data_ptr(),
+        diagonals.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return columns, diagonals
+
+
+def pool(x: Tensor, live: Tensor, block: int) -> Tensor:
+    """Means over the live ones of each ``block`` tokens: fp32 ``[B, heads, blocks, D]``; 0 where none is live.
+
+    ``x`` is ``[B, heads, tokens, D]``; ``live`` int64 ``[B, 2]``, the range of live tokens.
+    """
+    batch, heads, tokens, dim = x.shape
+    if live.shape != (batch, 2) or block < 1:
+        raise ValueError(f"pool needs a range for each of {batch} rows and a block of at least 1, got {block}, {live}")
+    out = torch.zeros(batch, heads, ceil_div(tokens, block), dim)
+    x, live = _dense_rows(x), live.to(torch.int64).contiguous()
+    _kernels().pool(
+        cpu.active_isa(x.dtype),
+        _DTYPES[x.dtype],
+        *_view(x),
+        [batch, heads, tokens, dim, block],
+        live.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def row_block_energy(
+    q: Tensor,
+    pooled: Tensor,
+    key_len: int,
+    *,
+    scale: float,
+    extent: Extent,
+    block_q: int,
+    block_k: int,
+    at: int,
+    stop: int,
+) -> Tensor:
+    """`gossamer.estimators.row_block_energy` for query blocks ``at .. stop - 1``: fp32 ``[B, G, stop - at, N]``.
+
+    ``pooled`` ``[B, G, N, D]`` has q's dtype. Products of bf16 and fp16 inputs are summed in fp32.
+    """
+    _check(q, pooled, key_len, extent)
+    if pooled.shape[2] != ceil_div(key_len, block_k):
+        raise ValueError(f"{key_len} keys in blocks of {block_k} do not give {pooled.shape[2]} pooled keys")
+    if not 0 <= at <= stop <= ceil_div(q.shape[2], block_q):
+        raise ValueError(f"query blocks {at} to {stop} do not lie in {q.shape[2]} queries in blocks of {block_q}")
+    out = torch.empty(q.shape[0], pooled.shape[1], stop - at, pooled.shape[2])
+    q, pooled = _dense_rows(q), _dense_rows(pooled)
+    arrays = _extent_arrays(extent)
+    _kernels().block_energy(
+        cpu.active_isa(q.dtype),
+        _DTYPES[q.dtype],
+        *_view(q),
+        *_view(pooled),
+        _sizes(q, pooled, key_len),
+        [t.data_ptr() for t in arrays],
+        [block_q, block_k, at, stop],
+        float(scale),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Which candidates each row may take and must take: half-open ranges, int64.
+
+    Fields:
+        seen: ``[B, rows, 2]``; nothing else is chosen.
+        forced: ``[B, rows, 2]``, of the heads that force any.
+        leading: ``[B, 2]``, forced in every row of these heads.
+    """
+
+    seen: Tensor
+    forced: Tensor
+    leading: Tensor
+
+
+def choose(
+    ranges: Ranges,
+    heads: int,
+    width: int,
+    *,
+    scores: Tensor | None = None,
+    alpha: float | None = None,
+    budgets: Tensor | None = None,
+    bands: Tensor | None = None,
+    band_origin: Tensor | None = None,
+    forcing: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Candidates of each row as a CSR: by a rule on scores, on block diagonals, in forced ranges; the union.
+
+    Args:
+        ranges: for B batch rows and the rows of each head.
+        heads, width: heads, and candidates a row.
+        scores: fp32 ``[B, heads, rows, width]``, with exactly one of the two rules.
+        alpha: `gossamer.selectors.relative_to_max`.
+        budgets: int64 ``[heads]``: `gossamer.selectors.top_k` among the seen ones.
+        bands: bool ``[B, heads, bands]``: candidates ``band_origin - band`` of the chosen bands.
+        band_origin: int64 ``[B, rows]``.
+        forcing: bool ``[B, heads]``, heads whose forced ranges count; default all.
+
+    Returns:
+        counts int64 ``[B, heads, rows]``; indices int32, ascending in each row.
+    """
+    batch, rows = ranges.seen.shape[:2]
+    if scores is not None and (scores.shape != (batch, heads, rows, width) or (alpha is None) == (budgets is None)):
+        raise ValueError(
+            f"choose needs scores [{batch}, {heads}, {rows}, {width}] and one rule, got {tuple(scores.shape)}, "
+            f"alpha {alpha} and {'no ' if budgets is None else ''}budgets"
+        )
+    if bands is not None and (bands.shape[:2] != (batch, heads) or band_origin is None):
+        raise ValueError(f"bands must be [{batch}, {heads}, bands], with an origin, got {tuple(bands.shape)}")
+    if forcing is None:
+        forcing = torch.ones(batch, heads, dtype=torch.bool)
+    rule = 0 if scores is None else (1 if alpha is not None else 2)
+    # Held by name until the kernel is done: only their addresses are handed over.
+    arrays = [
+        None if scores is None else scores.float().contiguous(),
+        None if budgets is None else _int64(budgets, (heads,)),
+        None if bands is None else bands.contiguous().view(torch.uint8),
+        None if band_origin is None else _int64(band_origin, (batch, rows)),
+        forcing.expand(batch, heads).contiguous().view(torch.uint8),
+        _int64(ranges.forced, (batch, rows, 2)),
+        _int64(ranges.leading, (batch, 2)),
+        _int64(ranges.seen, (batch, rows, 2)),
+    ]
+    bits = torch.empty(batch * heads * rows, ceil_div(width, 64), dtype=torch.int64)
+    counts = torch.empty(batch, heads, rows, dtype=torch.int64)
+    threads = torch.get_num_threads()
+    _kernels().choose(
+        [batch, heads, rows, width, 0 if bands is None else bands.shape[2]],
+        rule,
+        0.0 if alpha is None else float(alpha),
+        [0 if t is None else t.data_ptr() for t in arrays],
+        bits.data_ptr(),
+        counts.data_ptr(),
+        threads,
+    )
+    indptr = torch.zeros(counts.numel() + 1, dtype=torch.int64)
+    torch.cumsum(counts.flatten(), 0, out=indptr[1:])
+    indices = torch.empty(int(indptr[-1]), dtype=torch.int32)
+    _kernels().list_bits(bits.data_ptr(), counts.numel(), width, indptr.data_ptr(), indices.data_ptr(), threads)
+    return counts, indices
+
+
+def count_pairs(plan: SparsePlan) -> Tensor:
+    """See `gossamer.plan.SparsePlan.count_pairs`; the plan must not be permuted."""
+    if plan.q_order is not None or plan.k_order is not None:
+        raise ValueError("pairs of a permuted plan are not counted in C++; use SparsePlan.count_pairs")
+    counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64)
+    arrays = [
+        t.contiguous()
+        for t in (
+            plan.block_indptr,
+            plan.block_indices,
+            plan.column_indptr,
+            plan.column_indices,
+            torch.as_tensor(plan.sink),
+            torch.as_tensor(plan.window),
+            *_extent_arrays(plan.extent),
+        )
+    ]
+    _kernels().count_pairs(
+        [plan.batch, plan.heads, plan.query_len, plan.key_len, plan.block_q, plan.block_k, plan.column_group],
+        [t.data_ptr() for t in arrays],
+        -1 if plan.limit is None else plan.limit,
+        plan.causal,
+        counts.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return counts
+
+
+def _kernels() -> Any:
+    if cpu._kernels is None:
+        raise RuntimeError(cpu.why_unavailable())
+    return cpu._kernels
+
+
+def _check(q: Tensor, k: Tensor, key_len: int, extent: Extent) -> None:
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            "planning takes q [B, H, S, D] and keys [B, G, T, D] where G divides H, "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if q.dtype != k.dtype or q.dtype not in _DTYPES or not serves(q, k):
+        raise TypeError(
+            "planning in C++ takes float32, bfloat16 or float16 on the CPU, head dimensions up to "
+            f"{cpu.MAX_HEAD_DIM}, got {q.dtype} on {q.device} and {k.dtype} on {k.device}; convert them"
+        )
+    if extent.batch != q.shape[0]:
+        raise ValueError(f"the extent has {extent.batch} batch rows, q has {q.shape[0]}")
+    ends = extent.key_start + extent.key_count
+    if extent.batch and int(ends.max()) > key_len:
+        raise ValueError(f"the extent names live keys up to slot {int(ends.max())}, but there are {key_len}")
+
+
+def _extent_arrays(extent: Extent) -> list[Tensor]:
+    return [t.contiguous() for t in (extent.query_start, extent.key_start, extent.key_count)]
+
+
+def _int64(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return values.to(torch.int64).expand(shape).contiguous()
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _view(x: Tensor) -> tuple[int, list[int]]:
+    return x.data_ptr(), [*x.stride()[:3], 1]
+
+
+def _sizes(q: Tensor, k: Tensor, key_len: int) -> list[int]:
+    return [q.shape[0], q.shape[1], k.shape[1], q.shape[2], key_len, q.shape[3]]
