@@ -12,6 +12,7 @@
 #include "cpu_features.h"
 #include "executor.h"
 #include "isa.h"
+#include "workspace.h"
 
 namespace nb = nanobind;
 using namespace gossamer;
@@ -58,6 +59,9 @@ void attend(const std::string& isa, int dtype, uintptr_t q, const std::vector<in
 NB_MODULE(_kernels, m) {
   m.doc() = "Sparse attention kernels for CPUs; see gossamer.ops.cpu";
   m.def("attend", &attend);
+  m.def("prefer_huge_pages", [](uintptr_t begin, int64_t bytes) {
+    prefer_huge_pages(reinterpret_cast<void*>(begin), bytes);
+  });
   bind_planning(m);
   m.def("supported", &supported_isas, "Instruction sets of this build that this machine runs, best last");
   m.def("prefers_bf16_dot", &prefers_bf16_dot, "Whether vdpbf16ps beats fp32 FMA here (AMD)");

@@ -18,6 +18,9 @@ namespace {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr float kInfinity = __builtin_inff();
+// A row's reference logit is raised only if one exceeds it by a factor of 2^8: sums have room for that in fp32, and most
+// rows are then never rescaled.
+constexpr float kSlack = 8.0f;
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -71,6 +74,7 @@ class PanelKernel {
     Isa::begin();
     for (int64_t n = 0; n < panel_.tile_count; ++n) add_tile(panel_.tiles[n]);
     Isa::end();
+    if (!out_written_) clear_out();
     for (int r = 0; r < panel_.rows; ++r) finish_row(r);
   }
 
@@ -87,7 +91,6 @@ class PanelKernel {
       maximum_[r] = -kInfinity;
       masks_[r] = ~uint64_t{0};
     }
-    std::memset(out_, 0, sizeof(float) * panel_.rows * value_dim_);
     std::memset(sums_, 0, sizeof(float) * panel_.rows * V::kWidth);
   }
 
@@ -106,9 +109,17 @@ class PanelKernel {
                   static_cast<const uint32_t*>(tile.keys), kChunk, logits, kChunk, false);
     if (panel_.softcap > 0) cap(logits, rows);
     for (int r = first; r < last; ++r) weigh_row(r);
+    // The first tile writes the sums, unless it leaves rows out.
+    if (!out_written_ && rows < panel_.rows) clear_out();
     Isa::multiply(rows, value_dim_, Isa::kPairs ? kChunk / 2 : kChunk, reinterpret_cast<const uint32_t*>(logits),
                   kChunk, static_cast<const uint32_t*>(tile.values), value_dim_, out_ + int64_t{first} * value_dim_,
-                  value_dim_, true);
+                  value_dim_, out_written_);
+    out_written_ = true;
+  }
+
+  void clear_out() {
+    std::memset(out_, 0, sizeof(float) * panel_.rows * value_dim_);
+    out_written_ = true;
   }
 
   // Narrows [first, last) to the rows that attend anything, in the steps in which rows are multiplied.
@@ -132,7 +143,7 @@ class PanelKernel {
       V::store(logits + i, soft_cap<V>(V::mul(V::load(logits + i), factor), panel_.softcap));
   }
 
-  // 64 logits become probabilities relative to the row's running maximum, in place, as fp32 or bf16.
+  // 64 logits become probabilities relative to the row's reference logit, in place, as fp32 or bf16.
   inline void weigh_row(int r) {
     float* row = logits_ + int64_t{r} * kChunk;
     const uint64_t mask = masks_[r];
@@ -147,7 +158,7 @@ class PanelKernel {
     auto top = z[0];
 #pragma GCC unroll 16
     for (int t = 1; t < kVectors; ++t) top = V::max(top, z[t]);
-    if (V::any_greater(top, V::set1(maximum_[r]))) raise_maximum(r, V::reduce_max(top));
+    if (V::any_greater(top, V::set1(maximum_[r] + kSlack))) raise_maximum(r, V::reduce_max(top));
 
     const auto shift = V::set1(maximum_[r] == -kInfinity ? 0.0f : -maximum_[r]);
     auto sum = V::load(sums_ + int64_t{r} * V::kWidth);
@@ -177,6 +188,10 @@ class PanelKernel {
 
   void finish_row(int r) {
     const float total = V::reduce_add(V::load(sums_ + int64_t{r} * V::kWidth));
+    if (panel_.sink_logits == nullptr && total > 0 && total < kInfinity) {
+      write_row(r, 1.0f / total, static_cast<float>((maximum_[r] + double{__builtin_log2f(total)}) * kLn2));
+      return;
+    }
     const double sink = panel_.sink_logits != nullptr ? panel_.sink_logits[r] / kLn2 : -double{kInfinity};
     const double top = maximum_[r] > sink ? maximum_[r] : sink;
     float factor = 0.0f, lse = -kInfinity;
@@ -188,6 +203,10 @@ class PanelKernel {
       factor = total > 0 ? static_cast<float>(own / all / total) : 0.0f;
       lse = static_cast<float>((top + std::log2(all)) * kLn2);
     }
+    write_row(r, factor, lse);
+  }
+
+  void write_row(int r, float factor, float lse) {
     narrow_row<V>(out_ + int64_t{r} * value_dim_, panel_.output_dtype, panel_.value_dim, factor, panel_.outputs[r]);
     *panel_.lse[r] = lse;
   }
@@ -196,9 +215,10 @@ class PanelKernel {
   const int dim_, value_dim_, depth_;
   const float query_factor_, logit_factor_;
   bool masked_ = false;  // masks_ are not all ones
+  bool out_written_ = false;
   float *queries_, *out_, *logits_;
   float* sums_;  // a vector of partial sums a row
-  float* maximum_;
+  float* maximum_;  // the reference logit: at most kSlack below the largest
   uint64_t* masks_;
 };
 

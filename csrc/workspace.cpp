@@ -4,6 +4,10 @@
 #include <new>
 #include <utility>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace gossamer {
 namespace {
 
@@ -22,6 +26,18 @@ Buffer& kept() {
 
 }  // namespace
 
+void prefer_huge_pages(void* begin, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  static_cast<void>(begin);
+  static_cast<void>(bytes);
+#endif
+}
+
 char* Buffer::reserve(int64_t bytes) {
   if (bytes > capacity_) {
     data_.reset();
@@ -31,6 +47,7 @@ char* Buffer::reserve(int64_t bytes) {
       capacity_ = 0;
       throw std::bad_alloc();
     }
+    prefer_huge_pages(data_.get(), capacity_);
   }
   return data_.get();
 }

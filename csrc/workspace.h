@@ -7,6 +7,10 @@
 
 namespace gossamer {
 
+// Asks for huge pages where a range holds whole ones: the first touch of fresh memory in small pages costs as much as
+// computing a few tiles. A hint; where the system has none, nothing happens.
+void prefer_huge_pages(void* begin, int64_t bytes);
+
 // Uninitialised, aligned to 64 bytes; only grows.
 class Buffer {
  public:

@@ -177,6 +177,7 @@ def _cpu_execute(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = torch.empty(batch, query_heads, query_len, v.shape[-1], dtype=q.dtype)
     lse = torch.empty(batch, query_heads, query_len, dtype=torch.float32)
+    _kernels.prefer_huge_pages(out.data_ptr(), out.nbytes)
     # Held by name until the kernel is done: only their addresses are handed over.
     arrays = [
         t.contiguous()
