@@ -5,6 +5,7 @@
 First the contenders are verified against fp64; nothing is timed while one of them is wrong. Contenders take turns in
 one process on inputs that are fresh each round, and figures are medians of seven rounds (three where a call takes more
 than 40 seconds). Beside seconds on the clock stands CPU time, and how much of the machine other programs took.
+Planning is measured by planning.py, whole layers by end_to_end.py; pictures.py draws the figures of this one.
 A section that is measured again replaces its rows in the file; the others stay.
 """
 
@@ -33,7 +34,6 @@ SHOWN = (
     "share_of_gemm",
     "efficiency",
     "pair_cost_over_blocks",
-    "planning_share",
     "exponent",
     "beyond_packed_mib",
 )

@@ -20,7 +20,7 @@ from timing import alternate
 from torch import Tensor
 from workloads import DTYPES, Shape, bands, blocks_a_row, columns, random_blocks
 
-from gossamer import SparsePlan, methods
+from gossamer import SparsePlan
 from gossamer.ops import cpu
 
 Rows = Iterator[dict[str, object]]
@@ -218,41 +218,6 @@ def decode(quick: bool) -> Rows:
                 yield {**row, "what": f"decode, {row['what']}"}
 
 
-def planning(quick: bool) -> Rows:
-    """Seconds to plan beside seconds to execute the plan, with the shapes of an 8B model's layer."""
-    for length in (2048,) if quick else (16384, 65536):
-        shape = Shape(length, 32, 8, 128, "bf16")
-        for name in ("minference", "max_relative", "block_sparse", "a_shape"):
-            method = methods.create(name)
-            extent, scale = shape.extent(), shape.dim**-0.5
-            plans: list[SparsePlan] = []
-
-            def make(q: Tensor, k: Tensor, _v: Tensor, method=method, plans=plans, extent=extent, scale=scale) -> None:
-                plans[:] = [method.plan(q, k, scale=scale, extent=extent)]
-                plans[0].density()
-
-            def run(q: Tensor, k: Tensor, v: Tensor, plans=plans, scale=scale) -> object:
-                return cpu.execute(q, k, v, plans[0], scale=scale)
-
-            # The order matters here: a plan, then its execution.
-            series = {"plan": [], "execute": []}
-            for n in range(3 if length > 20000 else 7):
-                tensors = shape.draw(n)
-                for part, call in (("plan", make), ("execute", run)):
-                    started = time.perf_counter()
-                    call(*tensors)
-                    series[part].append(time.perf_counter() - started)
-            plan_s, execute_s = (sorted(values)[len(values) // 2] for values in series.values())
-            yield {
-                **about(shape, plans[0], name),
-                "plan_s": round(plan_s, 6),
-                "execute_s": round(execute_s, 6),
-                "planning_share": round(plan_s / (plan_s + execute_s), 4),
-                "plan_bytes": plans[0].memory_bytes(),
-                "all": {part: [round(s, 6) for s in values] for part, values in series.items()},
-            }
-
-
 def growth(quick: bool) -> Rows:
     """Cost against length at fixed budgets: 64 blocks a row and 1000 columns."""
     lengths = (1024, 2048, 4096) if quick else (16384, 32768, 65536, 131072)
@@ -336,7 +301,6 @@ SECTIONS: dict[str, Callable[[bool], Rows]] = {
     "parts": parts,
     "instruction_sets": instruction_sets,
     "decode": decode,
-    "planning": planning,
     "growth": growth,
     "memory": memory,
 }

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import busy_seconds, machine, write
+from timing import Bystanders, machine, write
 from torch import Tensor
 
 from gossamer import Extent, SparsePlan, estimators, methods
@@ -199,20 +199,16 @@ def main() -> int:
     except AssertionError as error:
         print(f"nothing timed: {error}", file=sys.stderr)
         return 1
-    started, used, busy = time.perf_counter(), time.process_time(), busy_seconds()
-    rows = []
+    started, bystanders, rows = time.perf_counter(), Bystanders(), []
     for length in arguments.lengths:
         for name in arguments.methods:
             rows.append(measure(name, length, [""] if arguments.no_torch else ["torch", ""], arguments.rounds))
             print_row(rows[-1])
     report = {"machine": machine(), "threads": arguments.threads, "rounds": arguments.rounds, "rows": rows}
     report["seconds"] = round(time.perf_counter() - started, 1)
-    busy_now = busy_seconds()
-    if busy is not None and busy_now is not None:
-        others = (busy_now - busy - (time.process_time() - used)) / report["seconds"] / (os.cpu_count() or 1)
-        others = max(0.0, others)  # CPU time is counted in ticks
-        report["machine"]["used_by_others"] = round(others, 3)
-        print(f"other programs used {others:.0%} of the machine")
+    report["used_by_others"] = share = bystanders.share()
+    if share:
+        print(f"other programs used {share:.0%} of the machine")
     if arguments.out is not None:
         write(arguments.out, report)
         print(f"wrote {arguments.out.name}")

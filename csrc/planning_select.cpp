@@ -1,6 +1,5 @@
 // From scores to chosen candidates: rules, block diagonals and forced ranges as bits, bits as lists.
 #include <algorithm>
-#include <functional>
 #include <limits>
 
 #include "parallel.h"
@@ -27,14 +26,17 @@ void choose_relative(const float* scores, int64_t width, float alpha, int64_t lo
     if (scores[j] >= threshold && scores[j] > 0) set_bit(bits, j);
 }
 
-// Of equal scores the lower index wins; -inf is never chosen.
+// NaN counts as the largest: nth_element needs an order of all values.
+bool before(float a, float b) { return a > b || (a != a && b == b); }
+
+// Of equal scores the lower index wins; -inf is never chosen, and nothing where NaN takes the whole budget.
 void choose_top(const float* scores, int64_t budget, int64_t low, int64_t high, std::vector<float>& sorted,
                 uint64_t* bits) {
   if (budget <= 0) return;
   float threshold = kNothing;
   if (budget < high - low) {
     sorted.assign(scores + low, scores + high);
-    std::nth_element(sorted.begin(), sorted.begin() + (budget - 1), sorted.end(), std::greater<float>());
+    std::nth_element(sorted.begin(), sorted.begin() + (budget - 1), sorted.end(), before);
     threshold = sorted[static_cast<size_t>(budget - 1)];
   }
   int64_t above = 0;

@@ -4,8 +4,8 @@ Shapes: q ``[B, H, S, D]``, k ``[B, G, T, D]``. Everything streams: no intermedi
 exceeds `CHUNK_BYTES` by much, so a million keys fit.
 
 On the CPU the probe, the means and the energies come from C++ (`gossamer.ops.cpu.planning`); the torch versions are
-their oracles and serve other devices. The C++ ones sum the products of bf16 and fp16 inputs in fp32, where torch rounds
-each product to the input's dtype: they are nearer to the formula, so scores differ by that rounding.
+their oracles and serve other devices. The C++ ones keep the logits of bf16 and fp16 inputs in fp32, where torch rounds
+them to the input's dtype: they are nearer to the formula, and scores differ by that rounding.
 """
 
 from __future__ import annotations

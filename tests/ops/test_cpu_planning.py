@@ -14,7 +14,7 @@ from gossamer.ops.cpu import planning
 from gossamer.plan import ceil_div
 from gossamer.profile import HeadPattern, Profile
 from gossamer.selectors import CsrBuilder, relative_to_max, top_k
-from gossamer.testing import SITUATIONS, Case, make_case
+from gossamer.testing import SITUATIONS, Case, assert_keeps_diagonal, make_case
 
 pytestmark = [
     pytest.mark.skipif(not cpu.is_available(), reason=f"no C++ kernels: {cpu.why_unavailable()}"),
@@ -30,7 +30,7 @@ def force(monkeypatch, isa: str) -> None:
 
 
 def wide(case: Case) -> tuple[Tensor, Tensor]:
-    """The inputs' values in fp32: an oracle that does not round products to the dtype."""
+    """The inputs' values in fp32: an oracle that does not round logits to the dtype."""
     return case.q.float(), case.k.float()
 
 
@@ -199,6 +199,14 @@ def test_rules_with_ties(width: int, rule: str, seed: int) -> None:
         assert torch.equal(got, oracle)
 
 
+@pytest.mark.parametrize(("name", "fields"), [("vertical_slash", {}), ("max_relative", {}), ("block_sparse", {})])
+def test_plans_from_nan_keep_the_diagonal(name: str, fields: dict) -> None:
+    case = make_case("no padding", length=1500, heads=2, groups=1, dim=16)
+    q = torch.full_like(case.q, math.nan)
+    plan = methods.create(name, **fields).plan(q, case.k, scale=case.scale, extent=case.extent)
+    assert_keeps_diagonal(case, plan)
+
+
 @every_situation
 @pytest.mark.parametrize("length", [1, 65, 700])
 @pytest.mark.parametrize("has_bands", [False, True])
@@ -256,7 +264,7 @@ def test_methods_make_the_same_plans(
     ours = method.plan(case.q, case.k, scale=case.scale, extent=case.extent, layer=0)
     pooled_as = dtype if name == "max_relative" else torch.float32
     monkeypatch.setenv(planning.ENVIRONMENT, "torch")
-    # In fp32, where torch does not round products; but with pooled keys rounded to the dtype, as in ours.
+    # In fp32, where torch does not round logits; but with pooled keys rounded to the dtype, as in ours.
     in_fp32 = estimators.pool_keys
     monkeypatch.setattr(estimators, "pool_keys", lambda *args: in_fp32(*args).to(pooled_as).float())
     oracle = method.plan(*wide(case), scale=case.scale, extent=case.extent, layer=0)

@@ -41,7 +41,7 @@ class BlockChoice:
     tail: Tensor | None = None
     bands: Tensor | None = None
     forcing: Tensor | None = None
-    _csr: CsrBuilder = field(default_factory=CsrBuilder)
+    _csr: CsrBuilder = field(default_factory=CsrBuilder, init=False)
 
     def add(
         self,
@@ -125,7 +125,7 @@ def column_lists(scores: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor]:
     """`gossamer.selectors.top_k` of ``scores`` ``[B, H, T]`` for budgets ``[H]``, one list a head, as a CSR."""
     csr = CsrBuilder()
     batch, heads, key_len = scores.shape
-    if planning.serves(scores[..., :1]):
+    if planning.enabled() and scores.device.type == "cpu":
         everything = torch.tensor([0, key_len]).expand(batch, 1, 2)
         nothing = torch.zeros(batch, 1, 2, dtype=torch.int64)
         ranges = planning.Ranges(everything, nothing, nothing[:, 0])

@@ -46,7 +46,7 @@ def enabled() -> bool:
 
 
 def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last: int = 64) -> tuple[Tensor, Tensor]:
-    """See `gossamer.estimators.last_query_probe`. Products of bf16 and fp16 inputs are summed in fp32."""
+    """See `gossamer.estimators.last_query_probe`. Logits of bf16 and fp16 inputs stay in fp32."""
     _check(q, k, k.shape[2], extent)
     if last < 1:
         raise ValueError(f"the probe needs at least one row, got last={last}")
@@ -106,7 +106,7 @@ def row_block_energy(
 ) -> Tensor:
     """`gossamer.estimators.row_block_energy` for query blocks ``at .. stop - 1``: fp32 ``[B, G, stop - at, N]``.
 
-    ``pooled`` ``[B, G, N, D]`` has q's dtype. Products of bf16 and fp16 inputs are summed in fp32.
+    ``pooled`` ``[B, G, N, D]`` has q's dtype. Logits of bf16 and fp16 inputs stay in fp32.
     """
     _check(q, pooled, key_len, extent)
     if pooled.shape[2] != ceil_div(key_len, block_k):

@@ -1,0 +1,98 @@
+"""Pictures of benchmarks/results/cpu.json for the documentation: `python benchmarks/pictures.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gossamer.report.svg import MARKERS, PALETTE, Panel
+
+ROOT = Path(__file__).resolve().parent.parent
+STYLE = "<style>svg{--grid:#ddd;--axis:#888;color:#222;font-family:sans-serif}</style>"
+BLOCK_K = 128
+
+
+def save(panel: Panel, name: str) -> None:
+    body = panel.render().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    start = body.index(">") + 1
+    ground = f'<rect width="{panel.width}" height="{panel.height}" fill="#fff"/>'
+    (ROOT / "docs" / "images" / name).write_text(body[:start] + STYLE + ground + body[start:] + "\n")
+
+
+def legend(panel: Panel, names: list[str], x: float, y: float) -> None:
+    for n, name in enumerate(names):
+        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
+        panel.marker(x, y + 16 * n - 4, marker, colour)
+        panel.text(x + 10, y + 16 * n, name, "start")
+
+
+def latency(sections: dict) -> None:
+    """Seconds by length: SDPA, our kernel dense, and at each density."""
+    rows = [
+        row
+        for row in sections["prefill"]["rows"]
+        if (row["dtype"], row["dim"]) == ("bf16", 128) and (row["what"] == "dense" or row["block_k"] == BLOCK_K)
+    ]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["what"] == "dense":
+            lines.setdefault("torch SDPA, dense", []).append((row["length"], row["sdpa"]["median_s"]))
+        name = "gossamer, dense" if row["what"] == "dense" else f"gossamer, {row['what'].split(' ')[0]}"
+        lines.setdefault(name, []).append((row["length"], row["median_s"]))
+    lengths = sorted({row["length"] for row in rows})
+    seconds = [s for points in lines.values() for _, s in points]
+    panel = Panel(640, 400, "Seconds of attention against length")
+    names = ("tokens", "seconds, 4 heads of 128, bfloat16")
+    panel.axes((lengths[0], lengths[-1]), (min(seconds) * 0.8, max(seconds) * 1.2), names, (True, True), lengths)
+    for n, points in enumerate(lines.values()):
+        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
+        placed = [panel.place(*point) for point in points]
+        panel.line(placed, colour)
+        for (x, y), (length, value) in zip(placed, points, strict=True):
+            panel.marker(x, y, marker, colour, f"{length} tokens: {value:.4g} s")
+    legend(panel, list(lines), 70, 34)
+    save(panel, "cpu_latency.svg")
+
+
+def roofline(sections: dict) -> None:
+    """Arithmetic per byte of packed keys and values against the rate, under what the machine can do."""
+    scale = {row["what"] + row.get("dtype", ""): row for row in sections["gemm"]["rows"]}
+    peak, read = scale["gemmbf16"]["gflops"], scale["read"]["gb_per_s"]
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for row in sections["decode"]["rows"]:
+        if row["dtype"] == "bf16":
+            # Each key and value, 4 bytes an element pair, serves the heads of a group: 4 flops each.
+            points.setdefault(row["what"], []).append((row["heads"] / row["groups"], row["gflops"], str(row["length"])))
+    for row in sections["prefill"]["rows"]:
+        if (row["dtype"], row["dim"]) == ("bf16", 128) and (row["what"] == "dense" or row["block_k"] == BLOCK_K):
+            what = "prefill, dense" if row["what"] == "dense" else f"prefill, {row['what'].split(' ')[0]}"
+            # A panel of 64 tokens in the heads of the group.
+            intensity = 64 * row["heads"] / row["groups"]
+            points.setdefault(what, []).append((intensity, row["gflops"], str(row["length"])))
+    panel = Panel(640, 400, "Roofline")
+    low = min(y for series in points.values() for _, y, _ in series) * 0.7
+    names = ("flops for each byte of keys and values", "GFLOP/s, bfloat16")
+    panel.axes((1, 1024), (low, peak * 1.5), names, (True, True), [1, 4, 16, 64, 256, 1024])
+    knee = peak / read
+    panel.line(
+        [panel.place(max(1, low / read), max(low, read)), panel.place(knee, peak), panel.place(1024, peak)], "#444"
+    )
+    panel.text(*panel.place(300, peak * 1.08), f"torch's matrix product, {peak:.0f} GFLOP/s", size=10)
+    panel.text(*panel.place(knee * 0.25, peak * 0.42), f"reading memory, {read:.0f} GB/s", "end", size=10)
+    for n, series in enumerate(points.values()):
+        for x, y, hint in series:
+            panel.marker(
+                *panel.place(x, y), MARKERS[n % len(MARKERS)], PALETTE[n % len(PALETTE)], f"{hint} tokens: {y:.0f}"
+            )
+    legend(panel, list(points), 430, 220)
+    save(panel, "cpu_roofline.svg")
+
+
+def main() -> None:
+    sections = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["sections"]
+    latency(sections)
+    roofline(sections)
+
+
+if __name__ == "__main__":
+    main()
