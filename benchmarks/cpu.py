@@ -91,7 +91,7 @@ def main() -> int:
     out = arguments.out or (None if arguments.quick else RESULTS)
     report: dict = {"sections": {}}
     if out is not None and out.exists():
-        report = json.loads(out.read_text())
+        report = {"sections": json.loads(out.read_text()).get("sections", {})}
     for name in chosen:
         section = measure(name, arguments.quick, arguments.threads)
         if out is not None:

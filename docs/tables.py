@@ -11,32 +11,121 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the markers ``<!-- table: name -->`` of a page."""
-    for name, make in (("cpu", cpu_table), ("demo", demo_table), ("methods", methods_table)):
+    for name, make in TABLES.items():
         marker = f"<!-- table: {name} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, make())
     return markdown
 
 
+def cpu_sections() -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["sections"]
+
+
 def cpu_table() -> str:
-    """Speed-up over SDPA by length, dtype and density, for blocks of 64 and head dimension 64."""
-    data = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
-    rows = [row for row in data["rows"] if row["block_k"] == 64 and row["dim"] == 64]
-    machine = data["machine"]
-    return "\n".join(
+    """Speed-up over SDPA by length, dtype and density, for key blocks of 128."""
+    section = cpu_sections()["prefill"]
+    machine, others = section["machine"], section["used_by_others"] or 0
+    rows = [row for row in section["rows"] if row["what"] == "dense" or row["block_k"] == 128]
+    return markdown(
+        f"{machine['cpu']}, {machine['cores']} cores, {section['threads']} threads, torch {machine['torch']}; medians "
+        f"of {section['rounds']} rounds (3 where SDPA takes over 40 seconds); 4 query heads on one key/value head; "
+        f"other programs used {others:.0%} of the machine.",
+        ("tokens", "dtype", "head dim", "density", "times SDPA", "GFLOP/s", "of GEMM", "efficiency"),
         [
-            f"{machine['cpu']}, {machine['cores']} cores, {data['threads']} threads, torch {machine['torch']}; medians "
-            f"over {data['rounds']} rounds; 4 query heads on one key/value head of 64.",
-            "",
-            "| tokens | dtype | kernel | density | times as fast as torch's dense attention |",
-            "|---|---|---|---|---|",
-            *(
-                f"| {row['length']:,} | {row['dtype']} | `{row['isa']}` | {row['density']:.3f} | "
-                f"{row['speedup_wall']:.1f} |"
-                for row in rows
-            ),
-        ]
+            (
+                f"{row['length']:,}",
+                row["dtype"],
+                row["dim"],
+                f"{row['density']:.3f}",
+                f"{row['speedup']:.1f}",
+                f"{row['gflops']:.0f}",
+                f"{row['share_of_gemm']:.2f}",
+                f"{row['efficiency']:.2f}",
+            )
+            for row in rows
+        ],
     )
+
+
+def parts_table() -> str:
+    """The other sections, a row each."""
+    rows = [
+        (
+            row["what"],
+            row["dtype"],
+            f"{row['length']:,}",
+            f"`{row['isa']}`",
+            f"{row['density']:.3f}",
+            f"{row['speedup']:.1f}",
+            f"{row['gb_per_s']:.0f} GB/s" if "gb_per_s" in row else f"{row['gflops']:.0f} GFLOP/s",
+        )
+        for name in ("flex", "parts", "decode", "instruction_sets")
+        for row in cpu_sections()[name]["rows"]
+    ]
+    return markdown("", ("what", "dtype", "tokens", "kernel", "density", "times SDPA", "rate"), rows)
+
+
+def targets_table() -> str:
+    """What was aimed at, and what was measured."""
+    sections = cpu_sections()
+
+    def prefill(field: str, length: int, what: str, dim: int = 128, dtype: str = "bf16") -> list[float]:
+        return [
+            row[field]
+            for row in sections["prefill"]["rows"]
+            if (row["length"], row["dim"], row["dtype"]) == (length, dim, dtype) and row["what"].startswith(what)
+        ]
+
+    def of(section: str, field: str, **wanted: Any) -> list[float]:
+        rows = sections[section]["rows"]
+        return [row[field] for row in rows if field in row and all(row.get(k) == v for k, v in wanted.items())]
+
+    planning = json.loads((ROOT / "benchmarks" / "results" / "planning.json").read_text())["rows"]
+    shares = {row["method"]: row["cpp_share"] for row in planning if row["length"] == 65536}
+    targets: list[tuple[str, str, list[float], str]] = [
+        ("dense over SDPA, bf16, 32K, head dimension 128", "2.0", prefill("speedup", 32768, "dense"), "x"),
+        ("the same, head dimension 64", "1.8", prefill("speedup", 32768, "dense", 64), "x"),
+        ("10% of the pairs over SDPA dense, 32K", "16", prefill("speedup", 32768, "10%"), "x"),
+        ("5%, 64K", "28", prefill("speedup", 65536, "5% "), "x"),
+        ("2%, 64K", "60", prefill("speedup", 65536, "2% "), "x"),
+        ("efficiency at 10%, 64K", "0.90", prefill("efficiency", 65536, "10%"), ""),
+        ("efficiency at 5%, 64K", "0.85", prefill("efficiency", 65536, "5% "), ""),
+        ("efficiency at 2%, 64K", "0.75", prefill("efficiency", 65536, "2% "), ""),
+        ("over compiled FlexAttention at 10%, 16K", "2.5", of("flex", "speedup_over_flex", length=16384), "x"),
+        (
+            "a pair in gathered columns over one in blocks, at most",
+            "1.35",
+            of("parts", "pair_cost_over_blocks", what="1000 columns"),
+            "x",
+        ),
+        (
+            "AVX-512 fp32, dense, over SDPA",
+            "1.1",
+            of("instruction_sets", "speedup", isa="avx512", dtype="fp32", what="dense"),
+            "x",
+        ),
+        ("AVX2 over SDPA held to AVX2", "1.0", of("instruction_sets", "speedup", what="dense, all held to AVX2"), "x"),
+        ("dense decoding at 32K over SDPA", "1.0", of("decode", "speedup", length=32768, what="decode, dense"), "x"),
+        ("planning of the whole, minference, 64K, at most", "12%", [100 * shares["minference"]], "%"),
+        ("planning of the whole, max_relative, 64K, at most", "12%", [100 * shares["max_relative"]], "%"),
+        (
+            "memory beyond packed keys and values, 128K, 32 heads, at most",
+            "256 MiB",
+            of("memory", "beyond_packed_mib"),
+            " MiB",
+        ),
+        ("exponent of cost against length, fixed budgets, at most", "1.15", of("growth", "exponent"), ""),
+    ]
+    rows = [(name, target, ", ".join(f"{v:.3g}{unit}" for v in values)) for name, target, values, unit in targets]
+    return markdown("", ("figure", "aimed at", "measured"), rows)
+
+
+def markdown(above: str, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A table below a line of text."""
+    lines = [above, ""] if above else []
+    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 
 
 def demo_table() -> str:
@@ -85,3 +174,12 @@ def methods_table() -> str:
             ),
         ]
     )
+
+
+TABLES = {
+    "cpu": cpu_table,
+    "parts": parts_table,
+    "targets": targets_table,
+    "demo": demo_table,
+    "methods": methods_table,
+}

@@ -16,6 +16,7 @@
 #include "../../csrc/cpu_features.h"
 #include "../../csrc/executor.h"
 #include "../../csrc/half.h"
+#include "../../csrc/planning.h"
 
 using namespace gossamer;
 
@@ -112,14 +113,15 @@ struct Problem {
 
   void fill(std::vector<char>& tensor, int64_t rows) {
     tensor.resize(rows * dim * element());
-    for (int64_t n = 0; n < rows * dim; ++n) {
-      const float x = random.normal();
-      const uint16_t half = dtype == DType::kBFloat16 ? float_to_bf16(x) : float_to_fp16(x);
-      if (dtype == DType::kFloat32)
-        std::memcpy(&tensor[n * 4], &x, 4);
-      else
-        std::memcpy(&tensor[n * 2], &half, 2);
-    }
+    for (int64_t n = 0; n < rows * dim; ++n) write(tensor, n, random.normal());
+  }
+
+  void write(std::vector<char>& tensor, size_t n, float x) const {
+    const uint16_t half = dtype == DType::kBFloat16 ? float_to_bf16(x) : float_to_fp16(x);
+    if (dtype == DType::kFloat32)
+      std::memcpy(&tensor[n * 4], &x, 4);
+    else
+      std::memcpy(&tensor[n * 2], &half, 2);
   }
 
   double at(const std::vector<char>& tensor, int64_t row, int64_t d) const {
@@ -146,6 +148,50 @@ struct Problem {
                     view(out, kQueryHeads, query_len), lse.data(), sinks.empty() ? nullptr : sinks.data(), kQueryHeads,
                     kGroups, dim, dim, dtype, 0.2f, 0.0f, threads};
     execute(kernels, plan, call);
+  }
+
+  // Scores of all kinds, into buffers of the exact size; the sums are known.
+  bool plan_is_right(const Kernels& kernels, int threads) {
+    const auto view = [&](std::vector<char>& t, int64_t h, int64_t n) {
+      return TensorView{t.data(), {h * n * dim, n * dim, dim}};
+    };
+    ScoreCall call{view(q, kQueryHeads, query_len), view(k, kGroups, key_len), kBatch, kQueryHeads, kGroups, query_len,
+                   key_len, dim, dtype, 0.2f, {query_start.data(), key_start.data(), key_count.data()}, threads};
+    std::vector<float> columns(kBatch * kQueryHeads * key_len), diagonals(columns.size());
+    probe(kernels, call, 64, columns.data(), diagonals.data());
+    const double by_column = std::accumulate(columns.begin(), columns.end(), 0.0);
+    const double by_diagonal = std::accumulate(diagonals.begin(), diagonals.end(), 0.0);
+
+    const int64_t key_blocks = (key_len + 63) / 64, query_blocks = (query_len + 63) / 64;
+    std::vector<int64_t> live;
+    for (int64_t b = 0; b < kBatch; ++b) live.insert(live.end(), {key_start[b], key_start[b] + key_count[b]});
+    std::vector<float> means(kBatch * kGroups * key_blocks * dim);
+    pool(kernels, call.k, kBatch, kGroups, key_len, dim, dtype, 64, live.data(), means.data(), threads);
+    std::vector<char> pooled(means.size() * element());
+    for (size_t n = 0; n < means.size(); ++n) write(pooled, n, means[n]);
+    call.k = view(pooled, kGroups, key_blocks);
+    std::vector<float> energies(kBatch * kGroups * query_blocks * key_blocks);
+    block_energy(kernels, call, 64, 64, 0, query_blocks, energies.data());
+    bool right = std::abs(by_column - by_diagonal) < 1e-2 * std::max(1.0, by_column);
+    for (float energy : energies) right = right && energy >= 0 && energy <= 64.01f * kQueryHeads / kGroups;
+    return right && counts_are_right(threads);
+  }
+
+  bool counts_are_right(int threads) {
+    if (!q_order.empty() || !k_order.empty()) return true;
+    const PlanView plan{kBatch, heads, query_len, key_len, block_q, block_k, column_group, block_indptr.data(),
+                        block_indices.data(), column_indptr.data(), column_indices.data(), sink.data(), window.data(),
+                        nullptr, nullptr, query_start.data(), key_start.data(), key_count.data(), limit, causal};
+    std::vector<int64_t> counts(kBatch * heads);
+    count_pairs(plan, counts.data(), threads);
+    for (int64_t b = 0; b < kBatch; ++b)
+      for (int64_t h = 0; h < heads; ++h) {
+        int64_t pairs = 0;
+        for (int64_t i = 0; i < query_len; ++i)
+          for (int64_t j = 0; j < key_len; ++j) pairs += attends(b, h, i, j, i, j);
+        if (pairs != counts[b * heads + h]) return false;
+      }
+    return true;
   }
 
   bool attends(int64_t b, int64_t h, int64_t i, int64_t j, int64_t q_rank, int64_t k_rank) const {
@@ -208,8 +254,12 @@ void check(const std::string& isa, unsigned seed, int threads) {
   if (kernels_of(isa)->bf16_tiles) problem.convert(DType::kBFloat16);
   problem.run(*kernels_of(isa), threads);
   const double error = problem.error(), allowed = problem.dtype == DType::kBFloat16 ? 0.06 : 0.005;
-  if (error <= allowed) return;
-  std::printf("%s, seed %u: error %g exceeds %g\n", isa.c_str(), seed, error, allowed);
+  if (error > allowed) {
+    std::printf("%s, seed %u: error %g exceeds %g\n", isa.c_str(), seed, error, allowed);
+    ++failures;
+  }
+  if (problem.plan_is_right(*kernels_of(isa), threads)) return;
+  std::printf("%s, seed %u: planning is wrong\n", isa.c_str(), seed);
   ++failures;
 }
 
