@@ -1,9 +1,13 @@
-"""Shared by all tests: one thread a worker, since xdist runs one worker a core."""
+"""Shared by all tests: one thread a worker, since xdist runs one worker a core; Triton interpreted without a GPU."""
 
 import os
 
 import pytest
 import torch
+
+# Triton reads it once, when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")

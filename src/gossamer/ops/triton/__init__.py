@@ -1,0 +1,181 @@
+"""The Triton executor, for CUDA devices; on a CPU under Triton's interpreter. Not yet measured on a GPU.
+
+Triton is optional and imported by the first call. With ``TRITON_INTERPRET=1`` in the environment before Triton is
+imported, the same code runs on CPU tensors, slowly: that is how it is tested.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from gossamer.ops.reference import check_inputs
+from gossamer.ops.triton.config import Config, Problem, tune
+from gossamer.plan import SparsePlan
+
+__all__ = ["autotune", "execute", "interprets", "is_available", "why_unavailable"]
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Coordinates, bands and their sums are 32-bit.
+_MOST_TOKENS = 1 << 29
+
+
+def is_available() -> bool:
+    """Whether Triton is installed."""
+    return why_unavailable() is None
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """Why `is_available` is False, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    return None
+
+
+def interprets() -> bool:
+    """Whether kernels run under Triton's interpreter, which is what CPU tensors need."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def execute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over exactly the pairs that the plan names. See `gossamer.ops.reference.execute`, the definition.
+
+    fp32, bf16 or fp16 in, fp32 accumulation; head dimensions up to 256. The plan's tensors may lie on another device
+    than q; they are moved. Nothing here waits for the device.
+
+    Returns:
+        out ``[B, H, S, Dv]`` in q's dtype and lse fp32 ``[B, H, S]``, both contiguous.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+        ValueError, TypeError: as `gossamer.ops.reference.check_inputs`; another device, dtype or head dimension.
+    """
+    _check(q, k, v, plan, sinks, softcap)
+    return torch.ops.gossamer.triton_execute(*_arguments(q, k, v, plan, scale, sinks, softcap))
+
+
+def autotune(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Measure tile shapes for calls like this one; later calls of the same bucket of lengths use the fastest.
+
+    The outcome depends on head dimension, dtype, blocks, architecture and the bucket (the number of bits of the key
+    count), and lasts as long as the process.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: as `execute`; a CPU tensor, which cannot be timed.
+    """
+    _check(q, k, v, plan, sinks, softcap)
+    if not q.is_cuda:
+        raise ValueError(f"autotune measures on a CUDA device, got tensors on {q.device}")
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    from gossamer.ops.triton.launch import launch
+
+    arguments = _arguments(q, k, v, plan, scale, sinks, softcap)
+
+    def seconds(config: Config) -> float:
+        try:
+            return do_bench(lambda: launch(*arguments, config=config), return_mode="median") / 1e3
+        except OutOfResources:
+            return math.inf
+
+    tune(Problem.of(q, v, plan.heads, plan.block_q, plan.block_k, plan.key_len), seconds)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, sinks: Tensor | None, softcap: float | None) -> None:
+    failure = why_unavailable()
+    if failure is not None:
+        raise RuntimeError(failure)
+    check_inputs(q, k, v, plan, sinks)
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and interprets()):
+        raise ValueError(
+            f"the Triton executor takes CUDA tensors, got {q.device}; move them, or set TRITON_INTERPRET=1 before "
+            "Triton is imported to interpret it on a CPU"
+        )
+    if q.dtype not in DTYPES:
+        raise TypeError(f"the Triton executor takes float32, bfloat16 or float16, got {q.dtype}; convert q, k and v")
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM or min(q.shape[-1], v.shape[-1]) < 1:
+        raise ValueError(
+            f"the Triton executor takes head dimensions 1 to {MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}; "
+            "use gossamer.ops.reference.execute"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0 or None, got {softcap}")
+    if max(plan.query_len, plan.key_len) >= _MOST_TOKENS:
+        raise ValueError(f"the Triton executor takes fewer than {_MOST_TOKENS} tokens, got {plan.key_len}")
+
+
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float, sinks: Tensor | None, softcap: float | None
+) -> tuple:
+    """Of the operator ``gossamer::triton_execute``."""
+    device = q.device
+    empty = torch.empty(0, dtype=torch.int32, device=device)
+    extent = torch.stack([plan.extent.query_start, plan.extent.key_start, plan.extent.key_count]).to(torch.int32)
+    return (
+        q,
+        k,
+        v,
+        plan.block_indptr.to(device),
+        plan.block_indices.to(device),
+        plan.column_indptr.to(device),
+        plan.column_indices.to(device),
+        torch.as_tensor(plan.sink).to(device),
+        torch.as_tensor(plan.window).to(device),
+        empty if plan.q_order is None else plan.q_order.to(device),
+        empty if plan.k_order is None else plan.k_order.to(device),
+        extent.to(device, non_blocking=True),
+        torch.empty(0, device=device) if sinks is None else sinks.float(),
+        [plan.heads, plan.block_q, plan.block_k, plan.column_group],
+        -1 if plan.limit is None else min(plan.limit, _MOST_TOKENS),
+        plan.causal,
+        float(scale),
+        0.0 if softcap is None else float(softcap),
+    )
+
+
+_library = torch.library.Library("gossamer", "FRAGMENT")
+_library.define(
+    "triton_execute(Tensor q, Tensor k, Tensor v, Tensor block_indptr, Tensor block_indices, Tensor column_indptr, "
+    "Tensor column_indices, Tensor sink, Tensor window, Tensor q_order, Tensor k_order, Tensor extent, Tensor sinks, "
+    "int[] shape, int limit, bool causal, float scale, float softcap) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "triton_execute", "CUDA")
+@torch.library.impl(_library, "triton_execute", "CPU")
+def _triton_execute(*arguments) -> tuple[Tensor, Tensor]:
+    from gossamer.ops.triton.launch import launch
+
+    return launch(*arguments)
+
+
+@torch.library.register_fake("gossamer::triton_execute", lib=_library)
+def _(q: Tensor, k: Tensor, v: Tensor, *_args: object) -> tuple[Tensor, Tensor]:
+    shape = (*q.shape[:3], v.shape[-1])
+    return q.new_empty(shape), q.new_empty(q.shape[:3], dtype=torch.float32)

@@ -1,0 +1,297 @@
+"""The Triton executor against the definition: on a CUDA device where there is one, else interpreted on the CPU."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gossamer import Extent, SparsePlan
+from gossamer.ops import reference
+from gossamer.ops import triton as executor
+from gossamer.testing import Case, assert_accurate, random_plan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not executor.is_available(), reason=f"{executor.why_unavailable()}"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+FULL_SIZE = 16 if ON_GPU else 1  # the interpreter is slow
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+
+
+def draw(
+    plan: SparsePlan,
+    *,
+    heads: int,
+    groups: int,
+    dim: int,
+    value_dim: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs for a plan; dead slots hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(plan.batch, heads, plan.query_len, dim, generator=generator)
+    k = torch.randn(plan.batch, groups, plan.key_len, dim, generator=generator)
+    v = torch.randn(plan.batch, groups, plan.key_len, value_dim or dim, generator=generator)
+    kpos = plan.extent.key_positions(plan.key_len)
+    dead = ((kpos < 0) | (kpos >= plan.extent.key_count[:, None]))[:, None, :, None]
+    return q.to(dtype), k.masked_fill(dead, math.nan).to(dtype), v.masked_fill(dead, math.nan).to(dtype)
+
+
+def run(q, k, v, plan, *, scale, sinks=None, softcap=None) -> tuple[Tensor, Tensor]:
+    sinks = None if sinks is None else sinks.to(DEVICE)
+    out, lse = executor.execute(*(t.to(DEVICE) for t in (q, k, v)), plan, scale=scale, sinks=sinks, softcap=softcap)
+    return out.cpu(), lse.cpu()
+
+
+def check(plan, q, k, v, *, scale=None, sinks=None, softcap=None) -> None:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = run(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
+    expected, expected_lse = reference.execute(
+        q.double(), k.double(), v.double(), plan, scale=scale, sinks=sinks, softcap=softcap
+    )
+    assert out.dtype == q.dtype
+    assert lse.dtype == torch.float32
+    # Of the largest output: fp32 rounding; P and an output in fp16, in bf16.
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}[q.dtype]
+    assert bool(out.isfinite().all())
+    worst = float((out.double() - expected).abs().max()) / float(expected.abs().max().clamp_min(1e-30))
+    assert worst <= tolerance, f"error {worst:.2e} of the largest output"
+    empty = expected_lse == -math.inf
+    assert torch.equal(lse == -math.inf, empty)
+    assert bool(((lse.double() - expected_lse)[~empty].abs() <= 2e-5).all())
+
+
+@every_dtype
+@pytest.mark.parametrize("seed", range(6))
+def test_random_plans(dtype: torch.dtype, seed: int) -> None:
+    """Blocks, columns, bands, overlaps and empty rows; per query head and per key/value head; padding, chunks."""
+    query_len, key_len = [(1, 1), (63, 63), (64, 150), (65, 65), (90, 200), (130, 130)][seed]
+    plan = random_plan(
+        seed,
+        batch=2,
+        heads=[2, 4][seed % 2],
+        query_len=query_len * FULL_SIZE,
+        key_len=key_len * FULL_SIZE,
+        block_q=[64, 64, 128, 32, 40, 64][seed],
+        block_k=[64, 128, 64, 32, 48, 100][seed],
+        padded=seed % 2 == 0,
+        causal=seed != 4,
+        limit=50 if seed in (3, 4) else None,
+    )
+    q, k, v = draw(plan, heads=4, groups=2, dim=[64, 128, 32, 80, 64, 96][seed], seed=seed, dtype=dtype)
+    sinks = torch.randn(4) if seed in (1, 4) else None
+    check(plan, q, k, v, sinks=sinks, softcap=5.0 if seed in (2, 4) else None)
+
+
+@pytest.mark.parametrize("part", ["blocks", "columns", "sink", "window"])
+def test_each_part_alone(part: str) -> None:
+    length = 150
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(1, 2, 5, 5, generator=generator) < (0.5 if part == "blocks" else 0.0)
+    columns: dict = {}
+    if part == "columns":
+        rows = [torch.randperm(length, generator=generator)[:70].sort().values.int() for _ in range(2)]
+        columns = {"column_group": 5, "column_indptr": torch.tensor([0, 70, 140]), "column_indices": torch.cat(rows)}
+    bands = {part: [7, 60]} if part in ("sink", "window") else {}
+    plan = SparsePlan.from_block_mask(mask, length, length, block_q=32, block_k=32, **columns, **bands)
+    check(plan, *draw(plan, heads=4, groups=2, dim=32))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_permuted_plans(seed: int) -> None:
+    plan = random_plan(
+        100 + seed,
+        batch=2,
+        heads=[4, 2][seed % 2],
+        query_len=100,
+        key_len=[100, 170][seed // 2],
+        permuted=True,
+        padded=seed % 2 == 1,
+        causal=seed != 3,
+        limit=60 if seed == 2 else None,
+    )
+    q, k, v = draw(plan, heads=4, groups=2, dim=32, seed=seed)
+    check(plan, q, k, v)
+    check(replace(plan, k_order=None), q, k, v)
+    check(replace(plan, q_order=None), q.bfloat16(), k.bfloat16(), v.bfloat16())
+
+
+@pytest.mark.parametrize("dim", [1, 16, 40, 64, 80, 96, 128, 256])
+def test_head_dimensions(dim: int) -> None:
+    plan = random_plan(3, batch=1, heads=2, query_len=70, key_len=100)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(plan, *draw(plan, heads=2, groups=1, dim=dim, seed=dim, dtype=dtype))
+    check(plan, *draw(plan, heads=2, groups=1, dim=dim, value_dim=24))
+
+
+@pytest.mark.parametrize("share", [1, 3, 8])
+@pytest.mark.parametrize("block_q", [17, 64, 1000])
+def test_shared_heads_and_block_sizes(share: int, block_q: int) -> None:
+    """A plan for key/value heads; query blocks of more rows than a tile."""
+    plan = random_plan(share, batch=1, heads=2, query_len=100, key_len=100, block_q=block_q)
+    check(plan, *draw(plan, heads=2 * share, groups=2, dim=16))
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("group", [1, 3, 100])
+def test_columns_count_once(group: int, permuted: bool) -> None:
+    """Columns inside selected blocks, inside the bands and outside both; more than a tile of them."""
+    generator = torch.Generator().manual_seed(group)
+    length, blocks = 200, 7
+    rows = 2 * -(-blocks // group)
+    columns = [torch.randperm(length, generator=generator)[:130].sort().values.int() for _ in range(rows)]
+    order = torch.rand(1, 2, length, generator=generator).argsort(-1).int()
+    plan = replace(
+        SparsePlan.from_block_mask(
+            torch.rand(1, 2, blocks, blocks, generator=generator) < 0.3, length, length, block_q=32, block_k=32
+        ),
+        column_group=group,
+        column_indptr=torch.arange(rows + 1) * 130,
+        column_indices=torch.cat(columns),
+        sink=[3, 0],
+        window=[20, 0],
+        k_order=order if permuted else None,
+    )
+    check(plan, *draw(plan, heads=4, groups=2, dim=32))
+
+
+def test_more_key_blocks_than_a_word_has_bits() -> None:
+    """Block 31 sets an int32's sign; later ones lie in the next words."""
+    length = 80 * 8
+    mask = torch.rand(1, 1, 1, 80, generator=torch.Generator().manual_seed(0)) < 0.5
+    plan = replace(
+        SparsePlan.from_block_mask(mask, 8, length, block_q=8, block_k=8),
+        column_indptr=torch.tensor([0, length]),
+        column_indices=torch.arange(length, dtype=torch.int32),
+    )
+    check(plan, *draw(plan, heads=1, groups=1, dim=16))
+
+
+@every_dtype
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_softcap(dtype: torch.dtype, softcap: float) -> None:
+    plan = SparsePlan.dense(1, 70, 70, Extent.full(1, 70, 70))
+    q, k, v = draw(plan, heads=2, groups=1, dim=32)
+    check(plan, (q * 6).to(dtype), k.to(dtype), v.to(dtype), softcap=softcap)
+
+
+def test_sinks() -> None:
+    """Sinks of any size; rows that attend nothing else have lse = sink."""
+    plan = replace(random_plan(1, batch=1, heads=4, query_len=90, key_len=90), window=0, sink=0)
+    q, k, v = draw(plan, heads=4, groups=2, dim=32)
+    check(plan, q, k, v, sinks=torch.tensor([-100.0, 0.0, 5.0, 100.0]))
+    nothing = SparsePlan(4, 90, 90, Extent.full(1, 90, 90))
+    out, lse = run(q, k, v, nothing, scale=1.0, sinks=torch.tensor([-3.0, 0.0, 2.0, -math.inf]))
+    assert bool((out == 0).all())
+    torch.testing.assert_close(lse[0, :, 7], torch.tensor([-3.0, 0.0, 2.0, -math.inf]))
+
+
+@every_dtype
+def test_empty_rows(dtype: torch.dtype) -> None:
+    plan = SparsePlan(2, 100, 100, Extent.full(1, 100, 100))
+    out, lse = run(*draw(plan, heads=2, groups=1, dim=64, dtype=dtype), plan, scale=1.0)
+    assert bool((out == 0).all())
+    assert bool((lse == -math.inf).all())
+
+
+def test_no_tokens() -> None:
+    plan = SparsePlan.dense(1, 0, 5, Extent([5], [0], [5]))
+    out, lse = run(*draw(plan, heads=1, groups=1, dim=16), plan, scale=1.0)
+    assert (out.shape, lse.shape) == ((1, 1, 0, 16), (1, 1, 0))
+
+
+@every_dtype
+@pytest.mark.parametrize("part", ["blocks", "window", "columns"])
+def test_masked_keys_leave_no_trace(dtype: torch.dtype, part: str) -> None:
+    """Replacing tokens from j on leaves every earlier output and lse bit-identical."""
+    length = 150
+    if part == "columns":
+        plan = SparsePlan(
+            1,
+            length,
+            length,
+            Extent.full(1, length, length),
+            column_group=3,
+            column_indptr=torch.tensor([0, length]),
+            column_indices=torch.arange(length, dtype=torch.int32),
+        )
+    else:
+        mask = torch.full((1, 1, 3, 3), part == "blocks")
+        plan = SparsePlan.from_block_mask(mask, length, length, window=2 * length if part == "window" else 0)
+    q, k, v = draw(plan, heads=2, groups=1, dim=32, dtype=dtype)
+    out, lse = run(q, k, v, plan, scale=0.2)
+    for j in (1, 64, 130, 149):
+        k2, v2 = k.clone(), v.clone()
+        k2[:, :, j:] = 300.0
+        v2[:, :, j:] = -1e4
+        out2, lse2 = run(q, k2, v2, plan, scale=0.2)
+        assert torch.equal(out[:, :, :j], out2[:, :, :j])
+        assert torch.equal(lse[:, :, :j], lse2[:, :, :j])
+
+
+def test_strided_inputs() -> None:
+    """[B, S, H, D] storage seen as [B, H, S, D], gaps between rows, and a last dimension that is not contiguous."""
+    plan = random_plan(7, batch=2, heads=2, query_len=70, key_len=70)
+    q, k, v = draw(plan, heads=4, groups=2, dim=32)
+    expected, expected_lse = run(q, k, v, plan, scale=0.1)
+    swapped = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    gaps = [F.pad(t, (3, 5), value=math.nan)[..., 3:-5] for t in (q, k, v)]
+    columns = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)]
+    for q2, k2, v2 in (swapped, gaps, columns):
+        out, lse = run(q2, k2, v2, plan, scale=0.1)
+        assert out.is_contiguous()
+        assert torch.equal(out, expected)
+        assert torch.equal(lse, expected_lse)
+
+
+@every_dtype
+def test_error_is_like_sdpa(dtype: torch.dtype) -> None:
+    """At most 1.5 times the error of torch's SDPA under the same mask, both against fp64."""
+    blocks = 4 * FULL_SIZE
+    mask = torch.rand(1, 2, blocks, blocks, generator=torch.Generator().manual_seed(1)) < 0.3
+    length = blocks * 64 - 9
+    plan = SparsePlan.from_block_mask(mask | torch.eye(blocks, dtype=torch.bool), length, length)
+    q, k, v = draw(plan, heads=4, groups=2, dim=64, dtype=dtype)
+    case = Case(q, k, v, plan.extent, 64**-0.5)
+    assert_accurate(case, plan, *run(q, k, v, plan, scale=case.scale), most_rows=300)
+
+
+def test_operator_is_registered_properly() -> None:
+    plan = SparsePlan.dense(1, 9, 9, Extent.full(1, 9, 9))
+    q, k, v = (t.to(DEVICE) for t in draw(plan, heads=1, groups=1, dim=8))
+    arguments = executor._arguments(q, k, v, plan, 1.0, None, None)
+    torch.library.opcheck(torch.ops.gossamer.triton_execute.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda q, k, v: (q.double(), k.double(), v.double()), TypeError, "takes float32, bfloat16 or float16"),
+        (lambda q, k, v: (q.half(), k, v), TypeError, "must share a dtype"),
+        (lambda q, k, v: (q[:, :, :3], k, v), ValueError, "the plan is for batch 1, 4 queries"),
+        (lambda q, k, v: tuple(F.pad(t, (0, 300)) for t in (q, k, v)), ValueError, "head dimensions 1 to 256, got 308"),
+        (lambda q, k, v: tuple(t.to("meta") for t in (q, k, v)), ValueError, "takes CUDA tensors, got meta"),
+    ],
+)
+def test_bad_inputs_are_named(change, error, message: str) -> None:
+    plan = SparsePlan.dense(1, 4, 4, Extent.full(1, 4, 4))
+    inputs = change(*draw(plan, heads=1, groups=1, dim=8))
+    on_device = [t if t.is_meta else t.to(DEVICE) for t in inputs]
+    with pytest.raises(error, match=message):
+        executor.execute(*on_device, plan, scale=1.0)
+
+
+@pytest.mark.skipif(ON_GPU, reason="needs to run without a GPU")
+def test_a_cpu_tensor_without_the_interpreter_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    plan = SparsePlan.dense(1, 4, 4, Extent.full(1, 4, 4))
+    with pytest.raises(ValueError, match="set TRITON_INTERPRET=1"):
+        executor.execute(*draw(plan, heads=1, groups=1, dim=8), plan, scale=1.0)
