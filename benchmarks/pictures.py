@@ -77,7 +77,7 @@ def roofline(sections: dict) -> None:
     panel.line(
         [panel.place(max(1, low / read), max(low, read)), panel.place(knee, peak), panel.place(1024, peak)], "#444"
     )
-    panel.text(*panel.place(300, peak * 1.08), f"torch's matrix product, {peak:.0f} GFLOP/s", size=10)
+    panel.text(*panel.place(knee, peak * 1.08), f"torch's matrix product, {peak:.0f} GFLOP/s", "start", size=10)
     panel.text(*panel.place(knee * 0.25, peak * 0.42), f"reading memory, {read:.0f} GB/s", "end", size=10)
     for n, series in enumerate(points.values()):
         for x, y, hint in series:
