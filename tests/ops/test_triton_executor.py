@@ -1,20 +1,26 @@
 """The Triton executor against the definition: on a CUDA device where there is one, else interpreted on the CPU."""
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer import Extent, SparsePlan
+from gossamer import Extent, SparsePlan, methods
 from gossamer.ops import reference
 from gossamer.ops import triton as executor
-from gossamer.testing import Case, assert_accurate, random_plan
+from gossamer.ops.triton import config
+from gossamer.testing import SITUATIONS, Case, assert_accurate, make_case, random_plan
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),  # the interpreter's NumPy
     pytest.mark.skipif(not executor.is_available(), reason=f"{executor.why_unavailable()}"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
@@ -23,6 +29,16 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 FULL_SIZE = 16 if ON_GPU else 1  # the interpreter is slow
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+METHODS: list[tuple[str, dict]] = [
+    ("dense", {}),
+    ("a_shape", {"sink": 9, "window": 50}),
+    ("tri_shape", {"sink": 9, "window": 50, "last": 40}),
+    ("vertical_slash", {"vertical_size": 40, "slash_size": 100}),
+    ("vertical_slash", {"vertical_size": 40, "slash_size": 60, "exact": True}),
+    ("block_sparse", {"blocks": 2}),
+    ("minference", {"vertical_size": 40, "slash_size": 100}),
+    ("max_relative", {"alpha": 0.3, "sink_blocks": 1, "window_blocks": 1, "last_rows": 64}),
+]
 
 
 def draw(
@@ -264,6 +280,20 @@ def test_error_is_like_sdpa(dtype: torch.dtype) -> None:
     assert_accurate(case, plan, *run(q, k, v, plan, scale=case.scale), most_rows=300)
 
 
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry[0] + ("-exact" if "exact" in entry[1] else ""))
+def test_methods(entry: tuple[str, dict], situation: str) -> None:
+    method = methods.create(entry[0], **entry[1])
+    for dtype, dim in ((torch.float32, 16), (torch.bfloat16, 80)):
+        case = make_case(situation, length=201 * FULL_SIZE, heads=4, groups=2, dim=dim, dtype=dtype)
+        plan = method.plan(case.q, case.k, scale=case.scale, extent=case.extent, layer=0)
+        assert_accurate(case, plan, *run(case.q, case.k, case.v, plan, scale=case.scale))
+
+
+def test_every_available_method_is_in_the_list() -> None:
+    assert {name for name, _ in METHODS} == set(methods.available())
+
+
 def test_operator_is_registered_properly() -> None:
     plan = SparsePlan.dense(1, 9, 9, Extent.full(1, 9, 9))
     q, k, v = (t.to(DEVICE) for t in draw(plan, heads=1, groups=1, dim=8))
@@ -295,3 +325,43 @@ def test_a_cpu_tensor_without_the_interpreter_is_refused(monkeypatch) -> None:
     plan = SparsePlan.dense(1, 4, 4, Extent.full(1, 4, 4))
     with pytest.raises(ValueError, match="set TRITON_INTERPRET=1"):
         executor.execute(*draw(plan, heads=1, groups=1, dim=8), plan, scale=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler for Linux")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_without_a_gpu(capability: int, tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("compile_triton.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("matrix") == 2
+
+
+def problem(**changes) -> config.Problem:
+    fields = dict(capability=(9, 0), dim=128, element_size=2, rows=128, block_k=128, bucket=17)
+    return config.Problem(**(fields | changes))
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (0, 0)])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+def test_every_architecture_has_a_configuration(capability: tuple[int, int], dim: int) -> None:
+    for block_k in (1, 16, 48, 64, 100, 128):
+        chosen = config.choose(problem(capability=capability, dim=dim, block_k=block_k))
+        assert chosen.tile_n & (chosen.tile_n - 1) == 0
+        assert chosen.tile_n >= 16
+        assert block_k % chosen.tile_n == 0 or block_k in (1, 48, 100)
+
+
+def test_tuning_holds_for_a_bucket_of_lengths() -> None:
+    plan_len = {length: problem(bucket=length.bit_length()) for length in (70_000, 100_000, 140_000)}
+    slow = config.choose(plan_len[70_000])
+    fast = next(c for c in config.candidates(plan_len[70_000]) if c != slow)
+    try:
+        config.tune(plan_len[70_000], lambda c: 1.0 if c == fast else 2.0)
+        assert config.choose(plan_len[100_000]) == fast
+        assert config.choose(plan_len[140_000]) == slow
+    finally:
+        config.forget()
