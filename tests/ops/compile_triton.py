@@ -48,7 +48,7 @@ def compile_attend(capability: int, dtype: str, dim: int, tile: tuple[int, int],
 
 if __name__ == "__main__":
     capability = int(sys.argv[1])
-    everything = set(FLAGS)
+    everything: set[str] = set(FLAGS)
     unpermuted = everything - {"Q_ORDER", "K_ORDER"}
     for dtype, dim, tile, flags in (
         ("bf16", 128, (128, 64), {"HAS_BLOCKS", "HAS_COLUMNS", "CAUSAL"}),

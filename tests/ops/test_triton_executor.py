@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def draw(
 
 def run(q, k, v, plan, *, scale, sinks=None, softcap=None) -> tuple[Tensor, Tensor]:
     sinks = None if sinks is None else sinks.to(DEVICE)
-    out, lse = executor.execute(*(t.to(DEVICE) for t in (q, k, v)), plan, scale=scale, sinks=sinks, softcap=softcap)
+    q, k, v = (t.to(DEVICE) for t in (q, k, v))
+    out, lse = executor.execute(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
     return out.cpu(), lse.cpu()
 
 
@@ -116,7 +118,7 @@ def test_each_part_alone(part: str) -> None:
     if part == "columns":
         rows = [torch.randperm(length, generator=generator)[:70].sort().values.int() for _ in range(2)]
         columns = {"column_group": 5, "column_indptr": torch.tensor([0, 70, 140]), "column_indices": torch.cat(rows)}
-    bands = {part: [7, 60]} if part in ("sink", "window") else {}
+    bands: dict[str, Any] = {part: [7, 60]} if part in ("sink", "window") else {}
     plan = SparsePlan.from_block_mask(mask, length, length, block_q=32, block_k=32, **columns, **bands)
     check(plan, *draw(plan, heads=4, groups=2, dim=32))
 
@@ -314,9 +316,9 @@ def test_operator_is_registered_properly() -> None:
 def test_bad_inputs_are_named(change, error, message: str) -> None:
     plan = SparsePlan.dense(1, 4, 4, Extent.full(1, 4, 4))
     inputs = change(*draw(plan, heads=1, groups=1, dim=8))
-    on_device = [t if t.is_meta else t.to(DEVICE) for t in inputs]
+    q, k, v = (t if t.is_meta else t.to(DEVICE) for t in inputs)
     with pytest.raises(error, match=message):
-        executor.execute(*on_device, plan, scale=1.0)
+        executor.execute(q, k, v, plan, scale=1.0)
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs to run without a GPU")
@@ -341,7 +343,7 @@ def test_compiles_without_a_gpu(capability: int, tmp_path: Path) -> None:
 
 
 def problem(**changes) -> config.Problem:
-    fields = dict(capability=(9, 0), dim=128, element_size=2, rows=128, block_k=128, bucket=17)
+    fields: dict[str, Any] = dict(capability=(9, 0), dim=128, element_size=2, rows=128, block_k=128, bucket=17)
     return config.Problem(**(fields | changes))
 
 

@@ -100,7 +100,8 @@ def autotune(
 
     def seconds(config: Config) -> float:
         try:
-            return do_bench(lambda: launch(*arguments, config=config), return_mode="median") / 1e3
+            milliseconds = do_bench(lambda: launch(*arguments, config=config), return_mode="median")
+            return float(milliseconds) / 1e3  # pyright: ignore[reportArgumentType]
         except OutOfResources:
             return math.inf
 

@@ -9,6 +9,9 @@ A tile's keys fall into ranges. Pairs in the clean range (all rows of the tile m
 any) need no mask; since indices ascend, the clean blocks and columns of a row are consecutive and found by bisection.
 """
 
+# Triton compiles these functions; their parameters and constants are not what Python sees.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -1,5 +1,8 @@
 """From the operator's arguments to a grid of programs. Imports Triton."""
 
+# Triton compiles these functions; their parameters and constants are not what Python sees.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import math
