@@ -117,10 +117,26 @@ def test_flex_block_mask_covers_the_same_pairs(seed: int) -> None:
     batch, head, query, key = torch.meshgrid(
         torch.arange(2), torch.arange(4), torch.arange(128), torch.arange(192), indexing="ij"
     )
-    listed = flex.to_dense().bool()
-    listed = listed.repeat_interleave(32, 2).repeat_interleave(32, 3)
-    pairs = flex.mask_mod(batch, head, query, key) & listed
+
+    def tiles(counts: torch.Tensor | None, order: torch.Tensor | None) -> torch.Tensor:
+        assert counts is not None
+        assert order is not None
+        listed = torch.zeros(2, 4, 4, 6, dtype=torch.bool)
+        listed.scatter_(3, order.long(), torch.arange(6) < counts[..., None])
+        return listed.repeat_interleave(32, 2).repeat_interleave(32, 3)
+
+    partial = tiles(flex.kv_num_blocks, flex.kv_indices)
+    whole = tiles(flex.full_kv_num_blocks, flex.full_kv_indices)
+    assert not bool((partial & whole).any())
+    pairs = flex.mask_mod(batch, head, query, key) & partial | whole
     assert torch.equal(pairs, plan.to_mask().repeat_interleave(2, 1))
+
+
+def test_flex_lists_blocks_below_the_diagonal_as_whole() -> None:
+    plan = SparsePlan.from_block_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool), 250, 250)
+    whole = plan.to_block_mask().full_kv_num_blocks
+    assert whole is not None
+    assert whole.tolist() == [[[0, 1, 2, 0]]]  # the last query block is cut off by the length
 
 
 def test_flex_refuses_permuted_plans() -> None:

@@ -10,17 +10,22 @@ from gossamer.plan import SparsePlan
 
 
 def to_block_mask(plan: SparsePlan, num_heads: int) -> BlockMask:
-    """See `SparsePlan.to_block_mask`. Tiles that any part touches are listed; ``mask_mod`` is the definition."""
+    """See `SparsePlan.to_block_mask`. Listed are the tiles that any part touches, those that are computed whole apart;
+    ``mask_mod`` is the definition, for the others."""
     if plan.q_order is not None or plan.k_order is not None:
         raise ValueError("FlexAttention cannot express a permuted plan; permute q, k and v and plan without an order")
     if num_heads % plan.heads:
         raise ValueError(f"num_heads ({num_heads}) must be a multiple of the plan's heads ({plan.heads})")
     share = num_heads // plan.heads
-    touched = _touched_tiles(plan)
-    counts = touched.sum(dim=-1).to(torch.int32)
-    # A stable descending sort of the flags lists the touched key blocks first, ascending.
-    order = touched.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
+    touched, whole = _touched_tiles(plan), _whole_tiles(plan)
     device = plan.device
+
+    def listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        counts = tiles.sum(dim=-1).to(torch.int32)
+        # A stable descending sort of the flags lists the flagged key blocks first, ascending.
+        order = tiles.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
+        return counts.repeat_interleave(share, dim=1), order.repeat_interleave(share, dim=1)
+
     selected, columns = plan.block_mask(), plan.column_mask()
     sink, window = torch.as_tensor(plan.sink), torch.as_tensor(plan.window)
     query_start = plan.extent.query_start.to(device)
@@ -49,8 +54,8 @@ def to_block_mask(plan: SparsePlan, num_heads: int) -> BlockMask:
         return allowed & chosen
 
     return BlockMask.from_kv_blocks(
-        counts.repeat_interleave(share, dim=1),
-        order.repeat_interleave(share, dim=1),
+        *listed(touched & ~whole),
+        *listed(whole),
         BLOCK_SIZE=(block_q, block_k),
         mask_mod=mask_mod,
         seq_lengths=(plan.query_len, plan.key_len),
@@ -77,3 +82,20 @@ def _touched_tiles(plan: SparsePlan) -> Tensor:
     if plan.causal:
         touched = touched & (kpos <= qpos + plan.block_q - 1)
     return touched
+
+
+def _whole_tiles(plan: SparsePlan) -> Tensor:
+    """Selected blocks all of whose pairs are computed, bool ``[B, heads, M, N]``. None is cut off by the lengths."""
+    device = plan.device
+    first_q = torch.arange(plan.num_query_blocks, device=device) * plan.block_q
+    first_k = torch.arange(plan.num_key_blocks, device=device) * plan.block_k
+    qpos = (first_q + plan.extent.query_start.to(device)[:, None])[:, :, None]
+    kpos = (first_k - plan.extent.key_start.to(device)[:, None])[:, None, :]
+    last_qpos, past_kpos = qpos + plan.block_q - 1, kpos + plan.block_k
+    whole = (kpos >= 0) & (past_kpos <= plan.extent.key_count.to(device)[:, None, None])
+    whole = whole & (first_q + plan.block_q <= plan.query_len)[:, None]
+    if plan.causal:
+        whole = whole & (past_kpos - 1 <= qpos)
+    if plan.limit is not None:
+        whole = whole & (last_qpos - kpos < plan.limit) & (past_kpos - 1 - qpos < plan.limit)
+    return plan.block_mask() & whole[:, None]

@@ -342,6 +342,13 @@ class SparsePlan:
         """The same plan under a model's own sliding window of ``limit`` tokens."""
         return self if limit == self.limit else replace(self, limit=limit)
 
+    def to(self, device: torch.device | str) -> SparsePlan:
+        """The same plan with its tensors on ``device``; the extent stays on the CPU."""
+        if torch.device(device) == self.device:
+            return self
+        moved = {name: value.to(device) for name in self.__slots__ if isinstance(value := getattr(self, name), Tensor)}
+        return replace(self, **moved)
+
     def block_mask(self) -> Tensor:
         """The selected blocks as bool ``[B, heads, M, N]``; columns and bands are not in it."""
         rows = self.batch * self.heads * self.num_query_blocks

@@ -1,0 +1,108 @@
+"""The FlexAttention executor: the same plan through PyTorch's own block-sparse kernels, on CPUs and GPUs.
+
+An independent oracle, and the fallback on CUDA devices for which the Triton executor has no kernel. On CUDA it is
+compiled; a plan of another structure (block sizes, parts, window) compiles anew. On CPUs FlexAttention returns the
+LSE only uncompiled, and then holds all S x T logits: there it serves as an oracle. Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.ops.reference import check_inputs
+from gossamer.plan import SparsePlan
+
+__all__ = ["execute"]
+
+
+def execute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over exactly the pairs that the plan names. See `gossamer.ops.reference.execute`, the definition.
+
+    Returns:
+        out ``[B, H, S, Dv]`` in q's dtype and lse fp32 ``[B, H, S]``.
+
+    Raises:
+        ValueError, TypeError: as `gossamer.ops.reference.check_inputs`; a permuted plan; fp64; a soft-cap that is not
+            above 0.
+    """
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    check_inputs(q, k, v, plan, sinks)
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"FlexAttention takes float32, bfloat16 or float16, got {q.dtype}; convert q, k and v")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0 or None, got {softcap}")
+    if q.numel() == 0 or k.numel() == 0:
+        lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), _add_sinks(lse, sinks)
+    attend = _compiled() if q.is_cuda else _uncompiled
+    out, aux = attend(
+        q,
+        _cleared(k, plan),
+        _cleared(v, plan),
+        score_mod=None if softcap is None else _cap(softcap),
+        block_mask=plan.to(q.device).to_block_mask(q.shape[1]),
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    lse = aux.lse.float()
+    # The two paths of FlexAttention say differently that a row attends nothing.
+    empty = ~(lse > torch.finfo(lse.dtype).min)
+    out = out.masked_fill(empty[..., None], 0.0)
+    lse = lse.masked_fill(empty, float("-inf"))
+    if sinks is None:
+        return out, lse
+    with_sinks = _add_sinks(lse, sinks)
+    return (out * torch.exp(lse - with_sinks)[..., None]).to(q.dtype), with_sinks
+
+
+def _add_sinks(lse: Tensor, sinks: Tensor | None) -> Tensor:
+    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse).view(1, -1, 1))
+
+
+def _cleared(x: Tensor, plan: SparsePlan) -> Tensor:
+    """Zeros in dead slots, which may hold anything; 0 * NaN is NaN."""
+    if bool((plan.extent.key_start == 0).all() and (plan.extent.key_count == plan.key_len).all()):
+        return x
+    position = plan.extent.key_positions(plan.key_len)
+    dead = (position < 0) | (position >= plan.extent.key_count[:, None])
+    return x.masked_fill(dead.to(x.device)[:, None, :, None], 0.0)
+
+
+def _cap(softcap: float) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+def _uncompiled(*arguments: Any, **options: Any) -> Any:
+    """All S x T logits are held, as this module says and FlexAttention warns."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile", category=UserWarning)
+        return flex_attention(*arguments, **options)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
