@@ -69,7 +69,8 @@ class Policy:
 class CallRecord:
     """What one call did. ``reason`` says why a call went dense; None where nothing else was asked for.
 
-    ``density`` is computed pairs over the pairs that dense attention computes; seconds are wall-clock.
+    ``density`` is computed pairs over the pairs that dense attention computes; seconds are wall-clock, on CUDA devices
+    until the work is issued, not until it is done.
     """
 
     layer: int | None
@@ -182,7 +183,7 @@ def sparse_attention(
     else:
         executor = ops.executor_for(q)
         if executor == "reference":
-            _warn_reference()
+            _warn_reference(ops.why_reference(q))
         out, lse = ops.execute(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
     if reason is not None:
         _log_once(reason)
@@ -229,13 +230,16 @@ def _runs_own_kernel(policy: Policy, reason: str | None, q: Tensor, key_len: int
     if isinstance(policy.method, Dense):
         return policy.method.kernel == "gossamer"
     if reason == TOO_DENSE:
-        return ops.executor_for(q) != "reference"
+        return q.device.type == "cpu" and ops.executor_for(q) != "reference"
     return reason in ("decode", "few queries") and decodes_on_kernel(policy, q, key_len)
 
 
 def decodes_on_kernel(policy: Policy, q: Tensor, key_len: int) -> bool:
-    """Whether few queries against these keys run on our executor: not under plain dense attention, nor short caches."""
-    if isinstance(policy.method, Dense) and policy.method.kernel == "torch":
+    """Whether few queries against these keys run on our executor: on CPUs, where it splits them over the keys.
+
+    Not under plain dense attention, nor against short caches.
+    """
+    if q.device.type != "cpu" or (isinstance(policy.method, Dense) and policy.method.kernel == "torch"):
         return False
     return key_len >= STREAMED_KEYS.get(q.element_size(), key_len + 1) and ops.executor_for(q) != "reference"
 
@@ -314,9 +318,8 @@ def _log_once(reason: str) -> None:
     logger.info("attention runs dense: %s (counted in stats; logged once)", reason)
 
 
-@functools.lru_cache(maxsize=1)
-def _warn_reference() -> None:
-    why = ops.why_reference()
+@functools.cache
+def _warn_reference(why: str) -> None:
     warnings.warn(
         f"gossamer runs its torch reference path, which is slower than dense attention and needs memory for S x T "
         f"logits in chunks: {why}. Results are right; there is no speed-up.",

@@ -22,11 +22,19 @@ __all__ = ["add_parser", "examine", "examine_cpu"]
 
 # Instruction sets that some kernel could use, as Linux names them.
 _FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512(f|bw|vl|dq|_bf16|_fp16|_vnni)|amx_\w+|asimd|sve2?|bf16|i8mm")
-_ENVIRONMENT = ("GOSSAMER_CPU_ISA", "GOSSAMER_PLANNER", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+_ENVIRONMENT = (
+    "GOSSAMER_EXECUTOR",
+    "GOSSAMER_CPU_ISA",
+    "GOSSAMER_PLANNER",
+    "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PACKAGES = {
     "transformers": "gossamer.enable and `gossamer run` need it: pip install 'gossamer[cli]'",
     "tqdm": "progress bars need it: pip install 'gossamer[cli]'",
+    "triton": "CUDA devices need it: pip install 'gossamer[triton]'",
 }
 
 
@@ -46,13 +54,14 @@ def execute(arguments: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """What the machine has, what is chosen, and what is off and why; plain JSON types."""
     executors, tests = {}, {}
-    for dtype in _DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        try:
-            executors[name] = ops.executor_for(torch.empty(1, 1, 1, 64, dtype=dtype))
-            tests[name] = _self_test(dtype)
-        except (ValueError, RuntimeError) as error:
-            executors[name] = tests[name] = f"error: {first_line(error)}"
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for dtype in _DTYPES:
+            name = str(dtype).removeprefix("torch.") + ("" if device == "cpu" else f" on {device}")
+            try:
+                executors[name] = ops.executor_for(torch.empty(1, 1, 1, 64, dtype=dtype, device=device))
+                tests[name] = _self_test(dtype, device)
+            except (ValueError, TypeError, RuntimeError) as error:
+                executors[name] = tests[name] = f"error: {first_line(error)}"
     packages = {"torch": torch.__version__} | {name: _version(name) for name in _PACKAGES}
     report = {
         "gossamer": __version__,
@@ -83,16 +92,16 @@ def examine_cpu() -> dict[str, Any]:
     }
 
 
-def _self_test(dtype: torch.dtype) -> str:
+def _self_test(dtype: torch.dtype, device: str) -> str:
     """Run a small plan on the chosen executor against the definition."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, 200, 64, generator=generator).to(dtype)
     k, v = (torch.randn(1, 1, 200, 64, generator=generator).to(dtype) for _ in range(2))
     plan = AShape(sink=8, window=48).plan(q, k, scale=0.125, extent=Extent.full(1, 200, 200))
-    out, _ = ops.execute(q, k, v, plan, scale=0.125)
+    out, _ = ops.execute(q.to(device), k.to(device), v.to(device), plan.to(device), scale=0.125)
     expected, _ = reference.execute(q.double(), k.double(), v.double(), plan, scale=0.125)
     # The output is rounded to the dtype, and so may be the weights on the way.
-    error, bound = float((out.double() - expected).abs().max()), 8 * torch.finfo(dtype).eps
+    error, bound = float((out.cpu().double() - expected).abs().max()), 8 * torch.finfo(dtype).eps
     return "ok" if error <= bound else f"WRONG: off by {error:.1e}, more than {bound:.1e}"
 
 
@@ -106,10 +115,8 @@ def _what_is_off(report: dict[str, Any]) -> list[str]:
     for dtype, result in report["self_test"].items():
         if result != "ok":
             off.append(f"executor for {dtype}: {result}")
-    if report["gpus"]:
-        off.append("GPU: seen, but there is no GPU executor yet; models on it run the torch reference path")
-    else:
-        off.append("GPU: none that torch can use (and there is no GPU executor yet)")
+    if not report["gpus"]:
+        off.append("GPU: none that torch can use")
     off += [f"{name}: not installed; {why}" for name, why in _PACKAGES.items() if report["packages"][name] is None]
     return off
 
