@@ -13,90 +13,18 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from decoder import Layer, Width
 from timing import Bystanders, machine, write
-from torch import Tensor
 
-from gossamer import methods, sparse_attention
-from gossamer.attention import CallRecord, Policy
+from gossamer import methods
+from gossamer.attention import Policy
 from gossamer.cli.specs import parse_method, split_specs
 from gossamer.evaluate.runner import parse_lengths
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
-MLP_ROWS = 4096  # tokens that the MLP takes at once
-
-
-@dataclass(frozen=True)
-class Width:
-    hidden: int = 4096
-    heads: int = 32
-    groups: int = 8
-    dim: int = 128
-    mlp: int = 14336
-
-
-@dataclass
-class Layer:
-    """One decoder layer; its seconds are kept by part."""
-
-    width: Width
-    seconds: dict[str, float] = field(default_factory=dict)
-    records: list[CallRecord] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        w = self.width
-
-        def weight(rows: int, columns: int) -> Tensor:
-            return torch.randn(rows, columns, dtype=torch.bfloat16) * columns**-0.5
-
-        self.qkv = weight((w.heads + 2 * w.groups) * w.dim, w.hidden)
-        self.out = weight(w.hidden, w.heads * w.dim)
-        self.gate, self.up = weight(w.mlp, w.hidden), weight(w.mlp, w.hidden)
-        self.down = weight(w.hidden, w.mlp)
-
-    def run(self, x: Tensor, policy: Policy) -> Tensor:
-        """Hidden states ``[S, hidden]`` after the layer."""
-        w, tokens = self.width, x.shape[0]
-        projected = self._timed("projections", lambda: F.linear(F.rms_norm(x, (w.hidden,)), self.qkv))
-        q, k, v = projected.split([w.heads * w.dim, w.groups * w.dim, w.groups * w.dim], dim=-1)
-        q, k, v = (t.view(1, tokens, -1, w.dim).transpose(1, 2) for t in (q, k, v))
-        q, k = self._timed("projections", lambda: (rotate(q), rotate(k)))
-        attended = self._timed(
-            "attention", lambda: sparse_attention(q, k, v, policy, layer=0, record=self.records.append)
-        )
-        assert isinstance(attended, Tensor)
-        attended = attended.transpose(1, 2).reshape(tokens, -1)
-        x = self._timed("projections", lambda: x + F.linear(attended, self.out))
-        return self._timed("mlp", lambda: self._mlp(x))
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        for rows in x.split(MLP_ROWS):
-            normed = F.rms_norm(rows, (self.width.hidden,))
-            rows += F.linear(F.silu(F.linear(normed, self.gate)) * F.linear(normed, self.up), self.down)
-        return x
-
-    def _timed(self, part: str, call):
-        started = time.perf_counter()
-        result = call()
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
-        return result
-
-
-def rotate(x: Tensor) -> Tensor:
-    """Rotary positions, base 500,000, in float32."""
-    half = x.shape[-1] // 2
-    angle = torch.arange(x.shape[2])[:, None] * 5e5 ** (-torch.arange(half) / half)
-    cos, sin = angle.cos(), angle.sin()
-    turned = torch.empty_like(x)
-    for head in range(x.shape[1]):  # a head at a time: float32 copies of all would not fit
-        a, b = x[:, head, :, :half].float(), x[:, head, :, half:].float()
-        turned[:, head, :, :half] = a * cos - b * sin
-        turned[:, head, :, half:] = b * cos + a * sin
-    return turned
 
 
 def main() -> int:
@@ -121,11 +49,12 @@ def main() -> int:
                 continue
             x = torch.randn(length, width.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
             for layer in layers:
-                layer.seconds, layer.records = {}, []
+                layer.reset()
             started = time.perf_counter()
             for layer in layers:
                 x = layer.run(x, Policy(method))
             total = time.perf_counter() - started
+            parts = [layer.watch.seconds() for layer in layers]
             records = [record for layer in layers for record in layer.records]
             row = {
                 "method": name,
@@ -135,7 +64,7 @@ def main() -> int:
                 "density": round(sum(r.density for r in records) / len(records), 4),
                 "plan_s": round(sum(r.plan_seconds for r in records), 3),
                 "dense_because": [r.reason for r in records if r.reason],
-                **{part + "_s": round(sum(layer.seconds[part] for layer in layers), 3) for part in layers[0].seconds},
+                **{f"{part}_s": round(sum(one[part] for one in parts), 3) for part in parts[0]},
             }
             rows.append(row)
             print(json.dumps(row), flush=True)

@@ -22,7 +22,8 @@ METHODS: list[tuple[str, dict]] = [
 
 def run(q, k, v, plan, **options):
     options["sinks"] = None if options.get("sinks") is None else options["sinks"].to(DEVICE)
-    out, lse = flex.execute(*(t.to(DEVICE) for t in (q, k, v)), plan, **options)
+    q, k, v = (t.to(DEVICE) for t in (q, k, v))
+    out, lse = flex.execute(q, k, v, plan, **options)
     return out.cpu(), lse.cpu()
 
 
