@@ -63,18 +63,34 @@ def random_blocks(shape: Shape, density: float | None, block_k: int = 64, seed: 
     """Random blocks with the diagonal, one plan per key/value head, at a share of the causal pairs; None: dense."""
     if density is None:
         return SparsePlan.dense(shape.groups, shape.query_len, shape.length, shape.extent())
-    rows, columns = -(-shape.query_len // 64), -(-shape.length // block_k)
+    return random_blocks_of(shape.groups, shape.length, density, block_k=block_k, queries=shape.query_len, seed=seed)
+
+
+def random_blocks_of(
+    heads: int,
+    length: int,
+    density: float,
+    *,
+    block_q: int = 64,
+    block_k: int = 64,
+    queries: int | None = None,
+    seed: int = 0,
+) -> SparsePlan:
+    """Random blocks with the diagonal for the last ``queries`` tokens, at a share of the causal pairs."""
+    query_len = length if queries is None else queries
+    rows, columns = -(-query_len // block_q), -(-length // block_k)
     generator = torch.Generator().manual_seed(seed)
-    first = torch.arange(rows)[:, None] * 64 + shape.length - shape.query_len
+    first = torch.arange(rows)[:, None] * block_q + length - query_len
     begin = torch.arange(columns)[None] * block_k
-    diagonal = (begin <= first + 63) & (begin + block_k > first)
+    diagonal = (begin <= first + block_q - 1) & (begin + block_k > first)
     below = begin + block_k <= first
     # The diagonal blocks count half: about that share of their pairs is causal.
     wanted = density * (float(below.sum()) + float(diagonal.sum()) / 2) - float(diagonal.sum()) / 2
     share = max(0.0, wanted / max(1, int(below.sum())))
-    chosen = torch.rand(1, shape.groups, rows, columns, generator=generator) < share
+    chosen = torch.rand(1, heads, rows, columns, generator=generator) < share
+    extent = Extent.full(1, query_len, length)
     return SparsePlan.from_block_mask(
-        chosen & below | diagonal, shape.query_len, shape.length, extent=shape.extent(), block_k=block_k
+        chosen & below | diagonal, query_len, length, extent=extent, block_q=block_q, block_k=block_k
     )
 
 
