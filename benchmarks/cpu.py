@@ -105,13 +105,12 @@ def main() -> int:
     for name in chosen:
         section = measure(name, arguments.quick, arguments.threads)
         if "skipped" in section and report["sections"].get(name, {}).get("rows"):
-            print(f"the rows of {out} stay")
+            print(f"the rows that {out} has stay")
         elif out is not None:
             report["sections"][name] = section
             report["sections"] = {n: report["sections"][n] for n in SECTIONS if n in report["sections"]}
             write(out, report)
-    if out is not None:
-        print(f"wrote {out}")
+            print(f"wrote {name} to {out}")
     return 0
 
 
