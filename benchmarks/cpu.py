@@ -1,4 +1,4 @@
-"""Speed of the C++ executor against torch's SDPA and FlexAttention, on this machine.
+"""Speed of the C++ executor against torch's SDPA and FlexAttention, and vLLM where installed, on this machine.
 
     python benchmarks/cpu.py [--only SECTION,...] [--quick] [--threads N] [--out FILE]
 
@@ -6,7 +6,8 @@ First the contenders are verified against fp64; nothing is timed while one of th
 one process on inputs that are fresh each round, and figures are medians of seven rounds (three where a call takes more
 than 40 seconds). Beside seconds on the clock stands CPU time, and how much of the machine other programs took.
 Planning is measured by planning.py, whole layers by end_to_end.py; pictures.py draws the figures of this one.
-A section that is measured again replaces its rows in the file; the others stay.
+A section that is measured again replaces its rows in the file; the others stay. A section whose contender is missing
+here is skipped, and the file says why, unless it has rows of that section already.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from cpu_sections import SECTIONS
 from timing import ROUNDS, Bystanders, machine, write
+from vllm_attention import Unavailable, versions
 from workloads import verify
 
 from gossamer.ops import cpu
@@ -29,6 +31,8 @@ RESULTS = Path(__file__).parent / "results" / "cpu.json"
 SHOWN = (
     "speedup",
     "speedup_over_flex",
+    "speedup_over_vllm",
+    "speedup_over_vllm_with_cache_write",
     "gflops",
     "gb_per_s",
     "share_of_gemm",
@@ -51,19 +55,25 @@ def measure(name: str, quick: bool, threads: int) -> dict:
     """One section, with its circumstances."""
     print(f"\n{name}: {(SECTIONS[name].__doc__ or '').splitlines()[0]}")
     bystanders, started, rows = Bystanders(), time.perf_counter(), []
-    for row in SECTIONS[name](quick):
-        print(line(row), flush=True)
-        rows.append(row)
+    missing = None
+    try:
+        for row in SECTIONS[name](quick):
+            print(line(row), flush=True)
+            rows.append(row)
+    except Unavailable as error:
+        missing = str(error)
+        print(f"skipped: {missing}")
     share = bystanders.share()
     if share:
         print(f"other programs used {share:.0%} of the machine")
     return {
-        "machine": machine(),
+        "machine": machine() | versions(),
         "threads": threads,
         "rounds": ROUNDS,
         "date": date.today().isoformat(),
         "seconds": round(time.perf_counter() - started, 1),
         "used_by_others": share,
+        **({} if missing is None else {"skipped": missing}),
         "rows": rows,
     }
 
@@ -94,12 +104,13 @@ def main() -> int:
         report = {"sections": json.loads(out.read_text()).get("sections", {})}
     for name in chosen:
         section = measure(name, arguments.quick, arguments.threads)
-        if out is not None:
+        if "skipped" in section and report["sections"].get(name, {}).get("rows"):
+            print(f"the rows that {out} has stay")
+        elif out is not None:
             report["sections"][name] = section
             report["sections"] = {n: report["sections"][n] for n in SECTIONS if n in report["sections"]}
             write(out, report)
-    if out is not None:
-        print(f"wrote {out}")
+            print(f"wrote {name} to {out}")
     return 0
 
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from timing import alternate
 from torch import Tensor
+from vllm_attention import PagedAttention
 from workloads import DTYPES, Shape, bands, blocks_a_row, columns, random_blocks
 
 from gossamer import SparsePlan
@@ -41,10 +42,27 @@ def about(shape: Shape, plan: SparsePlan, name: str) -> dict[str, object]:
     }
 
 
-def compare(shape: Shape, plans: dict[str, SparsePlan], peak: float | None, **others: Callable[..., object]) -> Rows:
-    """SDPA, the plans and other contenders in turn; a row a plan and other contender."""
+def compare(
+    shape: Shape,
+    plans: dict[str, SparsePlan],
+    peak: float | None,
+    prepare: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    **others: Callable[..., object],
+) -> Rows:
+    """SDPA, the plans and other contenders in turn; a row a plan, with what the others took.
+
+    Args:
+        prepare: is given each round's inputs before they are timed.
+    """
+
+    def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        drawn = shape.draw(seed)
+        if prepare is not None:
+            prepare(*drawn)
+        return drawn
+
     contenders = {"sdpa": shape.sdpa, **others, **{name: shape.run(plan) for name, plan in plans.items()}}
-    series = alternate(contenders, shape.draw, warm_up=shape.length <= 32768)
+    series = alternate(contenders, inputs, warm_up=shape.length <= 32768)
     base = series["sdpa"].median
     dense = series["dense"].median if "dense" in series else None
     for name, plan in plans.items():
@@ -275,6 +293,37 @@ def peak_memory(quick: bool) -> Rows:
     }
 
 
+def vllm(quick: bool) -> Rows:
+    """vLLM's CPU attention, dense: prompts in one call, and decoding; alone, and with its writing to the cache."""
+    prompts = [
+        Shape(length, 4, 1, dim, dtype)
+        for dtype in DTYPES
+        for dim in (128, 64)
+        for length in ((1024,) if quick else (4096, 16384, 32768))
+    ]
+    decoding = [
+        Shape(length, 32, 8, 128, dtype, queries=1)
+        for dtype in DTYPES
+        for length in ((2048,) if quick else (4096, 16384, 32768))
+    ]
+    for shape in (*prompts, *decoding):
+        yield from against_vllm(shape)
+
+
+def against_vllm(shape: Shape) -> Rows:
+    """A dense plan and one of a tenth against vLLM's dense attention, which is verified first."""
+    theirs = PagedAttention(shape)
+    theirs.verify()
+    plans = {"dense": random_blocks(shape, None), "10%": random_blocks(shape, 0.1, 128)}
+    others = {"vllm": theirs.attend, "vllm_with_cache_write": theirs.write_and_attend}
+    for row in compare(shape, plans, None, theirs.prepare, **others):
+        seconds, taken = cast(float, row["median_s"]), cast(dict[str, Any], row)
+        for name in others:
+            row[f"speedup_over_{name}"] = round(taken[name]["median_s"] / seconds, 3)
+        what = row["what"] if shape.queries is None else f"decode, {row['what']}"
+        yield {**row, "what": what, "vllm_isa": theirs.isa}
+
+
 def in_child(section: str, quick: bool, environment: dict[str, str]) -> Rows:
     """A section of this module in a new process."""
     code = (
@@ -303,4 +352,5 @@ SECTIONS: dict[str, Callable[[bool], Rows]] = {
     "decode": decode,
     "growth": growth,
     "memory": memory,
+    "vllm": vllm,
 }

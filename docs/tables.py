@@ -66,6 +66,43 @@ def parts_table() -> str:
     return markdown("", ("what", "dtype", "tokens", "kernel", "density", "times SDPA", "rate"), rows)
 
 
+def vllm_table() -> str:
+    """Speed-up over vLLM's dense attention, alone and with its writing to the cache."""
+    section = cpu_sections().get("vllm")
+    if section is None or not section["rows"]:
+        return "vLLM was not installed where the figures of this page were measured."
+    machine, others = section["machine"], section["used_by_others"] or 0
+    return markdown(
+        f"vLLM {machine['vllm']}, torch {machine['torch']}, {section['threads']} threads; medians of "
+        f"{section['rounds']} rounds; other programs used {others:.0%} of the machine.",
+        (
+            "what",
+            "dtype",
+            "head dim",
+            "tokens",
+            "density",
+            "vLLM's kernel",
+            "times vLLM",
+            "with its write",
+            "times SDPA",
+        ),
+        [
+            (
+                row["what"],
+                row["dtype"],
+                row["dim"],
+                f"{row['length']:,}",
+                f"{row['density']:.3f}",
+                f"`{row['vllm_isa']}`",
+                f"{row['speedup_over_vllm']:.1f}",
+                f"{row['speedup_over_vllm_with_cache_write']:.1f}",
+                f"{row['speedup']:.1f}",
+            )
+            for row in section["rows"]
+        ],
+    )
+
+
 def targets_table() -> str:
     """What was aimed at, and what was measured."""
     sections = cpu_sections()
@@ -179,6 +216,7 @@ def methods_table() -> str:
 TABLES = {
     "cpu": cpu_table,
     "parts": parts_table,
+    "vllm": vllm_table,
     "targets": targets_table,
     "demo": demo_table,
     "methods": methods_table,
