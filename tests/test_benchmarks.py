@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from gossamer.ops import cpu as kernels
+from gossamer.ops import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="needs the C++ kernels")
+needs_triton = pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}")
 
 
 @pytest.fixture
@@ -63,3 +66,45 @@ def test_an_installation_for_another_device_is_said_to_be_one(benchmark, monkeyp
 def test_vllm_is_called_so_that_its_output_is_that_of_the_definition(benchmark, dtype, queries):
     shape = importlib.import_module("workloads").Shape(1000, 4, 2, 64, dtype, queries)
     importlib.import_module("vllm_attention").PagedAttention(shape).verify()
+
+
+@pytest.fixture
+def gpu_benchmark(monkeypatch):
+    """benchmarks/gpu.py as a module, with few contenders."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("gpu")
+    yield module
+    folder = str(ROOT / "benchmarks")
+    for name in [name for name, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(folder)]:
+        sys.modules.pop(name)
+
+
+@needs_triton
+def test_nothing_is_timed_on_a_gpu_while_a_kernel_is_wrong(gpu_benchmark, monkeypatch, tmp_path, capsys):
+    checks = importlib.import_module("gpu_verify")
+    real = triton.execute
+
+    def wrong(*arguments, **options):
+        out, lse = real(*arguments, **options)
+        return out * 1.02, lse
+
+    monkeypatch.setattr(triton, "execute", wrong)
+    every = checks._checks
+    monkeypatch.setattr(checks, "_checks", lambda *arguments: itertools.islice(every(*arguments), 1))
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--out", str(out)])
+    assert gpu_benchmark.main() == 1
+    assert "WRONG  dense, torch.bfloat16" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@needs_triton
+def test_the_gpu_benchmark_writes_what_it_measured(gpu_benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_benchmark, "verified", lambda *_args, **_options: True)
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--only", "roofline,model", "--out", str(out)])
+    assert gpu_benchmark.main() == 0
+    report = json.loads(out.read_text())
+    assert report["machine"]["commit"]
+    assert [row["what"] for row in report["sections"]["roofline"]["rows"]] == ["bf16 product", "copy"]
+    assert all(row["seconds_whole"] > 0 for row in report["sections"]["model"]["rows"])
