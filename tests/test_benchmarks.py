@@ -4,13 +4,18 @@ import importlib
 import importlib.util
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
+from gossamer import Extent, SparsePlan
+from gossamer.methods._exact_slash import exact_slash_blocks
 from gossamer.ops import cpu as kernels
-from gossamer.ops import triton
+from gossamer.ops import reference, triton
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="needs the C++ kernels")
@@ -108,3 +113,65 @@ def test_the_gpu_benchmark_writes_what_it_measured(gpu_benchmark, monkeypatch, t
     assert report["machine"]["commit"]
     assert [row["what"] for row in report["sections"]["roofline"]["rows"]] == ["bf16 product", "copy"]
     assert all(row["seconds_whole"] > 0 for row in report["sections"]["model"]["rows"])
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins are slow at full size")
+def test_the_script_for_peers_gives_both_sides_the_same_pairs(gpu_benchmark, monkeypatch, capsys):
+    """benchmarks/peers.md with stand-ins that compute, from what they are given, what the peers are said to compute."""
+    monkeypatch.chdir(ROOT)
+
+    def vertical_slash_sparse_attention(q, k, v, vertical, slash):
+        assert q.shape == k.shape == v.shape
+        assert vertical.dtype == slash.dtype == torch.int32
+        length = q.shape[2]
+
+        def chosen(index):
+            return torch.zeros(1, q.shape[1], length, dtype=torch.bool).scatter_(2, index.long(), True)
+
+        plan = exact_slash_blocks(chosen(vertical), chosen(slash), Extent.full(1, length, length), length)
+        return reference.execute(q, k, v, plan, scale=q.shape[-1] ** -0.5)[0]
+
+    def get_active_blocks(q, k, v, block, gamma, least, most, tau, interleave):
+        rows = -(-q.shape[1] // block)
+        lower = torch.ones(rows, rows).tril().flatten().nonzero()[:, 0]
+        return [[lower[: len(lower) - head] for head in range(q.shape[2])]]
+
+    def triton_block_wise_attention(q, k, v, index, block, gqa_interleave):
+        rows = -(-q.shape[1] // block)
+        mask = torch.zeros(1, q.shape[2], rows * rows, dtype=torch.bool)
+        for head, ids in enumerate(index[0]):
+            mask[0, head, ids] = True
+        plan = SparsePlan.from_block_mask(
+            mask.view(1, -1, rows, rows), q.shape[1], q.shape[1], block_q=block, block_k=block
+        )
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return reference.execute(q, k, v, plan, scale=q.shape[-1] ** -0.5)[0].transpose(1, 2)
+
+    def flex_prefill_attention(q, k, v, gamma, tau, min_budget):
+        index = get_active_blocks(q, k, v, 128, gamma, 8, 1 << 24, tau, False)
+        return triton_block_wise_attention(q, k, v, index, 128, False)
+
+    stand_ins = {
+        "minference": [vertical_slash_sparse_attention],
+        "flex_prefill.ops.flex_prefill_attention": [
+            flex_prefill_attention,
+            get_active_blocks,
+            triton_block_wise_attention,
+        ],
+    }
+    for name, functions in stand_ins.items():
+        for at in range(1, name.count(".") + 2):
+            parent = ".".join(name.split(".")[:at])
+            monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+        for function in functions:
+            setattr(sys.modules[name], function.__name__, function)
+    page = (ROOT / "benchmarks" / "peers.md").read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    with torch.inference_mode():
+        exec(compile(code, "peers.md", "exec"), {})
+    printed = capsys.readouterr().out
+    differences = [float(number) for number in re.findall(r"differs by (\S+) at most", printed)]
+    assert len(differences) == 5
+    assert max(differences) < 0.03
+    assert printed.count(" ms") == 5
