@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_transformers import DENSE_SITUATIONS, FAMILIES, SITUATIONS, pair
+from tiny_transformers import DENSE_SITUATIONS, FAMILIES, SITUATIONS, forward, pair, prompt
 
 from gossamer.integrations.transformers import NAME, Stats, enable
-from gossamer.ops import cpu
+from gossamer.ops import cpu, triton
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -75,6 +75,34 @@ def test_parity_of_decoding_on_our_own_kernel(family: str, situation: str, monke
         ours = sum(count for name, count in row.executors.items() if name.startswith("cpu/"))
         assert ours == row.calls - row.fallbacks.get("mask is not plain", 0)
         assert row.fallbacks["decode"] > 0 or row.layer in FAMILIES[family].dense_layers
+
+
+@pytest.mark.parametrize("executor", ["triton", "flex"])
+@pytest.mark.parametrize("situation", ["left padding", "chunked, left padding"])
+@pytest.mark.parametrize("family", ["llama", "gpt-oss-sinks", "gemma2-softcap"])
+def test_parity_on_the_executors_for_gpus(family: str, situation: str, executor: str, monkeypatch) -> None:
+    if executor == "triton" and not (triton.is_available() and triton.interprets()):
+        pytest.skip(triton.why_unavailable() or "Triton is not interpreted here")
+    monkeypatch.setenv("GOSSAMER_EXECUTOR", executor)
+    stats = compare(family, situation, "a_shape")
+    for row in stats:
+        assert row.executors[executor] == row.sparse_calls >= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "gpt-oss-sinks"])
+def test_parity_on_a_cuda_device(family: str) -> None:
+    stock, model = pair(family)
+    ids = prompt().to("cuda")
+    stock.to("cuda"), model.to("cuda")
+    expected = forward(stock, ids)
+    with enable(model, "max_relative", **FULL_BUDGETS["max_relative"], **ALWAYS_SPARSE) as handle:
+        got = forward(model, ids)
+        stats = handle.stats()
+    assert all(row.executors["triton"] >= 1 for row in stats if row.sparse_calls)
+    assert any(row.sparse_calls for row in stats)
+    torch.testing.assert_close(got.logits, expected.logits, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("situation", sorted(set(SITUATIONS) - DENSE_SITUATIONS))
