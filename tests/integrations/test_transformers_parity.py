@@ -95,7 +95,8 @@ def test_parity_on_the_executors_for_gpus(family: str, situation: str, executor:
 def test_parity_on_a_cuda_device(family: str) -> None:
     stock, model = pair(family)
     ids = prompt().to("cuda")
-    stock.to("cuda"), model.to("cuda")
+    stock.to("cuda")
+    model.to("cuda")
     expected = forward(stock, ids)
     with enable(model, "max_relative", **FULL_BUDGETS["max_relative"], **ALWAYS_SPARSE) as handle:
         got = forward(model, ids)
