@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
 
 from gossamer.plan import Extent
@@ -142,6 +143,7 @@ def extent_of(mask: Tensor | None, batch: int, query_len: int, key_len: int) -> 
     """
     if mask is None:
         return Extent.full(batch, query_len, key_len), key_len
+    mask = _on_host(mask)
     if mask.dtype == torch.int32:
         mask = mask[:, -key_len:]
     if mask.shape != (batch, key_len):
@@ -149,7 +151,7 @@ def extent_of(mask: Tensor | None, batch: int, query_len: int, key_len: int) -> 
             f"the mask is for batch and keys {tuple(mask.shape)}, but the attention has {(batch, key_len)}: "
             "this model builds its keys after its mask; use attn_implementation='sdpa' for it"
         )
-    live = mask.cpu().bool()
+    live = mask.bool()
     count = live.sum(dim=1)
     start = live.int().argmax(dim=1)
     end = int((start + count).max())
@@ -173,7 +175,21 @@ def extent_of_one_query(mask: Tensor | None, batch: int, key_len: int) -> tuple[
 
 def window_of(mask: Tensor | None) -> int | None:
     """The sliding window that a mask carries."""
-    return int(mask.max()) if mask is not None and mask.dtype == torch.int32 else None
+    return int(_on_host(mask).max()) if mask is not None and mask.dtype == torch.int32 else None
+
+
+# Of masks on a device: all layers of a forward pass get the same one, and only the first should wait for it.
+_host_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _on_host(mask: Tensor) -> Tensor:
+    """The mask on the CPU, copied once. Nobody changes a mask after it is made."""
+    if mask.device.type == "cpu":
+        return mask
+    copy = _host_copies.get(mask)
+    if copy is None:
+        copy = _host_copies[mask] = mask.cpu()
+    return copy
 
 
 def explicit_mask(extent: Extent, query_len: int, key_len: int, limit: int | None, device: Any) -> Tensor:
