@@ -83,10 +83,23 @@ void bind_pool(const std::string& isa, int dtype, uintptr_t x, const Sizes& stri
 // sizes: batch, heads, blocks, width, band_count; arrays in the order of Choice.
 void bind_choose(const Sizes& sizes, int rule, float alpha, const Addresses& arrays, uintptr_t bits,
                  uintptr_t counts, int threads) {
-  expect(sizes, 5, arrays, 8);
-  const Choice choice{sizes[0], sizes[1], sizes[2], sizes[3], static_cast<Rule>(rule), alpha, at<float>(arrays[0]),
-                      at<int64_t>(arrays[1]), at<uint8_t>(arrays[2]), sizes[4], at<int64_t>(arrays[3]),
-                      at<uint8_t>(arrays[4]), at<int64_t>(arrays[5]), at<int64_t>(arrays[6]), at<int64_t>(arrays[7])};
+  expect(sizes, 5, arrays, 9);
+  const Choice choice{sizes[0],
+                      sizes[1],
+                      sizes[2],
+                      sizes[3],
+                      static_cast<Rule>(rule),
+                      alpha,
+                      at<float>(arrays[0]),
+                      at<int64_t>(arrays[1]),
+                      at<double>(arrays[2]),
+                      at<uint8_t>(arrays[3]),
+                      sizes[4],
+                      at<int64_t>(arrays[4]),
+                      at<uint8_t>(arrays[5]),
+                      at<int64_t>(arrays[6]),
+                      at<int64_t>(arrays[7]),
+                      at<int64_t>(arrays[8])};
   nb::gil_scoped_release release;
   choose(choice, at<uint64_t>(bits), at<int64_t>(counts), threads);
 }
