@@ -38,6 +38,15 @@ void pool(const Kernels& kernels, const TensorView& x, int64_t batch, int64_t he
 void block_energy(const Kernels& kernels, const ScoreCall& call, int64_t block_q, int64_t block_k, int64_t at,
                   int64_t stop, float* out);
 
+struct Antidiagonal {
+  int64_t block_q, block_k, stride;  // the stride divides both
+  int64_t at, stop;                  // query blocks
+};
+
+// Mass of query blocks [at, stop) by the antidiagonals of cells of stride x stride: out [batch, heads, stop - at,
+// key blocks].
+void antidiagonal(const Kernels& kernels, const ScoreCall& call, const Antidiagonal& sizes, float* out);
+
 // The rules of selectors.py; forced candidates take part in kTopPForced, else they are united with what a rule chooses.
 enum class Rule : int {
   kNone = 0,
