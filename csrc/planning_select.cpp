@@ -82,9 +82,10 @@ class Ranking {
   }
 
  private:
-  static constexpr int kDigitBits = 11;  // three digits a key
-  static constexpr size_t kDigits = size_t{1} << kDigitBits;
-  static constexpr size_t kFew = 256;  // where counting digits costs more than comparing
+  static constexpr int kDigitBits = 8;
+  static constexpr int kDigits = 32 / kDigitBits;  // of a key
+  static constexpr size_t kDigitValues = size_t{1} << kDigitBits;
+  static constexpr size_t kFew = 64;  // where counting digits costs more than comparing
 
   static int64_t index(uint64_t entry) { return static_cast<int64_t>(entry & 0xffffffff); }
 
@@ -99,11 +100,11 @@ class Ranking {
 
   void sort() {
     if (entries_.size() < kFew) return std::sort(entries_.begin(), entries_.end());
-    uint32_t counts[3][kDigits] = {};
+    uint32_t counts[kDigits][kDigitValues] = {};
     for (const uint64_t entry : entries_)
-      for (int digit = 0; digit < 3; ++digit) ++counts[digit][digit_of(entry, digit)];
+      for (int digit = 0; digit < kDigits; ++digit) ++counts[digit][digit_of(entry, digit)];
     other_.resize(entries_.size());
-    for (int digit = 0; digit < 3; ++digit) {
+    for (int digit = 0; digit < kDigits; ++digit) {
       if (counts[digit][digit_of(entries_[0], digit)] == entries_.size()) continue;
       uint32_t at = 0;
       for (uint32_t& count : counts[digit]) at += std::exchange(count, at);
@@ -111,7 +112,7 @@ class Ranking {
       entries_.swap(other_);
     }
   }
-  static size_t digit_of(uint64_t entry, int digit) { return entry >> (32 + digit * kDigitBits) & (kDigits - 1); }
+  static size_t digit_of(uint64_t entry, int digit) { return entry >> (32 + digit * kDigitBits) & (kDigitValues - 1); }
 
   std::vector<uint64_t> entries_, other_;  // falling(score), index
   std::vector<double> sums_;

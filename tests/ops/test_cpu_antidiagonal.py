@@ -113,9 +113,8 @@ def test_dead_slots_and_padding_queries_may_hold_nan() -> None:
 
 def test_scores_do_not_depend_on_threads_strides_or_parts() -> None:
     case = make_case("left padding", length=2500, heads=4, groups=2, dim=40, dtype=torch.bfloat16)
-    moved = Case(
-        *(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (case.q, case.k, case.v)), case.extent, case.scale
-    )
+    q, k = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (case.q, case.k))
+    moved = Case(q, k, case.v, case.extent, case.scale)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
