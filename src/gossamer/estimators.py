@@ -252,12 +252,11 @@ def _antidiagonals_in_torch(
 ) -> Iterator[tuple[int, Tensor]]:
     batch, heads, query_len, dim = q.shape
     groups, key_len = k.shape[1], k.shape[2]
-    share = heads // groups
     visible = BlockVisibility(extent, query_len, key_len, stride, stride, q.device)
     position = extent.key_positions(key_len).to(k.device)
     dead = (position < 0) | (position >= extent.key_count.to(k.device)[:, None])
     keys = F.pad(k.masked_fill(dead[:, None, :, None], 0.0), (0, 0, 0, -key_len % stride))
-    keys = keys.reshape(batch, groups, 1, -1, stride * dim).transpose(-1, -2)
+    keys = keys.reshape(batch, groups, -1, stride * dim).transpose(-1, -2)
     padding = extent.query_positions(query_len).to(q.device) < 0
     blocks, cells = ceil_div(query_len, block_q), keys.shape[-1]
     step = max(1, CHUNK_BYTES // max(1, 8 * batch * heads * (block_q // stride) * cells))
@@ -265,7 +264,7 @@ def _antidiagonals_in_torch(
         first, last = at * block_q, min((at + step) * block_q, query_len)
         rows = q[:, :, first:last].masked_fill(padding[:, None, first:last, None], 0.0)
         rows = F.pad(rows, (0, 0, 0, -rows.shape[2] % stride)).unflatten(2, (-1, stride)).flip(3)
-        rows = rows.reshape(batch, groups, share, -1, stride * dim)
+        rows = rows.reshape(batch, groups, -1, stride * dim)  # of all heads of a group, so that keys are not expanded
         logits = (rows @ keys).float().mul_(scale / stride).view(batch, heads, -1, cells)
         seen = visible.any_pair(first // stride, ceil_div(last, stride))
         mass = logits.masked_fill_(~seen[:, None], float("-inf")).softmax(dim=-1)
