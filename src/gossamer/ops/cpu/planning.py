@@ -156,8 +156,7 @@ def antidiagonal_scores(
 ) -> Tensor:
     """`gossamer.estimators.antidiagonal_scores` for query blocks ``at .. stop - 1``: fp32 ``[B, H, stop - at, N]``.
 
-    Logits of bf16 and fp16 inputs stay in fp32. Working memory: about 4 MiB of packed queries a thread, and 1 KiB a
-    key block.
+    Logits of bf16 and fp16 inputs stay in fp32. Working memory of a thread: some MiB, and some KiB a key block.
     """
     _check(q, k, k.shape[2], extent)
     if stride < 1 or block_q < 1 or block_k < 1 or block_q % stride or block_k % stride:
