@@ -56,6 +56,7 @@ enum class Rule : int {
   kTopPForced = 4,
   kTopPReaching = 5,
   kTopPBelow = 6,
+  kTopPAllRows = 7,  // one list of all rows of a head
 };
 
 // Rows of choices, [batch, heads, blocks] of them, among `width` candidates.

@@ -1,5 +1,5 @@
-// Attention mass of blocks by the antidiagonals of cells: a cell pairs `stride` queries with `stride` keys, and its logit
-// is the sum of `stride` products, one for each piece of the packed queries and keys.
+// Attention mass of blocks by the antidiagonals of cells: a cell pairs `stride` queries with `stride` keys, and its
+// logit is the sum of `stride` products, one for each piece of the packed queries and keys.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -11,7 +11,7 @@
 namespace gossamer {
 namespace {
 
-constexpr int64_t kRowsAJob = 256;              // rows of cells against which a tile of keys is packed once
+constexpr int64_t kRowsAJob = 256;  // rows of cells against which a tile of keys is packed once
 constexpr int64_t kQueryBytesAJob = 4 << 20;
 
 // Key cells in tiles of at most 64. A tile holds whole blocks, or a part of one.
@@ -23,7 +23,9 @@ struct Tiling {
         run(static_cast<int>(std::min<int64_t>(cells, kChunk))),
         count(parts > 1 ? blocks * parts : ceil_div(blocks, whole)) {}
 
-  int64_t of_cell(int64_t cell) const { return parts > 1 ? cell / cells * parts + cell % cells / kChunk : cell / cells / whole; }
+  int64_t of_cell(int64_t cell) const {
+    return parts > 1 ? cell / cells * parts + cell % cells / kChunk : cell / cells / whole;
+  }
   int64_t first_block(int64_t tile) const { return parts > 1 ? tile / parts : tile * whole; }
   int64_t first_cell(int64_t tile) const {
     return first_block(tile) * cells + (parts > 1 ? tile % parts * kChunk : 0);
@@ -121,7 +123,9 @@ class Antidiagonals {
    private:
     int64_t head(int64_t r) const { return g_ * all_.share_ + r / all_.row_cells_ % all_.share_; }
     int64_t block(int64_t r) const { return first_ + r / all_.row_cells_ / all_.share_; }
-    int64_t query(int64_t r) const { return block(r) * all_.sizes_.block_q + r % all_.row_cells_ * all_.sizes_.stride; }
+    int64_t query(int64_t r) const {
+      return block(r) * all_.sizes_.block_q + r % all_.row_cells_ * all_.sizes_.stride;
+    }
     float* out_row(float* out, int64_t r) const {
       const int64_t blocks = all_.sizes_.stop - all_.sizes_.at;
       return out + ((b_ * call_.heads + head(r)) * blocks + block(r) - all_.sizes_.at) * all_.key_blocks_;
@@ -132,7 +136,8 @@ class Antidiagonals {
     // A row of cells sees those whose first live key is at or before the position of its last query.
     int64_t past_cell_of(int64_t r) const {
       if (query(r) >= call_.query_len || start_ == end_) return 0;
-      const int64_t last = std::min(query(r) + all_.sizes_.stride, call_.query_len) - 1 + call_.positions.query_start[b_];
+      const int64_t last =
+          std::min(query(r) + all_.sizes_.stride, call_.query_len) - 1 + call_.positions.query_start[b_];
       return last < 0 ? 0 : std::min(ceil_div(end_, all_.sizes_.stride), (last + start_) / all_.sizes_.stride + 1);
     }
     int64_t past_of_panel(int64_t panel) const {
@@ -189,7 +194,7 @@ class Antidiagonals {
                              scratch_.sums.data() + slot * all_.tiling_.whole);
     }
 
-    // job(row, weight of its sums against its maximum, its sums, first block) for every tile and row of a panel.
+    // visit(row, weight of its sums against its maximum, its sums, first block) for every tile and row of a panel.
     template <class Visit>
     void for_each_sum(int64_t panel, const Visit& visit) {
       for (int64_t tile = first_tile(); all_.tiling_.first_cell(tile) < past_of_panel(panel); ++tile) {

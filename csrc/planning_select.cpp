@@ -56,22 +56,29 @@ void choose_top(const float* scores, int64_t budget, int64_t low, int64_t high, 
     }
 }
 
-// A row's candidates from the best score down, as a stable sort has them: of equal scores the lower index first, NaN
-// before all. Their running sums, in fp64 and in this order, are those of the torch selectors.
+// Candidates from the best score down, as a stable sort has them: of equal scores the lower index first, NaN before all.
+// Their running sums, in fp64 and in this order, are those of the torch selectors.
 class Ranking {
  public:
-  // Scores [low, high) of a row; where is_first(j), candidate j is ranked as infinity and counts as what it is.
+  void clear() { entries_.clear(); }
+  // Candidates [low, high); where is_first(j), candidate j is ranked as infinity and counts as what it is.
   template <class IsFirst>
-  void rank(const float* scores, int64_t low, int64_t high, const IsFirst& is_first) {
-    entries_.clear();
-    for (int64_t j = low; j < high; ++j)
-      entries_.push_back(uint64_t{falling(is_first(j) ? -kNothing : scores[j])} << 32 | static_cast<uint32_t>(j));
+  void add(const float* scores, int64_t low, int64_t high, const IsFirst& is_first) {
+    for (int64_t j = low; j < high; ++j) entries_.push_back(entry(is_first(j) ? -kNothing : scores[j], j));
+  }
+  void rank(const float* scores) {
     sort();
     sums_.clear();
     double sum = 0.0;
     for (const uint64_t entry : entries_) sums_.push_back(sum += scores[index(entry)]);
   }
 
+  // Entries ascend as candidates are ranked.
+  static uint64_t entry(float score, int64_t index) {
+    return uint64_t{falling(score)} << 32 | static_cast<uint32_t>(index);
+  }
+  // The entry after the first `count`.
+  uint64_t past(size_t count) const { return count == 0 ? 0 : entries_[count - 1] + 1; }
   bool empty() const { return entries_.empty(); }
   double total() const { return sums_.back(); }
   size_t size() const { return entries_.size(); }
@@ -118,7 +125,7 @@ class Ranking {
   std::vector<double> sums_;
 };
 
-bool is_top_p(Rule rule) {
+bool is_top_p_of_a_row(Rule rule) {
   return rule == Rule::kTopP || rule == Rule::kTopPForced || rule == Rule::kTopPReaching || rule == Rule::kTopPBelow;
 }
 
@@ -130,9 +137,9 @@ size_t count_top_p(const Ranking& ranking, Rule rule, double share) {
     return count < ranking.size() ? count + 1 : 0;
   }
   const double limit = share * ranking.total();
-  if (rule == Rule::kTopPBelow) {
+  if (rule == Rule::kTopPBelow || rule == Rule::kTopPAllRows) {
     while (count < ranking.size() && ranking.up_to(count) <= limit) ++count;
-    return std::max<size_t>(count, 1);
+    return rule == Rule::kTopPBelow ? std::max<size_t>(count, 1) : count;
   }
   while (count < ranking.size() && ranking.before(count) < limit) ++count;
   return count;
@@ -146,24 +153,44 @@ struct Workspace {
 
 class Chooser {
  public:
-  explicit Chooser(const Choice& choice) : choice_(choice), words_(words_of(choice.width)), bands_of_(choice.batch * choice.heads) {
+  explicit Chooser(const Choice& choice)
+      : choice_(choice),
+        words_(words_of(choice.width)),
+        bands_of_(choice.batch * choice.heads),
+        past_(choice.batch * choice.heads) {
     if (choice.bands == nullptr) return;
     for (size_t head = 0; head < bands_of_.size(); ++head)
       for (int64_t n = 0; n < choice.band_count; ++n)
         if (choice.bands[static_cast<int64_t>(head) * choice.band_count + n]) bands_of_[head].push_back(n);
   }
 
+  // Before rows are chosen, of each head.
+  void share_out(int64_t head, Ranking& ranking) {
+    const int64_t rows = choice_.blocks, b = head / choice_.heads;
+    const float* scores = choice_.scores + head * rows * choice_.width;
+    ranking.clear();
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto [low, high] = seen(b * rows + row);
+      ranking.add(scores, row * choice_.width + low, row * choice_.width + high, [](int64_t) { return false; });
+    }
+    if (ranking.empty()) return;
+    ranking.rank(scores);
+    past_[head] = ranking.past(count_top_p(ranking, choice_.rule, choice_.shares[head % choice_.heads]));
+  }
+
   int64_t row(int64_t row, Workspace& workspace, uint64_t* bits) const {
     const int64_t block = row % choice_.blocks, head = row / choice_.blocks, b = head / choice_.heads;
     const int64_t at = b * choice_.blocks + block;
     std::fill(bits, bits + words_, uint64_t{0});
-    const int64_t low = std::clamp<int64_t>(choice_.seen[2 * at], 0, choice_.width);
-    const int64_t high = std::clamp<int64_t>(choice_.seen[2 * at + 1], low, choice_.width);
+    const auto [low, high] = seen(at);
     const float* scores = choice_.scores + row * choice_.width;
     if (choice_.rule == Rule::kRelative) choose_relative(scores, choice_.width, choice_.alpha, low, high, bits);
     if (choice_.rule == Rule::kTopK)
       choose_top(scores, choice_.budgets[head % choice_.heads], low, high, workspace.sorted, bits);
-    if (is_top_p(choice_.rule)) choose_top_p(scores, at, head, low, high, workspace.ranking, bits);
+    if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, at, head, low, high, workspace.ranking, bits);
+    if (choice_.rule == Rule::kTopPAllRows)
+      for (int64_t j = low; j < high; ++j)
+        if (Ranking::entry(scores[j], block * choice_.width + j) < past_[head]) set_bit(bits, j);
     for (const int64_t band : bands_of_[static_cast<size_t>(head)]) {
       const int64_t j = choice_.band_origin[at] - band;
       if (j >= low && j < high) set_bit(bits, j);
@@ -178,21 +205,29 @@ class Chooser {
   }
 
  private:
+  std::pair<int64_t, int64_t> seen(int64_t at) const {
+    const int64_t low = std::clamp<int64_t>(choice_.seen[2 * at], 0, choice_.width);
+    return {low, std::clamp<int64_t>(choice_.seen[2 * at + 1], low, choice_.width)};
+  }
+
   void choose_top_p(const float* scores, int64_t at, int64_t head, int64_t low, int64_t high, Ranking& ranking,
                     uint64_t* bits) const {
     const int64_t* forced = choice_.forced + 2 * at;
     const int64_t* leading = choice_.leading + 2 * (head / choice_.heads);
     const bool forces = choice_.rule == Rule::kTopPForced && choice_.forcing[head];
-    ranking.rank(scores, low, high, [&](int64_t j) {
+    ranking.clear();
+    ranking.add(scores, low, high, [&](int64_t j) {
       return forces && ((j >= forced[0] && j < forced[1]) || (j >= leading[0] && j < leading[1]));
     });
     if (ranking.empty()) return;
+    ranking.rank(scores);
     ranking.set_first(count_top_p(ranking, choice_.rule, choice_.shares[head % choice_.heads]), bits);
   }
 
   const Choice& choice_;
   const int64_t words_;
   std::vector<std::vector<int64_t>> bands_of_;
+  std::vector<uint64_t> past_;  // kTopPAllRows: of each head, the entry after the last that is chosen
 };
 
 // job(first row, one past the last) for stretches of rows.
@@ -205,7 +240,12 @@ void for_rows(int threads, int64_t rows, const Job& job) {
 }  // namespace
 
 void choose(const Choice& choice, uint64_t* bits, int64_t* counts, int threads) {
-  const Chooser chooser(choice);
+  Chooser chooser(choice);
+  if (choice.rule == Rule::kTopPAllRows) {
+    std::vector<Ranking> rankings(threads);
+    run_parallel(threads, choice.batch * choice.heads,
+                 [&](int thread, int64_t head) { chooser.share_out(head, rankings[thread]); });
+  }
   for_rows(threads, choice.batch * choice.heads * choice.blocks, [&](int64_t begin, int64_t end) {
     Workspace workspace;
     for (int64_t row = begin; row < end; ++row)

@@ -194,7 +194,7 @@ struct Problem {
     const std::vector<double> shares(kQueryHeads, 1.0);
     const std::vector<uint8_t> forcing(kBatch * kQueryHeads);
     bool right = true;
-    for (const Rule rule : {Rule::kTopP, Rule::kTopPForced, Rule::kTopPReaching, Rule::kTopPBelow}) {
+    for (const Rule rule : {Rule::kTopP, Rule::kTopPForced, Rule::kTopPReaching, Rule::kTopPBelow, Rule::kTopPAllRows}) {
       const Choice choice{kBatch, kQueryHeads, blocks, width, rule, 0.0f, scores.data(), nullptr, shares.data(),
                           nullptr, 0, nullptr, forcing.data(), nothing.data(), nothing.data(), seen.data()};
       std::vector<int64_t> counts(kBatch * kQueryHeads * blocks);

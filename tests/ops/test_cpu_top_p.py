@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not cpu.is_available(), reason=f"no C++ kernels: {cpu.why_unavailable()}"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-SHARES = ("top_p", "top_p_forced", "top_p_reaching", "top_p_below")
+SHARES = ("top_p", "top_p_forced", "top_p_reaching", "top_p_below", "top_p_of_all_rows")
 every_share = pytest.mark.parametrize("rule", SHARES)
 BATCH, HEADS, ROWS = 2, 4, 70
 

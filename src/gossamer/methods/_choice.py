@@ -19,6 +19,7 @@ from gossamer.selectors import (
     top_k,
     top_p,
     top_p_below,
+    top_p_of_all_rows,
     top_p_reaching,
 )
 
@@ -66,7 +67,8 @@ class BlockChoice:
             rule: ``alpha`` (`gossamer.selectors.relative_to_max`), ``budgets`` (`gossamer.selectors.top_k`, int64
                 ``[heads]``), or a share, a number or ``[heads]``: ``top_p`` (`gossamer.selectors.top_p`),
                 ``top_p_forced`` (the same with the forced blocks first, which use up their part of it),
-                ``top_p_reaching`` and ``top_p_below`` (the selectors of these names).
+                ``top_p_reaching``, ``top_p_below`` and ``top_p_of_all_rows`` (the selectors of these names; the last
+                shares out among the query blocks of this call, which should be all of them).
 
         Raises:
             TypeError: not exactly one rule with scores, or one without them.
@@ -144,6 +146,8 @@ def _select(scores: Tensor, name: str, value: Tensor | float, seen: Tensor, forc
     scores = scores.masked_fill(~seen, 0.0)
     if name == "top_p_forced":
         return top_p(scores, a_head, forced.expand_as(scores))
+    if name == "top_p_of_all_rows":
+        return top_p_of_all_rows(scores, a_head[:, 0]) if scores.numel() else scores.bool()
     return {"top_p": top_p, "top_p_reaching": top_p_reaching, "top_p_below": top_p_below}[name](scores, a_head)
 
 

@@ -185,8 +185,8 @@ def antidiagonal_scores(
 #   budgets: `gossamer.selectors.top_k` among the seen ones, int64 [heads] (their scores elsewhere are -inf)
 #   top_p: `gossamer.selectors.top_p` of the scores alone, a number or [heads], as all below
 #   top_p_forced: the same with the forced ones first, which take their share of p (XAttention)
-#   top_p_reaching, top_p_below: the selectors of these names
-RULES = ("alpha", "budgets", "top_p", "top_p_forced", "top_p_reaching", "top_p_below")
+#   top_p_reaching, top_p_below, top_p_of_all_rows: the selectors of these names; all rows are those of the call
+RULES = ("alpha", "budgets", "top_p", "top_p_forced", "top_p_reaching", "top_p_below", "top_p_of_all_rows")
 
 
 def one_rule(scores: Tensor | None, rule: dict[str, Tensor | float]) -> tuple[str, Tensor | float] | None:
@@ -256,6 +256,10 @@ def choose(
     if forcing is None:
         forcing = torch.ones(batch, heads, dtype=torch.bool)
     name, value = chosen or ("", 0.0)
+    if name == "top_p_of_all_rows" and rows * width >= 1 << 32:
+        raise ValueError(
+            f"one list of all rows takes less than 2^32 scores a head, got {rows} x {width}; widen the blocks"
+        )
     # Held by name until the kernel is done: only their addresses are handed over.
     arrays = [
         None if scores is None else scores.float().contiguous(),
