@@ -6,6 +6,9 @@ One process, the planners alternating, medians. The plans of both are compared f
 that many queries look for and with neighbours alike, so that plans are sparse; H 32, G 8, D 128, bf16. Stages are
 timed inside whole plans, by wrapping the functions that make them up: what is left over is "rest". Beside each plan
 stands the time of the executor on it, and of `SparsePlan.density`, which every call of `sparse_attention` asks for.
+
+``antidiagonal_8`` and ``antidiagonal_16`` stand for XAttention's selection with that stride, which is no method yet; on
+one thread the torch version takes minutes at 64K.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from gossamer.ops.cpu import planning
 
 HEADS, GROUPS, DIM = 32, 8, 128
 METHODS = ("minference", "max_relative", "block_sparse")
+STRIDES = {"antidiagonal_8": 8, "antidiagonal_16": 16}
 
 
 def inputs(length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,6 +60,7 @@ STAGES: tuple[tuple[str, Any, str], ...] = (
     ("pooling", estimators, "_pool"),
     ("energies", max_relative, "row_block_energy"),
     ("pooled scores", block_sparse, "pooled_scores"),
+    ("antidiagonals", estimators, "antidiagonal_scores"),
     ("choose blocks", _choice.BlockChoice, "add"),
     ("build lists", _choice.BlockChoice, "build"),
     ("validation", SparsePlan, "__post_init__"),
@@ -96,13 +101,30 @@ def timed_stages(seconds: dict[str, float]) -> Iterator[None]:
             setattr(owner, name, function)
 
 
+def antidiagonal_plan(q: Tensor, k: Tensor, extent: Extent, stride: int, block: int = 128) -> SparsePlan:
+    """XAttention's selection: nine tenths of each row's mass, the first block and the diagonal before the others."""
+    length = q.shape[2]
+    visible = estimators.BlockVisibility(extent, length, length, block, block, q.device)
+    choice = _choice.BlockChoice(visible, HEADS, leading=1)
+    sizes = {"extent": extent, "block_q": block, "block_k": block, "stride": stride}
+    for at, scores in estimators.antidiagonal_scores(q, k, scale=DIM**-0.5, **sizes):
+        choice.add(at, at + scores.shape[2], scores, top_p_forced=0.9)
+    indptr, indices = choice.build()
+    return SparsePlan(
+        HEADS, length, length, extent, block_q=block, block_k=block, block_indptr=indptr, block_indices=indices
+    )
+
+
 def plan_once(name: str, planner: str, q: Tensor, k: Tensor) -> tuple[SparsePlan, dict[str, float]]:
     os.environ[planning.ENVIRONMENT] = planner
     extent = Extent.full(1, q.shape[2], k.shape[2])
     stages: dict[str, float] = {}
     started = time.perf_counter()
     with timed_stages(stages):
-        plan = methods.create(name).plan(q, k, scale=DIM**-0.5, extent=extent)
+        if name in STRIDES:
+            plan = antidiagonal_plan(q, k, extent, STRIDES[name])
+        else:
+            plan = methods.create(name).plan(q, k, scale=DIM**-0.5, extent=extent)
     planned = time.perf_counter()
     stages["rest"] = planned - started - sum(stages.values())
     plan.density()
@@ -184,7 +206,7 @@ def print_row(row: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *STRIDES])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-torch", action="store_true", help="leave the torch planner out")

@@ -38,7 +38,26 @@ void pool(const Kernels& kernels, const TensorView& x, int64_t batch, int64_t he
 void block_energy(const Kernels& kernels, const ScoreCall& call, int64_t block_q, int64_t block_k, int64_t at,
                   int64_t stop, float* out);
 
-enum class Rule : int { kNone = 0, kRelative = 1, kTopK = 2 };
+struct Antidiagonal {
+  int64_t block_q, block_k, stride;  // the stride divides both
+  int64_t at, stop;                  // query blocks
+};
+
+// Mass of query blocks [at, stop) by the antidiagonals of cells of stride x stride: out [batch, heads, stop - at,
+// key blocks].
+void antidiagonal(const Kernels& kernels, const ScoreCall& call, const Antidiagonal& sizes, float* out);
+
+// The rules of selectors.py; forced candidates take part in kTopPForced, else they are united with what a rule chooses.
+enum class Rule : int {
+  kNone = 0,
+  kRelative = 1,
+  kTopK = 2,
+  kTopP = 3,
+  kTopPForced = 4,
+  kTopPReaching = 5,
+  kTopPBelow = 6,
+  kTopPAllRows = 7,  // one list of all rows of a head
+};
 
 // Rows of choices, [batch, heads, blocks] of them, among `width` candidates.
 struct Choice {
@@ -47,6 +66,7 @@ struct Choice {
   float alpha;             // kRelative
   const float* scores;     // a row's candidates, contiguous
   const int64_t* budgets;  // kTopK: one a head
+  const double* shares;    // kTopP and its kin: one a head
   const uint8_t* bands;    // null, or [batch, heads, band_count]: chosen block diagonals
   int64_t band_count;
   const int64_t* band_origin;  // [batch, blocks]: the candidate on block diagonal 0

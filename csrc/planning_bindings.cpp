@@ -69,6 +69,18 @@ void bind_energy(const std::string& isa, int dtype, uintptr_t q, const Sizes& q_
   block_energy(kernels, call, blocks.at(0), blocks.at(1), blocks.at(2), blocks.at(3), at<float>(out));
 }
 
+// blocks: in the order of Antidiagonal.
+void bind_antidiagonal(const std::string& isa, int dtype, uintptr_t q, const Sizes& q_strides, uintptr_t k,
+                       const Sizes& k_strides, const Sizes& sizes, const Addresses& arrays, const Sizes& blocks,
+                       float scale, uintptr_t out, int threads) {
+  expect(sizes, 6, arrays, 3);
+  const ScoreCall call = score_call(q, q_strides, k, k_strides, sizes, arrays, dtype, scale, threads);
+  const Antidiagonal cells{blocks.at(0), blocks.at(1), blocks.at(2), blocks.at(3), blocks.at(4)};
+  const Kernels& kernels = kernels_for(isa);
+  nb::gil_scoped_release release;
+  antidiagonal(kernels, call, cells, at<float>(out));
+}
+
 // sizes: batch, heads, tokens, dim, block.
 void bind_pool(const std::string& isa, int dtype, uintptr_t x, const Sizes& strides, const Sizes& sizes,
                uintptr_t live, uintptr_t out, int threads) {
@@ -83,10 +95,23 @@ void bind_pool(const std::string& isa, int dtype, uintptr_t x, const Sizes& stri
 // sizes: batch, heads, blocks, width, band_count; arrays in the order of Choice.
 void bind_choose(const Sizes& sizes, int rule, float alpha, const Addresses& arrays, uintptr_t bits,
                  uintptr_t counts, int threads) {
-  expect(sizes, 5, arrays, 8);
-  const Choice choice{sizes[0], sizes[1], sizes[2], sizes[3], static_cast<Rule>(rule), alpha, at<float>(arrays[0]),
-                      at<int64_t>(arrays[1]), at<uint8_t>(arrays[2]), sizes[4], at<int64_t>(arrays[3]),
-                      at<uint8_t>(arrays[4]), at<int64_t>(arrays[5]), at<int64_t>(arrays[6]), at<int64_t>(arrays[7])};
+  expect(sizes, 5, arrays, 9);
+  const Choice choice{sizes[0],
+                      sizes[1],
+                      sizes[2],
+                      sizes[3],
+                      static_cast<Rule>(rule),
+                      alpha,
+                      at<float>(arrays[0]),
+                      at<int64_t>(arrays[1]),
+                      at<double>(arrays[2]),
+                      at<uint8_t>(arrays[3]),
+                      sizes[4],
+                      at<int64_t>(arrays[4]),
+                      at<uint8_t>(arrays[5]),
+                      at<int64_t>(arrays[6]),
+                      at<int64_t>(arrays[7]),
+                      at<int64_t>(arrays[8])};
   nb::gil_scoped_release release;
   choose(choice, at<uint64_t>(bits), at<int64_t>(counts), threads);
 }
@@ -113,6 +138,7 @@ void bind_count(const Sizes& sizes, const Addresses& arrays, int64_t limit, bool
 void bind_planning(nb::module_& m) {
   m.def("probe", &bind_probe);
   m.def("block_energy", &bind_energy);
+  m.def("antidiagonal", &bind_antidiagonal);
   m.def("pool", &bind_pool);
   m.def("choose", &bind_choose);
   m.def("list_bits", &bind_list);

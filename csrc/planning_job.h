@@ -17,7 +17,8 @@ struct RowList {
   DType dtype;
 };
 
-// Up to kScoreRows packed queries against 64 packed keys. Logits are in powers of two: factor is scale * log2(e).
+// Up to kScoreRows packed queries against 64 packed keys, each in one or more pieces whose products are added. Logits are
+// in powers of two: factor is scale * log2(e).
 struct ScorePanel {
   const void* queries;
   const void* keys;
@@ -26,6 +27,7 @@ struct ScorePanel {
   float factor;
   const uint64_t* masks;  // one a row: the keys that it sees
   float* logits;          // scratch behind kLanes zeros: kScoreRows rows of kScorePitch, zero beyond the 64
+  int pieces = 1;         // behind one another: kScoreRows packed queries, 64 packed keys
 };
 
 struct PlanningKernels {
@@ -37,6 +39,9 @@ struct PlanningKernels {
   void (*add_mass)(const ScorePanel&, const float* shift, float* columns, float* diagonals);
   // Returns the largest logit; sums over the rows 2^(logit - largest) for each column.
   float (*energy)(const ScorePanel&, float* sums);
+  // Sums 2^(logit - reference) over each `run` consecutive columns of a row: 64 / run sums a row, 0 where it sees none.
+  // A row's reference is the largest logit of its calls so far, kept in maximum; -inf where it sees none here.
+  void (*run_mass)(const ScorePanel&, int run, float* maximum, float* references, float* sums);
   // Mean of consecutive rows.
   void (*mean)(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* out);
 };

@@ -115,6 +115,32 @@ class PlanningCode {
     return largest;
   }
 
+  static void run_mass(const ScorePanel& panel, int run, float* maximum, float* references, float* sums) {
+    multiply(panel);
+    const int runs = kChunk / run;
+    for (int r = 0; r < panel.rows; ++r) {
+      float* row_sums = sums + int64_t{r} * runs;
+      references[r] = kNothing;
+      if (panel.masks[r] == 0) {
+        for (int n = 0; n < runs; ++n) row_sums[n] = 0.0f;
+        continue;
+      }
+      Reg z[kVectors];
+      load_row(panel, r, z);
+      Reg top = z[0];
+#pragma GCC unroll 16
+      for (int t = 1; t < kVectors; ++t) top = V::max(top, z[t]);
+      if (V::any_greater(top, V::set1(maximum[r]))) maximum[r] = V::reduce_max(top);
+      references[r] = maximum[r];
+      const Reg shift = V::set1(maximum[r] == kNothing ? 0.0f : -maximum[r]);
+      float* row = panel.logits + int64_t{r} * kScorePitch;
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t)
+        V::store(row + t * V::kWidth, V::template exp2<kDegree>(V::add(z[t], shift)));
+      for (int n = 0; n < runs; ++n) row_sums[n] = sum_of(row + n * run, run);
+    }
+  }
+
   static void mean(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* out) {
     constexpr int kAtOnce = 4;
     const Reg divisor = V::set1(static_cast<float>(count));
@@ -139,10 +165,24 @@ class PlanningCode {
 
   static void multiply(const ScorePanel& panel) {
     const int depth = depth_of(panel.padded_dim);
+    const uint32_t* queries = static_cast<const uint32_t*>(panel.queries);
+    const uint32_t* keys = static_cast<const uint32_t*>(panel.keys);
     Isa::begin();
-    Isa::multiply(panel.rows, kChunk, depth, static_cast<const uint32_t*>(panel.queries), depth,
-                  static_cast<const uint32_t*>(panel.keys), kChunk, panel.logits, kScorePitch, false);
+    for (int64_t n = 0; n < panel.pieces; ++n)
+      Isa::multiply(panel.rows, kChunk, depth, queries + n * kScoreRows * depth, depth, keys + n * kChunk * depth,
+                    kChunk, panel.logits, kScorePitch, n > 0);
     Isa::end();
+  }
+
+  static inline float sum_of(const float* x, int count) {
+    if (count % V::kWidth == 0) {
+      Reg sum = V::load(x);
+      for (int at = V::kWidth; at < count; at += V::kWidth) sum = V::add(sum, V::load(x + at));
+      return V::reduce_add(sum);
+    }
+    float sum = 0.0f;
+    for (int at = 0; at < count; ++at) sum += x[at];
+    return sum;
   }
 
   static inline void load_row(const ScorePanel& panel, int r, Reg* z) {
@@ -179,7 +219,8 @@ template <class Isa>
 const PlanningKernels* planning_kernels() {
   using Code = PlanningCode<Isa>;
   static const PlanningKernels kernels{Code::pack_keys, Code::pack_queries, Code::add_exponentials,
-                                       Code::add_mass,  Code::energy,       Code::mean};
+                                       Code::add_mass,  Code::energy,       Code::run_mass,
+                                       Code::mean};
   return &kernels;
 }
 

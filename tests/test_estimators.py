@@ -148,6 +148,7 @@ def test_row_block_energy(monkeypatch, situation: str, chunk_bytes: int) -> None
 @pytest.mark.parametrize(("length", "stride"), [(150, 4), (7, 8), (90, 1)])
 def test_antidiagonal_scores(monkeypatch, situation: str, chunk_bytes: int, length: int, stride: int) -> None:
     monkeypatch.setattr(estimators, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(estimators, "ENERGY_BYTES", chunk_bytes)
     case = make_case(situation, length=length, heads=4, groups=2, dim=8)
     block_q, block_k = 32, 16
     sizes = {"extent": case.extent, "block_q": block_q, "block_k": block_k, "stride": stride}
@@ -191,7 +192,7 @@ def test_a_stride_that_does_not_divide_the_blocks_is_named() -> None:
 
 
 def test_no_intermediate_exceeds_its_budget_at_a_million_keys() -> None:
-    """Peak memory of the probe over a million keys stays far below 1 GiB beyond q and k."""
+    """Peak memory over a million keys stays far below 1 GiB beyond q and k."""
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -202,6 +203,8 @@ def test_no_intermediate_exceeds_its_budget_at_a_million_keys() -> None:
     for _ in estimators.row_block_energy(q, k, scale=1.0, extent=extent, block_q=64, block_k=128):
         pass
     for _ in estimators.pooled_scores(q, k, extent=extent, block_q=64, block_k=64):
+        pass
+    for _ in estimators.antidiagonal_scores(q, k, scale=1.0, extent=extent, block_q=64, block_k=128):
         pass
     assert float(columns.sum()) == pytest.approx(4 * 64, rel=1e-3)
     inputs = k.numel() * 4

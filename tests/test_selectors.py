@@ -69,6 +69,17 @@ def test_top_p_reaching_keeps_nothing_where_p_is_not_reached() -> None:
     assert top_p(QUARTERS / 2, 0.6).int().tolist() == [1, 1, 0, 0]  # p is a share of what there is
 
 
+def test_top_p_reaching_keeps_nothing_of_nothing() -> None:
+    assert not bool(top_p_reaching(torch.zeros(2, 3), 0.0).any())
+
+
+def test_top_p_takes_a_share_a_head() -> None:
+    scores = QUARTERS.expand(3, 2, 4)  # heads, rows
+    chosen = top_p(scores, torch.tensor([0.0, 0.6, 1.0])[:, None])
+    assert chosen.sum(-1).tolist() == [[0, 0], [2, 2], [4, 4]]
+    assert top_p_count(scores, torch.tensor([0.0, 0.6, 1.0])[:, None]).tolist() == [[0, 0], [1, 1], [4, 4]]
+
+
 def test_top_p_counts_forced_entries_first() -> None:
     forced = torch.tensor([False, False, False, True])  # holds 0.125
     assert top_p(QUARTERS, 0.5, forced).int().tolist() == [0, 1, 0, 1]

@@ -3,9 +3,9 @@
 Shapes: q ``[B, H, S, D]``, k ``[B, G, T, D]``. Everything streams: no intermediate grows with S x T, and none
 exceeds `CHUNK_BYTES` by much, so a million keys fit.
 
-On the CPU the probe, the means and the energies come from C++ (`gossamer.ops.cpu.planning`); the torch versions are
-their oracles and serve other devices. The C++ ones keep the logits of bf16 and fp16 inputs in fp32, where torch rounds
-them to the input's dtype: they are nearer to the formula, and scores differ by that rounding.
+On the CPU the probe, the means, the energies and the antidiagonals come from C++ (`gossamer.ops.cpu.planning`); the
+torch versions are their oracles and serve other devices. The C++ ones keep the logits of bf16 and fp16 inputs in fp32,
+where torch rounds them to the input's dtype: they are nearer to the formula, and scores differ by that rounding.
 """
 
 from __future__ import annotations
@@ -237,14 +237,26 @@ def antidiagonal_scores(
     """
     if stride < 1 or block_q % stride or block_k % stride:
         raise ValueError(f"stride must divide block_q and block_k, got {stride} for blocks {block_q} and {block_k}")
+    blocks = ceil_div(q.shape[2], block_q)
+    if not planning.serves(q, k):
+        yield from _antidiagonals_in_torch(q, k, scale, extent, block_q, block_k, stride)
+        return
+    step = max(1, ENERGY_BYTES // max(1, 4 * q.shape[0] * q.shape[1] * ceil_div(k.shape[2], block_k)))
+    sizes = {"extent": extent, "block_q": block_q, "block_k": block_k, "stride": stride}
+    for at in range(0, blocks, step):
+        yield at, planning.antidiagonal_scores(q, k, scale=scale, **sizes, at=at, stop=min(at + step, blocks))
+
+
+def _antidiagonals_in_torch(
+    q: Tensor, k: Tensor, scale: float, extent: Extent, block_q: int, block_k: int, stride: int
+) -> Iterator[tuple[int, Tensor]]:
     batch, heads, query_len, dim = q.shape
     groups, key_len = k.shape[1], k.shape[2]
-    share = heads // groups
     visible = BlockVisibility(extent, query_len, key_len, stride, stride, q.device)
     position = extent.key_positions(key_len).to(k.device)
     dead = (position < 0) | (position >= extent.key_count.to(k.device)[:, None])
     keys = F.pad(k.masked_fill(dead[:, None, :, None], 0.0), (0, 0, 0, -key_len % stride))
-    keys = keys.reshape(batch, groups, 1, -1, stride * dim).transpose(-1, -2)
+    keys = keys.reshape(batch, groups, -1, stride * dim).transpose(-1, -2)
     padding = extent.query_positions(query_len).to(q.device) < 0
     blocks, cells = ceil_div(query_len, block_q), keys.shape[-1]
     step = max(1, CHUNK_BYTES // max(1, 8 * batch * heads * (block_q // stride) * cells))
@@ -252,7 +264,7 @@ def antidiagonal_scores(
         first, last = at * block_q, min((at + step) * block_q, query_len)
         rows = q[:, :, first:last].masked_fill(padding[:, None, first:last, None], 0.0)
         rows = F.pad(rows, (0, 0, 0, -rows.shape[2] % stride)).unflatten(2, (-1, stride)).flip(3)
-        rows = rows.reshape(batch, groups, share, -1, stride * dim)
+        rows = rows.reshape(batch, groups, -1, stride * dim)  # of all heads of a group, so that keys are not expanded
         logits = (rows @ keys).float().mul_(scale / stride).view(batch, heads, -1, cells)
         seen = visible.any_pair(first // stride, ceil_div(last, stride))
         mass = logits.masked_fill_(~seen[:, None], float("-inf")).softmax(dim=-1)

@@ -6,6 +6,7 @@ Published "top-p" means several different sets; each rule here is stated exactly
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -52,72 +53,86 @@ def relative_to_max(energy: Tensor, alpha: float) -> Tensor:
     return (energy >= alpha * energy.amax(dim=-1, keepdim=True)) & (energy > 0)
 
 
-def top_p(scores: Tensor, p: float, forced: Tensor | None = None) -> Tensor:
+def top_p(scores: Tensor, p: Tensor | float, forced: Tensor | None = None) -> Tensor:
     """The fewest best entries of each row that hold the share ``p`` of its sum: the entry that crosses p is in.
 
     An entry is chosen when the entries before it hold less than ``p`` of the row's sum. ``forced`` entries (bool, as
     the scores) come first and are always chosen (XAttention, 2503.16428). Entries after the whole sum are never
-    chosen. Scores are non-negative; sums are in fp64.
+    chosen. Scores are non-negative; sums are in fp64, from the best entry down. ``p`` is one number, or a tensor that
+    broadcasts to the leading dimensions (heads may have different shares).
 
     Raises:
         ValueError: ``p`` lies outside [0, 1].
     """
-    order = _best_first(scores, p, forced)
+    p = _share(p, scores)
+    order = _best_first(scores, forced)
     up_to = _running_sum(scores, order)
-    before = up_to - scores.gather(-1, order).double()
+    before = F.pad(up_to[..., :-1], (1, 0))
     chosen = _unsort(before < p * up_to[..., -1:], order)
     return chosen if forced is None else chosen | forced
 
 
-def top_p_reaching(scores: Tensor, p: float) -> Tensor:
+def top_p_reaching(scores: Tensor, p: Tensor | float) -> Tensor:
     """The best entries of each row up to the first whose running sum is at least ``p``; none where none reaches it.
 
-    ``p`` is compared with the sum itself, for rows that sum to 1 (PBS-Attn). Scores, sums and errors as in `top_p`.
+    ``p`` is compared with the sum itself, for rows that sum to 1 (PBS-Attn); a row that holds nothing reaches no
+    ``p``, not even 0. Scores, sums and errors as in `top_p`.
     """
-    order = _best_first(scores, p)
-    reached = _running_sum(scores, order) >= p
+    p = _share(p, scores)
+    order = _best_first(scores)
+    up_to = _running_sum(scores, order)
+    reached = (up_to >= p) & (up_to > 0)
     first = reached.int().argmax(dim=-1, keepdim=True)
     rank = torch.arange(scores.shape[-1], device=scores.device)
     return _unsort((rank <= first) & reached.any(dim=-1, keepdim=True), order)
 
 
-def top_p_below(scores: Tensor, p: float) -> Tensor:
+def top_p_below(scores: Tensor, p: Tensor | float) -> Tensor:
     """The best entries of each row whose running sum is at most ``p`` of the row's; at least the best one.
 
     The entry that crosses p is out (SpargeAttn, 2502.18137). Scores, sums and errors as in `top_p`.
     """
-    order = _best_first(scores, p)
+    p = _share(p, scores)
+    order = _best_first(scores)
     up_to = _running_sum(scores, order)
     chosen = up_to <= p * up_to[..., -1:]
     chosen[..., :1] = True
     return _unsort(chosen, order)
 
 
-def top_p_of_all_rows(scores: Tensor, p: float) -> Tensor:
+def top_p_of_all_rows(scores: Tensor, p: Tensor | float) -> Tensor:
     """As `top_p_below`, over the two last dimensions at once and without a least entry: a row may stay empty.
 
     One budget for all query blocks of a head (FlexPrefill's query-aware pattern, 2502.20766).
     """
     flat = scores.flatten(-2)
-    order = _best_first(flat, p)
+    p = _share(p, flat)
+    order = _best_first(flat)
     up_to = _running_sum(flat, order)
     return _unsort(up_to <= p * up_to[..., -1:], order).view(scores.shape)
 
 
-def top_p_count(scores: Tensor, p: float) -> Tensor:
+def top_p_count(scores: Tensor, p: Tensor | float) -> Tensor:
     """How many of the best entries of each row hold at most ``p`` of its sum: int64, without the last dimension.
 
     A budget that is then spent on other scores (FlexPrefill's vertical-slash pattern, 2502.20766).
     """
-    up_to = _running_sum(scores, _best_first(scores, p))
+    p = _share(p, scores)
+    up_to = _running_sum(scores, _best_first(scores))
     return (up_to <= p * up_to[..., -1:]).sum(dim=-1)
 
 
-def _best_first(scores: Tensor, p: float, forced: Tensor | None = None) -> Tensor:
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must lie in [0, 1], got {p}")
+def _share(p: Tensor | float, scores: Tensor) -> Tensor:
+    share = torch.as_tensor(p, dtype=torch.float64, device=scores.device)
+    outside = ~((share >= 0) & (share <= 1))
+    if bool(outside.any()):
+        raise ValueError(f"p must lie in [0, 1], got {share[outside].tolist()[0]}")
     if scores.shape[-1] == 0:
         raise ValueError(f"top-p needs at least one entry a row, got shape {tuple(scores.shape)}")
+    return share[..., None]
+
+
+def _best_first(scores: Tensor, forced: Tensor | None = None) -> Tensor:
     first = scores if forced is None else scores.masked_fill(forced, float("inf"))
     return first.argsort(dim=-1, descending=True, stable=True)
 

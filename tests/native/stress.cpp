@@ -174,7 +174,46 @@ struct Problem {
     block_energy(kernels, call, 64, 64, 0, query_blocks, energies.data());
     bool right = std::abs(by_column - by_diagonal) < 1e-2 * std::max(1.0, by_column);
     for (float energy : energies) right = right && energy >= 0 && energy <= 64.01f * kQueryHeads / kGroups;
-    return right && counts_are_right(threads);
+    return right && choices_are_right(kernels, threads) && counts_are_right(threads);
+  }
+
+  // Antidiagonal scores of a buffer of the exact size, and what each kind of top-p chooses of them.
+  bool choices_are_right(const Kernels& kernels, int threads) {
+    const auto view = [&](std::vector<char>& t, int64_t h, int64_t n) {
+      return TensorView{t.data(), {h * n * dim, n * dim, dim}};
+    };
+    const ScoreCall call{view(q, kQueryHeads, query_len), view(k, kGroups, key_len), kBatch, kQueryHeads, kGroups,
+                         query_len, key_len, dim, dtype, 0.2f, {query_start.data(), key_start.data(), key_count.data()},
+                         threads};
+    const int64_t stride = std::vector<int64_t>{1, 4, 16}[random.below(3)];
+    const int64_t block = 48, blocks = (query_len + block - 1) / block, width = (key_len + 79) / 80;
+    std::vector<float> scores(kBatch * kQueryHeads * blocks * width);
+    antidiagonal(kernels, call, {block, 80, stride, 0, blocks}, scores.data());
+    std::vector<int64_t> seen, nothing(kBatch * blocks * 2);
+    for (int64_t n = 0; n < kBatch * blocks; ++n) seen.insert(seen.end(), {0, width});
+    const std::vector<double> shares(kQueryHeads, 1.0);
+    const std::vector<uint8_t> forcing(kBatch * kQueryHeads);
+    bool right = true;
+    for (const Rule rule : {Rule::kTopP, Rule::kTopPForced, Rule::kTopPReaching, Rule::kTopPBelow, Rule::kTopPAllRows}) {
+      const Choice choice{kBatch, kQueryHeads, blocks, width, rule, 0.0f, scores.data(), nullptr, shares.data(),
+                          nullptr, 0, nullptr, forcing.data(), nothing.data(), nothing.data(), seen.data()};
+      std::vector<int64_t> counts(kBatch * kQueryHeads * blocks);
+      std::vector<uint64_t> bits(counts.size() * words_of(width));
+      choose(choice, bits.data(), counts.data(), threads);
+      for (size_t row = 0; row < counts.size(); ++row) {
+        double mass = 0;
+        int64_t held = 0;  // a share of 1 is all that holds any
+        for (int64_t n = 0; n < width; ++n) {
+          mass += scores[row * width + n];
+          held += scores[row * width + n] > 0;
+        }
+        // Of whole cells: as many as see any key.
+        right = right && std::abs(mass - std::round(mass)) < 1e-3 && mass < block / stride + 0.5;
+        if (rule == Rule::kTopP) right = right && counts[row] <= held;
+        if (rule == Rule::kTopPBelow) right = right && counts[row] == width;
+      }
+    }
+    return right;
   }
 
   bool counts_are_right(int threads) {

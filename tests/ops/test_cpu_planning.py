@@ -334,5 +334,5 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="do not give 2 pooled keys"):
         planning.row_block_energy(case.q[:, :2], case.k[:, :, :2], 10, **probe, block_q=4, block_k=4, at=0, stop=1)
     nothing = torch.zeros(1, 1, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="one rule"):
+    with pytest.raises(TypeError, match="exactly one rule"):
         planning.choose(planning.Ranges(nothing, nothing, nothing[:, 0]), 1, 4, scores=torch.zeros(1, 1, 1, 4))

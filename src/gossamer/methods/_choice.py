@@ -12,7 +12,16 @@ from torch import Tensor
 
 from gossamer.estimators import BlockVisibility
 from gossamer.ops.cpu import planning
-from gossamer.selectors import CsrBuilder, local_blocks, relative_to_max, top_k
+from gossamer.selectors import (
+    CsrBuilder,
+    local_blocks,
+    relative_to_max,
+    top_k,
+    top_p,
+    top_p_below,
+    top_p_of_all_rows,
+    top_p_reaching,
+)
 
 __all__ = ["BlockChoice", "column_lists"]
 
@@ -48,21 +57,27 @@ class BlockChoice:
         at: int,
         stop: int,
         scores: Tensor | None = None,
-        *,
-        alpha: float | None = None,
-        budgets: Tensor | None = None,
+        **rule: Tensor | float,
     ) -> None:
         """Choose for query blocks ``at .. stop - 1``.
 
         Args:
-            scores: fp32 ``[B, heads, stop - at, N]``, and one of the two rules.
-            alpha: `gossamer.selectors.relative_to_max`.
-            budgets: `gossamer.selectors.top_k`, int64 ``[heads]``.
+            scores: fp32 ``[B, heads, stop - at, N]``, with exactly one rule. Outside what a query block sees they
+                are -inf for ``budgets`` and 0 for ``alpha``; a share leaves them out.
+            rule: ``alpha`` (`gossamer.selectors.relative_to_max`), ``budgets`` (`gossamer.selectors.top_k`, int64
+                ``[heads]``), or a share, a number or ``[heads]``: ``top_p`` (`gossamer.selectors.top_p`),
+                ``top_p_forced`` (the same with the forced blocks first, which use up their part of it),
+                ``top_p_reaching``, ``top_p_below`` and ``top_p_of_all_rows`` (the selectors of these names; the last
+                shares out among the query blocks of this call, which should be all of them).
+
+        Raises:
+            TypeError: not exactly one rule with scores, or one without them.
+            ValueError: a share outside [0, 1].
         """
         if planning.enabled() and self.visible.device.type == "cpu":
-            self._csr.add_lists(*self._lists(at, stop, scores, alpha, budgets))
+            self._csr.add_lists(*self._lists(at, stop, scores, rule))
         else:
-            self._csr.add(self._mask(at, stop, scores, alpha, budgets))
+            self._csr.add(self._mask(at, stop, scores, rule))
 
     def add_all(self) -> None:
         """Choose for all query blocks without scores, in chunks whose masks are small."""
@@ -77,7 +92,7 @@ class BlockChoice:
         return self._csr.build()
 
     def _lists(
-        self, at: int, stop: int, scores: Tensor | None, alpha: float | None, budgets: Tensor | None
+        self, at: int, stop: int, scores: Tensor | None, rule: dict[str, Tensor | float]
     ) -> tuple[Tensor, Tensor]:
         seen = self.visible.seen_blocks(at, stop)
         first, last = self.visible.own_key_blocks(at, stop)
@@ -89,14 +104,13 @@ class BlockChoice:
             self.heads,
             self.visible.first_key.shape[1],
             scores=scores,
-            alpha=alpha,
-            budgets=budgets,
             bands=self.bands,
             band_origin=last,
             forcing=self.forcing,
+            **rule,
         )
 
-    def _mask(self, at: int, stop: int, scores: Tensor | None, alpha: float | None, budgets: Tensor | None) -> Tensor:
+    def _mask(self, at: int, stop: int, scores: Tensor | None, rule: dict[str, Tensor | float]) -> Tensor:
         key_blocks, device = self.visible.first_key.shape[1], self.visible.device
         first, last = self.visible.own_key_blocks(at, stop)
         block = torch.arange(key_blocks, device=device)
@@ -107,18 +121,34 @@ class BlockChoice:
             forced |= self.tail[:, at:stop, None]
         forced = forced[:, None]
         chosen = forced if self.forcing is None else forced & self.forcing[:, :, None, None]
-        if alpha is not None and scores is not None:
-            chosen = chosen | relative_to_max(scores, alpha)
-        if budgets is not None and scores is not None:
-            chosen = chosen | top_k(scores, budgets[:, None].expand(scores.shape[:3]))
+        seen = self.visible.any_pair(at, stop)[:, None]
+        name_and_value = planning.one_rule(scores, rule)
+        if scores is not None and name_and_value is not None:
+            chosen = chosen | _select(scores, *name_and_value, seen, chosen)
         if self.bands is not None:
             band = last[..., None] - block  # [B, m, N]
             inside = (band >= 0) & (band < self.bands.shape[-1])
             index = band.clamp(0, self.bands.shape[-1] - 1)[:, None].expand(-1, self.heads, -1, -1)
             rows = self.bands[:, :, None].expand(-1, -1, stop - at, -1)
             chosen = chosen | (rows.gather(3, index) & inside[:, None])
-        chosen = chosen & self.visible.any_pair(at, stop)[:, None]
+        chosen = chosen & seen
         return chosen.expand(-1, self.heads, -1, -1)
+
+
+def _select(scores: Tensor, name: str, value: Tensor | float, seen: Tensor, forced: Tensor) -> Tensor:
+    """One of `planning.RULES` by its selector; ``seen`` and ``forced`` are masks that broadcast to the scores."""
+    if name == "alpha":
+        return relative_to_max(scores, float(value))
+    dtype = torch.int64 if name == "budgets" else torch.float64
+    a_head = torch.as_tensor(value, dtype=dtype, device=scores.device).expand(scores.shape[1])[:, None]
+    if name == "budgets":
+        return top_k(scores, a_head.expand(scores.shape[:3]))
+    scores = scores.masked_fill(~seen, 0.0)
+    if name == "top_p_forced":
+        return top_p(scores, a_head, forced.expand_as(scores))
+    if name == "top_p_of_all_rows":
+        return top_p_of_all_rows(scores, a_head[:, 0]) if scores.numel() else scores.bool()
+    return {"top_p": top_p, "top_p_reaching": top_p_reaching, "top_p_below": top_p_below}[name](scores, a_head)
 
 
 def column_lists(scores: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,19 @@ from torch import Tensor
 from gossamer.ops import cpu
 from gossamer.plan import Extent, SparsePlan, ceil_div
 
-__all__ = ["Ranges", "choose", "count_pairs", "last_query_probe", "pool", "row_block_energy", "serves"]
+__all__ = [
+    "RULES",
+    "Ranges",
+    "antidiagonal_scores",
+    "choose",
+    "count_pairs",
+    "enabled",
+    "last_query_probe",
+    "one_rule",
+    "pool",
+    "row_block_energy",
+    "serves",
+]
 
 ENVIRONMENT = "GOSSAMER_PLANNER"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -111,8 +123,7 @@ def row_block_energy(
     _check(q, pooled, key_len, extent)
     if pooled.shape[2] != ceil_div(key_len, block_k):
         raise ValueError(f"{key_len} keys in blocks of {block_k} do not give {pooled.shape[2]} pooled keys")
-    if not 0 <= at <= stop <= ceil_div(q.shape[2], block_q):
-        raise ValueError(f"query blocks {at} to {stop} do not lie in {q.shape[2]} queries in blocks of {block_q}")
+    _check_blocks(q, block_q, at, stop)
     out = torch.empty(q.shape[0], pooled.shape[1], stop - at, pooled.shape[2])
     q, pooled = _dense_rows(q), _dense_rows(pooled)
     arrays = _extent_arrays(extent)
@@ -129,6 +140,67 @@ def row_block_energy(
         torch.get_num_threads(),
     )
     return out
+
+
+def antidiagonal_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    extent: Extent,
+    block_q: int,
+    block_k: int,
+    stride: int,
+    at: int,
+    stop: int,
+) -> Tensor:
+    """`gossamer.estimators.antidiagonal_scores` for query blocks ``at .. stop - 1``: fp32 ``[B, H, stop - at, N]``.
+
+    Logits of bf16 and fp16 inputs stay in fp32. Working memory of a thread: some MiB, and some KiB a key block.
+    """
+    _check(q, k, k.shape[2], extent)
+    if stride < 1 or block_q < 1 or block_k < 1 or block_q % stride or block_k % stride:
+        raise ValueError(f"stride must divide block_q and block_k, got {stride} for blocks {block_q} and {block_k}")
+    _check_blocks(q, block_q, at, stop)
+    out = torch.empty(q.shape[0], q.shape[1], stop - at, ceil_div(k.shape[2], block_k))
+    q, k = _dense_rows(q), _dense_rows(k)
+    arrays = _extent_arrays(extent)
+    _kernels().antidiagonal(
+        cpu.active_isa(q.dtype),
+        _DTYPES[q.dtype],
+        *_view(q),
+        *_view(k),
+        _sizes(q, k, k.shape[2]),
+        [t.data_ptr() for t in arrays],
+        [block_q, block_k, stride, at, stop],
+        float(scale),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+# What `choose` knows to do with scores, in the order of csrc/planning.h; scores outside what a row sees count as 0.
+#   alpha: `gossamer.selectors.relative_to_max`, a number
+#   budgets: `gossamer.selectors.top_k` among the seen ones, int64 [heads] (their scores elsewhere are -inf)
+#   top_p: `gossamer.selectors.top_p` of the scores alone, a number or [heads], as all below
+#   top_p_forced: the same with the forced ones first, which take their share of p (XAttention)
+#   top_p_reaching, top_p_below, top_p_of_all_rows: the selectors of these names; all rows are those of the call
+RULES = ("alpha", "budgets", "top_p", "top_p_forced", "top_p_reaching", "top_p_below", "top_p_of_all_rows")
+
+
+def one_rule(scores: Tensor | None, rule: dict[str, Tensor | float]) -> tuple[str, Tensor | float] | None:
+    """Name and value of the rule on scores; None without scores.
+
+    Raises:
+        TypeError: not exactly one of `RULES` with scores, or one without them.
+    """
+    if set(rule) - set(RULES) or len(rule) != (0 if scores is None else 1):
+        raise TypeError(
+            f"scores need exactly one rule of {', '.join(RULES)}, and no scores none; "
+            f"got {'no ' if scores is None else ''}scores with {', '.join(rule) or 'no rule'}"
+        )
+    return next(iter(rule.items()), None)
 
 
 @dataclass(frozen=True)
@@ -152,42 +224,47 @@ def choose(
     width: int,
     *,
     scores: Tensor | None = None,
-    alpha: float | None = None,
-    budgets: Tensor | None = None,
     bands: Tensor | None = None,
     band_origin: Tensor | None = None,
     forcing: Tensor | None = None,
+    **rule: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """Candidates of each row as a CSR: by a rule on scores, on block diagonals, in forced ranges; the union.
 
     Args:
         ranges: for B batch rows and the rows of each head.
         heads, width: heads, and candidates a row.
-        scores: fp32 ``[B, heads, rows, width]``, with exactly one of the two rules.
-        alpha: `gossamer.selectors.relative_to_max`.
-        budgets: int64 ``[heads]``: `gossamer.selectors.top_k` among the seen ones.
+        scores: fp32 ``[B, heads, rows, width]``, with exactly one rule of `RULES`.
         bands: bool ``[B, heads, bands]``: candidates ``band_origin - band`` of the chosen bands.
         band_origin: int64 ``[B, rows]``.
         forcing: bool ``[B, heads]``, heads whose forced ranges count; default all.
+        rule: see `RULES`.
 
     Returns:
         counts int64 ``[B, heads, rows]``; indices int32, ascending in each row.
+
+    Raises:
+        TypeError: not exactly one rule with scores, or one without them.
+        ValueError: shapes disagree, or a share lies outside [0, 1].
     """
     batch, rows = ranges.seen.shape[:2]
-    if scores is not None and (scores.shape != (batch, heads, rows, width) or (alpha is None) == (budgets is None)):
-        raise ValueError(
-            f"choose needs scores [{batch}, {heads}, {rows}, {width}] and one rule, got {tuple(scores.shape)}, "
-            f"alpha {alpha} and {'no ' if budgets is None else ''}budgets"
-        )
+    chosen = one_rule(scores, rule)
+    if scores is not None and scores.shape != (batch, heads, rows, width):
+        raise ValueError(f"choose needs scores [{batch}, {heads}, {rows}, {width}], got {tuple(scores.shape)}")
     if bands is not None and (bands.shape[:2] != (batch, heads) or band_origin is None):
         raise ValueError(f"bands must be [{batch}, {heads}, bands], with an origin, got {tuple(bands.shape)}")
     if forcing is None:
         forcing = torch.ones(batch, heads, dtype=torch.bool)
-    rule = 0 if scores is None else (1 if alpha is not None else 2)
+    name, value = chosen or ("", 0.0)
+    if name == "top_p_of_all_rows" and rows * width >= 1 << 32:
+        raise ValueError(
+            f"one list of all rows takes less than 2^32 scores a head, got {rows} x {width}; widen the blocks"
+        )
     # Held by name until the kernel is done: only their addresses are handed over.
     arrays = [
         None if scores is None else scores.float().contiguous(),
-        None if budgets is None else _int64(budgets, (heads,)),
+        _int64(torch.as_tensor(value), (heads,)) if name == "budgets" else None,
+        _shares(value, heads) if name.startswith("top_p") else None,
         None if bands is None else bands.contiguous().view(torch.uint8),
         None if band_origin is None else _int64(band_origin, (batch, rows)),
         forcing.expand(batch, heads).contiguous().view(torch.uint8),
@@ -200,8 +277,8 @@ def choose(
     threads = torch.get_num_threads()
     _kernels().choose(
         [batch, heads, rows, width, 0 if bands is None else bands.shape[2]],
-        rule,
-        0.0 if alpha is None else float(alpha),
+        RULES.index(name) + 1 if name else 0,
+        float(value) if name == "alpha" else 0.0,
         [0 if t is None else t.data_ptr() for t in arrays],
         bits.data_ptr(),
         counts.data_ptr(),
@@ -266,12 +343,25 @@ def _check(q: Tensor, k: Tensor, key_len: int, extent: Extent) -> None:
         raise ValueError(f"the extent names live keys up to slot {int(ends.max())}, but there are {key_len}")
 
 
+def _check_blocks(q: Tensor, block_q: int, at: int, stop: int) -> None:
+    if not 0 <= at <= stop <= ceil_div(q.shape[2], block_q):
+        raise ValueError(f"query blocks {at} to {stop} do not lie in {q.shape[2]} queries in blocks of {block_q}")
+
+
 def _extent_arrays(extent: Extent) -> list[Tensor]:
     return [t.contiguous() for t in (extent.query_start, extent.key_start, extent.key_count)]
 
 
 def _int64(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     return values.to(torch.int64).expand(shape).contiguous()
+
+
+def _shares(value: Tensor | float, heads: int) -> Tensor:
+    shares = torch.as_tensor(value, dtype=torch.float64).expand(heads).contiguous()
+    outside = ~((shares >= 0) & (shares <= 1))
+    if bool(outside.any()):
+        raise ValueError(f"p must lie in [0, 1], got {shares[outside].tolist()[0]}")
+    return shares
 
 
 def _dense_rows(x: Tensor) -> Tensor:
