@@ -16,12 +16,18 @@ __all__ = ["Config", "Problem", "candidates", "choose", "forget", "tune"]
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Rows and keys of a tile, warps of a program, stages of the load pipeline."""
+    """Rows and keys of a tile, warps of a program, stages of the load pipeline.
+
+    ``descriptors`` loads runs of keys through tensor descriptors where the device, Triton and the tensors allow it;
+    ``warp_specialize`` asks Triton to give loads and products warps of their own.
+    """
 
     tile_m: int
     tile_n: int
     warps: int
     stages: int
+    descriptors: bool = False
+    warp_specialize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
