@@ -43,9 +43,20 @@ def ceil_div(a, b):
 
 @triton.jit
 def unselected(
-    slots, keep, k_rank, rank_row, bits_row, BLOCK_K: tl.constexpr, HAS_BLOCKS: tl.constexpr, K_ORDER: tl.constexpr
+    slots,
+    keep,
+    k_rank,
+    rank_row,
+    bits_row,
+    TILE_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    K_ORDER: tl.constexpr,
 ):
-    """Those of the columns ``slots`` that are kept and do not lie in a selected block."""
+    """Which of the columns ``slots`` are kept and do not lie in a selected block: bits of two 64-bit words.
+
+    Each thread of a matrix product needs many keys' masks; as scalars, they are looked up once for all threads.
+    """
     if HAS_BLOCKS:
         place = slots
         if K_ORDER:
@@ -53,7 +64,19 @@ def unselected(
         place = place // BLOCK_K
         bits = tl.load(bits_row + place // 32, mask=keep, other=0)
         keep = keep & (((bits >> (place % 32)) & 1) == 0)
-    return keep
+    key = tl.arange(0, TILE_N)
+    bit = keep.to(tl.int64) << (key % 64)
+    low = tl.sum(tl.where(key < 64, bit, 0), 0)
+    high = low
+    if TILE_N > 64:
+        high = tl.sum(tl.where(key < 64, 0, bit), 0)
+    return low, high
+
+
+@triton.jit
+def unpacked(low, high, TILE_N: tl.constexpr):
+    key = tl.arange(0, TILE_N)
+    return ((tl.where(key < 64, low, high) >> (key % 64)) & 1) != 0
 
 
 @triton.jit(
@@ -306,18 +329,22 @@ def attend(
         count = (past_clean_column - clean_column).to(tl.int32)
         clean_columns = column_indices + clean_column
         slots = tl.load(clean_columns + tl.minimum(key, count - 1), mask=key < tl.minimum(count, 1) * TILE_N, other=0)
-        keep = unselected(slots, key < count, k_rank, rank_row, bits_row, BLOCK_K, HAS_BLOCKS, K_ORDER)
+        low_bits, high_bits = unselected(
+            slots, key < count, k_rank, rank_row, bits_row, TILE_N, BLOCK_K, HAS_BLOCKS, K_ORDER
+        )
         for n in range(0, ceil_div(count, TILE_N)):
             at = (n + 1) * TILE_N + key
             next_slots = tl.load(clean_columns + tl.minimum(at, count - 1))
-            next_keep = unselected(next_slots, at < count, k_rank, rank_row, bits_row, BLOCK_K, HAS_BLOCKS, K_ORDER)
+            keep = unpacked(low_bits, high_bits, TILE_N)
+            low_bits, high_bits = unselected(
+                next_slots, at < count, k_rank, rank_row, bits_row, TILE_N, BLOCK_K, HAS_BLOCKS, K_ORDER
+            )
             acc, total, top = step(
                 acc, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride, slots,
                 keep, keep, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, TILE_N, 1,
                 SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
             )  # fmt: skip
             slots = next_slots
-            keep = next_keep
         before_clean = (clean_column - column_first).to(tl.int32)
         edges = before_clean + (column_past - past_clean_column).to(tl.int32)
         for n in tl.range(0, ceil_div(edges, TILE_N), num_stages=1):
@@ -325,7 +352,10 @@ def attend(
             keep = at < edges
             at_edge = tl.where(at < before_clean, column_first + at, past_clean_column + (at - before_clean))
             slots = tl.load(column_indices + at_edge, mask=keep, other=0)
-            keep = unselected(slots, keep, k_rank, rank_row, bits_row, BLOCK_K, HAS_BLOCKS, K_ORDER)
+            low_bits, high_bits = unselected(
+                slots, keep, k_rank, rank_row, bits_row, TILE_N, BLOCK_K, HAS_BLOCKS, K_ORDER
+            )
+            keep = unpacked(low_bits, high_bits, TILE_N)
             pairs = allowed_pairs(row_at, slots, keep, limit, CAUSAL, LIMITED)
             pairs = pairs & ~banded_pairs(row_at, slots, sink_end, window)
             acc, total, top = step(
