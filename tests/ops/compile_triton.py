@@ -64,11 +64,14 @@ def compile_attend(
 ):
     types = POINTERS | dict.fromkeys(TENSORS, "*" + dtype) | dict.fromkeys(FLOATS, "fp32")
     block_d = max(16, 1 << (dim - 1).bit_length())
-    kind = f"tensordesc<{dtype}[1, 1, {tile[1]}, {block_d}]>" if descriptors else "*" + dtype
-    types |= dict.fromkeys(("k_descriptor", "v_descriptor"), kind)
+    halves = 2 if capability < 90 and block_d > tile[0] else 1
+    for name, width in (("k_descriptor", block_d), ("v_descriptor", block_d // halves)):
+        types[name] = f"tensordesc<{dtype}[1, 1, {tile[1]}, {width}]>" if descriptors else "*" + dtype
     constants = dict(SHARE=share, TILES=max(1, block * share // tile[0]), BLOCK_Q=block, BLOCK_K=block)
-    constants |= dict(DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d, TILE_M=tile[0], TILE_N=tile[1])
-    constants |= dict(WIDEN=False, PRECISION="ieee" if dtype == "fp32" else "tf32")
+    constants |= dict(
+        DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d // halves, TILE_M=tile[0], TILE_N=tile[1]
+    )
+    constants |= dict(HALVES=halves, WIDEN=False, PRECISION="ieee" if dtype == "fp32" else "tf32")
     constants |= dict(DESCRIPTORS=descriptors, WARP_SPECIALIZE=warp_specialize)
     constants |= {name: name in flags for name in FLAGS}
     return compile_kernel(kernels.attend, types, constants, capability, warps, stages)

@@ -142,6 +142,7 @@ def attend(
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -164,7 +165,7 @@ def attend(
     The grid has one dimension: the plan's rows (batch times head) from ``first_row`` on, ``together`` of them at a
     time, times ``blocks``, times those heads, times ``TILES``. Heads that read the same keys run at the same time,
     for the sake of the L2 cache, and late query blocks come first: causal ones have the most keys.
-    ``selected_bits`` begins with ``first_row``.
+    ``selected_bits`` begins with ``first_row``. The output has HALVES times ``BLOCK_DV`` dimensions at most.
     """
     program = tl.program_id(0)
     tile = program % TILES
@@ -224,6 +225,7 @@ def attend(
     v_base = v_ptr + b.to(tl.int64) * v_batch_stride + group.to(tl.int64) * v_head_stride
 
     acc = tl.zeros([TILE_M, BLOCK_DV], dtype=tl.float32)
+    acc_high = tl.zeros([TILE_M, BLOCK_DV if HALVES == 2 else 1], dtype=tl.float32)
     total = tl.zeros([TILE_M], dtype=tl.float32)
     top = tl.full([TILE_M], float("-inf"), dtype=tl.float32)
     key = tl.arange(0, TILE_N)
@@ -280,10 +282,10 @@ def attend(
         if HAS_BLOCKS and not ALL_EDGES:
             start = tl.where(n < clean_tiles, entry * BLOCK_K + (n % PIECES) * TILE_N, start)
             entry = tl.load(clean_blocks + (n + 1) // PIECES, mask=n + 1 < clean_tiles, other=0)
-        acc, total, top = step(
-            acc, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride, start, every,
-            every, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, TILE_N, 0, SOFTCAP,
-            DESCRIPTORS, WIDEN, PRECISION,
+        acc, acc_high, total, top = step(
+            acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
+            start, every, every, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, HALVES,
+            TILE_N, 0, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
         )  # fmt: skip
 
     for n in tl.range(0, block_edges + band_edges, num_stages=EDGE_STAGES):
@@ -308,10 +310,10 @@ def attend(
         if HAS_BLOCKS:
             pairs = tl.where(in_blocks, ~pairs, pairs)
         pairs = pairs & allowed_pairs(row_at, slots, keep, limit, CAUSAL, LIMITED)
-        acc, total, top = step(
-            acc, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride, slots, keep,
-            pairs, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, TILE_N, 2, SOFTCAP,
-            DESCRIPTORS, WIDEN, PRECISION,
+        acc, acc_high, total, top = step(
+            acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
+            slots, keep, pairs, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, HALVES,
+            TILE_N, 2, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
         )  # fmt: skip
 
     if HAS_COLUMNS:
@@ -339,10 +341,10 @@ def attend(
             low_bits, high_bits = unselected(
                 next_slots, at < count, k_rank, rank_row, bits_row, TILE_N, BLOCK_K, HAS_BLOCKS, K_ORDER
             )
-            acc, total, top = step(
-                acc, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride, slots,
-                keep, keep, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, TILE_N, 1,
-                SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
+            acc, acc_high, total, top = step(
+                acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
+                slots, keep, keep, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, HALVES,
+                TILE_N, 1, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
             )  # fmt: skip
             slots = next_slots
         before_clean = (clean_column - column_first).to(tl.int32)
@@ -358,10 +360,10 @@ def attend(
             keep = unpacked(low_bits, high_bits, TILE_N)
             pairs = allowed_pairs(row_at, slots, keep, limit, CAUSAL, LIMITED)
             pairs = pairs & ~banded_pairs(row_at, slots, sink_end, window)
-            acc, total, top = step(
-                acc, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride, slots,
-                keep, pairs, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, TILE_N, 2,
-                SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
+            acc, acc_high, total, top = step(
+                acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
+                slots, keep, pairs, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, HALVES,
+                TILE_N, 2, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
             )  # fmt: skip
 
     if SINKS:
@@ -371,17 +373,25 @@ def attend(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.exp2(sink_logit - base)
         acc = acc * shrink[:, None]
+        acc_high = acc_high * shrink[:, None]
         top = new_top
     empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    divisor = tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
     out_row = (b * plan_heads * SHARE + head).to(tl.int64) * query_len + row
     value = tl.arange(0, BLOCK_DV)
+    out_rows = out_ptr + out_row[:, None] * VALUE_DIM
     tl.store(
-        out_ptr + out_row[:, None] * VALUE_DIM + value[None, :],
-        acc.to(out_ptr.dtype.element_ty),
+        out_rows + value[None, :],
+        (acc / divisor).to(out_ptr.dtype.element_ty),
         mask=row_exists[:, None] & (value < VALUE_DIM)[None, :],
     )
+    if HALVES == 2:
+        tl.store(
+            out_rows + BLOCK_DV + value[None, :],
+            (acc_high / divisor).to(out_ptr.dtype.element_ty),
+            mask=row_exists[:, None] & (value < VALUE_DIM - BLOCK_DV)[None, :],
+        )
     tl.store(lse_ptr + out_row, lse, mask=row_exists)
 
 

@@ -73,6 +73,8 @@ def launch(
     k_rank = _inverse(k_order) if has_blocks and has_columns else k_order
     descriptors = config.descriptors and describable(k) and describable(v) and offers_descriptors(q.device)
     block_d, block_dv = power_of_two(dim), power_of_two(value_dim)
+    halves = _halves(q.device, config.tile_m, block_dv)
+    block_dv //= halves
     k_descriptor, v_descriptor = k, v
     if descriptors:
         k_descriptor, v_descriptor = _descriptor(k, config.tile_n, block_d), _descriptor(v, config.tile_n, block_dv)
@@ -128,6 +130,7 @@ def launch(
             VALUE_DIM=value_dim,
             BLOCK_D=block_d,
             BLOCK_DV=block_dv,
+            HALVES=halves,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             TILE_M=config.tile_m,
@@ -165,6 +168,16 @@ def describable(t: Tensor) -> bool:
         return False
     strides = [stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1]
     return all(stride > 0 and stride % 8 == 0 for stride in strides)
+
+
+def _halves(device: torch.device, tile_m: int, block_dv: int) -> int:
+    """In how many parts to accumulate an output: 2 where it is wider than high, but for Hopper and big Blackwells.
+
+    Their own matrix instructions take a fixed share of the rows a warp. For others Triton gives the warps rows when
+    the accumulator is at least as high as wide, and else columns, and then every softmax step passes shared memory.
+    """
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return 2 if block_dv > tile_m and block_dv >= 32 and major not in (9, 10) else 1
 
 
 def _descriptor(t: Tensor, tile_n: int, block_dim: int) -> object:

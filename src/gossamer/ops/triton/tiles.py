@@ -23,17 +23,18 @@ def load_rows(
     slots,
     stride,
     keep,
+    BEGIN: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     TILE_N: tl.constexpr,
     MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """``TILE_N`` rows of a head of K or V, zero beyond ``DIM``; see `step` for ``slots`` and MASK."""
+    """``TILE_N`` rows of a head of K or V from dimension ``BEGIN`` on, zero beyond ``DIM``; for MASK see `step`."""
     if MASK == _CONSECUTIVE and DESCRIPTORS:
-        rows = descriptor.load([b, group, slots, 0]).reshape([TILE_N, BLOCK_DIM])
+        rows = descriptor.load([b, group, slots, BEGIN]).reshape([TILE_N, BLOCK_DIM])
     else:
-        column = tl.arange(0, BLOCK_DIM)
+        column = BEGIN + tl.arange(0, BLOCK_DIM)
         if MASK == _CONSECUTIVE:
             # One 64-bit product for the tile; the rest does not change from tile to tile.
             first = base + slots.to(tl.int64) * stride
@@ -42,7 +43,7 @@ def load_rows(
             pointers = base + slots.to(tl.int64)[:, None] * stride + column[None, :]
         if MASK > _BY_KEY:
             rows = tl.load(pointers, mask=keep[:, None] & (column < DIM)[None, :], other=0.0)
-        elif DIM != BLOCK_DIM:
+        elif DIM < BEGIN + BLOCK_DIM:
             rows = tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
         else:
             rows = tl.load(pointers)
@@ -66,6 +67,7 @@ def product(a, b, acc, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def step(
     acc,
+    acc_high,
     total,
     top,
     q,
@@ -87,6 +89,7 @@ def step(
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    HALVES: tl.constexpr,
     TILE_N: tl.constexpr,
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -99,8 +102,9 @@ def step(
     MASK: 0 for consecutive keys from slot ``slots`` on, all of which every row attends; 1 for keys ``slots``, of
     which those in ``keep`` count and all may be loaded; 2 for the ``pairs`` of keys ``slots``, of which only those in
     ``keep`` may be loaded, since dead slots may hold NaN. The softmax state is in units of log2; scale_log2 > 0.
+    ``acc`` has the first ``BLOCK_DV`` dimensions of the output, ``acc_high`` the next if there are two HALVES.
     """
-    k = load_rows(k_base, k_descriptor, b, group, slots, k_stride, keep, DIM, BLOCK_D, TILE_N, MASK, DESCRIPTORS)
+    k = load_rows(k_base, k_descriptor, b, group, slots, k_stride, keep, 0, DIM, BLOCK_D, TILE_N, MASK, DESCRIPTORS)
     scores = tl.zeros([q.shape[0], TILE_N], dtype=tl.float32)
     scores = product(q, tl.trans(k), scores, WIDEN, PRECISION)
     if SOFTCAP:
@@ -122,9 +126,18 @@ def step(
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
-    v = load_rows(v_base, v_descriptor, b, group, slots, v_stride, keep, VALUE_DIM, BLOCK_DV, TILE_N, MASK, DESCRIPTORS)
+    v = load_rows(
+        v_base, v_descriptor, b, group, slots, v_stride, keep, 0, VALUE_DIM, BLOCK_DV, TILE_N, MASK, DESCRIPTORS
+    )
     acc = product(weights, v, acc, WIDEN, PRECISION)
-    return acc, total, new_top
+    if HALVES == 2:
+        acc_high = acc_high * shrink[:, None]
+        v = load_rows(
+            v_base, v_descriptor, b, group, slots, v_stride, keep, BLOCK_DV, VALUE_DIM, BLOCK_DV, TILE_N, MASK,
+            DESCRIPTORS,
+        )  # fmt: skip
+        acc_high = product(weights, v, acc_high, WIDEN, PRECISION)
+    return acc, acc_high, total, new_top
 
 
 @triton.jit
