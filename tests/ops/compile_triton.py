@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gossamer.ops.triton import kernels
+from gossamer.ops.triton import bitmap, kernels
 
 POINTERS = {
     "block_indptr": "*i64",
@@ -64,7 +64,7 @@ def compile_attend(
 ):
     types = POINTERS | dict.fromkeys(TENSORS, "*" + dtype) | dict.fromkeys(FLOATS, "fp32")
     block_d = max(16, 1 << (dim - 1).bit_length())
-    halves = 2 if capability < 90 and block_d > tile[0] else 1
+    halves = 2 if capability < 90 and tile[0] < block_d <= 2 * tile[0] else 1
     for name, width in (("k_descriptor", block_d), ("v_descriptor", block_d // halves)):
         types[name] = f"tensordesc<{dtype}[1, 1, {tile[1]}, {width}]>" if descriptors else "*" + dtype
     constants = dict(SHARE=share, TILES=max(1, block * share // tile[0]), BLOCK_Q=block, BLOCK_K=block)
@@ -91,7 +91,7 @@ def main(capability: int) -> None:
     for name, (arguments, options) in variants.items():
         ptx = compile_attend(capability, *arguments, **options).asm["ptx"]
         print(name, *(word for word, instruction in INSTRUCTIONS.items() if instruction in ptx))
-    compile_kernel(kernels.mark_blocks, POINTERS, {"TILE": 128}, capability, 4, 2)
+    compile_kernel(bitmap.mark_blocks, POINTERS, {"TILE": 128}, capability, 4, 2)
 
 
 if __name__ == "__main__":

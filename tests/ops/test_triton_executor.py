@@ -440,6 +440,30 @@ def test_every_architecture_has_a_configuration(capability: tuple[int, int], dim
         assert block_k % chosen.tile_n == 0 or block_k in (1, 48, 100)
 
 
+@pytest.mark.parametrize(
+    ("capability", "kilobytes", "unread"),
+    [((7, 5), 64, 1), ((8, 0), 163, 1), ((8, 6), 99, 1), ((8, 9), 99, 1), ((9, 0), 227, 0), ((12, 0), 99, 1)],
+)
+@pytest.mark.parametrize("rows", [16, 64, 128, 512])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_configurations_fit_shared_memory(
+    capability: tuple[int, int], kilobytes: int, unread: int, rows: int, dim: int
+) -> None:
+    """Queries, and keys and values by stage; before Hopper products read registers, which frees one stage."""
+    chosen = config.choose(problem(capability=capability, dim=dim, rows=rows))
+    tiles = max(1, chosen.stages - unread) * 2 * chosen.tile_n
+    assert (chosen.tile_m + tiles) * dim * 2 <= kilobytes << 10
+    assert chosen.descriptors == (capability == (9, 0))
+
+
+def test_candidates_with_and_without_descriptors() -> None:
+    hopper = config.candidates(problem())
+    assert {c.descriptors for c in hopper} == {True, False}
+    assert len(set(hopper)) == len(hopper)
+    assert not any(c.descriptors for c in config.candidates(problem(capability=(8, 0))))
+    assert not any(c.warp_specialize for c in hopper)
+
+
 def test_tuning_holds_for_a_bucket_of_lengths() -> None:
     plan_len = {length: problem(bucket=length.bit_length()) for length in (70_000, 100_000, 140_000)}
     slow = config.choose(plan_len[70_000])

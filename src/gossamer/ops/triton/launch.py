@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gossamer.ops.triton.bitmap import mark_blocks
 from gossamer.ops.triton.config import Config, Problem, choose, power_of_two
-from gossamer.ops.triton.kernels import attend, mark_blocks
+from gossamer.ops.triton.kernels import attend
 from gossamer.plan import ceil_div
 
 __all__ = ["describable", "launch", "offers_descriptors"]
@@ -171,13 +172,13 @@ def describable(t: Tensor) -> bool:
 
 
 def _halves(device: torch.device, tile_m: int, block_dv: int) -> int:
-    """In how many parts to accumulate an output: 2 where it is wider than high, but for Hopper and big Blackwells.
+    """In how many parts to accumulate an output: 2 where its halves are no wider than high, but it is.
 
-    Their own matrix instructions take a fixed share of the rows a warp. For others Triton gives the warps rows when
-    the accumulator is at least as high as wide, and else columns, and then every softmax step passes shared memory.
+    For Ampere-style products Triton gives the warps rows when the accumulator is at least as high as wide, and else
+    columns, and then every softmax step passes shared memory. Those of Hopper and big Blackwells do not care.
     """
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    return 2 if block_dv > tile_m and block_dv >= 32 and major not in (9, 10) else 1
+    return 2 if tile_m < block_dv <= 2 * tile_m and major not in (9, 10) else 1
 
 
 def _descriptor(t: Tensor, tile_n: int, block_dim: int) -> object:
