@@ -227,6 +227,14 @@ def test_descriptors(part: str, dim: int) -> None:
         assert made.call_count == (2 if not ON_GPU or torch.cuda.get_device_capability() >= (9, 0) else 0)
 
 
+@pytest.mark.skipif(ON_GPU, reason="Triton does not compile it yet")
+def test_warp_specialization() -> None:
+    """The same loop, marked: only what is computed can be tested."""
+    plan = random_plan(6, batch=1, heads=2, query_len=90, key_len=90, block_q=32, block_k=32)
+    q, k, v = draw(plan, heads=2, groups=2, dim=64, dtype=torch.float16)
+    check(plan, q, k, v, chosen=replace(DESCRIPTORS, warp_specialize=True))
+
+
 def test_tensors_that_no_descriptor_describes() -> None:
     """Rows whose distance is no multiple of 16 bytes, a base off that grid, four-byte elements: plain loads."""
     plan = random_plan(5, batch=1, heads=2, query_len=90, key_len=90, block_q=32, block_k=32)

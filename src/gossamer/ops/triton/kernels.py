@@ -241,16 +241,28 @@ def attend(
     if HAS_BLOCKS and not ALL_EDGES:
         entry = tl.load(clean_blocks, mask=clean_tiles > 0, other=0)
     clean = clean_tiles + full_past - full_first
-    for n in tl.range(0, clean, warp_specialize=WARP_SPECIALIZE):
-        start = (full_first + n - clean_tiles) * TILE_N
-        if HAS_BLOCKS and not ALL_EDGES:
-            start = tl.where(n < clean_tiles, entry * BLOCK_K + (n % PIECES) * TILE_N, start)
-            entry = tl.load(clean_blocks + (n + 1) // PIECES, mask=n + 1 < clean_tiles, other=0)
-        acc, acc_high, total, top = step(
-            acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
-            start, every, every, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, HALVES,
-            TILE_N, 0, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
-        )  # fmt: skip
+    if WARP_SPECIALIZE:  # a keyword of Triton 3.4
+        for n in tl.range(0, clean, warp_specialize=True):
+            start = (full_first + n - clean_tiles) * TILE_N
+            if HAS_BLOCKS and not ALL_EDGES:
+                start = tl.where(n < clean_tiles, entry * BLOCK_K + (n % PIECES) * TILE_N, start)
+                entry = tl.load(clean_blocks + (n + 1) // PIECES, mask=n + 1 < clean_tiles, other=0)
+            acc, acc_high, total, top = step(
+                acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
+                start, every, every, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                HALVES, TILE_N, 0, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
+            )  # fmt: skip
+    else:
+        for n in range(0, clean):
+            start = (full_first + n - clean_tiles) * TILE_N
+            if HAS_BLOCKS and not ALL_EDGES:
+                start = tl.where(n < clean_tiles, entry * BLOCK_K + (n % PIECES) * TILE_N, start)
+                entry = tl.load(clean_blocks + (n + 1) // PIECES, mask=n + 1 < clean_tiles, other=0)
+            acc, acc_high, total, top = step(
+                acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
+                start, every, every, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                HALVES, TILE_N, 0, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
+            )  # fmt: skip
 
     for n in tl.range(0, block_edges + band_edges, num_stages=EDGE_STAGES):
         band = n - block_edges
