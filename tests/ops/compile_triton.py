@@ -1,13 +1,15 @@
-"""Compiles the Triton kernels to PTX for a GPU that need not be there: ``compile_triton.py CAPABILITY``."""
+"""Compiles the Triton kernels to PTX for a GPU that need not be there: ``compile_triton.py CAPABILITY``.
+
+Prints one line a variant of the forward kernel: its name, and which of the instructions below it has.
+"""
 
 import sys
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gossamer.ops.triton import kernels
+from gossamer.ops.triton import bitmap, kernels
 
 POINTERS = {
     "block_indptr": "*i64",
@@ -27,35 +29,70 @@ POINTERS = {
 TENSORS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr")
 FLOATS = ("scale_log2", "softcap_log2", "softcap_slope")
 FLAGS = ("HAS_BLOCKS", "HAS_COLUMNS", "Q_ORDER", "K_ORDER", "CAUSAL", "LIMITED", "SOFTCAP", "SINKS")
+INSTRUCTIONS = {
+    "asynchronous-copy": "cp.async.c",
+    "tensor-copy": "cp.async.bulk.tensor",
+    "warp-matrix": "mma.sync",
+    "warpgroup-matrix": "wgmma.mma_async",
+}
 
 
-def compile_kernel(kernel, types: dict[str, str], constants: dict, capability: int, warps: int, stages: int) -> str:
+def compile_kernel(kernel, types: dict[str, str], constants: dict, capability: int, warps: int, stages: int):
+    """With every pointer and stride divisible by 16, as those of ordinary tensors are."""
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constexprs=values)
+    aligned = [name for name, kind in signature.items() if kind[0] == "*" or (kind == "i32" and "stride" in name)]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages}).asm["ptx"]
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
 
 
-def compile_attend(capability: int, dtype: str, dim: int, tile: tuple[int, int], flags: set[str]) -> str:
+def compile_attend(
+    capability: int,
+    dtype: str,
+    dim: int,
+    tile: tuple[int, int],
+    flags: set[str],
+    *,
+    warps: int = 4,
+    stages: int = 2,
+    block: int = 64,
+    share: int = 4,
+    descriptors: bool = False,
+    warp_specialize: bool = False,
+):
     types = POINTERS | dict.fromkeys(TENSORS, "*" + dtype) | dict.fromkeys(FLOATS, "fp32")
-    block = max(16, 1 << (dim - 1).bit_length())
-    constants = dict(SHARE=4, TILES=2, DIM=dim, VALUE_DIM=dim, BLOCK_D=block, BLOCK_DV=block, BLOCK_Q=64, BLOCK_K=64)
-    constants |= dict(TILE_M=tile[0], TILE_N=tile[1], WIDEN=False, PRECISION="ieee" if dtype == "fp32" else "tf32")
+    block_d = max(16, 1 << (dim - 1).bit_length())
+    halves = 2 if capability < 90 and tile[0] < block_d <= 2 * tile[0] else 1
+    for name, width in (("k_descriptor", block_d), ("v_descriptor", block_d // halves)):
+        types[name] = f"tensordesc<{dtype}[1, 1, {tile[1]}, {width}]>" if descriptors else "*" + dtype
+    constants = dict(SHARE=share, TILES=max(1, block * share // tile[0]), BLOCK_Q=block, BLOCK_K=block)
+    constants |= dict(
+        DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d // halves, TILE_M=tile[0], TILE_N=tile[1]
+    )
+    constants |= dict(HALVES=halves, WIDEN=False, PRECISION="ieee" if dtype == "fp32" else "tf32")
+    constants |= dict(DESCRIPTORS=descriptors, WARP_SPECIALIZE=warp_specialize)
     constants |= {name: name in flags for name in FLAGS}
-    return compile_kernel(kernels.attend, types, constants, capability, 4, 2)
+    return compile_kernel(kernels.attend, types, constants, capability, warps, stages)
+
+
+def main(capability: int) -> None:
+    everything: set[str] = set(FLAGS)
+    unpermuted = everything - {"Q_ORDER", "K_ORDER"}
+    usual = {"HAS_BLOCKS", "HAS_COLUMNS", "CAUSAL"}
+    variants = {
+        "bf16": (("bf16", 128, (64, 64), usual), {"stages": 3}),
+        "everything": (("fp16", 80, (64, 32), everything), {}),
+        "fp32": (("fp32", 64, (64, 32), unpermuted - {"CAUSAL"}), {}),
+    }
+    if capability >= 90:
+        variants["descriptors"] = (("bf16", 128, (64, 64), usual), {"stages": 3, "descriptors": True})
+    for name, (arguments, options) in variants.items():
+        ptx = compile_attend(capability, *arguments, **options).asm["ptx"]
+        print(name, *(word for word, instruction in INSTRUCTIONS.items() if instruction in ptx))
+    compile_kernel(bitmap.mark_blocks, POINTERS, {"TILE": 128}, capability, 4, 2)
 
 
 if __name__ == "__main__":
-    capability = int(sys.argv[1])
-    everything: set[str] = set(FLAGS)
-    unpermuted = everything - {"Q_ORDER", "K_ORDER"}
-    for dtype, dim, tile, flags in (
-        ("bf16", 128, (128, 64), {"HAS_BLOCKS", "HAS_COLUMNS", "CAUSAL"}),
-        ("fp16", 80, (64, 32), everything),
-        ("fp32", 64, (64, 32), unpermuted - {"CAUSAL"}),
-    ):
-        ptx = compile_attend(capability, dtype, dim, tile, flags)
-        print(torch.__version__, dtype, dim, "matrix" if "mma" in ptx else "scalar")
-    compile_kernel(kernels.mark_blocks, POINTERS, {"TILE": 128}, capability, 4, 2)
-    print("compiled")
+    main(int(sys.argv[1]))

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,11 +26,13 @@ pytestmark = [
     pytest.mark.skipif(not executor.is_available(), reason=f"{executor.why_unavailable()}"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
+launch: Any = pytest.importorskip("gossamer.ops.triton.launch", reason="Triton is not installed")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 FULL_SIZE = 16 if ON_GPU else 1  # the interpreter is slow
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+DESCRIPTORS = config.Config(32, 32, 4, 2, descriptors=True)
 METHODS: list[tuple[str, dict]] = [
     ("dense", {}),
     ("a_shape", {"sink": 9, "window": 50}),
@@ -62,16 +65,20 @@ def draw(
     return q.to(dtype), k.masked_fill(dead, math.nan).to(dtype), v.masked_fill(dead, math.nan).to(dtype)
 
 
-def run(q, k, v, plan, *, scale, sinks=None, softcap=None) -> tuple[Tensor, Tensor]:
+def run(q, k, v, plan, *, scale, sinks=None, softcap=None, chosen=None) -> tuple[Tensor, Tensor]:
     sinks = None if sinks is None else sinks.to(DEVICE)
     q, k, v = (t.to(DEVICE) for t in (q, k, v))
-    out, lse = executor.execute(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
+    if chosen is None:
+        out, lse = executor.execute(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
+    else:
+        out, lse = launch.launch(*executor._arguments(q, k, v, plan, scale, sinks, softcap), config=chosen)
     return out.cpu(), lse.cpu()
 
 
-def check(plan, q, k, v, *, scale=None, sinks=None, softcap=None) -> None:
+def check(plan, q, k, v, *, scale=None, sinks=None, softcap=None, chosen=None) -> None:
+    """``chosen`` overrides the table's configuration."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = run(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
+    out, lse = run(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap, chosen=chosen)
     expected, expected_lse = reference.execute(
         q.double(), k.double(), v.double(), plan, scale=scale, sinks=sinks, softcap=softcap
     )
@@ -193,12 +200,88 @@ def test_more_key_blocks_than_a_word_has_bits() -> None:
     check(plan, *draw(plan, heads=1, groups=1, dim=16))
 
 
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("part", ["blocks", "bands", "columns", "padded", "random"])
+def test_descriptors(part: str, dim: int) -> None:
+    """Runs of keys loaded through tensor descriptors: odd lengths, dead slots full of NaN, head dimensions that a tile
+    pads, and columns, which never use them."""
+    length = 121 * FULL_SIZE
+    blocks = -(-length // 32)
+    generator = torch.Generator().manual_seed(dim)
+    mask = torch.rand(2, 2, blocks, blocks, generator=generator) < (0.6 if part in ("blocks", "columns") else 0.0)
+    plan = SparsePlan.from_block_mask(mask, length, length, block_q=32, block_k=32)
+    if part == "bands":
+        plan = replace(plan, sink=[7, 40], window=[130, 30])
+    elif part == "columns":
+        listed = torch.arange(0, length, 3, dtype=torch.int32)
+        rows = torch.arange(5) * listed.numel()
+        plan = replace(plan, column_group=blocks, column_indptr=rows, column_indices=listed.repeat(4))
+    elif part in ("padded", "random"):
+        plan = random_plan(
+            dim, batch=2, heads=2, query_len=length, key_len=length, block_q=32, block_k=32, padded=part == "padded"
+        )
+    for dtype in (torch.float16, torch.bfloat16):
+        q, k, v = draw(plan, heads=4, groups=2, dim=dim, dtype=dtype, seed=dim)
+        with mock.patch.object(launch, "_descriptor", wraps=launch._descriptor) as made:
+            check(plan, q, k, v, chosen=DESCRIPTORS)
+        assert made.call_count == (2 if not ON_GPU or torch.cuda.get_device_capability() >= (9, 0) else 0)
+
+
+@pytest.mark.skipif(ON_GPU, reason="Triton does not compile it yet")
+def test_warp_specialization() -> None:
+    """The same loop, marked: only what is computed can be tested."""
+    plan = random_plan(6, batch=1, heads=2, query_len=90, key_len=90, block_q=32, block_k=32)
+    q, k, v = draw(plan, heads=2, groups=2, dim=64, dtype=torch.float16)
+    check(plan, q, k, v, chosen=replace(DESCRIPTORS, warp_specialize=True))
+
+
+def test_tensors_that_no_descriptor_describes() -> None:
+    """Rows whose distance is no multiple of 16 bytes, a base off that grid, four-byte elements: plain loads."""
+    plan = random_plan(5, batch=1, heads=2, query_len=90, key_len=90, block_q=32, block_k=32)
+    q, k, v = draw(plan, heads=2, groups=2, dim=60, dtype=torch.float16)
+    shifted = [F.pad(t, (3, 5))[..., 3:-5] for t in draw(plan, heads=2, groups=2, dim=64, dtype=torch.float16)]
+    for inputs in ((q, k, v), shifted, draw(plan, heads=2, groups=2, dim=64)):
+        assert not launch.describable(inputs[1])
+        check(plan, *inputs, chosen=DESCRIPTORS)
+    assert launch.describable(torch.zeros(1, 2, 5, 64, dtype=torch.bfloat16))
+    assert not launch.describable(torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16).expand(1, 2, 5, 64))
+
+
+def test_a_small_bitmap_at_a_time(monkeypatch) -> None:
+    """Heads take turns with the bitmap of selected blocks when it would be large."""
+    plan = random_plan(8, batch=2, heads=6, query_len=100, key_len=150, block_q=32, block_k=32)
+    assert plan.block_indices.numel()
+    assert plan.column_indices.numel()
+    inputs = draw(plan, heads=6, groups=2, dim=16)
+    expected = run(*inputs, plan, scale=0.25)
+    for rows in (0, 2, 5, 7):
+        monkeypatch.setattr(launch, "_MOST_BITMAP_BYTES", rows * plan.num_query_blocks * 4)
+        for got, wanted in zip(run(*inputs, plan, scale=0.25), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("heads_that_fit", "expected"), [(1, (1, 1)), (3, (3, 3)), (5, (3, 3)), (7, (6, 6)), (12, (12, 6))]
+)
+def test_heads_of_a_group_share_a_launch(heads_that_fit: int, expected: tuple[int, int]) -> None:
+    """Of 12 rows of the plan, 6 a key/value head."""
+    assert launch._rows_at_once(12, 6, launch._MOST_BITMAP_BYTES // heads_that_fit) == expected
+
+
 @every_dtype
 @pytest.mark.parametrize("softcap", [0.5, 50.0])
 def test_softcap(dtype: torch.dtype, softcap: float) -> None:
     plan = SparsePlan.dense(1, 70, 70, Extent.full(1, 70, 70))
     q, k, v = draw(plan, heads=2, groups=1, dim=32)
     check(plan, (q * 6).to(dtype), k.to(dtype), v.to(dtype), softcap=softcap)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_of_any_sign(scale: float) -> None:
+    plan = random_plan(2, batch=1, heads=2, query_len=70, key_len=70)
+    q, k, v = draw(plan, heads=2, groups=1, dim=32)
+    check(plan, q, k, v, scale=scale)
+    check(plan, q, k, v, scale=scale, softcap=2.0)
 
 
 def test_sinks() -> None:
@@ -333,13 +416,21 @@ def test_a_cpu_tensor_without_the_interpreter_is_refused(monkeypatch) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler for Linux")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_without_a_gpu(capability: int, tmp_path: Path) -> None:
+    """Matrix products on tensor cores, and keys and values copied asynchronously; by descriptors only when asked."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("compile_triton.py")
     done = subprocess.run(
         [sys.executable, str(script), str(capability)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("matrix") == 2
+    found = {name: set(words) for name, *words in (line.split() for line in done.stdout.splitlines())}
+    matrix = "warpgroup-matrix" if capability >= 90 else "warp-matrix"
+    expected = {"bf16": {"asynchronous-copy", matrix}, "everything": {"asynchronous-copy", matrix}}
+    expected["fp32"] = {"asynchronous-copy"}
+    if capability >= 90:
+        # Gathered columns are no run of keys, and stay asynchronous copies by pointers.
+        expected["descriptors"] = {"asynchronous-copy", "tensor-copy", matrix}
+    assert found == expected
 
 
 def problem(**changes) -> config.Problem:
@@ -355,6 +446,30 @@ def test_every_architecture_has_a_configuration(capability: tuple[int, int], dim
         assert chosen.tile_n & (chosen.tile_n - 1) == 0
         assert chosen.tile_n >= 16
         assert block_k % chosen.tile_n == 0 or block_k in (1, 48, 100)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kilobytes", "unread"),
+    [((7, 5), 64, 1), ((8, 0), 163, 1), ((8, 6), 99, 1), ((8, 9), 99, 1), ((9, 0), 227, 0), ((12, 0), 99, 1)],
+)
+@pytest.mark.parametrize("rows", [16, 64, 128, 512])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_configurations_fit_shared_memory(
+    capability: tuple[int, int], kilobytes: int, unread: int, rows: int, dim: int
+) -> None:
+    """Queries, and keys and values by stage; before Hopper products read registers, which frees one stage."""
+    chosen = config.choose(problem(capability=capability, dim=dim, rows=rows))
+    tiles = max(1, chosen.stages - unread) * 2 * chosen.tile_n
+    assert (chosen.tile_m + tiles) * dim * 2 <= kilobytes << 10
+    assert chosen.descriptors == (capability == (9, 0))
+
+
+def test_candidates_with_and_without_descriptors() -> None:
+    hopper = config.candidates(problem())
+    assert {c.descriptors for c in hopper} == {True, False}
+    assert len(set(hopper)) == len(hopper)
+    assert not any(c.descriptors for c in config.candidates(problem(capability=(8, 0))))
+    assert not any(c.warp_specialize for c in hopper)
 
 
 def test_tuning_holds_for_a_bucket_of_lengths() -> None:

@@ -1,12 +1,13 @@
 """Tile shapes, warps and stages: a table by architecture and head dimension, and measured choices by length bucket.
 
-The table follows from what fits a multiprocessor's shared memory and registers. It is not yet measured on a GPU.
+The table follows from what fits a multiprocessor's shared memory and registers, by the compiler's own account. It is
+not yet measured on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,12 +17,19 @@ __all__ = ["Config", "Problem", "candidates", "choose", "forget", "tune"]
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Rows and keys of a tile, warps of a program, stages of the load pipeline."""
+    """Rows and keys of a tile, warps of a program, stages of the load pipeline.
+
+    ``descriptors`` loads runs of keys through tensor descriptors where the device, Triton and the tensors allow it.
+    ``warp_specialize`` asks Triton to give loads and products warps of their own; no table entry or candidate does:
+    Triton 3.9 fails to compile this kernel so for Hopper with 4 warps and for Blackwell, and ignores it with 8.
+    """
 
     tile_m: int
     tile_n: int
     warps: int
     stages: int
+    descriptors: bool = False
+    warp_specialize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +57,26 @@ class Problem:
         )
 
 
-# (lowest compute capability, largest padded head dimension) -> configuration for 2-byte elements, best first.
-_HOPPER, _AMPERE, _CONSUMER = 90, 80, 75
-_TABLE: dict[tuple[int, int], Config] = {
-    (_HOPPER, 64): Config(128, 128, 8, 3),
-    (_HOPPER, 128): Config(128, 128, 8, 2),
-    (_HOPPER, 256): Config(128, 64, 8, 2),
-    (_AMPERE, 64): Config(128, 64, 4, 3),
-    (_AMPERE, 128): Config(128, 64, 8, 2),
-    (_AMPERE, 256): Config(64, 32, 4, 2),
-    (_CONSUMER, 64): Config(128, 64, 4, 2),
-    (_CONSUMER, 128): Config(64, 32, 4, 2),
-    (_CONSUMER, 256): Config(64, 32, 8, 1),
+# (generation, largest padded head dimension) -> for 2-byte elements, with 128 rows or more and with fewer. Two stages
+# copy a tile while its predecessor's last product runs, three while all of it runs.
+_HOPPER, _AMPERE, _SMALL, _TURING = 90, 80, 86, 75
+_TABLE: dict[tuple[int, int], tuple[Config, Config]] = {
+    (_HOPPER, 64): (Config(128, 64, 4, 3, True), Config(64, 64, 4, 3, True)),
+    (_HOPPER, 128): (Config(128, 128, 8, 3, True), Config(64, 64, 4, 3, True)),
+    (_HOPPER, 256): (Config(128, 32, 8, 4, True), Config(64, 32, 4, 3, True)),
+    (_AMPERE, 64): (Config(128, 64, 4, 3), Config(64, 64, 4, 3)),
+    (_AMPERE, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    (_AMPERE, 256): (Config(128, 32, 8, 3), Config(64, 32, 8, 3)),
+    (_SMALL, 64): (Config(128, 64, 4, 3), Config(64, 64, 4, 3)),
+    (_SMALL, 128): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
+    (_SMALL, 256): (Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+    (_TURING, 64): (Config(128, 64, 4, 2), Config(64, 64, 4, 2)),
+    (_TURING, 128): (Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
+    (_TURING, 256): (Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
 }
 _WIDE = Config(64, 32, 4, 1)  # fp32
 _SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # 100 KiB of shared memory, unlike others of their generation
+_MOST_REGISTERS = 192
 _SMALLEST = 16  # of a matrix product
 _SMALLEST_EVEN = 32  # below it, a tile with masked keys is better than one that divides the block
 
@@ -81,16 +94,20 @@ def choose(problem: Problem) -> Config:
 
 
 def candidates(problem: Problem) -> list[Config]:
-    """What `tune` tries: the table's choice and its neighbours."""
+    """What `tune` tries: the table's choice and its neighbours, with and without descriptors where those exist."""
     start = _from_table(problem)
     shapes = {(start.tile_m, start.tile_n), (start.tile_m, 64), (64, 64), (64, 32), (128, 32)}
     found = [_fit(start, problem)]
     for tile_m, tile_n in sorted(shapes):
         for warps in (4, 8):
+            # Scores and output in registers, of which a thread has 255; Triton spills the rest.
+            if tile_m * (tile_n + problem.dim) > 32 * warps * _MOST_REGISTERS:
+                continue
             for stages in (2, 3, 4):
-                config = _fit(Config(tile_m, tile_n, warps, stages), problem)
-                if config not in found:
-                    found.append(config)
+                for descriptors in {start.descriptors, False}:
+                    config = _fit(Config(tile_m, tile_n, warps, stages, descriptors), problem)
+                    if config not in found:
+                        found.append(config)
     return found
 
 
@@ -114,10 +131,11 @@ def _from_table(problem: Problem) -> Config:
     major = problem.capability[0]
     if problem.element_size > 2:
         return _WIDE
-    level = _HOPPER if major in (9, 10) else _AMPERE if major >= 8 else _CONSUMER
+    level = _HOPPER if major in (9, 10) else _AMPERE if major >= 8 else _TURING
     if problem.capability in _SMALL_MEMORY:
-        level = _CONSUMER
-    return next(config for (at, dim), config in _TABLE.items() if at == level and problem.dim <= dim)
+        level = _SMALL
+    tall, short = next(configs for (at, dim), configs in _TABLE.items() if at == level and problem.dim <= dim)
+    return tall if problem.rows >= tall.tile_m else short
 
 
 def _fit(config: Config, problem: Problem) -> Config:
@@ -127,4 +145,4 @@ def _fit(config: Config, problem: Problem) -> Config:
     tile_n = min(config.tile_n, power_of_two(problem.block_k))
     if divisor >= _SMALLEST_EVEN:
         tile_n = min(tile_n, divisor)
-    return Config(tile_m, tile_n, config.warps if tile_m >= 64 else 4, config.stages)
+    return replace(config, tile_m=tile_m, tile_n=tile_n, warps=config.warps if tile_m >= 64 else 4)

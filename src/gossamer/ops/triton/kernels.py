@@ -7,17 +7,24 @@ block is selected is looked up in a bitmap.
 
 A tile's keys fall into ranges. Pairs in the clean range (all rows of the tile may attend all keys, and no band holds
 any) need no mask; since indices ascend, the clean blocks and columns of a row are consecutive and found by bisection.
+So there are four loops: clean tiles (of blocks, and of bands that hold all their pairs), the other tiles of blocks
+and bands, clean columns, and the other columns. Long ones are software-pipelined, so each of their passes reads the
+index that the next one needs: an address that waits for its index would stall the pipeline.
 """
 
 # Triton compiles these functions; their parameters and constants are not what Python sees.
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "mark_blocks"]
+from gossamer.ops.triton.bitmap import unpacked, unselected
+from gossamer.ops.triton.tiles import allowed_pairs, banded_pairs, step
+
+__all__ = ["attend"]
 
 
 @triton.jit
@@ -36,103 +43,25 @@ def ceil_div(a, b):
     return (a + b - 1) // b
 
 
-@triton.jit
-def load_rows(base, slots, stride, keep, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Rows ``slots`` of a matrix; 0 where ``keep`` is False, so that dead slots are never read."""
-    column = tl.arange(0, BLOCK_DIM)
-    pointers = base + slots.to(tl.int64)[:, None] * stride + column[None, :]
-    if MASKED:
-        rows = tl.load(pointers, mask=keep[:, None] & (column < DIM)[None, :], other=0.0)
-    elif DIM != BLOCK_DIM:
-        rows = tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
-    else:
-        rows = tl.load(pointers)
-    return rows
-
-
-@triton.jit
-def product(a, b, acc, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
-    """``a @ b + acc`` in fp32, with a rounded to b's dtype.
-
-    WIDEN is for bf16 under the interpreter of Triton 3.9, which truncates to bf16 and multiplies its bit patterns.
-    """
-    if WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    else:
-        a = a.to(b.dtype)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def step(
-    acc,
-    total,
-    top,
-    q,
-    k_base,
-    v_base,
-    k_stride,
-    v_stride,
-    slots,
-    keep,
-    pairs,
-    scale_log2,
-    softcap_log2,
-    softcap_slope,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of keys. MASK: 0 none, 1 ``keep`` by key, 2 ``pairs`` by pair (``keep`` still guards the loads)."""
-    k = load_rows(k_base, slots, k_stride, keep, DIM, BLOCK_D, MASK > 0)
-    scores = tl.zeros([q.shape[0], k.shape[0]], dtype=tl.float32)
-    scores = product(q, tl.trans(k), scores, WIDEN, PRECISION)
-    if SOFTCAP:
-        # softcap * tanh(x / softcap), with tanh(y) = 1 - 2 / (exp(2 y) + 1); 2 / infinity is 0.
-        scores = softcap_log2 * (1.0 - 2.0 / (tl.exp2(scores * softcap_slope) + 1.0))
-    if not SOFTCAP:
-        scores = scores * scale_log2
-    if MASK == 1:
-        scores = tl.where(keep[None, :], scores, float("-inf"))
-    if MASK == 2:
-        scores = tl.where(pairs, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(top - base)
-    total = total * shrink + tl.sum(weights, 1)
-    acc = acc * shrink[:, None]
-    v = load_rows(v_base, slots, v_stride, keep, VALUE_DIM, BLOCK_DV, MASK > 0)
-    acc = product(weights, v, acc, WIDEN, PRECISION)
-    return acc, total, new_top
-
-
-@triton.jit
-def allowed_pairs(row_at, slots, keep, limit, CAUSAL: tl.constexpr, LIMITED: tl.constexpr):
-    pairs = keep[None, :]
-    if CAUSAL:
-        pairs = pairs & (slots[None, :] <= row_at[:, None])
-    if LIMITED:
-        pairs = pairs & (tl.abs(row_at[:, None] - slots[None, :]) < limit)
-    return pairs
-
-
-@triton.jit
-def banded_pairs(row_at, slots, sink_end, window):
-    return (slots < sink_end)[None, :] | (tl.abs(row_at[:, None] - slots[None, :]) < window)
-
-
-@triton.jit(do_not_specialize=["query_len", "key_len", "blocks", "words", "column_lists", "column_group", "limit"])
+@triton.jit(
+    do_not_specialize=[
+        "query_len",
+        "key_len",
+        "first_row",
+        "together",
+        "blocks",
+        "words",
+        "column_lists",
+        "column_group",
+        "limit",
+    ]
+)
 def attend(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_descriptor,
+    v_descriptor,
     out_ptr,
     lse_ptr,
     q_batch_stride,
@@ -159,6 +88,8 @@ def attend(
     batch,
     plan_heads,
     groups,
+    first_row,
+    together,
     query_len,
     key_len,
     blocks,
@@ -175,6 +106,7 @@ def attend(
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -187,18 +119,23 @@ def attend(
     LIMITED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of one query block of one head of the plan: ``TILE_M`` rows, tokens times the query heads that share it.
 
-    The grid has one dimension, ``batch * plan_heads * blocks * TILES``. Late query blocks come first: causal ones
-    have the most keys.
+    The grid has one dimension: the plan's rows (batch times head) from ``first_row`` on, ``together`` of them at a
+    time, times ``blocks``, times those heads, times ``TILES``. Heads that read the same keys run at the same time,
+    for the sake of the L2 cache, and late query blocks come first: causal ones have the most keys.
+    ``selected_bits`` begins with ``first_row``. The output has HALVES times ``BLOCK_DV`` dimensions at most.
     """
     program = tl.program_id(0)
     tile = program % TILES
-    block = blocks - 1 - (program // TILES) % blocks
-    plan_row = program // (TILES * blocks)
+    head_at = (program // TILES) % together
+    block = blocks - 1 - (program // (TILES * together)) % blocks
+    plan_row = first_row + program // (TILES * together * blocks) * together + head_at
     b = plan_row // plan_heads
     plan_head = plan_row % plan_heads
     group = plan_head // (plan_heads // groups)
@@ -252,50 +189,11 @@ def attend(
     v_base = v_ptr + b.to(tl.int64) * v_batch_stride + group.to(tl.int64) * v_head_stride
 
     acc = tl.zeros([TILE_M, BLOCK_DV], dtype=tl.float32)
+    acc_high = tl.zeros([TILE_M, BLOCK_DV if HALVES == 2 else 1], dtype=tl.float32)
     total = tl.zeros([TILE_M], dtype=tl.float32)
     top = tl.full([TILE_M], float("-inf"), dtype=tl.float32)
     key = tl.arange(0, TILE_N)
-    every = tl.full([TILE_N], 1, dtype=tl.int1)
-    csr_row = plan_row.to(tl.int64) * blocks + block
-
-    if HAS_BLOCKS:
-        PIECES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
-        first = tl.load(block_indptr + csr_row)
-        past = tl.load(block_indptr + csr_row + 1)
-        clean_first = past
-        clean_past = past
-        if not K_ORDER:
-            past = lower_bound(block_indices, first, past, ceil_div(outer_high, BLOCK_K))
-            first = lower_bound(block_indices, first, past, outer_low // BLOCK_K)
-            clean_first = past
-            clean_past = past
-            if BLOCK_K % TILE_N == 0:
-                clean_first = lower_bound(block_indices, first, past, ceil_div(clean_low, BLOCK_K))
-                clean_past = lower_bound(block_indices, clean_first, past, clean_high // BLOCK_K)
-                for n in range(0, ((clean_past - clean_first) * PIECES).to(tl.int32)):
-                    entry = tl.load(block_indices + clean_first + n // PIECES)
-                    slots = entry * BLOCK_K + (n % PIECES) * TILE_N + key
-                    acc, total, top = step(
-                        acc, total, top, q, k_base, v_base, k_stride, v_stride, slots, every, every, scale_log2,
-                        softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, 0, SOFTCAP, WIDEN, PRECISION,
-                    )  # fmt: skip
-        before = (clean_first - first).to(tl.int32)
-        entries = before + (past - clean_past).to(tl.int32)
-        for n in range(0, entries * PIECES):
-            at = n // PIECES
-            entry = tl.load(block_indices + tl.where(at < before, first + at, clean_past + (at - before)))
-            within = (n % PIECES) * TILE_N + key
-            slots = entry * BLOCK_K + within
-            keep = (within < BLOCK_K) & (slots < key_len)
-            if K_ORDER:
-                slots = tl.load(k_order + plan_row.to(tl.int64) * key_len + slots, mask=keep, other=0)
-            keep = keep & (slots >= live_begin) & (slots < live_end)
-            pairs = allowed_pairs(row_at, slots, keep, limit, CAUSAL, LIMITED)
-            pairs = pairs & ~banded_pairs(row_at, slots, sink_end, window)
-            acc, total, top = step(
-                acc, total, top, q, k_base, v_base, k_stride, v_stride, slots, keep, pairs, scale_log2,
-                softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, 2, SOFTCAP, WIDEN, PRECISION,
-            )  # fmt: skip
+    every = key >= 0
 
     # Bands, in tiles of consecutive slots: those of the sink, then those of the window that are not among them.
     sink_high = tl.minimum(high, sink_end)
@@ -310,27 +208,93 @@ def attend(
     full_high = tl.maximum(tl.minimum(every_high, lowest + window), 0)
     full_first = tl.minimum(tl.maximum(ceil_div(full_low, TILE_N), window_first), window_past)
     full_past = tl.minimum(tl.maximum(full_high // TILE_N, full_first), window_past)
-    for n in range(full_first, full_past):
-        slots = n * TILE_N + key
-        acc, total, top = step(
-            acc, total, top, q, k_base, v_base, k_stride, v_stride, slots, every, every, scale_log2,
-            softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, 0, SOFTCAP, WIDEN, PRECISION,
-        )  # fmt: skip
     sink_tiles = sink_past - sink_first
-    before_full = sink_tiles + full_first - window_first
-    for n in range(0, before_full + window_past - full_past):
-        tile_n = tl.where(n < sink_tiles, sink_first + n, window_first + n - sink_tiles)
-        tile_n = tl.where(n < before_full, tile_n, full_past + n - before_full)
+    tiles_before_full = sink_tiles + full_first - window_first
+    band_edges = tiles_before_full + window_past - full_past
+
+    PIECES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
+    ALL_EDGES: tl.constexpr = K_ORDER or BLOCK_K % TILE_N != 0
+    EDGE_STAGES: tl.constexpr = None if HAS_BLOCKS and ALL_EDGES else 1  # few passes, unless all are
+    first = plan_row.to(tl.int64) * blocks + block
+    clean_blocks = block_indices
+    clean_tiles = 0
+    before = 0
+    block_edges = 0
+    clean_past = first
+    if HAS_BLOCKS:
+        past = tl.load(block_indptr + first + 1)
+        first = tl.load(block_indptr + first)
+        if not K_ORDER:
+            past = lower_bound(block_indices, first, past, ceil_div(outer_high, BLOCK_K))
+            first = lower_bound(block_indices, first, past, outer_low // BLOCK_K)
+        clean_first = past
+        clean_past = past
+        if not ALL_EDGES:
+            clean_first = lower_bound(block_indices, first, past, ceil_div(clean_low, BLOCK_K))
+            clean_past = lower_bound(block_indices, clean_first, past, clean_high // BLOCK_K)
+        clean_blocks += clean_first
+        clean_tiles = (clean_past - clean_first).to(tl.int32) * PIECES
+        before = (clean_first - first).to(tl.int32)
+        block_edges = (before + (past - clean_past).to(tl.int32)) * PIECES
+
+    entry = 0
+    if HAS_BLOCKS and not ALL_EDGES:
+        entry = tl.load(clean_blocks, mask=clean_tiles > 0, other=0)
+    clean = clean_tiles + full_past - full_first
+    if WARP_SPECIALIZE:  # a keyword of Triton 3.4
+        for n in tl.range(0, clean, warp_specialize=True):
+            start = (full_first + n - clean_tiles) * TILE_N
+            if HAS_BLOCKS and not ALL_EDGES:
+                start = tl.where(n < clean_tiles, entry * BLOCK_K + (n % PIECES) * TILE_N, start)
+                entry = tl.load(clean_blocks + (n + 1) // PIECES, mask=n + 1 < clean_tiles, other=0)
+            acc, acc_high, total, top = step(
+                acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
+                start, every, every, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                HALVES, TILE_N, 0, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
+            )  # fmt: skip
+    else:
+        for n in range(0, clean):
+            start = (full_first + n - clean_tiles) * TILE_N
+            if HAS_BLOCKS and not ALL_EDGES:
+                start = tl.where(n < clean_tiles, entry * BLOCK_K + (n % PIECES) * TILE_N, start)
+                entry = tl.load(clean_blocks + (n + 1) // PIECES, mask=n + 1 < clean_tiles, other=0)
+            acc, acc_high, total, top = step(
+                acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
+                start, every, every, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                HALVES, TILE_N, 0, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
+            )  # fmt: skip
+
+    for n in tl.range(0, block_edges + band_edges, num_stages=EDGE_STAGES):
+        band = n - block_edges
+        tile_n = tl.where(band < sink_tiles, sink_first + band, window_first + band - sink_tiles)
+        tile_n = tl.where(band < tiles_before_full, tile_n, full_past + band - tiles_before_full)
         slots = tile_n * TILE_N + key
-        keep = (slots >= live_begin) & (slots < live_end)
-        pairs = allowed_pairs(row_at, slots, keep, limit, CAUSAL, LIMITED)
-        pairs = pairs & banded_pairs(row_at, slots, sink_end, window)
-        acc, total, top = step(
-            acc, total, top, q, k_base, v_base, k_stride, v_stride, slots, keep, pairs, scale_log2,
-            softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, 2, SOFTCAP, WIDEN, PRECISION,
+        keep = every
+        if HAS_BLOCKS:
+            in_blocks = n < block_edges
+            at = n // PIECES
+            at_entry = tl.where(at < before, first + at, clean_past + (at - before))
+            edge_entry = tl.load(block_indices + at_entry, mask=in_blocks, other=0)
+            within = (n % PIECES) * TILE_N + key
+            slots = tl.where(in_blocks, edge_entry * BLOCK_K + within, slots)
+            keep = within < tl.where(in_blocks, BLOCK_K, PIECES * TILE_N)
+            if K_ORDER:
+                ranked = keep & (slots < tl.where(in_blocks, key_len, 0))
+                slots = tl.load(k_order + plan_row.to(tl.int64) * key_len + slots, mask=ranked, other=slots)
+        keep = keep & (slots >= live_begin) & (slots < live_end)
+        pairs = banded_pairs(row_at, slots, sink_end, window)
+        if HAS_BLOCKS:
+            pairs = tl.where(in_blocks, ~pairs, pairs)
+        pairs = pairs & allowed_pairs(row_at, slots, keep, limit, CAUSAL, LIMITED)
+        acc, acc_high, total, top = step(
+            acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
+            slots, keep, pairs, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, HALVES,
+            TILE_N, 2, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
         )  # fmt: skip
 
     if HAS_COLUMNS:
+        rank_row = plan_row.to(tl.int64) * key_len
+        bits_row = selected_bits + ((plan_row - first_row).to(tl.int64) * blocks + block) * words
         column_list = plan_row.to(tl.int64) * column_lists + block // column_group
         list_begin = tl.load(column_indptr + column_list)
         list_end = tl.load(column_indptr + column_list + 1)
@@ -338,42 +302,44 @@ def attend(
         column_past = lower_bound(column_indices, column_first, list_end, outer_high)
         clean_column = lower_bound(column_indices, column_first, column_past, clean_low)
         past_clean_column = lower_bound(column_indices, clean_column, column_past, clean_high)
-        # Clean columns need a mask by key alone.
+        # Clean columns need a mask by key alone; places beyond the last one repeat it, so that every load is of a
+        # live slot.
         count = (past_clean_column - clean_column).to(tl.int32)
+        clean_columns = column_indices + clean_column
+        slots = tl.load(clean_columns + tl.minimum(key, count - 1), mask=key < tl.minimum(count, 1) * TILE_N, other=0)
+        low_bits, high_bits = unselected(
+            slots, key < count, k_rank, rank_row, bits_row, TILE_N, BLOCK_K, HAS_BLOCKS, K_ORDER
+        )
         for n in range(0, ceil_div(count, TILE_N)):
-            at = n * TILE_N + key
-            keep = at < count
-            slots = tl.load(column_indices + clean_column + at, mask=keep, other=0)
-            if HAS_BLOCKS:
-                place = slots
-                if K_ORDER:
-                    place = tl.load(k_rank + plan_row.to(tl.int64) * key_len + slots, mask=keep, other=0)
-                place = place // BLOCK_K
-                bits = tl.load(selected_bits + csr_row * words + place // 32, mask=keep, other=0)
-                keep = keep & (((bits >> (place % 32)) & 1) == 0)
-            acc, total, top = step(
-                acc, total, top, q, k_base, v_base, k_stride, v_stride, slots, keep, keep, scale_log2,
-                softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, 1, SOFTCAP, WIDEN, PRECISION,
+            at = (n + 1) * TILE_N + key
+            next_slots = tl.load(clean_columns + tl.minimum(at, count - 1))
+            keep = unpacked(low_bits, high_bits, TILE_N)
+            low_bits, high_bits = unselected(
+                next_slots, at < count, k_rank, rank_row, bits_row, TILE_N, BLOCK_K, HAS_BLOCKS, K_ORDER
+            )
+            acc, acc_high, total, top = step(
+                acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
+                slots, keep, keep, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, HALVES,
+                TILE_N, 1, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
             )  # fmt: skip
+            slots = next_slots
         before_clean = (clean_column - column_first).to(tl.int32)
         edges = before_clean + (column_past - past_clean_column).to(tl.int32)
-        for n in range(0, ceil_div(edges, TILE_N)):
+        for n in tl.range(0, ceil_div(edges, TILE_N), num_stages=1):
             at = n * TILE_N + key
             keep = at < edges
             at_edge = tl.where(at < before_clean, column_first + at, past_clean_column + (at - before_clean))
             slots = tl.load(column_indices + at_edge, mask=keep, other=0)
-            if HAS_BLOCKS:
-                place = slots
-                if K_ORDER:
-                    place = tl.load(k_rank + plan_row.to(tl.int64) * key_len + slots, mask=keep, other=0)
-                place = place // BLOCK_K
-                bits = tl.load(selected_bits + csr_row * words + place // 32, mask=keep, other=0)
-                keep = keep & (((bits >> (place % 32)) & 1) == 0)
+            low_bits, high_bits = unselected(
+                slots, keep, k_rank, rank_row, bits_row, TILE_N, BLOCK_K, HAS_BLOCKS, K_ORDER
+            )
+            keep = unpacked(low_bits, high_bits, TILE_N)
             pairs = allowed_pairs(row_at, slots, keep, limit, CAUSAL, LIMITED)
             pairs = pairs & ~banded_pairs(row_at, slots, sink_end, window)
-            acc, total, top = step(
-                acc, total, top, q, k_base, v_base, k_stride, v_stride, slots, keep, pairs, scale_log2,
-                softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, 2, SOFTCAP, WIDEN, PRECISION,
+            acc, acc_high, total, top = step(
+                acc, acc_high, total, top, q, k_base, v_base, k_descriptor, v_descriptor, b, group, k_stride, v_stride,
+                slots, keep, pairs, scale_log2, softcap_log2, softcap_slope, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, HALVES,
+                TILE_N, 2, SOFTCAP, DESCRIPTORS, WIDEN, PRECISION,
             )  # fmt: skip
 
     if SINKS:
@@ -383,28 +349,23 @@ def attend(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.exp2(sink_logit - base)
         acc = acc * shrink[:, None]
+        acc_high = acc_high * shrink[:, None]
         top = new_top
     empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    divisor = tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
     out_row = (b * plan_heads * SHARE + head).to(tl.int64) * query_len + row
     value = tl.arange(0, BLOCK_DV)
+    out_rows = out_ptr + out_row[:, None] * VALUE_DIM
     tl.store(
-        out_ptr + out_row[:, None] * VALUE_DIM + value[None, :],
-        acc.to(out_ptr.dtype.element_ty),
+        out_rows + value[None, :],
+        (acc / divisor).to(out_ptr.dtype.element_ty),
         mask=row_exists[:, None] & (value < VALUE_DIM)[None, :],
     )
+    if HALVES == 2:
+        tl.store(
+            out_rows + BLOCK_DV + value[None, :],
+            (acc_high / divisor).to(out_ptr.dtype.element_ty),
+            mask=row_exists[:, None] & (value < VALUE_DIM - BLOCK_DV)[None, :],
+        )
     tl.store(lse_ptr + out_row, lse, mask=row_exists)
-
-
-@triton.jit(do_not_specialize=["words"])
-def mark_blocks(block_indptr, block_indices, selected_bits, words, TILE: tl.constexpr):
-    """One bit for each selected key block: ``selected_bits`` int32 ``[rows, words]``, zero before."""
-    row = tl.program_id(0).to(tl.int64)
-    begin = tl.load(block_indptr + row)
-    count = (tl.load(block_indptr + row + 1) - begin).to(tl.int32)
-    for n in range(0, (count + TILE - 1) // TILE):
-        at = n * TILE + tl.arange(0, TILE)
-        index = tl.load(block_indices + begin + at, mask=at < count, other=0)
-        bit = tl.full([TILE], 1, dtype=tl.int32) << (index % 32)
-        tl.atomic_or(selected_bits + row * words + index // 32, bit, mask=at < count)
