@@ -66,6 +66,31 @@ def parts_table() -> str:
     return markdown("", ("what", "dtype", "tokens", "kernel", "density", "times SDPA", "rate"), rows)
 
 
+def end_to_end_table() -> str:
+    """Seconds of whole layers and of the reference model, by part."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "end_to_end.json").read_text())
+    machine, others = report["layers"]["machine"], max(part["used_by_others"] or 0 for part in report.values())
+    what = {"layers": "one 8B-shaped layer", "reference": "reference model, 6 layers"}
+    return markdown(
+        f"{machine['cpu']}, {machine['cores']} cores, {report['layers']['threads']} threads, torch {machine['torch']}, "
+        f"bfloat16; one run a layer, medians of 3 for the model; other programs used up to {others:.0%} of the machine.",
+        ("what", "tokens", "method", "density", "seconds", "of them attention", "of it planning"),
+        [
+            (
+                what[part],
+                f"{row['length']:,}",
+                f"`{row['method']}`",
+                f"{row['density']:.3f}",
+                f"{row['total_s']:.1f}",
+                f"{row['attention_s']:.1f}",
+                f"{row['plan_s']:.2f}",
+            )
+            for part in what
+            for row in report[part]["rows"]
+        ],
+    )
+
+
 def vllm_table() -> str:
     """Speed-up over vLLM's dense attention, alone and with its writing to the cache."""
     section = cpu_sections().get("vllm")
@@ -217,6 +242,7 @@ TABLES = {
     "cpu": cpu_table,
     "parts": parts_table,
     "vllm": vllm_table,
+    "end_to_end": end_to_end_table,
     "targets": targets_table,
     "demo": demo_table,
     "methods": methods_table,
