@@ -92,9 +92,7 @@ def compile_products(capability: int, dtype: str, dim: int, share: int) -> list[
     return [
         compile_kernel(planning_kernels.probe_sums, types, probe | {"STEPS": 16}, capability, 4, stages),
         compile_kernel(planning_kernels.probe_mass, types, probe | {"STEPS": 4}, capability, 4, min(stages, 2)),
-        compile_kernel(
-            planning_kernels.row_energies, types, energy, capability, 8 if tile_m >= 128 else 4, stages
-        ),
+        compile_kernel(planning_kernels.row_energies, types, energy, capability, 8 if tile_m >= 128 else 4, stages),
         compile_kernel(planning_kernels.antidiagonal_mass, types, cells, capability, 4, min(stages, 2)),
     ]
 
