@@ -83,15 +83,16 @@ def compile_products(capability: int, dtype: str, dim: int, share: int) -> list[
     narrow = dtype == "fp32" or dim > 128
     operands = dict(SHARE=share, DIM=dim, BLOCK_D=max(16, 1 << (dim - 1).bit_length()), WIDEN=False)
     operands |= dict(PRECISION="ieee" if dtype == "fp32" else "tf32")
-    probe = operands | dict(ROW_TILES=1, ROWS=64, KEYS=64 if narrow else 128)
+    sums = operands | dict(ROW_TILES=1, ROWS=64, KEYS=64 if narrow else 128, STEPS=16)
+    mass = operands | dict(ROW_TILES=1, ROWS=64, KEYS=64, STEPS=8)
     tile_m = min(64 if narrow else 256, 64 * share)
-    energy = operands | dict(BLOCK_Q=64, BLOCK_K=128, TILE_M=tile_m, SUBTILES=64 * share // tile_m)
+    energy = operands | dict(BLOCK_Q=64, BLOCK_K=128, TILE_M=tile_m, PARTS=64 * share // tile_m)
     energy |= dict(TILE_N=32 if narrow else 64)
     cells = operands | dict(STRIDE=8, ROW_CELLS=8, ROW_BLOCKS=8, ROW_LANES=8, KEY_CELLS=16, KEY_BLOCKS=4, KEY_LANES=16)
     stages = 1 if narrow else 3
     return [
-        compile_kernel(planning_kernels.probe_sums, types, probe | {"STEPS": 16}, capability, 4, stages),
-        compile_kernel(planning_kernels.probe_mass, types, probe | {"STEPS": 4}, capability, 4, min(stages, 2)),
+        compile_kernel(planning_kernels.probe_sums, types, sums, capability, 4, stages),
+        compile_kernel(planning_kernels.probe_mass, types, mass, capability, 4, min(stages, 2)),
         compile_kernel(planning_kernels.row_energies, types, energy, capability, 8 if tile_m >= 128 else 4, stages),
         compile_kernel(planning_kernels.antidiagonal_mass, types, cells, capability, 4, min(stages, 2)),
     ]
@@ -101,9 +102,9 @@ def compile_choices(capability: int) -> None:
     """The other planning kernels."""
     kernel = planning_kernels
     lists: list[tuple] = [
-        (kernel.merge_diagonals, dict(ROW_TILES=1, ROWS=64, KEYS=128, TILE=1024)),
+        (kernel.merge_diagonals, dict(ROW_TILES=1, ROWS=64, KEYS=64, TILE=1024)),
         (kernel.pool_blocks, dict(DIM=128, BLOCK_D=128, TILE=64)),
-        (kernel.rescale_rows, dict(TILE_N=64, TILE=1024)),
+        (kernel.merge_energies, dict(PARTS=2, TILE_N=64, TILE=1024)),
         (kernel.pack_mask, dict(TILE=1024)),
         (kernel.list_bits, dict(TILE=32)),
         (kernel.count_columns, dict(BLOCK_K=64, TILE=128)),
@@ -114,7 +115,7 @@ def compile_choices(capability: int) -> None:
         flags = dict.fromkeys(("HAS_BLOCKS", "HAS_COLUMNS", "CAUSAL", "LIMITED"), flag)
         lists.append((kernel.count_tiles, flags | dict(BLOCK_Q=64, BLOCK_K=128, TILE=128, EDGE_M=64, EDGE_N=64)))
     for kernel, constants in lists:
-        types = PLANNING_POINTERS | ({"x_ptr": "*bf16", "out_ptr": "*fp32"} if "x_ptr" in kernel.arg_names else {})
+        types = PLANNING_POINTERS | {"x_ptr": "*bf16", "out_ptr": "*fp32"}
         if kernel is planning_kernels.count_columns:
             types |= {"out_ptr": "*i32"}
         compile_kernel(kernel, types, constants, capability, 4, 2)

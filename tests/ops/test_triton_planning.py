@@ -325,7 +325,7 @@ def test_counted_pairs(seed: int, causal: bool) -> None:
         causal=causal,
         limit=None if seed % 3 else 50,
     )
-    moved = {part: torch.as_tensor(getattr(plan, part)).to(DEVICE) for part in PLAN_PARTS}
+    moved: dict[str, Any] = {part: torch.as_tensor(getattr(plan, part)).to(DEVICE) for part in PLAN_PARTS}
     here = SparsePlan.unchecked(
         heads=2,
         query_len=length,

@@ -179,7 +179,7 @@ def make_plan(
     chosen = {name: lists for name, lists in chosen.items() if lists is not None}
     shape: dict[str, Any] = dict(heads=heads, query_len=query_len, key_len=key_len, extent=extent)
     shape |= dict(block_q=block_q, block_k=block_k, column_group=column_group, sink=sink, window=window)
-    fields: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
     if not chosen or any(isinstance(lists, CsrBuilder) for lists in chosen.values()):
         for name, lists in chosen.items():
             fields[f"{name}_indptr"], fields[f"{name}_indices"] = lists.build()

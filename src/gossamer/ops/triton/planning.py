@@ -43,9 +43,10 @@ __all__ = [
 
 _LOG2_E = math.log2(math.e)
 _SPLIT_KEYS = 2048  # of the probe's first pass, a program
-_SPAN_TILES = 4  # of its second pass
+_SPAN_TILES = 8  # of its second pass
+_PROBE_TILE = 64  # its rows and keys: a tile of twice the keys would not fit the registers when it is skewed
 _MERGE_TILE = 1024
-_LEAST, _MOST = 16, 256  # rows of a matrix product
+_MOST_ROWS = 256  # of a tile of energies
 _CELLS = 64  # rows and columns of a tile of antidiagonal cells, where a block has no more
 _MOST_CELLS = 128
 _ROW_TILE = 4096  # candidates that a program holds at once
@@ -97,31 +98,31 @@ def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last
     if rows == 0 or key_len == 0:
         return columns, diagonals
     q, k = _dense_rows(q), _dense_rows(k)
-    row_tile = min(64, power_of_two(rows))
-    key_tile = 128 if q.element_size() == 2 and dim <= 128 else 64
-    row_tiles, tiles = ceil_div(rows, row_tile), ceil_div(key_len, key_tile)
-    steps = _SPLIT_KEYS // key_tile
-    splits, spans = ceil_div(tiles, steps), ceil_div(tiles, _SPAN_TILES)
+    row_tile = min(_PROBE_TILE, power_of_two(rows))
+    row_tiles, tiles = ceil_div(rows, row_tile), ceil_div(key_len, _PROBE_TILE)
+    splits, spans = ceil_div(key_len, _SPLIT_KEYS), ceil_div(tiles, _SPAN_TILES)
+    narrow = q.element_size() > 2 or dim > 128
+    key_tile = _PROBE_TILE if narrow else 2 * _PROBE_TILE
     positions = _extent_on(extent, q.device)
-    share = heads // groups
     top = torch.empty(batch, heads, splits, row_tiles * row_tile, device=q.device)
     total = torch.empty_like(top)
     inputs = (*q.stride()[:3], *k.stride()[:3], positions, batch, groups, query_len)
-    tile = dict(SHARE=share, ROW_TILES=row_tiles, ROWS=row_tile, KEYS=key_tile) | _operands(q)
+    tile = dict(SHARE=heads // groups, ROW_TILES=row_tiles, ROWS=row_tile) | _operands(q)
     _run(
-        kernels.probe_sums, batch * heads * splits * row_tiles, q, k, top, total, *inputs, rows, splits, scale * _LOG2_E,
-        STEPS=steps, **tile, num_warps=4, num_stages=3 if q.element_size() == 2 else 1,
+        kernels.probe_sums, batch * heads * splits * row_tiles, q, k, top, total, *inputs, rows, splits,
+        scale * _LOG2_E, KEYS=key_tile, STEPS=_SPLIT_KEYS // key_tile, **tile, num_warps=4,
+        num_stages=1 if narrow else 3,
     )  # fmt: skip
     lse = _merge_sums(top, total)
-    partial = torch.empty(batch, heads, row_tiles, tiles, key_tile + row_tile, device=q.device)
+    partial = torch.empty(batch, heads, row_tiles, tiles, _PROBE_TILE + row_tile, device=q.device)
     _run(
         kernels.probe_mass, batch * heads * spans, q, k, lse, columns, partial, *inputs, key_len, rows, tiles, spans,
-        scale * _LOG2_E, STEPS=_SPAN_TILES, **tile, num_warps=4, num_stages=2 if q.element_size() == 2 else 1,
+        scale * _LOG2_E, KEYS=_PROBE_TILE, STEPS=_SPAN_TILES, **tile, num_warps=4, num_stages=1 if narrow else 2,
     )  # fmt: skip
     pieces = ceil_div(key_len, _MERGE_TILE)
     _run(
         kernels.merge_diagonals, batch * heads * pieces, partial, diagonals, positions, batch, heads, query_len,
-        key_len, rows, tiles, pieces, ROW_TILES=row_tiles, ROWS=row_tile, KEYS=key_tile, TILE=_MERGE_TILE,
+        key_len, rows, tiles, pieces, ROW_TILES=row_tiles, ROWS=row_tile, KEYS=_PROBE_TILE, TILE=_MERGE_TILE,
     )  # fmt: skip
     return columns, diagonals
 
@@ -179,29 +180,29 @@ def row_block_energy(
     batch, heads, query_len, dim = q.shape
     groups, key_blocks = pooled.shape[1], pooled.shape[2]
     blocks, share = stop - at, heads // groups
-    energy = torch.zeros(batch, groups, blocks, key_blocks, device=q.device)
-    if energy.numel() == 0:
-        return energy
-    q, pooled = _dense_rows(q), _dense_rows(pooled)
     narrow = q.element_size() > 2 or dim > 128
-    tile_m = min(64 if narrow else _MOST, power_of_two(block_q * share))
+    tile_m = min(64 if narrow else _MOST_ROWS, power_of_two(block_q * share))
     tile_n = 32 if narrow else 64
-    tiles = ceil_div(key_blocks, tile_n)
-    top = torch.empty(batch * groups * blocks, device=q.device)
-    reference = torch.full((batch * groups * blocks, tiles), float("-inf"), device=q.device)
+    tiles, parts = ceil_div(key_blocks, tile_n), ceil_div(block_q * share, tile_m)
+    energy = torch.zeros(batch, groups, blocks, parts, key_blocks, device=q.device)
+    if energy.numel() == 0:
+        return energy[:, :, :, 0]
+    q, pooled = _dense_rows(q), _dense_rows(pooled)
+    top = torch.empty(batch, groups, blocks, parts, device=q.device)
+    reference = torch.full((*top.shape, tiles), float("-inf"), device=q.device)
     _run(
-        kernels.row_energies, batch * groups * blocks, q, pooled, energy, reference, top, *q.stride()[:3],
-        *pooled.stride()[:3], _extent_on(extent, q.device), batch, groups, query_len, key_blocks, at, blocks, tiles,
-        scale * _LOG2_E, SHARE=share, BLOCK_Q=block_q, BLOCK_K=block_k, TILE_M=tile_m,
-        SUBTILES=ceil_div(block_q * share, tile_m), TILE_N=tile_n, **_operands(q),
+        kernels.row_energies, top.numel(), q, pooled, energy, reference, top, *q.stride()[:3], *pooled.stride()[:3],
+        _extent_on(extent, q.device), batch, groups, query_len, key_blocks, at, blocks, tiles, scale * _LOG2_E,
+        SHARE=share, BLOCK_Q=block_q, BLOCK_K=block_k, TILE_M=tile_m, PARTS=parts, TILE_N=tile_n, **_operands(q),
         num_warps=8 if tile_m >= 128 else 4, num_stages=1 if narrow else 3,
     )  # fmt: skip
+    out = energy[:, :, :, 0] if parts == 1 else torch.empty(batch, groups, blocks, key_blocks, device=q.device)
     pieces = ceil_div(key_blocks, _MERGE_TILE)
     _run(
-        kernels.rescale_rows, top.numel() * pieces, energy, reference, top, key_blocks, tiles, pieces, TILE_N=tile_n,
-        TILE=_MERGE_TILE,
+        kernels.merge_energies, batch * groups * blocks * pieces, energy, reference, top, out, key_blocks, tiles,
+        pieces, PARTS=parts, TILE_N=tile_n, TILE=_MERGE_TILE,
     )  # fmt: skip
-    return energy
+    return out
 
 
 def has_antidiagonal(block_q: int, block_k: int, stride: int) -> bool:

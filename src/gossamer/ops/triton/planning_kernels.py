@@ -7,7 +7,7 @@ of word ``w``.
 
 # Triton compiles these functions; their parameters and constants are not what Python sees.
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = [
     "count_tiles",
     "list_bits",
     "merge_diagonals",
+    "merge_energies",
     "pack_mask",
     "pool_blocks",
     "probe_mass",
     "probe_sums",
-    "rescale_rows",
     "row_energies",
 ]
 
@@ -167,7 +167,7 @@ def probe_mass(
     """Mass of ``STEPS`` tiles of keys: its column sums, and its diagonal sums in each tile's own coordinates.
 
     A row tile's diagonal ``u = r - c + KEYS - 1`` (row r, column c) is entry u of ``partial``
-    ``[B, H, ROW_TILES, tiles, KEYS + ROWS]``: the tile is skewed by a gather, so that a diagonal is a column.
+    ``[B, H, ROW_TILES, tiles, KEYS + ROWS]``: a gather rotates the rows, so that a diagonal is a column.
     ``lse`` is fp32 ``[B, H, ROW_TILES * ROWS]`` in base 2. Grid: ``batch * groups * spans * SHARE``.
     """
     program = tl.program_id(0)
@@ -181,12 +181,11 @@ def probe_mass(
     q_rows = q_ptr + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride
     k_base = k_ptr + b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
 
-    r = tl.arange(0, ROWS)[:, None]
-    u_low = tl.arange(0, KEYS)
-    u_high = tl.arange(0, ROWS)
-    # The column that row r meets on diagonal u, and on diagonal KEYS + u.
-    low_column = r + (KEYS - 1 - u_low)[None, :]
-    high_column = r - 1 - u_high[None, :]
+    # Each row rotated by its number: column u holds diagonal u, and in the rows below, diagonal KEYS + u.
+    u = tl.arange(0, KEYS)
+    column = tl.arange(0, ROWS)[:, None] + (KEYS - 1 - u)[None, :]
+    first_turn = column < KEYS
+    column = column % KEYS
     for n in range(span * STEPS, tl.minimum((span + 1) * STEPS, tiles)):
         slots = n * KEYS + tl.arange(0, KEYS)
         sums = tl.zeros([KEYS], dtype=tl.float32)
@@ -202,15 +201,10 @@ def probe_mass(
             )
             mass = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
             sums += tl.sum(mass, 0)
-            inside = low_column < KEYS
-            skewed = tl.gather(mass, tl.where(inside, low_column, 0), 1)
-            low = tl.sum(tl.where(inside, skewed, 0.0), 0)
-            inside = high_column >= 0
-            skewed = tl.gather(mass, tl.where(inside, high_column, 0), 1)
-            high = tl.sum(tl.where(inside, skewed, 0.0), 0)
+            rotated = tl.gather(mass, column, 1)
             out = partial_ptr + ((out_head * ROW_TILES + row_tile) * tiles + n) * (KEYS + ROWS)
-            tl.store(out + u_low, low)
-            tl.store(out + KEYS + u_high, high)
+            tl.store(out + u, tl.sum(tl.where(first_turn, rotated, 0.0), 0))
+            tl.store(out + KEYS + u, tl.sum(tl.where(first_turn, 0.0, rotated), 0), mask=u < ROWS)
         tl.store(columns_ptr + out_head * key_len + slots, sums, mask=slots < key_len)
 
 
@@ -314,34 +308,42 @@ def row_energies(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_M: tl.constexpr,
-    SUBTILES: tl.constexpr,
+    PARTS: tl.constexpr,
     TILE_N: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Energies of one query block of one key/value head in one pass over the pooled keys.
+    """Energies of ``TILE_M`` rows of one query block of one key/value head, in one pass over the pooled keys.
 
     The maximum is not known before the pass ends: each tile of key blocks refers to the largest logit so far, which
-    goes to ``reference`` ``[rows, tiles]`` (-inf before), and the last one to ``top`` ``[rows]``; `rescale_rows` then
-    refers all to the latter. ``energy`` ``[rows, key_blocks]`` is 0 before. Grid: ``B * groups * blocks``.
+    goes to ``reference`` ``[rows, PARTS, tiles]`` (-inf before), and the last one to ``top`` ``[rows, PARTS]``;
+    `merge_energies` then refers all to the largest. ``energy`` ``[rows, PARTS, key_blocks]`` is 0 before.
+    Grid: ``B * groups * blocks * PARTS``.
     """
     program = tl.program_id(0)
-    m = blocks - 1 - program % blocks
-    bg = program // blocks
+    part = program % PARTS
+    m = blocks - 1 - (program // PARTS) % blocks
+    bg = program // (PARTS * blocks)
     b = bg // groups
     group = bg % groups
-    out_row = (bg * blocks + m).to(tl.int64)
+    out_row = (bg * blocks + m).to(tl.int64) * PARTS + part
     first_row = (at + m) * BLOCK_Q
     query_start = tl.load(extent_ptr + b)
     live_begin = tl.load(extent_ptr + batch + b)
     live_end = live_begin + tl.load(extent_ptr + 2 * batch + b)
     last_at = query_start + tl.minimum(first_row + BLOCK_Q, query_len) - 1 + live_begin
 
-    q_base = q_ptr + b.to(tl.int64) * q_batch_stride
-    k_base = pooled_ptr + b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
+    packed = part * TILE_M + tl.arange(0, TILE_M)
+    row = first_row + packed // SHARE
+    exists = (packed < BLOCK_Q * SHARE) & (row < query_len)
+    head = group * SHARE + packed % SHARE
+    row_at = tl.where(exists, query_start + row + live_begin, -1)
+    q_rows = q_ptr + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride + row.to(tl.int64) * q_stride
     dim = tl.arange(0, BLOCK_D)
+    q = tl.load(q_rows[:, None] + dim[None, :], mask=exists[:, None] & (dim < DIM)[None, :], other=0.0)
+    k_base = pooled_ptr + b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
     past = tl.minimum(tl.maximum(last_at + 1, 0) // BLOCK_K, key_blocks)
     top = float("-inf")
     for n in range(live_begin // BLOCK_K // TILE_N, (past + TILE_N - 1) // TILE_N):
@@ -349,41 +351,47 @@ def row_energies(
         first_key = tl.maximum(block * BLOCK_K, live_begin)
         scored = (tl.minimum((block + 1) * BLOCK_K, live_end) > first_key) & (block < past)
         keys = load_rows(k_base, block, k_stride, scored, DIM, BLOCK_D, True)
-        energy = tl.zeros([TILE_N], dtype=tl.float32)
-        for sub in tl.static_range(SUBTILES):
-            packed = sub * TILE_M + tl.arange(0, TILE_M)
-            row = first_row + packed // SHARE
-            exists = (packed < BLOCK_Q * SHARE) & (row < query_len)
-            head = group * SHARE + packed % SHARE
-            row_at = tl.where(exists, query_start + row + live_begin, -1)
-            q_rows = q_base + head.to(tl.int64) * q_head_stride + row.to(tl.int64) * q_stride
-            q = tl.load(q_rows[:, None] + dim[None, :], mask=exists[:, None] & (dim < DIM)[None, :], other=0.0)
-            x = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
-            x = product(q, tl.trans(keys), x, WIDEN, PRECISION) * scale_log2
-            x = tl.where(scored[None, :] & (first_key[None, :] <= row_at[:, None]), x, float("-inf"))
-            new_top = tl.maximum(top, tl.max(tl.max(x, 1), 0))
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            energy = energy * tl.exp2(top - base) + tl.sum(tl.exp2(x - base), 0)
-            top = new_top
+        x = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
+        x = product(q, tl.trans(keys), x, WIDEN, PRECISION) * scale_log2
+        x = tl.where(scored[None, :] & (first_key[None, :] <= row_at[:, None]), x, float("-inf"))
+        top = tl.maximum(top, tl.max(tl.max(x, 1), 0))
+        energy = tl.sum(tl.exp2(x - tl.where(top == float("-inf"), 0.0, top)), 0)
         tl.store(energy_ptr + out_row * key_blocks + block, energy, mask=scored)
         tl.store(reference_ptr + out_row * tiles + n, top)
     tl.store(top_ptr + out_row, top)
 
 
 @triton.jit(do_not_specialize=["width", "tiles", "pieces"])
-def rescale_rows(
-    energy_ptr, reference_ptr, top_ptr, width, tiles, pieces, TILE_N: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """Refer the energies of `row_energies` to each row's largest logit, in place. Grid: ``rows * pieces``."""
+def merge_energies(
+    energy_ptr,
+    reference_ptr,
+    top_ptr,
+    out_ptr,
+    width,
+    tiles,
+    pieces,
+    PARTS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The energies of `row_energies` referred to each row's largest logit, summed over its parts: ``[rows, width]``.
+
+    With one part ``out`` may be ``energy``. Grid: ``rows * pieces``.
+    """
     program = tl.program_id(0)
     row = (program // pieces).to(tl.int64)
     j = (program % pieces) * TILE + tl.arange(0, TILE)
     inside = j < width
-    top = tl.load(top_ptr + row)
-    reference = tl.load(reference_ptr + row * tiles + j // TILE_N, mask=inside, other=float("-inf"))
-    energy = tl.load(energy_ptr + row * width + j, mask=inside, other=0.0)
-    energy = energy * tl.exp2(reference - tl.where(top == float("-inf"), 0.0, top))
-    tl.store(energy_ptr + row * width + j, energy, mask=inside)
+    top = tl.load(top_ptr + row * PARTS)
+    for part in tl.static_range(1, PARTS):
+        top = tl.maximum(top, tl.load(top_ptr + row * PARTS + part))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([TILE], dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        place = row * PARTS + part
+        reference = tl.load(reference_ptr + place * tiles + j // TILE_N, mask=inside, other=float("-inf"))
+        total += tl.load(energy_ptr + place * width + j, mask=inside, other=0.0) * tl.exp2(reference - top)
+    tl.store(out_ptr + row * width + j, total, mask=inside)
 
 
 @triton.jit
