@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels to PTX for a GPU that need not be there: ``compile_triton.py CAPABILITY``."""
+"""Compiles the Triton kernels to PTX for a GPU that need not be there: ``compile_triton.py CAPABILITY [planning]``."""
 
 import sys
 
@@ -121,8 +121,7 @@ def compile_choices(capability: int) -> None:
         compile_kernel(kernel, types, constants, capability, 4, 2)
 
 
-if __name__ == "__main__":
-    capability = int(sys.argv[1])
+def compile_executor(capability: int) -> None:
     everything: set[str] = set(FLAGS)
     unpermuted = everything - {"Q_ORDER", "K_ORDER"}
     for dtype, dim, tile, flags in (
@@ -133,8 +132,18 @@ if __name__ == "__main__":
         ptx = compile_attend(capability, dtype, dim, tile, flags)
         print(torch.__version__, dtype, dim, "matrix" if "mma" in ptx else "scalar")
     compile_kernel(kernels.mark_blocks, POINTERS, {"TILE": 128}, capability, 4, 2)
+
+
+def compile_planner(capability: int) -> None:
     for dtype, dim, share in (("bf16", 128, 4), ("fp16", 80, 1), ("bf16", 64, 8), ("fp32", 64, 2)):
-        ptx = compile_products(capability, dtype, dim, share)
-        print("planning", dtype, dim, ["matrix" if "mma" in text else "scalar" for text in ptx])
+        for ptx in compile_products(capability, dtype, dim, share):
+            print(dtype, dim, "matrix" if "mma" in ptx else "scalar")
     compile_choices(capability)
+
+
+if __name__ == "__main__":
+    if sys.argv[2:] == ["planning"]:
+        compile_planner(int(sys.argv[1]))
+    else:
+        compile_executor(int(sys.argv[1]))
     print("compiled")

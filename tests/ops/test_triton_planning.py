@@ -1,8 +1,12 @@
 """Planning in Triton against its torch oracles: on a CUDA device where there is one, else interpreted on the CPU."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -427,3 +431,15 @@ def test_bad_input_is_named() -> None:
     plan = SparsePlan(1, 4, 4, Extent.full(1, 4, 4), window=2, k_order=torch.tensor([[[3, 1, 0, 2]]]).int())
     with pytest.raises(ValueError, match="permuted plan"):
         planning.count_pairs(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler for Linux")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_without_a_gpu(capability: int, tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("compile_triton.py")
+    command = [sys.executable, str(script), str(capability), "planning"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("matrix") == 12  # four kernels, but in fp32

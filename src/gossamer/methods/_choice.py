@@ -41,6 +41,7 @@ class BlockChoice:
         bands: bool ``[B, heads, bands]``: chosen block diagonals, counted from the key block of a query block's last
             row, so that one rule serves chunks that start anywhere.
         forcing: bool ``[B, heads]``, the heads that force any; default all.
+        lists: what was chosen so far; see `Lists`.
     """
 
     visible: BlockVisibility
@@ -184,14 +185,14 @@ def make_plan(
         for name, lists in chosen.items():
             fields[f"{name}_indptr"], fields[f"{name}_indices"] = lists.build()
         return SparsePlan(**shape, **fields)
+    from gossamer.ops.triton import planning
+
     device = next(iter(chosen.values())).bits.device
-    planner = device_planner(device)
-    assert planner is not None
     bits = {name: lists.bits for name, lists in chosen.items()}
-    pairs = planner.pairs_of_bits(
+    pairs = planning.pairs_of_bits(
         bits.get("block"), bits.get("column"), **shape, causal=True, limit=None, device=device
     ).sum()
-    built, (counted,) = planner.build(*chosen.values(), numbers=[pairs])
+    built, (counted,) = planning.build(*chosen.values(), numbers=[pairs])
     for name, (indptr, indices) in zip(chosen, built, strict=True):
         fields[f"{name}_indptr"], fields[f"{name}_indices"] = indptr, indices
     if "block" not in chosen:  # the plan lies where its blocks lie

@@ -33,11 +33,6 @@ __all__ = [
 
 
 @triton.jit
-def load_probe(q_rows, q_stride, row, exists, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    return load_rows(q_rows, row, q_stride, exists, DIM, BLOCK_DIM, True)
-
-
-@triton.jit
 def probing_rows(extent_ptr, batch, b, query_len, rows, index):
     """Query rows of the probe: those up to the last one whose own slot is live. Also live slots, and own slots."""
     query_start = tl.load(extent_ptr + b)
@@ -46,6 +41,25 @@ def probing_rows(extent_ptr, batch, b, query_len, rows, index):
     end = tl.minimum(tl.maximum(count - query_start, rows), query_len)
     row = end - rows + index
     return row, query_start + row + live_begin, live_begin, live_begin + count
+
+
+@triton.jit
+def load_probe(
+    q_rows,
+    q_stride,
+    extent_ptr,
+    batch,
+    b,
+    query_len,
+    rows,
+    index,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Probing rows ``index``: their values and coordinates, -1 for those that do not exist. Also live slots."""
+    row, row_at, live_begin, live_end = probing_rows(extent_ptr, batch, b, query_len, rows, index)
+    q = load_rows(q_rows, row, q_stride, index < rows, DIM, BLOCK_D, True)
+    return q, tl.where(index < rows, row_at, -1), live_begin, live_end
 
 
 @triton.jit
@@ -105,11 +119,10 @@ def probe_sums(
     head = group * SHARE + within
 
     index = row_tile * ROWS + tl.arange(0, ROWS)
-    exists = index < rows
-    row, row_at, live_begin, live_end = probing_rows(extent_ptr, batch, b, query_len, rows, index)
-    row_at = tl.where(exists, row_at, -1)
     q_rows = q_ptr + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride
-    q = load_probe(q_rows, q_stride, row, exists, DIM, BLOCK_D)
+    q, row_at, live_begin, live_end = load_probe(
+        q_rows, q_stride, extent_ptr, batch, b, query_len, rows, index, DIM, BLOCK_D
+    )
     k_base = k_ptr + b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
 
     begin = split * STEPS
@@ -186,16 +199,21 @@ def probe_mass(
     column = tl.arange(0, ROWS)[:, None] + (KEYS - 1 - u)[None, :]
     first_turn = column < KEYS
     column = column % KEYS
+    index = tl.arange(0, ROWS)
+    q, row_at, live_begin, live_end = load_probe(
+        q_rows, q_stride, extent_ptr, batch, b, query_len, rows, index, DIM, BLOCK_D
+    )
+    lse = tl.load(lse_ptr + out_head * (ROW_TILES * ROWS) + index)
     for n in range(span * STEPS, tl.minimum((span + 1) * STEPS, tiles)):
         slots = n * KEYS + tl.arange(0, KEYS)
         sums = tl.zeros([KEYS], dtype=tl.float32)
-        for row_tile in tl.static_range(ROW_TILES):
-            index = row_tile * ROWS + tl.arange(0, ROWS)
-            exists = index < rows
-            row, row_at, live_begin, live_end = probing_rows(extent_ptr, batch, b, query_len, rows, index)
-            row_at = tl.where(exists, row_at, -1)
-            q = load_probe(q_rows, q_stride, row, exists, DIM, BLOCK_D)
-            lse = tl.load(lse_ptr + out_head * (ROW_TILES * ROWS) + index)
+        for row_tile in range(ROW_TILES):
+            if ROW_TILES > 1:
+                index = row_tile * ROWS + tl.arange(0, ROWS)
+                q, row_at, live_begin, live_end = load_probe(
+                    q_rows, q_stride, extent_ptr, batch, b, query_len, rows, index, DIM, BLOCK_D
+                )
+                lse = tl.load(lse_ptr + out_head * (ROW_TILES * ROWS) + index)
             scores, visible = probe_logits(
                 q, k_base, k_stride, slots, row_at, live_begin, live_end, scale_log2, DIM, BLOCK_D, WIDEN, PRECISION
             )
@@ -235,7 +253,7 @@ def merge_diagonals(
     distance = (program % pieces) * TILE + tl.arange(0, TILE)
     _, first_at, _, _ = probing_rows(extent_ptr, batch, b, query_len, rows, 0)
     sums = tl.zeros([TILE], dtype=tl.float32)
-    for row_tile in tl.static_range(ROW_TILES):
+    for row_tile in range(ROW_TILES):
         # The slot that the tile's first row meets; it may lie before the first slot. Division is of non-negatives.
         slot = first_at + row_tile * ROWS - distance
         met = slot >= -KEYS
