@@ -27,7 +27,7 @@ import torch
 from timing import Bystanders, machine, write
 from torch import Tensor
 
-from gossamer import Extent, SparsePlan, estimators, methods
+from gossamer import Extent, SparsePlan, estimators, methods, selectors
 from gossamer.methods import _choice, block_sparse, max_relative, vertical_slash
 from gossamer.ops import cpu
 from gossamer.ops.cpu import planning
@@ -56,13 +56,13 @@ def inputs(length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 STAGES: tuple[tuple[str, Any, str], ...] = (
     ("probe", vertical_slash, "last_query_probe"),
     ("select bands", vertical_slash, "select_bands"),
-    ("columns", vertical_slash, "column_fields"),
+    ("columns", vertical_slash, "choose_columns"),
     ("pooling", estimators, "_pool"),
     ("energies", max_relative, "row_block_energy"),
     ("pooled scores", block_sparse, "pooled_scores"),
     ("antidiagonals", estimators, "antidiagonal_scores"),
     ("choose blocks", _choice.BlockChoice, "add"),
-    ("build lists", _choice.BlockChoice, "build"),
+    ("build lists", selectors.CsrBuilder, "build"),
     ("validation", SparsePlan, "__post_init__"),
 )
 

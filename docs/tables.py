@@ -72,8 +72,9 @@ def end_to_end_table() -> str:
     machine, others = report["layers"]["machine"], max(part["used_by_others"] or 0 for part in report.values())
     what = {"layers": "one 8B-shaped layer", "reference": "reference model, 6 layers"}
     return markdown(
-        f"{machine['cpu']}, {machine['cores']} cores, {report['layers']['threads']} threads, torch {machine['torch']}, "
-        f"bfloat16; one run a layer, medians of 3 for the model; other programs used up to {others:.0%} of the machine.",
+        f"{machine['cpu']}, {machine['cores']} cores, {report['layers']['threads']} threads, torch "
+        f"{machine['torch']}, bfloat16; one run a layer, medians of 3 for the model; other programs used up to "
+        f"{others:.0%} of the machine.",
         ("what", "tokens", "method", "density", "seconds", "of them attention", "of it planning"),
         [
             (

@@ -17,11 +17,16 @@ _ROW_BUDGET = 1 << 22  # rows expanded at once
 
 
 def count_pairs(plan: SparsePlan) -> Tensor:
-    """Pairs computed by each head, int64 ``[B, heads]``, on the CPU. In C++ where it can be."""
-    from gossamer.ops.cpu import planning  # imports plan
+    """Pairs computed by each head, int64 ``[B, heads]``, on the CPU. In C++ or Triton where it can be."""
+    from gossamer.ops import planners  # imports plan
 
-    if plan.device.type == "cpu" and plan.q_order is None and plan.k_order is None and planning.enabled():
-        return planning.count_pairs(plan)
+    permuted = plan.q_order is not None or plan.k_order is not None
+    native = planners.cpu_planner(plan.device)
+    if native is not None and not permuted:
+        return native.count_pairs(plan)
+    device = planners.device_planner(plan.device)
+    if device is not None and device.counts_pairs_of(plan):
+        return device.count_pairs(plan)
     return _count_in_torch(plan)
 
 

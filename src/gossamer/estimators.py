@@ -3,9 +3,10 @@
 Shapes: q ``[B, H, S, D]``, k ``[B, G, T, D]``. Everything streams: no intermediate grows with S x T, and none
 exceeds `CHUNK_BYTES` by much, so a million keys fit.
 
-On the CPU the probe, the means, the energies and the antidiagonals come from C++ (`gossamer.ops.cpu.planning`); the
-torch versions are their oracles and serve other devices. The C++ ones keep the logits of bf16 and fp16 inputs in fp32,
-where torch rounds them to the input's dtype: they are nearer to the formula, and scores differ by that rounding.
+The probe, the means, the energies and the antidiagonals come from C++ on the CPU (`gossamer.ops.cpu.planning`) and from
+Triton on CUDA devices (`gossamer.ops.triton.planning`); the torch versions are their oracles and serve the rest. The
+others keep the logits of bf16 and fp16 inputs in fp32, where torch rounds them to the input's dtype: they are nearer
+to the formula, and scores differ by that rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer.ops.cpu import planning
+from gossamer.ops.planners import planner_for
 from gossamer.plan import Extent, ceil_div
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
 # Working set of a chunk: it should fit caches and memory that the allocator reuses; fresh pages cost more than the
 # arithmetic.
 CHUNK_BYTES = 16 << 20
-# Energies yielded at once by the C++ planner, which has no other working set that grows.
+# Energies yielded at once by the planners in C++ and Triton, which have no other working set that grows.
 ENERGY_BYTES = 64 << 20
+# Pooled scores yielded at once on a device, where a chunk costs launches.
+DEVICE_CHUNK_BYTES = 256 << 20
 
 
 def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last: int = 64) -> tuple[Tensor, Tensor]:
@@ -45,8 +48,9 @@ def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last
         columns, diagonals: fp32 ``[B, H, T]``; ``columns[..., j]`` is slot j's mass, ``diagonals[..., d]`` that of
         distance d. Dead slots have mass 0. Both sum to the number of probing rows.
     """
-    if planning.serves(q, k):
-        return planning.last_query_probe(q, k, scale=scale, extent=extent, last=last)
+    planner = planner_for(q, k)
+    if planner is not None:
+        return planner.last_query_probe(q, k, scale=scale, extent=extent, last=last)
     return _probe_in_torch(q, k, scale, extent, last)
 
 
@@ -117,8 +121,9 @@ def pool_queries(q: Tensor, extent: Extent, block: int) -> Tensor:
 
 def _pool(x: Tensor, live: Tensor, block: int) -> Tensor:
     """Means in fp32 over the live ones of each ``block`` tokens, those in the ranges ``live`` ``[B, 2]``."""
-    if planning.serves(x):
-        return planning.pool(x, live, block)
+    planner = planner_for(x)
+    if planner is not None:
+        return planner.pool(x, live, block)
     token = torch.arange(x.shape[2])
     return _pool_in_torch(x, ((token >= live[:, :1]) & (token < live[:, 1:])).to(x.device), block)
 
@@ -153,7 +158,8 @@ def pooled_scores(q: Tensor, k: Tensor, *, extent: Extent, block_q: int, block_k
     blocks, key_blocks = queries.shape[2], keys.shape[2]
     queries = queries.view(batch, groups, heads // groups, blocks, -1)
     visible = BlockVisibility(extent, q.shape[2], k.shape[2], block_q, block_k, q.device)
-    step = max(1, CHUNK_BYTES // max(1, 8 * batch * heads * key_blocks))
+    chunk = CHUNK_BYTES if q.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    step = max(1, chunk // max(1, 8 * batch * heads * key_blocks))
     for at in range(0, blocks, step):
         stop = min(at + step, blocks)
         scores = queries[:, :, :, at:stop] @ keys[:, :, None].transpose(-1, -2)
@@ -176,7 +182,8 @@ def row_block_energy(
     """
     pooled = pool_keys(k, extent, block_k).to(q.dtype)
     key_len = k.shape[2]
-    if not planning.serves(q, k):
+    planner = planner_for(q, k)
+    if planner is None:
         yield from _energy_in_torch(q, pooled, key_len, scale, extent, block_q, block_k)
         return
     blocks = ceil_div(q.shape[2], block_q)
@@ -185,7 +192,7 @@ def row_block_energy(
         stop = min(at + step, blocks)
         yield (
             at,
-            planning.row_block_energy(
+            planner.row_block_energy(
                 q, pooled, key_len, scale=scale, extent=extent, block_q=block_q, block_k=block_k, at=at, stop=stop
             ),
         )
@@ -237,14 +244,16 @@ def antidiagonal_scores(
     """
     if stride < 1 or block_q % stride or block_k % stride:
         raise ValueError(f"stride must divide block_q and block_k, got {stride} for blocks {block_q} and {block_k}")
-    blocks = ceil_div(q.shape[2], block_q)
-    if not planning.serves(q, k):
-        yield from _antidiagonals_in_torch(q, k, scale, extent, block_q, block_k, stride)
+    sizes = {"block_q": block_q, "block_k": block_k, "stride": stride}
+    planner = planner_for(q, k)
+    if planner is None or not planner.has_antidiagonal(**sizes):
+        yield from _antidiagonals_in_torch(q, k, scale, extent, **sizes)
         return
+    blocks = ceil_div(q.shape[2], block_q)
     step = max(1, ENERGY_BYTES // max(1, 4 * q.shape[0] * q.shape[1] * ceil_div(k.shape[2], block_k)))
-    sizes = {"extent": extent, "block_q": block_q, "block_k": block_k, "stride": stride}
     for at in range(0, blocks, step):
-        yield at, planning.antidiagonal_scores(q, k, scale=scale, **sizes, at=at, stop=min(at + step, blocks))
+        stop = min(at + step, blocks)
+        yield at, planner.antidiagonal_scores(q, k, scale=scale, extent=extent, **sizes, at=at, stop=stop)
 
 
 def _antidiagonals_in_torch(
@@ -283,13 +292,12 @@ class BlockVisibility:
         blocks_q, blocks_k = ceil_div(query_len, block_q), ceil_div(key_len, block_k)
         self.device = device
         self._block_k = block_k
-        self._query_start = extent.query_start.to(device)[:, None]
-        self._key_start = extent.key_start.to(device)[:, None]
-        self._key_count = count = extent.key_count.to(device)[:, None]
+        starts = torch.stack([extent.query_start, extent.key_start, extent.key_count]).to(device, non_blocking=True)
+        self._query_start, self._key_start, self._key_count = starts[..., None].unbind(0)
         low = torch.arange(blocks_k, device=device) * block_k - self._key_start
         self.block_end = low + block_k  # [B, N] one past the block's last slot, live or not
         self.first_key = low.clamp(min=0)  # [B, N] position of each block's first live key
-        self.past_key = torch.minimum(self.block_end, count)  # [B, N] one past the last live key
+        self.past_key = torch.minimum(self.block_end, self._key_count)  # [B, N] one past the last live key
         self.has_keys = self.past_key > self.first_key
         last = (torch.arange(blocks_q, device=device) + 1) * block_q
         self.first_query = torch.arange(blocks_q, device=device) * block_q + self._query_start

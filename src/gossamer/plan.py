@@ -7,7 +7,7 @@ G key/value heads, S query tokens of this call, T key slots, M query blocks, N k
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,9 +111,9 @@ class Extent:
             )
         return cls(count - query_len, start, count)
 
-    def key_positions(self, key_len: int) -> Tensor:
-        """Position of each key slot, int64 ``[B, T]``."""
-        return torch.arange(key_len) - self.key_start[:, None]
+    def key_positions(self, key_len: int, device: torch.device | str = "cpu") -> Tensor:
+        """Position of each key slot, int64 ``[B, T]``. Does not wait for the device."""
+        return torch.arange(key_len, device=device) - self.key_start.to(device, non_blocking=True)[:, None]
 
     def query_positions(self, query_len: int) -> Tensor:
         """Position of each query row, int64 ``[B, S]``."""
@@ -186,6 +186,11 @@ def _check_order(order: Tensor, shape: tuple[int, int, int], name: str) -> None:
         raise ValueError(f"SparsePlan.{name} must be a permutation of 0..{shape[-1] - 1} in every row")
 
 
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"SparsePlan.limit must be at least 1 token or None, got {limit}")
+
+
 def _empty_indices() -> Tensor:
     return torch.empty(0, dtype=torch.int32)
 
@@ -239,6 +244,7 @@ class SparsePlan:
     k_order: Tensor | None = None
     causal: bool = True
     limit: int | None = None
+    _pairs: int | None = field(default=None, init=False, repr=False)  # sum of count_pairs, where a planner counted
 
     def __post_init__(self) -> None:
         for name in ("heads", "block_q", "block_k", "column_group"):
@@ -247,20 +253,14 @@ class SparsePlan:
         for name in ("query_len", "key_len"):
             if getattr(self, name) < 0:
                 raise ValueError(f"SparsePlan.{name} must not be negative, got {getattr(self, name)}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"SparsePlan.limit must be at least 1 token or None, got {self.limit}")
+        _check_limit(self.limit)
         ends = self.extent.key_start + self.extent.key_count
         if self.batch and int(ends.max()) > self.key_len:
             raise ValueError(
                 f"SparsePlan.extent names live keys up to slot {int(ends.max())}, but key_len is {self.key_len}"
             )
-        block_rows = self.batch * self.heads * self.num_query_blocks
-        column_rows = self.batch * self.heads * self.num_column_groups
-        device = self.block_indices.device
-        if self.block_indptr is None:
-            object.__setattr__(self, "block_indptr", torch.zeros(block_rows + 1, dtype=torch.int64, device=device))
-        if self.column_indptr is None:
-            object.__setattr__(self, "column_indptr", torch.zeros(column_rows + 1, dtype=torch.int64, device=device))
+        block_rows, column_rows = self._complete_lists()
+        device = self.device
         _check_csr(self.block_indptr, self.block_indices, block_rows, self.num_key_blocks, "block", "key blocks")
         _check_csr(self.column_indptr, self.column_indices, column_rows, self.key_len, "column", "key slots")
         object.__setattr__(self, "sink", _per_head(self.sink, self.heads, "sink").to(device))
@@ -269,6 +269,44 @@ class SparsePlan:
             order = getattr(self, name)
             if order is not None:
                 _check_order(order, (self.batch, self.heads, length), name)
+
+    def _complete_lists(self) -> tuple[int, int]:
+        """Gives absent lists row pointers; returns how many rows blocks and columns have."""
+        rows = (
+            self.batch * self.heads * self.num_query_blocks,
+            self.batch * self.heads * self.num_column_groups,
+        )
+        for name, count in zip(("block_indptr", "column_indptr"), rows, strict=True):
+            if getattr(self, name) is None:
+                indptr = torch.zeros(count + 1, dtype=torch.int64, device=self.device)
+                object.__setattr__(self, name, indptr)
+        return rows
+
+    @classmethod
+    def unchecked(cls, *, pairs: int | None = None, **given: Any) -> SparsePlan:
+        """A plan from fields that a planner knows to be right. Reads no values, so it does not wait for a device.
+
+        Args:
+            pairs: the sum of `count_pairs`, where it is known.
+            given: the constructor's arguments, each of the right shape and dtype; absent ones take their defaults.
+        """
+        plan = object.__new__(cls)
+        for part in fields(cls):
+            value = part.default_factory() if part.default_factory is not MISSING else part.default
+            value = given.pop(part.name, value)
+            if value is MISSING or not part.init:
+                value = None
+            object.__setattr__(plan, part.name, value)
+        plan._complete_lists()
+        for name in ("sink", "window"):
+            value = getattr(plan, name)
+            if isinstance(value, Tensor):
+                value = value.to(plan.device, torch.int32, non_blocking=True).contiguous()
+            else:
+                value = torch.full((plan.heads,), int(value), dtype=torch.int32, device=plan.device)
+            object.__setattr__(plan, name, value)
+        object.__setattr__(plan, "_pairs", pairs)
+        return plan
 
     @property
     def batch(self) -> int:
@@ -340,14 +378,19 @@ class SparsePlan:
 
     def with_limit(self, limit: int | None) -> SparsePlan:
         """The same plan under a model's own sliding window of ``limit`` tokens."""
-        return self if limit == self.limit else replace(self, limit=limit)
+        if limit == self.limit:
+            return self
+        _check_limit(limit)
+        given = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
+        return SparsePlan.unchecked(**(given | {"limit": limit}))
 
     def to(self, device: torch.device | str) -> SparsePlan:
         """The same plan with its tensors on ``device``; the extent stays on the CPU."""
         if torch.device(device) == self.device:
             return self
-        moved = {name: value.to(device) for name in self.__slots__ if isinstance(value := getattr(self, name), Tensor)}
-        return replace(self, **moved)
+        given = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+        return SparsePlan.unchecked(**moved, pairs=self._pairs)
 
     def block_mask(self) -> Tensor:
         """The selected blocks as bool ``[B, heads, M, N]``; columns and bands are not in it."""
@@ -408,10 +451,14 @@ class SparsePlan:
         return count_pairs(self)
 
     def density(self) -> float:
-        """Computed pairs over live allowed pairs (causal, inside the model's own window); 1.0 if there are none."""
+        """Computed pairs over live allowed pairs (causal, inside the model's own window); 1.0 if there are none.
+
+        For a plan on a device this waits for `count_pairs`, unless the planner has counted already.
+        """
         dense = SparsePlan.dense(1, self.query_len, self.key_len, self.extent, causal=self.causal, limit=self.limit)
         total = int(dense.count_pairs().sum()) * self.heads
-        return int(self.count_pairs().sum()) / total if total else 1.0
+        computed = int(self.count_pairs().sum()) if self._pairs is None else self._pairs
+        return computed / total if total else 1.0
 
     def memory_bytes(self) -> int:
         """Bytes held by the plan's tensors."""

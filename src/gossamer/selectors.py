@@ -26,10 +26,12 @@ def top_k(scores: Tensor, k: Tensor | int) -> Tensor:
     """The k largest scores of each row, as a bool mask of the same shape.
 
     Entries of -inf are never chosen; of equal scores the lower index wins. ``k`` is one number, or an integer tensor
-    that broadcasts to the leading dimensions (heads may have different budgets).
+    that broadcasts to the leading dimensions (heads may have different budgets). Budgets on the CPU spare scores on a
+    device a wait.
     """
-    budget = torch.as_tensor(k, device=scores.device).clamp(max=scores.shape[-1])
+    budget = torch.as_tensor(k).clamp(max=scores.shape[-1])
     most = int(budget.max()) if budget.numel() else 0
+    budget = budget.to(scores.device, non_blocking=True)
     if most <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     # topk promises no order among equals, so only the threshold is taken from it.

@@ -57,14 +57,15 @@ class TriShape(Method):
     def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         query_len, key_len = q.shape[2], k.shape[2]
         tail = tail_blocks(extent, query_len, self.last, self.block)
-        visible = BlockVisibility(extent, query_len, key_len, self.block, self.block, q.device)
+        # On the CPU, whatever q's device: where the tokens sit is known there, and nothing waits for a device.
+        visible = BlockVisibility(extent, query_len, key_len, self.block, self.block, tail.device)
         first = int(tail.int().argmax(dim=1).min()) if bool(tail.any()) else ceil_div(query_len, self.block)
         blocks = torch.zeros(
             extent.batch, ceil_div(query_len, self.block), ceil_div(key_len, self.block), dtype=torch.bool
         )
-        blocks[:, first:] = tail[:, first:, None] & visible.any_pair(first, blocks.shape[1]).cpu()
+        blocks[:, first:] = tail[:, first:, None] & visible.any_pair(first, blocks.shape[1])
         return SparsePlan.from_block_mask(
-            blocks[:, None].expand(-1, k.shape[1], -1, -1).to(q.device),
+            blocks[:, None].expand(-1, k.shape[1], -1, -1),
             query_len,
             key_len,
             extent=extent,

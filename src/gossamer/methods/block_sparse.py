@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, pooled_scores
-from gossamer.methods._choice import BlockChoice
+from gossamer.methods._choice import BlockChoice, make_plan
 from gossamer.methods.base import Method, require_at_least
 from gossamer.plan import Extent, SparsePlan
 
@@ -38,17 +38,15 @@ class BlockSparse(Method):
         query_len, key_len = q.shape[2], k.shape[2]
         visible = BlockVisibility(extent, query_len, key_len, self.block, self.block, q.device)
         choice = BlockChoice(visible, q.shape[1])
-        budgets = torch.full((q.shape[1],), self.blocks, device=q.device)
+        budgets = torch.full((q.shape[1],), self.blocks)
         for at, scores in pooled_scores(q, k, extent=extent, block_q=self.block, block_k=self.block):
             choice.add(at, at + scores.shape[2], scores, budgets=budgets)
-        indptr, indices = choice.build()
-        return SparsePlan(
+        return make_plan(
             q.shape[1],
             query_len,
             key_len,
             extent,
             block_q=self.block,
             block_k=self.block,
-            block_indptr=indptr,
-            block_indices=indices,
+            blocks=choice,
         )

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, row_block_energy
-from gossamer.methods._choice import BlockChoice
+from gossamer.methods._choice import BlockChoice, make_plan
 from gossamer.methods.a_shape import tail_blocks
 from gossamer.methods.base import Method, require_at_least
 from gossamer.plan import Extent, SparsePlan, ceil_div
@@ -51,20 +51,20 @@ class MaxRelative(Method):
         query_len, key_len = q.shape[2], k.shape[2]
         share = q.shape[1] // k.shape[1]
         visible = BlockVisibility(extent, query_len, key_len, self.block_q, self.block_k, q.device)
-        tail = tail_blocks(extent, query_len, ceil_div(self.last_rows, share), self.block_q).to(q.device)
+        tail = tail_blocks(extent, query_len, ceil_div(self.last_rows, share), self.block_q).to(
+            q.device, non_blocking=True
+        )
         choice = BlockChoice(visible, k.shape[1], window=self.window_blocks, leading=self.sink_blocks, tail=tail)
         for at, energy in row_block_energy(
             q, k, scale=scale, extent=extent, block_q=self.block_q, block_k=self.block_k
         ):
             choice.add(at, at + energy.shape[2], energy, alpha=self.alpha)
-        indptr, indices = choice.build()
-        return SparsePlan(
+        return make_plan(
             k.shape[1],
             query_len,
             key_len,
             extent,
             block_q=self.block_q,
             block_k=self.block_k,
-            block_indptr=indptr,
-            block_indices=indices,
+            blocks=choice,
         )

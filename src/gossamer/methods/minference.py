@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, last_query_probe, pooled_scores
-from gossamer.methods._choice import BlockChoice
+from gossamer.methods._choice import BlockChoice, make_plan
 from gossamer.methods.base import Method, require_at_least
-from gossamer.methods.vertical_slash import BLOCK, VerticalSlash, band_choice, column_fields, select_bands
+from gossamer.methods.vertical_slash import (
+    BLOCK,
+    VerticalSlash,
+    band_choice,
+    choose_columns,
+    column_group,
+    select_bands,
+)
 from gossamer.plan import Extent, SparsePlan
 from gossamer.profile import HeadPattern, Profile
 
@@ -65,41 +72,41 @@ def _mixed_plan(
     heads, query_len, key_len = q.shape[1], q.shape[2], k.shape[2]
     everything = query_len + key_len
 
+    # On the CPU, whatever q's device: they come from the profile, and reading them must not wait.
     def budgets(kind: str, at: int, absent: int) -> Tensor:
-        return torch.tensor([p.budget[at] if p.kind == kind else absent for p in patterns], device=q.device)
+        return torch.tensor([p.budget[at] if p.kind == kind else absent for p in patterns])
 
     kinds = {p.kind for p in patterns}
     visible = BlockVisibility(extent, query_len, key_len, BLOCK, BLOCK, q.device)
-    fields: dict[str, Any] = {}
-    bands = None
+    lists, bands, choice = None, None, None
     if "vertical_slash" in kinds:
         columns, diagonals = last_query_probe(q, k, scale=scale, extent=extent, last=last)
-        fields = column_fields(columns, budgets("vertical_slash", 0, -1), extent, query_len)
+        lists = choose_columns(columns, budgets("vertical_slash", 0, -1), extent)
         bands = select_bands(diagonals, budgets("vertical_slash", 1, -1))
     if "block_sparse" in kinds:
         best = budgets("block_sparse", 0, 0)
-        forcing = (best > 0).expand(extent.batch, heads)
+        forcing = (best > 0).to(q.device, non_blocking=True).expand(extent.batch, heads)
         choice = BlockChoice(
             visible, heads, bands=bands, forcing=forcing if bands is None else forcing | bands.any(dim=-1)
         )
         for at, scores in pooled_scores(q, k, extent=extent, block_q=BLOCK, block_k=BLOCK):
             choice.add(at, at + scores.shape[2], scores, budgets=best)
-        fields["block_indptr"], fields["block_indices"] = choice.build()
     elif bands is not None:
         choice = band_choice(visible, bands)
         choice.add_all()
-        fields["block_indptr"], fields["block_indices"] = choice.build()
-    dense = torch.tensor([p.kind == "dense" for p in patterns], device=q.device)
+    dense = torch.tensor([p.kind == "dense" for p in patterns])
     window = budgets("a_shape", 1, 0)
-    is_a_shape = torch.tensor([p.kind == "a_shape" for p in patterns], device=q.device)
-    return SparsePlan(
+    is_a_shape = torch.tensor([p.kind == "a_shape" for p in patterns])
+    return make_plan(
         heads,
         query_len,
         key_len,
         extent,
         block_q=BLOCK,
         block_k=BLOCK,
+        blocks=choice,
+        columns=lists,
+        column_group=column_group(query_len),
         sink=budgets("a_shape", 0, 0),
         window=torch.where(dense, everything, torch.where(is_a_shape, window.clamp(min=1), 0)),
-        **fields,
     )

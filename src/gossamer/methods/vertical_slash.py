@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, last_query_probe
-from gossamer.methods._choice import BlockChoice, column_lists
+from gossamer.methods._choice import BlockChoice, Lists, column_lists, make_plan
 from gossamer.methods._exact_slash import exact_slash_blocks
 from gossamer.methods.base import Method, require_at_least
 from gossamer.plan import Extent, SparsePlan, ceil_div
@@ -66,17 +66,16 @@ class VerticalSlash(Method):
         visible = BlockVisibility(extent, query_len, key_len, BLOCK, BLOCK, q.device)
         choice = band_choice(visible, select_bands(diagonals, self.slash_size))
         choice.add_all()
-        indptr, indices = choice.build()
-        return SparsePlan(
+        return make_plan(
             heads,
             query_len,
             key_len,
             extent,
             block_q=BLOCK,
             block_k=BLOCK,
-            block_indptr=indptr,
-            block_indices=indices,
-            **column_fields(columns, self.vertical_size, extent, query_len),
+            blocks=choice,
+            columns=choose_columns(columns, self.vertical_size, extent),
+            column_group=column_group(query_len),
         )
 
 
@@ -85,13 +84,13 @@ def select_columns(mass: Tensor, size: Tensor | int, extent: Extent) -> Tensor:
 
     ``size`` is one number or one a head; a size below 0 selects nothing for that head.
     """
-    return top_k(column_scores(mass, extent), at_least(size, FORCED_COLUMNS, mass.device))
+    return top_k(column_scores(mass, extent), at_least(size, FORCED_COLUMNS))
 
 
 def column_scores(mass: Tensor, extent: Extent) -> Tensor:
     """The mass, infinite for the forced columns and -inf for dead slots."""
-    position = extent.key_positions(mass.shape[-1]).to(mass.device)[:, None]
-    live = (position >= 0) & (position < extent.key_count.to(mass.device)[:, None, None])
+    position = extent.key_positions(mass.shape[-1], mass.device)[:, None]
+    live = (position >= 0) & (position < extent.key_count.to(mass.device, non_blocking=True)[:, None, None])
     return mass.masked_fill((position < FORCED_COLUMNS) & live, float("inf")).masked_fill(~live, float("-inf"))
 
 
@@ -100,7 +99,7 @@ def select_diagonals(mass: Tensor, size: Tensor | int, extent: Extent) -> Tensor
     distance = torch.arange(mass.shape[-1], device=mass.device)
     scores = mass.masked_fill(distance < FORCED_DIAGONALS, float("inf"))
     beyond = distance >= extent.key_count.to(mass.device)[:, None]
-    return top_k(scores.masked_fill(beyond[:, None], float("-inf")), at_least(size, MINIMUM_DIAGONALS, mass.device))
+    return top_k(scores.masked_fill(beyond[:, None], float("-inf")), at_least(size, MINIMUM_DIAGONALS))
 
 
 def select_bands(mass: Tensor, size: Tensor | int) -> Tensor:
@@ -118,14 +117,17 @@ def select_bands(mass: Tensor, size: Tensor | int) -> Tensor:
     bands[..., 1:] += (padded * split).sum(-1)
     forced = ceil_div(FORCED_DIAGONALS, BLOCK)
     bands[..., :forced] = float("inf")
-    budget = at_least(size, MINIMUM_DIAGONALS, mass.device)
+    budget = at_least(size, MINIMUM_DIAGONALS)
     budget = torch.where(budget > 0, (-(-budget // BLOCK)).clamp(min=forced), 0)
     return top_k(bands, budget)
 
 
-def at_least(size: Tensor | int, minimum: int, device: torch.device) -> Tensor:
-    """Budgets with the authors' minimum; negative ones mean that the head has no such part."""
-    budget = torch.as_tensor(size, device=device)
+def at_least(size: Tensor | int, minimum: int) -> Tensor:
+    """Budgets with the authors' minimum; negative ones mean that the head has no such part.
+
+    They stay where ``size`` is, on the CPU: what selects needs the largest one there.
+    """
+    budget = torch.as_tensor(size)
     return torch.where(budget < 0, 0, budget.clamp(min=minimum))
 
 
@@ -134,9 +136,11 @@ def band_choice(visible: BlockVisibility, bands: Tensor) -> BlockChoice:
     return BlockChoice(visible, bands.shape[1], bands=bands, forcing=bands.any(dim=-1))
 
 
-def column_fields(mass: Tensor, size: Tensor | int, extent: Extent, query_len: int) -> dict[str, Any]:
-    """`select_columns` as the plan's column fields: one list a head, for all its query blocks."""
-    budgets = at_least(size, FORCED_COLUMNS, mass.device).expand(mass.shape[1])
-    indptr, indices = column_lists(column_scores(mass, extent), budgets)
-    blocks = max(1, ceil_div(query_len, BLOCK))
-    return {"column_indptr": indptr, "column_indices": indices, "column_group": blocks}
+def choose_columns(mass: Tensor, size: Tensor | int, extent: Extent) -> Lists:
+    """`select_columns` as lists, one a head."""
+    return column_lists(column_scores(mass, extent), at_least(size, FORCED_COLUMNS).expand(mass.shape[1]))
+
+
+def column_group(query_len: int) -> int:
+    """All query blocks of a head share its columns."""
+    return max(1, ceil_div(query_len, BLOCK))

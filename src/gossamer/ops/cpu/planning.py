@@ -27,6 +27,7 @@ __all__ = [
     "choose",
     "count_pairs",
     "enabled",
+    "has_antidiagonal",
     "last_query_probe",
     "one_rule",
     "pool",
@@ -51,10 +52,15 @@ def serves(*tensors: Tensor) -> bool:
 
 def enabled() -> bool:
     """Whether the kernels are built and not switched off."""
+    return not switched_off() and cpu.is_available() and not torch.compiler.is_compiling()
+
+
+def switched_off() -> bool:
+    """Whether ``GOSSAMER_PLANNER`` keeps to the torch versions, here and in `gossamer.ops.triton.planning`."""
     wanted = os.environ.get(ENVIRONMENT, "")
     if wanted not in ("", "torch"):
         raise ValueError(f"{ENVIRONMENT}={wanted!r} is not known; leave it empty, or say 'torch' for the torch planner")
-    return not wanted and cpu.is_available() and not torch.compiler.is_compiling()
+    return bool(wanted)
 
 
 def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last: int = 64) -> tuple[Tensor, Tensor]:
@@ -140,6 +146,11 @@ def row_block_energy(
         torch.get_num_threads(),
     )
     return out
+
+
+def has_antidiagonal(block_q: int, block_k: int, stride: int) -> bool:
+    """Whether `antidiagonal_scores` runs here: for any blocks that the stride divides."""
+    return block_q % stride == 0 and block_k % stride == 0
 
 
 def antidiagonal_scores(

@@ -1,0 +1,50 @@
+"""Which planner serves: C++ for CPU tensors, Triton for CUDA tensors, else torch. All choose the same sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gossamer.ops.cpu import planning as cpu_planning
+
+__all__ = ["cpu_planner", "device_planner", "planner_for", "triton_on_cpu"]
+
+_TRITON_ON_CPU: ContextVar[bool] = ContextVar("triton_on_cpu", default=False)
+
+
+def planner_for(*tensors: Tensor) -> ModuleType | None:
+    """`gossamer.ops.cpu.planning` or `gossamer.ops.triton.planning`, where one serves these tensors; else None."""
+    planner = device_planner(tensors[0].device)
+    if planner is None and not _TRITON_ON_CPU.get():
+        planner = cpu_planning
+    return planner if planner is not None and planner.serves(*tensors) else None
+
+
+def cpu_planner(device: torch.device) -> ModuleType | None:
+    """The planner in C++, where it chooses for tensors on the device."""
+    serves = device.type == "cpu" and not _TRITON_ON_CPU.get() and cpu_planning.enabled()
+    return cpu_planning if serves else None
+
+
+def device_planner(device: torch.device) -> ModuleType | None:
+    """The planner in Triton, where it chooses for tensors on the device."""
+    if device.type != "cuda" and not (_TRITON_ON_CPU.get() and device.type == "cpu"):
+        return None
+    from gossamer.ops.triton import planning
+
+    return planning if planning.enabled() else None
+
+
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Plan with Triton's interpreter on CPU tensors: a test's way to run the device planner without a device."""
+    token = _TRITON_ON_CPU.set(True)
+    try:
+        yield
+    finally:
+        _TRITON_ON_CPU.reset(token)
