@@ -305,10 +305,8 @@ def test_methods_make_the_same_plans(
 
 
 @every_situation
-@pytest.mark.parametrize(
-    "rule", [{"top_p": 0.6}, {"top_p_forced": 0.6}, {"top_p_below": 0.4}, {"top_p_of_all_rows": 0.5}]
-)
-def test_shares_come_as_masks(monkeypatch, situation: str, rule: dict[str, float]) -> None:
+@pytest.mark.parametrize("rule", ["top_p", "top_p_forced", "top_p_below", "top_p_of_all_rows"])
+def test_shares_come_as_masks(monkeypatch, situation: str, rule: str) -> None:
     """Rules that have no kernel are chosen in torch, in two parts but for the one over all rows."""
     case = case_of(situation, length=230, heads=2, groups=1, dim=16)
 
@@ -316,10 +314,9 @@ def test_shares_come_as_masks(monkeypatch, situation: str, rule: dict[str, float
         visible = estimators.BlockVisibility(case.extent, case.query_len, case.key_len, 32, 16, DEVICE)
         choice = _choice.BlockChoice(visible, 2)
         blocks, key_blocks = ceil_div(case.query_len, 32), ceil_div(case.key_len, 16)
-        scores = torch.rand(
-            len(case.extent.key_start), 2, blocks, key_blocks, generator=torch.Generator().manual_seed(0)
-        )
-        parts = (0, blocks) if "top_p_of_all_rows" in rule else (0, blocks // 2, blocks)
+        generator = torch.Generator().manual_seed(0)
+        scores = torch.rand(case.extent.batch, 2, blocks, key_blocks, generator=generator)
+        parts = (0, blocks) if rule == "top_p_of_all_rows" else (0, blocks // 2, blocks)
         for at, stop in itertools.pairwise(parts):
             choice.add(at, stop, scores[:, :, at:stop].to(DEVICE), **{rule: 0.5})
         indptr, indices = choice.build()
