@@ -109,12 +109,22 @@ def reference(arguments: argparse.Namespace) -> Rows:
         }
 
 
+def timed(rows: Rows) -> Rows:
+    """Each row with the share of the machine that other programs took while it was measured."""
+    while True:
+        bystanders = Bystanders()
+        row = next(rows, None)
+        if row is None:
+            return
+        yield row | {"used_by_others": bystanders.share()}
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Rows]] = {"layers": layers, "reference": reference}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}; the file keeps the others")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}; the file keeps other rows")
     parser.add_argument("--lengths", default="32k,64k,128k", help="of the layers")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--methods", default="dense,dense(kernel=gossamer),minference,max_relative")
@@ -128,12 +138,13 @@ def main() -> int:
     out = arguments.out or (None if arguments.quick else RESULTS)
     report: dict[str, Any] = json.loads(out.read_text()) if out is not None and out.exists() else {}
     for name in chosen:
-        bystanders, rows = Bystanders(), []
-        for row in PARTS[name](arguments):
+        kept = report.get(name, {}).get("rows", [])
+        for row in timed(PARTS[name](arguments)):
             print(json.dumps(row), flush=True)
-            rows.append(row)
+            kept = [old for old in kept if (old["length"], old["method"]) != (row["length"], row["method"])] + [row]
+            kept.sort(key=lambda row: row["length"])
             part = {"machine": machine(), "date": date.today().isoformat(), "threads": torch.get_num_threads()}
-            report[name] = {**part, "used_by_others": bystanders.share(), "rows": rows}
+            report[name] = {**part, "rows": kept}
             if out is not None:
                 write(out, {part: report[part] for part in PARTS if part in report})
     return 0

@@ -69,7 +69,8 @@ def parts_table() -> str:
 def end_to_end_table() -> str:
     """Seconds of whole layers and of the reference model, by part."""
     report = json.loads((ROOT / "benchmarks" / "results" / "end_to_end.json").read_text())
-    machine, others = report["layers"]["machine"], max(part["used_by_others"] or 0 for part in report.values())
+    machine = report["layers"]["machine"]
+    others = max(row["used_by_others"] or 0 for part in report.values() for row in part["rows"])
     what = {"layers": "one 8B-shaped layer", "reference": "reference model, 6 layers"}
     return markdown(
         f"{machine['cpu']}, {machine['cores']} cores, {report['layers']['threads']} threads, torch "
