@@ -84,6 +84,21 @@ void choose(const Choice& choice, uint64_t* bits, int64_t* counts, int threads);
 void list_bits(const uint64_t* bits, int64_t rows, int64_t width, const int64_t* indptr, int32_t* indices,
                int threads);
 
+// Token-exact slashes of query blocks [at, stop) of 64, as whole blocks of 64 keys and single columns.
+struct Slashes {
+  int64_t batch, heads, key_len, at, stop;
+  const int64_t* distance_indptr;  // [batch * heads + 1]
+  const int32_t* distances;        // chosen ones, descending
+  const uint64_t* columns;         // [batch, heads, words_of(key_len)]: chosen columns
+  const int64_t* query_start;      // [batch]
+  const int64_t* key_start;        // [batch]
+};
+
+// Bits and their number: block_bits [batch, heads, stop - at, words_of(words_of(key_len))], column_bits [batch, heads,
+// stop - at, words_of(key_len)].
+void slashes(const Slashes& call, uint64_t* block_bits, int64_t* block_counts, uint64_t* column_bits,
+             int64_t* column_counts, int threads);
+
 // Pairs that each head of a plan without permutation computes: [batch, heads], zero on entry.
 void count_pairs(const PlanView& plan, int64_t* counts, int threads);
 

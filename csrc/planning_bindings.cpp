@@ -121,6 +121,24 @@ void bind_list(uintptr_t bits, int64_t rows, int64_t width, uintptr_t indptr, ui
   list_bits(at<uint64_t>(bits), rows, width, at<int64_t>(indptr), at<int32_t>(indices), threads);
 }
 
+// sizes and arrays in the order of Slashes; out: bits and counts of blocks, then of columns.
+void bind_slashes(const Sizes& sizes, const Addresses& arrays, const Addresses& out, int threads) {
+  expect(sizes, 5, arrays, 5);
+  expect({}, 0, out, 4);
+  const Slashes call{sizes[0],
+                     sizes[1],
+                     sizes[2],
+                     sizes[3],
+                     sizes[4],
+                     at<int64_t>(arrays[0]),
+                     at<int32_t>(arrays[1]),
+                     at<uint64_t>(arrays[2]),
+                     at<int64_t>(arrays[3]),
+                     at<int64_t>(arrays[4])};
+  nb::gil_scoped_release release;
+  slashes(call, at<uint64_t>(out[0]), at<int64_t>(out[1]), at<uint64_t>(out[2]), at<int64_t>(out[3]), threads);
+}
+
 // sizes and arrays in the order of PlanView, without the orders.
 void bind_count(const Sizes& sizes, const Addresses& arrays, int64_t limit, bool causal, uintptr_t counts,
                 int threads) {
@@ -142,5 +160,6 @@ void bind_planning(nb::module_& m) {
   m.def("pool", &bind_pool);
   m.def("choose", &bind_choose);
   m.def("list_bits", &bind_list);
+  m.def("slashes", &bind_slashes);
   m.def("count_pairs", &bind_count);
 }

@@ -9,14 +9,18 @@ block is covered, and single columns elsewhere; chosen columns outside all range
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from gossamer.ops.planners import cpu_planner
 from gossamer.plan import Extent, SparsePlan, ceil_div
 from gossamer.selectors import CsrBuilder
 
 BLOCK = 64
 _CHUNK_ENTRIES = 1 << 26
+_BITMAP_BYTES = 64 << 20
 
 
 def merged_ranges(slashes: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,17 +62,47 @@ def merged_ranges(slashes: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exact_slash_blocks(columns: Tensor, slashes: Tensor, extent: Extent, query_len: int) -> SparsePlan:
-    """The plan for chosen columns (slots) and distances, bool ``[B, H, T]`` each."""
+    """The plan for chosen columns (slots) and distances, bool ``[B, H, T]`` each. In C++ for CPU tensors."""
+    native = cpu_planner(columns.device)
+    blocks, key_len = ceil_div(query_len, BLOCK), columns.shape[-1]
+    block_csr, column_csr = CsrBuilder(), CsrBuilder()
+    if native is not None:
+        step = max(1, _BITMAP_BYTES // max(1, columns.numel() // 8))
+        for at in range(0, blocks, step):
+            chosen = native.exact_slashes(columns, slashes, extent, at=at, stop=min(at + step, blocks))
+            block_csr.add_lists(*chosen[0])
+            column_csr.add_lists(*chosen[1])
+    else:
+        for whole, single in _covered_in_torch(columns, slashes, extent, blocks):
+            block_csr.add(whole)
+            column_csr.add(single)
+    block_indptr, block_indices = block_csr.build()
+    column_indptr, column_indices = column_csr.build()
+    return SparsePlan(
+        columns.shape[1],
+        query_len,
+        key_len,
+        extent,
+        block_q=BLOCK,
+        block_k=BLOCK,
+        block_indptr=block_indptr,
+        block_indices=block_indices,
+        column_group=1,
+        column_indptr=column_indptr,
+        column_indices=column_indices,
+    )
+
+
+def _covered_in_torch(columns: Tensor, slashes: Tensor, extent: Extent, blocks: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Key blocks that are covered whole, bool ``[B, H, m, N]``, and single columns ``[B, H, m, T]``, by chunks."""
     batch, heads, key_len = columns.shape
     device = columns.device
-    blocks = ceil_div(query_len, BLOCK)
     rows = batch * heads
     key_start = extent.key_start.to(device)[:, None, None, None]
     ends = (torch.arange(blocks, device=device) + 1) * BLOCK + extent.query_start.to(device)[:, None]
     ends = ends[:, None].expand(batch, heads, blocks).reshape(rows, blocks)
     distances = max(1, int(slashes.sum(-1).max()) if slashes.numel() else 1)
     step = max(1, _CHUNK_ENTRIES // max(1, rows * (key_len + 2 * distances)))
-    block_csr, column_csr = CsrBuilder(), CsrBuilder()
     slots = torch.arange(key_len, device=device)
     for at in range(0, blocks, step):
         stop = min(at + step, blocks)
@@ -83,20 +117,4 @@ def exact_slash_blocks(columns: Tensor, slashes: Tensor, extent: Extent, query_l
         whole = padded.unflatten(-1, (-1, BLOCK)).all(-1)
         single = (covered | columns[:, :, None]) & ~whole[..., slots // BLOCK]
         reach = ends.view(batch, heads, blocks)[:, :, at:stop, None] + key_start
-        block_csr.add(whole & (torch.arange(whole.shape[-1], device=device) * BLOCK < reach))
-        column_csr.add(single & (slots < reach))
-    block_indptr, block_indices = block_csr.build()
-    column_indptr, column_indices = column_csr.build()
-    return SparsePlan(
-        heads,
-        query_len,
-        key_len,
-        extent,
-        block_q=BLOCK,
-        block_k=BLOCK,
-        block_indptr=block_indptr,
-        block_indices=block_indices,
-        column_group=1,
-        column_indptr=column_indptr,
-        column_indices=column_indices,
-    )
+        yield whole & (torch.arange(whole.shape[-1], device=device) * BLOCK < reach), single & (slots < reach)

@@ -38,7 +38,7 @@ class VerticalSlash(Method):
           data. The forced diagonals become the first two bands.
         * ``exact=True``: the authors' index construction. Every chosen diagonal costs an unaligned 64 x 64 block in
           every row block, so scattered diagonals become almost dense: cost is a property of the data. Meant for
-          studies; building it takes a step per diagonal.
+          studies; built in C++ on the CPU, elsewhere in torch with a step per diagonal.
 
     Defaults: the authors' for a head without a searched pattern, 1000 columns and 6096 diagonals.
 

@@ -27,6 +27,7 @@ __all__ = [
     "choose",
     "count_pairs",
     "enabled",
+    "exact_slashes",
     "has_antidiagonal",
     "last_query_probe",
     "one_rule",
@@ -295,11 +296,66 @@ def choose(
         counts.data_ptr(),
         threads,
     )
+    return counts, _listed(bits, counts, width)
+
+
+def _listed(bits: Tensor, counts: Tensor, width: int) -> Tensor:
+    """The set bits of each row, int32, ascending."""
     indptr = torch.zeros(counts.numel() + 1, dtype=torch.int64)
     torch.cumsum(counts.flatten(), 0, out=indptr[1:])
     indices = torch.empty(int(indptr[-1]), dtype=torch.int32)
-    _kernels().list_bits(bits.data_ptr(), counts.numel(), width, indptr.data_ptr(), indices.data_ptr(), threads)
-    return counts, indices
+    _kernels().list_bits(
+        bits.data_ptr(), counts.numel(), width, indptr.data_ptr(), indices.data_ptr(), torch.get_num_threads()
+    )
+    return indices
+
+
+def exact_slashes(
+    columns: Tensor, slashes: Tensor, extent: Extent, *, at: int, stop: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`gossamer.methods._exact_slash.exact_slash_blocks` for query blocks ``at .. stop - 1`` of 64.
+
+    Args:
+        columns, slashes: bool ``[B, H, T]``, chosen key slots and distances.
+
+    Returns:
+        counts int64 ``[B, H, stop - at]`` and ascending int32 indices of key blocks of 64; the same of key slots.
+    """
+    batch, heads, key_len = columns.shape
+    if slashes.shape != columns.shape or extent.batch != batch:
+        raise ValueError(
+            f"columns and slashes must be [B, H, T] for the extent's {extent.batch} batch rows, "
+            f"got {tuple(columns.shape)} and {tuple(slashes.shape)}"
+        )
+    if not 0 <= at <= stop:
+        raise ValueError(f"query blocks must rise from 0, got {at} to {stop}")
+    words = ceil_div(key_len, 64)
+    padded = torch.nn.functional.pad(columns, (0, words * 64 - key_len)).unflatten(-1, (words, 64))
+    indptr = torch.zeros(batch * heads + 1, dtype=torch.int64)
+    torch.cumsum(slashes.sum(-1).flatten(), 0, out=indptr[1:])
+    farthest_first = key_len - 1 - slashes.flip(-1).flatten(0, 1).nonzero()[:, 1]
+    # Held by name until the kernel is done: only their addresses are handed over.
+    arrays = [
+        indptr,
+        farthest_first.to(torch.int32).contiguous(),
+        (padded.long() << torch.arange(64)).sum(-1).contiguous(),
+        extent.query_start.contiguous(),
+        extent.key_start.contiguous(),
+    ]
+    rows = (batch, heads, stop - at)
+    block_bits = torch.empty(*rows, ceil_div(words, 64), dtype=torch.int64)
+    column_bits = torch.empty(*rows, words, dtype=torch.int64)
+    block_counts, column_counts = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
+    _kernels().slashes(
+        [batch, heads, key_len, at, stop],
+        [t.data_ptr() for t in arrays],
+        [t.data_ptr() for t in (block_bits, block_counts, column_bits, column_counts)],
+        torch.get_num_threads(),
+    )
+    return (
+        (block_counts, _listed(block_bits, block_counts, words)),
+        (column_counts, _listed(column_bits, column_counts, key_len)),
+    )
 
 
 def count_pairs(plan: SparsePlan) -> Tensor:
