@@ -13,6 +13,14 @@ from typing import Any
 
 from gossamer.report.png import grey_png
 
+# What the model was made for: task, longest length, share of samples where all is right.
+TARGETS = (
+    ("needle_single", 32768, 0.97),
+    ("needle_multikey(keys=8)", 16384, 0.90),
+    ("needle_multivalue", 16384, 0.90),
+    ("needle_multiquery", 16384, 0.90),
+    ("variable_tracking", 16384, 0.80),
+)
 COLOURS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8a63a8", "#b08b2e", "#5b8a99", "#a0526d")
 Point = tuple[float, float]
 
@@ -190,6 +198,25 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def targets(results: dict) -> str:
+    """What was aimed at and what was reached, at the length of each target where accuracy is lowest."""
+    lines = ["| task | up to | aimed at | reached (95% interval) | |", "|---|---|---|---|---|"]
+    for task, longest, aim in TARGETS:
+        measured = [c for c in results["cells"] if c["task"] == task and c["length"] <= longest]
+        if longest not in {cell["length"] for cell in measured}:
+            raise ValueError(
+                f"the results have no cell of {task} at {longest} tokens; run models/evaluate.py to its end"
+            )
+        worst = min(measured, key=lambda cell: cell["exact"])
+        low, high = worst["exact_interval"]
+        missed = "**missed**" if high < aim else "**missed**, within the interval"
+        verdict = "met" if worst["exact"] >= aim else missed
+        lines.append(
+            f"| {task} | {longest:,} | {aim:.2f} | {worst['exact']:.3f} ({low:.3f} to {high:.3f}) | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
 def schedule(training: dict) -> str:
     """The phases in Markdown."""
     lines = [
@@ -223,6 +250,7 @@ def main() -> None:
         "parameters": f"{training['parameters'] / 1e6:.2f}",
         "megabytes": f"{(arguments.model / 'model.safetensors').stat().st_size / 1e6:.1f}",
         "table": table(results),
+        "targets": targets(results),
         "schedule": schedule(training),
         "steps": f"{training['steps']:,}",
         "tokens": f"{training['tokens'] / 1e6:.1f}",
