@@ -15,7 +15,9 @@ namespace gossamer {
 namespace {
 
 // Packed keys and values held at once: heads are worked off in passes that fit, or one by one.
-constexpr int64_t kPackBudget = int64_t{1} << 30;
+constexpr int64_t kPackBudget = int64_t{1} << 29;
+// And, beside them, tiles of columns that query blocks share.
+constexpr int64_t kColumnBudget = int64_t{192} << 20;
 
 struct WorkItem {
   int64_t pass, cost;
@@ -24,6 +26,8 @@ struct WorkItem {
 
 // Keys and values are packed once for all query blocks, then each query block runs over the tiles that it lists.
 class Execution {
+  class Worker;
+
  public:
   explicit Execution(const Operands& operands)
       : o_(operands),
@@ -55,8 +59,14 @@ class Execution {
     for (int64_t first = 0; first < heads; first += at_once) {
       const int64_t last = std::min(heads, first + at_once);
       first_head_ = first;
-      run_parallel(threads, (last - first) * o_.chunks,
-                   [&](int thread, int64_t n) { workers[thread]->pack_chunk(n); });
+      if (few_queries()) {
+        list_needed(workers, last - first);
+        run_parallel(threads, static_cast<int64_t>(needed_.size()),
+                     [&](int thread, int64_t n) { workers[thread]->pack_chunk(needed_[n]); });
+      } else {
+        run_parallel(threads, (last - first) * o_.chunks,
+                     [&](int thread, int64_t n) { workers[thread]->pack_chunk(n); });
+      }
       size_t end = begin;
       while (end < items.size() && items[end].pass == first / at_once) ++end;
       run_parallel(threads, static_cast<int64_t>(end - begin), [&](int thread, int64_t n) {
@@ -67,6 +77,21 @@ class Execution {
   }
 
  private:
+  // Where queries are as many as keys, some query block lists nearly every key; where they are fewer, as in a chunk of a
+  // long prompt, it may pay to look which chunks are needed at all.
+  bool few_queries() const { return plan_.query_len <= plan_.key_len / 2; }
+
+  // The chunks of the next `heads` packed heads that some query block lists.
+  void list_needed(std::vector<std::unique_ptr<Worker>>& workers, int64_t heads) {
+    marks_.assign(heads * o_.chunks, 0);
+    run_parallel(static_cast<int>(workers.size()), heads, [&](int thread, int64_t n) {
+      workers[thread]->mark_chunks(first_head_ + n, marks_.data() + n * o_.chunks);
+    });
+    needed_.clear();
+    for (int64_t n = 0; n < heads * o_.chunks; ++n)
+      if (marks_[n] != 0) needed_.push_back(n);
+  }
+
   // The packed head (of the whole batch) that a head of the plan reads.
   int64_t packed_head(int64_t b, int64_t plan_head) const {
     return b * packed_heads_ + (plan_.k_order != nullptr ? plan_head : o_.group_of(plan_head));
@@ -83,7 +108,7 @@ class Execution {
       column_start_[n + 1] = column_start_[n] + ceil_div(count, kChunk);
     }
     if (column_start_.back() > plan_.batch * packed_heads_ * o_.chunks ||
-        column_start_.back() * o_.tile_bytes() > kPackBudget)
+        column_start_.back() * o_.tile_bytes() > kColumnBudget)
       column_start_.clear();
     else
       column_tiles_ = column_start_.back();
@@ -119,6 +144,25 @@ class Execution {
   class Worker {
    public:
     Worker(const Execution& e, char* scratch) : e_(e), worklist_(e.plan_, e.o_.chunks), scratch_(scratch) {}
+
+    // Sets the marks of the chunks that query blocks of a packed head list.
+    void mark_chunks(int64_t packed_head, char* marks) {
+      const PlanView& plan = e_.plan_;
+      const int64_t b = packed_head / e_.packed_heads_, share = plan.heads / e_.packed_heads_;
+      const int64_t first_head = packed_head % e_.packed_heads_ * share, heads_a_plan = e_.o_.call.query_heads / plan.heads;
+      const PackedTiles offsets = e_.o_.tiles(nullptr), columns = offsets;
+      for (int64_t h = first_head; h < first_head + share; ++h)
+        for (int64_t m = 0; m < e_.o_.blocks; ++m) {
+          const int64_t row = m * plan.block_q, rows = std::min<int64_t>(plan.block_q, plan.query_len - row);
+          rows_.collect(e_.o_, {int32_t(b), int32_t(h), int32_t(m), int32_t(h * heads_a_plan), 1, int32_t(row),
+                                int32_t(rows)});
+          worklist_.build(rows_.block(), offsets, e_.column_start_.empty() ? nullptr : &columns);
+          for (const Tile& tile : worklist_.tiles()) {
+            if (tile.slots != nullptr && plan.k_order == nullptr) continue;  // columns
+            marks[(static_cast<const char*>(tile.keys) - offsets.base) / e_.o_.tile_bytes()] = 1;
+          }
+        }
+    }
 
     // Chunk n of all (packed head of this pass, chunk).
     void pack_chunk(int64_t n) {
@@ -190,6 +234,8 @@ class Execution {
   PackedTiles packed_, columns_;
   std::vector<int64_t> column_start_;  // by column list: its first tile; empty if query blocks pack for themselves
   int64_t column_tiles_ = 0;
+  std::vector<char> marks_;      // by packed head of this pass and chunk: listed
+  std::vector<int64_t> needed_;  // these, where not all are packed
 };
 
 }  // namespace

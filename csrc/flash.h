@@ -18,9 +18,15 @@ namespace {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr float kInfinity = __builtin_inff();
-// A row's reference logit is raised only if one exceeds it by a factor of 2^8: sums have room for that in fp32, and most
-// rows are then never rescaled.
-constexpr float kSlack = 8.0f;
+// fp32 logits of more dimensions are summed in parts, because one long chain rounds more. Shorter parts cost time, but
+// not where few rows wait for memory.
+constexpr int kLongestSum = 128, kLongestSumOfFew = 32, kFewRows = 16;
+
+// The length of parts of about one size.
+inline int even_part(int depth, int longest) {
+  const int parts = (depth + longest - 1) / longest;
+  return (depth + parts - 1) / parts;
+}
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -45,6 +51,10 @@ template <class Isa>
 class PanelKernel {
   using V = typename Isa::Vec;
   static constexpr int kVectors = kChunk / V::kWidth;
+  // An fp32 row's reference logit is raised only if one exceeds it by a factor of 2^8: sums have room for that, and most
+  // rows are then never rescaled. bf16 probabilities are relative to the largest logit, so that a key that outweighs all
+  // others has a probability of exactly 1 and is not rounded.
+  static constexpr float kSlack = Isa::kPairs ? 0.0f : 8.0f;
 
  public:
   explicit PanelKernel(const Panel& panel)
@@ -52,6 +62,7 @@ class PanelKernel {
         dim_(panel.padded_head_dim),
         value_dim_(panel.padded_value_dim),
         depth_(Isa::kPairs ? dim_ / 2 : dim_),
+        part_(Isa::kPairs ? depth_ : even_part(depth_, panel.rows > kFewRows ? kLongestSum : kLongestSumOfFew)),
         // fp32 queries carry the factor, and logits come out of the product in powers of two; bf16 ones stay exact.
         query_factor_(Isa::kPairs ? 1.0f : panel.softcap > 0 ? panel.scale : panel.scale * kLog2E),
         logit_factor_(panel.softcap > 0 ? kLog2E : Isa::kPairs ? panel.scale * kLog2E : 1.0f) {
@@ -105,8 +116,11 @@ class PanelKernel {
 
     const int rows = last - first;
     float* logits = logits_ + int64_t{first} * kChunk;
-    Isa::multiply(rows, kChunk, depth_, reinterpret_cast<uint32_t*>(queries_) + int64_t{first} * depth_, depth_,
-                  static_cast<const uint32_t*>(tile.keys), kChunk, logits, kChunk, false);
+    const uint32_t* queries = reinterpret_cast<uint32_t*>(queries_) + int64_t{first} * depth_;
+    const uint32_t* keys = static_cast<const uint32_t*>(tile.keys);
+    for (int d = 0; d < depth_; d += part_)
+      Isa::multiply(rows, kChunk, depth_ - d < part_ ? depth_ - d : part_, queries + d, depth_, keys + d * kChunk, kChunk,
+                    logits, kChunk, d > 0);
     if (panel_.softcap > 0) cap(logits, rows);
     for (int r = first; r < last; ++r) weigh_row(r);
     // The first tile writes the sums, unless it leaves rows out.
@@ -212,7 +226,7 @@ class PanelKernel {
   }
 
   const Panel& panel_;
-  const int dim_, value_dim_, depth_;
+  const int dim_, value_dim_, depth_, part_;
   const float query_factor_, logit_factor_;
   bool masked_ = false;  // masks_ are not all ones
   bool out_written_ = false;

@@ -78,6 +78,28 @@ def test_permuted_plans(force, isa: str, seed: int) -> None:
 
 
 @every_isa
+@pytest.mark.parametrize("seed", range(4))
+def test_fewer_queries_than_keys(force, isa: str, seed: int) -> None:
+    """Only listed keys are packed then; the buffer holds NaN from the call before wherever they are not."""
+    force(isa)
+    dtype = [torch.float32, torch.bfloat16][seed % 2]
+    plan = random_plan(
+        200 + seed,
+        batch=2,
+        heads=[2, 4][seed // 2],
+        query_len=130,
+        key_len=1000,
+        permuted=seed == 3,
+        padded=seed == 1,
+    )
+    q, k, v = draw(plan, heads=4, groups=2, dim=64, seed=seed, dtype=dtype)
+    everything = SparsePlan.dense(2, 130, 1000, Extent.full(2, 130, 1000))
+    spoiled, _ = cpu.execute(q, torch.full_like(k, math.nan), torch.full_like(v, math.nan), everything, scale=0.1)
+    assert bool(spoiled.isnan().all())
+    check(plan, q, k, v)
+
+
+@every_isa
 @pytest.mark.parametrize("dim", [1, 16, 32, 40, 64, 72, 80, 96, 128, 200, 256])
 def test_head_dimensions(force, isa: str, dim: int) -> None:
     force(isa)
