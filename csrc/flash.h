@@ -126,7 +126,8 @@ class PanelKernel {
     // The first tile writes the sums, unless it leaves rows out.
     if (!out_written_ && rows < panel_.rows) clear_out();
     Isa::multiply(rows, value_dim_, Isa::kPairs ? kChunk / 2 : kChunk, reinterpret_cast<const uint32_t*>(logits),
-                  kChunk, static_cast<const uint32_t*>(tile.values), value_dim_, out_ + int64_t{first} * value_dim_,
+                  kChunk, static_cast<const uint32_t*>(tile.values),
+                  tile.value_stride != 0 ? tile.value_stride : value_dim_, out_ + int64_t{first} * value_dim_,
                   value_dim_, out_written_);
     out_written_ = true;
   }

@@ -33,7 +33,8 @@ enum class TileKind : int {
   kScattered,    // key t sits at slots[t], any order, slot_count of them
 };
 
-// 64 packed keys and values.
+// 64 packed keys and values. Values that need no packing may lie where they are, value_stride floats from row to row
+// (0: packed).
 struct Tile {
   const void* keys;
   const void* values;
@@ -42,6 +43,7 @@ struct Tile {
   uint64_t key_bits;  // bit t: key t is selected for all rows, by a block or a column
   int slot_count;
   TileKind kind;
+  int64_t value_stride = 0;
 };
 
 // Up to kMaxRows query rows against a list of tiles.
@@ -76,7 +78,7 @@ struct PackJob {
   int padded_head_dim;
   int padded_value_dim;
   void* keys;
-  void* values;
+  void* values;  // null: keys only
 };
 
 struct PlanningKernels;

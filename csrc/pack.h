@@ -82,6 +82,7 @@ void pack_tile(const PackJob& job) {
   using V = typename Isa::Vec;
   const KeyRows<Isa> keys(job);
   transpose_keys<V>(keys.rows, keys.depth, static_cast<uint32_t*>(job.keys));
+  if (job.values == nullptr) return;
   if constexpr (Isa::kPairs) {
     for (int t = 0; t < kChunk / 2; ++t) merge_value_rows<V>(job, t);
   } else {

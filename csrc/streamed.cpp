@@ -35,7 +35,8 @@ void store(float x, DType dtype, void* row, size_t at) {
 class Streamed {
  public:
   explicit Streamed(const Operands& operands)
-      : o_(operands), tiles_a_stretch_(std::max<int64_t>(1, kStretchBytes / o_.tile_bytes())) {}
+      : o_(operands), tiles_a_stretch_(std::max<int64_t>(1, kStretchBytes / o_.tile_bytes())),
+        values_fit_(!o_.kernels.bf16_tiles && o_.call.dtype == DType::kFloat32 && o_.call.value_dim == o_.value_dim) {}
 
   void run() {
     list_items();
@@ -109,7 +110,10 @@ class Streamed {
 
     std::vector<Tile> tiles(item.tiles.begin() + first, item.tiles.begin() + last);
     const PackedTiles packed = o_.tiles(packed_[thread]);
-    for (int64_t n = 0; n < last - first; ++n) pack(item.range, tiles[n], packed.keys(n), packed.values(n));
+    for (int64_t n = 0; n < last - first; ++n) {
+      if (n + 1 < last - first) prefetch(item.range, tiles[n + 1]);
+      pack(item.range, tiles[n], packed.keys(n), packed.values(n));
+    }
     panel.tiles = tiles.data();
     panel.tile_count = last - first;
     panel.scratch = scratch_[thread];
@@ -129,6 +133,20 @@ class Streamed {
     o_.kernels.attend(panel);
   }
 
+  // The rows of a tile, while the one before it is packed.
+  void prefetch(const RowRange& range, const Tile& tile) const {
+    const int64_t group = o_.group_of(range.plan_head);
+    const int count = tile.slots != nullptr ? tile.slot_count
+                                            : static_cast<int>(std::min<int64_t>(kChunk, o_.plan.key_len - tile.first_slot));
+    for (int t = 0; t < count; ++t) {
+      const int64_t slot = tile.slots != nullptr ? tile.slots[t] : tile.first_slot + t;
+      const char* key = o_.row_of(o_.call.k, range.b, group, slot);
+      const char* value = o_.row_of(o_.call.v, range.b, group, slot);
+      for (int at = 0; at < o_.call.head_dim * o_.element; at += 64) __builtin_prefetch(key + at, 0, 2);
+      for (int at = 0; at < o_.call.value_dim * o_.element; at += 64) __builtin_prefetch(value + at, 0, 2);
+    }
+  }
+
   void pack(const RowRange& range, Tile& tile, char* keys, char* values) const {
     int32_t consecutive[kChunk];
     const int32_t* slots = tile.slots;
@@ -138,9 +156,14 @@ class Streamed {
       for (int t = 0; t < count; ++t) consecutive[t] = static_cast<int32_t>(tile.first_slot + t);
       slots = consecutive;
     }
-    o_.pack(range.b, o_.group_of(range.plan_head), slots, count, keys, values);
+    const int64_t group = o_.group_of(range.plan_head);
+    const bool in_place = values_fit_ && o_.call.v.stride[2] > 0 && tile.slots == nullptr && count == kChunk &&
+                          tile.first_slot >= o_.plan.key_start[range.b] &&
+                          tile.first_slot + kChunk <= o_.plan.key_start[range.b] + o_.plan.key_count[range.b];
+    o_.pack(range.b, group, slots, count, keys, in_place ? nullptr : values);
     tile.keys = keys;
-    tile.values = values;
+    tile.values = in_place ? o_.row_of(o_.call.v, range.b, group, tile.first_slot) : values;
+    tile.value_stride = in_place ? o_.call.v.stride[2] : 0;
   }
 
   void merge(const Item& item) const {
@@ -173,6 +196,8 @@ class Streamed {
 
   const Operands& o_;
   const int64_t tiles_a_stretch_;
+  // Rows of values are what the kernel multiplies, but for dead ones, which may hold anything.
+  const bool values_fit_;
   std::vector<Item> items_;
   int64_t stretches_ = 0, most_rows_ = 0, bytes_ = 0;
   std::vector<char*> scratch_, packed_;  // one a thread

@@ -114,3 +114,15 @@ def test_nan_spoils_only_its_head() -> None:
     assert torch.equal(out[:, 0], clean[:, 0])
     assert bool(out[:, 1].isnan().all())
     assert bool(lse[:, 1].isnan().all())
+
+
+@every_isa
+def test_values_where_they_lie(force, isa: str) -> None:
+    """float32 values are read in place: strided, the same row for all tokens, or not a multiple of a vector."""
+    force(isa)
+    plan = SparsePlan.dense(2, 1, 500, Extent([499], [0], [500]))
+    q, k, v = draw(plan, heads=4, groups=2, dim=64)
+    check(plan, q, k, v.transpose(1, 2).contiguous().transpose(1, 2))
+    check(plan, q, k, v[:, :, :1].expand(-1, -1, 500, -1))
+    check(plan, q, k, v[..., :40])
+    check(plan, q, k, v[..., ::2])
