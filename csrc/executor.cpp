@@ -149,12 +149,13 @@ class Execution {
     void mark_chunks(int64_t packed_head, char* marks) {
       const PlanView& plan = e_.plan_;
       const int64_t b = packed_head / e_.packed_heads_, share = plan.heads / e_.packed_heads_;
-      const int64_t first_head = packed_head % e_.packed_heads_ * share, heads_a_plan = e_.o_.call.query_heads / plan.heads;
+      const int64_t first_head = packed_head % e_.packed_heads_ * share;
+      const int64_t heads_at_once = e_.o_.call.query_heads / plan.heads;
       const PackedTiles offsets = e_.o_.tiles(nullptr), columns = offsets;
       for (int64_t h = first_head; h < first_head + share; ++h)
         for (int64_t m = 0; m < e_.o_.blocks; ++m) {
           const int64_t row = m * plan.block_q, rows = std::min<int64_t>(plan.block_q, plan.query_len - row);
-          rows_.collect(e_.o_, {int32_t(b), int32_t(h), int32_t(m), int32_t(h * heads_a_plan), 1, int32_t(row),
+          rows_.collect(e_.o_, {int32_t(b), int32_t(h), int32_t(m), int32_t(h * heads_at_once), 1, int32_t(row),
                                 int32_t(rows)});
           worklist_.build(rows_.block(), offsets, e_.column_start_.empty() ? nullptr : &columns);
           for (const Tile& tile : worklist_.tiles()) {

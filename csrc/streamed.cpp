@@ -136,8 +136,8 @@ class Streamed {
   // The rows of a tile, while the one before it is packed.
   void prefetch(const RowRange& range, const Tile& tile) const {
     const int64_t group = o_.group_of(range.plan_head);
-    const int count = tile.slots != nullptr ? tile.slot_count
-                                            : static_cast<int>(std::min<int64_t>(kChunk, o_.plan.key_len - tile.first_slot));
+    int count = tile.slot_count;
+    if (tile.slots == nullptr) count = static_cast<int>(std::min<int64_t>(count, o_.plan.key_len - tile.first_slot));
     for (int t = 0; t < count; ++t) {
       const int64_t slot = tile.slots != nullptr ? tile.slots[t] : tile.first_slot + t;
       const char* key = o_.row_of(o_.call.k, range.b, group, slot);
