@@ -243,6 +243,39 @@ class TestCommand:
             assert message in capsys.readouterr().err
         assert not (tmp_path / "p.html").exists()
 
+    def test_the_results_are_never_overwritten(self, capsys, tmp_path):
+        results = self.write(tmp_path)
+        linked = tmp_path / "linked.html"
+        linked.hardlink_to(results)
+        folder = tmp_path / "p_csv"
+        folder.mkdir()
+        (folder / "density.csv").symlink_to(results)
+        before = results.read_bytes()
+        for out in (results, tmp_path / "." / "r.jsonl", linked, tmp_path / "p.html"):
+            assert main(["report", str(results), "--out", str(out)]) == 2
+            assert "is one of the results" in capsys.readouterr().err
+        assert results.read_bytes() == before
+        assert not (tmp_path / "p.html").exists()
+
+    def test_a_file_that_is_no_report_is_not_overwritten(self, capsys, tmp_path):
+        results = self.write(tmp_path)
+        other = tmp_path / "other.jsonl"
+        other.write_bytes(results.read_bytes())
+        (tmp_path / "notes.md").write_text("# Notes\n")
+        folder = tmp_path / "p_csv"
+        folder.mkdir()
+        (folder / "maps.csv").write_bytes(results.read_bytes())
+        for out, what in (("other.jsonl", "no HTML page"), ("notes.md", "no HTML page"), ("p.html", "no CSV")):
+            assert main(["report", str(results), "--out", str(tmp_path / out)]) == 2
+            assert what in capsys.readouterr().err
+        assert other.read_bytes() == results.read_bytes()
+
+    def test_a_report_is_written_over_an_older_one(self, tmp_path):
+        results, out = self.write(tmp_path), tmp_path / "p.html"
+        for title in ("one", "two"):
+            assert main(["report", str(results), "--out", str(out), "--title", title]) == 0
+        assert "<h1>two</h1>" in out.read_text()
+
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 @pytest.mark.parametrize("width", [1280, 390])

@@ -49,16 +49,22 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; fon
 """
 
 
-def write_report(records: Sequence[Record], out: Path, title: str = "Sparse attention, measured") -> list[Path]:
+def write_report(
+    records: Sequence[Record], out: Path, title: str = "Sparse attention, measured", *, keep: Sequence[Path] = ()
+) -> list[Path]:
     """Write the page to ``out`` and a CSV for each picture and table to ``<stem>_csv`` beside it.
 
     Every file is written under a temporary name first.
+
+    Args:
+        keep: files that must not be written to, such as those that the records were read from.
 
     Returns:
         the files written, the page first.
 
     Raises:
-        ValueError: results of several models, which one page cannot compare.
+        ValueError: results of several models, which one page cannot compare; or a file in the place of the page or of
+            a CSV that is one of ``keep``, or that is no page or CSV.
     """
     models = {record["model"]["fingerprint"]: record["model"]["name"] for record in records if record["kind"] == "run"}
     if len(models) > 1:
@@ -69,11 +75,29 @@ def write_report(records: Sequence[Record], out: Path, title: str = "Sparse atte
     pictures = figures(records, rows)
     tables = [("summary", main_table(rows)), ("tasks", task_table(rows))]
     folder = out.with_name(f"{out.stem}_csv")
+    contents = [(folder / f"{name}.csv", table) for name, table in tables]
+    contents += [(folder / f"{figure.name}.csv", figure.table) for figure in pictures]
+    _check_place(out, keep, page=True)
+    for path, _ in contents:
+        _check_place(path, keep, page=False)
     folder.mkdir(parents=True, exist_ok=True)
     written = [_write(out, _page(title, records, rows, pictures, tables, folder.name))]
-    for name, table in [*tables, *((figure.name, figure.table) for figure in pictures)]:
-        written.append(_write(folder / f"{name}.csv", _csv(table)))
-    return written
+    return written + [_write(path, _csv(table)) for path, table in contents]
+
+
+def _check_place(path: Path, keep: Sequence[Path], *, page: bool) -> None:
+    """Refuse to write over results, or over anything else that no report wrote."""
+    if not path.is_file():
+        return
+    if any(other.exists() and path.samefile(other) for other in keep):
+        raise ValueError(f"{path} is one of the results that the report is made from; choose another --out")
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start and (not start.startswith(b"<!doctype html") if page else start.startswith((b"{", b"<"))):
+        raise ValueError(
+            f"{path} exists and is no {'HTML page' if page else 'CSV'}: it would be lost; choose another --out, or "
+            "delete it first"
+        )
 
 
 def findings(rows: Sequence[SummaryRow]) -> list[str]:
