@@ -16,11 +16,11 @@ from gossamer.evaluate.heads import BLOCK, DIFFUSE_BELOW, HeadReport
 
 __all__ = ["make_page"]
 
-# Letter, colour and meaning. The colours are Okabe and Ito's, which stay apart under colour blindness, darkened until a
-# white letter can be read on them.
+# Letter, colour and meaning, with the numbers of a report. The colours are Okabe and Ito's, which stay apart under
+# colour blindness, darkened until a white letter can be read on them.
 _PATTERNS = {
-    "sink": ("S", "#c15400", "the first 64 tokens"),
-    "local": ("L", "#0072b2", "a window of the latest tokens"),
+    "sink": ("S", "#c15400", "the first {sink_tokens} tokens"),
+    "local": ("L", "#0072b2", "a window of the latest {local_tokens:,} tokens"),
     "vertical": ("V", "#007f5c", "some keys, from all queries"),
     "slash": ("/", "#a8527f", "some distances, from all queries"),
     "block": ("B", "#8f6b00", "blocks of 64 by 64"),
@@ -60,8 +60,9 @@ dt, dd { margin: 0 } dd { text-align: right; font-variant-numeric: tabular-nums 
 def make_page(reports: Sequence[HeadReport], model: str, prompt: str, tokens: int, rows: int | None) -> str:
     """HTML without references to anything outside it. The reports have their maps."""
     counts = Counter(report.pattern for report in reports)
+    numbers = {"sink_tokens": reports[0].sink_tokens, "local_tokens": reports[0].local_tokens}
     legend = "".join(
-        f"<li>{_mark(name)} <b>{name}</b> {counts[name]} <small>{meaning}</small></li>"
+        f"<li>{_mark(name)} <b>{name}</b> {counts[name]} <small>{meaning.format(**numbers)}</small></li>"
         for name, (_, _, meaning) in _PATTERNS.items()
     )
     layers = [(layer, list(group)) for layer, group in groupby(reports, key=lambda report: report.layer)]
@@ -118,7 +119,7 @@ def _card(report: HeadReport) -> str:
     )
     lines = [
         f"90% within {report.window:,} tokens",
-        f"first token {report.first_token:.1%}, first 64 {report.first_tokens:.1%}",
+        f"first token {report.first_token:.1%}, first {report.sink_tokens} {report.mass['sink']:.1%}",
         _places("columns", [(str(at), mass) for at, mass in report.columns], 0.01),
         _places("distances", [(str(at), mass) for at, mass in report.diagonals], 0.01),
         _places(f"blocks of {BLOCK} (query:key)", [(f"{m}:{n}", mass) for m, n, mass in report.blocks], 0.001),
