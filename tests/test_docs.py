@@ -96,8 +96,13 @@ def test_the_report_in_the_documentation_is_drawn_from_the_committed_results(tmp
     from gossamer.evaluate.summary import read_results
     from gossamer.report import write_report
 
-    records = read_results(ROOT / "benchmarks" / "results" / "reference_eval.jsonl")
+    results = ROOT / "benchmarks" / "results"
+    records = [r for name in ("eval", "heads") for r in read_results(results / f"reference_{name}.jsonl")]
     page = tmp_path / "reference_eval.html"
     write_report(records, page, title="Methods on the reference model")
     committed = (ROOT / "docs" / "reports" / "reference_eval.html").read_text(encoding="utf-8")
     assert page.read_text(encoding="utf-8") == committed, "run `gossamer report` again, see docs/benchmarks.md"
+    assert len(committed) < 1_000_000
+    for picture in ("needles", "density", "recall", "latency", "logits", "heads", "attention", "maps"):
+        assert f"<section id='{picture}'>" in committed
+        assert (ROOT / "docs" / "reports" / "reference_eval_csv" / f"{picture}.csv").stat().st_size > 0
