@@ -9,11 +9,20 @@ from typing import Any
 
 from gossamer.report.figure import Figure, Record, Table, short_length
 from gossamer.report.png import grey_png
-from gossamer.report.svg import PALETTE, Panel
+from gossamer.report.svg import Panel
 
-__all__ = ["attention_maps", "head_patterns", "plan_maps"]
+__all__ = ["PATTERNS", "attention_maps", "head_patterns", "plan_maps"]
 
-_LETTERS = {"sink": "S", "local": "L", "vertical": "V", "slash": "/", "block": "B", "diffuse": "·"}
+# Letter and colour. The colours are Okabe and Ito's, which stay apart under colour blindness, darkened until a white
+# letter can be read on them.
+PATTERNS = {
+    "sink": ("S", "#c15400"),
+    "local": ("L", "#0072b2"),
+    "vertical": ("V", "#007f5c"),
+    "slash": ("/", "#a8527f"),
+    "block": ("B", "#8f6b00"),
+    "diffuse": ("·", "#6e6e6e"),
+}
 
 
 def head_patterns(records: Sequence[Record]) -> Figure:
@@ -38,11 +47,11 @@ def head_patterns(records: Sequence[Record]) -> Figure:
             panel.text(32, 22 + 24 * layer, f"L{layer}", "end")
         for head in heads:
             x, y = 38 + wide * head["head"], 6 + 24 * head["layer"]
-            place = list(_LETTERS).index(head["pattern"]) if head["pattern"] in _LETTERS else 5
+            letter, colour = PATTERNS.get(head["pattern"], ("?", PATTERNS["diffuse"][1]))
             masses = ", ".join(f"{name} {value:.2f}" for name, value in head["mass"].items())
-            panel.rect(x, y, wide - 2, 22, PALETTE[place], f"{head['pattern']}: {masses}")
-            panel.text(x + wide / 2 - 1, y + 16, _LETTERS.get(head["pattern"], "?"), fill="#fff", size=13)
-        key = ", ".join(f"{letter} {name}{_tokens(heads[0], name)}" for name, letter in _LETTERS.items())
+            panel.rect(x, y, wide - 2, 22, colour, f"{head['pattern']}: {masses}")
+            panel.text(x + wide / 2 - 1, y + 16, letter, fill="#fff", size=13)
+        key = ", ".join(f"{letter} {name}{_tokens(heads[0], name)}" for name, (letter, _) in PATTERNS.items())
         panels.append((f"{short_length(record.get('length') or 0)} tokens: {key}", panel.render()))
     note = (
         "The pattern that explains most of a head's attention at an equal budget of pairs; layers down, heads across."
@@ -62,12 +71,14 @@ def attention_maps(records: Sequence[Record]) -> Figure:
     """The attention of each head under dense attention."""
     table: Table = [["length", "layer", "head", "row", "level, by column"]]
     panels = []
+    several = sum(record["kind"] == "heads" for record in records) > 1
     for record in records:
         if record["kind"] == "heads":
+            length = f", {short_length(record.get('length') or 0)}" if several else ""
             patterns = {(head["layer"], head["head"]): head["pattern"] for head in record["heads"]}
             for drawn in record.get("maps", []):
                 at = (drawn["layer"], drawn["head"])
-                caption = f"layer {at[0]}, head {at[1]}: {patterns.get(at, 'no pattern')}"
+                caption = f"layer {at[0]}, head {at[1]}: {patterns.get(at, 'no pattern')}{length}"
                 panels.append((caption, _image(caption, drawn)))
                 table += [[record.get("length"), *at, row, levels] for row, levels in _levels(drawn)]
     note = (
