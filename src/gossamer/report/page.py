@@ -21,6 +21,8 @@ __all__ = ["findings", "write_report"]
 
 _LARGEST_INLINE_CSV = 200_000
 _FEW = 20
+# So many intervals fit beside their figures; of more, each goes below its figure.
+_MOST_WIDE_COLUMNS = 3
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #5b6570; --grid: #dfe3e8; --axis: #8a939e;
   --card: #f6f8fa; --link: #0a66c2; }
@@ -38,7 +40,8 @@ th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bo
 th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: break-word; min-width: 7rem;
   max-width: 17rem; position: sticky; left: 0; background: var(--back); }
 th { white-space: normal; overflow-wrap: normal; }
-td small { color: var(--soft); font-size: .85em; }
+td small { color: var(--soft); font-size: .85em; } .tight small { display: block; }
+.tight td, .tight th { padding: .3rem .4rem; }
 @media (max-width: 60rem) { th, td { padding: .3rem .4rem; } th { white-space: normal; overflow-wrap: normal; }
 td small { display: block; }
   th:first-child, td:first-child { max-width: 7rem; font-size: .75rem; } }
@@ -145,10 +148,9 @@ def findings(rows: Sequence[SummaryRow]) -> list[str]:
         if row.samples < _FEW:
             judged += f"; {row.samples} samples are too few to say more"
         cost = [f"computes {row.density:.1%} of the pairs"] if row.density is not None else []
-        if row.prefill_s and plain:
-            first, *others = [(name, row.prefill_s / other) for name, other in plain]
-            more = "".join(f", {share:.2f} times that of {name}" for name, share in others)
-            cost.append(f"takes {first[1]:.2f} times the prefill of {first[0]}{more}")
+        if row.speedup is not None and row.prefill_s and plain:
+            more = "".join(f", {row.prefill_s / other:.2f} times that of {name}" for name, other in plain[1:])
+            cost.append(f"takes {1 / row.speedup:.2f} times the prefill of {plain[0][0]}{more}")
         worst = min(row.tasks, key=lambda task: row.tasks[task][0]) if len(row.tasks) > 1 else None
         tail = f" Its weakest task is {worst}, {row.tasks[worst][0]:.3f}." if worst and row.accuracy != 1.0 else ""
         sentences.append(f"At {longest:,} tokens {row.method} {judged}; it {' and '.join(cost)}.{tail}")
@@ -235,7 +237,9 @@ def _circumstances(runs: Sequence[Record]) -> str:
 def _html_table(table: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in table[0])
     body = "".join("<tr>" + "".join(map(_cell, row, range(len(row)))) + "</tr>" for row in table[1:])
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    with_interval = sum(any(" [" in row[column] for row in table[1:]) for column in range(1, len(table[0])))
+    tight = " tight" if with_interval > _MOST_WIDE_COLUMNS else ""
+    return f"<div class='scroll{tight}'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _cell(text: str, column: int) -> str:
