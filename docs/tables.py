@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gossamer.evaluate.summary import read_results, summary_rows
+from gossamer.evaluate.summary import SummaryRow, read_results, summary_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -222,19 +222,33 @@ def methods_table() -> str:
     def share(value: float | None, digits: int = 3) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
+    rows = [row for row in rows if row.length == longest]
+    counts = {task: {row.tasks[task][2] for row in rows if task in row.tasks} for task in tasks}
+
+    def same(task: str) -> str:
+        return f", n {min(counts[task])}" if len(counts[task]) == 1 else ""
+
+    def headed(task: str) -> str:
+        return task + same(task)
+
+    def score(row: SummaryRow, task: str) -> str:
+        if task not in row.tasks:
+            return ""
+        mean, (low, high), samples = row.tasks[task]
+        return f"{mean:.2f} [{low:.2f}, {high:.2f}]" + ("" if same(task) else f" n {samples}")
+
     return "\n".join(
         [
-            f"{machine['processor']}, {machine['threads']} threads, {longest:,} tokens, bfloat16; "
-            f"{rows[-1].tasks[tasks[0]][2]} samples of each task, mean scores.",
+            f"{machine['processor']}, {machine['threads']} threads, {longest:,} tokens, bfloat16; mean scores with "
+            "their 95% intervals, n samples of each task.",
             "",
-            f"| method | {' | '.join(tasks)} | recall | oracle | density | prefill s | times dense |",
+            f"| method | {' | '.join(map(headed, tasks))} | recall | oracle | density | prefill s | times dense |",
             "|---|" + "---|" * (len(tasks) + 5),
             *(
-                f"| `{row.method}` | {' | '.join(share(row.tasks[task][0]) for task in tasks)} | {share(row.recall)} | "
+                f"| `{row.method}` | {' | '.join(score(row, task) for task in tasks)} | {share(row.recall)} | "
                 f"{share(row.oracle_recall)} | {share(row.density)} | {share(row.prefill_s, 2)} | "
                 f"{share(row.speedup, 1)} |"
                 for row in rows
-                if row.length == longest
             ),
         ]
     )

@@ -41,17 +41,22 @@ def test_code_blocks_run(page, monkeypatch):
 
 
 @functools.cache
-def demo():
-    """examples/demo.py as a module."""
+def script(path):
+    """A file outside the package as a module."""
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def demo():
+    return script("examples/demo.py")
 
 
 def test_readme_shows_the_committed_run_of_the_demo():
@@ -70,6 +75,19 @@ def test_every_method_is_listed(page):
     assert not [name for name in gossamer.methods.available() if f"| `{name}` |" not in text]
 
 
+def test_the_table_of_methods_gives_intervals_and_samples_of_each_task():
+    from gossamer.evaluate.summary import read_results, summary_rows
+
+    rows = summary_rows(read_results(ROOT / "benchmarks" / "results" / "reference_eval.jsonl"))
+    header, _, *lines = script("docs/tables.py").methods_table().split("\n\n")[1].splitlines()
+    longest = [row for row in rows if row.length == rows[-1].length]
+    assert len(lines) == len(longest)
+    for row, line in zip(longest, lines, strict=True):
+        for task, (mean, (low, high), samples) in row.tasks.items():
+            assert f" {task}, n {samples} " in header
+            assert f" {mean:.2f} [{low:.2f}, {high:.2f}] " in line
+
+
 def test_changelog_has_this_version():
     assert f"\n## {gossamer.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
@@ -78,8 +96,13 @@ def test_the_report_in_the_documentation_is_drawn_from_the_committed_results(tmp
     from gossamer.evaluate.summary import read_results
     from gossamer.report import write_report
 
-    records = read_results(ROOT / "benchmarks" / "results" / "reference_eval.jsonl")
+    results = ROOT / "benchmarks" / "results"
+    records = [r for name in ("eval", "heads") for r in read_results(results / f"reference_{name}.jsonl")]
     page = tmp_path / "reference_eval.html"
     write_report(records, page, title="Methods on the reference model")
     committed = (ROOT / "docs" / "reports" / "reference_eval.html").read_text(encoding="utf-8")
     assert page.read_text(encoding="utf-8") == committed, "run `gossamer report` again, see docs/benchmarks.md"
+    assert len(committed) < 1_000_000
+    for picture in ("needles", "density", "recall", "latency", "logits", "heads", "attention", "maps"):
+        assert f"<section id='{picture}'>" in committed
+        assert (ROOT / "docs" / "reports" / "reference_eval_csv" / f"{picture}.csv").stat().st_size > 0

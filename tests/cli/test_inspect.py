@@ -84,6 +84,26 @@ def test_the_record_has_a_map_of_each_head(folder):
     assert {len(base64.b64decode(picture["data"])) for picture in record["maps"]} == {64 * 64}
 
 
+def test_a_short_prompt_says_how_many_tokens_sink_and_local_are(folder, capsys, model_path, prompt_file):
+    page = (folder / "heads.html").read_text(encoding="utf-8")
+    record = json.loads((folder / "heads.jsonl").read_text())
+    assert {(head["sink_tokens"], head["local_tokens"]) for head in record["heads"]} == {(37, 37)}
+    assert "the first 37 tokens" in page
+    assert "a window of the latest 37 tokens" in page
+    assert "first 64" not in page
+    for head in record["heads"]:
+        assert f"first 37 {head['mass']['sink']:.1%}" in page
+    _, _, err = inspect(capsys, model_path, prompt_file)
+    assert "sink is the first 37 tokens, local the latest 37" in err
+
+
+def test_the_record_says_which_model_it_is_of(folder, model_path):
+    model = json.loads((folder / "heads.jsonl").read_text())["model"]
+    assert model["name"] == model_path.name
+    assert re.fullmatch("[0-9a-f]{16}", model["fingerprint"])
+    assert (model["layers"], model["heads"]) == (2, 4)
+
+
 def test_the_csv_has_the_figures_of_the_record(folder):
     record = json.loads((folder / "heads.jsonl").read_text())
     with (folder / "heads.csv").open(newline="") as file:

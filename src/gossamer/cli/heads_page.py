@@ -13,18 +13,18 @@ from itertools import groupby
 from torch import Tensor
 
 from gossamer.evaluate.heads import BLOCK, DIFFUSE_BELOW, HeadReport
+from gossamer.report.heads import PATTERNS
 
 __all__ = ["make_page"]
 
-# Letter, colour and meaning. The colours are Okabe and Ito's, which stay apart under colour blindness, darkened until a
-# white letter can be read on them.
-_PATTERNS = {
-    "sink": ("S", "#c15400", "the first 64 tokens"),
-    "local": ("L", "#0072b2", "a window of the latest tokens"),
-    "vertical": ("V", "#007f5c", "some keys, from all queries"),
-    "slash": ("/", "#a8527f", "some distances, from all queries"),
-    "block": ("B", "#8f6b00", "blocks of 64 by 64"),
-    "diffuse": ("·", "#6e6e6e", f"none of these explains {DIFFUSE_BELOW:.0%}"),
+# What the patterns mean, with the numbers of a report.
+_MEANINGS = {
+    "sink": "the first {sink_tokens} tokens",
+    "local": "a window of the latest {local_tokens:,} tokens",
+    "vertical": "some keys, from all queries",
+    "slash": "some distances, from all queries",
+    "block": "blocks of 64 by 64",
+    "diffuse": f"none of these explains {DIFFUSE_BELOW:.0%}",
 }
 
 _STYLE = """
@@ -60,9 +60,10 @@ dt, dd { margin: 0 } dd { text-align: right; font-variant-numeric: tabular-nums 
 def make_page(reports: Sequence[HeadReport], model: str, prompt: str, tokens: int, rows: int | None) -> str:
     """HTML without references to anything outside it. The reports have their maps."""
     counts = Counter(report.pattern for report in reports)
+    numbers = {"sink_tokens": reports[0].sink_tokens, "local_tokens": reports[0].local_tokens}
     legend = "".join(
-        f"<li>{_mark(name)} <b>{name}</b> {counts[name]} <small>{meaning}</small></li>"
-        for name, (_, _, meaning) in _PATTERNS.items()
+        f"<li>{_mark(name)} <b>{name}</b> {counts[name]} <small>{meaning.format(**numbers)}</small></li>"
+        for name, meaning in _MEANINGS.items()
     )
     layers = [(layer, list(group)) for layer, group in groupby(reports, key=lambda report: report.layer)]
     overview = "".join(
@@ -101,7 +102,7 @@ def _identifier(report: HeadReport) -> str:
 
 
 def _mark(pattern: str, report: HeadReport | None = None) -> str:
-    letter, colour, _ = _PATTERNS[pattern]
+    letter, colour = PATTERNS[pattern]
     if report is None:
         return f'<span class=mark style="background:{colour}" aria-hidden=true>{letter}</span>'
     name = f"layer {_layer(report.layer)}, head {report.head}: {pattern}"
@@ -110,15 +111,15 @@ def _mark(pattern: str, report: HeadReport | None = None) -> str:
 
 
 def _card(report: HeadReport) -> str:
-    colour = _PATTERNS[report.pattern][1]
+    colour = PATTERNS[report.pattern][1]
     bars = "".join(
-        f'<dt>{name}</dt><div class=bar><i style="width:{share:.1%};background:{_PATTERNS[name][1]}"></i></div>'
+        f'<dt>{name}</dt><div class=bar><i style="width:{share:.1%};background:{PATTERNS[name][1]}"></i></div>'
         f"<dd>{share:.0%}</dd>"
         for name, share in report.mass.items()
     )
     lines = [
         f"90% within {report.window:,} tokens",
-        f"first token {report.first_token:.1%}, first 64 {report.first_tokens:.1%}",
+        f"first token {report.first_token:.1%}, first {report.sink_tokens} {report.mass['sink']:.1%}",
         _places("columns", [(str(at), mass) for at, mass in report.columns], 0.01),
         _places("distances", [(str(at), mass) for at, mass in report.diagonals], 0.01),
         _places(f"blocks of {BLOCK} (query:key)", [(f"{m}:{n}", mass) for m, n, mass in report.blocks], 0.001),

@@ -64,6 +64,7 @@ def execute(arguments: argparse.Namespace) -> int:
         raise BadInput("`gossamer inspect` needs transformers: pip install 'gossamer[cli]'") from error
     from gossamer.cli.generation import layer_progress, load_model, load_tokenizer, tokenize
     from gossamer.evaluate.heads import heads_record, inspect_model
+    from gossamer.evaluate.subject import Subject
 
     tokenizer = load_tokenizer(arguments.model)
     tokenizer.model_max_length = sys.maxsize  # its warning comes before the prompt is cut
@@ -79,8 +80,8 @@ def execute(arguments: argparse.Namespace) -> int:
         raise BadInput(first_line(error)) from error
 
     name = arguments.model.resolve().name
-    about = {"model": name, "run": "inspect", "task": "prompt", "length": prompt.shape[1], "index": 0, "rows": rows}
-    record = heads_record(reports, **about)
+    about = Subject(model, tokenizer, name).to_dict()
+    record = heads_record(reports, model=about, task="prompt", length=prompt.shape[1], index=0, rows=rows)
     if arguments.out is not None:
         from gossamer.cli.heads_page import make_page
 
@@ -88,7 +89,7 @@ def execute(arguments: argparse.Namespace) -> int:
         _write(arguments.out / "heads.csv", lambda: _csv(reports))
         _write(arguments.out / "heads.html", lambda: make_page(reports, name, arguments.prompt, prompt.shape[1], rows))
     if arguments.json:
-        print_json({key: value for key, value in record.items() if key not in ("kind", "maps", "run", "task", "index")})
+        print_json({key: value for key, value in record.items() if key not in ("kind", "maps", "task", "index")})
         return 0
     print(table(_rows(reports)))
     print(_summary(reports, prompt.shape[1], rows), file=sys.stderr)
@@ -174,7 +175,8 @@ def _summary(reports: Sequence[HeadReport], tokens: int, rows: int | None) -> st
     sampled = "" if rows is None else f", about {rows} of them looked at"
     return (
         f"{tokens} tokens{sampled}; {len(reports)} heads: {found}. Each figure is the share of the head's attention "
-        f"that the pattern explains with at most {reports[0].budget:.1%} of the pairs. `90% in` is how many of the "
+        f"that the pattern explains with at most {reports[0].budget:.1%} of the pairs; sink is the first "
+        f"{reports[0].sink_tokens} tokens, local the latest {reports[0].local_tokens}. `90% in` is how many of the "
         "latest tokens hold 90% of it; columns and distances are in tokens, blocks of 64 are query:key."
     )
 
@@ -182,7 +184,7 @@ def _summary(reports: Sequence[HeadReport], tokens: int, rows: int | None) -> st
 def _csv(reports: Sequence[HeadReport]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    figures = ("budget", "first_token", "first_tokens", "window", "sink_logit")
+    figures = ("budget", "sink_tokens", "local_tokens", "first_token", "first_tokens", "window", "sink_logit")
     writer.writerow(["layer", "head", "pattern", *reports[0].mass, *figures, "columns", "diagonals", "blocks"])
     for report in reports:
         lists = (

@@ -25,7 +25,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
     try:
         records = [record for path in arguments.results for record in read_results(path)]
-        written = write_report(records, arguments.out, arguments.title)
+        written = write_report(records, arguments.out, arguments.title, keep=arguments.results)
     except ValueError as error:
         raise BadInput(first_line(error)) from error
     except OSError as error:

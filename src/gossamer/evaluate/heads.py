@@ -45,6 +45,7 @@ class HeadReport:
         pattern: one of `PATTERNS`, or ``diffuse`` where none explains `DIFFUSE_BELOW` of the mass.
         mass: what each of `PATTERNS` explains with ``budget``.
         budget: share of the causal pairs that each pattern may choose.
+        sink_tokens, local_tokens: first tokens that ``sink`` stands for, and latest ones that ``local`` does.
         first_token, first_tokens: mass of the first token, and of the first 64.
         window: the least number of latest tokens that hold 90% of the mass.
         sink_logit: share of the softmax that a learned sink takes from the keys; 0 without one.
@@ -58,6 +59,8 @@ class HeadReport:
     pattern: str
     mass: dict[str, float]
     budget: float
+    sink_tokens: int
+    local_tokens: int
     first_token: float
     first_tokens: float
     window: int
@@ -75,6 +78,8 @@ class HeadReport:
             "pattern": self.pattern,
             "mass": dict(self.mass),
             "budget": self.budget,
+            "sink_tokens": self.sink_tokens,
+            "local_tokens": self.local_tokens,
             "first_token": self.first_token,
             "first_tokens": self.first_tokens,
             "window": self.window,
@@ -88,7 +93,8 @@ class HeadReport:
 def heads_record(reports: Sequence[HeadReport], **fields: Any) -> dict[str, Any]:
     """A record of kind ``heads`` of the results format, with the maps that the reports have.
 
-    ``fields`` go in front: ``run``, ``task``, ``length``, ``index``.
+    ``fields`` go in front: ``run``, ``task``, ``length``, ``index``; and ``model``, an object with ``name`` and
+    ``fingerprint``, by which a report tells whose heads these are.
     """
     maps = [
         {
@@ -115,9 +121,9 @@ def describe_heads(
     """What each head of one attention call does, from its exact attention.
 
     The budget is the pairs of a local window of a thirty-second of the keys, at least 64 and at most 1024 of them
-    (an eighth of the keys, where that is less). ``sink`` is the first 64 tokens and may stay below the budget;
-    ``local`` is that window; ``vertical``, ``slash`` and ``block`` are the heaviest columns, diagonals and blocks of
-    64, the last one in part, so that the budget is met exactly.
+    (an eighth of the keys, where that is less). ``sink`` is the first 64 tokens, or as many as the window has where
+    that is less, and may stay below the budget; ``local`` is that window; ``vertical``, ``slash`` and ``block`` are
+    the heaviest columns, diagonals and blocks of 64, the last one in part, so that the budget is met exactly.
 
     Args:
         row: of the batch.
@@ -158,6 +164,8 @@ def describe_heads(
                 pattern=_name(mass),
                 mass=mass,
                 budget=budget,
+                sink_tokens=min(SINK, samples[0].window),
+                local_tokens=samples[0].window,
                 first_token=float(columns[head, 0] / on_keys[head]),
                 first_tokens=float(columns[head, :SINK].sum() / on_keys[head]),
                 window=int(within[head].int().argmax()) + 1,

@@ -13,67 +13,114 @@ from typing import Any
 from urllib.parse import quote
 
 from gossamer.evaluate.summary import SummaryRow, main_table, summary_rows, task_table
-from gossamer.report.charts import Figure, figures
+from gossamer.report.charts import figures
+from gossamer.report.figure import Figure, Record, breakable, family
+from gossamer.report.latency import dense_labels
 
 __all__ = ["findings", "write_report"]
 
-Record = dict[str, Any]
-
 _LARGEST_INLINE_CSV = 200_000
 _FEW = 20
+# So many intervals fit beside their figures; of more, each goes below its figure.
+_MOST_WIDE_COLUMNS = 3
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #5b6570; --grid: #dfe3e8; --axis: #8a939e;
   --card: #f6f8fa; --link: #0a66c2; }
 @media (prefers-color-scheme: dark) { :root { --back: #14171b; --text: #e4e8ec; --soft: #9aa5b1; --grid: #2c333b;
   --axis: #76818d; --card: #1c2127; --link: #6cb4ff; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 76rem; background: var(--back); color: var(--text);
+body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 78rem; background: var(--back); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
 a { color: var(--link); } nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; font-size: .9rem; }
 p.note, figcaption, footer { color: var(--soft); font-size: .9rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: break-word; min-width: 7rem;
+  max-width: 17rem; position: sticky; left: 0; background: var(--back); }
+th { white-space: normal; overflow-wrap: normal; }
+td small { color: var(--soft); font-size: .85em; } .tight small { display: block; }
+.tight td, .tight th { padding: .3rem .4rem; }
+@media (max-width: 60rem) { th, td { padding: .3rem .4rem; } th { white-space: normal; overflow-wrap: normal; }
+td small { display: block; }
+  th:first-child, td:first-child { max-width: 7rem; font-size: .75rem; } }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+.panels.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.3rem), 1fr)); }
+.panels.wide { grid-template-columns: minmax(0, 1fr); }
 figure { margin: 0; padding: .7rem; background: var(--card); border-radius: .5rem; min-width: 0; }
 figcaption { overflow-wrap: anywhere; margin-bottom: .3rem; }
 svg { width: 100%; height: auto; display: block; font-family: inherit; }
 img.map { width: 100%; max-width: 260px; image-rendering: pixelated; border: 1px solid var(--grid); background: #fff; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .85rem; }
-.legend span { display: inline-flex; align-items: center; gap: .3rem; } .legend svg { width: 14px; }
+.legend { margin-top: .6rem; display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .85rem; }
+.legend > span { display: inline-flex; align-items: center; gap: .3rem; } .legend svg { width: 34px; flex: none; }
 .warning { border-left: 4px solid #d55e00; padding: .4rem .8rem; background: var(--card); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem; } dd { margin: 0;
   overflow-wrap: anywhere; }
 """
 
 
-def write_report(records: Sequence[Record], out: Path, title: str = "Sparse attention, measured") -> list[Path]:
+def write_report(
+    records: Sequence[Record], out: Path, title: str = "Sparse attention, measured", *, keep: Sequence[Path] = ()
+) -> list[Path]:
     """Write the page to ``out`` and a CSV for each picture and table to ``<stem>_csv`` beside it.
 
     Every file is written under a temporary name first.
+
+    Args:
+        keep: files that must not be written to, such as those that the records were read from.
 
     Returns:
         the files written, the page first.
 
     Raises:
-        ValueError: results of several models, which one page cannot compare.
+        ValueError: results of several models, which one page cannot compare; or a file in the place of the page or of
+            a CSV that is one of ``keep``, or that is no page or CSV.
     """
-    models = {record["model"]["fingerprint"]: record["model"]["name"] for record in records if record["kind"] == "run"}
-    if len(models) > 1:
-        raise ValueError(
-            f"the results are of {len(models)} models ({', '.join(sorted(models.values()))}); make a report of each"
-        )
+    _check_models(records)
     rows = summary_rows(records)
     pictures = figures(records, rows)
     tables = [("summary", main_table(rows)), ("tasks", task_table(rows))]
     folder = out.with_name(f"{out.stem}_csv")
+    contents = [(folder / f"{name}.csv", table) for name, table in tables]
+    contents += [(folder / f"{figure.name}.csv", figure.table) for figure in pictures]
+    _check_place(out, keep, page=True)
+    for path, _ in contents:
+        _check_place(path, keep, page=False)
     folder.mkdir(parents=True, exist_ok=True)
     written = [_write(out, _page(title, records, rows, pictures, tables, folder.name))]
-    for name, table in [*tables, *((figure.name, figure.table) for figure in pictures)]:
-        written.append(_write(folder / f"{name}.csv", _csv(table)))
-    return written
+    return written + [_write(path, _csv(table)) for path, table in contents]
+
+
+def _models(records: Sequence[Record]) -> list[Record]:
+    """What `run` and `heads` lines say of their models; `heads` lines of older versions have a name at most."""
+    found = [record.get("model") for record in records if record["kind"] in ("run", "heads")]
+    return [model for model in found if isinstance(model, dict)]
+
+
+def _check_models(records: Sequence[Record]) -> None:
+    models = {model["fingerprint"]: f"{model['name']} {model['fingerprint']}" for model in _models(records)}
+    if len(models) > 1:
+        raise ValueError(
+            f"the results are of {len(models)} models ({', '.join(sorted(models.values()))}); make a report of each. "
+            "A fingerprint tells the folder and the dtype that a model was loaded with apart, too: give both commands "
+            "the same"
+        )
+
+
+def _check_place(path: Path, keep: Sequence[Path], *, page: bool) -> None:
+    """Refuse to write over results, or over anything else that no report wrote."""
+    if not path.is_file():
+        return
+    if any(other.exists() and path.samefile(other) for other in keep):
+        raise ValueError(f"{path} is one of the results that the report is made from; choose another --out")
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start and (not start.startswith(b"<!doctype html") if page else start.startswith((b"{", b"<"))):
+        raise ValueError(
+            f"{path} exists and is no {'HTML page' if page else 'CSV'}: it would be lost; choose another --out, or "
+            "delete it first"
+        )
 
 
 def findings(rows: Sequence[SummaryRow]) -> list[str]:
@@ -81,9 +128,13 @@ def findings(rows: Sequence[SummaryRow]) -> list[str]:
     if not rows:
         return []
     longest = max(row.length for row in rows)
+    rows = [row for row in rows if row.length == longest]
+    seconds = {row.method: row.prefill_s for row in rows}
+    plain = [(label, other) for label in dense_labels(list(seconds)) if (other := seconds[label])]
     sentences = []
     for row in rows:
-        if row.length != longest or row.difference is None or row.difference_interval is None:
+        # Dense attention on another kernel is something to compare with, not a method.
+        if family(row.method) == "dense" or row.difference is None or row.difference_interval is None:
             continue
         low, high = row.difference_interval
         if high < 0:
@@ -97,8 +148,9 @@ def findings(rows: Sequence[SummaryRow]) -> list[str]:
         if row.samples < _FEW:
             judged += f"; {row.samples} samples are too few to say more"
         cost = [f"computes {row.density:.1%} of the pairs"] if row.density is not None else []
-        if row.speedup is not None:
-            cost.append(f"takes {1 / row.speedup:.2f} times the prefill of dense")
+        if row.speedup is not None and row.prefill_s and plain:
+            more = "".join(f", {row.prefill_s / other:.2f} times that of {name}" for name, other in plain[1:])
+            cost.append(f"takes {1 / row.speedup:.2f} times the prefill of {plain[0][0]}{more}")
         worst = min(row.tasks, key=lambda task: row.tasks[task][0]) if len(row.tasks) > 1 else None
         tail = f" Its weakest task is {worst}, {row.tasks[worst][0]:.3f}." if worst and row.accuracy != 1.0 else ""
         sentences.append(f"At {longest:,} tokens {row.method} {judged}; it {' and '.join(cost)}.{tail}")
@@ -122,9 +174,9 @@ def _page(
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>{escape(title)}</title><link rel='icon' href='data:,'><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
-        _headline(runs),
+        _headline(_models(records)),
         "<nav aria-label='Contents'>" + "".join(f"<a href='#{n}'>{escape(h)}</a>" for n, h in links) + "</nav>",
-        _warnings(runs),
+        _warnings(records),
     ]
     for name, heading, table in sections:
         parts.append(f"<section id='{name}'><h2>{escape(heading)}</h2>")
@@ -135,26 +187,35 @@ def _page(
         parts.append(
             f"<section id='{figure.name}'><h2>{escape(figure.title)}</h2><p class='note'>{escape(figure.note)}</p>"
         )
-        parts.append("<div class='panels'>")
+        parts.append(f"<div class='panels {figure.layout}'>")
         for caption, body in figure.panels:
-            parts.append(f"<figure><figcaption>{escape(caption)}</figcaption>{body}</figure>")
-        parts.append("</div>" + _download(figure.name, figure.table, folder) + "</section>")
+            parts.append(f"<figure><figcaption>{breakable(caption)}</figcaption>{body}</figure>")
+        parts.append("</div>" + figure.legend + (_html_table(figure.words) if figure.words else ""))
+        parts.append(_download(figure.name, figure.table, folder) + "</section>")
     parts.append(_circumstances(runs) + "</body></html>\n")
     return "\n".join(part for part in parts if part)
 
 
-def _headline(runs: Sequence[Record]) -> str:
-    if not runs:
+def _headline(models: Sequence[Record]) -> str:
+    if not models:
         return ""
-    model = runs[0]["model"]
+    model = models[0]
     return (
         f"<p>{escape(str(model['name']))}: {escape(str(model['architecture']))}, {model['layers']} layers of "
         f"{model['heads']} heads, {model['parameters']:,} parameters, {escape(str(model['dtype']))}.</p>"
     )
 
 
-def _warnings(runs: Sequence[Record]) -> str:
+def _warnings(records: Sequence[Record]) -> str:
+    runs = [record for record in records if record["kind"] == "run"]
     lines = []
+    nameless = [r.get("model") for r in records if r["kind"] == "heads" and not isinstance(r.get("model"), dict)]
+    if nameless:
+        named = f" but its name, {nameless[0]}" if nameless[0] else ""
+        lines.append(
+            f"Heads are drawn from a file of an older version, which does not tell of which model they are{named}. "
+            "Make it again with `gossamer inspect --out`, unless you are sure that it is this model."
+        )
     if len({str(run.get("machine")) for run in runs}) > 1:
         lines.append("The results come from several machines: do not compare their seconds.")
     if len({run["haystack"]["sha256"] for run in runs}) > 1:
@@ -175,8 +236,19 @@ def _circumstances(runs: Sequence[Record]) -> str:
 
 def _html_table(table: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in table[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table[1:])
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    body = "".join("<tr>" + "".join(map(_cell, row, range(len(row)))) + "</tr>" for row in table[1:])
+    with_interval = sum(any(" [" in row[column] for row in table[1:]) for column in range(1, len(table[0])))
+    tight = " tight" if with_interval > _MOST_WIDE_COLUMNS else ""
+    return f"<div class='scroll{tight}'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(text: str, column: int) -> str:
+    """A cell: a label in the first column; an interval may go below its figure in the others."""
+    if column == 0:
+        return f"<td>{breakable(text)}</td>"
+    text = escape(text)
+    value, bracket, interval = text.partition(" [")
+    return f"<td>{value} <small>[{interval}</small></td>" if bracket else f"<td>{text}</td>"
 
 
 def _download(name: str, table: Sequence[Sequence[Any]], folder: str) -> str:

@@ -111,11 +111,12 @@ class Panel:
         assert self.y is not None
         return self.x(x), self.y(y)
 
-    def render(self) -> str:
+    def render(self, scale: float = 1.0) -> str:
+        """The picture, drawn at most ``scale`` times its size where there is room."""
         body = "".join(self.parts)
         return (
             f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(self.title)}" '
-            f'style="max-width:{self.width}px">{body}</svg>'
+            f'style="max-width:{self.width * scale:.0f}px">{body}</svg>'
         )
 
 
