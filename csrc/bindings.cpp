@@ -12,6 +12,7 @@
 #include "cpu_features.h"
 #include "executor.h"
 #include "isa.h"
+#include "peak.h"
 #include "workspace.h"
 
 namespace nb = nanobind;
@@ -65,6 +66,7 @@ NB_MODULE(_kernels, m) {
   bind_planning(m);
   m.def("supported", &supported_isas, "Instruction sets of this build that this machine runs, best last");
   m.def("prefers_bf16_dot", &prefers_bf16_dot, "Whether vdpbf16ps beats fp32 FMA here (AMD)");
+  m.def("peak_flops", &peak_flops, nb::call_guard<nb::gil_scoped_release>(), "Flops a second on registers; peak.h");
   m.def("has_openmp", [] {
 #ifdef _OPENMP
     return true;
