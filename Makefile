@@ -4,7 +4,7 @@
 #   make test     all tests
 #   make lint     ruff and pyright
 #   make docs     the documentation, into site/
-#   make bench    CPU benchmarks, into benchmarks/results/
+#   make bench    CPU benchmarks of attention and of planning, into benchmarks/results/; an hour and more
 #   make clean    remove what was built, the environment included
 #
 # PYTHON picks the interpreter, VENV the environment's place, PIP_FLAGS what pip should know, for example
@@ -51,6 +51,7 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/planning.py
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis

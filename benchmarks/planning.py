@@ -1,8 +1,11 @@
 """Seconds of planning by stage, torch against C++, and planning's share of a sparse attention call.
 
-    python benchmarks/planning.py [--lengths 16384 65536] [--methods minference] [--threads N] [--no-torch] [--out FILE]
+    python benchmarks/planning.py [--lengths 16384 65536] [--methods minference] [--threads N] [--rounds N] [--no-torch]
+        [--quick] [--out FILE]
 
-One process, the planners alternating, medians. The plans of both are compared first. Inputs are drawn with a few keys
+One process, the planners alternating, medians of seven rounds after one that does not count (three where a round of
+planning takes over a second). The plans of both are compared first. Rows replace those of the file for the same method
+and length. Inputs are drawn with a few keys
 that many queries look for and with neighbours alike, so that plans are sparse; H 32, G 8, D 128, bf16. Stages are
 timed inside whole plans, by wrapping the functions that make them up: what is left over is "rest". Beside each plan
 stands the time of the executor on it, and of `SparsePlan.density`, which every call of `sparse_attention` asks for.
@@ -15,16 +18,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Bystanders, machine, write
+from timing import LONG_ROUNDS, ROUNDS, Bystanders, machine, wake_threads, write
 from torch import Tensor
 
 from gossamer import Extent, SparsePlan, estimators, methods, selectors
@@ -33,6 +39,8 @@ from gossamer.ops import cpu
 from gossamer.ops.cpu import planning
 
 HEADS, GROUPS, DIM = 32, 8, 128
+RESULTS = Path(__file__).parent / "results" / "planning.json"
+LONG_SECONDS = 1.0  # of planning in a round
 METHODS = ("minference", "max_relative", "block_sparse")
 STRIDES = {"antidiagonal_8": 8, "antidiagonal_16": 16}
 
@@ -162,34 +170,46 @@ def verify(names: list[str], length: int = 4096) -> None:
         assert torch.equal(counted, ours.count_pairs()), f"{name}: pairs are counted differently"
 
 
-def measure(name: str, length: int, planners: list[str], rounds: int) -> dict[str, Any]:
+def measure(name: str, length: int, planners: list[str], rounds: int | None) -> dict[str, Any]:
+    """A row; as many rounds as their seconds allow where none are given."""
     samples: dict[str, list[dict[str, float]]] = {planner: [] for planner in planners}
     executed: list[float] = []
     density = differing = 0.0
-    for n in range(rounds):
+    for n in itertools.count():
         q, k, v = inputs(length, seed=n)
         plans = {}
-        for planner in planners:
+        for planner in planners[n % len(planners) :] + planners[: n % len(planners)]:
+            wake_threads()
             plans[planner], stages = plan_once(name, planner, q, k)
-            samples[planner].append(stages)
+            if n:
+                samples[planner].append(stages)
         os.environ[planning.ENVIRONMENT] = ""
+        wake_threads()
         started = time.perf_counter()
         cpu.execute(q, k, v, plans[""], scale=DIM**-0.5)
-        executed.append(time.perf_counter() - started)
+        if n:  # the first of anything is slower
+            executed.append(time.perf_counter() - started)
         density = plans[""].density()
-        if "torch" in plans and n == 0:
+        if "torch" in plans and n == 1:
             differing = differing_pairs(plans[""], plans["torch"])
+        if n:
+            slow = sum(statistics.median(one["total"] for one in taken) for taken in samples.values()) > LONG_SECONDS
+            if n >= (rounds or (LONG_ROUNDS if slow else ROUNDS)):
+                break
     execute = statistics.median(executed)
     row: dict[str, Any] = {
         "method": name,
         "length": length,
         "density": round(density, 4),
         "execute_s": round(execute, 4),
+        "execute_each_s": [round(seconds, 4) for seconds in executed],
+        "rounds": len(executed),
     }
     for planner in planners:
         label = planner or "cpp"
         stages = {s: round(statistics.median(x.get(s, 0.0) for x in samples[planner]), 4) for s in samples[planner][0]}
         row[f"{label}_s"] = stages
+        row[f"{label}_each_s"] = [round(x["total"], 4) for x in samples[planner]]
         row[f"{label}_share"] = round(stages["total"] / (stages["total"] + execute), 4)
     row["differing"] = round(differing, 6)
     return row
@@ -208,9 +228,10 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *STRIDES])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="default: 7, and 3 where one takes over a second")
     parser.add_argument("--no-torch", action="store_true", help="leave the torch planner out")
-    parser.add_argument("--out", type=Path, help="where to write the report as JSON")
+    parser.add_argument("--quick", action="store_true", help="2K; writes nothing without --out")
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} in results/")
     arguments = parser.parse_args()
     if not cpu.is_available():
         print(cpu.why_unavailable(), file=sys.stderr)
@@ -221,19 +242,31 @@ def main() -> int:
     except AssertionError as error:
         print(f"nothing timed: {error}", file=sys.stderr)
         return 1
-    started, bystanders, rows = time.perf_counter(), Bystanders(), []
-    for length in arguments.lengths:
+    out = arguments.out or (None if arguments.quick else RESULTS)
+    kept = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
+    started, bystanders = time.perf_counter(), Bystanders()
+    for length in [2048] if arguments.quick else arguments.lengths:
         for name in arguments.methods:
-            rows.append(measure(name, length, [""] if arguments.no_torch else ["torch", ""], arguments.rounds))
-            print_row(rows[-1])
-    report = {"machine": machine(), "threads": arguments.threads, "rounds": arguments.rounds, "rows": rows}
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    report["used_by_others"] = share = bystanders.share()
+            row = measure(name, length, [""] if arguments.no_torch else ["torch", ""], arguments.rounds)
+            print_row(row)
+            kept = [old for old in kept if (old["method"], old["length"]) != (name, length)]
+            kept.append({**row, "date": date.today().isoformat()})
+            report = {
+                "machine": machine(),
+                "date": date.today().isoformat(),
+                "threads": arguments.threads,
+                "rounds": arguments.rounds or ROUNDS,
+                "rows": sorted(kept, key=lambda row: row["length"]),
+                "seconds": round(time.perf_counter() - started, 1),
+                "used_by_others": bystanders.share(),
+            }
+            if out is not None:
+                write(out, report)
+    share = bystanders.share()
     if share:
         print(f"other programs used {share:.0%} of the machine")
-    if arguments.out is not None:
-        write(arguments.out, report)
-        print(f"wrote {arguments.out.name}")
+    if out is not None:
+        print(f"wrote {out}")
     return 0
 
 

@@ -24,9 +24,9 @@ LONG_ROUNDS = 3
 # A call that got less than this share of the CPU time that the contender's best call got was short of a core: it is
 # repeated, unless it is a long one. So is waking the threads, where they got less than this share of the threads.
 LOW_SHARE = 0.75
-REPEATS = 3
+REPEATS = 2
 LONGEST_REPEATED = 10.0
-WAKE_SECONDS = 0.5
+WAKE_SECONDS = 0.2
 
 
 @dataclass
@@ -70,16 +70,16 @@ def cpu_seconds() -> float:
     return used
 
 
-def timed(call: Callable[[], object]) -> tuple[float, float]:
+def timed(call: Callable[..., object], *arguments: object) -> tuple[float, float]:
     """Seconds of a call on the clock, and of CPU time by threads."""
     wall, used = time.perf_counter(), cpu_seconds()
-    call()
+    call(*arguments)
     taken = time.perf_counter() - wall
     return taken, (cpu_seconds() - used) / torch.get_num_threads()
 
 
 def wake_threads() -> int:
-    """Works on all threads until each gets a core, or half a second has passed; returns how often that was tried.
+    """Works on all threads until each gets a core, or a fifth of a second has passed; returns how often that was tried.
 
     Drawing inputs is the work of one thread. The others sleep meanwhile, and the system may wake them on the core of
     the first one, where they would share it for the next tenths of a second.
@@ -106,7 +106,7 @@ def alternate(
     """Each round draws inputs and calls every contender on them once, in an order that moves on by one a round.
 
     All threads are woken between the drawing and the calls. A call that ran on fewer cores than the contender's best
-    one is repeated, up to three times, and the one that had most cores counts.
+    one is repeated, up to twice, and the one that had most cores counts.
 
     Args:
         inputs: arguments of the contenders, for a seed.
@@ -123,13 +123,13 @@ def alternate(
             series = found[name]
             if series.wall and max(series.wall) > LONG_SECONDS and len(series.wall) >= long_rounds:
                 continue
-            wall, used = timed(lambda name=name: contenders[name](*arguments))
+            wall, used = timed(contenders[name], *arguments)
             for _ in range(REPEATS):
                 if wall > LONGEST_REPEATED or used >= LOW_SHARE * most[name] * wall:
                     break
                 series.repeated += bool(n or not warm_up)
                 wake_threads()
-                again = timed(lambda name=name: contenders[name](*arguments))
+                again = timed(contenders[name], *arguments)
                 wall, used = max((wall, used), again, key=lambda pair: pair[1] / pair[0])
             most[name] = max(most[name], min(1.0, used / wall))
             if n or not warm_up:
