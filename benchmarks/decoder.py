@@ -14,6 +14,7 @@ from torch import Tensor
 from gossamer import sparse_attention
 from gossamer.attention import CallRecord, Policy
 
+AKIN = 2.0  # times the key's weights, in the query's
 MLP_ROWS = 4096  # tokens that the MLP takes at once
 Result = TypeVar("Result")
 
@@ -60,10 +61,16 @@ class Stopwatch:
 
 @dataclass
 class Layer:
-    """One decoder layer. Keys and values are not kept."""
+    """One decoder layer. Keys and values are not kept.
+
+    Args:
+        akin: query heads project much as the key head of their group does, so that queries look for keys of tokens like
+            their own; otherwise they look for none in particular.
+    """
 
     width: Width
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    akin: bool = False
     watch: Stopwatch = field(init=False)
     records: list[CallRecord] = field(default_factory=list)
 
@@ -75,6 +82,9 @@ class Layer:
             return torch.randn(rows, columns, dtype=torch.bfloat16, device=self.device) * columns**-0.5
 
         self.qkv = weight((w.heads + 2 * w.groups) * w.dim, w.hidden)
+        if self.akin:
+            query, key, _ = self.qkv.split([w.heads * w.dim, w.groups * w.dim, w.groups * w.dim])
+            query += AKIN * key.view(w.groups, 1, w.dim, -1).expand(-1, w.heads // w.groups, -1, -1).reshape_as(query)
         self.out = weight(w.hidden, w.heads * w.dim)
         self.gate, self.up = weight(w.mlp, w.hidden), weight(w.mlp, w.hidden)
         self.down = weight(w.hidden, w.mlp)
