@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -111,6 +112,19 @@ def columns(shape: Shape, count: int, seed: int = 0, **more: object) -> SparsePl
     chosen = torch.zeros(1, shape.groups, 1, shape.length, dtype=torch.bool)
     order = torch.rand(1, shape.groups, 1, shape.length, generator=generator).argsort(-1)[..., :count]
     chosen.scatter_(3, order, True)
+    return _columns_of(shape, chosen, -(-shape.query_len // 64), **more)
+
+
+def strips(shape: Shape, count: int, blocks: int = 16, seed: int = 0) -> SparsePlan:
+    """About that many random columns for every ``blocks`` query blocks of each key/value head."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-shape.query_len // (64 * blocks))
+    chosen = torch.zeros(1, shape.groups, groups, shape.length, dtype=torch.bool)
+    chosen.scatter_(3, torch.randint(shape.length, (1, shape.groups, groups, count), generator=generator), True)
+    return _columns_of(shape, chosen, blocks)
+
+
+def _columns_of(shape: Shape, chosen: Tensor, group: int, **more: object) -> SparsePlan:
     csr = CsrBuilder()
     csr.add(chosen)
     indptr, indices = csr.build()
@@ -119,11 +133,38 @@ def columns(shape: Shape, count: int, seed: int = 0, **more: object) -> SparsePl
         shape.query_len,
         shape.length,
         shape.extent(),
-        column_group=-(-shape.query_len // 64),
+        column_group=group,
         column_indptr=indptr,
         column_indices=indices,
         **more,  # pyright: ignore[reportArgumentType]
     )
+
+
+def slashes(shape: Shape, count: int, seed: int = 0) -> SparsePlan:
+    """That many random diagonals of blocks of 64 in each key/value head, the main one among them."""
+    blocks = -(-shape.length // 64)
+    generator = torch.Generator().manual_seed(seed)
+    order = 1 + torch.rand(shape.groups, blocks - 1, generator=generator).argsort(-1)[:, : count - 1]
+    chosen = torch.zeros(shape.groups, blocks, dtype=torch.bool).scatter_(1, order, True)
+    chosen[:, 0] = True
+    distance = torch.arange(blocks)[:, None] - torch.arange(blocks)
+    mask = chosen[:, distance.clamp(min=0)] & (distance >= 0)
+    return SparsePlan.from_block_mask(mask[None], shape.query_len, shape.length, extent=shape.extent())
+
+
+def united(blocks: SparsePlan, more: SparsePlan) -> SparsePlan:
+    """The blocks of one plan with the columns of another."""
+    return dataclasses.replace(
+        blocks,
+        column_group=more.column_group,
+        column_indptr=more.column_indptr,
+        column_indices=more.column_indices,
+    )
+
+
+def vertical_slash(shape: Shape, count: int, diagonals: int) -> SparsePlan:
+    """Columns and diagonals of blocks, as the vertical-slash methods choose them."""
+    return united(slashes(shape, diagonals), columns(shape, count))
 
 
 def bands(shape: Shape, sink: int, window: int) -> SparsePlan:
@@ -137,7 +178,8 @@ def verify() -> None:
         for dim in (64, 128):
             for shape in (Shape(1024, 4, 1, dim, dtype), Shape(3000, 4, 1, dim, dtype, queries=1)):
                 plans = [random_blocks(shape, density, block_k) for density, block_k in ((None, 64), (0.25, 128))]
-                for plan in (*plans, columns(shape, 200), bands(shape, 64, 200)):
+                more = [] if shape.queries else [vertical_slash(shape, 200, 4), strips(shape, 100, 2)]
+                for plan in (*plans, *more, columns(shape, 200), bands(shape, 64, 200)):
                     q, k, v = shape.draw(0)
                     case = Case(q, k, v, plan.extent, dim**-0.5)
                     out, lse = cpu.execute(q, k, v, plan, scale=case.scale)

@@ -27,11 +27,22 @@ def cpu_table() -> str:
     section = cpu_sections()["prefill"]
     machine, others = section["machine"], section["used_by_others"] or 0
     rows = [row for row in section["rows"] if row["what"] == "dense" or row["block_k"] == 128]
+    # Rows of before the arithmetic on registers was measured lack a share of it.
+    with_peak = all(row.get("share_of_peak") is not None for row in rows)
     return markdown(
         f"{machine['cpu']}, {machine['cores']} cores, {section['threads']} threads, torch {machine['torch']}; medians "
-        f"of {section['rounds']} rounds (3 where SDPA takes over 40 seconds); 4 query heads on one key/value head; "
+        f"of {section['rounds']} rounds (fewer where SDPA takes half a minute); 4 query heads on one key/value head; "
         f"other programs used {others:.0%} of the machine.",
-        ("tokens", "dtype", "head dim", "density", "times SDPA", "GFLOP/s", "of GEMM", "efficiency"),
+        (
+            "tokens",
+            "dtype",
+            "head dim",
+            "density",
+            "times SDPA",
+            "GFLOP/s",
+            "of peak" if with_peak else "of GEMM",
+            "efficiency",
+        ),
         [
             (
                 f"{row['length']:,}",
@@ -40,7 +51,7 @@ def cpu_table() -> str:
                 f"{row['density']:.3f}",
                 f"{row['speedup']:.1f}",
                 f"{row['gflops']:.0f}",
-                f"{row['share_of_gemm']:.2f}",
+                f"{row['share_of_peak' if with_peak else 'share_of_gemm']:.2f}",
                 f"{row['efficiency']:.2f}",
             )
             for row in rows
@@ -49,21 +60,28 @@ def cpu_table() -> str:
 
 
 def parts_table() -> str:
-    """The other sections, a row each."""
+    """The other sections, and what prefill has besides blocks, a row each."""
+    sections = cpu_sections()
+    besides = [row for row in sections["prefill"]["rows"] if row["what"] != "dense" and " in 64x" not in row["what"]]
     rows = [
         (
             row["what"],
             row["dtype"],
+            row["dim"],
             f"{row['length']:,}",
             f"`{row['isa']}`",
             f"{row['density']:.3f}",
             f"{row['speedup']:.1f}",
+            f"{row['speedup_over_flex']:.1f}" if "speedup_over_flex" in row else "",
             f"{row['gb_per_s']:.0f} GB/s" if "gb_per_s" in row else f"{row['gflops']:.0f} GFLOP/s",
         )
-        for name in ("flex", "parts", "decode", "instruction_sets")
-        for row in cpu_sections()[name]["rows"]
+        for row in (
+            *besides,
+            *(row for name in ("flex", "parts", "decode", "instruction_sets") for row in sections[name]["rows"]),
+        )
     ]
-    return markdown("", ("what", "dtype", "tokens", "kernel", "density", "times SDPA", "rate"), rows)
+    header = ("what", "dtype", "head dim", "tokens", "kernel", "density", "times SDPA", "times Flex", "rate")
+    return markdown("", header, rows)
 
 
 def end_to_end_table() -> str:
@@ -71,17 +89,19 @@ def end_to_end_table() -> str:
     report = json.loads((ROOT / "benchmarks" / "results" / "end_to_end.json").read_text())
     machine = report["layers"]["machine"]
     others = max(row["used_by_others"] or 0 for part in report.values() for row in part["rows"])
-    what = {"layers": "one 8B-shaped layer", "reference": "reference model, 6 layers"}
+    what = {"layers": "{number} 8B-shaped layer{s}", "reference": "reference model, 6 layers"}
     return markdown(
         f"{machine['cpu']}, {machine['cores']} cores, {report['layers']['threads']} threads, torch "
-        f"{machine['torch']}, bfloat16; one run a layer, medians of 3 for the model; other programs used up to "
+        f"{machine['torch']}, bfloat16; medians of as many rounds as stand there; other programs used up to "
         f"{others:.0%} of the machine.",
-        ("what", "tokens", "method", "density", "seconds", "of them attention", "of it planning"),
+        ("what", "inputs", "tokens", "method", "rounds", "density", "seconds", "of them attention", "of it planning"),
         [
             (
-                what[part],
+                what[part].format(number="one" if row["layers"] == 1 else row["layers"], s="s" * (row["layers"] > 1)),
+                "text" if part == "reference" else row.get("inputs", "random"),
                 f"{row['length']:,}",
                 f"`{row['method']}`",
+                len(row.get("each_s", [row["total_s"]])),
                 f"{row['density']:.3f}",
                 f"{row['total_s']:.1f}",
                 f"{row['attention_s']:.1f}",
@@ -145,6 +165,9 @@ def targets_table() -> str:
         rows = sections[section]["rows"]
         return [row[field] for row in rows if field in row and all(row.get(k) == v for k, v in wanted.items())]
 
+    tenth = {"length": 16384, "dtype": "bf16", "dim": 128}
+    flex = [x for k in (64, 128) for x in of("flex", "speedup_over_flex", what=f"10% in 64x{k}", **tenth)]
+    decoding = of("decode", "speedup", length=32768, dim=128, what="decode, dense")
     planning = json.loads((ROOT / "benchmarks" / "results" / "planning.json").read_text())["rows"]
     shares = {row["method"]: row["cpp_share"] for row in planning if row["length"] == 65536}
     targets: list[tuple[str, str, list[float], str]] = [
@@ -156,7 +179,7 @@ def targets_table() -> str:
         ("efficiency at 10%, 64K", "0.90", prefill("efficiency", 65536, "10%"), ""),
         ("efficiency at 5%, 64K", "0.85", prefill("efficiency", 65536, "5% "), ""),
         ("efficiency at 2%, 64K", "0.75", prefill("efficiency", 65536, "2% "), ""),
-        ("over compiled FlexAttention at 10%, 16K", "2.5", of("flex", "speedup_over_flex", length=16384), "x"),
+        ("over compiled FlexAttention at 10%, 16K", "2.5", flex, "x"),
         (
             "a pair in gathered columns over one in blocks, at most",
             "1.35",
@@ -166,11 +189,11 @@ def targets_table() -> str:
         (
             "AVX-512 fp32, dense, over SDPA",
             "1.1",
-            of("instruction_sets", "speedup", isa="avx512", dtype="fp32", what="dense"),
+            of("instruction_sets", "speedup", isa="avx512", dtype="fp32", what="dense", length=8192, dim=128),
             "x",
         ),
         ("AVX2 over SDPA held to AVX2", "1.0", of("instruction_sets", "speedup", what="dense, all held to AVX2"), "x"),
-        ("dense decoding at 32K over SDPA", "1.0", of("decode", "speedup", length=32768, what="decode, dense"), "x"),
+        ("dense decoding at 32K over SDPA", "1.0", decoding, "x"),
         ("planning of the whole, minference, 64K, at most", "12%", [100 * shares["minference"]], "%"),
         ("planning of the whole, max_relative, 64K, at most", "12%", [100 * shares["max_relative"]], "%"),
         (

@@ -4,8 +4,12 @@ import importlib
 import importlib.util
 import itertools
 import json
+import os
 import re
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +17,7 @@ import pytest
 import torch
 
 from gossamer import Extent, SparsePlan
+from gossamer.methods import MaxRelative
 from gossamer.methods._exact_slash import exact_slash_blocks
 from gossamer.ops import cpu as kernels
 from gossamer.ops import reference, triton
@@ -22,13 +27,24 @@ pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="needs the C+
 needs_triton = pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}")
 
 
+def forget_benchmarks():
+    folder = str(ROOT / "benchmarks")
+    for name in [name for name, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(folder)]:
+        sys.modules.pop(name)
+
+
 @pytest.fixture
-def benchmark(monkeypatch):
-    """benchmarks/cpu.py as a module, in a process where its neighbours can be imported."""
+def script(monkeypatch):
+    """Imports a module of benchmarks/, in a process where its neighbours can be imported."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("cpu")
-    for name in ("cpu", "cpu_sections", "timing", "vllm_attention", "workloads"):
-        sys.modules.pop(name, None)
+    yield importlib.import_module
+    forget_benchmarks()
+
+
+@pytest.fixture
+def benchmark(script):
+    """benchmarks/cpu.py as a module."""
+    return script("cpu")
 
 
 @pytest.fixture
@@ -73,15 +89,188 @@ def test_vllm_is_called_so_that_its_output_is_that_of_the_definition(benchmark, 
     importlib.import_module("vllm_attention").PagedAttention(shape).verify()
 
 
+def measured(name, **more):
+    return {"what": name, "length": 64, "dtype": "bf16", "dim": 8, "isa": "portable", **more}
+
+
+@pytest.fixture
+def fake(benchmark, monkeypatch, tmp_path):
+    """Runs benchmarks/cpu.py with one section of the rows "a" and "b" on a file, and returns what that then has."""
+
+    def run(old, *options):
+        def section(request):
+            """Two rows."""
+            for name in ("a", "b"):
+                if request.lacks(what=name, dtype="bf16"):
+                    yield measured(name, median_s=2)
+
+        monkeypatch.setattr(benchmark, "verify", lambda: None)
+        for owner in (benchmark, importlib.import_module("cpu_sections")):
+            monkeypatch.setattr(owner, "SECTIONS", {"parts": section})
+        out = tmp_path / "cpu.json"
+        out.write_text(json.dumps({"sections": {"parts": old}}))
+        monkeypatch.setattr(sys, "argv", ["cpu.py", "--only", "parts", "--out", str(out), *options])
+        assert benchmark.main() == 0
+        return json.loads(out.read_text())["sections"]["parts"]
+
+    return run
+
+
+def test_missing_rows_alone_are_measured_on_request(benchmark, fake):
+    here = benchmark.machine() | benchmark.versions()
+    old = {"machine": here, "date": "2020-01-01", "used_by_others": 0.5, "rows": [measured("a", median_s=1)]}
+    section = fake(old, "--missing")
+    assert {row["what"]: row["median_s"] for row in section["rows"]} == {"a": 1, "b": 2}
+    assert section["rows"][0]["date"] == "2020-01-01" != section["rows"][1]["date"]
+    assert section["used_by_others"] >= 0.5
+
+
+def test_a_section_measured_anew_keeps_no_row_of_before(fake):
+    section = fake({"machine": {}, "rows": [measured("a", median_s=1), measured("gone")]})
+    assert {row["what"]: row["median_s"] for row in section["rows"]} == {"a": 2, "b": 2}
+
+
+def test_rows_of_another_machine_are_not_completed(fake, capsys):
+    with pytest.raises(SystemExit):
+        fake({"machine": {"cpu": "another"}, "rows": [measured("a")]}, "--missing")
+    assert "whose cpu is another" in capsys.readouterr().err
+
+
+def test_rows_that_are_committed_are_held(benchmark):
+    """Older rows are found again under the names that the sections give them now."""
+    request = importlib.import_module("comparison").Request
+    shape = importlib.import_module("workloads").Shape
+    sections = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["sections"]
+    dense = {"what": "dense", "length": 16384, "dtype": "bf16", "dim": 128}
+    assert not request(held=tuple(sections["prefill"]["rows"])).lacks(**dense)
+    assert request(held=tuple(sections["prefill"]["rows"])).lacks_of(shape(512, 4, 1, 128, "bf16"), "dense")
+
+
+def test_a_call_that_got_fewer_cores_than_others_of_its_kind_is_repeated(script, monkeypatch):
+    timing = script("timing")
+    monkeypatch.setattr(timing, "wake_threads", lambda: 1)
+    shares = iter([1.0, 0.5, 0.95, 1.0])  # the second call of three gets half of what the first got
+    monkeypatch.setattr(timing, "timed", lambda call, *arguments: (2.0, 2.0 * next(shares)))
+    series = timing.alternate({"one": lambda: None}, lambda seed: (), rounds=3, warm_up=False)["one"]
+    assert series.cpu == [2.0, 1.9, 2.0]
+    assert series.to_dict()["repeated"] == 1
+
+
+def test_contenders_of_one_thread_are_not_repeated(script, monkeypatch):
+    timing = script("timing")
+    monkeypatch.setattr(timing, "wake_threads", lambda: 1)
+    monkeypatch.setattr(timing, "timed", lambda call, *arguments: (2.0, 1.0))
+    series = timing.alternate({"one": lambda: None}, lambda seed: (), rounds=3)["one"]
+    assert series.repeated == 0
+    assert len(series.wall) == 3
+
+
+def test_cpu_time_counts_all_threads(script):
+    timing = script("timing")
+    began, wall = timing.cpu_seconds(), time.process_time()
+    thread = threading.Thread(target=lambda: sum(range(1_000_000)))
+    thread.start()
+    thread.join()
+    assert timing.cpu_seconds() - began == pytest.approx(time.process_time() - wall, abs=0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's list of processes")
+def test_children_are_no_bystanders(script):
+    timing = script("timing")
+    began = timing._own_seconds() - time.process_time()
+    burn = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+    child = subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    running = timing._own_seconds() - time.process_time()
+    child.communicate(b"\n")
+    ended = timing._own_seconds() - time.process_time()
+    assert running - began > 0.4
+    assert ended - began > 0.4
+
+
+def test_arithmetic_on_registers_is_measured_for_each_instruction_set():
+    for isa in kernels.supported_isas():
+        if isa == "amx_emulated":
+            with pytest.raises(ValueError, match="no peak of amx_emulated"):
+                kernels._kernels.peak_flops(isa, 1, 0.0)
+        else:
+            assert kernels._kernels.peak_flops(isa, 1, 0.001) > 0
+
+
+def test_the_roof_is_what_registers_can_do_where_that_was_measured(script, monkeypatch):
+    pictures, panels = script("pictures"), []
+    monkeypatch.setattr(pictures, "save", lambda panel, name: panels.append(panel.render()))
+    sections = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["sections"]
+    rows = [row for row in sections["gemm"]["rows"] if row["what"] != "peak"]
+    sections["gemm"]["rows"] = rows
+    pictures.roofline(sections)
+    isa = next(row["isa"] for row in sections["prefill"]["rows"] if row["dtype"] == "bf16")
+    sections["gemm"]["rows"] = [{"what": "peak", "isa": isa, "gflops": 4321.0}, *rows]
+    pictures.roofline(sections)
+    assert "4321 GFLOP/s" in panels[1]
+    assert "4321 GFLOP/s" not in panels[0]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak of memory")
+def test_memory_that_was_free_before_the_call_is_counted(script):
+    request = script("comparison").Request(quick=True)
+    children = script("children")
+    row = next(children.in_child("children", "peak_memory", request, {}, "2% in 64x128"))
+    assert row["beyond_packed_mib"] > -1
+
+
+def test_methods_take_turns_in_another_order_each_round(script):
+    turns = script("end_to_end").turns(["a", "b", "c"], 3)
+    assert "".join(name for _, name in turns) == "abcbcacab"
+
+
+def test_whole_layers_are_timed_in_rounds_beside_what_the_file_has(script, monkeypatch, tmp_path):
+    end_to_end = script("end_to_end")
+    out = tmp_path / "end_to_end.json"
+    old = {"method": "max_relative", "length": 2048, "layers": 1, "total_s": 1.0}
+    out.write_text(json.dumps({"layers": {"rows": [old]}}))
+    arguments = ["--quick", "--only", "layers", "--methods", "max_relative", "--inputs", "drifting", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", *arguments, "--out", str(out)])
+    assert end_to_end.main() == 0
+    kept = {row.get("inputs"): row for row in json.loads(out.read_text())["layers"]["rows"]}
+    assert kept[None] == old
+    assert len(kept["drifting"]["rest_each_s"]) == 2
+
+
+def test_drifting_inputs_make_attention_sparse(script):
+    decoder, end_to_end = script("decoder"), script("end_to_end")
+    density = {}
+    for kind in end_to_end.INPUTS:
+        torch.manual_seed(0)
+        layer = decoder.Layer(decoder.Width(256, 4, 2, 64, 512), akin=kind == "drifting")
+        x = end_to_end.hidden_states(kind, 8192, 256, seed=0)
+        _, _, records = end_to_end.prefill([layer], MaxRelative(), x)
+        density[kind] = records[0].density
+    assert density["drifting"] < 0.5 < density["random"]
+
+
+def test_planning_keeps_the_rows_of_other_methods(script, monkeypatch, tmp_path):
+    planning = script("planning")
+    monkeypatch.setattr(planning, "verify", lambda names: None)
+    monkeypatch.setenv(planning.planning.ENVIRONMENT, "")
+    out = tmp_path / "planning.json"
+    out.write_text(json.dumps({"rows": [{"method": "minference", "length": 2048}]}))
+    arguments = ["--quick", "--no-torch", "--methods", "max_relative", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["planning.py", *arguments])
+    assert planning.main() == 0
+    report = json.loads(out.read_text())
+    assert [row["method"] for row in report["rows"]] == ["minference", "max_relative"]
+    assert report["date"]
+    assert len(report["rows"][1]["cpp_each_s"]) == 1
+
+
 @pytest.fixture
 def gpu_benchmark(monkeypatch):
     """benchmarks/gpu.py as a module, with few contenders."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module("gpu")
     yield module
-    folder = str(ROOT / "benchmarks")
-    for name in [name for name, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(folder)]:
-        sys.modules.pop(name)
+    forget_benchmarks()
 
 
 @needs_triton
