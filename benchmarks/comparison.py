@@ -85,7 +85,7 @@ def register_rate(isa: str, threads: int) -> float | None:
     if measure is None or isa == "amx_emulated":
         return None
     wake_threads()
-    return max(measure(isa, threads, 0.1) for _ in range(5))
+    return max(measure(isa, threads, 0.05) for _ in range(12))
 
 
 def about(shape: Shape, plan: SparsePlan, name: str) -> Row:

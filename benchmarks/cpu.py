@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from comparison import Request, identity
 from cpu_sections import SECTIONS
-from timing import ROUNDS, Bystanders, machine, write
+from timing import LOW_SHARE, ROUNDS, Bystanders, machine, write
 from vllm_attention import Unavailable, versions
 from workloads import verify
 
@@ -56,6 +57,8 @@ def line(row: dict) -> str:
     where = [str(row[name]) for name in ("dtype", "length", "dim", "isa") if name in row]
     figures = [f"{name} {row[name]}" for name in SHOWN if row.get(name) is not None]
     density = f"{row['density']:.3f}" if "density" in row else ""
+    if "threads_used" in row and statistics.median(row["threads_used"]) < LOW_SHARE * torch.get_num_threads():
+        figures.append(f"on {statistics.median(row['threads_used']):.1f} of {torch.get_num_threads()} threads")
     return f"{row['what']:<28} {' '.join(where):<32} {density:>6}  {'  '.join(figures)}"
 
 
