@@ -62,6 +62,15 @@ def line(row: dict) -> str:
     return f"{row['what']:<28} {' '.join(where):<32} {density:>6}  {'  '.join(figures)}"
 
 
+def differing(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What makes figures of two sections incomparable: field, old value, new value."""
+    for field in ("cpu", "cores", "torch"):
+        if old["machine"].get(field) != new["machine"].get(field):
+            yield field, old["machine"].get(field), new["machine"].get(field)
+    if old.get("threads", new["threads"]) != new["threads"]:
+        yield "number of threads", old["threads"], new["threads"]
+
+
 class Report:
     """The file of results, of which rows can be renewed."""
 
@@ -81,21 +90,19 @@ class Report:
         rows = self._before.get(name, {}).get("rows", [])
         if not self._missing_only or not rows:
             return ()
-        there, here = self._before[name]["machine"], machine() | versions()
-        differing = [field for field in ("cpu", "cores", "torch") if there.get(field) != here.get(field)]
-        if differing:
-            field = differing[0]
+        here = {"machine": machine() | versions(), "threads": torch.get_num_threads()}
+        for field, there, now in differing(self._before[name], here):
             raise ValueError(
-                f"{self.path} has rows of a machine whose {field} is {there.get(field)}, this one's is "
-                f"{here.get(field)}; leave --missing out or give another --out"
+                f"{self.path} has rows of a machine whose {field} is {there}, this one's is {now}; leave --missing out "
+                "or give another --out"
             )
         return tuple(rows)
 
     def put(self, name: str, section: dict[str, Any], finished: bool) -> None:
         """A section's new rows, among those that the file had when this run began.
 
-        A row of the same contender and shape is replaced. The others stay for good with --missing, and else until the
-        section is finished.
+        A row of the same contender and shape is replaced. The others, if they are this machine's, stay for good with
+        --missing, and else until the section is finished.
         """
         old = self._before.get(name, {})
         if not section["rows"] and old.get("rows") and ("skipped" in section or self._missing_only):
@@ -103,7 +110,7 @@ class Report:
             return
         measured = {identity(row) for row in section["rows"]}
         kept = [row for row in old.get("rows", []) if identity(row) not in measured]
-        if kept and (self._missing_only or not finished):
+        if kept and (self._missing_only or not finished) and not any(differing(old, section)):
             shares = [part["used_by_others"] for part in (old, section) if part.get("used_by_others") is not None]
             rows = [*({"date": old.get("date")} | row for row in kept), *section["rows"]]
             section = section | {"used_by_others": max(shares, default=None), "rows": sorted(rows, key=order)}
