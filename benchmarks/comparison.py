@@ -79,7 +79,7 @@ def gemm_rate(dtype: str, quick: bool) -> float:
 def register_rate(isa: str, threads: int) -> float | None:
     """FLOP/s of multiply-adds on registers, which no kernel of the instruction set can pass; the best of several.
 
-    None where the kernels that are installed cannot tell: `make` builds ones that can.
+    None where the kernels that are installed were built without that loop; then torch's matrix product is the scale.
     """
     measure = getattr(cpu._kernels, "peak_flops", None)
     if measure is None or isa == "amx_emulated":
