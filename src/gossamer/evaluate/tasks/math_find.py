@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from gossamer.evaluate.haystack import Haystack
@@ -14,6 +15,7 @@ from gossamer.evaluate.tasks.base import Sample, Task, Turn, count_tokens, fit, 
 __all__ = ["MathFind"]
 
 _ASKED = ("largest", "smallest", "second largest", "second smallest", "median")
+_LIST = "A list of numbers: "
 _QUESTION = "\n\nWhat is the {which} number of the list? The {which} number of the list is"
 
 
@@ -39,7 +41,7 @@ class MathFind(Task):
         questions = [_QUESTION.format(which=kind) for kind in which]
 
         def body(count: int) -> str:
-            return "A list of numbers: " + ", ".join(map(str, numbers[:count])) + "."
+            return _LIST + ", ".join(map(str, numbers[:count])) + "."
 
         longest = max(questions, key=len)
         count = largest(lambda n: count_tokens(tokenizer, "\n\n" + body(n) + longest), budget, len(numbers))
@@ -60,10 +62,12 @@ class MathFind(Task):
         used, tokens = fit(render, questions, haystack, tokenizer, budget, rng)
         context = render(used)
         turns = []
+        # Not by searching for the number: it may be the start of another one.
+        starts = accumulate((len(f"{number}, ") for number in numbers[:count]), initial=len(used) + len("\n\n" + _LIST))
+        where = dict(zip(numbers, starts, strict=False))
         for question, kind in zip(questions, which, strict=True):
-            answer = str(answers[kind])
-            position = context.rindex(f" {answer}", 0, len(context))
-            turns.append(Turn(question, (answer,), position / len(context)))
+            answer = answers[kind]
+            turns.append(Turn(question, (str(answer),), where[answer] / len(context)))
         return Sample(context, tuple(turns), tokens)
 
     def score(self, generated: str, references: Sequence[str]) -> float:
