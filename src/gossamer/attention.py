@@ -19,7 +19,7 @@ from gossamer import methods, ops
 from gossamer.methods import Dense, Method
 from gossamer.plan import Extent, SparsePlan
 
-__all__ = ["CallRecord", "Policy", "decodes_on_kernel", "dense_attention", "sparse_attention"]
+__all__ = ["CallRecord", "Policy", "decodes_on_kernel", "dense_attention", "plan_under", "sparse_attention"]
 
 logger = logging.getLogger("gossamer")
 
@@ -168,13 +168,9 @@ def sparse_attention(
     ops.check_inputs(q, k, v, full, sinks)
 
     started = time.perf_counter()
-    reason = _reason_for_dense(q, k, v, policy, causal, limit)
-    plan, density = None, 1.0
-    if reason is None and policy.method.name != "dense":
-        plan = policy.method.plan(q, k, scale=scale, extent=extent, layer=layer).with_limit(limit)
-        density = plan.density()
-        if density > policy.max_density:
-            plan, density, reason = None, 1.0, TOO_DENSE
+    plan, density, reason = plan_under(
+        policy, q, k, v, scale=scale, extent=extent, causal=causal, limit=limit, layer=layer
+    )
     planned = time.perf_counter()
 
     if plan is None:
@@ -205,6 +201,30 @@ def sparse_attention(
         return out
     assert lse is not None
     return out, lse
+
+
+def plan_under(
+    policy: Policy,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    extent: Extent,
+    causal: bool = True,
+    limit: int | None = None,
+    layer: int | None = None,
+) -> tuple[SparsePlan | None, float, str | None]:
+    """What `sparse_attention` computes: the plan (None: dense), its density, and why dense where it was not asked for.
+
+    Arguments are those of `sparse_attention`.
+    """
+    reason = _reason_for_dense(q, k, v, policy, causal, limit)
+    if reason is not None or policy.method.name == "dense":
+        return None, 1.0, reason
+    plan = policy.method.plan(q, k, scale=scale, extent=extent, layer=layer).with_limit(limit)
+    density = plan.density()
+    return (None, 1.0, TOO_DENSE) if density > policy.max_density else (plan, density, None)
 
 
 def _reason_for_dense(q: Tensor, k: Tensor, v: Tensor, policy: Policy, causal: bool, limit: int | None) -> str | None:

@@ -102,6 +102,21 @@ def test_a_model_against_itself_and_against_a_sparse_run() -> None:
     assert {(m["layer"], m["head"]) for m in sparse["maps"]} <= {(layer, head) for layer in (0, 1) for head in range(4)}
 
 
+def test_layers_that_the_policy_lets_run_dense_count_as_dense() -> None:
+    of = subject()
+    tokens = torch.randint(3, 2900, (1, 300), generator=torch.Generator().manual_seed(1))
+    method = methods.create("a_shape", sink=4, window=64)
+    policies = [Policy(method), Policy(method, min_tokens=0, max_density=0.1), Policy(method, min_tokens=0)]
+    short, too_dense, sparse = compare(of, tokens, policies)
+    for run, reason in ((short, "short prompt"), (too_dense, "plan too dense to pay")):
+        assert run["dense_because"] == {reason: 2}
+        assert run["mean"] == {name: float(name != "relative_l2") for name in FIGURES}
+        assert run["logits"]["mean_top1"] == 1.0
+        assert run["density"] == 1.0
+    assert sparse["dense_because"] == {}
+    assert sparse["density"] < 0.6
+
+
 def test_kl_and_top1_are_the_formulas_by_position() -> None:
     of = subject()
     a, b = (torch.randn(300, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2))

@@ -2,8 +2,8 @@
 
 Inside, every layer sees the inputs of the dense run, so that errors do not add up and layers can be compared: the
 attention mass that the plan keeps, next to what the best plan of whole blocks with as many blocks keeps, and the
-output. The logits are those of a whole sparse run. Memory: one layer's tensors, two times the hidden states, and the
-logits of 512 positions.
+output. A layer that the policy's thresholds let run dense counts as dense. The logits are those of a whole sparse run.
+Memory: one layer's tensors, two times the hidden states, and the logits of 512 positions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer import ops
-from gossamer.attention import Policy
+from gossamer.attention import Policy, plan_under
 from gossamer.evaluate.subject import Subject
 from gossamer.exact import block_counts, block_mass, live_rows, log_sum_exp, oracle_blocks, oracle_recall
 from gossamer.integrations.transformers import AttentionCall
@@ -50,12 +50,17 @@ def compare(subject: Subject, tokens: Tensor, policies: Sequence[Policy]) -> lis
         masses: dict[tuple[int, int], Tensor] = {}
         lse = _lse(call)
         for policy, rows in zip(policies, measured, strict=True):
-            plan = policy.method.plan(call.q, call.k, scale=call.scale, extent=call.extent, layer=call.layer)
-            plan = plan.with_limit(call.limit)
-            for name, values in compare_layer(call, plan, lse, masses).items():
+            plan, _, _ = plan_under(
+                policy, call.q, call.k, call.v, scale=call.scale, extent=call.extent, limit=call.limit, layer=call.layer
+            )
+            figures = _dense_figures(heads) if plan is None else compare_layer(call, plan, lse, masses)
+            for name, values in figures.items():
                 rows[name].append([round(value, 6) for value in values])
             if call.layer in drawn:
                 head = drawn[call.layer] % heads
+                if plan is None:
+                    lengths = call.q.shape[2], call.k.shape[2]
+                    plan = SparsePlan.dense(call.k.shape[1], *lengths, call.extent, limit=call.limit)
                 rows["maps"].append({"layer": call.layer, "head": head} | plan_map(plan, head, heads))
 
     dense, _ = subject.hidden_states(tokens, Policy.of("dense"), visit)
@@ -65,15 +70,20 @@ def compare(subject: Subject, tokens: Tensor, policies: Sequence[Policy]) -> lis
         )
     results = []
     for policy, rows in zip(policies, measured, strict=True):
-        sparse, _ = subject.hidden_states(tokens, policy)
+        sparse, cost = subject.hidden_states(tokens, policy)
         means = {name: _mean(rows[name]) for name in FIGURES}
         logits = compare_logits(subject, dense, sparse)
-        results.append({"density": means["head_density"]} | rows | {"mean": means, "logits": logits})
+        more = {"mean": means, "logits": logits, "dense_because": cost.dense_because}
+        results.append({"density": means["head_density"]} | rows | more)
     return results
 
 
 def _mean(rows: list[list[float]]) -> float:
     return sum(map(sum, rows)) / sum(map(len, rows))
+
+
+def _dense_figures(heads: int) -> dict[str, list[float]]:
+    return {name: [0.0 if name == "relative_l2" else 1.0] * heads for name in FIGURES}
 
 
 def _lse(call: AttentionCall) -> Tensor:
