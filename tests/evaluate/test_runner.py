@@ -23,8 +23,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from gossamer import methods  # noqa: E402
 from gossamer.attention import Policy  # noqa: E402
 from gossamer.evaluate import runner, tasks  # noqa: E402
-from gossamer.evaluate.runner import Job, ResultsFile, label_of, make_header  # noqa: E402
+from gossamer.evaluate.haystack import Haystack  # noqa: E402
+from gossamer.evaluate.perplexity import Windows  # noqa: E402
+from gossamer.evaluate.records import cell_of, label_of, relabel  # noqa: E402
+from gossamer.evaluate.runner import Job, ResultsFile, make_header  # noqa: E402
 from gossamer.evaluate.subject import Subject  # noqa: E402
+from gossamer.evaluate.summary import read_results, summary_rows  # noqa: E402
+from gossamer.profile import HeadPattern, Profile  # noqa: E402
 
 SPARSE = Policy(methods.create("a_shape", sink=4, window=64), min_tokens=0, max_density=2.0)
 DENSE = Policy.of("dense")
@@ -62,11 +67,13 @@ def job(**changes: Any) -> Job:
     return Job(**settings | changes)
 
 
-def run(path: Path, work: Job, stop_after: int | None = None, of: Subject | None = None) -> list[dict[str, Any]]:
+def run(
+    path: Path, work: Job, stop_after: int | None = None, of: Subject | None = None, pause: float = 0.0
+) -> list[dict[str, Any]]:
     of = of or subject()
     new = []
     with ResultsFile(path, make_header(of, work)) as results:
-        for record in runner.run(of, work, results):
+        for record in runner.run(of, work, results, lambda cell: time.sleep(pause)):
             new.append(record)
             if stop_after is not None and len(new) == stop_after:
                 break
@@ -90,7 +97,7 @@ def test_each_cell_gives_one_line(tmp_path: Path) -> None:
     assert kinds.count("sample") == 2 * 2 * 2 * 3
     assert kinds.count("perplexity") == 2 * 2 * 3
     assert kinds.count("fidelity") == 2  # dense is not compared with itself
-    assert len({runner._cell(record) for record in new}) == len(new)
+    assert len({cell_of(record) for record in new}) == len(new)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["run", *kinds]
     assert json.loads(json.dumps(new)) == lines[1:]
@@ -172,7 +179,7 @@ def test_perplexity_is_the_loss_of_the_model(tmp_path: Path) -> None:
     of = subject()
     new = run(tmp_path / "r.jsonl", job(methods=(DENSE,), samples=1, lengths=(300,)), of=of)
     record = next(record for record in new if record["kind"] == "perplexity")
-    tokens = runner.text_window(of, HAYSTACK, 300, __import__("random").Random("0/300/0"))
+    tokens = Windows(of, HAYSTACK, 0).tokens(300, 0)
     with torch.inference_mode():
         expected = of.model(tokens, labels=tokens).loss
     assert record["tokens"] == 299
@@ -197,8 +204,26 @@ def test_bad_jobs_are_named(changes: dict[str, Any], message: str) -> None:
 
 def test_labels_name_what_differs_from_the_defaults() -> None:
     assert label_of(DENSE) == "dense"
-    assert label_of(SPARSE) == "a_shape(sink=4,window=64)"
+    assert label_of(SPARSE) == "a_shape(sink=4,window=64,min_tokens=0,max_density=2)"
     assert label_of(Policy(methods.create("max_relative", alpha=0.02))) == "max_relative(alpha=0.02)"
+    assert label_of(Policy(methods.create("dense"), min_tokens=0)) == "dense"  # its thresholds decide nothing
+
+
+def test_labels_tell_profiles_apart() -> None:
+    labels = set()
+    for sink in (4, 8):
+        profile = Profile(((HeadPattern("a_shape", (sink, 64)),) * 4,))
+        labels.add(label_of(Policy(methods.create("minference", profile=profile))))
+    assert len(labels) == 2
+    assert all(label.startswith("minference(profile=") for label in labels)
+
+
+def test_labels_of_old_lines_gain_the_thresholds() -> None:
+    line = {"kind": "sample", "method": "a_shape", "method_fields": methods.create("a_shape").to_dict()}
+    assert relabel(line | {"policy": "min_tokens=0,max_density=0.9"})["method"] == "a_shape(min_tokens=0)"
+    assert relabel(line | {"policy": "min_tokens=2048,max_density=0.9"})["method"] == "a_shape"
+    foreign = line | {"method": "new(x=1)", "method_fields": {"method": "new", "x": 1}, "policy": "min_tokens=0"}
+    assert relabel(foreign) == foreign
 
 
 def test_lengths() -> None:
@@ -227,7 +252,7 @@ def test_a_killed_process_leaves_a_file_that_goes_on(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "import torch, test_runner\n"
         "torch.set_num_threads(1)\n"
-        "test_runner.run(Path(sys.argv[1]), test_runner.job())\n"
+        "test_runner.run(Path(sys.argv[1]), test_runner.job(), pause=0.05)\n"
     )
     here = str(Path(__file__).parent)
     killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
@@ -237,7 +262,116 @@ def test_a_killed_process_leaves_a_file_that_goes_on(tmp_path: Path) -> None:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert killed.read_bytes().count(b"\n") >= 6
+    there = killed.read_bytes().count(b"\n")
+    assert there >= 6
     run(killed, copy.deepcopy(job()))
     run(whole, job())
+    assert there < whole.read_bytes().count(b"\n")
     assert without_circumstances(killed) == without_circumstances(whole)
+    tables = []
+    for path in (killed, whole):
+        rows = summary_rows(read_results(path))
+        tables.append([{k: v for k, v in row.to_dict().items() if k not in ("prefill_s", "speedup")} for row in rows])
+    assert tables[0] == tables[1]
+
+
+def test_a_warm_up_comes_before_what_is_timed_and_only_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, str]] = []
+    monkeypatch.setattr(Subject, "warm_up", lambda of, tokens, policy: seen.append((len(tokens), policy.method.name)))
+    path = tmp_path / "r.jsonl"
+    run(path, job(fidelity=0))
+    assert seen == [(300, "dense"), (300, "a_shape"), (400, "dense"), (400, "a_shape")]
+    seen.clear()
+    run(path, job(fidelity=0))
+    assert seen == []
+    run(path, job(fidelity=0, lengths=(300,), samples=4))
+    assert seen == [(300, "dense"), (300, "a_shape")]
+
+
+def test_a_sample_that_cannot_be_made_names_task_and_length(tmp_path: Path) -> None:
+    of, work = subject(), job(tasks=(tasks.create("needle_single"), tasks.create("common_words")))
+    with ResultsFile(tmp_path / "r.jsonl", make_header(of, work)) as results:
+        windows = work.windows(of)
+        todo = runner.pending(work, results, windows)
+        with pytest.raises(ValueError, match=r"^common_words at 300 tokens: .*ask for a longer length, or leave"):
+            runner.check(of, work, todo, windows)
+        fits = [cell for cell in todo if cell.what == "needle_single"]
+        assert runner.check(of, work, fits, windows) == []
+
+
+def test_a_haystack_that_is_just_long_enough_is_noted(tmp_path: Path) -> None:
+    of, text = subject(), Haystack("short", HAYSTACK.text[:1800])
+    pair = (tasks.create("needle_single"), tasks.create("passkey"))
+    work = job(tasks=pair, lengths=(300,), haystack=text, perplexity=None)
+    with ResultsFile(tmp_path / "r.jsonl", make_header(of, work)) as results:
+        notes = runner.check(of, work, runner.pending(work, results, None), None)
+    assert len(notes) == 1
+    assert "all samples of needle_single hide things in the same passage" in notes[0]
+
+
+def test_cost_grows_with_the_square_where_attention_is_most_of_it() -> None:
+    of = subject()
+    assert 1.9 < runner.relative_cost(of, 20) / runner.relative_cost(of, 10) < 2.1
+    assert 3.9 < runner.relative_cost(of, 2_000_000) / runner.relative_cost(of, 1_000_000) < 4.1
+
+
+def test_committed_cells_are_not_run_again() -> None:
+    records = read_results(Path(__file__).parents[2] / "benchmarks" / "results" / "reference_eval.jsonl")
+    done = {cell_of(record) for record in records if record["kind"] != "run"}
+    policies = {r["method"]: Policy(methods.from_dict(r["method_fields"])) for r in records if "method" in r}
+    made = {r["task"]: tasks.create(**_renamed(r["task_fields"])) for r in records if "task_fields" in r}
+    first = made.pop("needle_single")
+    work = job(
+        methods=tuple(policies.values()),
+        tasks=(first, *made.values()),
+        lengths=(16384, 32768),
+        samples=10,
+        perplexity=None,
+    )
+    assert list(work.labels) == list(policies)
+    assert {cell_of(cell.head) for cell in runner.all_cells(work, None)} == done
+
+
+def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"name" if key == "task" else key: value for key, value in fields.items()}
+
+
+class LineEnds(WordTokenizer):
+    """Every token is a word and a line end."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(f"w{i}\n" for i in ids)
+
+
+def test_only_answers_of_one_line_end_at_a_line_end() -> None:
+    of = subject()
+    of.tokenizer = LineEnds()
+    sample = job().sample(of, tasks.create("needle_single"), 300, 0)
+    for one_line, lines in ((True, 1), (False, 6)):
+        answer = of.answer([sample], DENSE, 6, one_line=one_line)[0]
+        assert answer.texts[0].count("\n") == lines
+
+
+class Chat(WordTokenizer):
+    """Five tokens around a prompt."""
+
+    chat_template = "some"
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **more: Any) -> dict[str, list[int]]:
+        assert [turn["role"] for turn in turns] == ["user"]
+        return {"input_ids": [2, 5, 6, *self(turns[0]["content"])["input_ids"][1:], 7, 8, 9]}
+
+
+def test_chat_wraps_prompts_and_keeps_their_length(tmp_path: Path) -> None:
+    of = Subject(subject().model, Chat(), "chat", chat=True)
+    work = job(tasks=(tasks.create("needle_single"), tasks.create("needle_multikey", turns=2)), samples=1)
+    for task in work.tasks:
+        sample = work.sample(of, task, 300, 0)
+        longest = max(len(of.prompt_tokens(sample.prompt(i))) for i in range(task.turns))
+        assert longest == sample.prompt_tokens == 300 - task.max_new_tokens
+    path = tmp_path / "r.jsonl"
+    assert {record["kind"] for record in run(path, work, of=of)} == {"sample", "perplexity", "fidelity"}
+    with pytest.raises(ValueError, match="another setting of --chat"):
+        run(path, work, of=Subject(of.model, Chat(), "chat"))
+    with pytest.raises(ValueError, match="no chat template"):
+        Subject(of.model, WordTokenizer(), "chat", chat=True)

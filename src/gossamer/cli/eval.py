@@ -13,8 +13,9 @@ import torch
 
 from gossamer.attention import Policy
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
+from gossamer.cli.eval_progress import Progress
 from gossamer.cli.inputs import check_environment, check_model, check_profile
-from gossamer.cli.specs import parse_method, parse_task, split_specs
+from gossamer.cli.specs import parse_method, parse_task, split_specs, task_names
 from gossamer.profile import Profile
 
 __all__ = ["add_parser"]
@@ -24,7 +25,7 @@ _PERPLEXITY = "perplexity"
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "eval", execute, "measure what a model's answers lose under sparse attention")
-    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("model", type=Path, nargs="?", help="folder of a transformers model (nothing is downloaded)")
     parser.add_argument(
         "--methods",
         default="dense,minference,max_relative",
@@ -39,8 +40,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--lengths", default="4k,16k", help="tokens of prompt and answer (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=20, help="samples a task and length (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=1, help="questions on each context, for all tasks (default: 1)")
-    parser.add_argument("--fidelity", type=int, default=1, help="prompts a length for fidelity (default: %(default)s)")
+    parser.add_argument("--turns", type=int, help="questions on each context, for all tasks (default: the task's own)")
+    parser.add_argument(
+        "--fidelity", type=int, help="prompts a length, of the first task, for fidelity (default: 1 where there is one)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="prompts that run together (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="results; an existing file goes on")
@@ -50,6 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--text", help="text file for perplexity (default: the haystack)")
     parser.add_argument("--profile", type=Path, help="per-head patterns, for methods that take a profile")
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
+    parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
     parser.add_argument(
@@ -60,11 +64,16 @@ def add_parser(commands: Any) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    from gossamer.evaluate import tasks
-
     if arguments.tasks == "list":
-        print("\n".join([*tasks.available(), _PERPLEXITY]))
+        names = task_names(_PERPLEXITY)
+        if arguments.json:
+            print_json({"tasks": names})
+        else:
+            print("\n".join(names))
         return 0
+    if arguments.model is None:
+        raise BadInput("name the folder of a model: gossamer eval MODEL (`gossamer eval --tasks list` needs none)")
+    _check_numbers(arguments)
     check_environment()
     config = check_model(arguments.model)
     try:
@@ -78,52 +87,39 @@ def execute(arguments: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise BadInput("`gossamer eval` needs transformers: pip install 'gossamer[cli]'") from error
-    from gossamer.cli.generation import load_model, load_tokenizer
     from gossamer.evaluate import runner
-    from gossamer.evaluate.haystack import load_haystack
-    from gossamer.evaluate.subject import Subject
+    from gossamer.evaluate.records import check_out
 
     try:
-        names = split_specs(arguments.tasks)
-        haystack = load_haystack(arguments.haystack)
-        text = load_haystack(arguments.text) if arguments.text else haystack
-        job = runner.Job(
-            methods=tuple(policies),
-            tasks=tuple(parse_task(name, turns=arguments.turns) for name in names if name != _PERPLEXITY),
-            lengths=runner.parse_lengths(arguments.lengths),
-            samples=arguments.limit,
-            haystack=haystack,
-            perplexity=text if _PERPLEXITY in names else None,
-            fidelity=arguments.fidelity,
-            seed=arguments.seed,
-            batch=arguments.batch,
-        )
-    except ValueError as error:
-        raise BadInput(first_line(error)) from error
-    tokenizer = load_tokenizer(arguments.model)
-    # Samples are cut to their length here; the tokenizer's own limit only makes it warn.
-    tokenizer.model_max_length = sys.maxsize
-    model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
-    subject = Subject(_to_device(model, arguments.device), tokenizer, arguments.model.name)
-    longest = max(job.lengths)
-    if subject.max_length is not None and longest > subject.max_length:
-        raise BadInput(f"this model takes {subject.max_length} tokens, got a length of {longest}; ask for less")
-    try:
+        check_out(arguments.out)
+        job = _job(arguments, policies)
+        subject = _load(arguments, job)
         if arguments.lm_eval:
             from gossamer.evaluate import harness
 
             harness.require()
+        windows = job.windows(subject)
         with runner.ResultsFile(arguments.out, runner.make_header(subject, job)) as results:
-            _run(subject, job, results)
-            if arguments.lm_eval:
+            failure = _run(subject, job, results, windows)
+            if arguments.lm_eval and failure is None:
                 _run_harness(arguments, subject, job, results)
-            records = [results.header, *results.records]
+            records = [*results.headers, results.header, *results.records]
     except ValueError as error:
         raise BadInput(first_line(error)) from error
     except OSError as error:
         raise BadInput(f"cannot write {arguments.out}: {error.strerror or first_line(error)}") from error
-    _print(arguments, job, records)
+    _print(arguments, job, windows, records)
+    if failure is not None:
+        raise BadInput(f"{failure}; the table is of what was done before") from failure
     return 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    least_of = {"limit": 1, "batch": 1, "turns": 1, "fidelity": 0, "min_tokens": 0}
+    for name, least in least_of.items():
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise BadInput(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def _policy(arguments: argparse.Namespace, spec: str) -> Policy:
@@ -137,6 +133,45 @@ def _policy(arguments: argparse.Namespace, spec: str) -> Policy:
     return policy if arguments.min_tokens is None else replace(policy, min_tokens=arguments.min_tokens)
 
 
+def _job(arguments: argparse.Namespace, policies: list[Policy]) -> Any:
+    from gossamer.evaluate import runner
+    from gossamer.evaluate.haystack import load_haystack
+
+    turns = {} if arguments.turns is None else {"turns": arguments.turns}
+    names = split_specs(arguments.tasks)
+    tasks = tuple(parse_task(name, _PERPLEXITY, **turns) for name in names if name != _PERPLEXITY)
+    haystack = load_haystack(arguments.haystack)
+    text = load_haystack(arguments.text) if arguments.text else haystack
+    return runner.Job(
+        methods=tuple(policies),
+        tasks=tasks,
+        lengths=runner.parse_lengths(arguments.lengths),
+        samples=arguments.limit,
+        haystack=haystack,
+        perplexity=text if _PERPLEXITY in names else None,
+        fidelity=int(bool(tasks)) if arguments.fidelity is None else arguments.fidelity,
+        seed=arguments.seed,
+        batch=arguments.batch,
+    )
+
+
+def _load(arguments: argparse.Namespace, job: Any) -> Any:
+    from gossamer.cli.generation import load_model, load_tokenizer
+    from gossamer.evaluate.subject import Subject
+
+    tokenizer = load_tokenizer(arguments.model)
+    if arguments.chat and not tokenizer.chat_template:
+        raise BadInput("--chat: this model's tokenizer has no chat template; leave --chat out")
+    # Samples are cut to their length here; the tokenizer's own limit only makes it warn.
+    tokenizer.model_max_length = sys.maxsize
+    model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
+    subject = Subject(_to_device(model, arguments.device), tokenizer, arguments.model.name, chat=arguments.chat)
+    longest = max(job.lengths)
+    if subject.max_length is not None and longest > subject.max_length:
+        raise BadInput(f"this model takes {subject.max_length} tokens, got a length of {longest}; ask for less")
+    return subject
+
+
 def _to_device(model: Any, device: str) -> Any:
     try:
         return model.to(torch.device(device))
@@ -144,28 +179,25 @@ def _to_device(model: Any, device: str) -> Any:
         raise BadInput(f"--device {device}: {first_line(error)}") from error
 
 
-def _run(subject: Any, job: Any, results: Any) -> None:
-    from tqdm import tqdm
+def _run(subject: Any, job: Any, results: Any, windows: Any) -> ValueError | None:
+    """Run what the file lacks. What stopped it in the middle, if anything did, so that the rest can be shown.
 
+    Raises:
+        ValueError: something cannot be run, as a first look shows.
+    """
     from gossamer.evaluate import runner
 
-    total = runner.total_tokens(job)
-    # Cells that are there already pass at once and must not make the time left look short.
-    bar = tqdm(
-        total=total, unit="tok", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty(), smoothing=0.1
-    )
-    with bar:
-
-        def progress(tokens: int, what: str, ran: bool) -> None:
-            if ran:
-                bar.update(tokens)
-            else:
-                bar.total -= tokens
-                bar.refresh()
-            bar.set_description(what)
-
-        for _ in runner.run(subject, job, results, progress):
-            pass
+    todo = runner.pending(job, results, windows)
+    for note in runner.check(subject, job, todo, windows):
+        print(f"note: {note}", file=sys.stderr)
+    costs = {length: runner.relative_cost(subject, length) for length in job.lengths}
+    with Progress([(cell.length, cell.what, costs[cell.length]) for cell in todo]) as progress:
+        try:
+            for _ in runner.run(subject, job, results, lambda cell: progress.advance(cell.length, cell.what)):
+                pass
+        except ValueError as error:
+            return error
+    return None
 
 
 def _run_harness(arguments: argparse.Namespace, subject: Any, job: Any, results: Any) -> None:
@@ -178,32 +210,48 @@ def _run_harness(arguments: argparse.Namespace, subject: Any, job: Any, results:
             results.append(record | harness.run(subject, policy, arguments.lm_eval, job.lengths, arguments.limit))
 
 
-def _print(arguments: argparse.Namespace, job: Any, records: list[dict[str, Any]]) -> None:
-    from gossamer.evaluate.summary import main_table, summary_rows, task_table
+def _print(arguments: argparse.Namespace, job: Any, windows: Any, records: list[dict[str, Any]]) -> None:
+    """The table of what was asked for, whatever else the file holds."""
+    from gossamer.evaluate.records import cell_of
+    from gossamer.evaluate.runner import all_cells
+    from gossamer.evaluate.summary import common_cells, dense_notes, main_table, summary_rows, task_table
 
-    wanted = [record for record in records if record["kind"] == "run" or record.get("method") in job.labels]
-    rows = summary_rows(wanted)
+    asked = {cell_of(cell.head) for cell in all_cells(job, windows)}
+    mine = [record for record in records if record["kind"] == "run" or cell_of(record) in asked]
+    rows = summary_rows(common_cells(mine, job.labels))
+    scores = _of_harness(arguments, job, records)
     if arguments.json:
-        harness = [record for record in wanted if record["kind"] == "lm_eval"]
-        print_json({"out": str(arguments.out), "rows": [row.to_dict() for row in rows], "lm_eval": harness})
+        print_json({"out": str(arguments.out), "rows": [row.to_dict() for row in rows], "lm_eval": scores})
         return
-    print(table(main_table(rows)))
-    if len(job.tasks) > 1:
-        print("\naccuracy by task")
-        print(table(task_table(rows)))
-    scores = _harness_table(wanted)
-    if len(scores) > 1:
+    if rows:
+        print(table(main_table(rows)))
+        if len(job.tasks) > 1:
+            print("\naccuracy by task")
+            print(table(task_table(rows)))
+    if notes := dense_notes(rows):
+        print("\n" + "\n".join(notes))
+    if scores:
         print("\nlm-evaluation-harness")
-        print(table(scores))
+        print(table(_harness_table(scores)))
     print(f"\n{arguments.out}; for pictures: gossamer report {arguments.out}", file=sys.stderr)
+
+
+def _of_harness(arguments: argparse.Namespace, job: Any, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from gossamer.evaluate import harness
+    from gossamer.evaluate.records import cell_of
+
+    if not arguments.lm_eval:
+        return []
+    pairs = zip(job.labels, job.methods, strict=True)
+    asked = {cell_of(harness.record_of(*pair, arguments.lm_eval, job.lengths, arguments.limit)) for pair in pairs}
+    return [record for record in records if record["kind"] == "lm_eval" and cell_of(record) in asked]
 
 
 def _harness_table(records: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["method", "task", "metric", "score"]]
     for record in records:
-        if record["kind"] == "lm_eval":
-            for task, metrics in record["scores"].items():
-                for metric, value in metrics.items():
-                    if isinstance(value, float):
-                        rows.append([record["method"], task, metric.removesuffix(",none"), f"{value:.3f}"])
+        for task, metrics in record["scores"].items():
+            for metric, value in metrics.items():
+                if isinstance(value, float):
+                    rows.append([record["method"], task, metric.removesuffix(",none"), f"{value:.3f}"])
     return rows

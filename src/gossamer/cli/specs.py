@@ -9,7 +9,7 @@ from typing import Any
 
 from gossamer import methods
 
-__all__ = ["field_values", "parse_method", "parse_task", "split_specs"]
+__all__ = ["field_values", "parse_method", "parse_task", "split_specs", "task_names"]
 
 _SPEC = re.compile(r"\s*(\w+)\s*(?:\((.*)\)|:(.*))?\s*", re.DOTALL)
 
@@ -48,11 +48,22 @@ def parse_method(spec: str, **given: Any) -> methods.Method:
     return methods.create(name, **fields, **{key: value for key, value in given.items() if _has_field(known, key)})
 
 
-def parse_task(spec: str, **given: Any) -> Any:
-    """As `parse_method`, for a task of `gossamer.evaluate.tasks`."""
+def task_names(*more: str) -> list[str]:
+    """The tasks of `gossamer.evaluate.tasks`, and what else can be named beside them."""
+    from gossamer.evaluate import tasks
+
+    return [*tasks.available(), *more]
+
+
+def parse_task(spec: str, *more: str, **given: Any) -> Any:
+    """As `parse_method`, for a task of `gossamer.evaluate.tasks`; `more` are other names that a message should list."""
     from gossamer.evaluate import tasks
 
     name, pairs = _parse_spec(spec)
+    if name in more:
+        raise ValueError(f"{name} takes no fields, got {spec!r}; write {name}")
+    if name not in tasks.available():
+        raise ValueError(f"unknown task {name!r}; known: {', '.join(task_names(*more))}")
     return tasks.create(name, **given | field_values(type(tasks.create(name)), pairs))
 
 

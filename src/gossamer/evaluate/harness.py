@@ -11,6 +11,7 @@ from typing import Any
 
 import gossamer
 from gossamer.attention import Policy
+from gossamer.evaluate.records import policy_text
 from gossamer.evaluate.subject import Subject
 
 __all__ = ["record_of", "require", "run"]
@@ -36,7 +37,7 @@ def record_of(label: str, policy: Policy, tasks: str, lengths: tuple[int, ...], 
         "kind": "lm_eval",
         "method": label,
         "method_fields": policy.method.to_dict(),
-        "policy": f"min_tokens={policy.min_tokens},max_density={policy.max_density:g}",
+        "policy": policy_text(policy),
         "task": tasks,
         "index": limit,
         "lengths": list(lengths),

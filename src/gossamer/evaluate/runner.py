@@ -1,51 +1,52 @@
 """Run methods on tasks and write one line of results for each sample; go on where an earlier run stopped.
 
-The documentation describes the file format (``results-format``). A cell is one method on one sample; what is in the
-file already is not run again, and since samples depend on the seed, the task, the length and their number alone, a
-run that was interrupted ends with the same lines as one that was not.
+A cell is one method on one sample; what is in the file already is not run again, and since samples depend on the
+seed, the task, the length and their number alone, a run that was interrupted ends with the same lines as one that was
+not.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
 import random
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
-import transformers
 
-from gossamer import __version__
 from gossamer.attention import Policy
 from gossamer.evaluate.fidelity import compare
 from gossamer.evaluate.haystack import Haystack
+from gossamer.evaluate.perplexity import Windows
+from gossamer.evaluate.records import label_of, policy_text
+from gossamer.evaluate.results import ResultsFile, make_header
 from gossamer.evaluate.subject import Subject
 from gossamer.evaluate.tasks import Sample, Task
-from gossamer.ops import cpu
+from gossamer.evaluate.tasks.base import characters_needed
 
-__all__ = ["FORMAT", "PERPLEXITY", "Job", "ResultsFile", "label_of", "run"]
+__all__ = [
+    "FIDELITY",
+    "PERPLEXITY",
+    "Cell",
+    "Job",
+    "ResultsFile",
+    "all_cells",
+    "check",
+    "label_of",
+    "make_header",
+    "parse_lengths",
+    "pending",
+    "relative_cost",
+    "run",
+]
 
-FORMAT = 1
 PERPLEXITY = "perplexity"
+FIDELITY = "fidelity"
 Record = dict[str, Any]
-Progress = Callable[[int, str, bool], None]
 
-
-def label_of(policy: Policy) -> str:
-    """A method's name and the fields that differ from their defaults: ``max_relative(alpha=0.02)``."""
-    method = policy.method
-    default = type(method)().to_dict()
-    changed = []
-    for name, value in method.to_dict().items():
-        if value != default[name]:
-            changed.append(f"{name}={value}" if not isinstance(value, dict) else name)
-    return f"{method.name}({','.join(changed)})" if changed else method.name
+# A prefill that nobody times is as long as this at most: enough for every method to plan.
+_WARM_UP = 2048
 
 
 @dataclass(frozen=True)
@@ -96,274 +97,215 @@ class Job:
             raise ValueError(f"lengths must be at least 64 tokens, got {list(self.lengths)}")
 
     def sample(self, subject: Subject, task: Task, length: int, index: int) -> Sample:
-        """The sample, the same for every method and every run."""
+        """The sample, the same for every method and every run.
+
+        Raises:
+            ValueError: the task does not fit into the length, or the haystack does not fill it.
+        """
         rng = random.Random(f"{self.seed}/{task.label()}/{length}/{index}")
-        return task.make(self.haystack, subject.tokenizer, length, rng)
+        try:
+            sample = task.make(self.haystack, subject.tokenizer, length - subject.chat_tokens, rng)
+        except ValueError as error:
+            raise ValueError(f"{task.label()} at {length} tokens: {error}, or leave the task out") from error
+        return replace(sample, prompt_tokens=sample.prompt_tokens + subject.chat_tokens)
+
+    def windows(self, subject: Subject) -> Windows | None:
+        """Of the text for perplexity."""
+        return None if self.perplexity is None else Windows(subject, self.perplexity, self.seed)
 
 
-class ResultsFile:
-    """A JSONL file that is only ever appended to, one line at a time.
+@dataclass(frozen=True)
+class Cell:
+    """One method on one sample, window or prompt.
 
-    Raises:
-        ValueError: the file is of another model, haystack or seed, or is no results file.
+    Fields:
+        what: a task's label, ``perplexity`` or ``fidelity``.
+        head: what identifies its line in the results.
     """
 
-    def __init__(self, path: Path, header: Record) -> None:
-        self.path = path
-        self.header = header
-        self.records: list[Record] = []
-        if path.exists():
-            self._read()
-        self.done = {_cell(record) for record in self.records}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._header_written = False
-
-    def _read(self) -> None:
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].decode().splitlines(), 1):
-            try:
-                record = json.loads(line)
-                kind = record["kind"]
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(
-                    f"{self.path} is not a results file: line {number} is not a JSON object with a kind; "
-                    "choose another --out"
-                ) from None
-            if kind == "run":
-                self._check(record)
-            else:
-                self.records.append(record)
-        if whole < len(content):
-            # A run was cut off within a line.
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
-
-    def _check(self, record: Record) -> None:
-        for name, mine, theirs in (
-            ("format", self.header["format"], record.get("format")),
-            ("model", self.header["model"]["fingerprint"], record.get("model", {}).get("fingerprint")),
-            ("haystack", self.header["haystack"]["sha256"], record.get("haystack", {}).get("sha256")),
-            ("seed", self.header["seed"], record.get("seed")),
-        ):
-            if mine != theirs:
-                raise ValueError(
-                    f"{self.path} holds results of another {name} ({theirs}, now {mine}); choose another --out"
-                )
-
-    def has(self, record: Record) -> bool:
-        return _cell(record) in self.done
-
-    def append(self, record: Record) -> Record:
-        """Write one line; the circumstances go before the first."""
-        lines = [] if self._header_written else [self.header]
-        self._header_written = True
-        record = {"kind": record["kind"], "run": self.header["run"]} | record
-        data = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in [*lines, record])
-        encoded = data.encode()
-        if os.write(self._file, encoded) != len(encoded):
-            raise OSError(f"could not write a whole line to {self.path}: is the disk full?")
-        os.fsync(self._file)
-        self.records.append(record)
-        self.done.add(_cell(record))
-        return record
-
-    def close(self) -> None:
-        os.close(self._file)
-
-    def __enter__(self) -> ResultsFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    length: int
+    what: str
+    index: int
+    policy: Policy
+    head: Record
 
 
-def _cell(record: Record) -> tuple[Any, ...]:
-    """What a line is the result of."""
-    fields = json.dumps(record.get("method_fields"), sort_keys=True)
-    length = record.get("length") or str(record.get("lengths"))
-    return record["kind"], fields, record.get("policy"), record.get("task"), length, record.get("index")
+def pending(job: Job, results: ResultsFile, windows: Windows | None) -> list[Cell]:
+    """What the file lacks, in the order in which it is run.
+
+    Raises:
+        ValueError: the text for perplexity is too short.
+    """
+    return [cell for cell in all_cells(job, windows) if not results.has(cell.head)]
 
 
-def make_header(subject: Subject, job: Job) -> Record:
-    """The ``run`` line."""
-    return {
-        "kind": "run",
-        "format": FORMAT,
-        "run": uuid.uuid4().hex[:8],
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": subject.to_dict(),
-        "machine": _machine(subject.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "gossamer": __version__,
-        },
-        "haystack": job.haystack.to_dict(),
-        "seed": job.seed,
-    }
+def all_cells(job: Job, windows: Windows | None) -> Iterator[Cell]:
+    """What the job is made of, in the order in which it is run: by length, task, sample, method.
 
-
-def _machine(device: torch.device) -> Record:
-    if device.type == "cuda":
-        return {"processor": torch.cuda.get_device_name(device)}
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    isas = {str(dtype).removeprefix("torch."): cpu.active_isa(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return {"processor": name, "threads": torch.get_num_threads(), "kernels": isas if cpu.is_available() else None}
-
-
-def run(
-    subject: Subject, job: Job, results: ResultsFile, progress: Progress = lambda tokens, what, ran: None
-) -> Iterator[Record]:
-    """Run what the file lacks, in order of length, and yield each new line.
-
-    Args:
-        progress: called for each cell with the tokens that it stands for, its name, and whether it ran now or was
-            there already.
+    Raises:
+        ValueError: the text for perplexity is too short.
     """
     for length in job.lengths:
         for task in job.tasks:
-            yield from _run_task(subject, job, task, length, results, progress)
-        if job.perplexity is not None:
-            yield from _run_perplexity(subject, job, job.perplexity, length, results, progress)
-        if job.fidelity:
-            yield from _run_fidelity(subject, job, length, results, progress)
+            more = {"kind": "sample", "task": task.label(), "task_fields": task.to_dict()}
+            for index in range(job.samples):
+                yield from _row(job, length, task.label(), index, more)
+        if windows is not None and job.perplexity is not None:
+            for index in range(job.samples):
+                start = windows.start(length, index)
+                more = {"kind": PERPLEXITY, "task": PERPLEXITY, "text_sha256": job.perplexity.sha256, "start": start}
+                yield from _row(job, length, PERPLEXITY, index, more)
+        for index in range(job.fidelity):
+            task = job.tasks[0]
+            more = {"kind": FIDELITY, "task": task.label(), "task_fields": task.to_dict()}
+            yield from (cell for cell in _row(job, length, FIDELITY, index, more) if cell.policy.method.name != "dense")
 
 
-def total_tokens(job: Job) -> int:
-    """What `run` reports to ``progress`` in all."""
-    each = len(job.tasks) + (job.perplexity is not None)
-    return sum(job.lengths) * len(job.methods) * (job.samples * each + job.fidelity)
+def _row(job: Job, length: int, what: str, index: int, more: Record) -> Iterator[Cell]:
+    for label, policy in zip(job.labels, job.methods, strict=True):
+        head = {
+            "kind": more["kind"],
+            "method": label,
+            "method_fields": policy.method.to_dict(),
+            "policy": policy_text(policy),
+            "task": more["task"],
+            "length": length,
+            "index": index,
+        }
+        yield Cell(length, what, index, policy, head | more)
 
 
-def _run_task(
-    subject: Subject,
-    job: Job,
-    task: Task,
-    length: int,
-    results: ResultsFile,
-    progress: Progress,
+def check(subject: Subject, job: Job, cells: Sequence[Cell], windows: Windows | None) -> list[str]:
+    """Make one sample of each task and length that is about to run, so that what cannot be made shows at once.
+
+    Returns:
+        what one should know of the samples, a sentence each.
+
+    Raises:
+        ValueError: a task does not fit, or a text is too short.
+    """
+    notes = []
+    for length, here in groupby(cells, key=lambda cell: cell.length):
+        names = {cell.head["task"] for cell in here}
+        tasks = [task for task in job.tasks if task.label() in names]
+        for task in tasks:
+            job.sample(subject, task, length, 0)
+        from_text = [task.label() for task in tasks if getattr(task, "haystack", None) == "text"]
+        if from_text and characters_needed(job.haystack, subject.tokenizer, length) >= len(job.haystack.text):
+            notes.append(
+                f"the haystack is only just long enough for {length:,} tokens: all samples of "
+                f"{', '.join(from_text)} hide things in the same passage; a longer one has more"
+            )
+        if PERPLEXITY in names and windows is not None and job.samples * length > windows.text_tokens:
+            notes.append(
+                f"{job.samples} windows of {length:,} tokens from a text of {windows.text_tokens:,} overlap: the "
+                "interval of the loss is narrower than it should be"
+            )
+    return notes
+
+
+def relative_cost(subject: Subject, length: int) -> float:
+    """Of a dense prefill, in tokens through the linear layers: attention adds a term that grows with the square.
+
+    A token takes two operations for each parameter, and four for each channel of each key that it sees.
+    """
+    shape = subject.shape()
+    channels = shape["layers"] * shape["heads"] * shape["head_dim"]
+    return length * (1 + length * channels / max(1, shape["parameters"]))
+
+
+def run(
+    subject: Subject, job: Job, results: ResultsFile, progress: Callable[[Cell], None] = lambda cell: None
 ) -> Iterator[Record]:
+    """Run what the file lacks, in order of length, and yield each new line.
+
+    Each method reads a short prompt first whenever a new length begins, so that the first one's seconds do not hold
+    what the process does only once.
+
+    Args:
+        progress: called after each cell.
+
+    Raises:
+        ValueError: a sample cannot be made.
+    """
+    windows = job.windows(subject)
+    tasks = {task.label(): task for task in job.tasks}
+    for length, here in groupby(pending(job, results, windows), key=lambda cell: cell.length):
+        cells = list(here)
+        _warm_up(subject, job, length, list({cell.head["method"]: cell.policy for cell in cells}.values()))
+        for what, these in groupby(cells, key=lambda cell: cell.what):
+            if what == PERPLEXITY and windows is not None:
+                made = _run_perplexity(subject, windows, list(these))
+            elif what == FIDELITY:
+                made = _run_fidelity(subject, job, list(these))
+            else:
+                made = _run_task(subject, job, tasks[what], list(these))
+            for cell, measured in made:
+                yield results.append(cell.head | measured)
+                progress(cell)
+
+
+def _warm_up(subject: Subject, job: Job, length: int, policies: Sequence[Policy]) -> None:
+    size = min(length, _WARM_UP)
+    tokens = subject.tokens(job.haystack.text[: 12 * size])[:size]
+    for policy in policies:
+        subject.warm_up(tokens, policy)
+
+
+Measured = Iterator[tuple[Cell, Record]]
+
+
+def _run_task(subject: Subject, job: Job, task: Task, cells: Sequence[Cell]) -> Measured:
     rows = job.batch if task.turns == 1 else 1
-    for start in range(0, job.samples, rows):
-        indices = range(start, min(start + rows, job.samples))
-        open_cells = {}
-        for label, policy in zip(job.labels, job.methods, strict=True):
-            heads = [_head(label, policy, task.label(), length, i) | {"task_fields": task.to_dict()} for i in indices]
-            missing = [(i, head) for i, head in zip(indices, heads, strict=True) if not results.has(head)]
-            progress(length * (len(indices) - len(missing)), f"{length} {task.label()} {label}", False)
-            if missing:
-                open_cells[label] = (policy, missing)
-        needed = sorted({i for _, missing in open_cells.values() for i, _ in missing})
-        samples = {i: job.sample(subject, task, length, i) for i in needed}
-        for label, (policy, missing) in open_cells.items():
-            answers = subject.answer([samples[i] for i, _ in missing], policy, task.max_new_tokens)
-            for (i, head), answer in zip(missing, answers, strict=True):
-                sample = samples[i]
+    for _, batch in groupby(cells, key=lambda cell: cell.index // rows):
+        together = list(batch)
+        length = together[0].length
+        samples = {i: job.sample(subject, task, length, i) for i in sorted({cell.index for cell in together})}
+        for label in dict.fromkeys(cell.head["method"] for cell in together):
+            mine = [cell for cell in together if cell.head["method"] == label]
+            prompts = [samples[cell.index] for cell in mine]
+            answers = subject.answer(prompts, mine[0].policy, task.max_new_tokens, one_line=task.one_line)
+            for cell, sample, answer in zip(mine, prompts, answers, strict=True):
                 turns = []
                 for turn, text in zip(sample.turns, answer.texts, strict=True):
                     score = task.score(text, turn.references)
                     turns.append(
                         {"generated": text, "references": turn.references, "score": score, "depth": turn.depth}
                     )
-                yield results.append(
-                    head
-                    | {
+                yield (
+                    cell,
+                    {
                         "prompt_tokens": sample.prompt_tokens,
+                        "one_line": task.one_line,
                         "turns": turns,
                         "score": sum(turn["score"] for turn in turns) / len(turns),
                         "decode_s": answer.decode_s,
                     }
-                    | answer.cost.to_dict()
+                    | answer.cost.to_dict(),
                 )
-                progress(length, f"{length} {task.label()} {label}", True)
 
 
-def _run_perplexity(
-    subject: Subject,
-    job: Job,
-    text: Haystack,
-    length: int,
-    results: ResultsFile,
-    progress: Progress,
-) -> Iterator[Record]:
-    for index in range(job.samples):
+def _run_perplexity(subject: Subject, windows: Windows, cells: Sequence[Cell]) -> Measured:
+    for index, row in groupby(cells, key=lambda cell: cell.index):
         tokens = None
-        for label, policy in zip(job.labels, job.methods, strict=True):
-            head = _head(label, policy, PERPLEXITY, length, index) | {"kind": PERPLEXITY}
-            missing = not results.has(head)
-            if missing:
-                if tokens is None:
-                    tokens = text_window(subject, text, length, random.Random(f"{job.seed}/{length}/{index}"))
-                hidden, cost = subject.hidden_states(tokens, policy)
-                nats = 0.0
-                for start, logits in subject.logits(hidden[:-1]):
-                    target = tokens[0, start + 1 : start + 1 + logits.shape[0]]
-                    nats += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-                count = tokens.shape[1] - 1
-                measured = {"tokens": count, "nats": nats / count, "text_sha256": text.sha256}
-                yield results.append(head | measured | cost.to_dict())
-            progress(length, f"{length} {PERPLEXITY} {label}", missing)
+        for cell in row:
+            tokens = windows.tokens(cell.length, index) if tokens is None else tokens
+            hidden, cost = subject.hidden_states(tokens, cell.policy)
+            nats = 0.0
+            for start, logits in subject.logits(hidden[:-1]):
+                target = tokens[0, start + 1 : start + 1 + logits.shape[0]]
+                nats += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+            count = tokens.shape[1] - 1
+            yield cell, {"tokens": count, "nats": nats / count} | cost.to_dict()
 
 
-def text_window(subject: Subject, text: Haystack, length: int, rng: random.Random) -> torch.Tensor:
-    """``[1, length]`` tokens from a random line of the text on, with the tokenizer's special tokens in front.
-
-    Raises:
-        ValueError: the text is too short.
-    """
-    passage = text.passage(min(len(text.text), 12 * length), rng)[: 12 * length]
-    tokens = subject.tokens(passage)
-    if len(tokens) < length:
-        tokens = subject.tokens(text.text)
-    if len(tokens) < length:
-        raise ValueError(
-            f"the text {text.name!r} has {len(tokens):,} tokens, {length:,} are needed; give a longer text or "
-            "ask for a smaller length"
-        )
-    return torch.tensor([tokens[:length]], device=subject.device)
-
-
-def _run_fidelity(
-    subject: Subject, job: Job, length: int, results: ResultsFile, progress: Progress
-) -> Iterator[Record]:
-    task = job.tasks[0]
-    for index in range(job.fidelity):
-        open_cells = []
-        for label, policy in zip(job.labels, job.methods, strict=True):
-            head = _head(label, policy, task.label(), length, index)
-            head |= {"kind": "fidelity", "task_fields": task.to_dict()}
-            if policy.method.name == "dense" or results.has(head):
-                progress(length, f"{length} fidelity {label}", False)
-            else:
-                open_cells.append((label, policy, head))
-        if not open_cells:
-            continue
-        sample = job.sample(subject, task, length, index)
-        tokens = torch.tensor([subject.tokens(sample.prompt())], device=subject.device)
-        compared = compare(subject, tokens, [policy for _, policy, _ in open_cells])
-        for (label, _, head), measured in zip(open_cells, compared, strict=True):
-            yield results.append(head | {"prompt_tokens": sample.prompt_tokens} | measured)
-            progress(length, f"{length} fidelity {label}", True)
-
-
-def _head(label: str, policy: Policy, task: str, length: int, index: int) -> Record:
-    return {
-        "kind": "sample",
-        "method": label,
-        "method_fields": policy.method.to_dict(),
-        "policy": f"min_tokens={policy.min_tokens},max_density={policy.max_density:g}",
-        "task": task,
-        "length": length,
-        "index": index,
-    }
+def _run_fidelity(subject: Subject, job: Job, cells: Sequence[Cell]) -> Measured:
+    for index, row in groupby(cells, key=lambda cell: cell.index):
+        together = list(row)
+        sample = job.sample(subject, job.tasks[0], together[0].length, index)
+        tokens = torch.tensor([subject.prompt_tokens(sample.prompt())], device=subject.device)
+        for cell, measured in zip(together, compare(subject, tokens, [c.policy for c in together]), strict=True):
+            yield cell, {"prompt_tokens": sample.prompt_tokens} | measured
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

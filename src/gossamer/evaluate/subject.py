@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,16 +52,23 @@ class Answers:
 class Subject:
     """A transformers model with its tokenizer.
 
+    Args:
+        chat: wrap prompts in the tokenizer's chat template, as one turn of the user.
+
     Raises:
         TypeError: not a transformers model.
+        ValueError: `chat`, and the tokenizer has no chat template.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, *, chat: bool = False) -> None:
         if not hasattr(model, "generate") or not hasattr(model, "config"):
             raise TypeError(f"evaluation needs a transformers language model, got {type(model).__name__}")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
+        self.chat = chat
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"the tokenizer of {name} has no chat template; leave chat out")
         self.config = model.config.get_text_config(decoder=True)
 
     @property
@@ -74,17 +82,18 @@ class Subject:
 
     def to_dict(self) -> dict[str, Any]:
         """What the results file says of the model."""
+        named = {"name": self.name, "architecture": type(self.model).__name__, "fingerprint": self.fingerprint()}
+        return named | self.shape() | {"dtype": str(self.model.dtype).removeprefix("torch.")}
+
+    def shape(self) -> dict[str, int]:
+        """Layers, heads and parameters."""
         heads = self.config.num_attention_heads
         return {
-            "name": self.name,
-            "architecture": type(self.model).__name__,
-            "fingerprint": self.fingerprint(),
             "layers": self.config.num_hidden_layers,
             "heads": heads,
             "kv_heads": getattr(self.config, "num_key_value_heads", None) or heads,
             "head_dim": getattr(self.config, "head_dim", None) or self.config.hidden_size // heads,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
     def fingerprint(self) -> str:
@@ -97,10 +106,13 @@ class Subject:
         return digest.hexdigest()[:16]
 
     @torch.inference_mode()
-    def answer(self, samples: Sequence[Sample], policy: Policy, max_new_tokens: int) -> list[Answers]:
+    def answer(
+        self, samples: Sequence[Sample], policy: Policy, max_new_tokens: int, *, one_line: bool = True
+    ) -> list[Answers]:
         """Greedy answers; several samples are one batch, padded on the left where their lengths differ.
 
-        An answer ends at the model's end token, at a line end after some text, or after ``max_new_tokens``. A sample
+        An answer ends at the model's end token, after ``max_new_tokens``, or, with ``one_line``, at a line end after
+        some text. A sample
         of several turns is read without its questions first (see `Task.turns`) and cannot be batched.
 
         Raises:
@@ -109,15 +121,15 @@ class Subject:
         if any(len(sample.turns) > 1 for sample in samples):
             if len(samples) > 1:
                 raise ValueError(f"samples with several turns are run one by one, got a batch of {len(samples)}")
-            return [self._converse(samples[0], policy, max_new_tokens)]
-        prompts = [self.tokens(sample.prompt()) for sample in samples]
+            return [self._converse(samples[0], policy, max_new_tokens, one_line)]
+        prompts = [self.prompt_tokens(sample.prompt()) for sample in samples]
         with gossamer.enable(self.model, policy) as handle:
-            out, stop, decode = self._generate(prompts, max_new_tokens, None, handle)
+            out, stop, decode = self._generate(prompts, max_new_tokens, one_line, None, handle)
             cost = _cost(stop.layers, stop.prefill / len(samples), len(samples))
         return [Answers((self.text(row),), cost, decode / len(samples)) for row in out]
 
-    def _converse(self, sample: Sample, policy: Policy, max_new_tokens: int) -> Answers:
-        prompts = [self.tokens(sample.prompt(i)) for i in range(len(sample.turns))]
+    def _converse(self, sample: Sample, policy: Policy, max_new_tokens: int, one_line: bool) -> Answers:
+        prompts = [self.prompt_tokens(sample.prompt(i)) for i in range(len(sample.turns))]
         # A tokenizer may join the context's end with a question's start: what all prompts share is read once.
         shared = 0
         while shared < min(map(len, prompts)) - 1 and len({prompt[shared] for prompt in prompts}) == 1:
@@ -132,13 +144,13 @@ class Subject:
             for i, prompt in enumerate(prompts):
                 last = i == len(prompts) - 1
                 cache = read.past_key_values if last else copy.deepcopy(read.past_key_values)
-                out, stop, decode = self._generate([prompt], max_new_tokens, cache, handle)
+                out, stop, decode = self._generate([prompt], max_new_tokens, one_line, cache, handle)
                 spent += stop.prefill + decode
                 texts.append(self.text(out[0]))
         return Answers(tuple(texts), cost, spent)
 
     def _generate(
-        self, prompts: Sequence[list[int]], max_new_tokens: int, cache: Any, handle: Handle
+        self, prompts: Sequence[list[int]], max_new_tokens: int, one_line: bool, cache: Any, handle: Handle
     ) -> tuple[list[list[int]], _Stop, float]:
         """New tokens of each prompt, what was noted at the first of them, and the seconds after it."""
         longest = max(map(len, prompts))
@@ -146,7 +158,7 @@ class Subject:
         pad = pad if pad is not None else self.tokenizer.eos_token_id or 0
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        stop = _Stop(self, longest, handle)
+        stop = _Stop(self, longest, handle, one_line)
         out = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -210,6 +222,27 @@ class Subject:
     def tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
 
+    def prompt_tokens(self, text: str) -> list[int]:
+        """Of a prompt as the model reads it."""
+        if not self.chat:
+            return self.tokens(text)
+        turns = [{"role": "user", "content": text}]
+        return list(
+            self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
+
+    @cached_property
+    def chat_tokens(self) -> int:
+        """Tokens that the chat template adds to a prompt; 0 without."""
+        return len(self.prompt_tokens("Hello.")) - len(self.tokens("Hello."))
+
+    @torch.inference_mode()
+    def warm_up(self, tokens: list[int], policy: Policy) -> None:
+        """One prefill whose time nobody takes: pages weights in, builds kernels, fills caches of memory."""
+        with gossamer.enable(self.model, policy):
+            self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=True, logits_to_keep=1)
+        self.wait()
+
     def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
@@ -219,12 +252,13 @@ class Subject:
 
 
 class _Stop(StoppingCriteria):
-    """Ends a row at a line end that follows some text; notes what the prefill cost when the first token is there."""
+    """Ends a row at a line end that follows some text, if asked to; notes what the prefill cost at the first token."""
 
-    def __init__(self, subject: Subject, prompt: int, handle: Handle) -> None:
+    def __init__(self, subject: Subject, prompt: int, handle: Handle, one_line: bool) -> None:
         self.subject = subject
         self.prompt = prompt
         self.handle = handle
+        self.one_line = one_line
         self.layers = Stats(())
         self.started = time.perf_counter()
         self.first = 0.0
@@ -239,6 +273,8 @@ class _Stop(StoppingCriteria):
             self.subject.wait()
             self.first = time.perf_counter()
             self.layers = self.handle.stats()
+        if not self.one_line:
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         texts = [self.subject.text(row) for row in input_ids[:, self.prompt :].tolist()]
         return torch.tensor(["\n" in text.lstrip() for text in texts], device=input_ids.device)
 

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gossamer.evaluate.metrics import bootstrap_interval
+from gossamer.attention import TOO_DENSE
+from gossamer.evaluate.metrics import (
+    Interval,
+    bootstrap_interval,
+    difference_interval,
+    pooled_interval,
+    score_interval,
+)
+from gossamer.evaluate.records import cell_of, read_lines
 
-__all__ = ["SummaryRow", "main_table", "read_results", "summary_rows", "task_table"]
+__all__ = [
+    "SummaryRow",
+    "common_cells",
+    "dense_notes",
+    "main_table",
+    "read_results",
+    "summary_rows",
+    "task_table",
+    "warnings_of",
+]
 
 Record = dict[str, Any]
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -22,15 +39,17 @@ class SummaryRow:
 
     Fields:
         samples: samples of all tasks; each weighs the same.
-        accuracy: mean score, with its 95% bootstrap interval over samples.
+        accuracy: mean score, with its 95% interval over samples; tasks are strata (`pooled_interval`).
         difference: accuracy less that of dense on the same samples, with its interval (paired).
-        tasks: mean score of each task, its interval, and the number of samples. Where all samples score alike the
-            bootstrap's interval has no width: Wilson's for shares of 1 and 0 then says more.
+        tasks: mean score of each task, its interval, and the number of samples.
         recall, oracle_recall: attention mass in the plan, and in the best plan of as many whole blocks.
         kl, top1: logits against those of the dense run: nats, and share of equal choices.
         density: share of the pairs that was computed.
-        prefill_s: median seconds; speedup: dense's median over it.
-        nats: mean loss of a token of text.
+        prefill_s: median seconds; speedup: median of dense over that of the method, on what both have measured.
+        nats: mean loss of a token of text, with its interval over windows (None for one window).
+        nats_difference: the loss less that of dense on the same windows, with its interval (paired).
+        dense_because: share of the layers' prefills that ran dense, by reason.
+        thresholds: of the policy, such as ``min_tokens=2048,max_density=0.9``.
     """
 
     method: str
@@ -49,6 +68,16 @@ class SummaryRow:
     prefill_s: float | None
     speedup: float | None
     nats: float | None
+    nats_interval: Interval | None = None
+    nats_difference: float | None = None
+    nats_difference_interval: Interval | None = None
+    dense_because: dict[str, float] = field(default_factory=dict)
+    thresholds: str = ""
+
+    @property
+    def fewest(self) -> int:
+        """Samples of the task that has the fewest: what a statement about all of them rests on."""
+        return min((count for _, _, count in self.tasks.values()), default=0)
 
     def to_dict(self) -> Record:
         return asdict(self)
@@ -64,24 +93,61 @@ def read_results(path: Path) -> list[Record]:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; give a file that `gossamer eval` wrote") from error
-    records = []
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            record = json.loads(line)
-            record["kind"]
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(
-                f"{path}, line {number}, is not a JSON object with a kind; give a file that `gossamer eval` wrote"
-            ) from None
-        records.append(record)
+    records = read_lines(content, path)
     if not any(record["kind"] != "run" for record in records):
         raise ValueError(f"{path} holds no results; run `gossamer eval` with --out {path}")
     return records
 
 
+def warnings_of(records: Sequence[Record]) -> list[str]:
+    """What makes rows of these records say less than they seem to, a sentence each."""
+    runs = [record for record in records if record["kind"] == "run"]
+    lines = []
+    if len(seeds := sorted({str(run.get("seed")) for run in runs})) > 1:
+        lines.append(
+            f"The results are of several seeds ({', '.join(seeds)}), whose samples are pooled; each is compared with "
+            "dense on the same sample."
+        )
+    if len({run.get("chat", False) for run in runs}) > 1:
+        lines.append("Some results were made with a chat template and some without.")
+    if again := sum("method" in record for record in records) - len(_different(records)):
+        lines.append(f"{again:,} results are there more than once and count once.")
+    return lines
+
+
+def _different(records: Sequence[Record]) -> list[Record]:
+    """The results of methods without repetitions, with the ``origin`` of their samples and the model's ``layers``."""
+    runs = {record["run"]: record for record in records if record["kind"] == "run" and "run" in record}
+    kept: dict[Any, Record] = {}
+    for record in records:
+        if "method" in record:
+            run = runs.get(record.get("run"), {})
+            model, haystack = run.get("model", {}).get("fingerprint"), run.get("haystack", {}).get("sha256")
+            origin = model, haystack, run.get("seed"), run.get("chat", False)
+            # Lines made by hand have no fields of the method: the label stands for them.
+            key = origin, cell_of(record), None if "method_fields" in record else record.get("method")
+            kept.setdefault(key, record | {"origin": origin, "layers": run.get("model", {}).get("layers")})
+    return list(kept.values())
+
+
+def _sample_of(record: Record) -> Any:
+    """What two methods' lines have in common when they are of the same sample."""
+    task = json.dumps(record.get("task_fields"), sort_keys=True)
+    window = record.get("text_sha256"), record.get("start")
+    return record["kind"], record["origin"], record.get("task"), task, record["length"], record["index"], window
+
+
+def common_cells(records: Sequence[Record], methods: Sequence[str]) -> list[Record]:
+    """The samples and windows of text that all these methods, by label, have; all other records stay."""
+    different = [r for r in _different(records) if r["method"] in methods and r["kind"] in ("sample", "perplexity")]
+    owners = Counter(map(_sample_of, different))
+    lacking = {cell_of(record) for record in different if owners[_sample_of(record)] < len(methods)}
+    return [record for record in records if record["kind"] == "run" or cell_of(record) not in lacking]
+
+
 def summary_rows(records: Iterable[Record]) -> list[SummaryRow]:
     """A row for each length and method, in order of length; dense first, then in the order of the records."""
-    records = [record for record in records if "method" in record and "length" in record]
+    records = [record for record in _different(list(records)) if "method" in record and "length" in record]
     order: dict[str, int] = {}
     for record in records:
         order.setdefault(record["method"], len(order) + 1)
@@ -101,36 +167,72 @@ def summary_rows(records: Iterable[Record]) -> list[SummaryRow]:
 
 
 def _row(label: str, length: int, mine: list[Record], dense: list[Record]) -> SummaryRow:
-    samples = _of_kind(mine, "sample")
-    scores = [record["score"] for record in samples]
-    baseline = {(r["task"], r["index"]): r["score"] for r in _of_kind(dense, "sample")}
-    pairs = [r["score"] - baseline[key] for r in samples if (key := (r["task"], r["index"])) in baseline]
+    samples, windows, fidelity = (_of_kind(mine, kind) for kind in ("sample", "perplexity", "fidelity"))
+    dense_of = {_sample_of(record): record for record in dense}
+    pairs = [(record, dense_of[key]) for record in mine if (key := _sample_of(record)) in dense_of]
     by_task: dict[str, list[float]] = {}
     for record in samples:
         by_task.setdefault(record["task"], []).append(record["score"])
-    fidelity = _of_kind(mine, "fidelity")
-    prefill, dense_prefill = _seconds(mine), _seconds(dense)
+    lost: dict[str, list[float]] = {}
+    for record, other in pairs:
+        if record["kind"] == "sample":
+            lost.setdefault(record["task"], []).append(record["score"] - other["score"])
+    nats = [record["nats"] for record in windows]
+    gained = [record["nats"] - other["nats"] for record, other in pairs if record["kind"] == "perplexity"]
+    seconds, dense_seconds = (_seconds([pair[i] for pair in pairs]) for i in (0, 1))
     return SummaryRow(
         method=label,
         length=length,
         samples=len(samples),
-        accuracy=_mean(scores),
-        interval=bootstrap_interval(scores) if scores else None,
-        difference=_mean(pairs),
-        difference_interval=bootstrap_interval(pairs) if pairs else None,
+        accuracy=_mean([record["score"] for record in samples]),
+        interval=pooled_interval(list(by_task.values()), score_interval) if by_task else None,
+        difference=_mean([value for values in lost.values() for value in values]),
+        difference_interval=pooled_interval(list(lost.values()), difference_interval) if lost else None,
         tasks={
-            task: (sum(values) / len(values), bootstrap_interval(values), len(values))
-            for task, values in by_task.items()
+            task: (sum(values) / len(values), score_interval(values), len(values)) for task, values in by_task.items()
         },
         recall=_mean([r["mean"]["recall"] for r in fidelity]),
         oracle_recall=_mean([r["mean"]["oracle_recall"] for r in fidelity]),
         kl=_mean([r["logits"]["mean_kl"] for r in fidelity]),
         top1=_mean([r["logits"]["mean_top1"] for r in fidelity]),
-        density=_mean([r["density"] for r in samples or _of_kind(mine, "perplexity") or fidelity]),
-        prefill_s=prefill,
-        speedup=dense_prefill / prefill if prefill and dense_prefill else None,
-        nats=_mean([r["nats"] for r in _of_kind(mine, "perplexity")]),
+        density=_mean([r["density"] for r in samples or windows or fidelity]),
+        prefill_s=_seconds(mine),
+        speedup=dense_seconds / seconds if seconds and dense_seconds else None,
+        nats=_mean(nats),
+        nats_interval=_over_windows(nats),
+        nats_difference=_mean(gained),
+        nats_difference_interval=_over_windows(gained),
+        dense_because=_dense_because(samples + windows or fidelity),
+        thresholds=next((r["policy"] for r in mine if "policy" in r), ""),
     )
+
+
+def _over_windows(values: list[float]) -> Interval | None:
+    return bootstrap_interval(values) if len(values) > 1 else None
+
+
+def _dense_because(records: list[Record]) -> dict[str, float]:
+    """Share of the layers' prefills, by reason."""
+    counts: Counter[str] = Counter()
+    for record in records:
+        counts.update(record.get("dense_because") or {})
+    layers = sum(record["layers"] or 0 for record in records)
+    return {reason: count / max(count, layers) for reason, count in counts.most_common()}
+
+
+def dense_notes(rows: Sequence[SummaryRow]) -> list[str]:
+    """A sentence for each row that ran dense, whole or in part, though a plan was asked for."""
+    notes = []
+    for row in rows:
+        limits = dict(part.split("=", 1) for part in row.thresholds.split(",") if "=" in part)
+        for reason, share in row.dense_because.items():
+            line = f"{row.method} at {row.length:,} tokens: {share:.0%} of the layers' prefills ran dense ({reason})"
+            if reason in ("short prompt", "short model window") and "min_tokens" in limits:
+                line += f"; prompts below min_tokens={limits['min_tokens']} do, --min-tokens sets it"
+            elif reason == TOO_DENSE and "max_density" in limits:
+                line += f"; plans above max_density={limits['max_density']} do"
+            notes.append(line)
+    return notes
 
 
 def _of_kind(records: list[Record], kind: str) -> list[Record]:
@@ -159,7 +261,8 @@ def main_table(rows: Sequence[SummaryRow]) -> list[list[str]]:
         ("oracle", [_number(row.oracle_recall, ".3f") for row in rows]),
         ("top-1", [_number(row.top1, ".1%") for row in rows]),
         ("density", [_number(row.density, ".3f") for row in rows]),
-        ("nats", [_number(row.nats, ".3f") for row in rows]),
+        ("nats", [_with_interval(row.nats, row.nats_interval) for row in rows]),
+        ("more nats", [_with_interval(row.nats_difference, row.nats_difference_interval, "+") for row in rows]),
         ("prefill s", [_number(row.prefill_s, ".2f") for row in rows]),
         ("speed-up", [_number(row.speedup, ".2f") for row in rows]),
     ]
@@ -168,11 +271,14 @@ def main_table(rows: Sequence[SummaryRow]) -> list[list[str]]:
 
 
 def task_table(rows: Sequence[SummaryRow]) -> list[list[str]]:
-    """Header and cells: the accuracy of each task, with its interval."""
+    """Header and cells: the accuracy of each task, with its interval and the number of samples."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
     table = [["method", "length", *tasks]]
     for row in rows:
-        cells = [_with_interval(*row.tasks[task][:2]) if task in row.tasks else "-" for task in tasks]
+        cells = [
+            f"{_with_interval(*row.tasks[task][:2])} n={row.tasks[task][2]}" if task in row.tasks else "-"
+            for task in tasks
+        ]
         table.append([row.method, str(row.length), *cells])
     return table
 
@@ -182,7 +288,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _with_interval(value: float | None, interval: Interval | None, sign: str = "") -> str:
-    if value is None or interval is None:
+    if value is None:
         return "-"
+    if interval is None:
+        return f"{value:{sign}.3f}"
     low, high = interval
     return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"

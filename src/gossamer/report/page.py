@@ -145,8 +145,8 @@ def findings(rows: Sequence[SummaryRow]) -> list[str]:
             judged = (
                 f"does not differ measurably from dense (difference {row.difference:+.3f}, {low:+.3f} to {high:+.3f})"
             )
-        if row.samples < _FEW:
-            judged += f"; {row.samples} samples are too few to say more"
+        if row.fewest < _FEW:
+            judged += f"; {row.fewest} samples a task are too few to say more"
         cost = [f"computes {row.density:.1%} of the pairs"] if row.density is not None else []
         if row.speedup is not None and row.prefill_s and plain:
             more = "".join(f", {row.prefill_s / other:.2f} times that of {name}" for name, other in plain[1:])

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from gossamer.evaluate.haystack import Haystack
 from gossamer.evaluate.metrics import string_match_all
 
-__all__ = ["Sample", "Task", "Turn", "count_tokens", "fill", "fit", "largest"]
+__all__ = ["Sample", "Task", "Turn", "characters_needed", "count_tokens", "fill", "fit", "largest"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class Task(ABC):
     @abstractmethod
     def max_new_tokens(self) -> int:
         """Tokens that an answer may take; they are part of a sample's length."""
+
+    @property
+    def one_line(self) -> bool:
+        """Whether a right answer stands in one line, so that the first line end after some text ends it."""
+        return True
 
     @abstractmethod
     def make(self, haystack: Haystack, tokenizer: Any, length: int, rng: random.Random) -> Sample:
@@ -187,6 +192,12 @@ def fill(render: Callable[[str], str], questions: Sequence[str], tokenizer: Any,
     return passage[:size]
 
 
+def characters_needed(haystack: Haystack, tokenizer: Any, budget: int) -> int:
+    """Characters that are surely enough for ``budget`` tokens of a haystack."""
+    sampled = haystack.text[: min(len(haystack.text), 20_000)]
+    return int(1.2 * budget * len(sampled) / max(1, count_tokens(tokenizer, sampled))) + 400
+
+
 def fit(
     render: Callable[[str], str],
     questions: Sequence[str],
@@ -196,8 +207,7 @@ def fit(
     rng: random.Random,
 ) -> tuple[str, int]:
     """`fill` with a random passage of the haystack: the passage used, and the tokens of the longest prompt."""
-    sampled = haystack.text[: min(len(haystack.text), 20_000)]
-    needed = int(1.2 * budget * len(sampled) / max(1, count_tokens(tokenizer, sampled))) + 400
+    needed = characters_needed(haystack, tokenizer, budget)
     passage = haystack.passage(min(needed, len(haystack.text)), rng)
     used = fill(render, questions, tokenizer, budget, passage[: 2 * needed])
     context = render(used)

@@ -36,6 +36,10 @@ class CommonWords(Task):
     def max_new_tokens(self) -> int:
         return 12 * self.common
 
+    @property
+    def one_line(self) -> bool:
+        return False
+
     def make(self, haystack: Haystack, tokenizer: Any, length: int, rng: random.Random) -> Sample:
         often, rarely, shown = (30, 3, (10, 3, 40)) if length // self.turns >= _SHORT else (6, 1, (3, 1, 20))
         budget = length - self.max_new_tokens

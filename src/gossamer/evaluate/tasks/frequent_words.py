@@ -35,6 +35,10 @@ class FrequentWords(Task):
     def max_new_tokens(self) -> int:
         return 36
 
+    @property
+    def one_line(self) -> bool:
+        return False
+
     def make(self, haystack: Haystack, tokenizer: Any, length: int, rng: random.Random) -> Sample:
         budget = length - self.max_new_tokens
         vocabulary = max(8, length // 50 // self.turns)

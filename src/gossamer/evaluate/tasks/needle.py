@@ -76,6 +76,10 @@ class SingleNeedle(Task):
     def max_new_tokens(self) -> int:
         return _TOKENS_PER_VALUE * max(self.values, self.queries)
 
+    @property
+    def one_line(self) -> bool:
+        return max(self.values, self.queries) == 1
+
     def make(self, haystack: Haystack, tokenizer: Any, length: int, rng: random.Random) -> Sample:
         if self.haystack == "noise":
             haystack = noise(8 * length)

@@ -61,6 +61,10 @@ class VariableTracking(Task):
     def max_new_tokens(self) -> int:
         return _TOKENS_PER_NAME * (self.hops + 1)
 
+    @property
+    def one_line(self) -> bool:
+        return False
+
     def make(self, haystack: Haystack, tokenizer: Any, length: int, rng: random.Random) -> Sample:
         if self.haystack == "noise":
             haystack = noise(8 * length)

@@ -1,0 +1,135 @@
+"""Lines of a results file: their labels, what each is the result of, and whether a file may be gone on with.
+
+The documentation describes the format (``results-format``). Needs no transformers, so that a report does not either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gossamer import methods
+from gossamer.attention import Policy
+
+__all__ = ["cell_of", "check_out", "label_of", "policy_text", "read_lines", "read_own", "relabel"]
+
+Record = dict[str, Any]
+
+_OPENING = b'{"kind": "run"'
+
+
+def policy_text(policy: Policy) -> str:
+    """The thresholds as they stand in a line: ``min_tokens=2048,max_density=0.9``."""
+    return f"min_tokens={policy.min_tokens},max_density={policy.max_density:g}"
+
+
+def label_of(policy: Policy) -> str:
+    """A method's name and what differs from the defaults: ``max_relative(alpha=0.02,min_tokens=0)``.
+
+    A profile is named by its hash. The thresholds of dense attention decide nothing and are left out.
+    """
+    return _label(policy.method.to_dict(), policy_text(policy))
+
+
+def _label(fields: Mapping[str, Any], thresholds: str) -> str:
+    default = methods.create(fields["method"])
+    changed = []
+    for name, value in fields.items():
+        if value != default.to_dict().get(name, default.name):
+            if isinstance(value, dict):
+                value = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:6]
+            changed.append(f"{name}={value}")
+    if fields["method"] != "dense":
+        usual = policy_text(Policy(default)).split(",")
+        changed += [part for part in thresholds.split(",") if part not in usual]
+    return f"{fields['method']}({','.join(changed)})" if changed else str(fields["method"])
+
+
+def relabel(record: Record) -> Record:
+    """The line with the label that `label_of` gives now: labels of old lines left out thresholds and profiles."""
+    if "method_fields" not in record or "policy" not in record:
+        return record
+    try:
+        return record | {"method": _label(record["method_fields"], record["policy"])}
+    except (ValueError, TypeError, KeyError, AttributeError):  # a method that this version does not have
+        return record
+
+
+def cell_of(record: Record) -> tuple[Any, ...]:
+    """What a line is the result of, within one file."""
+    fields = json.dumps(record.get("method_fields"), sort_keys=True)
+    dense = (record.get("method_fields") or {}).get("method") == "dense"
+    length = record.get("length") or str(record.get("lengths"))
+    window = record.get("text_sha256"), record.get("start")
+    policy = None if dense else record.get("policy")
+    return record["kind"], fields, policy, record.get("task"), length, record.get("index"), window
+
+
+def read_lines(content: bytes, source: Path) -> list[Record]:
+    """The records of all whole lines; what follows the last line end is left out.
+
+    Raises:
+        ValueError: a line is no JSON object with a kind.
+    """
+    records = []
+    # Not splitlines(): an answer may hold U+2028 and its like, which end a line for Python and not in this format.
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line.decode())
+            record["kind"]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{source} is not a results file: line {number} is not a JSON object with a kind, as `gossamer eval` "
+                "writes them"
+            ) from None
+        records.append(relabel(record))
+    return records
+
+
+def read_own(path: Path) -> tuple[list[Record], int]:
+    """The records of a file to go on with, and the bytes of its whole lines.
+
+    Raises:
+        ValueError: nothing shows that `gossamer eval` wrote it; it must not be cut or appended to.
+    """
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    try:
+        records = read_lines(content, path)
+    except ValueError as error:
+        raise ValueError(f"{error}; choose another --out") from None
+    tail = content[whole:]
+    if any(record["kind"] == "run" for record in records):
+        return records, whole
+    if not records and (tail.startswith(_OPENING) or _OPENING.startswith(tail)):
+        return records, whole
+    raise ValueError(
+        f"{path} is not a results file: no line of it says how `gossamer eval` was started; it is left as it is, "
+        "choose another --out"
+    )
+
+
+def check_out(path: Path) -> None:
+    """Find out before anything slow is done whether results can go to a file.
+
+    Raises:
+        ValueError: it cannot be written, or holds something else.
+    """
+    try:
+        if path.is_dir():
+            raise ValueError(f"cannot write {path}: it is a folder; name a file with --out")
+        if path.exists():
+            read_own(path)
+            with path.open("ab"):
+                return
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise ValueError(f"cannot write {path}: {folder} is not a folder; choose another --out")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"cannot write {path}: you may not write to {folder}; choose another --out")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; choose another --out") from error
