@@ -37,9 +37,10 @@ def label_of(policy: Policy) -> str:
 
 def _label(fields: Mapping[str, Any], thresholds: str) -> str:
     default = methods.create(fields["method"])
+    fields, usual_fields = (json.loads(json.dumps(values)) for values in (dict(fields), default.to_dict()))
     changed = []
     for name, value in fields.items():
-        if value != default.to_dict().get(name, default.name):
+        if value != usual_fields.get(name):
             if isinstance(value, dict):
                 value = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:6]
             changed.append(f"{name}={value}")

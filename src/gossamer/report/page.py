@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from gossamer.evaluate.summary import SummaryRow, main_table, summary_rows, task_table
+from gossamer.evaluate.summary import SummaryRow, main_table, summary_rows, task_table, warnings_of
 from gossamer.report.charts import figures
 from gossamer.report.figure import Figure, Record, breakable, family
 from gossamer.report.latency import dense_labels
@@ -220,6 +220,7 @@ def _warnings(records: Sequence[Record]) -> str:
         lines.append("The results come from several machines: do not compare their seconds.")
     if len({run["haystack"]["sha256"] for run in runs}) > 1:
         lines.append("The results come from several haystacks.")
+    lines += warnings_of(records)
     return "".join(f"<p class='warning'>{escape(line)}</p>" for line in lines)
 
 
