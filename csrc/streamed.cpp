@@ -179,7 +179,10 @@ class Streamed {
     constexpr float kNothing = -std::numeric_limits<float>::infinity();
     const int64_t begin = item.first_stretch, end = begin + item.stretches;
     float top = kNothing;
-    for (int64_t s = begin; s < end; ++s) top = *partial_lse(s, row) <= top ? top : *partial_lse(s, row);
+    for (int64_t s = begin; s < end; ++s) {
+      const float lse = *partial_lse(s, row);
+      if (!(lse <= top) && top == top) top = lse;  // a NaN stays
+    }
     double total = 0.0;
     for (int64_t s = begin; s < end; ++s) total += std::exp(double{*partial_lse(s, row)} - top);
     const double lse = top == kNothing ? double{kNothing} : top + std::log(total);
