@@ -282,6 +282,13 @@ def test_strided_inputs(force, isa: str) -> None:
             assert torch.equal(lse, expected_lse)
 
 
+def test_a_last_dimension_of_one_has_any_stride() -> None:
+    plan = SparsePlan.dense(1, 5, 5, Extent.full(1, 5, 5))
+    x = torch.randn(1, 1, 1, 5).transpose(2, 3)
+    assert x.stride(-1) != 1
+    check(plan, x, x, x)
+
+
 @every_isa
 @every_dtype
 def test_error_is_like_sdpa(force, isa: str, dtype: torch.dtype) -> None:
@@ -302,11 +309,14 @@ def test_nan_and_infinity_spoil_only_the_rows_that_see_them(force, isa: str) -> 
     plan = SparsePlan.dense(1, 130, 130, Extent.full(1, 130, 130))
     for bad in (math.nan, math.inf):
         q, k, v = draw(plan, heads=1, groups=1, dim=32)
-        clean, _ = cpu.execute(q, k, v, plan, scale=0.1)
+        clean, clean_lse = cpu.execute(q, k, v, plan, scale=0.1)
         k[:, :, 100] = bad
         out, lse = cpu.execute(q, k, v, plan, scale=0.1)
         assert torch.equal(out[:, :, :100], clean[:, :, :100])
-        assert lse.shape == (1, 1, 130)
+        assert torch.equal(lse[:, :, :100], clean_lse[:, :, :100])
+        # Products with infinity of either sign sum to NaN.
+        assert bool(out[:, :, 100:].isnan().all())
+        assert bool(lse[:, :, 100:].isnan().all())
 
 
 def test_runs_under_compile_in_one_graph() -> None:

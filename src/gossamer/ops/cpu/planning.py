@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gossamer.ops import cpu
+from gossamer.ops.cpu import dense_rows, pointer_and_strides
 from gossamer.plan import Extent, SparsePlan, ceil_div
 
 __all__ = [
@@ -71,13 +72,13 @@ def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last
         raise ValueError(f"the probe needs at least one row, got last={last}")
     columns = torch.zeros(q.shape[0], q.shape[1], k.shape[2])
     diagonals = torch.zeros_like(columns)
-    q, k = _dense_rows(q), _dense_rows(k)
+    q, k = dense_rows(q), dense_rows(k)
     arrays = _extent_arrays(extent)
     _kernels().probe(
         cpu.active_isa(q.dtype),
         _DTYPES[q.dtype],
-        *_view(q),
-        *_view(k),
+        *pointer_and_strides(q),
+        *pointer_and_strides(k),
         _sizes(q, k, k.shape[2]),
         [t.data_ptr() for t in arrays],
         last,
@@ -98,11 +99,11 @@ def pool(x: Tensor, live: Tensor, block: int) -> Tensor:
     if live.shape != (batch, 2) or block < 1:
         raise ValueError(f"pool needs a range for each of {batch} rows and a block of at least 1, got {block}, {live}")
     out = torch.zeros(batch, heads, ceil_div(tokens, block), dim)
-    x, live = _dense_rows(x), live.to(torch.int64).contiguous()
+    x, live = dense_rows(x), live.to(torch.int64).contiguous()
     _kernels().pool(
         cpu.active_isa(x.dtype),
         _DTYPES[x.dtype],
-        *_view(x),
+        *pointer_and_strides(x),
         [batch, heads, tokens, dim, block],
         live.data_ptr(),
         out.data_ptr(),
@@ -132,13 +133,13 @@ def row_block_energy(
         raise ValueError(f"{key_len} keys in blocks of {block_k} do not give {pooled.shape[2]} pooled keys")
     _check_blocks(q, block_q, at, stop)
     out = torch.empty(q.shape[0], pooled.shape[1], stop - at, pooled.shape[2])
-    q, pooled = _dense_rows(q), _dense_rows(pooled)
+    q, pooled = dense_rows(q), dense_rows(pooled)
     arrays = _extent_arrays(extent)
     _kernels().block_energy(
         cpu.active_isa(q.dtype),
         _DTYPES[q.dtype],
-        *_view(q),
-        *_view(pooled),
+        *pointer_and_strides(q),
+        *pointer_and_strides(pooled),
         _sizes(q, pooled, key_len),
         [t.data_ptr() for t in arrays],
         [block_q, block_k, at, stop],
@@ -175,13 +176,13 @@ def antidiagonal_scores(
         raise ValueError(f"stride must divide block_q and block_k, got {stride} for blocks {block_q} and {block_k}")
     _check_blocks(q, block_q, at, stop)
     out = torch.empty(q.shape[0], q.shape[1], stop - at, ceil_div(k.shape[2], block_k))
-    q, k = _dense_rows(q), _dense_rows(k)
+    q, k = dense_rows(q), dense_rows(k)
     arrays = _extent_arrays(extent)
     _kernels().antidiagonal(
         cpu.active_isa(q.dtype),
         _DTYPES[q.dtype],
-        *_view(q),
-        *_view(k),
+        *pointer_and_strides(q),
+        *pointer_and_strides(k),
         _sizes(q, k, k.shape[2]),
         [t.data_ptr() for t in arrays],
         [block_q, block_k, stride, at, stop],
@@ -429,14 +430,6 @@ def _shares(value: Tensor | float, heads: int) -> Tensor:
     if bool(outside.any()):
         raise ValueError(f"p must lie in [0, 1], got {shares[outside].tolist()[0]}")
     return shares
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _view(x: Tensor) -> tuple[int, list[int]]:
-    return x.data_ptr(), [*x.stride()[:3], 1]
 
 
 def _sizes(q: Tensor, k: Tensor, key_len: int) -> list[int]:
