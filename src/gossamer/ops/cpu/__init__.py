@@ -91,7 +91,10 @@ def execute(
     fp32, bf16 or fp16 in, fp32 accumulation; head dimensions up to 256. Runs on ``torch.get_num_threads()`` threads;
     results do not depend on their number. The GIL is released. Few queries (one block of them, as in decoding) run
     split over the keys. A value that is not finite also spoils rows that do not attend it, where they attend another
-    key of the same 64 (0 * inf; torch's SDPA does so for all keys); dead slots are never read.
+    key of the same 64 (0 * inf; torch's SDPA does so for all keys); dead slots are never read. There is no backward.
+
+    On ``avx512_bf16`` and ``amx`` the hardware takes bf16 values below the smallest normal number (1.2e-38) as 0, and
+    sums below it.
 
     Returns:
         out ``[B, H, S, Dv]`` in q's dtype and lse fp32 ``[B, H, S]``, both contiguous.
@@ -99,6 +102,7 @@ def execute(
     Raises:
         RuntimeError: the kernels are not built.
         ValueError, TypeError: as `gossamer.ops.reference.check_inputs`; another device, dtype or head dimension.
+        NotImplementedError: from ``backward()``, where an input requires a gradient.
     """
     check_inputs(q, k, v, plan, sinks)
     if q.device.type != "cpu" or plan.device.type != "cpu":

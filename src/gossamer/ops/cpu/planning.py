@@ -1,9 +1,10 @@
 """Planning in C++, for CPU tensors: scores, chosen blocks, pairs in a plan. The torch versions are the oracles.
 
-`gossamer.estimators`, `gossamer.methods` and `gossamer.plan` call these functions where `serves` says so; the sets that
-are chosen are the same. ``GOSSAMER_PLANNER=torch`` (read at every call) keeps to the torch versions. All functions run
-on ``torch.get_num_threads()`` threads, on the instruction set of `gossamer.ops.cpu.active_isa`, without the GIL;
-results do not depend on the number of threads.
+`gossamer.estimators`, `gossamer.methods` and `gossamer.plan` call these functions where `serves` says so. From equal
+scores the same sets are chosen, and pairs are counted exactly; scores agree with torch's up to the order of fp32 sums
+and the rounding of exponentials, so plans can differ only where two scores are that close. ``GOSSAMER_PLANNER=torch``
+(read at every call) keeps to the torch versions. All functions run on ``torch.get_num_threads()`` threads, on the
+instruction set of `gossamer.ops.cpu.active_isa`, without the GIL; results do not depend on the number of threads.
 
 Notation: B batch, H query heads, G key/value heads, S queries, T key slots, D head dimension.
 """
@@ -66,7 +67,7 @@ def switched_off() -> bool:
 
 
 def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last: int = 64) -> tuple[Tensor, Tensor]:
-    """See `gossamer.estimators.last_query_probe`. Logits of bf16 and fp16 inputs stay in fp32."""
+    """See `gossamer.estimators.last_query_probe`."""
     _check(q, k, k.shape[2], extent)
     if last < 1:
         raise ValueError(f"the probe needs at least one row, got last={last}")
@@ -126,7 +127,7 @@ def row_block_energy(
 ) -> Tensor:
     """`gossamer.estimators.row_block_energy` for query blocks ``at .. stop - 1``: fp32 ``[B, G, stop - at, N]``.
 
-    ``pooled`` ``[B, G, N, D]`` has q's dtype. Logits of bf16 and fp16 inputs stay in fp32.
+    ``pooled`` ``[B, G, N, D]`` has q's dtype.
     """
     _check(q, pooled, key_len, extent)
     if pooled.shape[2] != ceil_div(key_len, block_k):
@@ -169,7 +170,7 @@ def antidiagonal_scores(
 ) -> Tensor:
     """`gossamer.estimators.antidiagonal_scores` for query blocks ``at .. stop - 1``: fp32 ``[B, H, stop - at, N]``.
 
-    Logits of bf16 and fp16 inputs stay in fp32. Working memory of a thread: some MiB, and some KiB a key block.
+    Working memory of a thread: some MiB, and some KiB a key block.
     """
     _check(q, k, k.shape[2], extent)
     if stride < 1 or block_q < 1 or block_k < 1 or block_q % stride or block_k % stride:
