@@ -282,13 +282,6 @@ def test_strided_inputs(force, isa: str) -> None:
             assert torch.equal(lse, expected_lse)
 
 
-def test_a_last_dimension_of_one_has_any_stride() -> None:
-    plan = SparsePlan.dense(1, 5, 5, Extent.full(1, 5, 5))
-    x = torch.randn(1, 1, 1, 5).transpose(2, 3)
-    assert x.stride(-1) != 1
-    check(plan, x, x, x)
-
-
 @every_isa
 @every_dtype
 def test_error_is_like_sdpa(force, isa: str, dtype: torch.dtype) -> None:

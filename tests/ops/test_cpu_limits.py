@@ -26,6 +26,13 @@ def test_nothing_to_do(batch: int, query_len: int, key_len: int) -> None:
     assert bool((lse == -math.inf).all())
 
 
+def test_a_last_dimension_of_one_has_any_stride() -> None:
+    plan = SparsePlan.dense(1, 5, 5, Extent.full(1, 5, 5))
+    x = torch.randn(1, 1, 1, 5).transpose(2, 3)
+    assert x.stride(-1) != 1
+    check(plan, x, x, x)
+
+
 @pytest.mark.parametrize("query_len", [3, 100])
 def test_offsets_beyond_32_bits(query_len: int) -> None:
     """Heads more than 2^31 elements apart; the memory between them is never touched."""

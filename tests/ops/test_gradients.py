@@ -16,7 +16,9 @@ needs_triton = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "executor", [pytest.param(cpu, marks=needs_kernels), pytest.param(triton, marks=needs_triton)], ids=["cpu", "triton"]
+    "executor",
+    [pytest.param(cpu, marks=needs_kernels), pytest.param(triton, marks=needs_triton)],
+    ids=["cpu", "triton"],
 )
 def test_a_gradient_is_refused_by_name(executor) -> None:
     plan = SparsePlan.dense(1, 16, 16, Extent.full(1, 16, 16))

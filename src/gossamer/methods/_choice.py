@@ -1,6 +1,6 @@
 """Chosen key blocks of each query block: a rule on scores, block diagonals and forced blocks; plans from them.
 
-In C++ for CPU tensors, in Triton for CUDA tensors, else as bool masks in torch; of the same scores the sets are the same.
+In C++ for CPU tensors, in Triton for CUDA tensors, else as bool masks in torch; equal scores give equal sets.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 def pointer_and_strides(x: Tensor) -> tuple[int, list[int]]:
-    """Of a `dense_rows`, as the kernels take them. A last dimension of size 1 may have any stride, which says nothing."""
+    """Of `dense_rows`, as the kernels take them: the last stride is 1, whatever a dimension of size 1 says."""
     return x.data_ptr(), [*x.stride()[:3], 1]
 
 
