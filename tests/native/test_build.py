@@ -24,20 +24,23 @@ pytestmark = [
         reason="needs a C++ compiler, cmake, ninja and nanobind",
     ),
 ]
-# Knows no -mavx512bf16; without optimization, since only what is built matters.
+# Knows no -mavx512bf16, nor what it stands for; without optimization, since only what is built matters.
 REJECTING = """#!/bin/sh
 for option in "$@"; do
   case "$option" in
     -mavx512bf16) echo "unrecognized option $option" >&2; exit 1;;
   esac
 done
-exec {compiler} "$@" -O0
+exec {compiler} "$@" -O0 -include {poison}
 """
+POISON = "#include <immintrin.h>\n#pragma GCC poison _mm512_dpbf16_ps _mm512_cvtneps_pbh\n"
 
 
 def test_a_rejected_flag_costs_only_its_kernels(tmp_path: Path) -> None:
     wrapper = tmp_path / "compiler"
-    wrapper.write_text(REJECTING.format(compiler=COMPILER))
+    poison = tmp_path / "poison.h"
+    poison.write_text(POISON)
+    wrapper.write_text(REJECTING.format(compiler=COMPILER, poison=poison))
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     cmake, ninja = (str(tool) for tool in TOOLS)
     folder = str(tmp_path / "build")
