@@ -4,13 +4,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cpu_features.h"
-#include "executor.h"
+#include "bindings.h"
 #include "isa.h"
 #include "peak.h"
 #include "workspace.h"
@@ -18,41 +16,28 @@
 namespace nb = nanobind;
 using namespace gossamer;
 
-void bind_planning(nb::module_& m);
-
 namespace {
-
-TensorView view(uintptr_t data, const std::vector<int64_t>& strides) {
-  if (strides.size() != 4 || strides[3] != 1) throw std::invalid_argument("four strides, the last of them 1");
-  return {reinterpret_cast<char*>(data), {strides[0], strides[1], strides[2]}};
-}
-
-template <class T>
-const T* pointer(uintptr_t address) {
-  return reinterpret_cast<const T*>(address);
-}
 
 void attend(const std::string& isa, int dtype, uintptr_t q, const std::vector<int64_t>& q_strides, uintptr_t k,
             const std::vector<int64_t>& k_strides, uintptr_t v, const std::vector<int64_t>& v_strides, uintptr_t out,
             const std::vector<int64_t>& out_strides, uintptr_t lse, uintptr_t sinks,
             const std::vector<int64_t>& sizes, const std::vector<uintptr_t>& arrays, int64_t limit, bool causal,
             float scale, float softcap, int threads) {
-  const Kernels* kernels = kernels_of(isa);
-  if (kernels == nullptr) throw std::invalid_argument("this build has no kernels for " + isa);
-  if (kernels->bf16_tiles && static_cast<DType>(dtype) != DType::kBFloat16)
+  const Kernels& kernels = kernels_for(isa);
+  if (kernels.bf16_tiles && static_cast<DType>(dtype) != DType::kBFloat16)
     throw std::invalid_argument(isa + " computes in bf16 and takes nothing else");
   if (sizes.size() != 11 || arrays.size() != 11) throw std::invalid_argument("11 sizes and 11 arrays");
   const PlanView plan{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
-                      pointer<int64_t>(arrays[0]), pointer<int32_t>(arrays[1]), pointer<int64_t>(arrays[2]),
-                      pointer<int32_t>(arrays[3]), pointer<int32_t>(arrays[4]), pointer<int32_t>(arrays[5]),
-                      pointer<int32_t>(arrays[6]), pointer<int32_t>(arrays[7]), pointer<int64_t>(arrays[8]),
-                      pointer<int64_t>(arrays[9]), pointer<int64_t>(arrays[10]), limit < 0 ? kUnlimited : limit, causal};
+                      at<int64_t>(arrays[0]), at<int32_t>(arrays[1]), at<int64_t>(arrays[2]),
+                      at<int32_t>(arrays[3]), at<int32_t>(arrays[4]), at<int32_t>(arrays[5]),
+                      at<int32_t>(arrays[6]), at<int32_t>(arrays[7]), at<int64_t>(arrays[8]),
+                      at<int64_t>(arrays[9]), at<int64_t>(arrays[10]), limit < 0 ? kUnlimited : limit, causal};
   const Call call{view(q, q_strides), view(k, k_strides), view(v, v_strides), view(out, out_strides),
-                  reinterpret_cast<float*>(lse), pointer<float>(sinks), sizes[7], sizes[8],
+                  reinterpret_cast<float*>(lse), at<float>(sinks), sizes[7], sizes[8],
                   static_cast<int>(sizes[9]), static_cast<int>(sizes[10]), static_cast<DType>(dtype), scale, softcap,
                   threads};
   nb::gil_scoped_release release;
-  execute(*kernels, plan, call);
+  execute(kernels, plan, call);
 }
 
 }  // namespace
@@ -64,7 +49,8 @@ NB_MODULE(_kernels, m) {
     prefer_huge_pages(reinterpret_cast<void*>(begin), bytes);
   });
   bind_planning(m);
-  m.def("supported", &supported_isas, "Instruction sets of this build that this machine runs, best last");
+  m.def("supported", &supported_isas,
+        "Instruction sets of this build that this machine runs: the oldest first, and last amx_emulated, for tests");
   m.def("prefers_bf16_dot", &prefers_bf16_dot, "Whether vdpbf16ps beats fp32 FMA here (AMD)");
   m.def("peak_flops", &peak_flops, nb::call_guard<nb::gil_scoped_release>(), "Flops a second on registers; peak.h");
   m.def("has_openmp", [] {

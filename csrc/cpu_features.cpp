@@ -56,19 +56,19 @@ bool detect_amx() {
 }
 
 // Asked once: in a virtual machine every cpuid is a trap.
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   static const bool yes = detect_avx2();
   return yes;
 }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   static const bool yes = detect_avx512();
   return yes;
 }
-bool has_avx512_bf16() {
+[[maybe_unused]] bool has_avx512_bf16() {
   static const bool yes = detect_avx512_bf16();
   return yes;
 }
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
   static const bool yes = detect_amx();
   return yes;
 }
@@ -79,10 +79,8 @@ bool has_amx() {
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names{"portable"};
 #ifdef GOSSAMER_X86
-  if (has_avx2()) names.push_back("avx2");
-  if (has_avx512()) names.push_back("avx512");
-  if (has_avx512_bf16()) names.push_back("avx512_bf16");
-  if (has_amx()) names.push_back("amx");
+  for (const char* name : {"avx2", "avx512", "avx512_bf16", "amx"})
+    if (kernels_of(name) != nullptr) names.push_back(name);
 #endif
   names.push_back("amx_emulated");
   return names;
@@ -91,17 +89,23 @@ std::vector<std::string> supported_isas() {
 const Kernels* kernels_of(const std::string& isa) {
   if (isa == "portable") return portable_kernels();
   if (isa == "amx_emulated") return amx_emulated_kernels();
-#ifdef GOSSAMER_X86
+#ifdef GOSSAMER_HAS_AVX2
   if (isa == "avx2" && has_avx2()) return avx2_kernels();
+#endif
+#ifdef GOSSAMER_HAS_AVX512
   if (isa == "avx512" && has_avx512()) return avx512_kernels();
+#endif
+#ifdef GOSSAMER_HAS_AVX512_BF16
   if (isa == "avx512_bf16" && has_avx512_bf16()) return avx512_bf16_kernels();
+#endif
+#ifdef GOSSAMER_HAS_AMX
   if (isa == "amx" && has_amx()) return amx_kernels();
 #endif
   return nullptr;
 }
 
 bool prefers_bf16_dot() {
-#ifdef GOSSAMER_X86
+#ifdef GOSSAMER_HAS_AVX512_BF16
   static const Leaf vendor = cpuid(0, 0);  // "AuthenticAMD"
   return has_avx512_bf16() && vendor.b == 0x68747541 && vendor.d == 0x69746e65 && vendor.c == 0x444d4163;
 #else

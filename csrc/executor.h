@@ -11,7 +11,13 @@ namespace gossamer {
 struct TensorView {
   char* data;
   int64_t stride[3];
+
+  char* row(int64_t b, int64_t head, int64_t row, int64_t element) const {
+    return data + (b * stride[0] + head * stride[1] + row * stride[2]) * element;
+  }
 };
+
+inline int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 struct PlanView {
   int64_t batch, heads, query_len, key_len, block_q, block_k, column_group;

@@ -15,7 +15,6 @@
 namespace gossamer {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896340736f;
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr float kInfinity = __builtin_inff();
 // fp32 logits of more dimensions are summed in parts, because one long chain rounds more. Shorter parts cost time, but
@@ -27,8 +26,6 @@ inline int even_part(int depth, int longest) {
   const int parts = (depth + longest - 1) / longest;
   return (depth + parts - 1) / parts;
 }
-
-inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // softcap * tanh(logit / softcap); tanh by the exponential of the absolute value.
 template <class V>

@@ -13,6 +13,7 @@ constexpr int kChunk = 64;       // keys in a packed tile
 constexpr int kMaxRows = 256;    // query rows that are processed together
 constexpr int kMaxHeadDim = 256;
 constexpr int64_t kUnlimited = int64_t{1} << 40;
+constexpr float kLog2E = 1.44269504088896340736f;
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 

@@ -2,18 +2,15 @@
 
 #include <algorithm>
 
+#include "integers.h"
+
 namespace gossamer {
-namespace {
-
-int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-}  // namespace
 
 Operands::Operands(const Kernels& kernels, const PlanView& plan, const Call& call)
     : kernels(kernels),
       plan(plan),
       call(call),
-      element(call.dtype == DType::kFloat32 ? 4 : 2),
+      element(element_size(call.dtype)),
       dim(round_up(call.head_dim, kernels.head_dim_multiple)),
       value_dim(round_up(call.value_dim, kernels.head_dim_multiple)),
       chunks(ceil_div(plan.key_len, kChunk)),
@@ -29,10 +26,6 @@ int64_t Operands::tile_bytes() const {
   return one.key_bytes + one.value_bytes;
 }
 
-char* Operands::row_of(const TensorView& tensor, int64_t b, int64_t head, int64_t row) const {
-  return tensor.data + (b * tensor.stride[0] + head * tensor.stride[1] + row * tensor.stride[2]) * element;
-}
-
 void Operands::pack(int64_t b, int64_t group, const int32_t* slots, int count, char* keys, char* values) const {
   const int64_t low = plan.key_start[b], high = low + plan.key_count[b];
   const void* key_rows[kChunk];
@@ -40,8 +33,8 @@ void Operands::pack(int64_t b, int64_t group, const int32_t* slots, int count, c
   for (int t = 0; t < kChunk; ++t) {
     // A dead slot may hold anything, NaN too, and is never read.
     const bool live = t < count && slots[t] >= low && slots[t] < high;
-    key_rows[t] = live ? row_of(call.k, b, group, slots[t]) : nullptr;
-    value_rows[t] = live ? row_of(call.v, b, group, slots[t]) : nullptr;
+    key_rows[t] = live ? call.k.row(b, group, slots[t], element) : nullptr;
+    value_rows[t] = live ? call.v.row(b, group, slots[t], element) : nullptr;
   }
   kernels.pack({call.dtype, key_rows, value_rows, call.head_dim, call.value_dim, dim, value_dim, keys, values});
 }
@@ -60,8 +53,8 @@ void PanelRows::collect(const Operands& operands, const RowRange& range) {
       int64_t row = r;
       if (plan.q_order != nullptr)
         row = plan.q_order[(int64_t{range.b} * plan.heads + range.plan_head) * plan.query_len + r];
-      queries_.push_back(operands.row_of(call.q, range.b, h, row));
-      outputs_.push_back(operands.row_of(call.out, range.b, h, row));
+      queries_.push_back(call.q.row(range.b, h, row, operands.element));
+      outputs_.push_back(call.out.row(range.b, h, row, operands.element));
       lse_.push_back(call.lse + (range.b * call.query_heads + h) * plan.query_len + row);
       const int64_t at = plan.query_start[range.b] + row + plan.key_start[range.b];
       coordinates_.push_back(at);

@@ -34,7 +34,6 @@ class Operands {
   int64_t group_of(int64_t plan_head) const { return plan_head * call.groups / plan.heads; }
   // Packs up to 64 keys and values, by their slots.
   void pack(int64_t b, int64_t group, const int32_t* slots, int count, char* keys, char* values) const;
-  char* row_of(const TensorView& tensor, int64_t b, int64_t head, int64_t row) const;
 };
 
 // The rows of a panel: where they lie, and what they may see.

@@ -11,9 +11,10 @@
 namespace gossamer {
 namespace {
 
-// 64 rows of `depth` elements to [depth][64]. depth is a multiple of the vector width.
+// 64 rows of `depth` 32-bit elements to [depth][64]. depth is a multiple of the vector width; rows of bf16 pairs may lie
+// at any even address.
 template <class V>
-void transpose_keys(const uint32_t* const* rows, int depth, uint32_t* out) {
+void transpose_keys(const void* const* rows, int depth, uint32_t* out) {
   for (int t = 0; t < kChunk; t += V::kWidth)
     for (int d = 0; d < depth; d += V::kWidth) V::transpose(rows + t, d, out + int64_t{d} * kChunk + t, kChunk);
 }
@@ -31,7 +32,7 @@ class KeyRows {
       if (job.key_rows[t] == nullptr) {
         rows[t] = zeros();
       } else if (as_they_are) {
-        rows[t] = static_cast<const uint32_t*>(job.key_rows[t]);
+        rows[t] = job.key_rows[t];
       } else {
         uint32_t* row = copies_ + int64_t{t} * depth;
         copy(job, job.key_rows[t], row);
@@ -46,7 +47,7 @@ class KeyRows {
   }
 
   const int depth;
-  const uint32_t* rows[kChunk];
+  const void* rows[kChunk];
 
  private:
   void copy(const PackJob& job, const void* key, uint32_t* row) const {

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
+#include <cstring>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -43,9 +46,39 @@ void attempt(const Jobs& job, int thread, int64_t n, Failure& failure) {
   }
 }
 
+// Whether the thread could be started: the system may have none to give.
+template <class Work>
+bool start(std::thread& thread, const Work& work) {
+  try {
+    thread = std::thread(work);
+    return true;
+  } catch (const std::system_error&) {
+    return false;
+  }
+}
+
 #ifdef _OPENMP
 
-bool is_forked_child = false;
+// Whether this process was forked and has not executed a program since, as Linux says. OpenMP may have started threads
+// before the fork, which nothing here was loaded to see.
+bool is_fork_at_load() {
+  bool forked = false;
+#ifdef __linux__
+  if (std::FILE* file = std::fopen("/proc/self/stat", "r")) {
+    constexpr unsigned kForkedNoExec = 0x40;  // PF_FORKNOEXEC
+    char text[512] = {};
+    unsigned flags = 0;
+    const size_t length = std::fread(text, 1, sizeof text - 1, file);
+    const char* after_name = length > 0 ? std::strrchr(text, ')') : nullptr;
+    if (after_name != nullptr && std::sscanf(after_name + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) == 1)
+      forked = (flags & kForkedNoExec) != 0;
+    std::fclose(file);
+  }
+#endif
+  return forked;
+}
+
+bool is_forked_child = is_fork_at_load();
 #ifdef __unix__
 const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
 #endif
@@ -56,10 +89,15 @@ void run_on_pool(int threads, int64_t jobs, const Jobs& job, Failure& failure) {
 }
 
 void run_on_threads(int threads, int64_t jobs, const Jobs& job, Failure& failure) {
-  if (is_forked_child)
-    std::thread([&] { run_on_pool(threads, jobs, job, failure); }).join();
-  else
+  if (!is_forked_child) {
     run_on_pool(threads, jobs, job, failure);
+    return;
+  }
+  std::thread caller;
+  if (start(caller, [&] { run_on_pool(threads, jobs, job, failure); }))
+    caller.join();
+  else
+    for (int64_t n = 0; n < jobs; ++n) attempt(job, 0, n, failure);
 }
 
 #else
@@ -69,10 +107,12 @@ void run_on_threads(int threads, int64_t jobs, const Jobs& job, Failure& failure
   const auto work = [&](int thread) {
     for (int64_t n = next++; n < jobs; n = next++) attempt(job, thread, n, failure);
   };
-  std::vector<std::thread> others;
-  for (int thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
+  std::vector<std::thread> others(threads - 1);
+  size_t started = 0;
+  while (started < others.size() && start(others[started], [&work, started] { work(static_cast<int>(started) + 1); }))
+    ++started;
   work(0);
-  for (auto& other : others) other.join();
+  for (size_t n = 0; n < started; ++n) others[n].join();
 }
 
 #endif

@@ -46,7 +46,7 @@ float portable_loop(int64_t rounds, float a, float b) {
 }
 constexpr double kPortableFlops = 12 * 4 * 2;
 
-#ifdef GOSSAMER_X86
+#ifdef GOSSAMER_HAS_AVX2
 __attribute__((target("avx2,fma"))) float avx2_loop(int64_t rounds, float a, float b) {
   const __m256 x = _mm256_set1_ps(a), y = _mm256_set1_ps(b);
 #define START(i) __m256 s##i = _mm256_set1_ps(a + static_cast<float>(i));
@@ -64,7 +64,9 @@ __attribute__((target("avx2,fma"))) float avx2_loop(int64_t rounds, float a, flo
   return _mm256_cvtss_f32(total);
 }
 constexpr double kAvx2Flops = 12 * 8 * 2;
+#endif
 
+#ifdef GOSSAMER_HAS_AVX512
 __attribute__((target("avx512f"))) float avx512_loop(int64_t rounds, float a, float b) {
   const __m512 x = _mm512_set1_ps(a), y = _mm512_set1_ps(b);
 #define START(i) __m512 s##i = _mm512_set1_ps(a + static_cast<float>(i));
@@ -82,7 +84,9 @@ __attribute__((target("avx512f"))) float avx512_loop(int64_t rounds, float a, fl
   return _mm512_cvtss_f32(total);
 }
 constexpr double kAvx512Flops = 20 * 16 * 2;
+#endif
 
+#ifdef GOSSAMER_HAS_AVX512_BF16
 __attribute__((target("avx512f,avx512bf16"))) float avx512_bf16_loop(int64_t rounds, float a, float b) {
   const __m512 x = _mm512_set1_ps(a), y = _mm512_set1_ps(b);
   const __m512bh p = (__m512bh)_mm512_castps_si512(x), q = (__m512bh)_mm512_castps_si512(y);
@@ -101,7 +105,9 @@ __attribute__((target("avx512f,avx512bf16"))) float avx512_bf16_loop(int64_t rou
   return _mm512_cvtss_f32(total);
 }
 constexpr double kAvx512Bf16Flops = 20 * 32 * 2;
+#endif
 
+#ifdef GOSSAMER_HAS_AMX
 // Six accumulators, two factors, as many tiles as there are. Like isa_amx.cpp, never run so far.
 float amx_loop(int64_t rounds, float, float) {
   struct alignas(64) Config {
@@ -136,10 +142,16 @@ struct Peak {
 Peak peak_of(const std::string& isa) {
   if (kernels_of(isa) != nullptr) {
     if (isa == "portable") return {portable_loop, kPortableFlops};
-#ifdef GOSSAMER_X86
+#ifdef GOSSAMER_HAS_AVX2
     if (isa == "avx2") return {avx2_loop, kAvx2Flops};
+#endif
+#ifdef GOSSAMER_HAS_AVX512
     if (isa == "avx512") return {avx512_loop, kAvx512Flops};
+#endif
+#ifdef GOSSAMER_HAS_AVX512_BF16
     if (isa == "avx512_bf16") return {avx512_bf16_loop, kAvx512Bf16Flops};
+#endif
+#ifdef GOSSAMER_HAS_AMX
     if (isa == "amx") return {amx_loop, kAmxFlops};
 #endif
   }

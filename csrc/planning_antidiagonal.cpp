@@ -158,7 +158,7 @@ class Antidiagonals {
         for (int64_t n = 0; n < rows_of(panel); ++n) {
           const int64_t r = panel * kScoreRows + n, row = query(r) + all_.sizes_.stride - 1 - s;
           rows[n] = row >= live && row < call_.query_len
-                        ? row_of(call_.q, b_, head(r), row, element_size(call_.dtype))
+                        ? call_.q.row(b_, head(r), row, element_size(call_.dtype))
                         : nullptr;
         }
         all_.kernels_.pack_queries({rows, static_cast<int>(rows_of(panel)), call_.dim, all_.padded_, call_.dtype},
@@ -173,7 +173,7 @@ class Antidiagonals {
         for (int64_t t = 0; t < kChunk; ++t) {
           const int64_t slot = (first + t) * all_.sizes_.stride + s;
           rows[t] = first + t < past && slot >= start_ && slot < end_
-                        ? row_of(call_.k, b_, g_, slot, element_size(call_.dtype))
+                        ? call_.k.row(b_, g_, slot, element_size(call_.dtype))
                         : nullptr;
         }
         all_.kernels_.pack_keys({rows, kChunk, call_.dim, all_.padded_, call_.dtype},
@@ -185,8 +185,8 @@ class Antidiagonals {
       const int64_t first = all_.tiling_.first_cell(tile), past = all_.tiling_.past_cell(tile);
       uint64_t masks[kScoreRows];
       for (int64_t n = 0; n < rows_of(panel); ++n)
-        masks[n] = range_mask(first_cell(), std::min(past, past_cell_[panel * kScoreRows + n]), first);
-      const float factor = call_.scale / static_cast<float>(all_.sizes_.stride) * static_cast<float>(kLog2E);
+        masks[n] = bit_range(first_cell() - first, std::min(past, past_cell_[panel * kScoreRows + n]) - first);
+      const float factor = call_.scale / static_cast<float>(all_.sizes_.stride) * kLog2E;
       const int64_t slot = slot_of(panel, tile) * kScoreRows;
       all_.kernels_.run_mass({queries(panel), scratch_.keys.data(), static_cast<int>(rows_of(panel)), all_.padded_,
                               factor, masks, scratch_.logits.data() + kLanes, static_cast<int>(all_.sizes_.stride)},

@@ -7,34 +7,13 @@
 #include <string>
 #include <vector>
 
-#include "cpu_features.h"
+#include "bindings.h"
 #include "planning.h"
 
 namespace nb = nanobind;
 using namespace gossamer;
 
-void bind_planning(nb::module_& m);
-
 namespace {
-
-using Addresses = std::vector<uintptr_t>;
-using Sizes = std::vector<int64_t>;
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-TensorView view(uintptr_t data, const Sizes& strides) {
-  if (strides.size() != 4 || strides[3] != 1) throw std::invalid_argument("four strides, the last of them 1");
-  return {reinterpret_cast<char*>(data), {strides[0], strides[1], strides[2]}};
-}
-
-const Kernels& kernels_for(const std::string& isa) {
-  const Kernels* kernels = kernels_of(isa);
-  if (kernels == nullptr) throw std::invalid_argument("this build has no kernels for " + isa);
-  return *kernels;
-}
 
 void expect(const Sizes& sizes, size_t size_count, const Addresses& arrays, size_t array_count) {
   if (sizes.size() != size_count || arrays.size() != array_count)

@@ -37,7 +37,7 @@ class PlanningCode {
     alignas(64) uint32_t copies[kChunk * kMaxHeadDim];
     const int depth = depth_of(list.padded_dim);
     pack_queries(list, copies);
-    const uint32_t* rows[kChunk];
+    const void* rows[kChunk];
     for (int t = 0; t < kChunk; ++t) rows[t] = copies + int64_t{t} * depth;
     transpose_keys<V>(rows, depth, static_cast<uint32_t*>(out));
   }

@@ -110,10 +110,10 @@ class Probe {
           uint64_t any = 0;
           for (int r = 0; r < count; ++r) {
             const int64_t end = live_begin(b) + piece_position(b, piece) + r + 1;
-            any |= scratch.masks[r] = range_mask(live_begin(b), std::min(live_end(b), end), slot);
+            any |= scratch.masks[r] = bit_range(live_begin(b) - slot, std::min(live_end(b), end) - slot);
           }
           if (any == 0) continue;
-          visit(panel, ScorePanel{queries(panel), scratch.keys, count, padded_, call_.scale * static_cast<float>(kLog2E),
+          visit(panel, ScorePanel{queries(panel), scratch.keys, count, padded_, call_.scale * kLog2E,
                                   scratch.masks, scratch.logits},
                 tile);
         }
@@ -242,13 +242,13 @@ class Energies {
           for (int r = 0; r < count; ++r) {
             const int64_t slot = to_slot + row + r;  // it sees blocks whose first live slot is at or before
             const int64_t sees = slot < start ? 0 : slot / block_k_ + 1;
-            any |= scratch.masks[r] = range_mask(low, std::min(high, sees), tile * kChunk);
+            any |= scratch.masks[r] = bit_range(low - tile * kChunk, std::min(high, sees) - tile * kChunk);
           }
           if (any == 0) continue;
           sums.resize(sums.size() + kChunk);
           largest.push_back(kernels_.energy(
               {scratch.queries, keys_.data() + ((b * call_.groups + g) * tiles_ + tile) * kChunk * padded_, count,
-               padded_, call_.scale * static_cast<float>(kLog2E), scratch.masks, scratch.logits},
+               padded_, call_.scale * kLog2E, scratch.masks, scratch.logits},
               sums.data() + sums.size() - kChunk));
           of_tile.push_back(tile);
         }
@@ -292,7 +292,7 @@ void pool(const Kernels& kernels, const TensorView& x, int64_t batch, int64_t he
     const int64_t low = std::max(at * block, live[2 * b]);
     const int64_t high = std::min({(at + 1) * block, tokens, live[2 * b + 1]});
     if (low < high)
-      kernels.planning->mean(row_of(x, b, h, low, element), x.stride[2] * element, high - low, dim, dtype,
+      kernels.planning->mean(x.row(b, h, low, element), x.stride[2] * element, high - low, dim, dtype,
                              out + n * dim);
   });
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "integers.h"
 #include "parallel.h"
 #include "planning.h"
 
@@ -13,11 +14,7 @@ constexpr uint64_t kWhole = ~uint64_t{0};
 
 // Sets bits [low, high).
 void cover(uint64_t* words, int64_t low, int64_t high) {
-  for (int64_t n = low / kBlock; n * kBlock < high; ++n) {
-    const int64_t first = std::max<int64_t>(low - n * kBlock, 0), last = std::min(high - n * kBlock, kBlock);
-    const uint64_t upto = last == kBlock ? kWhole : (uint64_t{1} << last) - 1;
-    words[n] |= upto & ~((uint64_t{1} << first) - 1);
-  }
+  for (int64_t n = low / kBlock; n * kBlock < high; ++n) words[n] |= bit_range(low - n * kBlock, high - n * kBlock);
 }
 
 // The keys that the diagonals of a row block touch: merged ranges in positions, as slots [0, key_len).

@@ -3,18 +3,11 @@
 
 #include <cstdint>
 
+#include "integers.h"
 #include "job.h"
 
 namespace gossamer {
 namespace {
-
-// Bits [begin, end) of 64; either may lie outside.
-inline uint64_t bit_range(int64_t begin, int64_t end) {
-  if (begin < 0) begin = 0;
-  if (end > 64) end = 64;
-  if (begin >= end) return 0;
-  return (~uint64_t{0} >> (64 - (end - begin))) << begin;
-}
 
 // Number of ascending slots before the given one.
 inline int slots_before(const int32_t* slots, int count, int64_t slot) {

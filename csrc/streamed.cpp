@@ -140,8 +140,8 @@ class Streamed {
     if (tile.slots == nullptr) count = static_cast<int>(std::min<int64_t>(count, o_.plan.key_len - tile.first_slot));
     for (int t = 0; t < count; ++t) {
       const int64_t slot = tile.slots != nullptr ? tile.slots[t] : tile.first_slot + t;
-      const char* key = o_.row_of(o_.call.k, range.b, group, slot);
-      const char* value = o_.row_of(o_.call.v, range.b, group, slot);
+      const char* key = o_.call.k.row(range.b, group, slot, o_.element);
+      const char* value = o_.call.v.row(range.b, group, slot, o_.element);
       for (int at = 0; at < o_.call.head_dim * o_.element; at += 64) __builtin_prefetch(key + at, 0, 2);
       for (int at = 0; at < o_.call.value_dim * o_.element; at += 64) __builtin_prefetch(value + at, 0, 2);
     }
@@ -162,7 +162,7 @@ class Streamed {
                           tile.first_slot + kChunk <= o_.plan.key_start[range.b] + o_.plan.key_count[range.b];
     o_.pack(range.b, group, slots, count, keys, in_place ? nullptr : values);
     tile.keys = keys;
-    tile.values = in_place ? o_.row_of(o_.call.v, range.b, group, tile.first_slot) : values;
+    tile.values = in_place ? o_.call.v.row(range.b, group, tile.first_slot, o_.element) : values;
     tile.value_stride = in_place ? o_.call.v.stride[2] : 0;
   }
 
@@ -179,7 +179,10 @@ class Streamed {
     constexpr float kNothing = -std::numeric_limits<float>::infinity();
     const int64_t begin = item.first_stretch, end = begin + item.stretches;
     float top = kNothing;
-    for (int64_t s = begin; s < end; ++s) top = *partial_lse(s, row) <= top ? top : *partial_lse(s, row);
+    for (int64_t s = begin; s < end; ++s) {
+      const float lse = *partial_lse(s, row);
+      if (!(lse <= top) && top == top) top = lse;  // a NaN stays
+    }
     double total = 0.0;
     for (int64_t s = begin; s < end; ++s) total += std::exp(double{*partial_lse(s, row)} - top);
     const double lse = top == kNothing ? double{kNothing} : top + std::log(total);

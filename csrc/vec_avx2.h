@@ -23,7 +23,6 @@ struct VecAvx2 {
   static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
-  static Reg fms(Reg a, Reg b, Reg c) { return _mm256_fmsub_ps(a, b, c); }
   static Reg abs(Reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static Reg copy_sign(Reg magnitude, Reg sign) {
     const Reg bit = _mm256_set1_ps(-0.0f);
@@ -87,8 +86,9 @@ struct VecAvx2 {
   }
 
   // Elements [first, first + 8) of 8 rows; the stride in elements.
-  static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t to_stride) {
-    const auto row = [&](int r) { return load(reinterpret_cast<const float*>(rows[r] + first)); };
+  static void transpose(const void* const* rows, int first, uint32_t* to, int64_t to_stride) {
+    const auto row = [&](int r) { return _mm256_castsi256_ps(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(static_cast<const char*>(rows[r]) + 4 * first))); };
     __m256 y[8];
     for (int r = 0; r < 8; r += 4) {
       const __m256 x0 = row(r), x1 = row(r + 1), x2 = row(r + 2), x3 = row(r + 3);

@@ -23,7 +23,6 @@ struct VecAvx512 {
   static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-  static Reg fms(Reg a, Reg b, Reg c) { return _mm512_fmsub_ps(a, b, c); }
   static Reg abs(Reg a) { return _mm512_abs_ps(a); }
   static Reg copy_sign(Reg magnitude, Reg sign) {
     const __m512i bit = _mm512_set1_epi32(INT32_MIN);
@@ -83,10 +82,10 @@ struct VecAvx512 {
   }
 
   // Elements [first, first + 16) of 16 rows; the stride in elements.
-  static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t to_stride) {
+  static void transpose(const void* const* rows, int first, uint32_t* to, int64_t to_stride) {
     __m512i x[16], y[16];
 #pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(rows[r] + first);
+    for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(static_cast<const char*>(rows[r]) + 4 * first);
     // In each 128-bit lane the 4 x 4 corners of four rows, then the lanes themselves.
 #pragma GCC unroll 4
     for (int r = 0; r < 16; r += 4) {

@@ -31,7 +31,6 @@ struct VecPortable {
   static Reg div(Reg a, Reg b) { return a / b; }
   static Reg max(Reg a, Reg b) { return pick(a > b, a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
-  static Reg fms(Reg a, Reg b, Reg c) { return a * b - c; }
   static Reg abs(Reg a) { return (Reg)((Lanes)a & 0x7fffffff); }
   static Reg copy_sign(Reg magnitude, Reg sign) {
     return (Reg)(((Lanes)magnitude & 0x7fffffff) | ((Lanes)sign & INT32_MIN));
@@ -87,9 +86,10 @@ struct VecPortable {
   }
 
   // Elements [first, first + 4) of 4 rows; the stride in elements.
-  static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t to_stride) {
+  static void transpose(const void* const* rows, int first, uint32_t* to, int64_t to_stride) {
     for (int n = 0; n < 4; ++n)
-      for (int r = 0; r < 4; ++r) to[n * to_stride + r] = rows[r][first + n];
+      for (int r = 0; r < 4; ++r)
+        std::memcpy(to + n * to_stride + r, static_cast<const char*>(rows[r]) + 4 * (first + n), sizeof *to);
   }
 
  private:

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <utility>
 
+#include "integers.h"
+
 namespace gossamer {
 namespace {
-
-uint64_t first_bits(int64_t count) { return count >= kChunk ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
 // Key slots that some row may attend at all.
 std::pair<int64_t, int64_t> reachable(const QueryBlock& block) {
@@ -123,7 +123,7 @@ void Worklist::add_gathered(const QueryBlock& block, const PackedTiles& packed, 
   const int64_t total = static_cast<int64_t>(gathered_.size());
   for (int64_t tile = 0; tile * kChunk < total; ++tile) {
     const int count = static_cast<int>(std::min<int64_t>(kChunk, total - tile * kChunk));
-    add_column_tile(block, slots + tile * kChunk, count, first_bits(count), packed.keys(tile),
+    add_column_tile(block, slots + tile * kChunk, count, bit_range(0, count), packed.keys(tile),
                     packed.values(tile));
   }
 }
@@ -169,7 +169,7 @@ void Worklist::list_permuted(const QueryBlock& block, const PackedTiles& packed)
 void Worklist::select(int64_t begin, int64_t end) {
   for (int64_t slot = begin; slot < end;) {
     const int64_t chunk = slot / kChunk, stop = std::min(end, (chunk + 1) * kChunk);
-    selected_[chunk] |= first_bits(stop - slot) << (slot % kChunk);
+    selected_[chunk] |= bit_range(slot % kChunk, slot % kChunk + stop - slot);
     touched_[chunk] = 1;
     slot = stop;
   }

@@ -210,3 +210,23 @@ def test_no_intermediate_exceeds_its_budget_at_a_million_keys() -> None:
     inputs = k.numel() * 4
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < inputs + (1 << 30)
+
+
+@pytest.mark.parametrize(("batch", "query_len", "key_len"), [(0, 70, 70), (1, 0, 70), (2, 0, 0), (1, 70, 0)])
+def test_nothing_to_score(batch: int, query_len: int, key_len: int) -> None:
+    q, k = torch.randn(batch, 4, query_len, 16), torch.randn(batch, 2, key_len, 16)
+    extent = Extent([max(0, key_len - query_len)] * batch, [0] * batch, [key_len] * batch)
+    sizes = {"extent": extent, "block_q": 64, "block_k": 32}
+    shape = (ceil_div(query_len, 64), ceil_div(key_len, 32))
+    for mass in estimators.last_query_probe(q, k, scale=1.0, extent=extent):
+        assert torch.equal(mass, torch.zeros(batch, 4, key_len))
+    for heads, chunks in (
+        (4, estimators.pooled_scores(q, k, **sizes)),
+        (2, estimators.row_block_energy(q, k, scale=1.0, **sizes)),
+        (4, estimators.antidiagonal_scores(q, k, scale=1.0, **sizes)),
+    ):
+        parts = [scores for _, scores in chunks]
+        if query_len:
+            assert torch.cat(parts, dim=2).shape == (batch, heads, *shape)
+        else:
+            assert not parts

@@ -4,9 +4,8 @@ Shapes: q ``[B, H, S, D]``, k ``[B, G, T, D]``. Everything streams: no intermedi
 exceeds `CHUNK_BYTES` by much, so a million keys fit.
 
 The probe, the means, the energies and the antidiagonals come from C++ on the CPU (`gossamer.ops.cpu.planning`) and from
-Triton on CUDA devices (`gossamer.ops.triton.planning`); the torch versions are their oracles and serve the rest. The
-others keep the logits of bf16 and fp16 inputs in fp32, where torch rounds them to the input's dtype: they are nearer
-to the formula, and scores differ by that rounding.
+Triton on CUDA devices (`gossamer.ops.triton.planning`); the torch versions are their oracles and serve the rest. All
+keep the logits of bf16 and fp16 inputs in fp32: scores differ by the order of sums and the rounding of exponentials.
 """
 
 from __future__ import annotations
@@ -59,11 +58,13 @@ def _probe_in_torch(q: Tensor, k: Tensor, scale: float, extent: Extent, last: in
     groups, key_len = k.shape[1], k.shape[2]
     share = heads // groups
     rows = min(last, query_len)
+    if 0 in (batch, rows, key_len):
+        return torch.zeros(batch, heads, key_len, device=q.device), torch.zeros(batch, heads, key_len, device=q.device)
     # The rows end at the last query whose own slot is live (right padding comes after it).
     end = (extent.key_count - extent.query_start).clamp(rows, query_len)
     row = (end[:, None] - rows + torch.arange(rows)).to(q.device)  # [B, rows]
     probe = q.gather(2, row[:, None, :, None].expand(batch, heads, rows, dim))
-    probe = probe.reshape(batch, groups, share * rows, dim) * scale
+    probe = _wide(probe).reshape(batch, groups, share * rows, dim) * scale
     position = row + extent.query_start.to(q.device)[:, None]
     key_position = extent.key_positions(key_len).to(q.device)
     key_count = extent.key_count.to(q.device)
@@ -72,11 +73,11 @@ def _probe_in_torch(q: Tensor, k: Tensor, scale: float, extent: Extent, last: in
         kpos = key_position[:, start:stop]
         visible = (kpos >= 0) & (kpos < key_count[:, None])
         visible = visible[:, None, :] & (kpos[:, None, :] <= position[:, :, None])
-        scores = (probe @ k[:, :, start:stop].transpose(-1, -2)).float()
+        scores = (probe @ _wide(k[:, :, start:stop]).transpose(-1, -2)).float()
         scores = scores.view(batch, groups, share, rows, stop - start)
         return scores.masked_fill_(~visible[:, None, None], float("-inf"))
 
-    chunk = max(64, CHUNK_BYTES // max(1, 8 * batch * heads * rows))
+    chunk = max(64, CHUNK_BYTES // (8 * batch * heads * rows + 4 * batch * groups * dim))
     lse = torch.full((batch, groups, share, rows), float("-inf"), device=q.device)
     for start in range(0, key_len, chunk):
         lse = torch.logaddexp(lse, logits(start, min(start + chunk, key_len)).logsumexp(-1))
@@ -96,6 +97,11 @@ def _probe_in_torch(q: Tensor, k: Tensor, scale: float, extent: Extent, last: in
             if high > low:
                 diagonals[b, :, first - high + 1 : first - low + 1] += sums[b, :, low:high].flip(-1)
     return columns, diagonals
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32 or wider: the products of bf16 and fp16 are summed, and their sums kept, in fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _diagonal_sums(mass: Tensor) -> Tensor:
@@ -156,7 +162,7 @@ def pooled_scores(q: Tensor, k: Tensor, *, extent: Extent, block_q: int, block_k
     queries = pool_queries(q, extent, block_q)
     keys = pool_keys(k, extent, block_k)
     blocks, key_blocks = queries.shape[2], keys.shape[2]
-    queries = queries.view(batch, groups, heads // groups, blocks, -1)
+    queries = queries.view(batch, groups, heads // groups, blocks, q.shape[3])
     visible = BlockVisibility(extent, q.shape[2], k.shape[2], block_q, block_k, q.device)
     chunk = CHUNK_BYTES if q.device.type == "cpu" else DEVICE_CHUNK_BYTES
     step = max(1, chunk // max(1, 8 * batch * heads * key_blocks))
@@ -204,14 +210,17 @@ def _energy_in_torch(
     batch, heads, query_len, dim = q.shape
     groups = pooled.shape[1]
     share = heads // groups
-    pooled_t = pooled.transpose(-1, -2)
+    pooled_t = _wide(pooled).transpose(-1, -2)
     blocks, key_blocks = ceil_div(query_len, block_q), pooled.shape[2]
     visible = BlockVisibility(extent, query_len, key_len, block_q, block_k, q.device)
-    step = max(1, CHUNK_BYTES // max(1, 12 * batch * heads * block_q * key_blocks))
+    step = max(1, CHUNK_BYTES // max(1, batch * heads * block_q * (12 * key_blocks + 4 * dim)))
     for at in range(0, blocks, step):
         stop = min(at + step, blocks)
         first, last = at * block_q, min(stop * block_q, query_len)
-        rows = q[:, :, first:last].reshape(batch, groups, share * (last - first), dim)
+        if key_blocks == 0:
+            yield at, torch.zeros(batch, groups, stop - at, 0, device=q.device)
+            continue
+        rows = _wide(q[:, :, first:last]).reshape(batch, groups, share * (last - first), dim)
         x = (rows @ pooled_t).float().mul_(scale).view(batch, groups, share, last - first, key_blocks)
         x.masked_fill_(~visible.row_sees_first_key(first, last)[:, None, None], float("-inf"))
         missing = (stop - at) * block_q - (last - first)
@@ -265,16 +274,20 @@ def _antidiagonals_in_torch(
     position = extent.key_positions(key_len).to(k.device)
     dead = (position < 0) | (position >= extent.key_count.to(k.device)[:, None])
     keys = F.pad(k.masked_fill(dead[:, None, :, None], 0.0), (0, 0, 0, -key_len % stride))
-    keys = keys.reshape(batch, groups, -1, stride * dim).transpose(-1, -2)
+    keys = keys.reshape(batch, groups, ceil_div(key_len, stride), stride * dim).transpose(-1, -2)
     padding = extent.query_positions(query_len).to(q.device) < 0
     blocks, cells = ceil_div(query_len, block_q), keys.shape[-1]
-    step = max(1, CHUNK_BYTES // max(1, 8 * batch * heads * (block_q // stride) * cells))
+    step = max(1, CHUNK_BYTES // max(1, batch * heads * (block_q // stride) * (8 * cells + 4 * stride * dim)))
+    part = max(64, CHUNK_BYTES // max(1, 4 * batch * groups * stride * dim))  # cells that are widened at once
     for at in range(0, blocks, step):
         first, last = at * block_q, min((at + step) * block_q, query_len)
         rows = q[:, :, first:last].masked_fill(padding[:, None, first:last, None], 0.0)
-        rows = F.pad(rows, (0, 0, 0, -rows.shape[2] % stride)).unflatten(2, (-1, stride)).flip(3)
-        rows = rows.reshape(batch, groups, -1, stride * dim)  # of all heads of a group, so that keys are not expanded
-        logits = (rows @ keys).float().mul_(scale / stride).view(batch, heads, -1, cells)
+        rows = _wide(F.pad(rows, (0, 0, 0, -rows.shape[2] % stride))).unflatten(2, (-1, stride)).flip(3)
+        row_cells = rows.shape[2]
+        # Of all heads of a group, so that keys are not expanded.
+        rows = rows.reshape(batch, groups, heads // groups * row_cells, stride * dim)
+        logits = torch.cat([(rows @ _wide(some)).float() for some in keys.split(part, dim=-1)], dim=-1)
+        logits = logits.mul_(scale / stride).view(batch, heads, row_cells, cells)
         seen = visible.any_pair(first // stride, ceil_div(last, stride))
         mass = logits.masked_fill_(~seen[:, None], float("-inf")).softmax(dim=-1)
         mass = mass.masked_fill_(~seen.any(dim=-1)[:, None, :, None], 0.0)

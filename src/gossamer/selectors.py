@@ -170,7 +170,9 @@ class CsrBuilder:
         self._indices.append(indices)
 
     def build(self) -> tuple[Tensor, Tensor]:
-        """Row pointers int64 and ascending column indices int32."""
+        """Row pointers int64 and ascending column indices int32; of no rows where nothing was added."""
+        if not self._counts:
+            return torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
         counts = torch.cat(self._counts, dim=2)
         indptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
         torch.cumsum(counts.flatten(), 0, out=indptr[1:])

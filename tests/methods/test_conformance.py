@@ -5,13 +5,14 @@ chosen here; the others run it without its largest length, which they get for on
 """
 
 import functools
+import math
 
 import pytest
 import torch
 
-from gossamer import HeadPattern, Profile, methods
+from gossamer import Extent, HeadPattern, Profile, methods
 from gossamer.methods import Method
-from gossamer.ops import cpu
+from gossamer.ops import cpu, reference
 from gossamer.testing import SITUATIONS, Case, assert_accurate, assert_keeps_diagonal, make_case
 
 # Budgets small enough that plans are sparse from a few hundred tokens on.
@@ -126,6 +127,27 @@ def test_full_budget_is_dense(entry, situation: str) -> None:
     case = make_case(situation, length=700, heads=4, groups=2, dim=16)
     plan = method.plan(case.q, case.k, scale=case.scale, extent=case.extent, layer=0)
     assert plan.density() == 1.0
+
+
+NOTHING = [(0, 70, 70), (1, 0, 70), (2, 0, 0), (1, 70, 0), (0, 0, 0)]  # batch, query_len, key_len
+
+
+@pytest.mark.parametrize("planner", ["", "torch"], ids=["cpp", "torch"])
+@pytest.mark.parametrize(("batch", "query_len", "key_len"), NOTHING)
+@every_method
+def test_nothing_to_plan(monkeypatch, entry, batch: int, query_len: int, key_len: int, planner: str) -> None:
+    monkeypatch.setenv("GOSSAMER_PLANNER", planner)
+    method = methods.create(entry[0], **entry[1])
+    q, k = torch.randn(batch, 4, query_len, 16), torch.randn(batch, 2, key_len, 16)
+    extent = Extent([max(0, key_len - query_len)] * batch, [0] * batch, [key_len] * batch)
+    plan = method.plan(q, k, scale=1.0, extent=extent, layer=0)
+    assert plan.density() == 1.0
+    assert int(plan.count_pairs().sum()) == 0
+    for executor in (reference, cpu) if cpu.is_available() else (reference,):
+        out, lse = executor.execute(q, k, k, plan, scale=1.0)
+        assert out.shape == q.shape
+        assert bool((out == 0).all())
+        assert bool((lse == -math.inf).all())
 
 
 @needs_kernels

@@ -26,6 +26,13 @@ def test_nothing_to_do(batch: int, query_len: int, key_len: int) -> None:
     assert bool((lse == -math.inf).all())
 
 
+def test_a_last_dimension_of_one_has_any_stride() -> None:
+    plan = SparsePlan.dense(1, 5, 5, Extent.full(1, 5, 5))
+    x = torch.randn(1, 1, 1, 5).transpose(2, 3)
+    assert x.stride(-1) != 1
+    check(plan, x, x, x)
+
+
 @pytest.mark.parametrize("query_len", [3, 100])
 def test_offsets_beyond_32_bits(query_len: int) -> None:
     """Heads more than 2^31 elements apart; the memory between them is never touched."""
@@ -64,8 +71,60 @@ codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in childre
 again, _ = cpu.execute(q, q, q, plan, scale=0.1)
 print(codes, torch.equal(again, expected))
 """
+    assert output_of(code) == "[0, 0] True"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_forked_workers_that_import_late() -> None:
+    """The parent's OpenMP threads are torch's, and nothing of gossamer saw the fork."""
+    code = """
+import os, signal, sys
+import torch
+torch.set_num_threads(2)
+torch.randn(2000, 2000).exp()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    from gossamer import Extent, SparsePlan
+    from gossamer.ops import cpu
+    q = torch.randn(1, 4, 200, 64)
+    plan = SparsePlan.dense(4, 200, 200, Extent.full(1, 200, 200))
+    two, _ = cpu.execute(q, q, q, plan, scale=0.1)
+    torch.set_num_threads(1)
+    one, _ = cpu.execute(q, q, q, plan, scale=0.1)
+    os._exit(0 if torch.equal(one, two) else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert output_of(code) == "0"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_planning_in_forked_workers_of_one_thread() -> None:
+    """Planners call torch too, whose own operations wait for the parent's threads unless told to use one."""
+    code = """
+import os, signal, sys
+import torch
+from gossamer import Extent, methods
+torch.set_num_threads(2)
+generator = torch.Generator().manual_seed(0)
+q, k = (torch.randn(1, 4, 3000, 64, generator=generator) for _ in range(2))
+def plans():
+    made = (methods.create(name) for name in ("block_sparse", "vertical_slash", "max_relative"))
+    return [m.plan(q, k, scale=0.1, extent=Extent.full(1, 3000, 3000)).block_indices.numpy().tobytes() for m in made]
+expected = plans()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    torch.set_num_threads(1)
+    os._exit(0 if plans() == expected else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert output_of(code) == "0"
+
+
+def output_of(code: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, check=True
     )
-    assert done.stdout.strip() == "[0, 0] True"
+    return done.stdout.strip()

@@ -29,11 +29,6 @@ def force(monkeypatch, isa: str) -> None:
     monkeypatch.setenv(cpu.ENVIRONMENT, isa)
 
 
-def wide(case: Case) -> tuple[Tensor, Tensor]:
-    """The inputs' values in fp32: an oracle that does not round logits to the dtype."""
-    return case.q.float(), case.k.float()
-
-
 def live_range(extent: Extent) -> Tensor:
     return torch.stack([extent.key_start, extent.key_start + extent.key_count], dim=1)
 
@@ -53,7 +48,7 @@ def test_probe(monkeypatch, isa: str, dtype: torch.dtype, situation: str, length
     force(monkeypatch, isa)
     case = make_case(situation, length=length, heads=4, groups=2, dim=dim, dtype=dtype)
     got = planning.last_query_probe(case.q, case.k, scale=case.scale, extent=case.extent, last=last)
-    expected = estimators._probe_in_torch(*wide(case), case.scale, case.extent, last)
+    expected = estimators._probe_in_torch(case.q, case.k, case.scale, case.extent, last)
     for mass, oracle in zip(got, expected, strict=True):
         torch.testing.assert_close(mass, oracle, atol=2e-6, rtol=1e-5)
 
@@ -95,7 +90,7 @@ def energies(case: Case, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
         planning.row_block_energy(case.q, pooled, case.key_len, **sizes, at=at, stop=stop)
         for at, stop in ((0, blocks // 2), (blocks // 2, blocks))
     ]
-    oracle = estimators._energy_in_torch(case.q.float(), pooled.float(), case.key_len, *sizes.values())
+    oracle = estimators._energy_in_torch(case.q, pooled, case.key_len, *sizes.values())
     return torch.cat(ours, dim=2), torch.cat([e for _, e in oracle], dim=2)
 
 
@@ -262,12 +257,8 @@ def test_methods_make_the_same_plans(
     case = make_case(situation, length=length, heads=4, groups=2, dim=32, dtype=dtype)
     method = methods.create(name, **fields)
     ours = method.plan(case.q, case.k, scale=case.scale, extent=case.extent, layer=0)
-    pooled_as = dtype if name == "max_relative" else torch.float32
     monkeypatch.setenv(planning.ENVIRONMENT, "torch")
-    # In fp32, where torch does not round logits; but with pooled keys rounded to the dtype, as in ours.
-    in_fp32 = estimators.pool_keys
-    monkeypatch.setattr(estimators, "pool_keys", lambda *args: in_fp32(*args).to(pooled_as).float())
-    oracle = method.plan(*wide(case), scale=case.scale, extent=case.extent, layer=0)
+    oracle = method.plan(case.q, case.k, scale=case.scale, extent=case.extent, layer=0)
     for part in ("block_indptr", "block_indices", "column_indptr", "column_indices", "sink", "window"):
         assert torch.equal(getattr(ours, part), getattr(oracle, part)), part
 

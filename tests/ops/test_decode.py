@@ -126,3 +126,18 @@ def test_values_where_they_lie(force, isa: str) -> None:
     check(plan, q, k, v[:, :, :1].expand(-1, -1, 500, -1))
     check(plan, q, k, v[..., :40])
     check(plan, q, k, v[..., ::2])
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("at", [0, 250, 541])
+def test_rows_of_nan_have_an_lse_of_nan(force, isa: str, dtype: torch.dtype, at: int) -> None:
+    """Also where later stretches hold nothing that the row sees."""
+    force(isa)
+    plan = SparsePlan.dense(1, 64, 542, Extent.full(1, 64, 542))
+    q, k, v = draw(plan, heads=1, groups=1, dim=128, dtype=dtype)
+    k[:, :, at] = math.nan
+    out, lse = cpu.execute(q, k, v, plan, scale=0.1)
+    sees = torch.arange(478, 542) >= at
+    assert torch.equal(out[0, 0].isnan().all(-1), sees)
+    assert torch.equal(lse[0, 0].isnan(), sees)

@@ -1,6 +1,6 @@
 """Chosen key blocks of each query block: a rule on scores, block diagonals and forced blocks; plans from them.
 
-In C++ for CPU tensors, in Triton for CUDA tensors, else as bool masks in torch; the sets are the same.
+In C++ for CPU tensors, in Triton for CUDA tensors, else as bool masks in torch; equal scores give equal sets.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ from gossamer.selectors import (
     top_p_reaching,
 )
 
-__all__ = ["BlockChoice", "Lists", "column_lists", "make_plan"]
+__all__ = ["BlockChoice", "Lists", "column_lists", "has_pairs", "make_plan"]
 
 _MASK_BYTES = 64 << 20
+
+
+def has_pairs(q: Tensor, k: Tensor) -> bool:
+    """Whether there is anything to score: a batch row, a query and a key slot."""
+    return 0 not in (q.shape[0], q.shape[2], k.shape[2])
 
 
 class Lists(Protocol):

@@ -106,8 +106,8 @@ def _covered_in_torch(columns: Tensor, slashes: Tensor, extent: Extent, blocks: 
     slots = torch.arange(key_len, device=device)
     for at in range(0, blocks, step):
         stop = min(at + step, blocks)
-        low, high = merged_ranges(slashes.view(rows, -1), ends[:, at:stop])
-        low, high = (t.view(batch, heads, stop - at, -1) + key_start for t in (low, high))
+        low, high = merged_ranges(slashes.view(rows, key_len), ends[:, at:stop])
+        low, high = (t.view(batch, heads, stop - at, t.shape[-1]) + key_start for t in (low, high))
         edges = torch.zeros(batch, heads, stop - at, key_len + 1, dtype=torch.int32, device=device)
         used = (high > low).to(torch.int32)
         edges.scatter_add_(3, low.clamp(0, key_len), used)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, pooled_scores
-from gossamer.methods._choice import BlockChoice, make_plan
+from gossamer.methods._choice import BlockChoice, has_pairs, make_plan
 from gossamer.methods.base import Method, require_at_least
 from gossamer.plan import Extent, SparsePlan
 
@@ -36,6 +36,8 @@ class BlockSparse(Method):
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         query_len, key_len = q.shape[2], k.shape[2]
+        if not has_pairs(q, k):
+            return SparsePlan(q.shape[1], query_len, key_len, extent, block_q=self.block, block_k=self.block)
         visible = BlockVisibility(extent, query_len, key_len, self.block, self.block, q.device)
         choice = BlockChoice(visible, q.shape[1])
         budgets = torch.full((q.shape[1],), self.blocks)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, row_block_energy
-from gossamer.methods._choice import BlockChoice, make_plan
+from gossamer.methods._choice import BlockChoice, has_pairs, make_plan
 from gossamer.methods.a_shape import tail_blocks
 from gossamer.methods.base import Method, require_at_least
 from gossamer.plan import Extent, SparsePlan, ceil_div
@@ -49,6 +49,8 @@ class MaxRelative(Method):
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         query_len, key_len = q.shape[2], k.shape[2]
+        if not has_pairs(q, k):
+            return SparsePlan(k.shape[1], query_len, key_len, extent, block_q=self.block_q, block_k=self.block_k)
         share = q.shape[1] // k.shape[1]
         visible = BlockVisibility(extent, query_len, key_len, self.block_q, self.block_k, q.device)
         tail = tail_blocks(extent, query_len, ceil_div(self.last_rows, share), self.block_q).to(

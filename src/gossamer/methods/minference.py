@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, last_query_probe, pooled_scores
-from gossamer.methods._choice import BlockChoice, make_plan
+from gossamer.methods._choice import BlockChoice, has_pairs, make_plan
 from gossamer.methods.base import Method, require_at_least
 from gossamer.methods.vertical_slash import (
     BLOCK,
@@ -70,6 +70,8 @@ def _mixed_plan(
     q: Tensor, k: Tensor, scale: float, extent: Extent, patterns: tuple[HeadPattern, ...], last: int
 ) -> SparsePlan:
     heads, query_len, key_len = q.shape[1], q.shape[2], k.shape[2]
+    if not has_pairs(q, k):
+        return SparsePlan(heads, query_len, key_len, extent, block_q=BLOCK, block_k=BLOCK)
     everything = query_len + key_len
 
     # On the CPU, whatever q's device: they come from the profile, and reading them must not wait.

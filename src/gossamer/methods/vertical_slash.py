@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.estimators import BlockVisibility, last_query_probe
-from gossamer.methods._choice import BlockChoice, Lists, column_lists, make_plan
+from gossamer.methods._choice import BlockChoice, Lists, column_lists, has_pairs, make_plan
 from gossamer.methods._exact_slash import exact_slash_blocks
 from gossamer.methods.base import Method, require_at_least
 from gossamer.plan import Extent, SparsePlan, ceil_div
@@ -58,6 +58,8 @@ class VerticalSlash(Method):
 
     def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
         heads, query_len, key_len = q.shape[1], q.shape[2], k.shape[2]
+        if not has_pairs(q, k):
+            return SparsePlan(heads, query_len, key_len, extent, block_q=BLOCK, block_k=BLOCK)
         columns, diagonals = last_query_probe(q, k, scale=scale, extent=extent, last=self.last)
         if self.exact:
             column_mask = select_columns(columns, self.vertical_size, extent)

@@ -1,4 +1,7 @@
-"""Which planner serves: C++ for CPU tensors, Triton for CUDA tensors, else torch. All choose the same sets."""
+"""Which planner serves: C++ for CPU tensors, Triton for CUDA tensors, else torch.
+
+From equal scores all choose the same sets; scores agree up to rounding in fp32.
+"""
 
 from __future__ import annotations
 

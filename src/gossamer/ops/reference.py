@@ -39,6 +39,7 @@ def execute(
     check_inputs(q, k, v, plan, sinks)
     batch, heads, query_len, dim = q.shape
     groups, key_len = k.shape[1], k.shape[2]
+    share = heads // groups  # query heads that share a key/value head
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys = k.to(compute)
     values = v.to(compute)
@@ -52,7 +53,7 @@ def execute(
     chunk = max(1, _MASK_BUDGET // max(1, batch * heads * key_len))
     for start in range(0, query_len, chunk):
         stop = min(start + chunk, query_len)
-        rows = q[:, :, start:stop].to(compute).reshape(batch, groups, -1, dim)
+        rows = q[:, :, start:stop].to(compute).reshape(batch, groups, share * (stop - start), dim)
         logits = (rows @ keys.transpose(-1, -2) * scale).view(batch, heads, stop - start, key_len)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
@@ -63,8 +64,8 @@ def execute(
         if sinks is not None:
             row_lse = torch.logaddexp(row_lse, sinks.to(row_lse).view(1, -1, 1))
         weights = torch.exp(logits - row_lse.masked_fill(row_lse == float("-inf"), 0.0)[..., None])
-        weights = weights.reshape(batch, groups, -1, key_len)
-        out[:, :, start:stop] = (weights @ values).view(batch, heads, stop - start, -1).to(q.dtype)
+        weights = weights.reshape(batch, groups, share * (stop - start), key_len)
+        out[:, :, start:stop] = (weights @ values).view(batch, heads, stop - start, v.shape[-1]).to(q.dtype)
         lse[:, :, start:stop] = row_lse
     return out, lse
 

@@ -13,6 +13,7 @@ import os
 import torch
 from torch import Tensor
 
+from gossamer.ops._gradient import refuse
 from gossamer.ops.reference import check_inputs
 from gossamer.plan import SparsePlan
 
@@ -49,7 +50,7 @@ def supported_isas() -> list[str]:
 
 
 def has_openmp() -> bool:
-    """Whether the kernels run on several threads."""
+    """Whether the kernels run on OpenMP's threads, shared with torch; without it they start threads of their own."""
     return _kernels is not None and bool(_kernels.has_openmp())
 
 
@@ -90,7 +91,10 @@ def execute(
     fp32, bf16 or fp16 in, fp32 accumulation; head dimensions up to 256. Runs on ``torch.get_num_threads()`` threads;
     results do not depend on their number. The GIL is released. Few queries (one block of them, as in decoding) run
     split over the keys. A value that is not finite also spoils rows that do not attend it, where they attend another
-    key of the same 64 (0 * inf; torch's SDPA does so for all keys); dead slots are never read.
+    key of the same 64 (0 * inf; torch's SDPA does so for all keys); dead slots are never read. There is no backward.
+
+    On ``avx512_bf16`` and ``amx`` the hardware takes bf16 values below the smallest normal number (1.2e-38) as 0, and
+    sums below it.
 
     Returns:
         out ``[B, H, S, Dv]`` in q's dtype and lse fp32 ``[B, H, S]``, both contiguous.
@@ -98,6 +102,7 @@ def execute(
     Raises:
         RuntimeError: the kernels are not built.
         ValueError, TypeError: as `gossamer.ops.reference.check_inputs`; another device, dtype or head dimension.
+        NotImplementedError: from ``backward()``, where an input requires a gradient.
     """
     check_inputs(q, k, v, plan, sinks)
     if q.device.type != "cpu" or plan.device.type != "cpu":
@@ -174,7 +179,7 @@ def _cpu_execute(
         raise RuntimeError(_failure)
     heads, block_q, block_k, column_group = shape
     batch, query_heads, query_len, dim = q.shape
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = (dense_rows(t) for t in (q, k, v))
     out = torch.empty(batch, query_heads, query_len, v.shape[-1], dtype=q.dtype)
     lse = torch.empty(batch, query_heads, query_len, dtype=torch.float32)
     _kernels.prefer_huge_pages(out.data_ptr(), out.nbytes)
@@ -200,14 +205,10 @@ def _cpu_execute(
     _kernels.attend(
         isa,
         _DTYPES[q.dtype],
-        q.data_ptr(),
-        list(q.stride()),
-        k.data_ptr(),
-        list(k.stride()),
-        v.data_ptr(),
-        list(v.stride()),
-        out.data_ptr(),
-        list(out.stride()),
+        *pointer_and_strides(q),
+        *pointer_and_strides(k),
+        *pointer_and_strides(v),
+        *pointer_and_strides(out),
         lse.data_ptr(),
         sinks.data_ptr() if sinks.numel() else 0,
         [
@@ -233,7 +234,20 @@ def _cpu_execute(
     return out, lse
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """The tensor as it is where its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def pointer_and_strides(x: Tensor) -> tuple[int, list[int]]:
+    """Of `dense_rows`, as the kernels take them: the last stride is 1, whatever a dimension of size 1 says."""
+    return x.data_ptr(), [*x.stride()[:3], 1]
+
+
 @torch.library.register_fake("gossamer::cpu_execute", lib=_library)
 def _(q: Tensor, k: Tensor, v: Tensor, *_args: object) -> tuple[Tensor, Tensor]:
     shape = (*q.shape[:3], v.shape[-1])
     return q.new_empty(shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+torch.library.register_autograd("gossamer::cpu_execute", refuse, lib=_library)

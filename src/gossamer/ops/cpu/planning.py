@@ -1,9 +1,10 @@
 """Planning in C++, for CPU tensors: scores, chosen blocks, pairs in a plan. The torch versions are the oracles.
 
-`gossamer.estimators`, `gossamer.methods` and `gossamer.plan` call these functions where `serves` says so; the sets that
-are chosen are the same. ``GOSSAMER_PLANNER=torch`` (read at every call) keeps to the torch versions. All functions run
-on ``torch.get_num_threads()`` threads, on the instruction set of `gossamer.ops.cpu.active_isa`, without the GIL;
-results do not depend on the number of threads.
+`gossamer.estimators`, `gossamer.methods` and `gossamer.plan` call these functions where `serves` says so. From equal
+scores the same sets are chosen, and pairs are counted exactly; scores agree with torch's up to the order of fp32 sums
+and the rounding of exponentials, so plans can differ only where two scores are that close. ``GOSSAMER_PLANNER=torch``
+(read at every call) keeps to the torch versions. All functions run on ``torch.get_num_threads()`` threads, on the
+instruction set of `gossamer.ops.cpu.active_isa`, without the GIL; results do not depend on the number of threads.
 
 Notation: B batch, H query heads, G key/value heads, S queries, T key slots, D head dimension.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gossamer.ops import cpu
+from gossamer.ops.cpu import dense_rows, pointer_and_strides
 from gossamer.plan import Extent, SparsePlan, ceil_div
 
 __all__ = [
@@ -65,19 +67,19 @@ def switched_off() -> bool:
 
 
 def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last: int = 64) -> tuple[Tensor, Tensor]:
-    """See `gossamer.estimators.last_query_probe`. Logits of bf16 and fp16 inputs stay in fp32."""
+    """See `gossamer.estimators.last_query_probe`."""
     _check(q, k, k.shape[2], extent)
     if last < 1:
         raise ValueError(f"the probe needs at least one row, got last={last}")
     columns = torch.zeros(q.shape[0], q.shape[1], k.shape[2])
     diagonals = torch.zeros_like(columns)
-    q, k = _dense_rows(q), _dense_rows(k)
+    q, k = dense_rows(q), dense_rows(k)
     arrays = _extent_arrays(extent)
     _kernels().probe(
         cpu.active_isa(q.dtype),
         _DTYPES[q.dtype],
-        *_view(q),
-        *_view(k),
+        *pointer_and_strides(q),
+        *pointer_and_strides(k),
         _sizes(q, k, k.shape[2]),
         [t.data_ptr() for t in arrays],
         last,
@@ -98,11 +100,11 @@ def pool(x: Tensor, live: Tensor, block: int) -> Tensor:
     if live.shape != (batch, 2) or block < 1:
         raise ValueError(f"pool needs a range for each of {batch} rows and a block of at least 1, got {block}, {live}")
     out = torch.zeros(batch, heads, ceil_div(tokens, block), dim)
-    x, live = _dense_rows(x), live.to(torch.int64).contiguous()
+    x, live = dense_rows(x), live.to(torch.int64).contiguous()
     _kernels().pool(
         cpu.active_isa(x.dtype),
         _DTYPES[x.dtype],
-        *_view(x),
+        *pointer_and_strides(x),
         [batch, heads, tokens, dim, block],
         live.data_ptr(),
         out.data_ptr(),
@@ -125,20 +127,20 @@ def row_block_energy(
 ) -> Tensor:
     """`gossamer.estimators.row_block_energy` for query blocks ``at .. stop - 1``: fp32 ``[B, G, stop - at, N]``.
 
-    ``pooled`` ``[B, G, N, D]`` has q's dtype. Logits of bf16 and fp16 inputs stay in fp32.
+    ``pooled`` ``[B, G, N, D]`` has q's dtype.
     """
     _check(q, pooled, key_len, extent)
     if pooled.shape[2] != ceil_div(key_len, block_k):
         raise ValueError(f"{key_len} keys in blocks of {block_k} do not give {pooled.shape[2]} pooled keys")
     _check_blocks(q, block_q, at, stop)
     out = torch.empty(q.shape[0], pooled.shape[1], stop - at, pooled.shape[2])
-    q, pooled = _dense_rows(q), _dense_rows(pooled)
+    q, pooled = dense_rows(q), dense_rows(pooled)
     arrays = _extent_arrays(extent)
     _kernels().block_energy(
         cpu.active_isa(q.dtype),
         _DTYPES[q.dtype],
-        *_view(q),
-        *_view(pooled),
+        *pointer_and_strides(q),
+        *pointer_and_strides(pooled),
         _sizes(q, pooled, key_len),
         [t.data_ptr() for t in arrays],
         [block_q, block_k, at, stop],
@@ -168,20 +170,20 @@ def antidiagonal_scores(
 ) -> Tensor:
     """`gossamer.estimators.antidiagonal_scores` for query blocks ``at .. stop - 1``: fp32 ``[B, H, stop - at, N]``.
 
-    Logits of bf16 and fp16 inputs stay in fp32. Working memory of a thread: some MiB, and some KiB a key block.
+    Working memory of a thread: some MiB, and some KiB a key block.
     """
     _check(q, k, k.shape[2], extent)
     if stride < 1 or block_q < 1 or block_k < 1 or block_q % stride or block_k % stride:
         raise ValueError(f"stride must divide block_q and block_k, got {stride} for blocks {block_q} and {block_k}")
     _check_blocks(q, block_q, at, stop)
     out = torch.empty(q.shape[0], q.shape[1], stop - at, ceil_div(k.shape[2], block_k))
-    q, k = _dense_rows(q), _dense_rows(k)
+    q, k = dense_rows(q), dense_rows(k)
     arrays = _extent_arrays(extent)
     _kernels().antidiagonal(
         cpu.active_isa(q.dtype),
         _DTYPES[q.dtype],
-        *_view(q),
-        *_view(k),
+        *pointer_and_strides(q),
+        *pointer_and_strides(k),
         _sizes(q, k, k.shape[2]),
         [t.data_ptr() for t in arrays],
         [block_q, block_k, stride, at, stop],
@@ -429,14 +431,6 @@ def _shares(value: Tensor | float, heads: int) -> Tensor:
     if bool(outside.any()):
         raise ValueError(f"p must lie in [0, 1], got {shares[outside].tolist()[0]}")
     return shares
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _view(x: Tensor) -> tuple[int, list[int]]:
-    return x.data_ptr(), [*x.stride()[:3], 1]
 
 
 def _sizes(q: Tensor, k: Tensor, key_len: int) -> list[int]:

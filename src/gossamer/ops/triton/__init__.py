@@ -14,6 +14,7 @@ import os
 import torch
 from torch import Tensor
 
+from gossamer.ops._gradient import refuse
 from gossamer.ops.reference import check_inputs
 from gossamer.ops.triton.config import Config, Problem, tune
 from gossamer.plan import SparsePlan
@@ -180,3 +181,6 @@ def _triton_execute(*arguments) -> tuple[Tensor, Tensor]:
 def _(q: Tensor, k: Tensor, v: Tensor, *_args: object) -> tuple[Tensor, Tensor]:
     shape = (*q.shape[:3], v.shape[-1])
     return q.new_empty(shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+torch.library.register_autograd("gossamer::triton_execute", refuse, lib=_library)
