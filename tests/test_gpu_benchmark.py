@@ -1,0 +1,164 @@
+"""benchmarks/gpu.py keeps to its time, loses nothing that it measured, and times sparse kernels, not dense ones."""
+
+import importlib
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gossamer.ops import triton
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+pytestmark = [
+    pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="sizes and clocks here are those of the interpreter"),
+]
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The modules of benchmarks/ by name, forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in [n for n, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(str(FOLDER))]:
+        sys.modules.pop(name)
+
+
+class Clock:
+    """Seconds that pass only when somebody takes them."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def takes(self, seconds, result=None):
+        def call(*_):
+            self.now += seconds
+            return result
+
+        return call
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def timed(modules, clock):
+    """`alternate` on a made-up clock: budget seconds, contenders, length."""
+    timing = modules("gpu_timing")
+
+    def timer(call):
+        before = clock.now
+        call()
+        return clock.now - before
+
+    def run(budget, contenders, length, **options):
+        return timing.alternate(timer, contenders, lambda seed: (seed,), budget=budget, length=length, **options)
+
+    return run
+
+
+def test_a_call_that_would_not_fit_is_skipped_with_the_reason(modules, clock, timed):
+    budget = modules("gpu_timing").Budget(100, clock)
+    quadratic = timed(budget, {"dense": clock.takes(1.0)}, 1000, rounds=3)
+    assert quadratic["dense"].median == 1.0
+    assert clock.now == 4.0
+    longer = timed(budget, {"dense": clock.takes(64.0)}, 8000, rounds=3)
+    assert clock.now == 4.0 + 64.0  # 64 s for one call fit into 96 s, once and without a warm-up
+    assert longer["dense"].seconds == [64.0]
+    longest = timed(budget, {"dense": clock.takes(64.0)}, 8000, rounds=3)
+    assert clock.now == 68.0
+    assert longest["dense"].skipped == "64 s expected, 32 s left"
+
+
+def test_calls_whose_cost_is_linear_are_expected_to_be_so(modules, clock, timed):
+    budget = modules("gpu_timing").Budget(100, clock)
+    timed(budget, {"minference": clock.takes(0.1)}, 1000, powers={"minference": 1})
+    series = timed(budget, {"minference": clock.takes(1.0)}, 10_000, powers={"minference": 1})
+    assert series["minference"].skipped is None
+    assert budget.expected("minference", 100_000, 1) == pytest.approx(10.0)
+
+
+def test_the_cheap_contenders_are_timed_where_not_all_of_them_fit(modules, clock, timed):
+    budget = modules("gpu_timing").Budget(60, clock)
+    both = {"dense": clock.takes(1.0), "sparse": clock.takes(0.1)}
+    timed(budget, both, 1000, rounds=2, powers={"sparse": 1})
+    slow = {"dense": clock.takes(100.0), "sparse": clock.takes(1.0)}
+    series = timed(budget, slow, 10_000, rounds=2, powers={"sparse": 1})
+    assert series["sparse"].median == 1.0
+    assert series["dense"].skipped is not None
+
+
+def test_rounds_end_with_the_time(modules, clock, timed):
+    budget = modules("gpu_timing").Budget(10, clock)
+    series = timed(budget, {"new": clock.takes(1.5)}, 1000, rounds=7)
+    assert len(series["new"].seconds) == 5
+    assert clock.now <= 10
+
+
+def test_a_contender_without_memory_is_a_row_with_the_reason(timed):
+    def hungry(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
+
+    series = timed(None, {"hungry": hungry, "modest": lambda *_: None}, 1000, rounds=2)
+    assert "out of memory" in series["hungry"].failure
+    assert len(series["modest"].seconds) == 2
+
+
+@pytest.fixture
+def report_of(modules, tmp_path):
+    about = {"machine": {"device": "H", "source": "a"}, "quick": False}
+
+    def make(**changes):
+        return modules("gpu_report").Report(tmp_path / "gpu.json", about | changes)
+
+    return make
+
+
+def test_every_row_is_in_the_file_as_soon_as_it_is_measured(report_of, tmp_path):
+    report = report_of()
+    report.add("whole", "32768", {"what": "minference", "median_s": 1.0})
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["what"] for row in kept["sections"]["whole"]["rows"]] == ["minference"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_second_command_adds_its_rows_and_measures_none_again(report_of):
+    first = report_of()
+    first.add("dense", "8192", {"what": "dense"})
+    first.finish("dense", "8192")
+    first.add("whole", "32768", {"what": "minference"})  # killed before the cell was done
+    second = report_of()
+    assert second.has("dense", "8192")
+    assert not second.has("whole", "32768")
+    second.add("whole", "32768", {"what": "minference", "median_s": 2.0})
+    second.finish("whole", "32768")
+    assert second.rows("dense") == first.rows("dense")
+    assert [row["median_s"] for row in second.rows("whole")] == [2.0]
+
+
+def test_a_row_that_is_skipped_now_does_not_replace_a_measured_one(report_of):
+    report = report_of()
+    report.add("whole", "32768", {"what": "minference", "median_s": 2.0})
+    report.add("whole", "32768", {"what": "minference", "skipped": "no time"})
+    assert report.rows("whole")[0]["median_s"] == 2.0
+
+
+def test_a_cell_with_a_row_that_was_skipped_is_tried_again(report_of):
+    report = report_of()
+    report.add("whole", "1048576", {"what": "sdpa", "skipped": "no time"})
+    report.finish("whole", "1048576")
+    assert not report_of().has("whole", "1048576")
+
+
+@pytest.mark.parametrize("change", [{"machine": {"device": "H", "source": "b"}}, {"quick": True}])
+def test_figures_of_other_code_or_another_request_are_not_mixed_in(report_of, change):
+    report_of().add("dense", "8192", {"what": "dense"})
+    assert report_of(**change).rows("dense") == []
