@@ -1,6 +1,7 @@
 """Fair timings on a CUDA device: contenders in turn on fresh inputs, CUDA events, the L2 cache flushed before a call.
 
-What a call will take is told from a shorter length, so that nothing begins that would not end in time. Without a device the clock on the wall serves, so that the same code can be tried under Triton's interpreter.
+What a call will take is told from a shorter length, so that nothing begins that would not end in time. Without a
+device the clock on the wall serves, so that the same code can be tried under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def alternate(
     inputs: Callable[[int], Sequence[object]],
     *,
     rounds: int = ROUNDS,
+    warm_up: bool = True,
     budget: Budget | None = None,
     length: int = 0,
     scope: str = "",
@@ -119,7 +121,8 @@ def alternate(
 ) -> dict[str, Series]:
     """Each round draws inputs and calls every contender on them once, in an order that moves on by one a round.
 
-    A first round compiles and does not count. A contender that raises is left out from there on, with its reason.
+    A first round compiles and does not count, unless ``warm_up`` is False. A contender that raises is left out from
+    there on, with its reason.
 
     Args:
         budget: contenders that are not expected to fit are skipped, the dearest first, and rounds end with the time.
@@ -130,7 +133,7 @@ def alternate(
     if budget is not None:
         _refuse(found, budget, length, scope, powers or {}, rounds)
     names = [name for name, series in found.items() if series.skipped is None]
-    for n in range(rounds + 1 if names else 0):
+    for n in range(rounds + warm_up if names else 0):
         active = [name for name in names if not found[name].rests()]
         if not active or (n and budget is not None and sum(found[name].last for name in active) > budget.left()):
             break
@@ -138,7 +141,7 @@ def alternate(
         first = n % len(names)
         for name in names[first:] + names[:first]:
             if name in active:
-                _call(found[name], timer, contenders[name], arguments, counts=n > 0)
+                _call(found[name], timer, contenders[name], arguments, counts=n > 0 or not warm_up)
         del arguments  # before the next are drawn: at a million tokens they are large
     if budget is not None:
         for name, series in found.items():

@@ -162,3 +162,87 @@ def test_a_cell_with_a_row_that_was_skipped_is_tried_again(report_of):
 def test_figures_of_other_code_or_another_request_are_not_mixed_in(report_of, change):
     report_of().add("dense", "8192", {"what": "dense"})
     assert report_of(**change).rows("dense") == []
+
+
+@pytest.fixture
+def run_quick(modules, monkeypatch, tmp_path):
+    """benchmarks/gpu.py --quick for some sections, unverified: the exit status and the report."""
+
+    def run(*sections, **checks):
+        benchmark = modules("gpu")
+        monkeypatch.setattr(benchmark, "verified", lambda *_args, **_options: True)
+        out = tmp_path / "gpu.json"
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--only", ",".join(sections), "--out", str(out)])
+        with torch.inference_mode():
+            status = benchmark.main()
+        return status, json.loads(out.read_text())["sections"]
+
+    return run
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Densities of the plans that the Triton executor was given."""
+    densities, execute = [], triton.execute
+
+    def spy(q, k, v, plan, **options):
+        densities.append(plan.density())
+        return execute(q, k, v, plan, **options)
+
+    monkeypatch.setattr(triton, "execute", spy)
+    monkeypatch.setitem(importlib.import_module("gossamer.ops")._EXECUTORS, "triton", spy)
+    return densities
+
+
+@pytest.mark.slow
+def test_whole_calls_are_timed_on_sparse_plans(run_quick, launches):
+    status, sections = run_quick("whole")
+    base, *rows = sections["whole"]["rows"]
+    assert status == 0
+    assert base["best_sdpa"] == "sdpa"
+    assert len(rows) == 2
+    assert all(row["density"] < 0.8 for row in rows)
+    assert all(row["speedup_over_sdpa"] is not None and row["planning_share"] > 0 for row in rows)
+    assert max(launches) < 0.8
+
+
+@pytest.mark.slow
+def test_the_model_enters_the_triton_kernel_with_sparse_plans(run_quick, launches):
+    status, sections = run_quick("model")
+    full, sparse = sections["model"]["rows"]
+    assert status == 0
+    assert full["density"] == 1
+    assert sparse["density"] < 0.8
+    assert sparse["executor"] == ["triton"]
+    assert launches
+    assert max(launches) < 0.8
+
+
+@pytest.mark.slow
+def test_block_plans_of_several_densities_are_timed_beside_flex(run_quick):
+    status, sections = run_quick("blocks")
+    rows = sections["blocks"]["rows"]
+    assert status == 0
+    assert [row["what"].split()[0] for row in rows] == ["dense", "50%", "20%", "10%", "5%", "2%"]
+    assert len({row["density"] for row in rows}) >= 4
+    assert all(row["speedup_over_flex"] > 0 for row in rows[1:])
+
+
+@pytest.mark.slow
+def test_dense_plans_are_timed_beside_others(run_quick):
+    status, sections = run_quick("dense")
+    (row,) = sections["dense"]["rows"]
+    assert status == 0
+    assert set(row["series"]) == {"gossamer", "sdpa", "flex"}
+    assert row["best_sdpa"] == "sdpa"
+    assert not [name for name, one in row["series"].items() if "failure" in one]
+
+
+@pytest.mark.slow
+def test_tuning_runs_the_very_plans_that_are_timed_and_leaves_the_table_in_place(run_quick, modules):
+    status, sections = run_quick("tune")
+    rows = sections["tune"]["rows"]
+    assert status == 0
+    assert all(row["tried"] == 2 and row["median_s"] > 0 for row in rows)
+    assert "tune minference(vertical_size=20,slash_size=64)" in [row["what"] for row in rows]
+    assert not modules("gossamer.ops.triton.config")._tuned
