@@ -89,13 +89,13 @@ def line(row: Row) -> str:
     """A row for the terminal, in one line of it."""
     where = " ".join(str(row[name]) for name in ("length", "dim") if row.get(name) is not None)
     seconds = row.get("median_s") or row.get("seconds_whole")
-    figures = [f"{seconds * 1e3:.2f} ms"] if seconds else []
+    figures = [f"{seconds * 1e3:.5g} ms"] if seconds else []
     for name, form in _SHOWN.items():
         value = row.get(name)
         if value is not None:
             figures.append(form.format(_rates(value) if isinstance(value, dict) else value))
     figures += [f"{name}: {row[name]}" for name in ("failure", "skipped") if row.get(name)]
-    text = f"{_short(row['what']):<30} {where:>11}  {', '.join(figures)}"
+    text = f"{_short(row["what"]):<24} {where:>10}  {', '.join(figures)}"
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
 
 

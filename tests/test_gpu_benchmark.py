@@ -246,3 +246,103 @@ def test_tuning_runs_the_very_plans_that_are_timed_and_leaves_the_table_in_place
     assert all(row["tried"] == 2 and row["median_s"] > 0 for row in rows)
     assert "tune minference(vertical_size=20,slash_size=64)" in [row["what"] for row in rows]
     assert not modules("gossamer.ops.triton.config")._tuned
+
+
+SERIES = {"median_s": 12.34567891, "seconds": [0.1] * 7, "peak_gib": 121.34}
+FIGURES = {
+    "roofline": {"tflops": 612.34},
+    "whole": {
+        "density": 0.01234,
+        "speedup_over_sdpa": 21.234,
+        "planning_share": 0.1712,
+        "plan_mib": 1812.3,
+        "backends": {"sdpa flash": SERIES},
+        **SERIES,
+    },
+    "dense": {
+        "dim": 128,
+        "rates": {n: 612.34 for n in ("gossamer", "sdpa flash", "sdpa cudnn", "flash-attn 3", "flex")},
+        "share_of_best_sdpa": 0.912,
+        "best_sdpa": "sdpa cudnn",
+        "series": {"sdpa flash": SERIES},
+    },
+    "blocks": {"density": 0.01234, "tflops": 612.34, "efficiency": 0.812, "speedup_over_flex": 1.234, **SERIES},
+    "model": {"seconds_whole": 123.456, "density": 0.01234, "speedup_over_dense": 12.345},
+}
+
+
+def made_up_rows(modules):
+    """As many rows as a full run has, with all figures of their kind."""
+    setting = modules("gpu_setting")
+    names = {
+        "roofline": ["bf16 product", "copy"],
+        "whole": ["sdpa", *setting.SPARSE],
+        "dense": ["dense"],
+        "blocks": ["dense in 128x128", *(f"{share:.0%} in 128x128" for share in modules("gpu_sections").DENSITIES)],
+        "model": ["dense", "minference"],
+    }
+    full = setting.Setting(torch.device("meta"), False, None, None)
+    for section, cells in modules("gpu_sections").SECTIONS.items():
+        for cell in cells(full) if section in names else ():
+            for what in names[section]:
+                row = {"what": what, "length": 1048576, **FIGURES[section]}
+                yield section, cell.name, row
+
+
+def test_a_full_run_prints_at_most_sixty_lines_that_do_not_wrap(modules, monkeypatch, tmp_path, capsys):
+    benchmark, gpu_setting = modules("gpu"), modules("gpu_setting")
+    rows = list(made_up_rows(modules))
+    sections = dict.fromkeys(section for section, _, _ in rows)
+    for section in sections:
+
+        def cells(_setting, section=section):
+            for cell in dict.fromkeys(cell for at, cell, _ in rows if at == section):
+                mine = [row for at, where, row in rows if (at, where) == (section, cell)]
+                yield gpu_setting.Cell(cell, lambda mine=mine: iter(mine))
+
+        cells.__doc__ = benchmark.SECTIONS[section].__doc__
+        monkeypatch.setitem(benchmark.SECTIONS, section, cells)
+    monkeypatch.setattr(benchmark, "verify", lambda *_args, **_options: (100, [], []))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--out", str(tmp_path / "gpu.json")])
+    assert benchmark.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert set(sections) == set(benchmark.SECTIONS) - {"tune"}
+    assert 50 < len(lines) <= 60
+    assert max(len(line) for line in lines) <= 120
+    assert not [line for line in lines if "{" in line or line.endswith("...")]
+
+
+def test_tuning_comes_after_the_figures_of_the_table(modules):
+    assert list(modules("gpu_sections").SECTIONS)[-1] == "tune"
+
+
+def test_a_section_without_memory_leaves_the_others_their_rows(modules, monkeypatch, tmp_path):
+    benchmark, setting, timing = modules("gpu"), modules("gpu_setting"), modules("gpu_timing")
+
+    def hungry():
+        yield {"what": "small"}
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def cells(_setting):
+        """Two cells."""
+        return iter([setting.Cell("1M", hungry), setting.Cell("2M", lambda: iter([{"what": "row"}]))])
+
+    monkeypatch.setitem(benchmark.SECTIONS, "whole", cells)
+    device = torch.device("cpu")
+    report = modules("gpu_report").Report(tmp_path / "gpu.json", {})
+    where = setting.Setting(device, True, timing.Timer(device), timing.Budget(60))
+    assert benchmark.measure(where, ["whole"], report) == []
+    rows = report.rows("whole")
+    assert [row["what"] for row in rows] == ["small", "whole 1M", "row"]
+    assert "out of memory" in rows[1]["failure"]
+    assert report.has("whole", "1M")
+
+
+def test_no_cell_begins_when_the_time_is_over(modules, clock, tmp_path):
+    setting, timing = modules("gpu_setting"), modules("gpu_timing")
+    report = modules("gpu_report").Report(tmp_path / "gpu.json", {})
+    device = torch.device("cpu")
+    where = setting.Setting(device, True, timing.Timer(device), timing.Budget(1, clock))
+    modules("gpu").measure(where, ["roofline"], report)
+    assert "left" in report.rows("roofline")[0]["skipped"]
+    assert not report.has("roofline", "device")
