@@ -88,6 +88,7 @@ def _request(about: dict[str, Any]) -> tuple[object, ...]:
 def line(row: Row) -> str:
     """A row for the terminal, in one line of it."""
     where = " ".join(str(row[name]) for name in ("length", "dim") if row.get(name) is not None)
+    what = row["what"].replace("vertical_size=", "").replace("slash_size=", "")
     seconds = row.get("median_s") or row.get("seconds_whole")
     figures = [f"{seconds * 1e3:.5g} ms"] if seconds else []
     for name, form in _SHOWN.items():
@@ -95,13 +96,9 @@ def line(row: Row) -> str:
         if value is not None:
             figures.append(form.format(_rates(value) if isinstance(value, dict) else value))
     figures += [f"{name}: {row[name]}" for name in ("failure", "skipped") if row.get(name)]
-    text = f"{_short(row["what"]):<24} {where:>10}  {', '.join(figures)}"
+    text = f"{what:<24} {where:>10}  {', '.join(figures)}"
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
 
 
 def _rates(rates: dict[str, float]) -> str:
     return " ".join(f"{name.replace('sdpa ', '')} {rate:.0f}" for name, rate in rates.items())
-
-
-def _short(what: str) -> str:
-    return what.replace("vertical_size=", "").replace("slash_size=", "")

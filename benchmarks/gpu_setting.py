@@ -23,9 +23,10 @@ from gossamer.ops.planners import triton_on_cpu
 
 LLAMA = (32, 8, 128)  # query heads, key/value heads, head dimension
 SPARSE = ("minference", "vertical_slash(vertical_size=500,slash_size=3000)", "max_relative", "max_relative(alpha=0.4)")
-# Of a few blocks: with the budgets above a short prompt's plan would be dense.
+# Of a few blocks: with the budgets above a short prompt's plan would be dense, and with less nothing would be chosen,
+# since 30 columns and two bands are forced.
 SPARSE_SHORT = (
-    "minference(vertical_size=20,slash_size=64)",
+    "minference(vertical_size=50,slash_size=192)",
     "max_relative(alpha=0.6,sink_blocks=1,window_blocks=1,last_rows=64,block_k=64)",
 )
 Inputs = tuple[Tensor, Tensor, Tensor]
