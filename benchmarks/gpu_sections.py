@@ -236,7 +236,7 @@ def _model(setting: Setting, width: Width, weights: Callable[[], tuple[list[Laye
         row: Row = {"what": spec, "length": length, "layers": len(layers)}
         with _on_triton(setting):
             refusal = setting.budget.refusal(COMPILING_SECONDS)
-            if refusal is None:
+            if refusal is None and not setting.interpreted:
                 layers[0].run(draw(), policy)  # compiles
                 one = setting.timer(lambda policy=policy, draw=draw: layers[0].run(draw(), policy))
                 refusal = setting.budget.refusal(1.1 * len(layers) * one)

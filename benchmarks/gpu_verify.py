@@ -103,7 +103,9 @@ def verify(
     found: dict[str, str | None] = {}  # None: right; absent: left out
     pool = None
     if elsewhere:
-        pool = ProcessPoolExecutor(min(workers, len(elsewhere)), multiprocessing.get_context("spawn"))
+        together = multiprocessing.get_context("spawn")
+        one_thread = (torch.set_num_threads, (1,))
+        pool = ProcessPoolExecutor(min(workers, len(elsewhere)), together, *one_thread)
     futures = {} if pool is None else {check.name: pool.submit(message_of, check.call) for check in elsewhere}
     for check in here:
         if budget.left() > 0:
