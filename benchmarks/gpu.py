@@ -39,8 +39,8 @@ VERIFY_SECONDS = {False: 90.0, True: 120.0}  # before timing, and of --verify
 
 def verified(
     device: torch.device, whole: bool, small: bool, groups: tuple[str, ...] = GROUPS, seconds: float | None = None
-) -> bool:
-    """Verify, and print what is wrong."""
+) -> dict[str, object] | None:
+    """Verify, and print what is wrong: how many checks were right and which were left out, or None if one failed."""
     started = time.perf_counter()
     limit = VERIFY_SECONDS[whole] if seconds is None else min(seconds, VERIFY_SECONDS[whole])
     budget = Budget(limit if device.type == "cuda" else 3600.0)
@@ -52,7 +52,7 @@ def verified(
     print(f"verified: {count - len(failures)} of {count} checks right{left_out}, {seconds:.0f} s", flush=True)
     for name in skipped[:20] if whole else ():
         print(f"not run: {name}", file=sys.stderr)
-    return not failures
+    return None if failures else {"checks": count, "left_out": skipped}
 
 
 def measure(setting: Setting, chosen: list[str], report: Report) -> list[str]:
@@ -111,12 +111,17 @@ def main() -> int:
     interpreted = device.type == "cpu"
     if arguments.verify:
         return 0 if verified(device, True, interpreted, tuple(chosen)) else 1
-    if not verified(device, False, interpreted, seconds=budget.left() / 2):
-        print("nothing timed", file=sys.stderr)
-        return 1
     out = arguments.out or (None if arguments.quick else RESULTS)
     about = {"machine": machine(device), "date": date.today().isoformat(), "rounds": ROUNDS, "quick": arguments.quick}
     report = Report(out, about)
+    if report.verified:
+        print(f"verified before, says {out}")
+    else:
+        found = verified(device, False, interpreted, seconds=budget.left() / 2)
+        if not found:
+            print("nothing timed", file=sys.stderr)
+            return 1
+        report.note(verified=found)
     broken = measure(Setting(device, arguments.quick, Timer(device), budget), chosen, report)
     seconds = 60 * arguments.minutes - budget.left()
     report.note(seconds=round(seconds, 1))

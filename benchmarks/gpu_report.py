@@ -46,6 +46,12 @@ class Report:
                 self._about = found | about
                 self._sections = self._about.pop("sections", {})
 
+    @property
+    def verified(self) -> bool:
+        """Whether all checks were right, none left out, when an earlier command verified this code on this machine."""
+        found = self._about.get("verified")
+        return found is not None and not found["left_out"]
+
     def rows(self, section: str) -> list[Row]:
         return self._section(section)["rows"]
 

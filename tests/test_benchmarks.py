@@ -314,7 +314,7 @@ def test_nothing_is_timed_on_a_gpu_while_a_kernel_is_wrong(gpu_benchmark, monkey
 
 @needs_triton
 def test_the_gpu_benchmark_writes_what_it_measured(gpu_benchmark, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_benchmark, "verified", lambda *_args, **_options: True)
+    monkeypatch.setattr(gpu_benchmark, "verified", lambda *_args, **_options: {"checks": 1, "left_out": []})
     out = tmp_path / "gpu.json"
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--only", "roofline", "--out", str(out)])
     assert gpu_benchmark.main() == 0

@@ -170,7 +170,7 @@ def run_quick(modules, monkeypatch, tmp_path):
 
     def run(*sections, **checks):
         benchmark = modules("gpu")
-        monkeypatch.setattr(benchmark, "verified", lambda *_args, **_options: True)
+        monkeypatch.setattr(benchmark, "verified", lambda *_args, **_options: {"checks": 1, "left_out": []})
         out = tmp_path / "gpu.json"
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--only", ",".join(sections), "--out", str(out)])
         with torch.inference_mode():
@@ -310,6 +310,20 @@ def test_a_full_run_prints_at_most_sixty_lines_that_do_not_wrap(modules, monkeyp
     assert 50 < len(lines) <= 60
     assert max(len(line) for line in lines) <= 120
     assert not [line for line in lines if "{" in line or line.endswith("...")]
+
+
+def test_a_second_command_does_not_verify_the_same_code_again(run_quick, modules, monkeypatch):
+    run_quick("roofline")
+    verified = []
+    monkeypatch.setattr(modules("gpu"), "verified", lambda *_args, **_options: verified.append(1))
+    assert modules("gpu").main() == 0
+    assert verified == []
+
+
+@pytest.mark.parametrize("found", [None, {"checks": 9, "left_out": ["dense at 1048576 tokens"]}])
+def test_what_was_not_verified_whole_is_verified_again(report_of, found):
+    report_of().note(**({} if found is None else {"verified": found}))
+    assert not report_of().verified
 
 
 def test_tuning_comes_after_the_figures_of_the_table(modules):
