@@ -314,14 +314,13 @@ def test_nothing_is_timed_on_a_gpu_while_a_kernel_is_wrong(gpu_benchmark, monkey
 
 @needs_triton
 def test_the_gpu_benchmark_writes_what_it_measured(gpu_benchmark, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_benchmark, "verified", lambda *_args, **_options: True)
+    monkeypatch.setattr(gpu_benchmark, "verified", lambda *_args, **_options: {"checks": 1, "left_out": []})
     out = tmp_path / "gpu.json"
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--only", "roofline,model", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--only", "roofline", "--out", str(out)])
     assert gpu_benchmark.main() == 0
     report = json.loads(out.read_text())
     assert report["machine"]["commit"]
     assert [row["what"] for row in report["sections"]["roofline"]["rows"]] == ["bf16 product", "copy"]
-    assert all(row["seconds_whole"] > 0 for row in report["sections"]["model"]["rows"])
 
 
 @needs_triton

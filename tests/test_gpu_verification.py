@@ -1,0 +1,139 @@
+"""What benchmarks/gpu.py verifies before it times: the list of checks, and that each kind finds what is wrong."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gossamer.ops import reference, triton
+from gossamer.testing import random_plan
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+pytestmark = [
+    pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="sizes and clocks here are those of the interpreter"),
+]
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The modules of benchmarks/ by name, forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in [n for n, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(str(FOLDER))]:
+        sys.modules.pop(name)
+
+
+@pytest.fixture
+def checks(modules):
+    """The small checks of benchmarks/gpu.py --verify, by name."""
+    found = list(modules("gpu_verify")._checks(torch.device("cpu"), True, True))
+    assert len({check.name for check in found}) == len(found)
+    return {check.name: check for check in found}
+
+
+def test_exact_slashes_mixed_profiles_and_every_option_are_verified(checks, modules):
+    names = "\n".join(checks)
+    for part in ("vertical_slash exact", "minference with a mixed profile", "the future does not leak"):
+        assert part in names
+    for option in modules("gpu_verify").OPTIONS:
+        assert f"{option}: max_relative" in names
+    assert {check.group for check in checks.values()} == set(modules("gpu_verify").GROUPS)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_timed_methods_are_verified_at_the_longest_lengths(modules, whole):
+    every = modules("gpu_verify")._checks(torch.device("cuda"), whole, False)
+    names = [check.name for check in every if check.group == "sizes"]
+    for length in (131072, 1048576):
+        for method in ("dense", *modules("gpu_setting").SPARSE):
+            assert f"{method} at {length} tokens" in names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["output", "lse", "later keys"])
+def test_a_wrong_kernel_is_found_at_the_timed_sizes(modules, monkeypatch, broken):
+    sizes, execute = modules("gpu_verify_sizes"), reference.execute
+
+    def wrong(q, k, v, plan, *, scale):
+        if broken == "later keys":  # as if an offset had overflowed
+            v = torch.cat([v[:, :, :256], v[:, :, : v.shape[2] - 256]], dim=2)
+        out, lse = execute(q, k, v, plan, scale=scale)
+        return out * (1.05 if broken == "output" else 1), lse + (0.05 if broken == "lse" else 0)
+
+    named = dict(sizes.size_checks(torch.device("cpu"), True))
+    name = "10% in 128x128 at 512 tokens"
+    monkeypatch.setattr(triton, "execute", execute)
+    named[name]()
+    monkeypatch.setattr(triton, "execute", wrong)
+    with pytest.raises(AssertionError, match="exceeds"):
+        named[name]()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["minference", "max_relative"])
+def test_a_plan_of_other_choices_is_found_at_the_timed_sizes(modules, monkeypatch, spec):
+    sizes, setting = modules("gpu_verify_sizes"), modules("gpu_setting")
+    name = next(method for method in setting.SPARSE_SHORT if method.startswith(spec))
+    check = dict(sizes.size_checks(torch.device("cpu"), True))[f"{name} at 512 tokens"]
+    monkeypatch.setattr(triton, "execute", reference.execute)
+    check()
+    real = setting.Attempt.plan
+    monkeypatch.setattr(setting.Attempt, "plan", lambda self, q, k, v: real(self, q.flip(2), k.flip(2), v))
+    with pytest.raises(AssertionError, match="not those that torch chooses"):
+        check()
+
+
+def test_the_sampled_rows_hold_the_first_the_last_and_the_edges_of_blocks(modules):
+    rows = modules("gpu_verify_sizes").sampled_rows(1048576, 64)
+    assert {0, 63, 64, 524287, 524288, 1048511, 1048512, 1048575} <= set(rows.tolist())
+    assert 50 < len(rows) <= modules("gpu_verify_sizes").SAMPLED_ROWS
+
+
+def test_one_head_of_a_plan_names_the_pairs_of_that_head(modules):
+    plan = random_plan(7, batch=1, heads=3, query_len=300, key_len=300)
+    rows = torch.arange(300)
+    for head in range(3):
+        own = modules("gpu_verify_sizes").plan_of_head(plan, head)
+        assert torch.equal(own.rows_mask(rows)[:, 0], plan.rows_mask(rows)[:, head])
+
+
+@pytest.mark.slow
+def test_checks_run_in_processes_of_their_own_where_kernels_compile(modules, monkeypatch):
+    verification = modules("gpu_verify")
+    every = verification._checks
+    wanted = ("plan of block_sparse, no padding", "sinks: vertical_slash, torch.float32")
+
+    def some(*arguments):
+        return [check for check in every(*arguments) if check.name in wanted]
+
+    monkeypatch.setattr(verification, "_checks", some)
+    found = verification.verify(torch.device("cpu"), whole=True, small=True, workers=2)
+    assert found == (2, [], [])
+
+
+def test_checks_without_time_are_named_and_do_not_count(modules):
+    verification, timing = modules("gpu_verify"), modules("gpu_timing")
+    budget = timing.Budget(-1)
+    count, failures, left_out = verification.verify(
+        torch.device("cpu"), whole=False, small=True, groups=("plans",), budget=budget
+    )
+    assert (count, failures) == (0, [])
+    assert "plan of block_sparse, chunked" in left_out
+
+
+@pytest.mark.slow
+def test_a_leak_from_the_future_is_found(modules, monkeypatch):
+    verification, execute = modules("gpu_verify"), reference.execute
+
+    def leaking(q, k, v, plan, *, scale):
+        return execute(q, k, v + 1e-3 * v[:, :, -1:], plan, scale=scale)
+
+    arguments = (torch.device("cpu"), verification.METHODS[3], torch.float32, 150)
+    monkeypatch.setattr(triton, "execute", execute)
+    verification._check_future(*arguments)
+    monkeypatch.setattr(triton, "execute", leaking)
+    with pytest.raises(AssertionError, match="earlier rows changed"):
+        verification._check_future(*arguments)
