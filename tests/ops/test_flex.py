@@ -64,6 +64,55 @@ def test_methods(entry, situation: str, dtype: torch.dtype) -> None:
     assert_accurate(case, plan, out, lse)
 
 
+@pytest.mark.parametrize("dim", [320, 512])
+def test_head_dimensions_that_only_flex_has(dim: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        case = make_case("left padding", length=150, heads=2, groups=1, dim=dim, dtype=dtype)
+        plan = methods.create("max_relative", alpha=0.3, sink_blocks=1, window_blocks=1, last_rows=64).plan(
+            case.q, case.k, scale=case.scale, extent=case.extent
+        )
+        assert_accurate(case, plan, *run(case.q, case.k, case.v, plan, scale=case.scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256, 320, 512])
+@pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (64, 128), (128, 128), (16, 48), (1024, 80)])
+def test_tiles_divide_blocks_and_fit_shared_memory(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> None:
+    """FlexAttention refuses others: "Q and KV block size must be divisible by BLOCK_M and BLOCK_N"."""
+    options = flex.kernel_options(block_q, block_k, dim, dtype)
+    rows, keys = options["BLOCK_M"], options["BLOCK_N"]
+    assert (block_q % rows, block_k % keys) == (0, 0)
+    assert min(rows, keys) >= 16
+    assert max(rows, keys) <= 64
+    assert {rows & (rows - 1), keys & (keys - 1)} == {0}
+    width = 1 << (dim - 1).bit_length()
+    stages = options.get("num_stages", 3)  # torch's own number
+    assert (rows + 2 * stages * keys) * width * dtype.itemsize <= 227 << 10
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(8, 64), (64, 17), (40, 64)])
+def test_blocks_that_no_tile_divides_are_named(block_q: int, block_k: int) -> None:
+    with pytest.raises(ValueError, match=f"multiples of 16 tokens, got block_q={block_q} and block_k={block_k}"):
+        flex.kernel_options(block_q, block_k, 64, torch.bfloat16)
+
+
+def test_cuda_tensors_get_the_tiles(monkeypatch) -> None:
+    """Whatever the device: what the compiled kernel is called with."""
+    case = make_case("no padding", length=130, heads=2, groups=1, dim=320)
+    plan = methods.create("a_shape", sink=4, window=30).plan(case.q, case.k, scale=case.scale, extent=case.extent)
+    seen = []
+
+    def attend(*arguments, kernel_options, **options):
+        seen.append(kernel_options)
+        return flex._uncompiled(*arguments, **options)
+
+    monkeypatch.setattr(flex, "_compiled", lambda: attend)
+    monkeypatch.setattr(flex, "_on_cuda", lambda q: True)
+    out, lse = run(case.q, case.k, case.v, plan, scale=case.scale)
+    assert seen == [flex.kernel_options(64, 64, 320, torch.float32)]
+    assert_accurate(case, plan, out, lse)
+
+
 def test_no_keys_and_no_queries() -> None:
     plan = SparsePlan.dense(1, 3, 0, Extent([0], [0], [0]))
     out, lse = run(torch.randn(1, 2, 3, 16), torch.randn(1, 1, 0, 16), torch.randn(1, 1, 0, 16), plan, scale=1.0)

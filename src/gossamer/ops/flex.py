@@ -3,6 +3,7 @@
 An independent oracle, and the fallback on CUDA devices for which the Triton executor has no kernel. On CUDA it is
 compiled; a plan of another structure (block sizes, parts, window) compiles anew. On CPUs FlexAttention returns the
 LSE only uncompiled, and then holds all S x T logits: there it serves as an oracle. Not yet measured on a GPU.
+On CUDA a plan's blocks must be multiples of 16 tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from torch import Tensor
 from gossamer.ops.reference import check_inputs
 from gossamer.plan import SparsePlan
 
-__all__ = ["execute"]
+__all__ = ["execute", "kernel_options"]
+
+_MOST_TOKENS = 64  # of a tile
+_SMALLEST = 16  # of a matrix product
+_TILE_BYTES = 64 << 10  # of a tile of queries, in shared memory
 
 
 def execute(
@@ -38,7 +43,7 @@ def execute(
 
     Raises:
         ValueError, TypeError: as `gossamer.ops.reference.check_inputs`; a permuted plan; fp64; a soft-cap that is not
-            above 0.
+            above 0; on CUDA, blocks that `kernel_options` refuses.
     """
     from torch.nn.attention.flex_attention import AuxRequest
 
@@ -50,7 +55,11 @@ def execute(
     if q.numel() == 0 or k.numel() == 0:
         lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
         return q.new_zeros(*q.shape[:3], v.shape[-1]), _add_sinks(lse, sinks)
-    attend = _compiled() if q.is_cuda else _uncompiled
+    attend, options = _uncompiled, {}
+    if _on_cuda(q):
+        widest = max(q.shape[-1], v.shape[-1])
+        attend = _compiled()
+        options = {"kernel_options": kernel_options(plan.block_q, plan.block_k, widest, q.dtype)}
     out, aux = attend(
         q,
         _cleared(k, plan),
@@ -60,6 +69,7 @@ def execute(
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=AuxRequest(lse=True),
+        **options,
     )
     lse = aux.lse.float()
     # The two paths of FlexAttention say differently that a row attends nothing.
@@ -70,6 +80,38 @@ def execute(
         return out, lse
     with_sinks = _add_sinks(lse, sinks)
     return (out * torch.exp(lse - with_sinks)[..., None]).to(q.dtype), with_sinks
+
+
+def kernel_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Tiles for FlexAttention's kernel on CUDA that divide a plan's blocks, which its own defaults often do not.
+
+    Args:
+        block_q, block_k: tokens in a block of the plan; dim: the larger head dimension.
+
+    Raises:
+        ValueError: a block is no multiple of 16 tokens, the least that a matrix product takes.
+    """
+    if block_q % _SMALLEST or block_k % _SMALLEST:
+        raise ValueError(
+            f"FlexAttention on CUDA takes plans whose blocks are multiples of {_SMALLEST} tokens, got "
+            f"block_q={block_q} and block_k={block_k}; make the plan with such blocks, or use "
+            "gossamer.ops.reference.execute"
+        )
+    width = 1 << max(0, dim - 1).bit_length()
+    rows = keys = _MOST_TOKENS
+    if dtype == torch.float32:  # products without tensor cores hold their operands in registers
+        rows, keys = (64, 32) if width <= 64 else (32, 16) if width <= 128 else (16, 16)
+    elif width > 128:
+        rows = min(rows, max(_SMALLEST, _TILE_BYTES // (2 * width)))
+        keys = max(_SMALLEST, rows // 2)
+    options: dict[str, Any] = {
+        "BLOCK_M": min(rows, block_q & -block_q),
+        "BLOCK_N": min(keys, block_k & -block_k),
+        "FORCE_USE_FLEX_ATTENTION": True,  # the kernel for short queries has tiles of its own
+    }
+    if width > 256:
+        options |= {"num_stages": 1, "num_warps": 8}
+    return options
 
 
 def _add_sinks(lse: Tensor, sinks: Tensor | None) -> Tensor:
@@ -99,6 +141,10 @@ def _uncompiled(*arguments: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile", category=UserWarning)
         return flex_attention(*arguments, **options)
+
+
+def _on_cuda(q: Tensor) -> bool:
+    return q.is_cuda
 
 
 @functools.cache
