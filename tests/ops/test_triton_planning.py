@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -328,6 +329,15 @@ def test_shares_come_as_masks(monkeypatch, situation: str, rule: str) -> None:
     assert expected[1].numel() > 0
     assert torch.equal(ours[0], expected[0])
     assert torch.equal(ours[1], expected[1])
+
+
+def test_poisoned_memory_minds_no_sum_of_an_order_of_its_own() -> None:
+    """What torch warns of on CUDA, where a running sum does not repeat bit for bit."""
+    assert bool(torch.empty(8, device=DEVICE).isnan().all())
+    message = "cumsum_cuda_kernel does not have a deterministic implementation, but you set a flag"
+    warnings.warn_explicit(message, UserWarning, "selectors.py", 1, module="gossamer.selectors")
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn_explicit("another", UserWarning, "selectors.py", 1, module="gossamer.selectors")
 
 
 @pytest.mark.parametrize(("name", "fields"), [("vertical_slash", {}), ("max_relative", {}), ("block_sparse", {})])
