@@ -23,6 +23,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device. Only a copy to the CPU waits for it: of a copy from the CPU, the driver has taken the
+    values when the call returns."""
+    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
+
+
 _Integers = Tensor | Sequence[int] | int
 
 
@@ -389,8 +395,8 @@ class SparsePlan:
         if torch.device(device) == self.device:
             return self
         given = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
-        return SparsePlan.unchecked(**moved, pairs=self._pairs)
+        moved = {name: on_device(value, device) for name, value in given.items() if isinstance(value, Tensor)}
+        return SparsePlan.unchecked(**(given | moved), pairs=self._pairs)
 
     def block_mask(self) -> Tensor:
         """The selected blocks as bool ``[B, heads, M, N]``; columns and bands are not in it."""

@@ -3,7 +3,11 @@
 Prints one line a variant of the forward kernel: its name, and which of the instructions below it has.
 """
 
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -46,6 +50,19 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, capability: i
     source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+
+
+def resources(compiled) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack: what did not fit them."""
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(disassembler), "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found, told
+    return int(found[1]), int(found[2])
 
 
 def compile_attend(

@@ -5,9 +5,10 @@ Prints one line a kernel that multiplies queries with keys: whether it has matri
 
 import sys
 
+import torch
 from compile_triton import POINTERS, compile_kernel
 
-from gossamer.ops.triton import planning_kernels
+from gossamer.ops.triton import planning, planning_kernels
 
 PLANNING_POINTERS = POINTERS | {
     "top_ptr": "*fp32",
@@ -39,25 +40,36 @@ PLANNING_POINTERS = POINTERS | {
 }
 
 
-def compile_products(capability: int, dtype: str, dim: int, share: int) -> list:
-    """The planning kernels that multiply queries with keys."""
+def compile_products(capability: int, dtype: str, dim: int, share: int, only: str | None = None) -> list:
+    """The planning kernels that multiply queries with keys, in the tiles of `gossamer.ops.triton.planning`."""
+    kernels = planning_kernels
     types = PLANNING_POINTERS | {"q_ptr": "*" + dtype, "k_ptr": "*" + dtype, "pooled_ptr": "*" + dtype}
     types |= {"scale_log2": "fp32", "out_ptr": "*fp32"}
-    narrow = dtype == "fp32" or dim > 128
+    fp32 = dtype == "fp32"
+    narrow = fp32 or dim > 128
+    like_q = torch.empty(1, 1, 1, dim, dtype=torch.float32 if fp32 else torch.bfloat16)
+    rows, keys, mass_keys = planning._probe_tiles(like_q)
     operands = dict(SHARE=share, DIM=dim, BLOCK_D=max(16, 1 << (dim - 1).bit_length()), WIDEN=False)
-    operands |= dict(PRECISION="ieee" if dtype == "fp32" else "tf32")
-    sums = operands | dict(ROW_TILES=1, ROWS=64, KEYS=64 if narrow else 128, STEPS=16)
-    mass = operands | dict(ROW_TILES=1, ROWS=64, KEYS=64, STEPS=8)
+    operands |= dict(PRECISION="ieee" if fp32 else "tf32")
+    probe = operands | dict(ROW_TILES=64 // rows, ROWS=rows)
+    sums, mass = probe | dict(KEYS=keys, STEPS=2048 // keys), probe | dict(KEYS=mass_keys, STEPS=8)
     tile_m = min(64 if narrow else 256, 64 * share)
     energy = operands | dict(BLOCK_Q=64, BLOCK_K=128, TILE_M=tile_m, PARTS=64 * share // tile_m)
     energy |= dict(TILE_N=32 if narrow else 64)
-    cells = operands | dict(STRIDE=8, ROW_CELLS=8, ROW_BLOCKS=8, ROW_LANES=8, KEY_CELLS=16, KEY_BLOCKS=4, KEY_LANES=16)
+    blocks = planning._cells(like_q) // 16
+    cells = operands | dict(STRIDE=8, ROW_CELLS=8, ROW_BLOCKS=2 * blocks, ROW_LANES=8)
+    cells |= dict(KEY_CELLS=16, KEY_BLOCKS=blocks, KEY_LANES=16)
     stages = 1 if narrow else 3
+    lists = {
+        "probe_sums": (kernels.probe_sums, sums, 4, stages),
+        "probe_mass": (kernels.probe_mass, mass, 4, min(stages, 2)),
+        "row_energies": (kernels.row_energies, energy, 8 if tile_m >= 128 else 4, stages),
+        "antidiagonal_mass": (kernels.antidiagonal_mass, cells, 4, min(stages, 2)),
+    }
     return [
-        compile_kernel(planning_kernels.probe_sums, types, sums, capability, 4, stages),
-        compile_kernel(planning_kernels.probe_mass, types, mass, capability, 4, min(stages, 2)),
-        compile_kernel(planning_kernels.row_energies, types, energy, capability, 8 if tile_m >= 128 else 4, stages),
-        compile_kernel(planning_kernels.antidiagonal_mass, types, cells, capability, 4, min(stages, 2)),
+        compile_kernel(kernel, types, constants, capability, warps, stages)
+        for name, (kernel, constants, warps, stages) in lists.items()
+        if only in (None, name)
     ]
 
 

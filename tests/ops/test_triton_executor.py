@@ -433,6 +433,19 @@ def test_compiles_without_a_gpu(capability: int, tmp_path: Path) -> None:
     assert found == expected
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler for Linux")
+@pytest.mark.parametrize("which", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_chosen_tiles_fit_the_registers_of_hopper(which: str, tmp_path: Path) -> None:
+    """A few addresses may spill, in bytes of a stack; where operands do, it has thousands."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("compile_triton_table.py")
+    done = subprocess.run([sys.executable, str(script), which], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [line.split() for line in done.stdout.splitlines()]
+    assert len(kernels) >= 3
+    assert [kernel for kernel in kernels if int(kernel[-1]) > 384] == []
+
+
 def problem(**changes) -> config.Problem:
     fields: dict[str, Any] = dict(capability=(9, 0), dim=128, element_size=2, rows=128, block_k=128, bucket=17)
     return config.Problem(**(fields | changes))

@@ -17,7 +17,7 @@ from torch import Tensor
 from gossamer.ops._gradient import refuse
 from gossamer.ops.reference import check_inputs
 from gossamer.ops.triton.config import Config, Problem, tune
-from gossamer.plan import SparsePlan
+from gossamer.plan import SparsePlan, on_device
 
 __all__ = ["autotune", "execute", "interprets", "is_available", "why_unavailable"]
 
@@ -25,6 +25,7 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Coordinates, bands and their sums are 32-bit.
 _MOST_TOKENS = 1 << 29
+_WARM_UP, _REPEAT = 10, 30  # milliseconds of a candidate's measurement
 
 
 def is_available() -> bool:
@@ -83,30 +84,41 @@ def autotune(
 ) -> None:
     """Measure tile shapes for calls like this one; later calls of the same bucket of lengths use the fastest.
 
-    The outcome depends on head dimension, dtype, blocks, architecture and the bucket (the number of bits of the key
-    count), and lasts as long as the process.
+    At most twelve are compiled and measured. The outcome depends on head dimension, dtype, blocks, whether there are
+    columns, architecture and the bucket (the number of bits of the key count), and lasts as long as the process.
 
     Raises:
-        RuntimeError, ValueError, TypeError: as `execute`; a CPU tensor, which cannot be timed.
+        RuntimeError, ValueError, TypeError: as `execute`; a CPU tensor, which cannot be timed; no shape runs.
     """
     _check(q, k, v, plan, sinks, softcap)
     if not q.is_cuda:
         raise ValueError(f"autotune measures on a CUDA device, got tensors on {q.device}")
-    from triton.runtime.errors import OutOfResources
+    arguments = _arguments(q, k, v, plan, scale, sinks, softcap)
+    parts = {"blocks": plan.block_indices.numel() > 0, "columns": plan.column_indices.numel() > 0}
+    problem = Problem.of(q, v, plan.heads, plan.block_q, plan.block_k, plan.key_len, **parts)
+    with torch.cuda.device_of(q):
+        tune(problem, lambda config: _seconds(arguments, config))
+
+
+def _seconds(arguments: tuple, config: Config) -> float:
+    """Of one launch, the median; infinity where the kernel does not compile or does not fit the device."""
+    from triton.errors import TritonError
     from triton.testing import do_bench
 
     from gossamer.ops.triton.launch import launch
 
-    arguments = _arguments(q, k, v, plan, scale, sinks, softcap)
-
-    def seconds(config: Config) -> float:
-        try:
-            milliseconds = do_bench(lambda: launch(*arguments, config=config), return_mode="median")
-            return float(milliseconds) / 1e3  # pyright: ignore[reportArgumentType]
-        except OutOfResources:
+    try:
+        launch(*arguments, config=config)
+    except TritonError:
+        return math.inf
+    except RuntimeError as error:
+        if "PassManager" in str(error):  # a pass of the compiler that gave up
             return math.inf
-
-    tune(Problem.of(q, v, plan.heads, plan.block_q, plan.block_k, plan.key_len), seconds)
+        raise
+    milliseconds = do_bench(
+        lambda: launch(*arguments, config=config), warmup=_WARM_UP, rep=_REPEAT, return_mode="median"
+    )
+    return float(milliseconds) / 1e3  # pyright: ignore[reportArgumentType]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, sinks: Tensor | None, softcap: float | None) -> None:
@@ -143,15 +155,15 @@ def _arguments(
         q,
         k,
         v,
-        plan.block_indptr.to(device),
-        plan.block_indices.to(device),
-        plan.column_indptr.to(device),
-        plan.column_indices.to(device),
-        torch.as_tensor(plan.sink).to(device),
-        torch.as_tensor(plan.window).to(device),
-        empty if plan.q_order is None else plan.q_order.to(device),
-        empty if plan.k_order is None else plan.k_order.to(device),
-        extent.to(device, non_blocking=True),
+        on_device(plan.block_indptr, device),
+        on_device(plan.block_indices, device),
+        on_device(plan.column_indptr, device),
+        on_device(plan.column_indices, device),
+        on_device(torch.as_tensor(plan.sink), device),
+        on_device(torch.as_tensor(plan.window), device),
+        empty if plan.q_order is None else on_device(plan.q_order, device),
+        empty if plan.k_order is None else on_device(plan.k_order, device),
+        on_device(extent, device),
         torch.empty(0, device=device) if sinks is None else sinks.float(),
         [plan.heads, plan.block_q, plan.block_k, plan.column_group],
         -1 if plan.limit is None else min(plan.limit, _MOST_TOKENS),

@@ -6,6 +6,7 @@ not yet measured on a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -42,10 +43,14 @@ class Problem:
     rows: int
     block_k: int
     bucket: int
+    blocks: bool = True
+    columns: bool = False
 
     @classmethod
-    def of(cls, q: Tensor, v: Tensor, heads: int, block_q: int, block_k: int, key_len: int) -> Problem:
-        """For a plan of ``heads`` heads and its blocks."""
+    def of(
+        cls, q: Tensor, v: Tensor, heads: int, block_q: int, block_k: int, key_len: int, *, blocks: bool, columns: bool
+    ) -> Problem:
+        """For a plan of ``heads`` heads: its block sizes, and whether it lists ``blocks`` and ``columns``."""
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
         return cls(
             capability,
@@ -54,6 +59,8 @@ class Problem:
             power_of_two(block_q * (q.shape[1] // heads)),
             block_k,
             key_len.bit_length(),
+            blocks,
+            columns,
         )
 
 
@@ -74,9 +81,13 @@ _TABLE: dict[tuple[int, int], tuple[Config, Config]] = {
     (_TURING, 128): (Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
     (_TURING, 256): (Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
 }
-_WIDE = Config(64, 32, 4, 1)  # fp32
+# Exact fp32 products have no tensor cores: they are unrolled, and of a tile whose operands overflow the registers the
+# assembler puts everything into local memory.
+_FP32 = {64: Config(64, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(32, 16, 8, 1)}
 _SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # 100 KiB of shared memory, unlike others of their generation
-_MOST_REGISTERS = 192
+_MOST_WITH_COLUMNS = 64  # keys of a tile: what finds columns takes the registers of more
+_FEWEST_REGISTERS, _MOST_REGISTERS = 40, 160  # of a candidate's scores and output, a thread
+_MOST_CANDIDATES = 12
 _SMALLEST = 16  # of a matrix product
 _SMALLEST_EVEN = 32  # below it, a tile with masked keys is better than one that divides the block
 
@@ -94,21 +105,23 @@ def choose(problem: Problem) -> Config:
 
 
 def candidates(problem: Problem) -> list[Config]:
-    """What `tune` tries: the table's choice and its neighbours, with and without descriptors where those exist."""
+    """What `tune` tries, at most twelve: the table's choice, the same without descriptors, and its neighbours.
+
+    Left out is what would not fit a thread's registers: a kernel that spills is slow, and slow to compile.
+    """
     start = _from_table(problem)
-    shapes = {(start.tile_m, start.tile_n), (start.tile_m, 64), (64, 64), (64, 32), (128, 32)}
-    found = [_fit(start, problem)]
-    for tile_m, tile_n in sorted(shapes):
-        for warps in (4, 8):
-            # Scores and output in registers, of which a thread has 255; Triton spills the rest.
-            if tile_m * (tile_n + problem.dim) > 32 * warps * _MOST_REGISTERS:
-                continue
-            for stages in (2, 3, 4):
-                for descriptors in {start.descriptors, False}:
-                    config = _fit(Config(tile_m, tile_n, warps, stages, descriptors), problem)
-                    if config not in found:
-                        found.append(config)
-    return found
+    wanted = [start, replace(start, descriptors=False)]
+    if problem.element_size > 2:
+        wanted += [replace(start, tile_m=start.tile_m // 2), replace(start, tile_m=start.tile_m // 2, warps=4)]
+    else:
+        shapes = dict.fromkeys([(start.tile_m, start.tile_n), (start.tile_m, 64), (64, 64), (64, 32), (128, 32)])
+        for stages in (3, 2):
+            for tile_m, tile_n in shapes:
+                for warps in (8, 4):
+                    # Of scores and output, which a thread holds besides operands and addresses.
+                    if _FEWEST_REGISTERS <= tile_m * (tile_n + problem.dim) // (32 * warps) <= _MOST_REGISTERS:
+                        wanted.append(replace(start, tile_m=tile_m, tile_n=tile_n, warps=warps, stages=stages))
+    return list(dict.fromkeys(_fit(config, problem) for config in wanted))[:_MOST_CANDIDATES]
 
 
 def tune(problem: Problem, seconds: Callable[[Config], float], among: Iterable[Config] | None = None) -> Config:
@@ -116,8 +129,14 @@ def tune(problem: Problem, seconds: Callable[[Config], float], among: Iterable[C
 
     Args:
         seconds: measures one configuration; infinity for one that does not run.
+
+    Raises:
+        RuntimeError: no configuration runs.
     """
-    best = min(candidates(problem) if among is None else among, key=seconds)
+    measured = {config: seconds(config) for config in (candidates(problem) if among is None else among)}
+    best = min(measured, key=lambda config: measured[config])
+    if measured[best] == math.inf:
+        raise RuntimeError(f"none of {len(measured)} tile shapes runs for {problem}; the table's choice stays")
     _tuned[problem] = best
     return best
 
@@ -130,19 +149,23 @@ def forget() -> None:
 def _from_table(problem: Problem) -> Config:
     major = problem.capability[0]
     if problem.element_size > 2:
-        return _WIDE
+        return next(config for dim, config in _FP32.items() if problem.dim <= dim)
     level = _HOPPER if major in (9, 10) else _AMPERE if major >= 8 else _TURING
     if problem.capability in _SMALL_MEMORY:
         level = _SMALL
     tall, short = next(configs for (at, dim), configs in _TABLE.items() if at == level and problem.dim <= dim)
-    return tall if problem.rows >= tall.tile_m else short
+    config = tall if problem.rows >= tall.tile_m else short
+    return replace(config, tile_n=min(config.tile_n, _MOST_WITH_COLUMNS)) if problem.columns else config
 
 
 def _fit(config: Config, problem: Problem) -> Config:
-    """Rows no more than a query block has, and keys that divide a key block where they can."""
+    """Rows no more than a query block has, and keys that divide a key block where there are any and they can."""
     tile_m = min(config.tile_m, problem.rows)
     divisor = problem.block_k & -problem.block_k
-    tile_n = min(config.tile_n, power_of_two(problem.block_k))
-    if divisor >= _SMALLEST_EVEN:
-        tile_n = min(tile_n, divisor)
-    return replace(config, tile_m=tile_m, tile_n=tile_n, warps=config.warps if tile_m >= 64 else 4)
+    tile_n = config.tile_n
+    if problem.blocks:
+        tile_n = min(tile_n, power_of_two(problem.block_k))
+        if divisor >= _SMALLEST_EVEN:
+            tile_n = min(tile_n, divisor)
+    few = tile_m < min(64, config.tile_m)
+    return replace(config, tile_m=tile_m, tile_n=tile_n, warps=4 if few else config.warps)

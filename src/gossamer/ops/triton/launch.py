@@ -58,13 +58,14 @@ def launch(
     if out.numel() == 0:
         return out.to(q.dtype), lse
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    has_blocks, has_columns = block_indices.numel() > 0, column_indices.numel() > 0
     if config is None:
-        config = choose(Problem.of(q, v, plan_heads, block_q, block_k, key_len))
+        parts = {"blocks": has_blocks, "columns": has_columns}
+        config = choose(Problem.of(q, v, plan_heads, block_q, block_k, key_len, **parts))
     if scale <= 0:  # the kernel multiplies a row's maximum by the scale
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     share = heads // plan_heads
     blocks, tiles = ceil_div(query_len, block_q), ceil_div(block_q * share, config.tile_m)
-    has_blocks, has_columns = block_indices.numel() > 0, column_indices.numel() > 0
     words = ceil_div(ceil_div(key_len, block_k), 32)
     rows, together = batch * plan_heads, plan_heads // groups
     bits = block_indices

@@ -46,6 +46,7 @@ _LOG2_E = math.log2(math.e)
 _SPLIT_KEYS = 2048  # of the probe's first pass, a program
 _SPAN_TILES = 8  # of its second pass
 _PROBE_TILE = 64  # its rows and keys: a tile of twice the keys would not fit the registers when it is skewed
+_FP32_ROWS = 32  # of a tile of a product without tensor cores, which is unrolled and has to fit the registers
 _MERGE_TILE = 1024
 _MOST_ROWS = 256  # of a tile of energies
 _CELLS = 64  # rows and columns of a tile of antidiagonal cells, where a block has no more
@@ -98,11 +99,11 @@ def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last
     if rows == 0 or key_len == 0:
         return columns, diagonals
     q, k = _dense_rows(q), _dense_rows(k)
-    row_tile = min(_PROBE_TILE, power_of_two(rows))
-    row_tiles, tiles = ceil_div(rows, row_tile), ceil_div(key_len, _PROBE_TILE)
-    splits, spans = ceil_div(key_len, _SPLIT_KEYS), ceil_div(tiles, _SPAN_TILES)
     narrow = q.element_size() > 2 or dim > 128
-    key_tile = _PROBE_TILE if narrow else 2 * _PROBE_TILE
+    row_tile, key_tile, mass_tile = _probe_tiles(q)
+    row_tile = min(row_tile, power_of_two(rows))
+    row_tiles, tiles = ceil_div(rows, row_tile), ceil_div(key_len, mass_tile)
+    splits, spans = ceil_div(key_len, _SPLIT_KEYS), ceil_div(tiles, _SPAN_TILES)
     positions = _extent_on(extent, q.device)
     top = torch.empty(batch, heads, splits, row_tiles * row_tile, device=q.device)
     total = torch.empty_like(top)
@@ -114,17 +115,25 @@ def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last
         num_stages=1 if narrow else 3,
     )  # fmt: skip
     lse = _merge_sums(top, total)
-    partial = torch.empty(batch, heads, row_tiles, tiles, _PROBE_TILE + row_tile, device=q.device)
+    partial = torch.empty(batch, heads, row_tiles, tiles, mass_tile + row_tile, device=q.device)
     _run(
         kernels.probe_mass, batch * heads * spans, q, k, lse, columns, partial, *inputs, key_len, rows, tiles, spans,
-        scale * _LOG2_E, KEYS=_PROBE_TILE, STEPS=_SPAN_TILES, **tile, num_warps=4, num_stages=1 if narrow else 2,
+        scale * _LOG2_E, KEYS=mass_tile, STEPS=_SPAN_TILES, **tile, num_warps=4, num_stages=1 if narrow else 2,
     )  # fmt: skip
     pieces = ceil_div(key_len, _MERGE_TILE)
     _run(
         kernels.merge_diagonals, batch * heads * pieces, partial, diagonals, positions, batch, heads, query_len,
-        key_len, rows, tiles, pieces, ROW_TILES=row_tiles, ROWS=row_tile, KEYS=_PROBE_TILE, TILE=_MERGE_TILE,
+        key_len, rows, tiles, pieces, ROW_TILES=row_tiles, ROWS=row_tile, KEYS=mass_tile, TILE=_MERGE_TILE,
     )  # fmt: skip
     return columns, diagonals
+
+
+def _probe_tiles(q: Tensor) -> tuple[int, int, int]:
+    """Rows, keys of the first pass and keys of the second."""
+    if q.element_size() > 2:
+        keys = 32 if q.shape[-1] <= 64 else 16
+        return _FP32_ROWS, keys, keys
+    return _PROBE_TILE, _PROBE_TILE if q.shape[-1] > 128 else 2 * _PROBE_TILE, _PROBE_TILE
 
 
 def _merge_sums(top: Tensor, total: Tensor) -> Tensor:
@@ -233,7 +242,8 @@ def antidiagonal_scores(
     positions = _extent_on(extent, q.device)
     row_cells, key_cells = block_q // stride, block_k // stride
     row_lanes, key_lanes = _lanes(row_cells), _lanes(key_cells)
-    row_blocks, tile_blocks = max(1, _CELLS // row_lanes), max(1, _CELLS // key_lanes)
+    cells = _cells(q)
+    row_blocks, tile_blocks = max(1, cells // row_lanes), max(1, cells // key_lanes)
     mass = torch.zeros(batch, heads, stop - at, key_blocks, device=q.device)
     row_groups = ceil_div(stop - at, row_blocks)
     _run(
@@ -244,6 +254,10 @@ def antidiagonal_scores(
         num_warps=4, num_stages=2 if q.element_size() == 2 else 1,
     )  # fmt: skip
     return mass
+
+
+def _cells(q: Tensor) -> int:
+    return _FP32_ROWS if q.element_size() > 2 else _CELLS
 
 
 def _lanes(cells: int) -> int:
