@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer import Extent, SparsePlan
+from gossamer._counting import dense_pairs
 from gossamer.testing import random_plan
 
 
@@ -232,3 +233,24 @@ def test_a_fall_between_rows_is_allowed() -> None:
 def test_bad_fields_are_named(fields: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         _plan(**fields)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 7, 1000])
+@pytest.mark.parametrize("causal", [True, False])
+def test_dense_pairs_in_closed_form(causal: bool, limit: int | None) -> None:
+    """Those that a dense plan counts: padding on either side, chunks, caches with empty slots, nothing at all."""
+    for query_len, key_len, start, first, count in (
+        (20, 20, 0, 0, 20),
+        (20, 20, -6, 6, 14),
+        (20, 50, 30, 0, 50),
+        (20, 50, 12, 0, 32),
+        (20, 50, 5, 9, 10),
+        (1, 50, 49, 0, 50),
+        (5, 9, 3, 2, 0),
+        (0, 9, 9, 0, 9),
+    ):
+        extent = Extent([start, 0], [first, 0], [count, key_len])
+        dense = SparsePlan.dense(1, query_len, key_len, extent, causal=causal, limit=limit)
+        pairs = dense_pairs(extent, query_len, causal=causal, limit=limit)
+        assert pairs == int(dense.to_mask().sum()) == int(dense.count_pairs().sum())
+        assert dense.density() == 1.0

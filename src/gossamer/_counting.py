@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.plan import SparsePlan
+from gossamer.plan import Extent, SparsePlan
 
 _ROW_BUDGET = 1 << 22  # rows expanded at once
 
@@ -28,6 +28,31 @@ def count_pairs(plan: SparsePlan) -> Tensor:
     if device is not None and device.counts_pairs_of(plan):
         return device.count_pairs(plan)
     return _count_in_torch(plan)
+
+
+def dense_pairs(extent: Extent, query_len: int, *, causal: bool, limit: int | None) -> int:
+    """Pairs that dense attention computes in one head, over the batch: those live, causal and within the limit."""
+    total = 0
+    for start, count in zip(extent.query_start.tolist(), extent.key_count.tolist(), strict=True):
+        # A query at p attends the live keys below min(p + ahead, count) that are not below p - behind.
+        if causal or limit is not None:
+            ahead = 1 if causal else limit
+            total += _clamped_sum(start + ahead, query_len, count)
+        else:
+            total += query_len * count
+        if limit is not None:
+            total -= _clamped_sum(start + 1 - limit, query_len, count)
+    return total
+
+
+def _clamped_sum(first: int, terms: int, most: int) -> int:
+    """The sum of ``first, first + 1, ..`` (that many terms), each clamped to 0 .. most."""
+
+    def up_to(last: int) -> int:
+        rising = max(0, min(last, most))
+        return rising * (rising + 1) // 2 + max(0, last - most) * most
+
+    return up_to(first + terms - 1) - up_to(first - 1)
 
 
 def _count_in_torch(plan: SparsePlan) -> Tensor:

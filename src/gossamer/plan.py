@@ -461,8 +461,9 @@ class SparsePlan:
 
         For a plan on a device this waits for `count_pairs`, unless the planner has counted already.
         """
-        dense = SparsePlan.dense(1, self.query_len, self.key_len, self.extent, causal=self.causal, limit=self.limit)
-        total = int(dense.count_pairs().sum()) * self.heads
+        from gossamer._counting import dense_pairs
+
+        total = dense_pairs(self.extent, self.query_len, causal=self.causal, limit=self.limit) * self.heads
         computed = int(self.count_pairs().sum()) if self._pairs is None else self._pairs
         return computed / total if total else 1.0
 
