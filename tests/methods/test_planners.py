@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gossamer import HeadPattern, Profile, SparsePlan
+from gossamer import Extent, HeadPattern, Profile, SparsePlan
 from gossamer.estimators import last_query_probe, pool_keys, pool_queries, row_block_energy
 from gossamer.methods import AShape, BlockSparse, MaxRelative, MInference, TriShape, VerticalSlash
 from gossamer.methods._exact_slash import merged_ranges
@@ -39,6 +40,41 @@ def test_tri_shape_has_a_dense_tail_of_whole_blocks() -> None:
     # 50 last queries of 300 start at 250, in the block of rows 192..255
     assert counts[192:].tolist() == list(range(193, 301))
     assert counts[191] == 14
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_tri_shape_is_a_shape_and_its_tail(situation: str) -> None:
+    case = make_case(situation, length=200, heads=4, groups=2, dim=8)
+    mask = plan_of(TriShape(sink=5, window=20, last=30, block=32), case).to_mask()
+    for b in range(mask.shape[0]):
+        first, start, count = positions(case, b)
+        rows = [i for i in range(case.query_len) if 0 <= first + i < count]
+        blocks = {i // 32 for i in rows[-30:]}
+        for i in range(case.query_len):
+            p = first + i
+            expected = {start + j for j in range(count) if j <= p and (i // 32 in blocks or j < 5 or p - j < 20)}
+            for head in range(2):
+                assert set(mask[b, head, i].nonzero().flatten().tolist()) == expected
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_tri_shape_holds_no_mask_of_all_blocks() -> None:
+    """At 1M tokens that of eight heads has 2G entries."""
+    length, heads = 1 << 17, 8
+    q = torch.empty(1, heads, length, 16, device="meta")
+    with LargestTensor() as largest:
+        plan = TriShape().plan(q, q, scale=1.0, extent=Extent.full(1, length, length))
+    assert plan.block_indices.numel() > heads * plan.num_key_blocks
+    assert largest.elements < 4 * heads * plan.num_key_blocks
 
 
 def naive_vertical_slash(case, vertical: int, slash: int) -> torch.Tensor:

@@ -59,18 +59,24 @@ class TriShape(Method):
         tail = tail_blocks(extent, query_len, self.last, self.block)
         # On the CPU, whatever q's device: where the tokens sit is known there, and nothing waits for a device.
         visible = BlockVisibility(extent, query_len, key_len, self.block, self.block, tail.device)
-        first = int(tail.int().argmax(dim=1).min()) if bool(tail.any()) else ceil_div(query_len, self.block)
-        blocks = torch.zeros(
-            extent.batch, ceil_div(query_len, self.block), ceil_div(key_len, self.block), dtype=torch.bool
-        )
-        blocks[:, first:] = tail[:, first:, None] & visible.any_pair(first, blocks.shape[1])
-        return SparsePlan.from_block_mask(
-            blocks[:, None].expand(-1, k.shape[1], -1, -1),
+        heads, query_blocks = k.shape[1], ceil_div(query_len, self.block)
+        counts = torch.zeros(extent.batch, heads, query_blocks, dtype=torch.int64)
+        indices = []
+        for row in range(extent.batch):  # only its last few query blocks, not all of all heads
+            ours = tail[row].nonzero()[:, 0].tolist()
+            if ours:
+                chosen = visible.any_pair(ours[0], ours[-1] + 1)[row]
+                counts[row, :, ours[0] : ours[-1] + 1] = chosen.sum(dim=-1)
+                indices.append(chosen.nonzero()[:, 1].repeat(heads))
+        return SparsePlan(
+            heads,
             query_len,
             key_len,
-            extent=extent,
+            extent,
             block_q=self.block,
             block_k=self.block,
+            block_indptr=torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0)),
+            block_indices=torch.cat([torch.empty(0, dtype=torch.int64), *indices]).to(torch.int32),
             sink=self.sink,
             window=self.window,
         )
