@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gossamer import methods, ops
 from gossamer.methods import Dense, Method
+from gossamer.ops import planners
 from gossamer.plan import Extent, SparsePlan
 
 __all__ = ["CallRecord", "Policy", "decodes_on_kernel", "dense_attention", "plan_under", "sparse_attention"]
@@ -222,7 +223,8 @@ def plan_under(
     reason = _reason_for_dense(q, k, v, policy, causal, limit)
     if reason is not None or policy.method.name == "dense":
         return None, 1.0, reason
-    plan = policy.method.plan(q, k, scale=scale, extent=extent, layer=layer).with_limit(limit)
+    with planners.within(limit):
+        plan = policy.method.plan(q, k, scale=scale, extent=extent, layer=layer).with_limit(limit)
     density = plan.density()
     return (None, 1.0, TOO_DENSE) if density > policy.max_density else (plan, density, None)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gossamer.estimators import BlockVisibility
 from gossamer.ops.cpu.planning import Ranges, one_rule
-from gossamer.ops.planners import cpu_planner, device_planner
+from gossamer.ops.planners import cpu_planner, device_planner, model_window
 from gossamer.plan import Extent, SparsePlan
 from gossamer.selectors import (
     CsrBuilder,
@@ -211,13 +211,14 @@ def make_plan(
 ) -> SparsePlan:
     """The plan of chosen blocks and columns. The other arguments are the plan's fields.
 
-    On a device it waits once, for the numbers of blocks, columns and pairs; the plan is not validated there, since
-    that would wait again.
+    On a device it waits once, for the numbers of blocks, columns and pairs (under the model's own window, where
+    `gossamer.ops.planners.within` says one); the plan is not validated there, since that would wait again.
     """
     chosen = {"block": blocks.lists if blocks is not None else None, "column": columns}
     chosen = {name: lists for name, lists in chosen.items() if lists is not None}
     shape: dict[str, Any] = dict(heads=heads, query_len=query_len, key_len=key_len, extent=extent)
     shape |= dict(block_q=block_q, block_k=block_k, column_group=column_group, sink=sink, window=window)
+    shape |= dict(limit=model_window())
     fields: dict[str, Any] = {}
     if not chosen or any(isinstance(lists, CsrBuilder) for lists in chosen.values()):
         for name, lists in chosen.items():
@@ -227,9 +228,7 @@ def make_plan(
 
     device = next(iter(chosen.values())).bits.device
     bits = {name: lists.bits for name, lists in chosen.items()}
-    pairs = planning.pairs_of_bits(
-        bits.get("block"), bits.get("column"), **shape, causal=True, limit=None, device=device
-    ).sum()
+    pairs = planning.pairs_of_bits(bits.get("block"), bits.get("column"), **shape, causal=True, device=device).sum()
     built, (counted,) = planning.build(*chosen.values(), numbers=[pairs])
     for name, (indptr, indices) in zip(chosen, built, strict=True):
         fields[f"{name}_indptr"], fields[f"{name}_indices"] = indptr, indices

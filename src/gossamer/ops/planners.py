@@ -15,9 +15,10 @@ from torch import Tensor
 
 from gossamer.ops.cpu import planning as cpu_planning
 
-__all__ = ["cpu_planner", "device_planner", "planner_for", "triton_on_cpu"]
+__all__ = ["cpu_planner", "device_planner", "model_window", "planner_for", "triton_on_cpu", "within"]
 
 _TRITON_ON_CPU: ContextVar[bool] = ContextVar("triton_on_cpu", default=False)
+_MODEL_WINDOW: ContextVar[int | None] = ContextVar("model_window", default=None)
 
 
 def planner_for(*tensors: Tensor) -> ModuleType | None:
@@ -51,3 +52,22 @@ def triton_on_cpu() -> Iterator[None]:
         yield
     finally:
         _TRITON_ON_CPU.reset(token)
+
+
+def model_window() -> int | None:
+    """The model's own sliding window in tokens, as `within` says; under it pairs are counted."""
+    return _MODEL_WINDOW.get()
+
+
+@contextmanager
+def within(limit: int | None) -> Iterator[None]:
+    """Plan for a model with its own sliding window of ``limit`` tokens.
+
+    Methods do not take it: it changes no choice, only which pairs of a choice are computed. A planner on a device
+    counts these in the one wait that it has.
+    """
+    token = _MODEL_WINDOW.set(limit)
+    try:
+        yield
+    finally:
+        _MODEL_WINDOW.reset(token)
