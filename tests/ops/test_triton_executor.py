@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer import Extent, SparsePlan, methods
 from gossamer.ops import reference
@@ -483,6 +484,105 @@ def test_candidates_with_and_without_descriptors() -> None:
     assert len(set(hopper)) == len(hopper)
     assert not any(c.descriptors for c in config.candidates(problem(capability=(8, 0))))
     assert not any(c.warp_specialize for c in hopper)
+
+
+def test_candidates_are_few() -> None:
+    """Each is compiled, which takes seconds."""
+    for rows in (16, 64, 512):
+        for dim in (64, 128, 256):
+            for changes in ({}, {"element_size": 4}, {"columns": True}, {"blocks": False}, {"capability": (8, 0)}):
+                case = problem(rows=rows, dim=dim, **changes)
+                found = config.candidates(case)
+                assert found[0] == config.choose(case)
+                assert len(found) <= 12
+                assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_tiles_of_exact_products_are_small(dim: int) -> None:
+    """Beyond these the assembler spills the operands; see `test_chosen_tiles_fit_the_registers_of_hopper`."""
+    for rows in (16, 64, 512):
+        for chosen in config.candidates(problem(element_size=4, dim=config.power_of_two(dim), rows=rows)):
+            assert chosen.tile_m * chosen.tile_n * dim <= 64 * 32 * 64
+
+
+def test_a_plan_without_blocks_has_tiles_larger_than_a_block() -> None:
+    fitted = config.choose(problem(block_k=64))
+    free = config.choose(problem(block_k=64, blocks=False))
+    assert (fitted.tile_n, free.tile_n) == (64, 128)
+    assert config.choose(problem(columns=True)).tile_n == 64
+
+
+@pytest.mark.parametrize("part", ["dense", "bands", "columns"])
+def test_tiles_larger_than_a_block(part: str) -> None:
+    """The configuration of the table for Hopper, on a plan of smaller blocks that lists none."""
+    length = 200
+    plan = SparsePlan.dense(1, length, length, Extent.full(1, length, length))
+    if part == "bands":
+        plan = replace(plan, sink=9, window=70)
+    elif part == "columns":
+        listed = torch.arange(0, length, 3, dtype=torch.int32)
+        plan = replace(
+            plan,
+            window=5,
+            column_group=plan.num_query_blocks,
+            column_indptr=torch.tensor([0, listed.numel()]),
+            column_indices=listed,
+        )
+    q, k, v = draw(plan, heads=2, groups=1, dim=32, dtype=torch.float16)
+    chosen = config.choose(problem(dim=128, block_k=plan.block_k, blocks=False, columns=part == "columns"))
+    assert chosen.tile_n == (64 if part == "columns" else 128)
+    check(plan, q, k, v, chosen=chosen)
+
+
+def test_what_does_not_compile_takes_forever() -> None:
+    from triton.errors import TritonError
+
+    def failing(error: Exception) -> Any:
+        return mock.patch.object(launch, "launch", side_effect=error)
+
+    chosen = config.choose(problem())
+    for error in (TritonError("out of resources"), RuntimeError("PassManager::run failed")):
+        with failing(error):
+            assert executor._seconds((), chosen) == math.inf
+    with failing(RuntimeError("an illegal memory access")), pytest.raises(RuntimeError, match="illegal"):
+        executor._seconds((), chosen)
+    with mock.patch.object(launch, "launch") as launched, mock.patch("triton.testing.do_bench") as bench:
+        bench.return_value = 2.0
+        assert executor._seconds((1, 2), chosen) == 2e-3
+    launched.assert_called_with(1, 2, config=chosen)
+    assert bench.call_args.kwargs["warmup"] + bench.call_args.kwargs["rep"] <= 40
+
+
+def test_tuning_of_what_never_runs_keeps_the_table() -> None:
+    with pytest.raises(RuntimeError, match="none of 12 tile shapes runs"):
+        config.tune(problem(), lambda c: math.inf)
+    assert config.choose(problem()) == config.candidates(problem())[0]
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Counts copies between devices that wait for them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        target = kwargs.get("device")
+        if func is torch.ops.aten._to_copy.default and target is not None and target != args[0].device:
+            self.count += not kwargs.get("non_blocking", False)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry[0] + ("-exact" if "exact" in entry[1] else ""))
+def test_plans_on_the_cpu_move_without_waiting(entry: tuple[str, dict]) -> None:
+    case = make_case("left padding", length=100, heads=2, groups=1, dim=16)
+    plan = methods.create(entry[0], **entry[1]).plan(case.q, case.k, scale=case.scale, extent=case.extent, layer=0)
+    q, k, v = (t.to("meta") for t in (case.q, case.k, case.v))
+    with BlockingCopies() as copies:
+        moved = executor._arguments(q, k, v, plan, case.scale, None, None)
+        assert plan.to("meta").device.type == "meta"
+    assert all(part.is_meta for part in moved if isinstance(part, Tensor))
+    assert copies.count == 0
 
 
 def test_tuning_holds_for_a_bucket_of_lengths() -> None:
