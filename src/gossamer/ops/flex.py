@@ -99,8 +99,8 @@ def kernel_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> 
         )
     width = 1 << max(0, dim - 1).bit_length()
     rows = keys = _MOST_TOKENS
-    if dtype == torch.float32:  # products without tensor cores hold their operands in registers
-        rows, keys = (64, 32) if width <= 64 else (32, 16) if width <= 128 else (16, 16)
+    if dtype == torch.float32:  # products without tensor cores are unrolled, and their operands have to fit registers
+        rows, keys = (64, 32) if width <= 64 else (32, 16) if width <= 256 else (16, 16)
     elif width > 128:
         rows = min(rows, max(_SMALLEST, _TILE_BYTES // (2 * width)))
         keys = max(_SMALLEST, rows // 2)
@@ -109,8 +109,10 @@ def kernel_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> 
         "BLOCK_N": min(keys, block_k & -block_k),
         "FORCE_USE_FLEX_ATTENTION": True,  # the kernel for short queries has tiles of its own
     }
+    if dtype == torch.float32 or width > 256:
+        options["num_warps"] = 8
     if width > 256:
-        options |= {"num_stages": 1, "num_warps": 8}
+        options["num_stages"] = 1
     return options
 
 
