@@ -129,10 +129,9 @@ def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last
 
 
 def _probe_tiles(q: Tensor) -> tuple[int, int, int]:
-    """Rows, keys of the first pass and keys of the second."""
+    """Rows, keys of the first pass, and keys of the second: no fewer than rows, since a diagonal crosses two tiles."""
     if q.element_size() > 2:
-        keys = 32 if q.shape[-1] <= 64 else 16
-        return _FP32_ROWS, keys, keys
+        return _FP32_ROWS, 32 if q.shape[-1] <= 64 else 16, _FP32_ROWS
     return _PROBE_TILE, _PROBE_TILE if q.shape[-1] > 128 else 2 * _PROBE_TILE, _PROBE_TILE
 
 
