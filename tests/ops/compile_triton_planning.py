@@ -53,9 +53,8 @@ def compile_products(capability: int, dtype: str, dim: int, share: int, only: st
     operands |= dict(PRECISION="ieee" if fp32 else "tf32")
     probe = operands | dict(ROW_TILES=64 // rows, ROWS=rows)
     sums, mass = probe | dict(KEYS=keys, STEPS=2048 // keys), probe | dict(KEYS=mass_keys, STEPS=8)
-    tile_m = min(64 if narrow else 256, 64 * share)
-    energy = operands | dict(BLOCK_Q=64, BLOCK_K=128, TILE_M=tile_m, PARTS=64 * share // tile_m)
-    energy |= dict(TILE_N=32 if narrow else 64)
+    tile_m, tile_n, warps = planning._energy_tiles(like_q, 64 * share)
+    energy = operands | dict(BLOCK_Q=64, BLOCK_K=128, TILE_M=tile_m, PARTS=64 * share // tile_m, TILE_N=tile_n)
     blocks = planning._cells(like_q) // 16
     cells = operands | dict(STRIDE=8, ROW_CELLS=8, ROW_BLOCKS=2 * blocks, ROW_LANES=8)
     cells |= dict(KEY_CELLS=16, KEY_BLOCKS=blocks, KEY_LANES=16)
@@ -63,7 +62,7 @@ def compile_products(capability: int, dtype: str, dim: int, share: int, only: st
     lists = {
         "probe_sums": (kernels.probe_sums, sums, 4, stages),
         "probe_mass": (kernels.probe_mass, mass, 4, min(stages, 2)),
-        "row_energies": (kernels.row_energies, energy, 8 if tile_m >= 128 else 4, stages),
+        "row_energies": (kernels.row_energies, energy, warps, stages),
         "antidiagonal_mass": (kernels.antidiagonal_mass, cells, 4, min(stages, 2)),
     }
     return [

@@ -142,6 +142,18 @@ def test_energies_of_more_blocks_than_a_tile_and_more_rows() -> None:
         torch.testing.assert_close(ours, oracle, atol=1e-6, rtol=5e-5)
 
 
+@every_dtype
+def test_wide_heads(dtype: torch.dtype) -> None:
+    """Head dimensions above 128 have tiles of their own."""
+    case = case_of("left padding", length=200, heads=4, groups=2, dim=144, dtype=dtype)
+    ours, oracle = energies(case, 32, 4)
+    torch.testing.assert_close(ours, oracle, atol=1e-6, rtol=2e-5)
+    got = planning.last_query_probe(case.q, case.k, scale=case.scale, extent=case.extent, last=40)
+    q, k = (t.nan_to_num() for t in wide(case))
+    for mass, oracle in zip(got, estimators._probe_in_torch(q, k, case.scale, case.extent, 40), strict=True):
+        torch.testing.assert_close(mass, oracle, atol=2e-6, rtol=1e-5)
+
+
 @every_situation
 @pytest.mark.parametrize(("block_q", "block_k", "stride", "dim"), [(64, 128, 16, 64), (24, 40, 8, 80), (4, 6, 2, 20)])
 def test_antidiagonal_scores(situation: str, block_q: int, block_k: int, stride: int, dim: int) -> None:

@@ -189,8 +189,7 @@ def row_block_energy(
     groups, key_blocks = pooled.shape[1], pooled.shape[2]
     blocks, share = stop - at, heads // groups
     narrow = q.element_size() > 2 or dim > 128
-    tile_m = min(64 if narrow else _MOST_ROWS, power_of_two(block_q * share))
-    tile_n = 32 if narrow else 64
+    tile_m, tile_n, warps = _energy_tiles(q, block_q * share)
     tiles, parts = ceil_div(key_blocks, tile_n), ceil_div(block_q * share, tile_m)
     energy = torch.zeros(batch, groups, blocks, parts, key_blocks, device=q.device)
     if energy.numel() == 0:
@@ -202,7 +201,7 @@ def row_block_energy(
         kernels.row_energies, top.numel(), q, pooled, energy, reference, top, *q.stride()[:3], *pooled.stride()[:3],
         _extent_on(extent, q.device), batch, groups, query_len, key_blocks, at, blocks, tiles, scale * _LOG2_E,
         SHARE=share, BLOCK_Q=block_q, BLOCK_K=block_k, TILE_M=tile_m, PARTS=parts, TILE_N=tile_n, **_operands(q),
-        num_warps=8 if tile_m >= 128 else 4, num_stages=1 if narrow else 3,
+        num_warps=warps, num_stages=1 if narrow else 3,
     )  # fmt: skip
     out = energy[:, :, :, 0] if parts == 1 else torch.empty(batch, groups, blocks, key_blocks, device=q.device)
     pieces = ceil_div(key_blocks, _MERGE_TILE)
@@ -211,6 +210,15 @@ def row_block_energy(
         pieces, PARTS=parts, TILE_N=tile_n, TILE=_MERGE_TILE,
     )  # fmt: skip
     return out
+
+
+def _energy_tiles(q: Tensor, rows: int) -> tuple[int, int, int]:
+    """Rows, pooled keys and warps for query blocks of ``rows`` rows."""
+    wide = q.shape[-1] > 128
+    if q.element_size() > 2:
+        return min(64, power_of_two(rows)), 16 if wide else 32, 8 if wide else 4
+    tile_m = min(64 if wide else _MOST_ROWS, power_of_two(rows))
+    return tile_m, 32 if wide else 64, 8 if tile_m >= 128 else 4
 
 
 def has_antidiagonal(block_q: int, block_k: int, stride: int) -> bool:
