@@ -42,7 +42,8 @@ def _tune(setting: Setting, name: str, length: int) -> Iterator[Row]:
     q, k, v = inputs
     scale = q.shape[-1] ** -0.5
     arguments = _arguments(q, k, v, plan, scale, None, None)
-    problem = Problem.of(q, v, plan.heads, plan.block_q, plan.block_k, plan.key_len)
+    parts = {"blocks": plan.block_indices.numel() > 0, "columns": plan.column_indices.numel() > 0}
+    problem = Problem.of(q, v, plan.heads, plan.block_q, plan.block_k, plan.key_len, **parts)
     forget()
     table = choose(problem)
     tried: dict[Config, float] = {}

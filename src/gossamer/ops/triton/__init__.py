@@ -97,7 +97,19 @@ def autotune(
     parts = {"blocks": plan.block_indices.numel() > 0, "columns": plan.column_indices.numel() > 0}
     problem = Problem.of(q, v, plan.heads, plan.block_q, plan.block_k, plan.key_len, **parts)
     with torch.cuda.device_of(q):
-        tune(problem, lambda config: _seconds(arguments, config))
+        _tune(problem, arguments)
+
+
+def _tune(problem: Problem, arguments: tuple) -> None:
+    taken: list[float] = []
+
+    def seconds(config: Config) -> float:
+        taken.append(_seconds(arguments, config))
+        return taken[-1]
+
+    tune(problem, seconds)
+    if min(taken) == math.inf:
+        raise RuntimeError(f"none of {len(taken)} tile shapes runs for {problem}; the table's choice stays")
 
 
 def _seconds(arguments: tuple, config: Config) -> float:
