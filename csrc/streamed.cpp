@@ -133,8 +133,10 @@ class Streamed {
     o_.kernels.attend(panel);
   }
 
-  // The rows of a tile, while the one before it is packed.
+  // The rows of a tile, while the one before it is packed. The barrier keeps gcc from taking a function that only fetches
+  // ahead for one without effect, and dropping the call.
   void prefetch(const RowRange& range, const Tile& tile) const {
+    __asm__ volatile("" ::: "memory");
     const int64_t group = o_.group_of(range.plan_head);
     int count = tile.slot_count;
     if (tile.slots == nullptr) count = static_cast<int>(std::min<int64_t>(count, o_.plan.key_len - tile.first_slot));
