@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gossamer.evaluate import tasks
 from gossamer.evaluate.haystack import load_haystack
 from gossamer.evaluate.heads import heads_record, inspect_model
+from gossamer.evaluate.subject import Subject
 
 LENGTH = 4096
 
@@ -32,7 +33,8 @@ def main() -> None:
     sample = task.make(load_haystack("package"), tokenizer, LENGTH, random.Random(arguments.seed))
     prompt = tokenizer(sample.prompt(), return_tensors="pt")["input_ids"]
     reports = inspect_model(model, prompt, map_size=64)
-    record = heads_record(reports, run="card", task=task.label(), length=prompt.shape[1], index=0)
+    described = Subject(model, tokenizer, "gossamer reference model").to_dict()
+    record = heads_record(reports, model=described, task=task.label(), length=prompt.shape[1], index=0)
     target = arguments.model / "heads.json"
     target.with_suffix(".tmp").write_text(json.dumps(record) + "\n")
     os.replace(target.with_suffix(".tmp"), target)
