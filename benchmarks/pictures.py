@@ -82,11 +82,11 @@ def roofline(sections: dict) -> None:
         [panel.place(max(1, low / read), max(low, read)), panel.place(knee, peak), panel.place(1024, peak)], "#444"
     )
     panel.text(*panel.place(knee, peak * 1.08), f"{roof}, {peak:.0f} GFLOP/s", "start", size=10)
-    panel.text(*panel.place(knee * 0.25, peak * 0.42), f"reading memory, {read:.0f} GB/s", "end", size=10)
+    panel.text(*panel.place(1.2, 6 * read), f"reading memory, {read:.0f} GB/s", "start", size=10)
     if registers is not None:
         product = scale["gemmbf16"]["gflops"]
         panel.line([panel.place(product / read, product), panel.place(1024, product)], "#bbb")
-        panel.text(*panel.place(product / read, product * 0.9), "torch's matrix product", "end", size=10)
+        panel.text(*panel.place(product / read * 1.3, product * 0.85), "torch's matrix product", "start", size=10)
     for n, series in enumerate(points.values()):
         for x, y, hint in series:
             panel.marker(
