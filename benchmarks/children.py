@@ -18,7 +18,7 @@ from vllm_attention import Unavailable
 from workloads import Shape, columns, random_blocks, strips, vertical_slash
 
 from gossamer import SparsePlan
-from gossamer.ops import cpu
+from gossamer.backends import cpu
 
 MEMORY_PLANS: dict[str, Callable[[Shape], SparsePlan]] = {
     "2% in 64x128": lambda shape: random_blocks(shape, 0.02, 128),

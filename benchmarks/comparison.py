@@ -17,7 +17,7 @@ from torch import Tensor
 from workloads import DTYPES, Shape
 
 from gossamer import SparsePlan
-from gossamer.ops import cpu
+from gossamer.backends import cpu
 
 Row = dict[str, Any]
 Rows = Iterator[Row]

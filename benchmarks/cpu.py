@@ -33,7 +33,7 @@ from timing import LOW_SHARE, ROUNDS, Bystanders, machine, write
 from vllm_attention import Unavailable, versions
 from workloads import verify
 
-from gossamer.ops import cpu
+from gossamer.backends import cpu
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 SHOWN = (

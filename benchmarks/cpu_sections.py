@@ -27,7 +27,7 @@ from workloads import (
 )
 
 from gossamer import SparsePlan
-from gossamer.ops import cpu
+from gossamer.backends import cpu
 
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 LENGTHS = (4096, 16384, 32768, 65536, 131072)

@@ -31,9 +31,9 @@ from workloads import random_blocks_of
 
 from gossamer import SparsePlan
 from gossamer.attention import Policy
+from gossamer.backends import ENVIRONMENT
+from gossamer.backends.planners import triton_on_cpu
 from gossamer.cli.specs import parse_method
-from gossamer.ops import ENVIRONMENT
-from gossamer.ops.planners import triton_on_cpu
 
 Cells = Iterator[Cell]
 Rows = Iterator[Row]

@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
 from gossamer import Extent, SparsePlan
+from gossamer.backends import triton
+from gossamer.backends.planners import triton_on_cpu
 from gossamer.cli.specs import parse_method
-from gossamer.ops import triton
-from gossamer.ops.planners import triton_on_cpu
 
 LLAMA = (32, 8, 128)  # query heads, key/value heads, head dimension
 SPARSE = ("minference", "vertical_slash(vertical_size=500,slash_size=3000)", "max_relative", "max_relative(alpha=0.4)")

@@ -15,10 +15,10 @@ from triton.runtime.errors import OutOfResources
 from workloads import random_blocks_of
 
 from gossamer import SparsePlan
-from gossamer.ops.triton import _arguments
-from gossamer.ops.triton.config import Config, Problem, candidates, choose, forget
-from gossamer.ops.triton.config import tune as keep_fastest
-from gossamer.ops.triton.launch import launch
+from gossamer.backends.triton import _arguments
+from gossamer.backends.triton.config import Config, Problem, candidates, choose, forget
+from gossamer.backends.triton.config import tune as keep_fastest
+from gossamer.backends.triton.launch import launch
 
 MOST = 12
 _HOPELESS = 1.3  # a first call that much slower than the best is not repeated

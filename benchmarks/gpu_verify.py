@@ -23,9 +23,10 @@ from gpu_verify_sizes import NotRun, forget_inputs, size_checks, validate
 from torch import Tensor
 
 from gossamer import SparsePlan, methods
-from gossamer.ops import flex, reference, triton
-from gossamer.ops.planners import triton_on_cpu
-from gossamer.profile import HeadPattern, Profile
+from gossamer.backends import flex, triton
+from gossamer.backends import torch as reference
+from gossamer.backends.planners import triton_on_cpu
+from gossamer.profiles import HeadPattern, Profile
 from gossamer.testing import SITUATIONS, Case, assert_accurate, make_case, random_plan
 
 MIXED = (

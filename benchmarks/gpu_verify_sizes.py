@@ -19,8 +19,8 @@ from torch import Tensor
 from workloads import random_blocks_of
 
 from gossamer import Extent, SparsePlan
+from gossamer.backends import triton
 from gossamer.cli.specs import parse_method
-from gossamer.ops import triton
 
 SAMPLED_ROWS = 64
 _KEYS_AT_ONCE = 131072

@@ -34,9 +34,9 @@ from timing import LONG_ROUNDS, ROUNDS, Bystanders, machine, wake_threads, write
 from torch import Tensor
 
 from gossamer import Extent, SparsePlan, estimators, methods, selectors
+from gossamer.backends import cpu
+from gossamer.backends.cpu import planning
 from gossamer.methods import _choice, block_sparse, max_relative, vertical_slash
-from gossamer.ops import cpu
-from gossamer.ops.cpu import planning
 
 HEADS, GROUPS, DIM = 32, 8, 128
 RESULTS = Path(__file__).parent / "results" / "planning.json"

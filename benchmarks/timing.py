@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from gossamer.ops import cpu
+from gossamer.backends import cpu
 
 ROUNDS = 7
 # A contender whose call takes longer than this is timed in three rounds.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer import Extent, SparsePlan
-from gossamer.ops import cpu
+from gossamer.backends import cpu
 from gossamer.selectors import CsrBuilder
 from gossamer.testing import Case, assert_accurate
 

@@ -43,7 +43,7 @@ void attend(const std::string& isa, int dtype, uintptr_t q, const std::vector<in
 }  // namespace
 
 NB_MODULE(_kernels, m) {
-  m.doc() = "Sparse attention kernels for CPUs; see gossamer.ops.cpu";
+  m.doc() = "Sparse attention kernels for CPUs; see gossamer.backends.cpu";
   m.def("attend", &attend);
   m.def("prefer_huge_pages", [](uintptr_t begin, int64_t bytes) {
     prefer_huge_pages(reinterpret_cast<void*>(begin), bytes);

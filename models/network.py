@@ -8,8 +8,8 @@ from tokenizer import BOS, EOS, PAD, VOCABULARY
 from torch import Tensor
 from transformers import LlamaConfig
 
+from gossamer.backends import execute
 from gossamer.methods import Dense
-from gossamer.ops import execute
 from gossamer.plan import Extent
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 6, 256, 4, 2, 64, 768

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gossamer import Extent, Policy, SparsePlan, methods, ops, sparse_attention
+from gossamer import Extent, Policy, SparsePlan, backends, methods, sparse_attention
 from gossamer.attention import CallRecord, dense_attention
-from gossamer.ops import reference
+from gossamer.backends import torch as reference
 
 
 def tensors(query_len: int, key_len: int, dtype=torch.float32, heads: int = 4, groups: int = 2):
@@ -37,7 +37,7 @@ def test_a_sparse_call_computes_the_plan() -> None:
     assert (record.path, record.reason, record.layer) == ("sparse", None, 3)
     assert record.density == pytest.approx(plan.density())
     assert record.density < 0.2
-    assert record.executor == ops.executor_for(q)
+    assert record.executor == backends.executor_for(q)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_plan_too_dense_to_pay_runs_dense_on_our_own_kernel() -> None:
     q, k, v = tensors(300, 300)
     _, record = call(q, k, v, Policy(methods.create("a_shape"), min_tokens=0))
     assert record.reason == "plan too dense to pay"
-    assert record.executor == ("sdpa" if ops.executor_for(q) == "reference" else ops.executor_for(q))
+    assert record.executor == ("sdpa" if backends.executor_for(q) == "reference" else backends.executor_for(q))
     _, record = call(q, k, v, Policy(methods.create("dense"), min_tokens=0))
     assert record.executor == "sdpa"
 
@@ -75,11 +75,11 @@ def test_a_plan_too_dense_to_pay_runs_dense_on_our_own_kernel() -> None:
 @pytest.mark.parametrize("query_len", [1, 5])
 def test_long_caches_are_decoded_on_our_own_kernel(query_len: int) -> None:
     q, k, v = (t.bfloat16() for t in tensors(query_len, 1000))
-    if ops.executor_for(q) == "reference":
+    if backends.executor_for(q) == "reference":
         pytest.skip("no C++ kernels")
     policy = Policy(SPARSE.method, min_tokens=500)
     out, record = call(q, k, v, policy)
-    assert record.executor == ops.executor_for(q)
+    assert record.executor == backends.executor_for(q)
     assert record.reason == ("decode" if query_len == 1 else "few queries")
     plan = SparsePlan.dense(2, query_len, 1000, Extent.full(1, query_len, 1000))
     expected, _ = reference.execute(q.double(), k.double(), v.double(), plan, scale=32**-0.5)
@@ -177,7 +177,7 @@ def test_dense_runs_on_our_own_kernel_if_asked() -> None:
     expected, record = call(q, k, v, Policy.of("dense"))
     assert record.executor == "sdpa"
     out, record = call(q, k, v, Policy(methods.create("dense", kernel="gossamer")))
-    assert record.executor == ops.executor_for(q)
+    assert record.executor == backends.executor_for(q)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="'torch' or 'gossamer'"):
         methods.create("dense", kernel="triton")

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from gossamer import Extent, SparsePlan
+from gossamer.backends import cpu as kernels
+from gossamer.backends import torch as reference
+from gossamer.backends import triton
 from gossamer.methods import MaxRelative
 from gossamer.methods._exact_slash import exact_slash_blocks
-from gossamer.ops import cpu as kernels
-from gossamer.ops import reference, triton
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="needs the C++ kernels")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gossamer import estimators
-from gossamer.ops.cpu import planning
+from gossamer.backends.cpu import planning
 from gossamer.plan import Extent, ceil_div
 from gossamer.testing import SITUATIONS, make_case
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer import Extent, SparsePlan, exact, methods
+from gossamer import Extent, SparsePlan, methods
+from gossamer import oracle as exact
 from gossamer.testing import SITUATIONS, Case, make_case, random_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
@@ -123,7 +124,7 @@ def test_a_row_of_blocks_sums_to_its_live_rows() -> None:
 def test_tiles_smaller_and_larger_than_blocks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     case = poisoned_case("left padding", 500)
     whole = exact.exact_masses(case.q, case.k, scale=case.scale, extent=case.extent, block_q=100, block_k=150)
-    monkeypatch.setattr("gossamer._tiles.TILE_BYTES", 1 << 10)
+    monkeypatch.setattr("gossamer.oracle.tiles.TILE_BYTES", 1 << 10)
     small = exact.exact_masses(case.q, case.k, scale=case.scale, extent=case.extent, block_q=100, block_k=150)
     for name in ("columns", "diagonals", "blocks", "rows"):
         torch.testing.assert_close(getattr(small, name), getattr(whole, name), **TOLERANCE)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gossamer.ops import triton
+from gossamer.backends import triton
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 pytestmark = [
@@ -189,7 +189,7 @@ def launches(monkeypatch):
         return execute(q, k, v, plan, **options)
 
     monkeypatch.setattr(triton, "execute", spy)
-    monkeypatch.setitem(importlib.import_module("gossamer.ops")._EXECUTORS, "triton", spy)
+    monkeypatch.setitem(importlib.import_module("gossamer.backends")._EXECUTORS, "triton", spy)
     return densities
 
 
@@ -244,7 +244,7 @@ def test_tuning_runs_the_very_plans_that_are_timed_and_leaves_the_table_in_place
     assert status == 0
     assert all(row["tried"] == 2 and row["median_s"] > 0 for row in rows)
     assert "tune minference(vertical_size=50,slash_size=192)" in [row["what"] for row in rows]
-    assert not modules("gossamer.ops.triton.config")._tuned
+    assert not modules("gossamer.backends.triton.config")._tuned
 
 
 SERIES = {"median_s": 12.34567891, "seconds": [0.1] * 7, "peak_gib": 121.34}

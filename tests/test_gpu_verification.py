@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gossamer.ops import reference, triton
+from gossamer.backends import torch as reference
+from gossamer.backends import triton
 from gossamer.testing import random_plan
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer import Extent, SparsePlan
-from gossamer._counting import dense_pairs
+from gossamer.plan.count import dense_pairs
 from gossamer.testing import random_plan
 
 

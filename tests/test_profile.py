@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gossamer import HeadPattern, Profile
-from gossamer.profile import Provenance
+from gossamer.profiles import Provenance
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gossamer import methods
 from gossamer.attention import Policy, sparse_attention
 from gossamer.plan import Extent, SparsePlan
-from gossamer.profile import HeadPattern, Profile
+from gossamer.profiles import HeadPattern, Profile
 
 if TYPE_CHECKING:
     from gossamer.integrations.transformers import enable as enable

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer import methods, ops
+from gossamer import backends, methods
+from gossamer.backends import planners
 from gossamer.methods import Dense, Method
-from gossamer.ops import planners
 from gossamer.plan import Extent, SparsePlan
 
 __all__ = ["CallRecord", "Policy", "decodes_on_kernel", "dense_attention", "plan_under", "sparse_attention"]
@@ -148,7 +148,7 @@ def sparse_attention(
         extent: where the tokens sit; default: all keys live, the queries are the last S.
         causal: must be True for a sparse method; dense attention may be bidirectional.
         limit: the model's own sliding window.
-        sinks, softcap: see `gossamer.ops.reference.execute`.
+        sinks, softcap: see `gossamer.backends.torch.execute`.
         layer: passed to the method (profiles differ between layers).
         record: called once with what was done.
         return_lse: also return the natural log of the softmax denominator, fp32 ``[B, H, S]``.
@@ -166,7 +166,7 @@ def sparse_attention(
     if extent is None:
         extent = Extent.full(q.shape[0], query_len, key_len)
     full = SparsePlan.dense(k.shape[1], query_len, key_len, extent, causal=causal, limit=limit)
-    ops.check_inputs(q, k, v, full, sinks)
+    backends.check_inputs(q, k, v, full, sinks)
 
     started = time.perf_counter()
     plan, density, reason = plan_under(
@@ -178,10 +178,10 @@ def sparse_attention(
         own_kernel = _runs_own_kernel(policy, reason, q, key_len)
         out, lse, executor = _dense(q, k, v, full, scale, sinks, softcap, return_lse or own_kernel)
     else:
-        executor = ops.executor_for(q)
+        executor = backends.executor_for(q)
         if executor == "reference":
-            _warn_reference(ops.why_reference(q))
-        out, lse = ops.execute(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
+            _warn_reference(backends.why_reference(q))
+        out, lse = backends.execute(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
     if reason is not None:
         _log_once(reason)
     if record is not None:
@@ -252,7 +252,7 @@ def _runs_own_kernel(policy: Policy, reason: str | None, q: Tensor, key_len: int
     if isinstance(policy.method, Dense):
         return policy.method.kernel == "gossamer"
     if reason == TOO_DENSE:
-        return q.device.type == "cpu" and ops.executor_for(q) != "reference"
+        return q.device.type == "cpu" and backends.executor_for(q) != "reference"
     return reason in ("decode", "few queries") and decodes_on_kernel(policy, q, key_len)
 
 
@@ -263,7 +263,7 @@ def decodes_on_kernel(policy: Policy, q: Tensor, key_len: int) -> bool:
     """
     if q.device.type != "cpu" or (isinstance(policy.method, Dense) and policy.method.kernel == "torch"):
         return False
-    return key_len >= STREAMED_KEYS.get(q.element_size(), key_len + 1) and ops.executor_for(q) != "reference"
+    return key_len >= STREAMED_KEYS.get(q.element_size(), key_len + 1) and backends.executor_for(q) != "reference"
 
 
 def _dense(
@@ -286,12 +286,12 @@ def _dense(
             return _sdpa(q, k, v, scale), None, "sdpa"
         if query_len == key_len:
             return _sdpa(q, k, v, scale, is_causal=True), None, "sdpa"
-    if training or (plain and (query_len == 1 or ops.executor_for(q) == "reference")):
+    if training or (plain and (query_len == 1 or backends.executor_for(q) == "reference")):
         mask = plan.rows_mask(torch.arange(query_len))[:, :1].to(q.device)
         out = dense_attention(q, k, v, mask=mask, scale=scale, sinks=sinks, softcap=softcap)
         return out, None, "sdpa" if sinks is None and softcap is None else "torch"
-    out, lse = ops.execute(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
-    return out, lse, ops.executor_for(q)
+    out, lse = backends.execute(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
+    return out, lse, backends.executor_for(q)
 
 
 def dense_attention(

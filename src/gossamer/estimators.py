@@ -3,8 +3,8 @@
 Shapes: q ``[B, H, S, D]``, k ``[B, G, T, D]``. Everything streams: no intermediate grows with S x T, and none
 exceeds `CHUNK_BYTES` by much, so a million keys fit.
 
-The probe, the means, the energies and the antidiagonals come from C++ on the CPU (`gossamer.ops.cpu.planning`) and from
-Triton on CUDA devices (`gossamer.ops.triton.planning`); the torch versions are their oracles and serve the rest. All
+The probe, the means, the energies and the antidiagonals come from C++ on the CPU (`gossamer.backends.cpu.planning`) and from
+Triton on CUDA devices (`gossamer.backends.triton.planning`); the torch versions are their oracles and serve the rest. All
 keep the logits of bf16 and fp16 inputs in fp32: scores differ by the order of sums and the rounding of exponentials.
 """
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer.ops.planners import planner_for
+from gossamer.backends.planners import planner_for
 from gossamer.plan import Extent, ceil_div
 
 __all__ = [

@@ -20,8 +20,8 @@ def test_doctor_json_names_an_executor_for_each_dtype(capsys):
 
 
 def test_doctor_says_why_the_kernels_are_off(capsys, monkeypatch):
-    monkeypatch.setattr("gossamer.ops.cpu.is_available", lambda: False)
-    monkeypatch.setattr("gossamer.ops.cpu.why_unavailable", lambda: "no compiler was found")
+    monkeypatch.setattr("gossamer.backends.cpu.is_available", lambda: False)
+    monkeypatch.setattr("gossamer.backends.cpu.why_unavailable", lambda: "no compiler was found")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "no compiler was found" in out
@@ -32,7 +32,7 @@ def test_doctor_reports_an_executor_that_fails(capsys, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no such instruction set")
 
-    monkeypatch.setattr("gossamer.ops.execute", broken)
+    monkeypatch.setattr("gossamer.backends.execute", broken)
     assert main(["doctor"]) == 0
     assert "error: no such instruction set" in capsys.readouterr().out
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from gossamer.backends import cpu
 from gossamer.cli import main
-from gossamer.ops import cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 

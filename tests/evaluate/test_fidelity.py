@@ -15,8 +15,8 @@ from test_runner import SPARSE, subject
 from gossamer import methods
 from gossamer.attention import Policy, sparse_attention
 from gossamer.evaluate.fidelity import FIGURES, compare, compare_layer, compare_logits, plan_map
-from gossamer.exact import log_sum_exp
 from gossamer.integrations.transformers import AttentionCall
+from gossamer.oracle import log_sum_exp
 from gossamer.plan import Extent, SparsePlan
 
 LENGTH = 200

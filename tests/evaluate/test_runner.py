@@ -29,7 +29,7 @@ from gossamer.evaluate.records import cell_of, label_of, relabel  # noqa: E402
 from gossamer.evaluate.runner import Job, ResultsFile, make_header  # noqa: E402
 from gossamer.evaluate.subject import Subject  # noqa: E402
 from gossamer.evaluate.summary import read_results, summary_rows  # noqa: E402
-from gossamer.profile import HeadPattern, Profile  # noqa: E402
+from gossamer.profiles import HeadPattern, Profile  # noqa: E402
 
 SPARSE = Policy(methods.create("a_shape", sink=4, window=64), min_tokens=0, max_density=2.0)
 DENSE = Policy.of("dense")

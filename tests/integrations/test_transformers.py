@@ -29,7 +29,7 @@ from gossamer import methods
 from gossamer.attention import Policy, sparse_attention
 from gossamer.integrations.transformers import NAME, enable, hf_attention, register
 from gossamer.integrations.transformers.attention import owner_of
-from gossamer.profile import HeadPattern, Profile
+from gossamer.profiles import HeadPattern, Profile
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 

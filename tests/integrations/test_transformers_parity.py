@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_transformers import DENSE_SITUATIONS, FAMILIES, SITUATIONS, forward, pair, prompt
 
+from gossamer.backends import cpu, triton
 from gossamer.integrations.transformers import NAME, Stats, enable
-from gossamer.ops import cpu, triton
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 

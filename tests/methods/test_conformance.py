@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from gossamer import Extent, HeadPattern, Profile, methods
+from gossamer.backends import cpu
+from gossamer.backends import torch as reference
 from gossamer.methods import Method
-from gossamer.ops import cpu, reference
 from gossamer.testing import SITUATIONS, Case, assert_accurate, assert_keeps_diagonal, make_case
 
 # Budgets small enough that plans are sparse from a few hundred tokens on.

@@ -11,7 +11,7 @@ import torch
 from test_conformance import DIMS, LONG, METHODS, SHARES, method_id
 
 from gossamer import methods
-from gossamer.ops import triton
+from gossamer.backends import triton
 from gossamer.testing import SITUATIONS, assert_accurate, make_case
 
 ON_GPU = torch.cuda.is_available()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.ops import cpu
+from gossamer.backends import cpu
 
 PROGRAM = Path(__file__).with_name("thread_digests.py")
 

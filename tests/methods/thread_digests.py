@@ -6,7 +6,7 @@ import torch
 from test_conformance import METHODS, method_id
 
 from gossamer import methods
-from gossamer.ops import cpu
+from gossamer.backends import cpu
 from gossamer.testing import SITUATIONS, Case, make_case, random_plan
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.ops import cpu
+from gossamer.backends import cpu
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("g++") or shutil.which("clang++")

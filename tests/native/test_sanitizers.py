@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.ops import cpu
+from gossamer.backends import cpu
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 STRESS = Path(__file__).parent / "stress.cpp"

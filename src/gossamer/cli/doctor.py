@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from gossamer import __version__, ops
+from gossamer import __version__, backends
+from gossamer.backends import cpu
+from gossamer.backends import torch as reference
 from gossamer.cli.common import add_command, first_line, print_json
 from gossamer.methods import AShape
-from gossamer.ops import cpu, reference
 from gossamer.plan import Extent
 
 __all__ = ["add_parser", "examine", "examine_cpu"]
@@ -58,7 +59,7 @@ def examine() -> dict[str, Any]:
         for dtype in _DTYPES:
             name = str(dtype).removeprefix("torch.") + ("" if device == "cpu" else f" on {device}")
             try:
-                executors[name] = ops.executor_for(torch.empty(1, 1, 1, 64, dtype=dtype, device=device))
+                executors[name] = backends.executor_for(torch.empty(1, 1, 1, 64, dtype=dtype, device=device))
                 tests[name] = _self_test(dtype, device)
             except (ValueError, TypeError, RuntimeError) as error:
                 executors[name] = tests[name] = f"error: {first_line(error)}"
@@ -98,7 +99,7 @@ def _self_test(dtype: torch.dtype, device: str) -> str:
     q = torch.randn(1, 2, 200, 64, generator=generator).to(dtype)
     k, v = (torch.randn(1, 1, 200, 64, generator=generator).to(dtype) for _ in range(2))
     plan = AShape(sink=8, window=48).plan(q, k, scale=0.125, extent=Extent.full(1, 200, 200))
-    out, _ = ops.execute(q.to(device), k.to(device), v.to(device), plan.to(device), scale=0.125)
+    out, _ = backends.execute(q.to(device), k.to(device), v.to(device), plan.to(device), scale=0.125)
     expected, _ = reference.execute(q.double(), k.double(), v.double(), plan, scale=0.125)
     # The output is rounded to the dtype, and so may be the weights on the way.
     error, bound = float((out.cpu().double() - expected).abs().max()), 8 * torch.finfo(dtype).eps

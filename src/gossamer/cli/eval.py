@@ -16,7 +16,7 @@ from gossamer.cli.common import BadInput, add_command, first_line, print_json, t
 from gossamer.cli.eval_progress import Progress
 from gossamer.cli.inputs import check_environment, check_model, check_profile
 from gossamer.cli.specs import parse_method, parse_task, split_specs, task_names
-from gossamer.profile import Profile
+from gossamer.profiles import Profile
 
 __all__ = ["add_parser"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from gossamer.attention import Policy
+from gossamer.backends import cpu
 from gossamer.cli.common import BadInput, first_line
-from gossamer.ops import cpu
-from gossamer.profile import Profile
+from gossamer.profiles import Profile
 
 __all__ = ["check_environment", "check_model", "check_profile", "read_prompt"]
 

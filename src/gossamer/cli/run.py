@@ -14,7 +14,7 @@ from gossamer.attention import Policy
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.inputs import check_environment, check_model, check_profile, read_prompt
 from gossamer.cli.specs import field_values
-from gossamer.profile import Profile
+from gossamer.profiles import Profile
 
 if typing.TYPE_CHECKING:
     from gossamer.cli.generation import Generation

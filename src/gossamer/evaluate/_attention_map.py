@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer.exact import live_rows
 from gossamer.integrations.transformers.attention import AttentionCall
+from gossamer.oracle import live_rows
 from gossamer.plan import Extent
 
 __all__ = ["attention_map", "chosen_heads", "one_row"]

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer import ops
+from gossamer import backends
 from gossamer.attention import Policy, plan_under
 from gossamer.evaluate.subject import Subject
-from gossamer.exact import block_counts, block_mass, live_rows, log_sum_exp, oracle_blocks, oracle_recall
 from gossamer.integrations.transformers import AttentionCall
+from gossamer.oracle import block_counts, block_mass, live_rows, log_sum_exp, oracle_blocks, oracle_recall
 from gossamer.plan import SparsePlan
 
 __all__ = ["FIGURES", "compare", "compare_layer", "compare_logits", "plan_map"]
@@ -102,7 +102,7 @@ def compare_layer(
         masses: keeps the mass of all blocks by their size between calls for the same layer.
     """
     heads, query_len, key_len = call.q.shape[1], call.q.shape[2], call.k.shape[2]
-    out, kept = ops.execute(call.q, call.k, call.v, plan, scale=call.scale, sinks=call.sinks, softcap=call.softcap)
+    out, kept = backends.execute(call.q, call.k, call.v, plan, scale=call.scale, sinks=call.sinks, softcap=call.softcap)
     live = live_rows(call.extent, query_len)[0].to(out.device)
     sparse, dense = out[0, :, live].float(), call.out[0, :, live].float()
     recall = (kept - lse)[0, :, live].exp().clamp(max=1.0).mean(dim=-1)

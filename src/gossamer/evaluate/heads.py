@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from gossamer.evaluate._attention_map import attention_map, chosen_heads, one_row
-from gossamer.exact import exact_masses, live_rows, visible_pairs
 from gossamer.integrations.transformers import enable
 from gossamer.integrations.transformers.attention import AttentionCall
+from gossamer.oracle import exact_masses, live_rows, visible_pairs
 from gossamer.plan import ceil_div
 
 __all__ = ["PATTERNS", "HeadReport", "attention_map", "describe_heads", "heads_record", "inspect_model"]

@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from gossamer import __version__
+from gossamer.backends import cpu
 from gossamer.evaluate.records import cell_of, read_own
 from gossamer.evaluate.subject import Subject
-from gossamer.ops import cpu
 
 __all__ = ["FORMAT", "ResultsFile", "make_header"]
 

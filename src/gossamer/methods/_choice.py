@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gossamer.backends.cpu.planning import Ranges, one_rule
+from gossamer.backends.planners import cpu_planner, device_planner, model_window
 from gossamer.estimators import BlockVisibility
-from gossamer.ops.cpu.planning import Ranges, one_rule
-from gossamer.ops.planners import cpu_planner, device_planner, model_window
 from gossamer.plan import Extent, SparsePlan
 from gossamer.selectors import (
     CsrBuilder,
@@ -37,7 +37,7 @@ def has_pairs(q: Tensor, k: Tensor) -> bool:
 
 
 class Lists(Protocol):
-    """Chosen candidates: a `CsrBuilder`, or bits on a device (`gossamer.ops.triton.planning.BitLists`)."""
+    """Chosen candidates: a `CsrBuilder`, or bits on a device (`gossamer.backends.triton.planning.BitLists`)."""
 
     def build(self) -> tuple[Tensor, Tensor]: ...
 
@@ -161,7 +161,7 @@ class BlockChoice:
 
 
 def _select(scores: Tensor, name: str, value: Tensor | float, seen: Tensor, forced: Tensor) -> Tensor:
-    """A rule of `gossamer.ops.cpu.planning.RULES` by its selector; the masks broadcast to the scores."""
+    """A rule of `gossamer.backends.cpu.planning.RULES` by its selector; the masks broadcast to the scores."""
     if name == "alpha":
         return relative_to_max(scores, float(value))
     dtype = torch.int64 if name == "budgets" else torch.float64
@@ -212,7 +212,7 @@ def make_plan(
     """The plan of chosen blocks and columns. The other arguments are the plan's fields.
 
     On a device it waits once, for the numbers of blocks, columns and pairs (under the model's own window, where
-    `gossamer.ops.planners.within` says one); the plan is not validated there, since that would wait again.
+    `gossamer.backends.planners.within` says one); the plan is not validated there, since that would wait again.
     """
     chosen = {"block": blocks.lists if blocks is not None else None, "column": columns}
     chosen = {name: lists for name, lists in chosen.items() if lists is not None}
@@ -224,7 +224,7 @@ def make_plan(
         for name, lists in chosen.items():
             fields[f"{name}_indptr"], fields[f"{name}_indices"] = lists.build()
         return SparsePlan(**shape, **fields)
-    from gossamer.ops.triton import planning
+    from gossamer.backends.triton import planning
 
     device = next(iter(chosen.values())).bits.device
     bits = {name: lists.bits for name, lists in chosen.items()}

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gossamer.ops.planners import cpu_planner
+from gossamer.backends.planners import cpu_planner
 from gossamer.plan import Extent, SparsePlan, ceil_div
 from gossamer.selectors import CsrBuilder
 

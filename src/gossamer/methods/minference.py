@@ -20,7 +20,7 @@ from gossamer.methods.vertical_slash import (
     select_bands,
 )
 from gossamer.plan import Extent, SparsePlan
-from gossamer.profile import HeadPattern, Profile
+from gossamer.profiles import HeadPattern, Profile
 
 __all__ = ["MInference"]
 

@@ -129,7 +129,7 @@ def hf_attention(
         attention_mask: a form that `compact_mask` returns, or a 4-D mask of the caller's own (bool, or float to add).
         scaling: factor of the logits; default ``D ** -0.5``.
         sliding_window: the layer's window; one that the mask carries comes first.
-        softcap: see `gossamer.ops.reference.execute`; s_aux: ``[H]``, its sinks.
+        softcap: see `gossamer.backends.torch.execute`; s_aux: ``[H]``, its sinks.
         dropout, is_causal, position_bias: as for transformers' ``sdpa``.
         indices: int ``[B, S, n]``, the keys that each query attends (DeepSeek sparse attention), below 0 for none.
         cu_seq_lens_q: where each of several sequences in one row starts and ends.

@@ -17,7 +17,7 @@ from gossamer import methods
 from gossamer.attention import CallRecord, Policy
 from gossamer.integrations.transformers.attention import NAME, AttentionCall, Owner, owner_of, register, set_owner
 from gossamer.methods import Method
-from gossamer.profile import Profile
+from gossamer.profiles import Profile
 
 __all__ = ["Handle", "LayerStats", "Stats", "enable"]
 
