@@ -6,44 +6,28 @@ imported, the same code runs on CPU tensors, slowly: that is how it is tested.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-import os
 
 import torch
 from torch import Tensor
 
 from gossamer.backends.gradient import refuse
 from gossamer.backends.torch import check_inputs
+from gossamer.backends.triton.availability import (
+    DTYPES,
+    MAX_HEAD_DIM,
+    interprets,
+    is_available,
+    why_unavailable,
+)
 from gossamer.backends.triton.config import Config, Problem, tune
 from gossamer.plan import SparsePlan, on_device
 
-__all__ = ["autotune", "execute", "interprets", "is_available", "why_unavailable"]
+__all__ = ["DTYPES", "MAX_HEAD_DIM", "autotune", "execute", "interprets", "is_available", "why_unavailable"]
 
-MAX_HEAD_DIM = 256
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Coordinates, bands and their sums are 32-bit.
 _MOST_TOKENS = 1 << 29
 _WARM_UP, _REPEAT = 10, 30  # milliseconds of a candidate's measurement
-
-
-def is_available() -> bool:
-    """Whether Triton is installed."""
-    return why_unavailable() is None
-
-
-@functools.cache
-def why_unavailable() -> str | None:
-    """Why `is_available` is False, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; pip install triton"
-    return None
-
-
-def interprets() -> bool:
-    """Whether kernels run under Triton's interpreter, which is what CPU tensors need."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def execute(
@@ -117,19 +101,18 @@ def _seconds(arguments: tuple, config: Config) -> float:
     from triton.errors import TritonError
     from triton.testing import do_bench
 
-    from gossamer.backends.triton.launch import launch
+    from gossamer.backends.triton.launch import Arguments, launch
 
+    given = Arguments(*arguments)
     try:
-        launch(*arguments, config=config)
+        launch(given, config=config)
     except TritonError:
         return math.inf
     except RuntimeError as error:
         if "PassManager" in str(error):  # a pass of the compiler that gave up
             return math.inf
         raise
-    milliseconds = do_bench(
-        lambda: launch(*arguments, config=config), warmup=_WARM_UP, rep=_REPEAT, return_mode="median"
-    )
+    milliseconds = do_bench(lambda: launch(given, config=config), warmup=_WARM_UP, rep=_REPEAT, return_mode="median")
     return float(milliseconds) / 1e3  # pyright: ignore[reportArgumentType]
 
 
@@ -196,9 +179,9 @@ _library.define(
 @torch.library.impl(_library, "triton_execute", "CUDA")
 @torch.library.impl(_library, "triton_execute", "CPU")
 def _triton_execute(*arguments) -> tuple[Tensor, Tensor]:
-    from gossamer.backends.triton.launch import launch
+    from gossamer.backends.triton.launch import Arguments, launch
 
-    return launch(*arguments)
+    return launch(Arguments(*arguments))
 
 
 @torch.library.register_fake("gossamer::triton_execute", lib=_library)

@@ -440,7 +440,7 @@ def count_pairs(plan: SparsePlan) -> Tensor:
 
 
 def _marked(indptr: Tensor, indices: Tensor, width: int) -> Tensor:
-    from gossamer.backends.triton.bitmap import mark_blocks
+    from gossamer.backends.triton.kernels.columns import mark_blocks
 
     rows, words = indptr.numel() - 1, ceil_div(width, 32)
     bits = torch.zeros(rows, words, dtype=torch.int32, device=indices.device)
@@ -540,8 +540,6 @@ def _operands(q: Tensor) -> dict[str, Any]:
     return {
         "DIM": dim,
         "BLOCK_D": power_of_two(dim),
-        "WIDEN": q.dtype == torch.bfloat16 and not q.is_cuda,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }
 
 

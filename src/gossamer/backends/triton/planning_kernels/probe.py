@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gossamer.backends.triton.planning_kernels.loads import load_rows
-from gossamer.backends.triton.tiles import product
+from gossamer.backends.triton.kernels.matrices import load_rows, product
 
 __all__ = ["merge_diagonals", "probe_mass", "probe_sums"]
 
@@ -48,12 +47,12 @@ def load_probe(
 @triton.jit
 def probe_logits(
     q, k_base, k_stride, slots, row_at, live_begin, live_end, scale_log2,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     keep = (slots >= live_begin) & (slots < live_end)
     k = load_rows(k_base, slots, k_stride, keep, DIM, BLOCK_D)
     scores = tl.zeros([q.shape[0], k.shape[0]], dtype=tl.float32)
-    scores = product(q, tl.trans(k), scores, WIDEN, PRECISION) * scale_log2
+    scores = product(q, tl.trans(k), scores) * scale_log2
     visible = keep[None, :] & (slots[None, :] <= row_at[:, None])
     return tl.where(visible, scores, float("-inf")), visible
 
@@ -84,8 +83,6 @@ def probe_sums(
     STEPS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Largest logit and sum of exponentials of each probing row over one split of ``STEPS * KEYS`` slots, base 2.
 
@@ -116,9 +113,7 @@ def probe_sums(
     total = tl.zeros([ROWS], dtype=tl.float32)
     for n in range(first, past):
         slots = n * KEYS + tl.arange(0, KEYS)
-        scores, _ = probe_logits(
-            q, k_base, k_stride, slots, row_at, live_begin, live_end, scale_log2, DIM, BLOCK_D, WIDEN, PRECISION
-        )
+        scores, _ = probe_logits(q, k_base, k_stride, slots, row_at, live_begin, live_end, scale_log2, DIM, BLOCK_D)
         new_top = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
@@ -157,8 +152,6 @@ def probe_mass(
     STEPS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Mass of ``STEPS`` tiles of keys: its column sums, and its diagonal sums in each tile's own coordinates.
 
@@ -198,7 +191,7 @@ def probe_mass(
                 )
                 lse = tl.load(lse_ptr + out_head * (ROW_TILES * ROWS) + index)
             scores, visible = probe_logits(
-                q, k_base, k_stride, slots, row_at, live_begin, live_end, scale_log2, DIM, BLOCK_D, WIDEN, PRECISION
+                q, k_base, k_stride, slots, row_at, live_begin, live_end, scale_log2, DIM, BLOCK_D
             )
             mass = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
             sums += tl.sum(mass, 0)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gossamer.backends.triton.planning_kernels.loads import load_rows
-from gossamer.backends.triton.tiles import product
+from gossamer.backends.triton.kernels.matrices import load_rows, product
 
 __all__ = ["antidiagonal_mass", "merge_energies", "pool_blocks", "row_energies"]
 
@@ -78,8 +77,6 @@ def row_energies(
     TILE_N: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Energies of ``TILE_M`` rows of one query block of one key/value head, in one pass over the pooled keys.
 
@@ -118,7 +115,7 @@ def row_energies(
         scored = (tl.minimum((block + 1) * BLOCK_K, live_end) > first_key) & (block < past)
         keys = load_rows(k_base, block, k_stride, scored, DIM, BLOCK_D)
         x = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
-        x = product(q, tl.trans(keys), x, WIDEN, PRECISION) * scale_log2
+        x = product(q, tl.trans(keys), x) * scale_log2
         x = tl.where(scored[None, :] & (first_key[None, :] <= row_at[:, None]), x, float("-inf"))
         top = tl.maximum(top, tl.max(tl.max(x, 1), 0))
         energy = tl.sum(tl.exp2(x - tl.where(top == float("-inf"), 0.0, top)), 0)
@@ -163,8 +160,7 @@ def merge_energies(
 @triton.jit
 def cell_logits(
     q_rows, k_base, q_stride, k_stride, cell, exists, column, query_begin, query_len, live_begin, live_end, last_at,
-    slope, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    slope, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Base-2 logits of cells: products on antidiagonals. ``exists``: which of ``cell`` are there."""
     x = tl.zeros([cell.shape[0], column.shape[0]], dtype=tl.float32)
@@ -175,7 +171,7 @@ def cell_logits(
         live = (slots >= live_begin) & (slots < live_end)
         q = load_rows(q_rows, row, q_stride, keep, DIM, BLOCK_D)
         k = load_rows(k_base, slots, k_stride, live, DIM, BLOCK_D)
-        x = product(q, tl.trans(k), x, WIDEN, PRECISION)
+        x = product(q, tl.trans(k), x)
     first_key = tl.maximum(column * STRIDE, live_begin)
     some = tl.minimum((column + 1) * STRIDE, live_end) > first_key
     seen = some[None, :] & (first_key[None, :] <= last_at[:, None])
@@ -212,8 +208,6 @@ def antidiagonal_mass(
     KEY_LANES: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Mass of ``ROW_BLOCKS`` query blocks: one pass over the keys for the rows' log-sum-exp, one for the sums.
 
@@ -248,7 +242,7 @@ def antidiagonal_mass(
         column = (n * KEY_BLOCKS + key_lane // KEY_LANES) * KEY_CELLS + key_lane % KEY_LANES
         x = cell_logits(
             q_rows, k_base, q_stride, k_stride, cell, exists, column, -query_start, query_len, live_begin, live_end,
-            last_at, slope, STRIDE, DIM, BLOCK_D, WIDEN, PRECISION,
+            last_at, slope, STRIDE, DIM, BLOCK_D,
         )  # fmt: skip
         x = tl.where(key_exists[None, :], x, float("-inf"))
         new_top = tl.maximum(top, tl.max(x, 1))
@@ -263,7 +257,7 @@ def antidiagonal_mass(
         column = (n * KEY_BLOCKS + key_lane // KEY_LANES) * KEY_CELLS + key_lane % KEY_LANES
         x = cell_logits(
             q_rows, k_base, q_stride, k_stride, cell, exists, column, -query_start, query_len, live_begin, live_end,
-            last_at, slope, STRIDE, DIM, BLOCK_D, WIDEN, PRECISION,
+            last_at, slope, STRIDE, DIM, BLOCK_D,
         )  # fmt: skip
         x = tl.where(key_exists[None, :], x, float("-inf"))
         mass = tl.exp2(x - base[:, None]) * share[:, None]
