@@ -12,7 +12,6 @@ from typing import Literal, Unpack, overload
 
 from torch import Tensor
 
-
 from gossamer import backends
 from gossamer.backends.torch import dense
 from gossamer.call import AttentionCall, CallFields

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from gossamer import backends, methods
 from gossamer.call import AttentionCall
 from gossamer.methods import Dense, Method

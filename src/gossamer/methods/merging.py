@@ -113,7 +113,7 @@ def _column_group(plans: Sequence[SparsePlan], rows: int) -> int:
 
 def _column_rows(plan: SparsePlan, block_q: int, rows: int, group: int) -> _Lists:
     lists = ceil_div(rows, group)
-    if lists == 1 and plan.num_column_groups <= 1:
+    if lists == 1:  # which is all that a plan with columns has
         chosen = torch.zeros(plan.batch, 1, dtype=torch.int64, device=plan.device)
     else:
         chosen = _local_rows(plan, block_q, rows) // plan.column_group

@@ -66,9 +66,7 @@ class Extent:
         object.__setattr__(self, "limit", None if limit is None else integer(limit, "Extent.limit", least=1))
 
     @classmethod
-    def full(
-        cls, batch: int, query_len: int, key_len: int, *, causal: bool = True, limit: int | None = None
-    ) -> Extent:
+    def full(cls, batch: int, query_len: int, key_len: int, *, causal: bool = True, limit: int | None = None) -> Extent:
         """All query rows and key slots are live. Causal queries are the last tokens; others begin at position 0.
 
         Raises:

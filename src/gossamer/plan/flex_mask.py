@@ -123,7 +123,9 @@ class _Tiles:
         rows = self.q_pos // plan.block_q - plan.grid.first_block.to(device)[:, None]
         no = torch.zeros_like(self.q_pos, dtype=torch.bool)
         selected = self._over_two(plan.block_mask(), rows, 2, no)
-        selected = self._over_two(selected, self.k_pos // plan.block_k, 3, torch.zeros_like(self.k_pos, dtype=torch.bool))
+        selected = self._over_two(
+            selected, self.k_pos // plan.block_k, 3, torch.zeros_like(self.k_pos, dtype=torch.bool)
+        )
         q_pos, k_pos = self.q_pos[:, :, None], self.k_pos[:, None]
         last_q, past_k = q_pos + plan.block_q - 1, k_pos + plan.block_k
         end = (extent.first_position + extent.query_count).to(device)[:, None, None]

@@ -10,7 +10,7 @@ from torch import Tensor
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 
-__all__ = ["attend", "cleared", "logits"]
+__all__ = ["attend", "attend_rows", "cleared", "logits", "wide"]
 
 _LOGITS = 1 << 26  # held at once
 
@@ -27,21 +27,24 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         ValueError: the plan is for another call, or the call has no values.
     """
     call.check_plan(plan)
-    batch, heads, query_len, _ = call.q.shape
-    values = wide(cleared(call.values, call))
-    out = torch.empty(batch, heads, query_len, values.shape[-1], dtype=call.q.dtype, device=call.device)
-    lse = torch.empty(batch, heads, query_len, dtype=values.dtype, device=call.device)
+    out = torch.empty(*call.q.shape[:3], call.values.shape[-1], dtype=call.q.dtype, device=call.device)
+    lse = torch.empty(call.q.shape[:3], dtype=wide(call.q[:0]).dtype, device=call.device)
     for rows in _chunks(call):
-        mask = plan.rows_mask(rows).to(call.device).repeat_interleave(heads // plan.heads, dim=1)
-        scores = logits(call, rows).masked_fill(~mask, float("-inf"))
-        row_lse = torch.logsumexp(scores, dim=-1)
-        if call.sinks is not None:
-            row_lse = torch.logaddexp(row_lse, call.sinks.to(row_lse).view(1, -1, 1))
-        weights = torch.exp(scores - row_lse.masked_fill(row_lse == float("-inf"), 0.0)[..., None])
-        weights = weights.reshape(batch, call.groups, -1, call.key_len)
-        out[:, :, rows] = (weights @ values).view(batch, heads, len(rows), -1).to(out.dtype)
-        lse[:, :, rows] = row_lse
+        part, lse[:, :, rows] = attend_rows(call, plan, rows)
+        out[:, :, rows] = part.to(out.dtype)
     return out, lse
+
+
+def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`attend` for the query rows ``int64 [R]``, at once and in the dtype of all arithmetic."""
+    mask = plan.rows_mask(rows).to(call.device).repeat_interleave(call.heads // plan.heads, dim=1)
+    scores = logits(call, rows).masked_fill(~mask, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    if call.sinks is not None:
+        lse = torch.logaddexp(lse, call.sinks.to(lse).view(1, -1, 1))
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    out = weights.view(call.batch, call.groups, -1, call.key_len) @ wide(cleared(call.values, call))
+    return out.view(call.batch, call.heads, len(rows), -1), lse
 
 
 def logits(call: AttentionCall, rows: Tensor | slice, keys: slice = slice(None)) -> Tensor:

@@ -79,9 +79,7 @@ class ListWriter:
         return indptr, indices
 
 
-def members(
-    candidates: Candidates, batch: int, heads: int, width: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def members(candidates: Candidates, batch: int, heads: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """What rows see, bool ``[B, 1, rows, width]``, and what is forced, ``[B, heads or 1, rows, width]``."""
     index = torch.arange(width, device=device)
 

@@ -56,9 +56,7 @@ def last_query_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
     return columns, diagonals
 
 
-def _probe_row(
-    call: AttentionCall, q: Tensor, k: Tensor, position: Tensor, columns: Tensor, diagonals: Tensor
-) -> None:
+def _probe_row(call: AttentionCall, q: Tensor, k: Tensor, position: Tensor, columns: Tensor, diagonals: Tensor) -> None:
     """Of one batch row: scaled queries ``[G, share * rows, D]``, live keys; sums go to the two last arguments."""
     rows, keys = len(position), k.shape[1]
 
