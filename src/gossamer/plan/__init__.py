@@ -1,4 +1,4 @@
-"""The ground: what the model allows (`Extent`), how blocks lie on it (`Grid`), which pairs are computed (`SparsePlan`)."""
+"""The ground: what a model allows (`Extent`), how blocks lie on it (`Grid`), what is computed of it (`SparsePlan`)."""
 
 from gossamer.plan.extent import Extent
 from gossamer.plan.grid import Grid

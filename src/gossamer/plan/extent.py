@@ -36,7 +36,7 @@ class Extent:
         limit: the model's own sliding window in tokens, or None.
 
     Raises:
-        ValueError: shapes differ, a count or ``key_start`` is negative, a limit is below 1, or anything is 2^31 or more.
+        ValueError: shapes differ, a count or ``key_start`` is negative, a limit is below 1, a number is 2^31 or more.
         TypeError: something is no integer.
     """
 
@@ -159,7 +159,8 @@ class Extent:
             if self.batch and int(last.max()) > length:
                 row = int(last.argmax())
                 raise ValueError(
-                    f"the extent names live {name} up to row {int(last[row])} in batch row {row}, but there are {length}"
+                    f"the extent names {int(last[row])} {name} in batch row {row}, dead ones before them included, "
+                    f"but there are {length}"
                 )
 
     def key_positions(self, key_len: int, device: torch.device | str = "cpu") -> Tensor:

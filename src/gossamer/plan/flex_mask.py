@@ -14,8 +14,8 @@ def to_block_mask(plan: SparsePlan, num_heads: int) -> BlockMask:
     """See `SparsePlan.to_block_mask`. Listed are the tiles that any part touches, those that are computed whole apart;
     ``mask_mod`` is the definition, for the others.
 
-    FlexAttention's tiles are cut at slots and rows, a plan's blocks at positions: a tile of a batch row with padding may
-    meet four blocks.
+    FlexAttention's tiles are cut at slots and rows, a plan's blocks at positions: a tile of a batch row with padding
+    may meet four blocks.
     """
     if plan.permuted:
         raise ValueError("FlexAttention cannot express a permuted plan; permute q, k and v and plan without an order")
