@@ -10,7 +10,7 @@ from gossamer.methods import Dense, Method
 from gossamer.plan import SparsePlan
 from gossamer.profiles import Profile
 
-__all__ = ["TOO_DENSE", "Decision", "Policy", "decodes_on_kernel"]
+__all__ = ["TOO_DENSE", "Decision", "Policy"]
 
 # With fewer queries than this a plan costs more than it saves, whatever the keys.
 FEW_QUERIES = 32

@@ -1,7 +1,7 @@
 """Selection rules, as data: from the scores of candidates to the chosen ones. Ties break by the lower index.
 
-Published "top-p" means several different sets; each rule here is stated exactly, in torch, and named after what it does.
-Backends have fast versions of the rules that they know; any other runs by its own `Rule.select`.
+Published "top-p" means several different sets; each rule here is stated exactly, in torch, and named after what it
+does. Backends have fast versions of the rules that they know; any other runs by its own `Rule.select`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Candidates:
         forced: half-open range ``[B, rows, 2]``, taken by the heads that force any; it may reach outside ``seen``.
         first: this many first candidates are forced in every row, too.
         forcing: bool ``[B, heads]``, the heads that force any; None: all.
-        diagonals: bool ``[B, heads, n]``: with n of them, candidate ``origin - d`` is taken where ``diagonals[d]`` is set.
+        diagonals: bool ``[B, heads, n]``: candidate ``origin - d`` is taken where ``diagonals[d]`` is set.
         origin: ``[B, rows]``, the candidate on diagonal 0.
         mirrored: candidate ``origin + d`` is taken as well.
     """
@@ -134,8 +134,8 @@ class TopP(Rule):
 class TopPReaching(Rule):
     """The best candidates up to the first whose running sum is at least ``p``; none where none reaches it.
 
-    p is compared with the sum itself, for rows that sum to 1 (PBS-Attn, 2510.21270); a row that holds nothing reaches no
-    p, not even 0.
+    p is compared with the sum itself, for rows that sum to 1 (PBS-Attn); a row that holds nothing reaches no p, not
+    even 0.
     """
 
     p: PerHead

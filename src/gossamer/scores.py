@@ -1,8 +1,8 @@
 """Scores: functions from a call to what methods select by. A handful serves everything.
 
 All heads and batch rows at once, GQA never expanded, everything in positions: how much padding a row has and who shares
-its batch change nothing. Block scores stream: they come in parts, each with the plan rows that it is for. What a row does
-not see has score 0. The definitions, with their formulas, are in `gossamer.backends.torch.scores`.
+its batch change nothing. Block scores stream: they come in parts, each with the plan rows that it is for. What a row
+does not see has score 0. The definitions, with their formulas, are in `gossamer.backends.torch.scores`.
 """
 
 from __future__ import annotations

@@ -121,11 +121,9 @@ class _Tiles:
         """Tiles that are selected blocks and all of whose pairs are computed, bool ``[B, heads, M, N]``."""
         plan, extent, device = self.plan, self.plan.extent, self.plan.device
         rows = self.q_pos // plan.block_q - plan.grid.first_block.to(device)[:, None]
-        no = torch.zeros_like(self.q_pos, dtype=torch.bool)
-        selected = self._over_two(plan.block_mask(), rows, 2, no)
-        selected = self._over_two(
-            selected, self.k_pos // plan.block_k, 3, torch.zeros_like(self.k_pos, dtype=torch.bool)
-        )
+        never = torch.zeros(1, 1, dtype=torch.bool, device=device)
+        selected = self._over_two(plan.block_mask(), rows, 2, never.expand_as(rows))
+        selected = self._over_two(selected, self.k_pos // plan.block_k, 3, never.expand_as(self.k_pos))
         q_pos, k_pos = self.q_pos[:, :, None], self.k_pos[:, None]
         last_q, past_k = q_pos + plan.block_q - 1, k_pos + plan.block_k
         end = (extent.first_position + extent.query_count).to(device)[:, None, None]

@@ -45,8 +45,8 @@ class SparsePlan:
              or pos(j) < sink[h]  or  |pos(i) - pos(j)| < window[h] )
 
     A pair that several parts select counts once. Blocks are counted in positions, as `Grid` says: key block
-    ``pos(j) // block_k``; row m of a batch row's lists is its query block ``first_block + m``. Rows that a batch row does
-    not need are empty.
+    ``pos(j) // block_k``; row m of a batch row's lists is its query block ``first_block + m``. Rows that a batch row
+    does not need are empty.
 
     Fields:
         heads: H for a plan per query head, or G for one per key/value head that its query heads share.

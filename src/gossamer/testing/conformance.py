@@ -32,29 +32,25 @@ _STATIC_TAIL = 37
 def _extent(situation: str, length: int) -> tuple[Extent, int, int]:
     """The extent of a situation, and its numbers of query rows and key slots."""
     pad, half = length // 3, length // 2
-    live = length - pad
+    live, chunk, short = length - pad, length - half, (length - half + 1) // 2
     whole = Extent.full(1, length, length)
     extents = {
         "no padding": (whole, length, length),
         "left padding": (Extent([-pad, 0], [live, length], [pad, 0], [live, length]), length, length),
         "right padding": (Extent([0, 0], [length, live], [0, 0], [length, live]), length, length),
-        "chunk": (Extent.full(1, length - half, length), length - half, length),
+        "chunk": (Extent.full(1, chunk, length), chunk, length),
         # Row 0 has left padding in the cache, row 1 right padding in the chunk.
         "padded chunk": (
-            Extent([half - pad, half], [length - half, (length - half + 1) // 2], [pad, 0], [live, half + (length - half + 1) // 2]),
-            length - half,
+            Extent([half - pad, half], [chunk, short], [pad, 0], [live, half + short]),
+            chunk,
             length,
         ),
         "static cache": (Extent([0], [length], [0], [length]), length, length + _STATIC_TAIL),
         "scale, sinks and soft-cap": (whole, length, length),
         "model window": (Extent.full(1, length, length, limit=pad + 1), length, length),
-        "bidirectional": (
-            Extent([-pad, 0], [live, live], [pad, 0], [live, live], causal=False),
-            length,
-            length,
-        ),
-        "cross-attention": (Extent.full(1, length - half, length, causal=False), length - half, length),
-    }  # fmt: skip
+        "bidirectional": (Extent([-pad, 0], [live, live], [pad, 0], [live, live], causal=False), length, length),
+        "cross-attention": (Extent.full(1, chunk, length, causal=False), chunk, length),
+    }
     if situation not in extents:
         raise ValueError(f"unknown situation {situation!r}; known: {', '.join(SITUATIONS)}")
     return extents[situation]
