@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.backends.triton.config import Config, Problem, choose, power_of_two
+from gossamer.backends.triton.device import UNLIMITED
 from gossamer.backends.triton.kernels.attend import attend
 from gossamer.backends.triton.kernels.columns import mark_blocks
 from gossamer.plan import ceil_div
@@ -23,14 +24,14 @@ __all__ = ["Arguments", "describable", "launch", "offers_descriptors"]
 
 _MARK_TILE = 128
 _MOST_BITMAP_BYTES = 64 << 20
-_UNLIMITED = 1 << 29
 
 
 class Arguments(NamedTuple):
-    """Of the operator ``gossamer::triton_execute``: inputs, the plan's parts, and numbers.
+    """Of the operator ``gossamer::triton_attend``: inputs, the plan's parts, and numbers.
 
-    Absent tensors are empty; ``shape`` is the plan's heads, block_q, block_k and column_group; a ``limit`` below 0 and
-    a ``softcap`` of 0 are none.
+    Absent tensors are empty. ``extent`` is that of `gossamer.backends.triton.device.extent_on`; ``shape`` the plan's
+    heads, block_q, block_k, column_group and numbers of query and key blocks; ``all_live`` says that there is no dead
+    query row; a ``softcap`` of 0 is none.
     """
 
     q: Tensor
@@ -47,8 +48,7 @@ class Arguments(NamedTuple):
     extent: Tensor
     sinks: Tensor
     shape: list[int]
-    limit: int
-    causal: bool
+    all_live: bool
     scale: float
     softcap: float
 
@@ -60,18 +60,20 @@ class Arguments(NamedTuple):
 
 def launch(given: Arguments, *, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """Run the forward kernel; ``config`` overrides the table's."""
-    q, (plan_heads, block_q, block_k, _) = given.q, given.shape
-    batch, heads, query_len, _ = q.shape
+    q, (plan_heads, block_q, _, _, blocks, key_blocks) = given.q, given.shape
+    batch, heads = q.shape[:2]
     # The interpreter rounds fp32 to bf16 otherwise than devices do; torch does it like them.
     out_dtype = torch.float32 if q.dtype == torch.bfloat16 and not q.is_cuda else q.dtype
     out = torch.empty(*q.shape[:3], given.v.shape[-1], dtype=out_dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
+    if not given.all_live:  # the kernel writes live rows alone
+        out.zero_()
+        lse.copy_(given.sinks[:, None]) if given.sinks.numel() else lse.fill_(-math.inf)
+    if out.numel() == 0 or blocks == 0:
         return out.to(q.dtype), lse
     given = _prepared(given)
     config = config or choose(_problem(given))
-    share, blocks = heads // plan_heads, ceil_div(query_len, block_q)
-    words = ceil_div(ceil_div(given.k.shape[2], block_k), 32)
+    share, words = heads // plan_heads, ceil_div(key_blocks, 32)
     rows, together = batch * plan_heads, plan_heads // given.k.shape[1]
     bits = given.block_indices
     if given.needs_bitmap:
@@ -97,12 +99,12 @@ def _prepared(given: Arguments) -> Arguments:
     scale = given.scale
     if scale <= 0:
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    sink, window = given.sink.clamp(max=_UNLIMITED), given.window.clamp(max=_UNLIMITED)
+    sink, window = given.sink.clamp(max=UNLIMITED), given.window.clamp(max=UNLIMITED)
     return given._replace(q=q, k=k, v=v, scale=scale, sink=sink, window=window)
 
 
 def _problem(given: Arguments) -> Problem:
-    heads, block_q, block_k, _ = given.shape
+    heads, block_q, block_k = given.shape[:3]
     parts = {"blocks": given.block_indices.numel() > 0, "columns": given.column_indices.numel() > 0}
     return Problem.of(given.q, given.v, heads, block_q, block_k, given.k.shape[2], **parts)
 
@@ -126,7 +128,7 @@ def _tensors(given: Arguments, config: Config) -> dict[str, Any]:
 
 
 def _numbers(given: Arguments) -> dict[str, Any]:
-    heads, block_q, _, column_group = given.shape
+    heads, _, _, column_group, blocks, _ = given.shape
     log2_e = math.log2(math.e)
     return dict(
         batch=given.q.shape[0],
@@ -134,9 +136,8 @@ def _numbers(given: Arguments) -> dict[str, Any]:
         groups=given.k.shape[1],
         query_len=given.q.shape[2],
         key_len=given.k.shape[2],
-        column_lists=ceil_div(ceil_div(given.q.shape[2], block_q), column_group),
+        column_lists=ceil_div(blocks, column_group),
         column_group=column_group,
-        limit=given.limit if given.limit >= 0 else _UNLIMITED,
         scale_log2=given.scale * log2_e,
         softcap_log2=given.softcap * log2_e,
         softcap_slope=2.0 * log2_e * given.scale / given.softcap if given.softcap else 0.0,
@@ -144,7 +145,7 @@ def _numbers(given: Arguments) -> dict[str, Any]:
 
 
 def _constants(given: Arguments, config: Config) -> dict[str, Any]:
-    heads, block_q, block_k, _ = given.shape
+    heads, block_q, block_k = given.shape[:3]
     block_d, block_dv, halves = _dims(given, config)
     return dict(
         SHARE=given.q.shape[1] // heads,
@@ -161,8 +162,6 @@ def _constants(given: Arguments, config: Config) -> dict[str, Any]:
         HAS_COLUMNS=given.column_indices.numel() > 0,
         Q_ORDER=given.q_order.numel() > 0,
         K_ORDER=given.k_order.numel() > 0,
-        CAUSAL=given.causal,
-        LIMITED=given.limit >= 0,
         SOFTCAP=given.softcap > 0,
         SINKS=given.sinks.numel() > 0,
         DESCRIPTORS=_described(given, config),

@@ -1,9 +1,8 @@
 """The forward kernel: one tile of query rows against every key that its plan names, with one softmax state.
 
-Coordinates are key slots: a query's is ``query_start + row + key_start``, so that the distance of query and key is
-the difference of their coordinates. A pair that several parts select is computed by the first of bands, blocks and
-columns that names it: bands are arithmetic, so blocks and columns test them for themselves; whether a column's key
-block is selected is looked up in a bitmap.
+Everything is in positions, 0 being the batch row's first live key. A pair that several parts select is computed by the
+first of bands, blocks and columns that names it: bands are arithmetic, so blocks and columns test them for themselves;
+whether a column's key block is selected is looked up in a bitmap.
 
 There are four loops: full tiles of blocks and bands, partial ones, full columns, and partial ones. What is full needs
 no mask by pair: every row may attend all of it, and no other part names it.
@@ -22,7 +21,8 @@ import triton.language as tl
 
 from gossamer.backends.triton.kernels.blocks import Blocks, block_tiles, full_tiles, partial_tiles
 from gossamer.backends.triton.kernels.columns import Columns, column_runs, full_columns, partial_columns
-from gossamer.backends.triton.kernels.ranges import Pairs, band_tiles, key_ranges
+from gossamer.backends.triton.kernels.extent import load_extent
+from gossamer.backends.triton.kernels.ranges import Bands, band_tiles, key_ranges
 from gossamer.backends.triton.kernels.softmax import Keys, Logits, Queries, fresh, with_sinks
 
 __all__ = ["attend"]
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 @triton.jit(
     do_not_specialize=[
-        "query_len", "key_len", "first_row", "together", "blocks", "words", "column_lists", "column_group", "limit",
+        "query_len", "key_len", "first_row", "together", "blocks", "words", "column_lists", "column_group",
     ]
 )  # fmt: skip
 def attend(
@@ -51,12 +51,11 @@ def attend(
     block_indptr, block_indices, column_indptr, column_indices, sink_ptr, window_ptr,
     q_order, k_order, k_rank, selected_bits, extent_ptr, sinks_ptr,
     batch, plan_heads, groups, first_row, together, query_len, key_len, blocks, column_lists, column_group, words,
-    limit, scale_log2, softcap_log2, softcap_slope,
+    scale_log2, softcap_log2, softcap_slope,
     SHARE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HALVES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, HAS_COLUMNS: tl.constexpr, Q_ORDER: tl.constexpr, K_ORDER: tl.constexpr,
-    CAUSAL: tl.constexpr, LIMITED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One tile of one query block of one head of the plan: ``TILE_M`` rows, tokens times the query heads that share it.
 
@@ -73,23 +72,22 @@ def attend(
     plan_head = plan_row % plan_heads
     group = plan_head // (plan_heads // groups)
     wide_row = plan_row.to(tl.int64)
-    rows = tile_rows(
-        block, program % TILES, plan_head, query_len, q_order + wide_row * query_len, SHARE, BLOCK_Q, TILE_M, Q_ORDER
-    )
-    live_begin = tl.load(extent_ptr + batch + b)
+    extent = load_extent(extent_ptr, batch, b)
+    order = q_order + wide_row * query_len
+    rows = tile_rows(extent, block, program % TILES, plan_head, query_len, order, SHARE, BLOCK_Q, TILE_M, Q_ORDER)
     q_ptr += b.to(tl.int64) * q_batch_stride
+    k_ptr += b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
+    v_ptr += b.to(tl.int64) * v_batch_stride + group.to(tl.int64) * v_head_stride
     state = attend_keys(
-        load_queries(q_ptr, q_head_stride, q_stride, rows, tl.load(extent_ptr + b) + live_begin, DIM, BLOCK_D),
+        load_queries(q_ptr, q_head_stride, q_stride, extent, rows, DIM, BLOCK_D),
         Keys(
-            k_ptr + b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride,
-            v_ptr + b.to(tl.int64) * v_batch_stride + group.to(tl.int64) * v_head_stride,
-            k_stride, v_stride, k_descriptor, v_descriptor, b, group, DIM, VALUE_DIM, TILE_N, DESCRIPTORS,
+            k_ptr + extent.key_start.to(tl.int64) * k_stride, v_ptr + extent.key_start.to(tl.int64) * v_stride,
+            k_stride, v_stride, k_descriptor, v_descriptor, b, group, extent.key_start, DIM, VALUE_DIM, TILE_N,
+            DESCRIPTORS,
         ),
         Logits(scale_log2, softcap_log2, softcap_slope, SOFTCAP),
-        Pairs(
-            live_begin, live_begin + tl.load(extent_ptr + 2 * batch + b), live_begin + tl.load(sink_ptr + plan_head),
-            tl.load(window_ptr + plan_head), limit, CAUSAL, LIMITED,
-        ),
+        extent,
+        Bands(tl.load(sink_ptr + plan_head), tl.load(window_ptr + plan_head)),
         Blocks(
             block_indptr + wide_row * blocks + block, block_indices, k_order + wide_row * key_len, key_len, BLOCK_K,
             HAS_BLOCKS, K_ORDER,
@@ -110,43 +108,46 @@ def attend(
 
 @triton.jit
 def tile_rows(
-    block, tile, plan_head, query_len, order,
+    extent, block, tile, plan_head, query_len, order,
     SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_M: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
     packed = tile * TILE_M + tl.arange(0, TILE_M)
-    row = block * BLOCK_Q + packed // SHARE
-    exists = (packed < BLOCK_Q * SHARE) & (row < query_len)
-    if PERMUTED:
-        row = tl.load(order + row, mask=exists, other=0)
-    return Rows(row, plan_head * SHARE + packed % SHARE, exists)
+    inside = packed < BLOCK_Q * SHARE
+    token = block * BLOCK_Q + packed // SHARE
+    if PERMUTED:  # blocks of ranks
+        inside = inside & (token < query_len)
+        position = extent.first + tl.load(order + token, mask=inside, other=0)
+    else:  # blocks of positions, from the one that holds the first live query
+        position = extent.first // BLOCK_Q * BLOCK_Q + token
+    exists = inside & (position >= extent.first) & (position < extent.past)
+    return Rows(position - extent.query_start, plan_head * SHARE + packed % SHARE, exists)
 
 
 @triton.jit
-def load_queries(base, head_stride, stride, rows, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Queries and their slots, the first row's being ``start``."""
+def load_queries(base, head_stride, stride, extent, rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     pointers = base + rows.head.to(tl.int64) * head_stride + rows.row.to(tl.int64) * stride
     dim = tl.arange(0, BLOCK_D)
     q = tl.load(pointers[:, None] + dim[None, :], mask=rows.exists[:, None] & (dim < DIM)[None, :], other=0.0)
-    slots = start + rows.row
-    lowest = tl.min(tl.where(rows.exists, slots, 1 << 30), 0)
-    highest = tl.max(tl.where(rows.exists, slots, -(1 << 30)), 0)
-    return Queries(q, slots, lowest, highest)
+    positions = rows.row + extent.query_start
+    lowest = tl.min(tl.where(rows.exists, positions, 1 << 30), 0)
+    highest = tl.max(tl.where(rows.exists, positions, -(1 << 30)), 0)
+    return Queries(q, positions, lowest, highest)
 
 
 @triton.jit
 def attend_keys(
-    queries, keys, logits, pairs, blocks, columns, BLOCK_DV: tl.constexpr, HALVES: tl.constexpr
+    queries, keys, logits, extent, bands, blocks, columns, BLOCK_DV: tl.constexpr, HALVES: tl.constexpr
 ):  # fmt: skip
     state = fresh(queries.q.shape[0], BLOCK_DV, HALVES)
-    ranges = key_ranges(queries, pairs)
-    bands = band_tiles(queries, pairs, ranges, keys.TILE_N)
+    ranges = key_ranges(queries, extent, bands)
+    in_bands = band_tiles(queries, bands, ranges, keys.TILE_N)
     listed = block_tiles(blocks, ranges, keys.TILE_N)
-    state = full_tiles(state, queries, keys, logits, blocks, listed, bands)
-    state = partial_tiles(state, queries, keys, logits, pairs, blocks, listed, bands)
+    state = full_tiles(state, queries, keys, logits, blocks, listed, in_bands)
+    state = partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands)
     if columns.LISTED:
         runs = column_runs(columns, ranges)
         state = full_columns(state, queries, keys, logits, blocks, columns, runs)
-        state = partial_columns(state, queries, keys, logits, pairs, blocks, columns, runs)
+        state = partial_columns(state, queries, keys, logits, extent, bands, blocks, columns, runs)
     return state
 
 

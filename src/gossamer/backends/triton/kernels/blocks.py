@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from gossamer.backends.triton.kernels.extent import allowed
 from gossamer.backends.triton.kernels.matrices import ceil_div
-from gossamer.backends.triton.kernels.ranges import allowed, banded, lower_bound
+from gossamer.backends.triton.kernels.ranges import banded, lower_bound
 from gossamer.backends.triton.kernels.softmax import BY_PAIR, UNMASKED, fold
 
 __all__ = ["BlockTiles", "Blocks", "block_tiles", "full_tiles", "partial_tiles"]
@@ -58,7 +59,9 @@ def block_tiles(blocks, ranges, TILE_N: tl.constexpr):
     if blocks.LISTED:
         past = tl.load(blocks.indptr + 1)
         first = tl.load(blocks.indptr)
-        if not blocks.PERMUTED:
+        if blocks.PERMUTED:
+            past = tl.where(ranges.high > ranges.low, past, first)
+        else:
             past = lower_bound(blocks.indices, first, past, ceil_div(ranges.outer_high, blocks.BLOCK_K))
             first = lower_bound(blocks.indices, first, past, ranges.outer_low // blocks.BLOCK_K)
         full = past
@@ -74,7 +77,7 @@ def block_tiles(blocks, ranges, TILE_N: tl.constexpr):
 
 
 @triton.jit
-def full_tiles(state, queries, keys, logits, blocks, listed, bands):
+def full_tiles(state, queries, keys, logits, blocks, listed, in_bands):
     """Full blocks, then full tiles of the window: nothing is masked."""
     TILE_N: tl.constexpr = keys.TILE_N
     PIECES: tl.constexpr = (blocks.BLOCK_K + TILE_N - 1) // TILE_N
@@ -84,30 +87,30 @@ def full_tiles(state, queries, keys, logits, blocks, listed, bands):
     block = 0
     if SOME:
         block = tl.load(indices, mask=listed.full_tiles > 0, other=0)
-    for n in range(0, listed.full_tiles + bands.full_past - bands.full_first):
-        slot = (bands.full_first + n - listed.full_tiles) * TILE_N
+    for n in range(0, listed.full_tiles + in_bands.full_past - in_bands.full_first):
+        start = (in_bands.full_first + n - listed.full_tiles) * TILE_N
         if SOME:
-            slot = tl.where(n < listed.full_tiles, block * blocks.BLOCK_K + (n % PIECES) * TILE_N, slot)
+            start = tl.where(n < listed.full_tiles, block * blocks.BLOCK_K + (n % PIECES) * TILE_N, start)
             block = tl.load(indices + (n + 1) // PIECES, mask=n + 1 < listed.full_tiles, other=0)
-        state = fold(state, queries, keys, logits, slot, every, every, UNMASKED)
+        state = fold(state, queries, keys, logits, start, every, every, UNMASKED)
     return state
 
 
 @triton.jit
-def partial_tiles(state, queries, keys, logits, pairs, blocks, listed, bands):
-    """The other blocks, without what is in the bands, and the other tiles of the bands."""
+def partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands):
+    """The other blocks, without what is in the bands, and the other tiles of the in_bands."""
     TILE_N: tl.constexpr = keys.TILE_N
     PIECES: tl.constexpr = (blocks.BLOCK_K + TILE_N - 1) // TILE_N
     ALL_PARTIAL: tl.constexpr = blocks.PERMUTED or blocks.BLOCK_K % TILE_N != 0
     STAGES: tl.constexpr = None if blocks.LISTED and ALL_PARTIAL else 1  # few passes, unless all blocks are partial
     key = tl.arange(0, TILE_N)
-    sink_tiles = bands.sink_past - bands.sink_first
-    before_full = sink_tiles + bands.full_first - bands.window_first
-    for n in tl.range(0, listed.partial_tiles + bands.partial, num_stages=STAGES):
+    sink_tiles = in_bands.sink_past - in_bands.sink_first
+    before_full = sink_tiles + in_bands.full_first - in_bands.window_first
+    for n in tl.range(0, listed.partial_tiles + in_bands.partial, num_stages=STAGES):
         band = n - listed.partial_tiles
-        tile = tl.where(band < sink_tiles, bands.sink_first + band, bands.window_first + band - sink_tiles)
-        tile = tl.where(band < before_full, tile, bands.full_past + band - before_full)
-        slots = tile * TILE_N + key
+        tile = tl.where(band < sink_tiles, in_bands.sink_first + band, in_bands.window_first + band - sink_tiles)
+        tile = tl.where(band < before_full, tile, in_bands.full_past + band - before_full)
+        positions = tile * TILE_N + key
         keep = key >= 0
         if blocks.LISTED:
             is_block = n < listed.partial_tiles
@@ -115,15 +118,15 @@ def partial_tiles(state, queries, keys, logits, pairs, blocks, listed, bands):
             entry = tl.where(number < listed.before, listed.first + number, listed.full_past + (number - listed.before))
             block = tl.load(blocks.indices + entry, mask=is_block, other=0)
             offset = (n % PIECES) * TILE_N + key
-            slots = tl.where(is_block, block * blocks.BLOCK_K + offset, slots)
+            positions = tl.where(is_block, block * blocks.BLOCK_K + offset, positions)
             keep = offset < tl.where(is_block, blocks.BLOCK_K, PIECES * TILE_N)
             if blocks.PERMUTED:
-                ranked = keep & (slots < tl.where(is_block, blocks.key_len, 0))
-                slots = tl.load(blocks.order + slots, mask=ranked, other=slots)
-        keep = keep & (slots >= pairs.live_begin) & (slots < pairs.live_end)
-        mask = banded(queries, slots, pairs)
+                ranked = keep & (positions < tl.where(is_block, blocks.key_len, 0))
+                positions = tl.load(blocks.order + positions, mask=ranked, other=positions)
+        keep = keep & (positions < extent.keys)
+        mask = banded(bands, queries.positions, positions)
         if blocks.LISTED:
             mask = tl.where(is_block, ~mask, mask)
-        mask = mask & allowed(queries, slots, keep, pairs)
-        state = fold(state, queries, keys, logits, slots, keep, mask, BY_PAIR)
+        mask = mask & keep[None, :] & allowed(extent, queries.positions, positions)
+        state = fold(state, queries, keys, logits, positions, keep, mask, BY_PAIR)
     return state

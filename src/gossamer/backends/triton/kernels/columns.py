@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from gossamer.backends.triton.kernels.extent import allowed
 from gossamer.backends.triton.kernels.matrices import ceil_div
-from gossamer.backends.triton.kernels.ranges import allowed, banded, lower_bound
+from gossamer.backends.triton.kernels.ranges import banded, lower_bound
 from gossamer.backends.triton.kernels.softmax import BY_KEY, BY_PAIR, fold
 
 __all__ = ["ColumnRuns", "Columns", "column_runs", "full_columns", "mark_blocks", "partial_columns"]
@@ -59,20 +60,20 @@ def full_columns(state, queries, keys, logits, blocks, columns, runs):
     key = tl.arange(0, keys.TILE_N)
     count = (runs.full_past - runs.full).to(tl.int32)
     indices = columns.indices + runs.full
-    slots = tl.load(indices + tl.minimum(key, count - 1), mask=key < tl.minimum(count, 1) * keys.TILE_N, other=0)
-    low, high = unselected(slots, key < count, blocks, columns)
+    positions = tl.load(indices + tl.minimum(key, count - 1), mask=key < tl.minimum(count, 1) * keys.TILE_N, other=0)
+    low, high = unselected(positions, key < count, blocks, columns)
     for n in range(0, ceil_div(count, keys.TILE_N)):
         place = (n + 1) * keys.TILE_N + key
-        next_slots = tl.load(indices + tl.minimum(place, count - 1))
+        following = tl.load(indices + tl.minimum(place, count - 1))
         keep = unpacked(low, high, keys.TILE_N)
-        low, high = unselected(next_slots, place < count, blocks, columns)
-        state = fold(state, queries, keys, logits, slots, keep, keep, BY_KEY)
-        slots = next_slots
+        low, high = unselected(following, place < count, blocks, columns)
+        state = fold(state, queries, keys, logits, positions, keep, keep, BY_KEY)
+        positions = following
     return state
 
 
 @triton.jit
-def partial_columns(state, queries, keys, logits, pairs, blocks, columns, runs):
+def partial_columns(state, queries, keys, logits, extent, bands, blocks, columns, runs):
     """The columns before and after the full ones, few."""
     key = tl.arange(0, keys.TILE_N)
     before = (runs.full - runs.first).to(tl.int32)
@@ -81,25 +82,26 @@ def partial_columns(state, queries, keys, logits, pairs, blocks, columns, runs):
         place = n * keys.TILE_N + key
         keep = place < count
         entry = tl.where(place < before, runs.first + place, runs.full_past + (place - before))
-        slots = tl.load(columns.indices + entry, mask=keep, other=0)
-        low, high = unselected(slots, keep, blocks, columns)
+        positions = tl.load(columns.indices + entry, mask=keep, other=0)
+        low, high = unselected(positions, keep, blocks, columns)
         keep = unpacked(low, high, keys.TILE_N)
-        mask = allowed(queries, slots, keep, pairs) & ~banded(queries, slots, pairs)
-        state = fold(state, queries, keys, logits, slots, keep, mask, BY_PAIR)
+        mask = keep[None, :] & allowed(extent, queries.positions, positions)
+        mask = mask & ~banded(bands, queries.positions, positions)
+        state = fold(state, queries, keys, logits, positions, keep, mask, BY_PAIR)
     return state
 
 
 @triton.jit
-def unselected(slots, keep, blocks, columns):
-    """Which of the columns ``slots`` are kept and do not lie in a selected block: bits of two 64-bit words.
+def unselected(positions, keep, blocks, columns):
+    """Which of the columns ``positions`` are kept and do not lie in a selected block: bits of two 64-bit words.
 
     Each thread of a matrix product needs many keys' masks; as scalars, they are looked up once for all threads.
     """
-    TILE_N: tl.constexpr = slots.shape[0]
+    TILE_N: tl.constexpr = positions.shape[0]
     if blocks.LISTED:
-        rank = slots
+        rank = positions
         if blocks.PERMUTED:
-            rank = tl.load(columns.rank + slots, mask=keep, other=0)
+            rank = tl.load(columns.rank + positions, mask=keep, other=0)
         block = rank // blocks.BLOCK_K
         bits = tl.load(columns.selected + block // 32, mask=keep, other=0)
         keep = keep & (((bits >> (block % 32)) & 1) == 0)

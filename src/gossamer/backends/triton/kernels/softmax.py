@@ -25,17 +25,18 @@ BY_PAIR = tl.constexpr(2)
 class Queries(NamedTuple):
     """Query rows of one tile: tokens times the query heads that share them.
 
-    Fields: q ``[TILE_M, BLOCK_D]``; slots ``[TILE_M]``, of the rows' own keys; the lowest and highest of these.
+    Fields: q ``[TILE_M, BLOCK_D]``; positions ``[TILE_M]``; the lowest and highest of those that are live.
     """
 
     q: Any
-    slots: Any
+    positions: Any
     lowest: Any
     highest: Any
 
 
 class Keys(NamedTuple):
-    """Keys and values of one key/value head: pointers, row strides, descriptors with their coordinates, constants."""
+    """Keys and values of one key/value head: pointers to position 0, row strides, descriptors with its coordinates
+    there, constants."""
 
     k: Any
     v: Any
@@ -45,6 +46,7 @@ class Keys(NamedTuple):
     v_descriptor: Any
     batch_row: Any
     group: Any
+    start: Any
     DIM: Any
     VALUE_DIM: Any
     TILE_N: Any
@@ -81,14 +83,14 @@ def fresh(TILE_M: tl.constexpr, BLOCK_DV: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
-def fold(state, queries, keys, logits, slots, keep, pairs, MASK: tl.constexpr):
-    """The state after one tile of keys: those from slot ``slots`` on if it is UNMASKED, else the keys ``slots``.
+def fold(state, queries, keys, logits, positions, keep, pairs, MASK: tl.constexpr):
+    """The state after one tile of keys: those from ``positions`` on if it is UNMASKED, else the keys ``positions``.
 
     ``keep`` ``[TILE_N]`` says which keys count, ``pairs`` ``[TILE_M, TILE_N]`` which pairs do, if masked BY_PAIR.
     """
     BLOCK_D: tl.constexpr = queries.q.shape[1]
     BLOCK_DV: tl.constexpr = state.out.shape[1]
-    k = load_tile(keys.k, keys.k_descriptor, keys.k_stride, keys, slots, keep, 0, keys.DIM, BLOCK_D, MASK)
+    k = load_tile(keys.k, keys.k_descriptor, keys.k_stride, keys, positions, keep, 0, keys.DIM, BLOCK_D, MASK)
     scores = tl.zeros([queries.q.shape[0], keys.TILE_N], dtype=tl.float32)
     scores = product(queries.q, tl.trans(k), scores)
     if logits.SOFTCAP:
@@ -109,12 +111,12 @@ def fold(state, queries, keys, logits, slots, keep, pairs, MASK: tl.constexpr):
     weights = tl.exp2(exponents)
     shrink = tl.exp2(state.top - base)
     total = state.total * shrink + tl.sum(weights, 1)
-    v = load_tile(keys.v, keys.v_descriptor, keys.v_stride, keys, slots, keep, 0, keys.VALUE_DIM, BLOCK_DV, MASK)
+    v = load_tile(keys.v, keys.v_descriptor, keys.v_stride, keys, positions, keep, 0, keys.VALUE_DIM, BLOCK_DV, MASK)
     out = product(weights, v, state.out * shrink[:, None])
     out_high = state.out_high
     if state.out_high.shape[1] > 1:
         v = load_tile(
-            keys.v, keys.v_descriptor, keys.v_stride, keys, slots, keep, BLOCK_DV, keys.VALUE_DIM, BLOCK_DV, MASK
+            keys.v, keys.v_descriptor, keys.v_stride, keys, positions, keep, BLOCK_DV, keys.VALUE_DIM, BLOCK_DV, MASK
         )
         out_high = product(weights, v, state.out_high * shrink[:, None])
     return Softmax(out, out_high, total, top)
@@ -122,20 +124,21 @@ def fold(state, queries, keys, logits, slots, keep, pairs, MASK: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    base, descriptor, stride, keys, slots, keep,
+    base, descriptor, stride, keys, positions, keep,
     BEGIN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """A tile of K or V from dimension ``BEGIN`` on, zero beyond ``DIM``."""
     if MASK == UNMASKED and keys.DESCRIPTORS:
-        rows = descriptor.load([keys.batch_row, keys.group, slots, BEGIN]).reshape([keys.TILE_N, BLOCK_DIM])
+        rows = descriptor.load([keys.batch_row, keys.group, keys.start + positions, BEGIN])
+        rows = rows.reshape([keys.TILE_N, BLOCK_DIM])
     else:
         column = BEGIN + tl.arange(0, BLOCK_DIM)
         if MASK == UNMASKED:
             # One 64-bit product for the tile; the rest does not change from tile to tile.
-            first = base + slots.to(tl.int64) * stride
+            first = base + positions.to(tl.int64) * stride
             pointers = first + (tl.arange(0, keys.TILE_N).to(tl.int64)[:, None] * stride + column[None, :])
         else:
-            pointers = base + slots.to(tl.int64)[:, None] * stride + column[None, :]
+            pointers = base + positions.to(tl.int64)[:, None] * stride + column[None, :]
         if MASK == BY_PAIR:
             rows = tl.load(pointers, mask=keep[:, None] & (column < DIM)[None, :], other=0.0)
         elif DIM < BEGIN + BLOCK_DIM:
