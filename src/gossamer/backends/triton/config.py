@@ -1,7 +1,7 @@
 """Tile shapes, warps and stages: a table by architecture and head dimension, and measured choices by length bucket.
 
-The table follows from what fits a multiprocessor's shared memory and registers, by the compiler's own account. It is
-not yet measured on a GPU.
+The table follows from what fits a multiprocessor's shared memory and registers, by the compiler's own account:
+``tests/backends/compile_triton_table.py`` asks for it. It is not yet measured on a GPU.
 """
 
 from __future__ import annotations
