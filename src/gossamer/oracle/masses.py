@@ -4,8 +4,8 @@ The mass of a pair is its softmax weight, ``exp(logit - lse)``. All arithmetic i
 for bf16 tensors, and nothing grows with S x T: a tile of queries by keys holds a few MiB. Everything is in positions;
 blocks are those of a `gossamer.plan.Grid`.
 
-Dead queries have no mass. The mass of a live one sums to 1 over the keys, less what a sink logit takes: it stands in the
-denominator and has no key.
+Dead queries have no mass. The mass of a live one sums to 1 over the keys, less what a sink logit takes: it stands in
+the denominator and has no key.
 """
 
 from __future__ import annotations
