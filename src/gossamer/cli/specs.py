@@ -57,12 +57,14 @@ def make_method(name: str, pairs: Sequence[str], profile: Profile | None = None)
     """A method by name, with its fields as ``FIELD=VALUE``, and the methods of a profile if it `takes_profile`.
 
     Raises:
-        ValueError: an unknown name or field, or a value of another type.
+        ValueError: an unknown name or field, a value of another type, or fields beside a profile.
         TypeError: a field without a default is not given.
     """
     known = class_of(name)
     fields = field_values(known, pairs)
     if profile is not None and takes_profile(known):
+        if fields:
+            raise ValueError(f"a profile names a method for each head; leave {', '.join(fields)} of {name} out")
         fields["layers"] = profile.layers
     return methods.create(name, **fields)
 
