@@ -46,7 +46,8 @@ def built_in() -> AttentionCall:
 
 
 def call_of(q: Tensor, k: Tensor, extent: Extent | None = None, **fields: Any) -> AttentionCall:
-    return AttentionCall.of(q, k, extent=extent, layer=3, **{"scale": 1.0} | fields)
+    given: dict[str, Any] = {"scale": 1.0} | fields
+    return AttentionCall.of(q, k, extent=extent, layer=3, **given)
 
 
 @pytest.fixture(scope="module")

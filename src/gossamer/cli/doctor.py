@@ -103,7 +103,8 @@ def _self_test(call: AttentionCall) -> str:
     """Run a small plan on the chosen backend against the definition."""
     plan = AShape(sink=8, window=48).plan(call)
     out, _ = backends.attend(call, plan)
-    exact = AttentionCall(*(tensor.cpu().double() for tensor in (call.q, call.k, call.values)))
+    q, k, v = (tensor.cpu().double() for tensor in (call.q, call.k, call.values))
+    exact = AttentionCall(q, k, v)
     expected, _ = definition.attend(exact, plan.to("cpu"))
     # The output is rounded to the dtype, and so may be the weights on the way.
     error, bound = float((out.cpu().double() - expected).abs().max()), 8 * torch.finfo(call.q.dtype).eps
