@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from decoder import Layer, Width
+from gossamer.backends.planners import triton_on_cpu
 from gpu_report import Row
 from gpu_setting import (
     Attempt,
@@ -32,7 +33,6 @@ from workloads import random_blocks_of
 from gossamer import SparsePlan
 from gossamer.attention import Policy
 from gossamer.backends import ENVIRONMENT
-from gossamer.backends.planners import triton_on_cpu
 from gossamer.cli.specs import parse_method
 
 Cells = Iterator[Cell]

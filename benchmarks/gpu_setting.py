@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from gossamer.backends.planners import triton_on_cpu
 from gpu_report import Row
 from gpu_timing import ROUNDS, Budget, Timer
 from torch import Tensor
@@ -19,7 +20,6 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from gossamer import Extent, SparsePlan
 from gossamer.backends import triton
-from gossamer.backends.planners import triton_on_cpu
 from gossamer.cli.specs import parse_method
 
 LLAMA = (32, 8, 128)  # query heads, key/value heads, head dimension

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from gossamer.backends.planners import triton_on_cpu
 from gpu_timing import Budget
 from gpu_verify_sizes import NotRun, forget_inputs, size_checks, validate
 from torch import Tensor
@@ -25,7 +26,6 @@ from torch import Tensor
 from gossamer import SparsePlan, methods
 from gossamer.backends import flex, triton
 from gossamer.backends import torch as reference
-from gossamer.backends.planners import triton_on_cpu
 from gossamer.profiles import HeadPattern, Profile
 from gossamer.testing import SITUATIONS, Case, assert_accurate, make_case, random_plan
 
