@@ -9,9 +9,10 @@ much of the machine other programs took; a call that was short of a core is repe
 hour on two cores. Planning is measured by planning.py, whole layers by end_to_end.py; pictures.py draws the figures of
 this one.
 
-The file stands in a folder of this machine, beside those of others, and is written after each row. A section that is measured again replaces its rows in the file; the others stay.
-With --missing only the rows are measured that the file lacks, so that a run goes on where one was stopped. A section
-whose contender is missing here is skipped, and the file says why, unless it has rows of that section already.
+The file stands in a folder of this machine, beside those of others, and is written after each row. A section that is
+measured again replaces its rows in the file; the others stay. With --missing only the rows are measured that the file
+lacks, so that a run goes on where one was stopped. A section whose contender is missing here is skipped, and the file
+says why, unless it has rows of that section already.
 """
 
 from __future__ import annotations

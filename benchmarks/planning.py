@@ -127,10 +127,7 @@ def plan_once(name: str, planner: str, call: AttentionCall) -> tuple[SparsePlan,
     with environment("GOSSAMER_PLANNER", planner):
         started = time.perf_counter()
         with timed_stages(stages):
-            if name in STRIDES:
-                plan = antidiagonal_plan(call, STRIDES[name])
-            else:
-                plan = methods.create(name).plan(call)
+            plan = antidiagonal_plan(call, STRIDES[name]) if name in STRIDES else methods.create(name).plan(call)
         taken = time.perf_counter() - started
     stages["rest"] = taken - sum(stages.values())
     stages["total"] = taken
