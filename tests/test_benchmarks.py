@@ -26,7 +26,7 @@ from gossamer.methods import MaxRelative
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MACHINES = sorted(path.parent.name for path in RESULTS.glob("*/*.json"))
+MACHINES = sorted(path.parent.name for path in RESULTS.glob("*/cpu.json"))
 pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="needs the C++ kernels")
 needs_triton = pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}")
 
@@ -197,8 +197,13 @@ def test_a_benchmark_writes_into_the_folder_of_this_machine(script, monkeypatch,
     other.parent.mkdir()
     other.write_text("{}")
     row = {"method": "dense", "length": 64, "layers": 1, "what": "a"}
+
+    def section(request):
+        """A row."""
+        yield measured("a")
+
     patches = {
-        "cpu": {"verify": lambda: None, "SECTIONS": {"parts": lambda request: iter([measured("a")])}},
+        "cpu": {"verify": lambda: None, "SECTIONS": {"parts": section}},
         "planning": {"verify": lambda names: None, "measure": lambda *_: row, "print_row": lambda row: None},
         "end_to_end": {"PARTS": {"layers": lambda arguments: iter([row])}},
     }
@@ -217,10 +222,10 @@ def test_rows_that_are_committed_are_held(benchmark, name):
     """Older rows are found again under the names that the sections give them now."""
     request = importlib.import_module("comparison").Request
     shape = importlib.import_module("workloads").Shape
-    sections = json.loads((RESULTS / name / "cpu.json").read_text())["sections"]
-    dense = {"what": "dense", "length": 16384, "dtype": "bf16", "dim": 128}
-    assert not request(held=tuple(sections["prefill"]["rows"])).lacks(**dense)
-    assert request(held=tuple(sections["prefill"]["rows"])).lacks_of(shape(512, 4, 1, 128, "bf16"), "dense")
+    rows = json.loads((RESULTS / name / "cpu.json").read_text())["sections"].get("prefill", {"rows": []})["rows"]
+    for length in {row["length"] for row in rows}:
+        assert not request(held=tuple(rows)).lacks(what="dense", length=length, dtype="bf16", dim=128)
+    assert request(held=tuple(rows)).lacks_of(shape(512, 4, 1, 128, "bf16"), "dense")
 
 
 def test_a_call_that_got_fewer_cores_than_others_of_its_kind_is_repeated(script, monkeypatch):
@@ -282,18 +287,25 @@ def test_without_a_compiler_arithmetic_on_registers_is_not_measured(script, monk
     assert peak.peak_flops("portable", 1, 0.001) is None
 
 
-def test_the_roof_is_what_registers_can_do_where_that_was_measured(script, monkeypatch):
-    pictures, panels = script("pictures"), []
-    monkeypatch.setattr(pictures, "save", lambda panel, name: panels.append(panel.render()))
+def test_the_roof_is_what_registers_can_do_where_that_was_measured(script):
+    pictures = script("pictures")
     sections = json.loads((RESULTS / MACHINES[0] / "cpu.json").read_text())["sections"]
     rows = [row for row in sections["gemm"]["rows"] if row["what"] != "peak"]
     sections["gemm"]["rows"] = rows
-    pictures.roofline(sections)
+    before = pictures.roofline(sections).render()
     isa = next(row["isa"] for row in sections["prefill"]["rows"] if row["dtype"] == "bf16")
     sections["gemm"]["rows"] = [{"what": "peak", "isa": isa, "gflops": 4321.0}, *rows]
-    pictures.roofline(sections)
-    assert "4321 GFLOP/s" in panels[1]
-    assert "4321 GFLOP/s" not in panels[0]
+    assert "4321 GFLOP/s" in pictures.roofline(sections).render()
+    assert "4321 GFLOP/s" not in before
+
+
+def test_the_pictures_in_the_documentation_are_drawn_from_the_committed_results(script, monkeypatch, tmp_path):
+    pictures = script("pictures")
+    committed = {path.relative_to(pictures.IMAGES): path.read_text() for path in pictures.IMAGES.glob("*/*.svg")}
+    monkeypatch.setattr(pictures, "IMAGES", tmp_path)
+    pictures.main()
+    assert {path.relative_to(tmp_path): path.read_text() for path in tmp_path.glob("*/*.svg")} == committed
+    assert {path.parent.name for path in committed} <= set(MACHINES)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak of memory")
