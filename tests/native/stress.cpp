@@ -13,10 +13,10 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu_features.h"
-#include "../../csrc/executor.h"
-#include "../../csrc/half.h"
-#include "../../csrc/planning.h"
+#include "attend/executor.h"
+#include "kernels/half.h"
+#include "planning/planning.h"
+#include "runtime/cpu_features.h"
 
 using namespace gossamer;
 

@@ -1,0 +1,60 @@
+// The tensors of a call as the kernels want them: keys and values in packed tiles, query rows in panels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attend/executor.h"
+#include "attend/worklist.h"
+#include "kernels/job.h"
+
+namespace gossamer {
+
+// Query rows [first_row, first_row + rows) of one query block of a head of the plan, for the query heads
+// [first_head, first_head + heads) that run it together.
+struct RowRange {
+  int32_t b, plan_head, block, first_head, heads, first_row, rows;
+};
+
+class Operands {
+ public:
+  Operands(const Kernels& kernels, const PlanView& plan, const Call& call);
+
+  const Kernels& kernels;
+  const PlanView& plan;
+  const Call& call;
+  const int element;         // bytes
+  const int dim, value_dim;  // as packed
+  const int64_t chunks, blocks;
+
+  // Packed tiles from a base address on.
+  PackedTiles tiles(char* base) const;
+  int64_t tile_bytes() const;
+  // The key/value head that a head of the plan reads.
+  int64_t group_of(int64_t plan_head) const { return plan_head * call.groups / plan.heads; }
+  // Packs up to 64 keys and values, by their slots.
+  void pack(int64_t b, int64_t group, const int32_t* slots, int count, char* keys, char* values) const;
+};
+
+// The rows of a panel: where they lie, and what they may see.
+class PanelRows {
+ public:
+  void collect(const Operands& operands, const RowRange& range);
+  // A panel over these rows; tiles and scratch are left to the caller.
+  Panel panel(const Operands& operands) const;
+
+  const QueryBlock& block() const { return block_; }
+  int64_t size() const { return static_cast<int64_t>(queries_.size()); }
+  void* output(int64_t row) const { return outputs_[row]; }
+  float* lse(int64_t row) const { return lse_[row]; }
+
+ private:
+  QueryBlock block_{};
+  std::vector<const void*> queries_;
+  std::vector<void*> outputs_;
+  std::vector<float*> lse_;
+  std::vector<int64_t> coordinates_;
+  std::vector<float> sinks_;
+};
+
+}  // namespace gossamer

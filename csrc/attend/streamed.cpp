@@ -1,0 +1,227 @@
+#include "attend/streamed.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels/half.h"
+#include "runtime/parallel.h"
+#include "runtime/workspace.h"
+
+namespace gossamer {
+namespace {
+
+// Packed tiles of a stretch: a share of the L2 cache.
+constexpr int64_t kStretchBytes = 256 << 10;
+
+// A panel and the tiles that it runs over, with the keys that its gathered tiles name.
+struct Item {
+  RowRange range;
+  std::vector<Tile> tiles;
+  std::vector<int32_t> gathered;
+  int64_t first_stretch = 0, stretches = 0;
+};
+
+void store(float x, DType dtype, void* row, size_t at) {
+  if (dtype == DType::kBFloat16)
+    static_cast<uint16_t*>(row)[at] = float_to_bf16(x);
+  else if (dtype == DType::kFloat16)
+    static_cast<uint16_t*>(row)[at] = float_to_fp16(x);
+  else
+    static_cast<float*>(row)[at] = x;
+}
+
+class Streamed {
+ public:
+  explicit Streamed(const Operands& operands)
+      : o_(operands), tiles_a_stretch_(std::max<int64_t>(1, kStretchBytes / o_.tile_bytes())),
+        values_fit_(!o_.kernels.bf16_tiles && o_.call.dtype == DType::kFloat32 && o_.call.value_dim == o_.value_dim) {}
+
+  void run() {
+    list_items();
+    const int threads = static_cast<int>(std::max(1, o_.call.threads));
+    run_parallel(threads, static_cast<int64_t>(items_.size()), [&](int, int64_t n) { list_tiles(items_[n]); });
+    for (Item& item : items_) {
+      item.first_stretch = stretches_;
+      item.stretches = std::max<int64_t>(1, ceil_div(static_cast<int64_t>(item.tiles.size()), tiles_a_stretch_));
+      stretches_ += item.stretches;
+    }
+    place(nullptr, threads);
+    KeptBuffer buffer;
+    place(buffer.reserve(bytes_), threads);
+    run_parallel(threads, stretches_, [&](int thread, int64_t n) { attend(thread, n); });
+    run_parallel(threads, static_cast<int64_t>(items_.size()), [&](int, int64_t n) { merge(items_[n]); });
+  }
+
+ private:
+  void list_items() {
+    const PlanView& plan = o_.plan;
+    const int64_t share = o_.call.query_heads / plan.heads;
+    const int64_t heads_at_once = std::clamp<int64_t>(kMaxRows / plan.query_len, 1, share);
+    for (int64_t b = 0; b < plan.batch; ++b)
+      for (int64_t h = 0; h < plan.heads; ++h)
+        for (int64_t head = 0; head < share; head += heads_at_once) {
+          const int64_t heads = std::min(heads_at_once, share - head);
+          Item item;
+          item.range = {int32_t(b), int32_t(h), 0, int32_t(h * share + head), int32_t(heads), 0,
+                        int32_t(plan.query_len)};
+          most_rows_ = std::max(most_rows_, heads * plan.query_len);
+          items_.push_back(std::move(item));
+        }
+  }
+
+  void list_tiles(Item& item) const {
+    PanelRows rows;
+    rows.collect(o_, item.range);
+    Worklist worklist(o_.plan, o_.chunks);
+    worklist.build(rows.block(), o_.tiles(nullptr), nullptr);
+    item.gathered = worklist.gathered();
+    worklist.add_gathered(rows.block(), o_.tiles(nullptr), item.gathered.data());
+    item.tiles = worklist.tiles();
+  }
+
+  void place(char* base, int threads) {
+    Pieces pieces(base);
+    scratch_.resize(threads);
+    packed_.resize(threads);
+    for (char*& scratch : scratch_) scratch = pieces.take(panel_scratch_bytes(o_.dim, o_.value_dim));
+    for (char*& packed : packed_) packed = pieces.take(tiles_a_stretch_ * o_.tile_bytes());
+    lse_ = reinterpret_cast<float*>(pieces.take(stretches_ * most_rows_ * 4));
+    out_ = reinterpret_cast<float*>(pieces.take(stretches_ * most_rows_ * o_.call.value_dim * 4));
+    bytes_ = pieces.taken();
+  }
+
+  float* partial_lse(int64_t stretch, int64_t row) const { return lse_ + stretch * most_rows_ + row; }
+  float* partial_out(int64_t stretch, int64_t row) const {
+    return out_ + (stretch * most_rows_ + row) * o_.call.value_dim;
+  }
+
+  void attend(int thread, int64_t stretch) {
+    const auto after = std::upper_bound(items_.begin(), items_.end(), stretch,
+                                        [](int64_t n, const Item& item) { return n < item.first_stretch; });
+    const Item& item = *(after - 1);
+    const int64_t total = static_cast<int64_t>(item.tiles.size());
+    const int64_t first = std::min(total, (stretch - item.first_stretch) * tiles_a_stretch_);
+    const int64_t last = std::min(total, first + tiles_a_stretch_);
+    PanelRows rows;
+    rows.collect(o_, item.range);
+    Panel panel = rows.panel(o_);
+
+    std::vector<Tile> tiles(item.tiles.begin() + first, item.tiles.begin() + last);
+    const PackedTiles packed = o_.tiles(packed_[thread]);
+    for (int64_t n = 0; n < last - first; ++n) {
+      if (n + 1 < last - first) prefetch(item.range, tiles[n + 1]);
+      pack(item.range, tiles[n], packed.keys(n), packed.values(n));
+    }
+    panel.tiles = tiles.data();
+    panel.tile_count = last - first;
+    panel.scratch = scratch_[thread];
+
+    std::vector<void*> outputs(rows.size());
+    std::vector<float*> lse(rows.size());
+    if (item.stretches > 1) {
+      for (int64_t r = 0; r < rows.size(); ++r) {
+        outputs[r] = partial_out(stretch, r);
+        lse[r] = partial_lse(stretch, r);
+      }
+      panel.outputs = outputs.data();
+      panel.lse = lse.data();
+      panel.output_dtype = DType::kFloat32;
+      if (stretch != item.first_stretch) panel.sink_logits = nullptr;  // the first stretch counts the sinks
+    }
+    o_.kernels.attend(panel);
+  }
+
+  // The rows of a tile, while the one before it is packed. The barrier keeps gcc from taking a function that only fetches
+  // ahead for one without effect, and dropping the call.
+  void prefetch(const RowRange& range, const Tile& tile) const {
+    __asm__ volatile("" ::: "memory");
+    const int64_t group = o_.group_of(range.plan_head);
+    int count = tile.slot_count;
+    if (tile.slots == nullptr) count = static_cast<int>(std::min<int64_t>(count, o_.plan.key_len - tile.first_slot));
+    for (int t = 0; t < count; ++t) {
+      const int64_t slot = tile.slots != nullptr ? tile.slots[t] : tile.first_slot + t;
+      const char* key = o_.call.k.row(range.b, group, slot, o_.element);
+      const char* value = o_.call.v.row(range.b, group, slot, o_.element);
+      for (int at = 0; at < o_.call.head_dim * o_.element; at += 64) __builtin_prefetch(key + at, 0, 2);
+      for (int at = 0; at < o_.call.value_dim * o_.element; at += 64) __builtin_prefetch(value + at, 0, 2);
+    }
+  }
+
+  void pack(const RowRange& range, Tile& tile, char* keys, char* values) const {
+    int32_t consecutive[kChunk];
+    const int32_t* slots = tile.slots;
+    int count = tile.slot_count;
+    if (slots == nullptr) {
+      count = static_cast<int>(std::min<int64_t>(kChunk, o_.plan.key_len - tile.first_slot));
+      for (int t = 0; t < count; ++t) consecutive[t] = static_cast<int32_t>(tile.first_slot + t);
+      slots = consecutive;
+    }
+    const int64_t group = o_.group_of(range.plan_head);
+    const bool in_place = values_fit_ && o_.call.v.stride[2] > 0 && tile.slots == nullptr && count == kChunk &&
+                          tile.first_slot >= o_.plan.key_start[range.b] &&
+                          tile.first_slot + kChunk <= o_.plan.key_start[range.b] + o_.plan.key_count[range.b];
+    o_.pack(range.b, group, slots, count, keys, in_place ? nullptr : values);
+    tile.keys = keys;
+    tile.values = in_place ? o_.call.v.row(range.b, group, tile.first_slot, o_.element) : values;
+    tile.value_stride = in_place ? o_.call.v.stride[2] : 0;
+  }
+
+  void merge(const Item& item) const {
+    if (item.stretches == 1) return;
+    PanelRows rows;
+    rows.collect(o_, item.range);
+    std::vector<double> sums(o_.call.value_dim);
+    for (int64_t r = 0; r < rows.size(); ++r) merge_row(item, r, rows, sums);
+  }
+
+  // out = sum of exp(lse_s - lse) out_s with lse = log sum exp(lse_s).
+  void merge_row(const Item& item, int64_t row, const PanelRows& rows, std::vector<double>& sums) const {
+    constexpr float kNothing = -std::numeric_limits<float>::infinity();
+    const int64_t begin = item.first_stretch, end = begin + item.stretches;
+    float top = kNothing;
+    for (int64_t s = begin; s < end; ++s) {
+      const float lse = *partial_lse(s, row);
+      if (!(lse <= top) && top == top) top = lse;  // a NaN stays
+    }
+    double total = 0.0;
+    for (int64_t s = begin; s < end; ++s) total += std::exp(double{*partial_lse(s, row)} - top);
+    const double lse = top == kNothing ? double{kNothing} : top + std::log(total);
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t s = begin; s < end; ++s) {
+      if (*partial_lse(s, row) == kNothing) continue;
+      const double weight = std::exp(*partial_lse(s, row) - lse);
+      const float* out = partial_out(s, row);
+      for (size_t d = 0; d < sums.size(); ++d) sums[d] += weight * out[d];
+    }
+    *rows.lse(row) = static_cast<float>(lse);
+    for (size_t d = 0; d < sums.size(); ++d) store(static_cast<float>(sums[d]), o_.call.dtype, rows.output(row), d);
+  }
+
+  const Operands& o_;
+  const int64_t tiles_a_stretch_;
+  // Rows of values are what the kernel multiplies, but for dead ones, which may hold anything.
+  const bool values_fit_;
+  std::vector<Item> items_;
+  int64_t stretches_ = 0, most_rows_ = 0, bytes_ = 0;
+  std::vector<char*> scratch_, packed_;  // one a thread
+  float *lse_ = nullptr, *out_ = nullptr;  // of each stretch and row
+};
+
+}  // namespace
+
+bool fits_streamed(const Operands& operands) {
+  const PlanView& plan = operands.plan;
+  if (operands.blocks != 1 || plan.k_order != nullptr) return false;
+  if (plan.query_len * (operands.call.query_heads / plan.heads) > kMaxRows) return false;
+  // Heads of the plan that share a key/value head pack it again, which pays where they need little of it.
+  int64_t keys = 0;
+  for (int64_t b = 0; b < plan.batch; ++b)
+    for (int64_t h = 0; h < plan.heads; ++h) keys += listed_keys(plan, b, h, 0);
+  return plan.heads == operands.call.groups || keys <= 2 * plan.batch * operands.call.groups * plan.key_len;
+}
+
+void run_streamed(const Operands& operands) { Streamed(operands).run(); }
+
+}  // namespace gossamer

@@ -1,0 +1,66 @@
+// Which packed tiles a panel of query rows runs over.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attend/executor.h"
+#include "kernels/job.h"
+
+namespace gossamer {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where packed tiles lie, one after the other: the keys of each, then its values.
+struct PackedTiles {
+  char* base = nullptr;
+  int64_t key_bytes = 0, value_bytes = 0;
+
+  char* keys(int64_t tile) const { return base + tile * (key_bytes + value_bytes); }
+  char* values(int64_t tile) const { return keys(tile) + key_bytes; }
+};
+
+// A query block of one head of the plan; rows with coordinates in [lowest, highest].
+struct QueryBlock {
+  int64_t b, plan_head, block;
+  int64_t lowest, highest;
+  Rules rules;
+};
+
+class Worklist {
+ public:
+  Worklist(const PlanView& plan, int64_t chunks);
+
+  // Lists the tiles for a query block. `packed` holds the chunks of its head; `columns` the tiles of its column list,
+  // or null: then the columns that no listed chunk covers are left in gathered(), for the caller to pack and add.
+  void build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns);
+  // `slots` is gathered(), or a copy of it that lives longer.
+  void add_gathered(const QueryBlock& block, const PackedTiles& packed, const int32_t* slots);
+
+  const std::vector<Tile>& tiles() const { return tiles_; }
+  const std::vector<int32_t>& gathered() const { return gathered_; }
+
+ private:
+  void list_in_order(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns);
+  void list_permuted(const QueryBlock& block, const PackedTiles& packed);
+  void add_columns(const QueryBlock& block, int64_t low, int64_t high, const PackedTiles* columns);
+  void add_column_tile(const QueryBlock& block, const int32_t* slots, int count, uint64_t bits, const char* keys,
+                       const char* values);
+  void select(int64_t begin, int64_t end);
+  void touch(int64_t begin, int64_t end);
+
+  const PlanView& plan_;
+  const int64_t chunks_;
+  std::vector<uint64_t> selected_;  // by chunk: keys that a block or a column selects
+  std::vector<char> touched_;       // by chunk: listed
+  std::vector<int32_t> gathered_;
+  std::vector<Tile> tiles_;
+};
+
+// A row of the plan's column lists.
+int64_t column_list(const PlanView& plan, int64_t b, int64_t plan_head, int64_t block);
+
+// Keys that the parts of the plan list for a query block: an estimate, overlaps count twice.
+int64_t listed_keys(const PlanView& plan, int64_t b, int64_t plan_head, int64_t block);
+
+}  // namespace gossamer
