@@ -18,21 +18,21 @@ struct RowRange {
 
 class Operands {
  public:
-  Operands(const Kernels& kernels, const PlanView& plan, const Call& call);
+  Operands(const Kernels& kernels, const Plan& plan, const AttentionCall& call);
 
   const Kernels& kernels;
-  const PlanView& plan;
-  const Call& call;
-  const int element;         // bytes
-  const int dim, value_dim;  // as packed
+  const Plan& plan;
+  const AttentionCall& call;
+  const int padded_dim, padded_value_dim;
   const int64_t chunks, blocks;
+  const int64_t heads_a_plan_head;  // query heads
 
   // Packed tiles from a base address on.
   PackedTiles tiles(char* base) const;
-  int64_t tile_bytes() const;
+  int64_t tile_bytes() const { return tiles(nullptr).tile_bytes(); }
   // The key/value head that a head of the plan reads.
-  int64_t group_of(int64_t plan_head) const { return plan_head * call.groups / plan.heads; }
-  // Packs up to 64 keys and values, by their slots.
+  int64_t group_of(int64_t plan_head) const { return plan_head * call.k.heads / plan.heads; }
+  // Packs up to 64 keys and values, by their slots; keys alone where values is null.
   void pack(int64_t b, int64_t group, const int32_t* slots, int count, char* keys, char* values) const;
 };
 

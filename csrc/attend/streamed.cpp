@@ -14,6 +14,7 @@ namespace {
 
 // Packed tiles of a stretch: a share of the L2 cache.
 constexpr int64_t kStretchBytes = 256 << 10;
+constexpr int64_t kCacheLine = 64;
 
 // A panel and the tiles that it runs over, with the keys that its gathered tiles name.
 struct Item {
@@ -23,20 +24,22 @@ struct Item {
   int64_t first_stretch = 0, stretches = 0;
 };
 
-void store(float x, DType dtype, void* row, size_t at) {
+void store(float x, DType dtype, void* row, size_t d) {
   if (dtype == DType::kBFloat16)
-    static_cast<uint16_t*>(row)[at] = float_to_bf16(x);
+    static_cast<uint16_t*>(row)[d] = float_to_bf16(x);
   else if (dtype == DType::kFloat16)
-    static_cast<uint16_t*>(row)[at] = float_to_fp16(x);
+    static_cast<uint16_t*>(row)[d] = float_to_fp16(x);
   else
-    static_cast<float*>(row)[at] = x;
+    static_cast<float*>(row)[d] = x;
 }
 
 class Streamed {
  public:
   explicit Streamed(const Operands& operands)
-      : o_(operands), tiles_a_stretch_(std::max<int64_t>(1, kStretchBytes / o_.tile_bytes())),
-        values_fit_(!o_.kernels.bf16_tiles && o_.call.dtype == DType::kFloat32 && o_.call.value_dim == o_.value_dim) {}
+      : o_(operands),
+        tiles_a_stretch_(std::max<int64_t>(1, kStretchBytes / o_.tile_bytes())),
+        values_fit_(!o_.kernels.bf16_tiles && o_.call.v.dtype == DType::kFloat32 &&
+                    o_.call.v.dim == o_.padded_value_dim && o_.call.v.token_stride > 0) {}
 
   void run() {
     list_items();
@@ -56,10 +59,10 @@ class Streamed {
 
  private:
   void list_items() {
-    const PlanView& plan = o_.plan;
-    const int64_t share = o_.call.query_heads / plan.heads;
+    const Plan& plan = o_.plan;
+    const int64_t share = o_.heads_a_plan_head;
     const int64_t heads_at_once = std::clamp<int64_t>(kMaxRows / plan.query_len, 1, share);
-    for (int64_t b = 0; b < plan.batch; ++b)
+    for (int64_t b = 0; b < plan.batch(); ++b)
       for (int64_t h = 0; h < plan.heads; ++h)
         for (int64_t head = 0; head < share; head += heads_at_once) {
           const int64_t heads = std::min(heads_at_once, share - head);
@@ -85,16 +88,16 @@ class Streamed {
     Pieces pieces(base);
     scratch_.resize(threads);
     packed_.resize(threads);
-    for (char*& scratch : scratch_) scratch = pieces.take(panel_scratch_bytes(o_.dim, o_.value_dim));
+    for (char*& scratch : scratch_) scratch = pieces.take(panel_scratch_bytes(o_.padded_dim, o_.padded_value_dim));
     for (char*& packed : packed_) packed = pieces.take(tiles_a_stretch_ * o_.tile_bytes());
     lse_ = reinterpret_cast<float*>(pieces.take(stretches_ * most_rows_ * 4));
-    out_ = reinterpret_cast<float*>(pieces.take(stretches_ * most_rows_ * o_.call.value_dim * 4));
+    out_ = reinterpret_cast<float*>(pieces.take(stretches_ * most_rows_ * o_.call.v.dim * 4));
     bytes_ = pieces.taken();
   }
 
   float* partial_lse(int64_t stretch, int64_t row) const { return lse_ + stretch * most_rows_ + row; }
   float* partial_out(int64_t stretch, int64_t row) const {
-    return out_ + (stretch * most_rows_ + row) * o_.call.value_dim;
+    return out_ + (stretch * most_rows_ + row) * o_.call.v.dim;
   }
 
   void attend(int thread, int64_t stretch) {
@@ -138,14 +141,15 @@ class Streamed {
   void prefetch(const RowRange& range, const Tile& tile) const {
     __asm__ volatile("" ::: "memory");
     const int64_t group = o_.group_of(range.plan_head);
+    const int64_t key_bytes = o_.call.k.row_bytes(), value_bytes = o_.call.v.row_bytes();
     int count = tile.slot_count;
     if (tile.slots == nullptr) count = static_cast<int>(std::min<int64_t>(count, o_.plan.key_len - tile.first_slot));
     for (int t = 0; t < count; ++t) {
       const int64_t slot = tile.slots != nullptr ? tile.slots[t] : tile.first_slot + t;
-      const char* key = o_.call.k.row(range.b, group, slot, o_.element);
-      const char* value = o_.call.v.row(range.b, group, slot, o_.element);
-      for (int at = 0; at < o_.call.head_dim * o_.element; at += 64) __builtin_prefetch(key + at, 0, 2);
-      for (int at = 0; at < o_.call.value_dim * o_.element; at += 64) __builtin_prefetch(value + at, 0, 2);
+      const char* key = o_.call.k.row(range.b, group, slot);
+      const char* value = o_.call.v.row(range.b, group, slot);
+      for (int64_t byte = 0; byte < key_bytes; byte += kCacheLine) __builtin_prefetch(key + byte, 0, 2);
+      for (int64_t byte = 0; byte < value_bytes; byte += kCacheLine) __builtin_prefetch(value + byte, 0, 2);
     }
   }
 
@@ -159,20 +163,20 @@ class Streamed {
       slots = consecutive;
     }
     const int64_t group = o_.group_of(range.plan_head);
-    const bool in_place = values_fit_ && o_.call.v.stride[2] > 0 && tile.slots == nullptr && count == kChunk &&
-                          tile.first_slot >= o_.plan.key_start[range.b] &&
-                          tile.first_slot + kChunk <= o_.plan.key_start[range.b] + o_.plan.key_count[range.b];
+    const int64_t live_begin = o_.plan.extent.key_start[range.b];
+    const bool in_place = values_fit_ && tile.slots == nullptr && count == kChunk && tile.first_slot >= live_begin &&
+                          tile.first_slot + kChunk <= live_begin + o_.plan.extent.key_count[range.b];
     o_.pack(range.b, group, slots, count, keys, in_place ? nullptr : values);
     tile.keys = keys;
-    tile.values = in_place ? o_.call.v.row(range.b, group, tile.first_slot, o_.element) : values;
-    tile.value_stride = in_place ? o_.call.v.stride[2] : 0;
+    tile.values = in_place ? o_.call.v.row(range.b, group, tile.first_slot) : values;
+    tile.value_stride = in_place ? o_.call.v.token_stride / int64_t{sizeof(float)} : 0;
   }
 
   void merge(const Item& item) const {
     if (item.stretches == 1) return;
     PanelRows rows;
     rows.collect(o_, item.range);
-    std::vector<double> sums(o_.call.value_dim);
+    std::vector<double> sums(o_.call.v.dim);
     for (int64_t r = 0; r < rows.size(); ++r) merge_row(item, r, rows, sums);
   }
 
@@ -196,7 +200,7 @@ class Streamed {
       for (size_t d = 0; d < sums.size(); ++d) sums[d] += weight * out[d];
     }
     *rows.lse(row) = static_cast<float>(lse);
-    for (size_t d = 0; d < sums.size(); ++d) store(static_cast<float>(sums[d]), o_.call.dtype, rows.output(row), d);
+    for (size_t d = 0; d < sums.size(); ++d) store(static_cast<float>(sums[d]), o_.call.out.dtype, rows.output(row), d);
   }
 
   const Operands& o_;
@@ -212,14 +216,15 @@ class Streamed {
 }  // namespace
 
 bool fits_streamed(const Operands& operands) {
-  const PlanView& plan = operands.plan;
+  const Plan& plan = operands.plan;
   if (operands.blocks != 1 || plan.k_order != nullptr) return false;
-  if (plan.query_len * (operands.call.query_heads / plan.heads) > kMaxRows) return false;
+  if (plan.query_len * operands.heads_a_plan_head > kMaxRows) return false;
   // Heads of the plan that share a key/value head pack it again, which pays where they need little of it.
   int64_t keys = 0;
-  for (int64_t b = 0; b < plan.batch; ++b)
+  for (int64_t b = 0; b < plan.batch(); ++b)
     for (int64_t h = 0; h < plan.heads; ++h) keys += listed_keys(plan, b, h, 0);
-  return plan.heads == operands.call.groups || keys <= 2 * plan.batch * operands.call.groups * plan.key_len;
+  const int64_t groups = operands.call.k.heads;
+  return plan.heads == groups || keys <= 2 * plan.batch() * groups * plan.key_len;
 }
 
 void run_streamed(const Operands& operands) { Streamed(operands).run(); }

@@ -34,22 +34,14 @@ bool all_allowed(const QueryBlock& block, int64_t first, int64_t last) {
 
 }  // namespace
 
-int64_t column_list(const PlanView& plan, int64_t b, int64_t plan_head, int64_t block) {
-  const int64_t groups = ceil_div(ceil_div(plan.query_len, plan.block_q), plan.column_group);
-  return (b * plan.heads + plan_head) * groups + block / plan.column_group;
+int64_t listed_keys(const Plan& plan, int64_t b, int64_t plan_head, int64_t block) {
+  const int64_t blocks = plan.blocks.size(plan.block_list(b, plan_head, block));
+  const int64_t columns = plan.columns.size(plan.column_list(b, plan_head, block));
+  const int64_t position = std::max<int64_t>(plan.extent.query_start[b] + (block + 1) * plan.block_q, 0);
+  return blocks * plan.block_k + columns + std::min(plan.sink[plan_head] + int64_t{plan.window[plan_head]}, position);
 }
 
-int64_t listed_keys(const PlanView& plan, int64_t b, int64_t plan_head, int64_t block) {
-  const int64_t row = (b * plan.heads + plan_head) * ceil_div(plan.query_len, plan.block_q) + block;
-  const int64_t list = column_list(plan, b, plan_head, block);
-  const int64_t blocks = plan.block_indptr[row + 1] - plan.block_indptr[row];
-  const int64_t columns = plan.column_indptr[list + 1] - plan.column_indptr[list];
-  const int64_t position = std::max<int64_t>(plan.query_start[b] + (block + 1) * plan.block_q, 0);
-  return blocks * plan.block_k + columns +
-         std::min(plan.sink[plan_head] + int64_t{plan.window[plan_head]}, position);
-}
-
-Worklist::Worklist(const PlanView& plan, int64_t chunks)
+Worklist::Worklist(const Plan& plan, int64_t chunks)
     : plan_(plan), chunks_(chunks), selected_(chunks), touched_(chunks) {}
 
 void Worklist::build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns) {
@@ -69,10 +61,9 @@ void Worklist::list_in_order(const QueryBlock& block, const PackedTiles& packed,
   std::fill(selected_.begin() + first_chunk, selected_.begin() + last_chunk + 1, 0);
   std::fill(touched_.begin() + first_chunk, touched_.begin() + last_chunk + 1, 0);
 
-  const int64_t blocks = ceil_div(plan_.query_len, plan_.block_q);
-  const int64_t row = (block.b * plan_.heads + block.plan_head) * blocks + block.block;
-  for (int64_t n = plan_.block_indptr[row]; n < plan_.block_indptr[row + 1]; ++n) {
-    const int64_t begin = plan_.block_indices[n] * plan_.block_k;
+  const int64_t list = plan_.block_list(block.b, block.plan_head, block.block);
+  for (const int32_t* selected = plan_.blocks.begin(list); selected < plan_.blocks.end(list); ++selected) {
+    const int64_t begin = *selected * plan_.block_k;
     if (begin >= high) break;
     select(std::max(low, begin), std::min(high, begin + plan_.block_k));
   }
@@ -94,28 +85,28 @@ void Worklist::list_in_order(const QueryBlock& block, const PackedTiles& packed,
 
 // A column inside a listed chunk becomes a bit of it, so that no pair counts twice; the others have tiles of their own.
 void Worklist::add_columns(const QueryBlock& block, int64_t low, int64_t high, const PackedTiles* columns) {
-  const int64_t list = column_list(plan_, block.b, block.plan_head, block.block);
-  const int32_t* begin = plan_.column_indices + plan_.column_indptr[list];
-  const int32_t* end = plan_.column_indices + plan_.column_indptr[list + 1];
-  const int32_t* at = std::lower_bound(begin, end, low);
-  const int32_t* stop = std::lower_bound(at, end, high);
-  if (columns != nullptr) at = begin + (at - begin) / kChunk * kChunk;
-  while (at < stop) {
-    const int count = static_cast<int>(std::min<int64_t>(kChunk, end - at));
+  const int64_t list = plan_.column_list(block.b, block.plan_head, block.block);
+  const int32_t* begin = plan_.columns.begin(list);
+  const int32_t* end = plan_.columns.end(list);
+  const int32_t* column = std::lower_bound(begin, end, low);
+  const int32_t* past = std::lower_bound(column, end, high);
+  if (columns != nullptr) column = begin + (column - begin) / kChunk * kChunk;
+  while (column < past) {
+    const int count = static_cast<int>(std::min<int64_t>(kChunk, end - column));
     uint64_t bits = 0;
-    for (int t = 0; t < count && at + t < stop; ++t) {
-      const int64_t slot = at[t], chunk = slot / kChunk;
+    for (int t = 0; t < count && column + t < past; ++t) {
+      const int64_t slot = column[t], chunk = slot / kChunk;
       if (slot < low) continue;
       if (touched_[chunk])
         selected_[chunk] |= uint64_t{1} << (slot % kChunk);
       else if (columns != nullptr)
         bits |= uint64_t{1} << t;
       else
-        gathered_.push_back(at[t]);
+        gathered_.push_back(column[t]);
     }
-    const int64_t tile = (at - begin) / kChunk;
-    if (bits != 0) add_column_tile(block, at, count, bits, columns->keys(tile), columns->values(tile));
-    at += count;
+    const int64_t tile = (column - begin) / kChunk;
+    if (bits != 0) add_column_tile(block, column, count, bits, columns->keys(tile), columns->values(tile));
+    column += count;
   }
 }
 
@@ -136,16 +127,14 @@ void Worklist::add_column_tile(const QueryBlock& block, const int32_t* slots, in
 
 // Permuted keys: every packed chunk that any part may touch, each pair tested by its original position.
 void Worklist::list_permuted(const QueryBlock& block, const PackedTiles& packed) {
-  const int64_t blocks = ceil_div(plan_.query_len, plan_.block_q);
-  const int64_t head = block.b * plan_.heads + block.plan_head;
-  const int64_t list = column_list(plan_, block.b, block.plan_head, block.block);
-  const int32_t* columns = plan_.column_indices + plan_.column_indptr[list];
-  const int32_t* columns_end = plan_.column_indices + plan_.column_indptr[list + 1];
-  const int32_t* order = plan_.k_order + head * plan_.key_len;
+  const int64_t list = plan_.block_list(block.b, block.plan_head, block.block);
+  const int64_t column_list = plan_.column_list(block.b, block.plan_head, block.block);
+  const int32_t* columns = plan_.columns.begin(column_list);
+  const int32_t* columns_end = plan_.columns.end(column_list);
+  const int32_t* order = plan_.k_order + (block.b * plan_.heads + block.plan_head) * plan_.key_len;
   std::fill(selected_.begin(), selected_.end(), 0);
-  const int64_t row = head * blocks + block.block;
-  for (int64_t n = plan_.block_indptr[row]; n < plan_.block_indptr[row + 1]; ++n) {
-    const int64_t begin = plan_.block_indices[n] * plan_.block_k;
+  for (const int32_t* selected = plan_.blocks.begin(list); selected < plan_.blocks.end(list); ++selected) {
+    const int64_t begin = *selected * plan_.block_k;
     select(begin, std::min(plan_.key_len, begin + plan_.block_k));
   }
   const auto [low, high] = reachable(block);

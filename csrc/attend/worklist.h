@@ -4,20 +4,20 @@
 #include <cstdint>
 #include <vector>
 
-#include "attend/executor.h"
 #include "kernels/job.h"
+#include "plan/plan.h"
 
 namespace gossamer {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where packed tiles lie, one after the other: the keys of each, then its values.
 struct PackedTiles {
   char* base = nullptr;
   int64_t key_bytes = 0, value_bytes = 0;
 
-  char* keys(int64_t tile) const { return base + tile * (key_bytes + value_bytes); }
+  int64_t tile_bytes() const { return key_bytes + value_bytes; }
+  char* keys(int64_t tile) const { return base + tile * tile_bytes(); }
   char* values(int64_t tile) const { return keys(tile) + key_bytes; }
+  PackedTiles from(int64_t tile) const { return {keys(tile), key_bytes, value_bytes}; }
 };
 
 // A query block of one head of the plan; rows with coordinates in [lowest, highest].
@@ -29,7 +29,7 @@ struct QueryBlock {
 
 class Worklist {
  public:
-  Worklist(const PlanView& plan, int64_t chunks);
+  Worklist(const Plan& plan, int64_t chunks);
 
   // Lists the tiles for a query block. `packed` holds the chunks of its head; `columns` the tiles of its column list,
   // or null: then the columns that no listed chunk covers are left in gathered(), for the caller to pack and add.
@@ -49,7 +49,7 @@ class Worklist {
   void select(int64_t begin, int64_t end);
   void touch(int64_t begin, int64_t end);
 
-  const PlanView& plan_;
+  const Plan& plan_;
   const int64_t chunks_;
   std::vector<uint64_t> selected_;  // by chunk: keys that a block or a column selects
   std::vector<char> touched_;       // by chunk: listed
@@ -57,10 +57,7 @@ class Worklist {
   std::vector<Tile> tiles_;
 };
 
-// A row of the plan's column lists.
-int64_t column_list(const PlanView& plan, int64_t b, int64_t plan_head, int64_t block);
-
 // Keys that the parts of the plan list for a query block: an estimate, overlaps count twice.
-int64_t listed_keys(const PlanView& plan, int64_t b, int64_t plan_head, int64_t block);
+int64_t listed_keys(const Plan& plan, int64_t b, int64_t plan_head, int64_t block);
 
 }  // namespace gossamer

@@ -9,7 +9,7 @@ namespace {
 
 // As `gemm` in flash.h, in blocks of 32 x 32. Rows are rounded up to 16 and depth and columns are multiples of 16: a
 // panel's scratch has room for kMaxRows rows, and what is computed in the surplus rows is never read.
-template <class Tiles>
+template <class TileRegisters>
 inline void tile_gemm(int rows, int columns, int depth, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
                       float* out, int64_t ldo, bool accumulate) {
   for (int r = 0; r < rows; r += 32) {
@@ -18,34 +18,34 @@ inline void tile_gemm(int rows, int columns, int depth, const uint32_t* a, int64
       const bool two_columns = c + 16 < columns;
       float* o = out + r * ldo + c;
       if (accumulate) {
-        Tiles::template load<0>(o, ldo);
-        if (two_columns) Tiles::template load<1>(o + 16, ldo);
-        if (two_rows) Tiles::template load<2>(o + 16 * ldo, ldo);
-        if (two_rows && two_columns) Tiles::template load<3>(o + 16 * ldo + 16, ldo);
+        TileRegisters::template load<0>(o, ldo);
+        if (two_columns) TileRegisters::template load<1>(o + 16, ldo);
+        if (two_rows) TileRegisters::template load<2>(o + 16 * ldo, ldo);
+        if (two_rows && two_columns) TileRegisters::template load<3>(o + 16 * ldo + 16, ldo);
       } else {
-        Tiles::template zero<0>();
-        Tiles::template zero<1>();
-        Tiles::template zero<2>();
-        Tiles::template zero<3>();
+        TileRegisters::template zero<0>();
+        TileRegisters::template zero<1>();
+        TileRegisters::template zero<2>();
+        TileRegisters::template zero<3>();
       }
       for (int d = 0; d < depth; d += 16) {
-        Tiles::template load<4>(a + r * lda + d, lda);
-        Tiles::template load<6>(b + d * ldb + c, ldb);
-        Tiles::template dot<0, 4, 6>();
+        TileRegisters::template load<4>(a + r * lda + d, lda);
+        TileRegisters::template load<6>(b + d * ldb + c, ldb);
+        TileRegisters::template dot<0, 4, 6>();
         if (two_columns) {
-          Tiles::template load<7>(b + d * ldb + c + 16, ldb);
-          Tiles::template dot<1, 4, 7>();
+          TileRegisters::template load<7>(b + d * ldb + c + 16, ldb);
+          TileRegisters::template dot<1, 4, 7>();
         }
         if (two_rows) {
-          Tiles::template load<5>(a + (r + 16) * lda + d, lda);
-          Tiles::template dot<2, 5, 6>();
-          if (two_columns) Tiles::template dot<3, 5, 7>();
+          TileRegisters::template load<5>(a + (r + 16) * lda + d, lda);
+          TileRegisters::template dot<2, 5, 6>();
+          if (two_columns) TileRegisters::template dot<3, 5, 7>();
         }
       }
-      Tiles::template store<0>(o, ldo);
-      if (two_columns) Tiles::template store<1>(o + 16, ldo);
-      if (two_rows) Tiles::template store<2>(o + 16 * ldo, ldo);
-      if (two_rows && two_columns) Tiles::template store<3>(o + 16 * ldo + 16, ldo);
+      TileRegisters::template store<0>(o, ldo);
+      if (two_columns) TileRegisters::template store<1>(o + 16, ldo);
+      if (two_rows) TileRegisters::template store<2>(o + 16 * ldo, ldo);
+      if (two_rows && two_columns) TileRegisters::template store<3>(o + 16 * ldo + 16, ldo);
     }
   }
 }

@@ -7,6 +7,8 @@
 namespace gossamer {
 namespace {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Bits [begin, end) of 64; either may lie outside.

@@ -13,7 +13,7 @@ namespace {
 
 // Own assembly in place of the compiler's intrinsics: gcc 12 believes that ldtilecfg reads 8 bytes of the 64 and drops
 // the stores to the others, and its tile loads do not say that they read memory.
-struct AmxTiles {
+struct AmxTileRegisters {
   struct alignas(64) Config {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -51,22 +51,22 @@ struct AmxTiles {
 
 struct Amx {
   using Vec = VecAvx512;
-  using Tiles = AmxTiles;
+  using TileRegisters = AmxTileRegisters;
   static constexpr bool kPairs = true;
   static constexpr int kRowStep = 16;
   static constexpr int kExpDegree = 3;
-  static void begin() { Tiles::begin(); }
-  static void end() { Tiles::end(); }
+  static void begin() { TileRegisters::begin(); }
+  static void end() { TileRegisters::end(); }
   static void multiply(int rows, int columns, int depth, const uint32_t* a, int64_t lda, const uint32_t* b,
                        int64_t ldb, float* out, int64_t ldo, bool accumulate) {
-    tile_gemm<Tiles>(rows, columns, depth, a, lda, b, ldb, out, ldo, accumulate);
+    tile_gemm<TileRegisters>(rows, columns, depth, a, lda, b, ldb, out, ldo, accumulate);
   }
 };
 
 }  // namespace
 
 const Kernels* amx_kernels() {
-  static const Kernels kernels{true, 32, pack_tile<Amx>, attend_panel<Amx>, planning_kernels<Amx>()};
+  static const Kernels kernels{true, 32, pack_tile<Amx>, attend_panel<Amx>, score_kernels<Amx>()};
   return &kernels;
 }
 

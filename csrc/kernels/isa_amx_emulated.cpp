@@ -9,7 +9,7 @@ namespace gossamer {
 namespace {
 
 // tdpbf16ps as documented: for each pair of bf16 one multiply-add, even element first, denormals flushed to zero.
-struct EmulatedTiles {
+struct EmulatedTileRegisters {
   static uint32_t& at(int tile, int row, int column) {
     static thread_local uint32_t state[8][16][16];
     return state[tile][row][column];
@@ -54,14 +54,14 @@ struct AmxEmulated {
   static void end() {}
   static void multiply(int rows, int columns, int depth, const uint32_t* a, int64_t lda, const uint32_t* b,
                        int64_t ldb, float* out, int64_t ldo, bool accumulate) {
-    tile_gemm<EmulatedTiles>(rows, columns, depth, a, lda, b, ldb, out, ldo, accumulate);
+    tile_gemm<EmulatedTileRegisters>(rows, columns, depth, a, lda, b, ldb, out, ldo, accumulate);
   }
 };
 
 }  // namespace
 
 const Kernels* amx_emulated_kernels() {
-  static const Kernels kernels{true, 32, pack_tile<AmxEmulated>, attend_panel<AmxEmulated>, planning_kernels<AmxEmulated>()};
+  static const Kernels kernels{true, 32, pack_tile<AmxEmulated>, attend_panel<AmxEmulated>, score_kernels<AmxEmulated>()};
   return &kernels;
 }
 

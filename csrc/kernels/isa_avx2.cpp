@@ -27,7 +27,7 @@ struct Avx2 {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels{false, 16, pack_tile<Avx2>, attend_panel<Avx2>, planning_kernels<Avx2>()};
+  static const Kernels kernels{false, 16, pack_tile<Avx2>, attend_panel<Avx2>, score_kernels<Avx2>()};
   return &kernels;
 }
 

@@ -27,7 +27,7 @@ struct Avx512 {
 }  // namespace
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels{false, 16, pack_tile<Avx512>, attend_panel<Avx512>, planning_kernels<Avx512>()};
+  static const Kernels kernels{false, 16, pack_tile<Avx512>, attend_panel<Avx512>, score_kernels<Avx512>()};
   return &kernels;
 }
 

@@ -27,7 +27,7 @@ struct Avx512Bf16 {
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() {
-  static const Kernels kernels{true, 32, pack_tile<Avx512Bf16>, attend_panel<Avx512Bf16>, planning_kernels<Avx512Bf16>()};
+  static const Kernels kernels{true, 32, pack_tile<Avx512Bf16>, attend_panel<Avx512Bf16>, score_kernels<Avx512Bf16>()};
   return &kernels;
 }
 

@@ -27,7 +27,7 @@ struct Portable {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels{false, 16, pack_tile<Portable>, attend_panel<Portable>, planning_kernels<Portable>()};
+  static const Kernels kernels{false, 16, pack_tile<Portable>, attend_panel<Portable>, score_kernels<Portable>()};
   return &kernels;
 }
 

@@ -82,7 +82,7 @@ struct PackJob {
   void* values;  // null: keys only
 };
 
-struct PlanningKernels;
+struct ScoreKernels;
 
 // One instruction set's kernels.
 struct Kernels {
@@ -90,7 +90,7 @@ struct Kernels {
   int head_dim_multiple; // packed head dimensions are multiples of it
   void (*pack)(const PackJob&);
   void (*attend)(const Panel&);
-  const PlanningKernels* planning;
+  const ScoreKernels* scores;
 };
 
 // Layout of a panel's scratch: Q, O, S (P overwrites it), per-row state.

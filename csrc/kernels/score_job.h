@@ -30,7 +30,7 @@ struct ScorePanel {
   int pieces = 1;         // behind one another: kScoreRows packed queries, 64 packed keys
 };
 
-struct PlanningKernels {
+struct ScoreKernels {
   void (*pack_keys)(const RowList&, void* out);     // count is 64
   void (*pack_queries)(const RowList&, void* out);  // count is at most kScoreRows
   // Raises each row's maximum and adds to its kLanes sums of 2^(logit - maximum).

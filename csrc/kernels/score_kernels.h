@@ -12,7 +12,7 @@ namespace gossamer {
 namespace {
 
 template <class Isa>
-class PlanningCode {
+class ScoreCode {
   using V = typename Isa::Vec;
   using Reg = typename V::Reg;
   static constexpr int kVectors = kChunk / V::kWidth;
@@ -216,9 +216,9 @@ class PlanningCode {
 };
 
 template <class Isa>
-const PlanningKernels* planning_kernels() {
-  using Code = PlanningCode<Isa>;
-  static const PlanningKernels kernels{Code::pack_keys, Code::pack_queries, Code::add_exponentials,
+const ScoreKernels* score_kernels() {
+  using Code = ScoreCode<Isa>;
+  static const ScoreKernels kernels{Code::pack_keys, Code::pack_queries, Code::add_exponentials,
                                        Code::add_mass,  Code::energy,       Code::run_mass,
                                        Code::mean};
   return &kernels;

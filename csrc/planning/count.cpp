@@ -1,8 +1,8 @@
 // Exact number of pairs in a plan. A tile that all rows of a query block see whole is counted at once, the others row
 // by row; bands are counted for all keys, then blocks and columns for what the bands leave.
 #include <algorithm>
+#include <vector>
 
-#include "attend/worklist.h"
 #include "planning/planning.h"
 #include "runtime/parallel.h"
 
@@ -16,36 +16,35 @@ int64_t length(int64_t low, int64_t high) { return std::max<int64_t>(0, high - l
 // Positions throughout: keys of a head are 0 .. count - 1.
 class Counter {
  public:
-  Counter(const PlanView& plan, int64_t b, int64_t head)
+  Counter(const Plan& plan, int64_t b, int64_t head)
       : plan_(plan),
         b_(b),
         head_(head),
-        start_(plan.key_start[b]),
-        count_(plan.key_count[b]),
+        start_(plan.extent.key_start[b]),
+        count_(plan.extent.key_count[b]),
         sink_(plan.sink[head]),
         window_(plan.window[head]) {}
 
-  int64_t block(int64_t m) const {
-    const int64_t query_blocks = ceil_div(plan_.query_len, plan_.block_q);
-    const int64_t row = (b_ * plan_.heads + head_) * query_blocks + m;
-    const int64_t first = m * plan_.block_q + plan_.query_start[b_];
-    const int64_t last = std::min((m + 1) * plan_.block_q, plan_.query_len) - 1 + plan_.query_start[b_];
-    const int32_t* blocks = plan_.block_indices + plan_.block_indptr[row];
-    const int32_t* blocks_end = plan_.block_indices + plan_.block_indptr[row + 1];
+  int64_t block_pairs(int64_t m) const {
+    const int64_t list = plan_.block_list(b_, head_, m);
+    const int64_t first = m * plan_.block_q + plan_.extent.query_start[b_];
+    const int64_t last = std::min((m + 1) * plan_.block_q, plan_.query_len) - 1 + plan_.extent.query_start[b_];
+    const int32_t* blocks = plan_.blocks.begin(list);
+    const int32_t* blocks_end = plan_.blocks.end(list);
     int64_t total = 0;
     if (sink_ > 0 || window_ > 0)
-      for (int64_t p = first; p <= last; ++p) total += band(p, 0, count_);
-    for (const int32_t* at = blocks; at < blocks_end; ++at)
-      total += tile(first, last, position(*at * plan_.block_k), position((*at + 1) * plan_.block_k));
+      for (int64_t p = first; p <= last; ++p) total += band_pairs(p, 0, count_);
+    for (const int32_t* block = blocks; block < blocks_end; ++block)
+      total += tile_pairs(first, last, position(*block * plan_.block_k), position((*block + 1) * plan_.block_k));
 
-    const int64_t list = column_list(plan_, b_, head_, m);
+    const int64_t columns = plan_.column_list(b_, head_, m);
     const int32_t* covering = blocks;
-    for (int64_t n = plan_.column_indptr[list]; n < plan_.column_indptr[list + 1]; ++n) {
-      const int64_t slot = plan_.column_indices[n];
-      if (plan_.causal && slot - start_ > last) break;
+    for (const int32_t* column = plan_.columns.begin(columns); column < plan_.columns.end(columns); ++column) {
+      const int64_t slot = *column;
+      if (plan_.extent.causal && slot - start_ > last) break;
       while (covering < blocks_end && (*covering + 1) * plan_.block_k <= slot) ++covering;
       if (covering < blocks_end && *covering * plan_.block_k <= slot) continue;
-      total += column(first, last, slot - start_);
+      total += column_pairs(first, last, slot - start_);
     }
     return total;
   }
@@ -55,12 +54,12 @@ class Counter {
 
   // Narrows keys [low, high) to those that a query may attend at all.
   void allow(int64_t p, int64_t& low, int64_t& high) const {
-    if (plan_.causal) high = std::min(high, p + 1);
-    low = std::max(low, p - plan_.limit + 1);
-    high = std::min(high, p + plan_.limit);
+    if (plan_.extent.causal) high = std::min(high, p + 1);
+    low = std::max(low, p - plan_.extent.limit + 1);
+    high = std::min(high, p + plan_.extent.limit);
   }
 
-  int64_t band(int64_t p, int64_t low, int64_t high) const {
+  int64_t band_pairs(int64_t p, int64_t low, int64_t high) const {
     allow(p, low, high);
     const int64_t window_low = std::max(low, p - window_ + 1), window_high = std::min(high, p + window_);
     const int64_t sink_high = std::min(high, sink_);
@@ -69,43 +68,43 @@ class Counter {
   }
 
   // Pairs of a block outside the bands.
-  int64_t tile(int64_t first, int64_t last, int64_t low, int64_t high) const {
-    if (low >= high || (plan_.causal && low > last)) return 0;
+  int64_t tile_pairs(int64_t first, int64_t last, int64_t low, int64_t high) const {
+    if (low >= high || (plan_.extent.causal && low > last)) return 0;
     const int64_t nearest = std::max(first - (high - 1), low - last);
     const int64_t farthest = std::max(last - low, high - 1 - first);
-    if ((!plan_.causal || high - 1 <= first) && farthest < plan_.limit && low >= sink_ && nearest >= window_)
+    if ((!plan_.extent.causal || high - 1 <= first) && farthest < plan_.extent.limit && low >= sink_ && nearest >= window_)
       return (last - first + 1) * (high - low);
     int64_t total = 0;
     for (int64_t p = first; p <= last; ++p) {
       int64_t allowed_low = low, allowed_high = high;
       allow(p, allowed_low, allowed_high);
-      total += length(allowed_low, allowed_high) - band(p, low, high);
+      total += length(allowed_low, allowed_high) - band_pairs(p, low, high);
     }
     return total;
   }
 
   // Rows that see one key outside the bands.
-  int64_t column(int64_t first, int64_t last, int64_t key) const {
+  int64_t column_pairs(int64_t first, int64_t last, int64_t key) const {
     if (key < 0 || key >= count_ || key < sink_) return 0;
-    const int64_t from = std::max({first, plan_.causal ? key : first, key - plan_.limit + 1});
-    const int64_t to = std::min(last, key + plan_.limit - 1) + 1;
+    const int64_t from = std::max({first, plan_.extent.causal ? key : first, key - plan_.extent.limit + 1});
+    const int64_t to = std::min(last, key + plan_.extent.limit - 1) + 1;
     return length(from, to) - length(std::max(from, key - window_ + 1), std::min(to, key + window_));
   }
 
-  const PlanView& plan_;
+  const Plan& plan_;
   const int64_t b_, head_, start_, count_, sink_, window_;
 };
 
 }  // namespace
 
-void count_pairs(const PlanView& plan, int64_t* counts, int threads) {
-  const int64_t blocks = ceil_div(plan.query_len, plan.block_q), parts = ceil_div(blocks, kBlocksAJob);
-  std::vector<int64_t> partial(plan.batch * plan.heads * parts);
+void count_pairs(const Plan& plan, int64_t* counts, int threads) {
+  const int64_t blocks = plan.query_blocks(), parts = ceil_div(blocks, kBlocksAJob);
+  std::vector<int64_t> partial(plan.batch() * plan.heads * parts);
   run_parallel(threads, static_cast<int64_t>(partial.size()), [&](int, int64_t n) {
     const int64_t row = n / parts;
     const Counter counter(plan, row / plan.heads, row % plan.heads);
     for (int64_t m = n % parts * kBlocksAJob; m < std::min(blocks, (n % parts + 1) * kBlocksAJob); ++m)
-      partial[static_cast<size_t>(n)] += counter.block(m);
+      partial[static_cast<size_t>(n)] += counter.block_pairs(m);
   });
   for (size_t n = 0; n < partial.size(); ++n) counts[n / parts] += partial[n];
 }

@@ -14,10 +14,10 @@ namespace {
 constexpr int64_t kRowsAJob = 64;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
-void set_bit(uint64_t* bits, int64_t at) { bits[at / 64] |= uint64_t{1} << (at % 64); }
+void set_bit(uint64_t* bits, int64_t n) { bits[n / 64] |= uint64_t{1} << (n % 64); }
 
 void set_range(uint64_t* bits, int64_t low, int64_t high) {
-  for (int64_t at = low; at < high; ++at) set_bit(bits, at);
+  for (int64_t n = low; n < high; ++n) set_bit(bits, n);
 }
 
 void choose_relative(const float* scores, int64_t width, float alpha, int64_t low, int64_t high, uint64_t* bits) {
@@ -113,8 +113,8 @@ class Ranking {
     other_.resize(entries_.size());
     for (int digit = 0; digit < kDigits; ++digit) {
       if (counts[digit][digit_of(entries_[0], digit)] == entries_.size()) continue;
-      uint32_t at = 0;
-      for (uint32_t& count : counts[digit]) at += std::exchange(count, at);
+      uint32_t before = 0;
+      for (uint32_t& count : counts[digit]) before += std::exchange(count, before);
       for (const uint64_t entry : entries_) other_[counts[digit][digit_of(entry, digit)]++] = entry;
       entries_.swap(other_);
     }
@@ -156,12 +156,12 @@ class Chooser {
   explicit Chooser(const Choice& choice)
       : choice_(choice),
         words_(words_of(choice.width)),
-        bands_of_(choice.batch * choice.heads),
+        diagonals_of_(choice.batch * choice.heads),
         past_(choice.batch * choice.heads) {
-    if (choice.bands == nullptr) return;
-    for (size_t head = 0; head < bands_of_.size(); ++head)
-      for (int64_t n = 0; n < choice.band_count; ++n)
-        if (choice.bands[static_cast<int64_t>(head) * choice.band_count + n]) bands_of_[head].push_back(n);
+    if (choice.diagonals == nullptr) return;
+    for (size_t head = 0; head < diagonals_of_.size(); ++head)
+      for (int64_t n = 0; n < choice.diagonal_count; ++n)
+        if (choice.diagonals[static_cast<int64_t>(head) * choice.diagonal_count + n]) diagonals_of_[head].push_back(n);
   }
 
   // Before rows are chosen, of each head.
@@ -180,24 +180,24 @@ class Chooser {
 
   int64_t row(int64_t row, Workspace& workspace, uint64_t* bits) const {
     const int64_t block = row % choice_.blocks, head = row / choice_.blocks, b = head / choice_.heads;
-    const int64_t at = b * choice_.blocks + block;
+    const int64_t place = b * choice_.blocks + block;
     std::fill(bits, bits + words_, uint64_t{0});
-    const auto [low, high] = seen(at);
+    const auto [low, high] = seen(place);
     const float* scores = choice_.scores + row * choice_.width;
     if (choice_.rule == Rule::kRelative) choose_relative(scores, choice_.width, choice_.alpha, low, high, bits);
     if (choice_.rule == Rule::kTopK)
       choose_top(scores, choice_.budgets[head % choice_.heads], low, high, workspace.sorted, bits);
-    if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, at, head, low, high, workspace.ranking, bits);
+    if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, place, head, low, high, workspace.ranking, bits);
     if (choice_.rule == Rule::kTopPAllRows)
       for (int64_t j = low; j < high; ++j)
         if (Ranking::entry(scores[j], block * choice_.width + j) < past_[head]) set_bit(bits, j);
-    for (const int64_t band : bands_of_[static_cast<size_t>(head)]) {
-      const int64_t j = choice_.band_origin[at] - band;
+    for (const int64_t diagonal : diagonals_of_[static_cast<size_t>(head)]) {
+      const int64_t j = choice_.main_diagonal[place] - diagonal;
       if (j >= low && j < high) set_bit(bits, j);
     }
-    if (choice_.forcing[head]) {
-      set_range(bits, std::max(low, choice_.forced[2 * at]), std::min(high, choice_.forced[2 * at + 1]));
-      set_range(bits, std::max(low, choice_.leading[2 * b]), std::min(high, choice_.leading[2 * b + 1]));
+    if (choice_.heads_that_force[head]) {
+      set_range(bits, std::max(low, choice_.forced[2 * place]), std::min(high, choice_.forced[2 * place + 1]));
+      set_range(bits, std::max(low, choice_.forced_everywhere[2 * b]), std::min(high, choice_.forced_everywhere[2 * b + 1]));
     }
     int64_t count = 0;
     for (int64_t n = 0; n < words_; ++n) count += __builtin_popcountll(bits[n]);
@@ -205,19 +205,19 @@ class Chooser {
   }
 
  private:
-  std::pair<int64_t, int64_t> seen(int64_t at) const {
-    const int64_t low = std::clamp<int64_t>(choice_.seen[2 * at], 0, choice_.width);
-    return {low, std::clamp<int64_t>(choice_.seen[2 * at + 1], low, choice_.width)};
+  std::pair<int64_t, int64_t> seen(int64_t place) const {
+    const int64_t low = std::clamp<int64_t>(choice_.seen[2 * place], 0, choice_.width);
+    return {low, std::clamp<int64_t>(choice_.seen[2 * place + 1], low, choice_.width)};
   }
 
-  void choose_top_p(const float* scores, int64_t at, int64_t head, int64_t low, int64_t high, Ranking& ranking,
+  void choose_top_p(const float* scores, int64_t place, int64_t head, int64_t low, int64_t high, Ranking& ranking,
                     uint64_t* bits) const {
-    const int64_t* forced = choice_.forced + 2 * at;
-    const int64_t* leading = choice_.leading + 2 * (head / choice_.heads);
-    const bool forces = choice_.rule == Rule::kTopPForced && choice_.forcing[head];
+    const int64_t* forced = choice_.forced + 2 * place;
+    const int64_t* everywhere = choice_.forced_everywhere + 2 * (head / choice_.heads);
+    const bool forces = choice_.rule == Rule::kTopPForced && choice_.heads_that_force[head];
     ranking.clear();
     ranking.add(scores, low, high, [&](int64_t j) {
-      return forces && ((j >= forced[0] && j < forced[1]) || (j >= leading[0] && j < leading[1]));
+      return forces && ((j >= forced[0] && j < forced[1]) || (j >= everywhere[0] && j < everywhere[1]));
     });
     if (ranking.empty()) return;
     ranking.rank(scores);
@@ -226,7 +226,7 @@ class Chooser {
 
   const Choice& choice_;
   const int64_t words_;
-  std::vector<std::vector<int64_t>> bands_of_;
+  std::vector<std::vector<int64_t>> diagonals_of_;
   std::vector<uint64_t> past_;  // kTopPAllRows: of each head, the entry after the last that is chosen
 };
 

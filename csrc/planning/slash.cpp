@@ -42,19 +42,18 @@ void cover_ranges(const int32_t* distance, const int32_t* distances_end, int64_t
 
 }  // namespace
 
-void slashes(const Slashes& call, uint64_t* block_bits, int64_t* block_counts, uint64_t* column_bits,
-             int64_t* column_counts, int threads) {
-  const int64_t blocks = call.stop - call.at, words = words_of(call.key_len), block_words = words_of(words);
-  run_parallel(threads, call.batch * call.heads * blocks, [&](int, int64_t n) {
+void slashes(const Slashes& call, const ChosenBits& whole_blocks, const ChosenBits& columns, int threads) {
+  const int64_t blocks = call.stop - call.first, words = words_of(call.key_len), block_words = words_of(words);
+  run_parallel(threads, call.extent.batch * call.heads * blocks, [&](int, int64_t n) {
     const int64_t row = n / blocks, b = row / call.heads;
-    const int64_t end = (call.at + n % blocks + 1) * kBlock + call.query_start[b];
-    const int64_t reach = end + call.key_start[b];  // slots from here on lie after the row block
-    uint64_t* singles = column_bits + n * words;
-    uint64_t* whole = block_bits + n * block_words;
+    const int64_t end = (call.first + n % blocks + 1) * kBlock + call.extent.query_start[b];
+    const int64_t reach = end + call.extent.key_start[b];  // slots from here on lie after the row block
+    uint64_t* singles = columns.bits + n * words;
+    uint64_t* whole = whole_blocks.bits + n * block_words;
     std::fill(singles, singles + words, 0);
     std::fill(whole, whole + block_words, 0);
-    cover_ranges(call.distances + call.distance_indptr[row], call.distances + call.distance_indptr[row + 1], end,
-                 call.key_start[b], call.key_len, singles);
+    cover_ranges(call.distances.begin(row), call.distances.end(row), end,
+                 call.extent.key_start[b], call.key_len, singles);
     int64_t block_count = 0, column_count = 0;
     for (int64_t word = 0; word < words; ++word) {
       const int64_t first = word * kBlock, present = std::min(call.key_len - first, kBlock);
@@ -71,8 +70,8 @@ void slashes(const Slashes& call, uint64_t* block_bits, int64_t* block_counts, u
       if (seen < kBlock) singles[word] &= (uint64_t{1} << seen) - 1;
       column_count += __builtin_popcountll(singles[word]);
     }
-    block_counts[n] = block_count;
-    column_counts[n] = column_count;
+    whole_blocks.counts[n] = block_count;
+    columns.counts[n] = column_count;
   });
 }
 

@@ -1,144 +1,143 @@
-// Planning for Python: pointers, strides and sizes in. The GIL is released while it runs.
-#include <nanobind/nanobind.h>
+// Planning for Python. The GIL is released while it runs.
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
-#include <stdexcept>
-#include <string>
-#include <vector>
+#include <new>
 
 #include "planning/planning.h"
 #include "python/bindings.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 using namespace gossamer;
 
 namespace {
 
-void expect(const Sizes& sizes, size_t size_count, const Addresses& arrays, size_t array_count) {
-  if (sizes.size() != size_count || arrays.size() != array_count)
-    throw std::invalid_argument("another number of sizes or arrays");
+void make_score_call(ScoreCall* self, const TensorView& q, const TensorView& k, const Extent& extent, float scale,
+                     int threads) {
+  new (self) ScoreCall{q, k, extent, scale, threads};
 }
 
-// sizes: batch, heads, groups, query_len, key_len, dim; arrays: query_start, key_start, key_count.
-ScoreCall score_call(uintptr_t q, const Sizes& q_strides, uintptr_t k, const Sizes& k_strides, const Sizes& sizes,
-                     const Addresses& arrays, int dtype, float scale, int threads) {
-  return {view(q, q_strides), view(k, k_strides), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
-          static_cast<int>(sizes[5]), static_cast<DType>(dtype), scale,
-          {at<int64_t>(arrays[0]), at<int64_t>(arrays[1]), at<int64_t>(arrays[2])}, threads};
+void make_part(Part* self, int64_t block_q, int64_t block_k, int64_t first, int64_t stop) {
+  new (self) Part{block_q, block_k, first, stop};
 }
 
-void bind_probe(const std::string& isa, int dtype, uintptr_t q, const Sizes& q_strides, uintptr_t k,
-                const Sizes& k_strides, const Sizes& sizes, const Addresses& arrays, int64_t last, float scale,
-                uintptr_t columns, uintptr_t diagonals, int threads) {
-  expect(sizes, 6, arrays, 3);
-  const ScoreCall call = score_call(q, q_strides, k, k_strides, sizes, arrays, dtype, scale, threads);
+void make_choice(Choice* self, int64_t batch, int64_t heads, int64_t blocks, int64_t width, Rule rule, float alpha,
+                 uintptr_t scores, uintptr_t budgets, uintptr_t shares, uintptr_t diagonals, int64_t diagonal_count,
+                 uintptr_t main_diagonal, uintptr_t heads_that_force, uintptr_t forced, uintptr_t forced_everywhere,
+                 uintptr_t seen) {
+  new (self) Choice{batch,
+                    heads,
+                    blocks,
+                    width,
+                    rule,
+                    alpha,
+                    pointer<float>(scores),
+                    pointer<int64_t>(budgets),
+                    pointer<double>(shares),
+                    pointer<uint8_t>(diagonals),
+                    diagonal_count,
+                    pointer<int64_t>(main_diagonal),
+                    pointer<uint8_t>(heads_that_force),
+                    pointer<int64_t>(forced),
+                    pointer<int64_t>(forced_everywhere),
+                    pointer<int64_t>(seen)};
+}
+
+void make_slashes(Slashes* self, const Extent& extent, int64_t heads, int64_t key_len, int64_t first, int64_t stop,
+                  uintptr_t distance_indptr, uintptr_t distances, uintptr_t columns) {
+  new (self) Slashes{extent,
+                     heads,
+                     key_len,
+                     first,
+                     stop,
+                     {pointer<int64_t>(distance_indptr), pointer<int32_t>(distances)},
+                     pointer<uint64_t>(columns)};
+}
+
+void make_chosen_bits(ChosenBits* self, uintptr_t bits, uintptr_t counts) {
+  new (self) ChosenBits{pointer<uint64_t>(bits), pointer<int64_t>(counts)};
+}
+
+void probe_mass(const std::string& isa, const ScoreCall& call, int64_t last, uintptr_t columns, uintptr_t diagonals) {
   const Kernels& kernels = kernels_for(isa);
   nb::gil_scoped_release release;
-  probe(kernels, call, last, at<float>(columns), at<float>(diagonals));
+  probe(kernels, call, last, pointer<float>(columns), pointer<float>(diagonals));
 }
 
-void bind_energy(const std::string& isa, int dtype, uintptr_t q, const Sizes& q_strides, uintptr_t pooled,
-                 const Sizes& pooled_strides, const Sizes& sizes, const Addresses& arrays, const Sizes& blocks,
-                 float scale, uintptr_t out, int threads) {
-  expect(sizes, 6, arrays, 3);
-  const ScoreCall call = score_call(q, q_strides, pooled, pooled_strides, sizes, arrays, dtype, scale, threads);
+void pool_blocks(const std::string& isa, const TensorView& x, int64_t block, uintptr_t live, uintptr_t out,
+                 int threads) {
   const Kernels& kernels = kernels_for(isa);
   nb::gil_scoped_release release;
-  block_energy(kernels, call, blocks.at(0), blocks.at(1), blocks.at(2), blocks.at(3), at<float>(out));
+  pool(kernels, x, block, pointer<int64_t>(live), pointer<float>(out), threads);
 }
 
-// blocks: in the order of Antidiagonal.
-void bind_antidiagonal(const std::string& isa, int dtype, uintptr_t q, const Sizes& q_strides, uintptr_t k,
-                       const Sizes& k_strides, const Sizes& sizes, const Addresses& arrays, const Sizes& blocks,
-                       float scale, uintptr_t out, int threads) {
-  expect(sizes, 6, arrays, 3);
-  const ScoreCall call = score_call(q, q_strides, k, k_strides, sizes, arrays, dtype, scale, threads);
-  const Antidiagonal cells{blocks.at(0), blocks.at(1), blocks.at(2), blocks.at(3), blocks.at(4)};
+void energies(const std::string& isa, const ScoreCall& call, const Part& part, uintptr_t out) {
   const Kernels& kernels = kernels_for(isa);
   nb::gil_scoped_release release;
-  antidiagonal(kernels, call, cells, at<float>(out));
+  block_energy(kernels, call, part, pointer<float>(out));
 }
 
-// sizes: batch, heads, tokens, dim, block.
-void bind_pool(const std::string& isa, int dtype, uintptr_t x, const Sizes& strides, const Sizes& sizes,
-               uintptr_t live, uintptr_t out, int threads) {
-  expect(sizes, 5, {}, 0);
+void antidiagonals(const std::string& isa, const ScoreCall& call, const Part& part, int64_t stride, uintptr_t out) {
   const Kernels& kernels = kernels_for(isa);
-  const TensorView rows = view(x, strides);
   nb::gil_scoped_release release;
-  pool(kernels, rows, sizes[0], sizes[1], sizes[2], static_cast<int>(sizes[3]), static_cast<DType>(dtype), sizes[4],
-       at<int64_t>(live), at<float>(out), threads);
+  antidiagonal(kernels, call, part, stride, pointer<float>(out));
 }
 
-// sizes: batch, heads, blocks, width, band_count; arrays in the order of Choice.
-void bind_choose(const Sizes& sizes, int rule, float alpha, const Addresses& arrays, uintptr_t bits,
-                 uintptr_t counts, int threads) {
-  expect(sizes, 5, arrays, 9);
-  const Choice choice{sizes[0],
-                      sizes[1],
-                      sizes[2],
-                      sizes[3],
-                      static_cast<Rule>(rule),
-                      alpha,
-                      at<float>(arrays[0]),
-                      at<int64_t>(arrays[1]),
-                      at<double>(arrays[2]),
-                      at<uint8_t>(arrays[3]),
-                      sizes[4],
-                      at<int64_t>(arrays[4]),
-                      at<uint8_t>(arrays[5]),
-                      at<int64_t>(arrays[6]),
-                      at<int64_t>(arrays[7]),
-                      at<int64_t>(arrays[8])};
+void choose_bits(const Choice& choice, const ChosenBits& chosen, int threads) {
   nb::gil_scoped_release release;
-  choose(choice, at<uint64_t>(bits), at<int64_t>(counts), threads);
+  choose(choice, chosen.bits, chosen.counts, threads);
 }
 
-void bind_list(uintptr_t bits, int64_t rows, int64_t width, uintptr_t indptr, uintptr_t indices, int threads) {
+void list_indices(uintptr_t bits, int64_t rows, int64_t width, uintptr_t indptr, uintptr_t indices, int threads) {
   nb::gil_scoped_release release;
-  list_bits(at<uint64_t>(bits), rows, width, at<int64_t>(indptr), at<int32_t>(indices), threads);
+  list_bits(pointer<uint64_t>(bits), rows, width, pointer<int64_t>(indptr), pointer<int32_t>(indices), threads);
 }
 
-// sizes and arrays in the order of Slashes; out: bits and counts of blocks, then of columns.
-void bind_slashes(const Sizes& sizes, const Addresses& arrays, const Addresses& out, int threads) {
-  expect(sizes, 5, arrays, 5);
-  expect({}, 0, out, 4);
-  const Slashes call{sizes[0],
-                     sizes[1],
-                     sizes[2],
-                     sizes[3],
-                     sizes[4],
-                     at<int64_t>(arrays[0]),
-                     at<int32_t>(arrays[1]),
-                     at<uint64_t>(arrays[2]),
-                     at<int64_t>(arrays[3]),
-                     at<int64_t>(arrays[4])};
+void cover_slashes(const Slashes& call, const ChosenBits& blocks, const ChosenBits& columns, int threads) {
   nb::gil_scoped_release release;
-  slashes(call, at<uint64_t>(out[0]), at<int64_t>(out[1]), at<uint64_t>(out[2]), at<int64_t>(out[3]), threads);
+  slashes(call, blocks, columns, threads);
 }
 
-// sizes and arrays in the order of PlanView, without the orders.
-void bind_count(const Sizes& sizes, const Addresses& arrays, int64_t limit, bool causal, uintptr_t counts,
-                int threads) {
-  expect(sizes, 7, arrays, 9);
-  const PlanView plan{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
-                      at<int64_t>(arrays[0]), at<int32_t>(arrays[1]), at<int64_t>(arrays[2]), at<int32_t>(arrays[3]),
-                      at<int32_t>(arrays[4]), at<int32_t>(arrays[5]), nullptr, nullptr, at<int64_t>(arrays[6]),
-                      at<int64_t>(arrays[7]), at<int64_t>(arrays[8]), limit < 0 ? kUnlimited : limit, causal};
+void pairs_of_plan(const Plan& plan, uintptr_t counts, int threads) {
   nb::gil_scoped_release release;
-  count_pairs(plan, at<int64_t>(counts), threads);
+  count_pairs(plan, pointer<int64_t>(counts), threads);
+}
+
+void bind_views_of_planning(nb::module_& m) {
+  nb::enum_<Rule>(m, "Rule")
+      .value("none", Rule::kNone)
+      .value("relative_to_max", Rule::kRelative)
+      .value("top_k", Rule::kTopK)
+      .value("top_p", Rule::kTopP)
+      .value("top_p_forced", Rule::kTopPForced)
+      .value("top_p_reaching", Rule::kTopPReaching)
+      .value("top_p_below", Rule::kTopPBelow)
+      .value("top_p_of_all_rows", Rule::kTopPAllRows);
+  nb::class_<ScoreCall>(m, "ScoreCall")
+      .def("__init__", &make_score_call, nb::kw_only(), "q"_a, "k"_a, "extent"_a, "scale"_a, "threads"_a);
+  nb::class_<Part>(m, "Part")
+      .def("__init__", &make_part, nb::kw_only(), "block_q"_a, "block_k"_a, "first"_a, "stop"_a);
+  nb::class_<Choice>(m, "Choice")
+      .def("__init__", &make_choice, nb::kw_only(), "batch"_a, "heads"_a, "blocks"_a, "width"_a, "rule"_a, "alpha"_a,
+           "scores"_a, "budgets"_a, "shares"_a, "diagonals"_a, "diagonal_count"_a, "main_diagonal"_a,
+           "heads_that_force"_a, "forced"_a, "forced_everywhere"_a, "seen"_a);
+  nb::class_<Slashes>(m, "Slashes")
+      .def("__init__", &make_slashes, nb::kw_only(), "extent"_a, "heads"_a, "key_len"_a, "first"_a, "stop"_a,
+           "distance_indptr"_a, "distances"_a, "columns"_a);
+  nb::class_<ChosenBits>(m, "ChosenBits").def("__init__", &make_chosen_bits, nb::kw_only(), "bits"_a, "counts"_a);
 }
 
 }  // namespace
 
 void bind_planning(nb::module_& m) {
-  m.def("probe", &bind_probe);
-  m.def("block_energy", &bind_energy);
-  m.def("antidiagonal", &bind_antidiagonal);
-  m.def("pool", &bind_pool);
-  m.def("choose", &bind_choose);
-  m.def("list_bits", &bind_list);
-  m.def("slashes", &bind_slashes);
-  m.def("count_pairs", &bind_count);
+  bind_views_of_planning(m);
+  m.def("probe", &probe_mass, "isa"_a, "call"_a, nb::kw_only(), "last"_a, "columns"_a, "diagonals"_a);
+  m.def("pool", &pool_blocks, "isa"_a, "x"_a, nb::kw_only(), "block"_a, "live"_a, "out"_a, "threads"_a);
+  m.def("block_energy", &energies, "isa"_a, "call"_a, "part"_a, nb::kw_only(), "out"_a);
+  m.def("antidiagonal", &antidiagonals, "isa"_a, "call"_a, "part"_a, nb::kw_only(), "stride"_a, "out"_a);
+  m.def("choose", &choose_bits, "choice"_a, "chosen"_a, nb::kw_only(), "threads"_a);
+  m.def("list_bits", &list_indices, nb::kw_only(), "bits"_a, "rows"_a, "width"_a, "indptr"_a, "indices"_a,
+        "threads"_a);
+  m.def("slashes", &cover_slashes, "call"_a, nb::kw_only(), "blocks"_a, "columns"_a, "threads"_a);
+  m.def("count_pairs", &pairs_of_plan, "plan"_a, nb::kw_only(), "counts"_a, "threads"_a);
 }

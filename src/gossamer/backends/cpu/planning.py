@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.backends import cpu
-from gossamer.backends.cpu import dense_rows, pointer_and_strides
+from gossamer.backends.cpu.native import DTYPES, MAX_HEAD_DIM, active_isa, is_available, kernels
+from gossamer.backends.cpu.views import address, dense_rows, extent_view, tensor_view
 from gossamer.plan import Extent, SparsePlan, ceil_div
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 ENVIRONMENT = "GOSSAMER_PLANNER"
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -49,13 +48,13 @@ def serves(*tensors: Tensor) -> bool:
         ValueError: ``GOSSAMER_PLANNER`` is neither empty nor ``torch``.
     """
     return enabled() and all(
-        t.device.type == "cpu" and t.dtype in _DTYPES and 1 <= t.shape[-1] <= cpu.MAX_HEAD_DIM for t in tensors
+        t.device.type == "cpu" and t.dtype in DTYPES and 1 <= t.shape[-1] <= MAX_HEAD_DIM for t in tensors
     )
 
 
 def enabled() -> bool:
     """Whether the kernels are built and not switched off."""
-    return not switched_off() and cpu.is_available() and not torch.compiler.is_compiling()
+    return not switched_off() and is_available() and not torch.compiler.is_compiling()
 
 
 def switched_off() -> bool:
@@ -73,20 +72,13 @@ def last_query_probe(q: Tensor, k: Tensor, *, scale: float, extent: Extent, last
         raise ValueError(f"the probe needs at least one row, got last={last}")
     columns = torch.zeros(q.shape[0], q.shape[1], k.shape[2])
     diagonals = torch.zeros_like(columns)
-    q, k = dense_rows(q), dense_rows(k)
-    arrays = _extent_arrays(extent)
-    _kernels().probe(
-        cpu.active_isa(q.dtype),
-        _DTYPES[q.dtype],
-        *pointer_and_strides(q),
-        *pointer_and_strides(k),
-        _sizes(q, k, k.shape[2]),
-        [t.data_ptr() for t in arrays],
-        last,
-        float(scale),
-        columns.data_ptr(),
-        diagonals.data_ptr(),
-        torch.get_num_threads(),
+    q, k, extent = dense_rows(q), dense_rows(k), _dense(extent)
+    kernels().probe(
+        active_isa(q.dtype),
+        _score_call(q, k, extent, scale),
+        last=last,
+        columns=columns.data_ptr(),
+        diagonals=diagonals.data_ptr(),
     )
     return columns, diagonals
 
@@ -101,14 +93,13 @@ def pool(x: Tensor, live: Tensor, block: int) -> Tensor:
         raise ValueError(f"pool needs a range for each of {batch} rows and a block of at least 1, got {block}, {live}")
     out = torch.zeros(batch, heads, ceil_div(tokens, block), dim)
     x, live = dense_rows(x), live.to(torch.int64).contiguous()
-    _kernels().pool(
-        cpu.active_isa(x.dtype),
-        _DTYPES[x.dtype],
-        *pointer_and_strides(x),
-        [batch, heads, tokens, dim, block],
-        live.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
+    kernels().pool(
+        active_isa(x.dtype),
+        tensor_view(x),
+        block=block,
+        live=live.data_ptr(),
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
     )
     return out
 
@@ -134,19 +125,13 @@ def row_block_energy(
         raise ValueError(f"{key_len} keys in blocks of {block_k} do not give {pooled.shape[2]} pooled keys")
     _check_blocks(q, block_q, at, stop)
     out = torch.empty(q.shape[0], pooled.shape[1], stop - at, pooled.shape[2])
-    q, pooled = dense_rows(q), dense_rows(pooled)
-    arrays = _extent_arrays(extent)
-    _kernels().block_energy(
-        cpu.active_isa(q.dtype),
-        _DTYPES[q.dtype],
-        *pointer_and_strides(q),
-        *pointer_and_strides(pooled),
-        _sizes(q, pooled, key_len),
-        [t.data_ptr() for t in arrays],
-        [block_q, block_k, at, stop],
-        float(scale),
-        out.data_ptr(),
-        torch.get_num_threads(),
+    q, pooled, extent = dense_rows(q), dense_rows(pooled), _dense(extent)
+    native = kernels()
+    native.block_energy(
+        active_isa(q.dtype),
+        _score_call(q, pooled, extent, scale),
+        native.Part(block_q=block_q, block_k=block_k, first=at, stop=stop),
+        out=out.data_ptr(),
     )
     return out
 
@@ -177,24 +162,19 @@ def antidiagonal_scores(
         raise ValueError(f"stride must divide block_q and block_k, got {stride} for blocks {block_q} and {block_k}")
     _check_blocks(q, block_q, at, stop)
     out = torch.empty(q.shape[0], q.shape[1], stop - at, ceil_div(k.shape[2], block_k))
-    q, k = dense_rows(q), dense_rows(k)
-    arrays = _extent_arrays(extent)
-    _kernels().antidiagonal(
-        cpu.active_isa(q.dtype),
-        _DTYPES[q.dtype],
-        *pointer_and_strides(q),
-        *pointer_and_strides(k),
-        _sizes(q, k, k.shape[2]),
-        [t.data_ptr() for t in arrays],
-        [block_q, block_k, stride, at, stop],
-        float(scale),
-        out.data_ptr(),
-        torch.get_num_threads(),
+    q, k, extent = dense_rows(q), dense_rows(k), _dense(extent)
+    native = kernels()
+    native.antidiagonal(
+        active_isa(q.dtype),
+        _score_call(q, k, extent, scale),
+        native.Part(block_q=block_q, block_k=block_k, first=at, stop=stop),
+        stride=stride,
+        out=out.data_ptr(),
     )
     return out
 
 
-# What `choose` knows to do with scores, in the order of csrc/planning.h; scores outside what a row sees count as 0.
+# What `choose` knows to do with scores; scores outside what a row sees count as 0.
 #   alpha: `gossamer.selectors.relative_to_max`, a number
 #   budgets: `gossamer.selectors.top_k` among the seen ones, int64 [heads] (their scores elsewhere are -inf)
 #   top_p: `gossamer.selectors.top_p` of the scores alone, a number or [heads], as all below
@@ -275,29 +255,38 @@ def choose(
             f"one list of all rows takes less than 2^32 scores a head, got {rows} x {width}; widen the blocks"
         )
     # Held by name until the kernel is done: only their addresses are handed over.
-    arrays = [
-        None if scores is None else scores.float().contiguous(),
-        _int64(torch.as_tensor(value), (heads,)) if name == "budgets" else None,
-        _shares(value, heads) if name.startswith("top_p") else None,
-        None if bands is None else bands.contiguous().view(torch.uint8),
-        None if band_origin is None else _int64(band_origin, (batch, rows)),
-        forcing.expand(batch, heads).contiguous().view(torch.uint8),
-        _int64(ranges.forced, (batch, rows, 2)),
-        _int64(ranges.leading, (batch, 2)),
-        _int64(ranges.seen, (batch, rows, 2)),
-    ]
+    scores = None if scores is None else scores.float().contiguous()
+    budgets = _int64(torch.as_tensor(value), (heads,)) if name == "budgets" else None
+    shares = _shares(value, heads) if name.startswith("top_p") else None
+    bands = None if bands is None else bands.contiguous().view(torch.uint8)
+    band_origin = None if band_origin is None else _int64(band_origin, (batch, rows))
+    forcing = forcing.expand(batch, heads).contiguous().view(torch.uint8)
+    forced, leading = _int64(ranges.forced, (batch, rows, 2)), _int64(ranges.leading, (batch, 2))
+    seen = _int64(ranges.seen, (batch, rows, 2))
     bits = torch.empty(batch * heads * rows, ceil_div(width, 64), dtype=torch.int64)
     counts = torch.empty(batch, heads, rows, dtype=torch.int64)
-    threads = torch.get_num_threads()
-    _kernels().choose(
-        [batch, heads, rows, width, 0 if bands is None else bands.shape[2]],
-        RULES.index(name) + 1 if name else 0,
-        float(value) if name == "alpha" else 0.0,
-        [0 if t is None else t.data_ptr() for t in arrays],
-        bits.data_ptr(),
-        counts.data_ptr(),
-        threads,
+    native = kernels()
+    rules = {"": "none", "alpha": "relative_to_max", "budgets": "top_k"}
+    choice = native.Choice(
+        batch=batch,
+        heads=heads,
+        blocks=rows,
+        width=width,
+        rule=getattr(native.Rule, rules.get(name, name)),
+        alpha=float(value) if name == "alpha" else 0.0,
+        scores=address(scores),
+        budgets=address(budgets),
+        shares=address(shares),
+        diagonals=address(bands),
+        diagonal_count=0 if bands is None else bands.shape[2],
+        main_diagonal=address(band_origin),
+        heads_that_force=address(forcing),
+        forced=address(forced),
+        forced_everywhere=address(leading),
+        seen=address(seen),
     )
+    chosen = native.ChosenBits(bits=bits.data_ptr(), counts=counts.data_ptr())
+    native.choose(choice, chosen, threads=torch.get_num_threads())
     return counts, _listed(bits, counts, width)
 
 
@@ -306,8 +295,13 @@ def _listed(bits: Tensor, counts: Tensor, width: int) -> Tensor:
     indptr = torch.zeros(counts.numel() + 1, dtype=torch.int64)
     torch.cumsum(counts.flatten(), 0, out=indptr[1:])
     indices = torch.empty(int(indptr[-1]), dtype=torch.int32)
-    _kernels().list_bits(
-        bits.data_ptr(), counts.numel(), width, indptr.data_ptr(), indices.data_ptr(), torch.get_num_threads()
+    kernels().list_bits(
+        bits=bits.data_ptr(),
+        rows=counts.numel(),
+        width=width,
+        indptr=indptr.data_ptr(),
+        indices=indices.data_ptr(),
+        threads=torch.get_num_threads(),
     )
     return indices
 
@@ -337,22 +331,29 @@ def exact_slashes(
     torch.cumsum(slashes.sum(-1).flatten(), 0, out=indptr[1:])
     farthest_first = key_len - 1 - slashes.flip(-1).flatten(0, 1).nonzero()[:, 1]
     # Held by name until the kernel is done: only their addresses are handed over.
-    arrays = [
-        indptr,
-        farthest_first.to(torch.int32).contiguous(),
-        (padded.long() << torch.arange(64)).sum(-1).contiguous(),
-        extent.query_start.contiguous(),
-        extent.key_start.contiguous(),
-    ]
+    distances = farthest_first.to(torch.int32).contiguous()
+    column_words = (padded.long() << torch.arange(64)).sum(-1).contiguous()
+    extent = _dense(extent)
     rows = (batch, heads, stop - at)
     block_bits = torch.empty(*rows, ceil_div(words, 64), dtype=torch.int64)
     column_bits = torch.empty(*rows, words, dtype=torch.int64)
     block_counts, column_counts = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
-    _kernels().slashes(
-        [batch, heads, key_len, at, stop],
-        [t.data_ptr() for t in arrays],
-        [t.data_ptr() for t in (block_bits, block_counts, column_bits, column_counts)],
-        torch.get_num_threads(),
+    native = kernels()
+    call = native.Slashes(
+        extent=_extent_view(extent),
+        heads=heads,
+        key_len=key_len,
+        first=at,
+        stop=stop,
+        distance_indptr=indptr.data_ptr(),
+        distances=distances.data_ptr(),
+        columns=column_words.data_ptr(),
+    )
+    native.slashes(
+        call,
+        blocks=native.ChosenBits(bits=block_bits.data_ptr(), counts=block_counts.data_ptr()),
+        columns=native.ChosenBits(bits=column_bits.data_ptr(), counts=column_counts.data_ptr()),
+        threads=torch.get_num_threads(),
     )
     return (
         (block_counts, _listed(block_bits, block_counts, words)),
@@ -365,33 +366,31 @@ def count_pairs(plan: SparsePlan) -> Tensor:
     if plan.q_order is not None or plan.k_order is not None:
         raise ValueError("pairs of a permuted plan are not counted in C++; use SparsePlan.count_pairs")
     counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64)
-    arrays = [
-        t.contiguous()
-        for t in (
-            plan.block_indptr,
-            plan.block_indices,
-            plan.column_indptr,
-            plan.column_indices,
-            torch.as_tensor(plan.sink),
-            torch.as_tensor(plan.window),
-            *_extent_arrays(plan.extent),
-        )
-    ]
-    _kernels().count_pairs(
-        [plan.batch, plan.heads, plan.query_len, plan.key_len, plan.block_q, plan.block_k, plan.column_group],
-        [t.data_ptr() for t in arrays],
-        -1 if plan.limit is None else plan.limit,
-        plan.causal,
-        counts.data_ptr(),
-        torch.get_num_threads(),
+    # Held by name until the kernel is done: only their addresses are handed over.
+    block_indptr, block_indices = plan.block_indptr.contiguous(), plan.block_indices.contiguous()
+    column_indptr, column_indices = plan.column_indptr.contiguous(), plan.column_indices.contiguous()
+    sink, window = torch.as_tensor(plan.sink).contiguous(), torch.as_tensor(plan.window).contiguous()
+    extent = _dense(plan.extent)
+    native = kernels()
+    view = native.Plan(
+        extent=_extent_view(extent, causal=plan.causal, limit=plan.limit),
+        heads=plan.heads,
+        query_len=plan.query_len,
+        key_len=plan.key_len,
+        block_q=plan.block_q,
+        block_k=plan.block_k,
+        block_indptr=block_indptr.data_ptr(),
+        block_indices=block_indices.data_ptr(),
+        column_group=plan.column_group,
+        column_indptr=column_indptr.data_ptr(),
+        column_indices=column_indices.data_ptr(),
+        sink=sink.data_ptr(),
+        window=window.data_ptr(),
+        q_order=0,
+        k_order=0,
     )
+    native.count_pairs(view, counts=counts.data_ptr(), threads=torch.get_num_threads())
     return counts
-
-
-def _kernels() -> Any:
-    if cpu._kernels is None:
-        raise RuntimeError(cpu.why_unavailable())
-    return cpu._kernels
 
 
 def _check(q: Tensor, k: Tensor, key_len: int, extent: Extent) -> None:
@@ -400,10 +399,10 @@ def _check(q: Tensor, k: Tensor, key_len: int, extent: Extent) -> None:
             "planning takes q [B, H, S, D] and keys [B, G, T, D] where G divides H, "
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if q.dtype != k.dtype or q.dtype not in _DTYPES or not serves(q, k):
+    if q.dtype != k.dtype or q.dtype not in DTYPES or not serves(q, k):
         raise TypeError(
             "planning in C++ takes float32, bfloat16 or float16 on the CPU, head dimensions up to "
-            f"{cpu.MAX_HEAD_DIM}, got {q.dtype} on {q.device} and {k.dtype} on {k.device}; convert them"
+            f"{MAX_HEAD_DIM}, got {q.dtype} on {q.device} and {k.dtype} on {k.device}; convert them"
         )
     if extent.batch != q.shape[0]:
         raise ValueError(f"the extent has {extent.batch} batch rows, q has {q.shape[0]}")
@@ -417,8 +416,20 @@ def _check_blocks(q: Tensor, block_q: int, at: int, stop: int) -> None:
         raise ValueError(f"query blocks {at} to {stop} do not lie in {q.shape[2]} queries in blocks of {block_q}")
 
 
-def _extent_arrays(extent: Extent) -> list[Tensor]:
-    return [t.contiguous() for t in (extent.query_start, extent.key_start, extent.key_count)]
+def _dense(extent: Extent) -> Extent:
+    """With contiguous tensors."""
+    return Extent(extent.query_start.contiguous(), extent.key_start.contiguous(), extent.key_count.contiguous())
+
+
+def _extent_view(extent: Extent, *, causal: bool = True, limit: int | None = None) -> Any:
+    return extent_view(extent.query_start, extent.key_start, extent.key_count, causal=causal, limit=limit)
+
+
+def _score_call(q: Tensor, k: Tensor, extent: Extent, scale: float) -> Any:
+    """Of dense rows and extents, which the caller holds."""
+    return kernels().ScoreCall(
+        q=tensor_view(q), k=tensor_view(k), extent=_extent_view(extent), scale=scale, threads=torch.get_num_threads()
+    )
 
 
 def _int64(values: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -431,7 +442,3 @@ def _shares(value: Tensor | float, heads: int) -> Tensor:
     if bool(outside.any()):
         raise ValueError(f"p must lie in [0, 1], got {shares[outside].tolist()[0]}")
     return shares
-
-
-def _sizes(q: Tensor, k: Tensor, key_len: int) -> list[int]:
-    return [q.shape[0], q.shape[1], k.shape[1], q.shape[2], key_len, q.shape[3]]
