@@ -1,6 +1,6 @@
 """gossamer: dynamic sparse attention for long prompts.
 
-A method turns ``(q, k)`` into a `SparsePlan`; an executor turns ``(q, k, v, plan)`` into the output.
+A method turns a call into a `SparsePlan`; a backend turns ``(q, k, v, plan)`` into the output.
 `enable` puts a method into an unmodified transformers model.
 """
 
@@ -9,16 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gossamer import methods
-from gossamer.attention import Policy, sparse_attention
+from gossamer.attention import sparse_attention
+from gossamer.call import AttentionCall
+from gossamer.methods import Method
 from gossamer.plan import Extent, SparsePlan
-from gossamer.profiles import HeadPattern, Profile
+from gossamer.policy import Policy
+from gossamer.profiles import Profile
 
 if TYPE_CHECKING:
     from gossamer.integrations.transformers import enable as enable
 
 __version__ = "0.1.0"
 # Without "enable": a star import must not import transformers.
-__all__ = ["Extent", "HeadPattern", "Policy", "Profile", "SparsePlan", "methods", "sparse_attention"]
+__all__ = ["AttentionCall", "Extent", "Method", "Policy", "Profile", "SparsePlan", "methods", "sparse_attention"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,72 +1,89 @@
-"""Executors: ``execute(q, k, v, plan, *, scale, sinks, softcap) -> (out, lse)``. `reference` is the definition.
+"""Backends: what computes scores, chooses candidates, counts pairs and attends. `backend_of` alone says which one does.
 
-`executor_for` says which one runs: C++ on the CPU; Triton on CUDA devices, and FlexAttention there where Triton has no
-kernel. ``GOSSAMER_EXECUTOR`` (read at every call) forces ``cpu``, ``triton``, ``flex`` or ``reference``: all compute
-the same pairs.
+Each backend is a module with the same functions (verbs), of which it may lack some; ``torch`` has all of them and is
+their definition. ``GOSSAMER_BACKEND`` forces ``torch``, ``cpu``, ``triton`` or ``flex`` to attend, and
+``GOSSAMER_PLANNER`` forces ``torch``, ``cpu`` or ``triton`` for all other verbs; both are read at every call. From equal
+scores all backends choose the same sets, and all attend the same pairs.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+from types import ModuleType
 
-from torch import Tensor, bfloat16, float16, float32
+from torch import Tensor, bfloat16, compiler, device, float16, float32
 
-from gossamer.backends import cpu, flex, triton
-from gossamer.backends import torch as reference
-from gossamer.backends.torch import check_inputs
+from gossamer.backends import cpu, triton
+from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 
-__all__ = ["check_inputs", "execute", "executor_for", "why_reference"]
+__all__ = ["attend", "backend_of", "name_of", "why_slow"]
 
-ENVIRONMENT = "GOSSAMER_EXECUTOR"
-_EXECUTORS = {"cpu": cpu.execute, "triton": triton.execute, "flex": flex.execute, "reference": reference.execute}
+ATTEND = "GOSSAMER_BACKEND"
+PLAN = "GOSSAMER_PLANNER"
+MAX_HEAD_DIM = 256
+_NAMES = {ATTEND: ("torch", "cpu", "triton", "flex"), PLAN: ("torch", "cpu", "triton")}
 _DTYPES = (float32, bfloat16, float16)
 
 
-def executor_for(q: Tensor) -> str:
-    """Name of the executor that `execute` uses for tensors like q.
+def backend_of(subject: AttentionCall | SparsePlan | Tensor, verb: str) -> ModuleType:
+    """The backend whose function ``verb`` serves a call, a plan, or tensors like this one (whose last dimension is D).
 
-    ``cpu/<instruction set>``, ``triton``, ``flex`` or ``reference``.
+    C++ on the CPU; Triton on CUDA devices, and FlexAttention where Triton has no kernel; else torch.
 
     Raises:
-        ValueError: ``GOSSAMER_EXECUTOR`` names no executor.
+        ValueError: an environment variable names no backend.
     """
-    name = _executor(q)
-    return f"cpu/{cpu.active_isa(q.dtype)}" if name == "cpu" else name
+    environment = ATTEND if verb == "attend" else PLAN
+    forced = os.environ.get(environment, "")
+    if forced and forced not in _NAMES[environment]:
+        raise ValueError(f"{environment}={forced!r} is not known; use one of: {', '.join(_NAMES[environment])}")
+    name = forced or _fastest(subject, verb)
+    backend = importlib.import_module(f"gossamer.backends.{name}")
+    return backend if hasattr(backend, verb) else importlib.import_module("gossamer.backends.torch")
 
 
-def _executor(q: Tensor) -> str:
-    forced = os.environ.get(ENVIRONMENT, "")
-    if forced:
-        if forced not in _EXECUTORS:
-            raise ValueError(f"{ENVIRONMENT}={forced!r} is not known; use one of: {', '.join(_EXECUTORS)}")
-        return forced
-    if q.dtype not in _DTYPES:
-        return "reference"
-    if q.device.type == "cpu" and q.shape[-1] <= cpu.MAX_HEAD_DIM and cpu.is_available():
-        return "cpu"
+def _fastest(subject: AttentionCall | SparsePlan | Tensor, verb: str) -> str:
+    # Kernels read addresses; while torch compiles, there are none.
+    if verb != "attend" and compiler.is_compiling():
+        return "torch"
+    if isinstance(subject, SparsePlan):
+        return _on(subject.device) or "torch"
+    q, widest = (subject.q, _widest(subject)) if isinstance(subject, AttentionCall) else (subject, subject.shape[-1])
+    name = _on(q.device)
+    if name is None or q.dtype not in _DTYPES:
+        return "torch"
+    if widest <= MAX_HEAD_DIM:
+        return name
     # FlexAttention's kernels are Triton's too.
-    if q.device.type == "cuda" and triton.is_available():
-        return "triton" if q.shape[-1] <= triton.MAX_HEAD_DIM else "flex"
-    return "reference"
+    return "flex" if name == "triton" and verb == "attend" else "torch"
 
 
-def why_reference(q: Tensor) -> str:
-    """Why plans for tensors like q run on the reference executor."""
+def _widest(call: AttentionCall) -> int:
+    return max(call.q.shape[-1], 0 if call.v is None else call.v.shape[-1])
+
+
+def _on(where: device) -> str | None:
+    """The backend with kernels of our own for a device, if it is there."""
+    if where.type == "cpu" and cpu.is_available():
+        return "cpu"
+    return "triton" if where.type == "cuda" and triton.is_available() else None
+
+
+def name_of(call: AttentionCall) -> str:
+    """Name of the backend that attends a call, with its instruction set: ``cpu/avx512_bf16``, ``triton``, ``torch``."""
+    name = backend_of(call, "attend").__name__.rpartition(".")[2]
+    return f"cpu/{cpu.active_isa(call.q.dtype)}" if name == "cpu" else name
+
+
+def why_slow(call: AttentionCall) -> str:
+    """Why plans for a call run on the torch backend."""
     failures = {"cpu": cpu.why_unavailable, "cuda": triton.why_unavailable}
-    failure = failures[q.device.type]() if q.device.type in failures else None
+    failure = failures[call.device.type]() if call.device.type in failures else None
     return failure or "no kernel for this device, dtype or head dimension"
 
 
-def execute(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: SparsePlan,
-    *,
-    scale: float,
-    sinks: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run the plan on the best executor for q's device and dtype. See `reference.execute`, the definition."""
-    return _EXECUTORS[_executor(q)](q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
+def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
+    """Run the plan on the best backend for the call. See `gossamer.backends.torch.attend`, the definition."""
+    return backend_of(call, "attend").attend(call, plan)

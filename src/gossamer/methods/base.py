@@ -6,30 +6,35 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from torch import Tensor
+from gossamer.call import AttentionCall
+from gossamer.plan import SparsePlan
+from gossamer.plan.integers import MOST
 
-from gossamer.plan import Extent, SparsePlan
-
-__all__ = ["Method", "require_at_least"]
+__all__ = ["Method", "require_at_least", "require_share"]
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Turns ``(q, k)`` into a `SparsePlan`. Subclasses are frozen dataclasses; their fields are the configuration."""
+    """Turns a call into a `SparsePlan`. Subclasses are frozen dataclasses; their fields are the configuration.
+
+    Class attributes:
+        name: what `gossamer.methods.create`, ``enable`` and the command line know it by.
+        needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``values``, ``store``, ``layout``, ``step``,
+            ``state``, ``whole prompt``. A call that lacks one runs dense, and the reason is counted.
+        per_head: fields that may differ between heads that are planned together (`gossamer.methods.PerHead`). Where
+            they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
+    """
 
     name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    per_head: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
-        """Choose what to compute for ``q [B, H, S, D]`` against ``k [B, G, T, D]``, all heads and rows at once.
-
-        Args:
-            scale: factor of the logits.
-            extent: where the tokens sit; S < T from the second chunk of a prefill on.
-            layer: the model's layer, for methods whose patterns differ between layers.
+    def plan(self, call: AttentionCall) -> SparsePlan:
+        """Choose what to compute, for all heads and rows at once.
 
         Returns:
-            A causal plan that keeps the diagonal: every live query attends at least itself.
+            A plan that leaves no live query without a key; in causal self-attention each attends at least itself.
         """
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,7 +62,7 @@ def require_at_least(method: Method, minimum: int, *names: str) -> None:
 
     Raises:
         TypeError: a field is no integer.
-        ValueError: a field is below the minimum.
+        ValueError: a field is below the minimum, or 2^31 or more.
     """
     for name in names:
         value = getattr(method, name)
@@ -65,3 +70,20 @@ def require_at_least(method: Method, minimum: int, *names: str) -> None:
             raise TypeError(f"{method.name}.{name} must be an integer, got {value!r}")
         if value < minimum:
             raise ValueError(f"{method.name}.{name} must be at least {minimum}, got {value}")
+        if value > MOST:
+            raise ValueError(f"{method.name}.{name} must be at most {MOST}, got {value}")
+
+
+def require_share(method: Method, *names: str) -> None:
+    """Validate fields of a method that lie in [0, 1].
+
+    Raises:
+        TypeError: a field is no number.
+        ValueError: a field lies outside.
+    """
+    for name in names:
+        value = getattr(method, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{method.name}.{name} must be a number, got {value!r}")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{method.name}.{name} must lie in [0, 1], got {value}")

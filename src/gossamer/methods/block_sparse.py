@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from gossamer.estimators import BlockVisibility, pooled_scores
-from gossamer.methods._choice import BlockChoice, has_pairs, make_plan
+from gossamer import scores
+from gossamer.blocks import Blocks
+from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, require_at_least
-from gossamer.plan import Extent, SparsePlan
+from gossamer.plan import SparsePlan
+from gossamer.rules import TopK
 
 __all__ = ["BlockSparse"]
 
@@ -28,27 +27,15 @@ class BlockSparse(Method):
     """
 
     name: ClassVar[str] = "block_sparse"
+    per_head: ClassVar[tuple[str, ...]] = ("blocks",)
     blocks: int = 100
     block: int = 64
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "blocks", "block")
 
-    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
-        query_len, key_len = q.shape[2], k.shape[2]
-        if not has_pairs(q, k):
-            return SparsePlan(q.shape[1], query_len, key_len, extent, block_q=self.block, block_k=self.block)
-        visible = BlockVisibility(extent, query_len, key_len, self.block, self.block, q.device)
-        choice = BlockChoice(visible, q.shape[1])
-        budgets = torch.full((q.shape[1],), self.blocks)
-        for at, scores in pooled_scores(q, k, extent=extent, block_q=self.block, block_k=self.block):
-            choice.add(at, at + scores.shape[2], scores, budgets=budgets)
-        return make_plan(
-            q.shape[1],
-            query_len,
-            key_len,
-            extent,
-            block_q=self.block,
-            block_k=self.block,
-            blocks=choice,
-        )
+    def plan(self, call: AttentionCall) -> SparsePlan:
+        blocks = Blocks(call, self.block, self.block)
+        for part, products in scores.pooled_scores(call, blocks.grid):
+            blocks.choose(part, products, TopK(self.blocks))
+        return blocks.plan()

@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
+from gossamer.call import AttentionCall
 from gossamer.methods.base import Method
-from gossamer.plan import Extent, SparsePlan
+from gossamer.plan import SparsePlan
 
 __all__ = ["Dense"]
 
 
 @dataclass(frozen=True)
 class Dense(Method):
-    """Every causal pair.
+    """Every pair that the model allows.
 
     Fields:
-        kernel: ``torch`` for its scaled_dot_product_attention, or ``gossamer`` for the executor that sparse plans
+        kernel: ``torch`` for its scaled_dot_product_attention, or ``gossamer`` for the backend that sparse plans
             run on: then a comparison shows what leaving pairs out gains, and not what the kernel gains.
     """
 
@@ -29,5 +28,5 @@ class Dense(Method):
         if self.kernel not in ("torch", "gossamer"):
             raise ValueError(f"dense.kernel must be 'torch' or 'gossamer', got {self.kernel!r}")
 
-    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
-        return SparsePlan.dense(k.shape[1], q.shape[2], k.shape[2], extent)
+    def plan(self, call: AttentionCall) -> SparsePlan:
+        return SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)

@@ -1,17 +1,16 @@
-"""Max-relative: every query row against mean-pooled keys, kept relative to the best block. No sort."""
+"""Max-relative: every query against mean-pooled keys, kept relative to the best block. No sort."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from gossamer.estimators import BlockVisibility, row_block_energy
-from gossamer.methods._choice import BlockChoice, has_pairs, make_plan
-from gossamer.methods.a_shape import tail_blocks
-from gossamer.methods.base import Method, require_at_least
-from gossamer.plan import Extent, SparsePlan, ceil_div
+from gossamer import scores
+from gossamer.blocks import Blocks
+from gossamer.call import AttentionCall
+from gossamer.methods.base import Method, require_at_least, require_share
+from gossamer.plan import SparsePlan, ceil_div
+from gossamer.rules import RelativeToMax
 
 __all__ = ["MaxRelative"]
 
@@ -44,29 +43,12 @@ class MaxRelative(Method):
     def __post_init__(self) -> None:
         require_at_least(self, 0, "sink_blocks", "last_rows")
         require_at_least(self, 1, "window_blocks", "block_q", "block_k")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"max_relative.alpha must lie in [0, 1], got {self.alpha}")
+        require_share(self, "alpha")
 
-    def plan(self, q: Tensor, k: Tensor, *, scale: float, extent: Extent, layer: int | None = None) -> SparsePlan:
-        query_len, key_len = q.shape[2], k.shape[2]
-        if not has_pairs(q, k):
-            return SparsePlan(k.shape[1], query_len, key_len, extent, block_q=self.block_q, block_k=self.block_k)
-        share = q.shape[1] // k.shape[1]
-        visible = BlockVisibility(extent, query_len, key_len, self.block_q, self.block_k, q.device)
-        tail = tail_blocks(extent, query_len, ceil_div(self.last_rows, share), self.block_q).to(
-            q.device, non_blocking=True
-        )
-        choice = BlockChoice(visible, k.shape[1], window=self.window_blocks, leading=self.sink_blocks, tail=tail)
-        for at, energy in row_block_energy(
-            q, k, scale=scale, extent=extent, block_q=self.block_q, block_k=self.block_k
-        ):
-            choice.add(at, at + energy.shape[2], energy, alpha=self.alpha)
-        return make_plan(
-            k.shape[1],
-            query_len,
-            key_len,
-            extent,
-            block_q=self.block_q,
-            block_k=self.block_k,
-            blocks=choice,
-        )
+    def plan(self, call: AttentionCall) -> SparsePlan:
+        blocks = Blocks(call, self.block_q, self.block_k, per="kv_head")
+        tail = ceil_div(self.last_rows, call.share)
+        blocks.keep(first=self.sink_blocks, own=self.window_blocks, last_rows=tail)
+        for part, energy in scores.row_block_energy(call, blocks.grid):
+            blocks.choose(part, energy, RelativeToMax(self.alpha))
+        return blocks.plan()

@@ -1,5 +1,8 @@
-"""The ground: where tokens sit (`Extent`), how blocks lie on them (`Grid`), which pairs are computed (`SparsePlan`)."""
+"""The ground: what a model allows (`Extent`), how blocks lie on it (`Grid`), what is computed of it (`SparsePlan`)."""
 
-from gossamer.plan.plan import Extent, SparsePlan, ceil_div, on_device
+from gossamer.plan.extent import Extent
+from gossamer.plan.grid import Grid
+from gossamer.plan.integers import ceil_div
+from gossamer.plan.plan import SparsePlan, on_device
 
-__all__ = ["Extent", "SparsePlan", "ceil_div", "on_device"]
+__all__ = ["Extent", "Grid", "SparsePlan", "ceil_div", "on_device"]

@@ -1,200 +1,32 @@
-"""`Extent` and `SparsePlan`: where tokens sit, and which query-key pairs are computed.
+"""`SparsePlan`: which query-key pairs are computed. What methods produce and backends consume.
 
-The plan is the one data structure that methods produce and executors consume. Notation: B batch, H query heads,
-G key/value heads, S query tokens of this call, T key slots, M query blocks, N key blocks.
+Notation: B batch, H query heads, G key/value heads, S query tokens of this call, T key slots, M query blocks, N key
+blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gossamer.plan.checks import check_csr, check_order
+from gossamer.plan.extent import Extent
+from gossamer.plan.grid import Grid
+from gossamer.plan.integers import Integers, ceil_div, integer, integers_per_head
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = ["Extent", "SparsePlan"]
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+__all__ = ["SparsePlan", "on_device"]
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on the device. Only a copy to the CPU waits for it: of a copy from the CPU, the driver has taken the
     values when the call returns."""
     return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
-
-
-_Integers = Tensor | Sequence[int] | int
-
-
-def _int_vector(value: _Integers, name: str, batch: int | None = None) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=torch.int64, device="cpu")
-    if tensor.ndim == 0 and batch is not None:
-        tensor = tensor.expand(batch).contiguous()
-    if tensor.ndim != 1 or (batch is not None and tensor.numel() != batch):
-        raise ValueError(
-            f"Extent.{name} must hold one integer per batch row"
-            + (f" ({batch} of them)" if batch is not None else "")
-            + f", got shape {tuple(tensor.shape)}"
-        )
-    return tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False, init=False)
-class Extent:
-    """Where the tokens of one attention call sit. One rule for one-shot and chunked prefill, caches and padding.
-
-    Positions count from a row's first live key: key slot ``j`` of batch row ``b`` has position
-    ``j - key_start[b]`` and is live when that lies in ``[0, key_count[b])``; query ``i`` has position
-    ``query_start[b] + i``. Under left padding the padding queries have negative positions and attend nothing.
-
-    Fields (int64 CPU tensors of shape ``[B]``; integers and lists are converted):
-        query_start: position of the first query of this call; the number of tokens already cached, minus
-            the left padding.
-        key_start: slot of the first live key; the left padding.
-        key_count: number of live keys, contiguous from ``key_start``.
-
-    Raises:
-        ValueError: shapes differ, or a count or start is negative.
-    """
-
-    query_start: Tensor
-    key_start: Tensor
-    key_count: Tensor
-
-    def __init__(self, query_start: _Integers, key_start: _Integers, key_count: _Integers) -> None:
-        starts = _int_vector(query_start, "query_start")
-        object.__setattr__(self, "query_start", starts)
-        for name, value in (("key_start", key_start), ("key_count", key_count)):
-            vector = _int_vector(value, name, starts.numel())
-            if vector.numel() and int(vector.min()) < 0:
-                raise ValueError(f"Extent.{name} must not be negative, got {vector.tolist()}")
-            object.__setattr__(self, name, vector)
-
-    @property
-    def batch(self) -> int:
-        return self.query_start.numel()
-
-    @classmethod
-    def full(cls, batch: int, query_len: int, key_len: int) -> Extent:
-        """All ``key_len`` slots are live and the queries are the last ``query_len`` of them."""
-        if query_len > key_len:
-            raise ValueError(
-                f"Extent.full: {query_len} queries cannot be the last tokens of {key_len} keys; "
-                "give query_start, key_start and key_count explicitly"
-            )
-        row = torch.ones(batch, dtype=torch.int64)
-        return cls(row * (key_len - query_len), row * 0, row * key_len)
-
-    @classmethod
-    def from_key_mask(cls, mask: Tensor, query_len: int) -> Extent:
-        """From a bool mask ``[B, T]`` of live keys, whose last True is the last query's own position.
-
-        Raises:
-            TypeError: the mask is not bool.
-            ValueError: the mask is not ``[B, T]``, or a row's live keys are not contiguous.
-        """
-        if mask.dtype != torch.bool:
-            raise TypeError(f"a key mask must be bool, got {mask.dtype}; use mask.bool()")
-        if mask.ndim != 2:
-            raise ValueError(f"a key mask must be [batch, keys], got shape {tuple(mask.shape)}")
-        mask = mask.cpu()
-        count = mask.sum(dim=1)
-        start = mask.int().argmax(dim=1) if mask.shape[1] else count
-        last = start + count
-        slots = torch.arange(mask.shape[1])
-        contiguous = (mask == ((slots >= start[:, None]) & (slots < last[:, None]))).all(dim=1)
-        if not bool(contiguous.all()):
-            row = int((~contiguous).nonzero()[0])
-            raise ValueError(
-                f"the live keys of batch row {row} have a hole; only left and right padding can be described. "
-                "Use dense attention for this mask"
-            )
-        return cls(count - query_len, start, count)
-
-    def key_positions(self, key_len: int, device: torch.device | str = "cpu") -> Tensor:
-        """Position of each key slot, int64 ``[B, T]``. Does not wait for the device."""
-        return torch.arange(key_len, device=device) - self.key_start.to(device, non_blocking=True)[:, None]
-
-    def query_positions(self, query_len: int) -> Tensor:
-        """Position of each query row, int64 ``[B, S]``."""
-        return torch.arange(query_len) + self.query_start[:, None]
-
-    def is_trivial(self, query_len: int, key_len: int) -> bool:
-        """Whether every slot is live and the queries are the last tokens: no padding, no empty slots."""
-        return bool(
-            (self.key_start == 0).all()
-            and (self.key_count == key_len).all()
-            and (self.query_start == key_len - query_len).all()
-        )
-
-
-def _per_head(value: _Integers, heads: int, name: str) -> Tensor:
-    tensor = torch.as_tensor(value)
-    if tensor.ndim == 0:
-        tensor = tensor.expand(heads)
-    if tensor.shape != (heads,) or tensor.is_floating_point():
-        raise ValueError(
-            f"SparsePlan.{name} must hold one integer for each of the plan's {heads} heads, "
-            f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
-        )
-    if tensor.numel() and int(tensor.min()) < 0:
-        raise ValueError(f"SparsePlan.{name} must not be negative, got {int(tensor.min())}")
-    return tensor.to(torch.int32).contiguous()
-
-
-def _check_csr(indptr: Tensor, indices: Tensor, rows: int, limit: int, name: str, unit: str) -> None:
-    """Validate ascending CSR rows; the messages name the first offending value."""
-    if indptr.dtype != torch.int64 or indices.dtype != torch.int32:
-        raise TypeError(
-            f"SparsePlan.{name}_indptr must be int64 and {name}_indices int32, got {indptr.dtype}, {indices.dtype}"
-        )
-    if indptr.shape != (rows + 1,) or indices.ndim != 1:
-        raise ValueError(
-            f"SparsePlan.{name}_indptr must have shape ({rows + 1},) for this plan's batch, heads and blocks, "
-            f"got {tuple(indptr.shape)}; {name}_indices must be one-dimensional, got {tuple(indices.shape)}"
-        )
-    lengths = indptr.diff()
-    if int(indptr[0]) != 0 or int(indptr[-1]) != indices.numel() or (rows and int(lengths.min()) < 0):
-        raise ValueError(
-            f"SparsePlan.{name}_indptr must rise from 0 to the number of indices ({indices.numel()}), "
-            f"got first {int(indptr[0])}, last {int(indptr[-1])}, "
-            f"smallest step {int(lengths.min()) if rows else 0}"
-        )
-    if not indices.numel():
-        return
-    low, high = int(indices.min()), int(indices.max())
-    if low < 0 or high >= limit:
-        raise ValueError(f"SparsePlan.{name}_indices must lie in [0, {limit}) ({unit}), got {low if low < 0 else high}")
-    rising = indices.diff() > 0
-    starts = indptr[1:-1]
-    rising[starts[(starts > 0) & (starts < indices.numel())] - 1] = True
-    if not bool(rising.all()):
-        at = int((~rising).nonzero()[0])
-        raise ValueError(
-            f"SparsePlan.{name}_indices must rise strictly within each row, "
-            f"got {int(indices[at])} followed by {int(indices[at + 1])} at entry {at}"
-        )
-
-
-def _check_order(order: Tensor, shape: tuple[int, int, int], name: str) -> None:
-    if order.dtype != torch.int32 or tuple(order.shape) != shape:
-        raise ValueError(
-            f"SparsePlan.{name} must be int32 of shape {shape}, got {order.dtype} of shape {tuple(order.shape)}"
-        )
-    expected = torch.arange(shape[-1], dtype=torch.int32, device=order.device)
-    if not torch.equal(order.sort(dim=-1).values, expected.expand(shape)):
-        raise ValueError(f"SparsePlan.{name} must be a permutation of 0..{shape[-1] - 1} in every row")
-
-
-def _check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise ValueError(f"SparsePlan.limit must be at least 1 token or None, got {limit}")
 
 
 def _empty_indices() -> Tensor:
@@ -205,29 +37,33 @@ def _empty_indices() -> Tensor:
 class SparsePlan:
     """Which pairs of query and key an attention call computes: a union of blocks, columns and bands.
 
-    Query ``i`` attends key ``j`` (slots), with positions from `Extent`, exactly when::
+    Query ``i`` attends key ``j`` exactly when::
 
-        live(j)  and  (pos(j) <= pos(i) if causal)  and  (|pos(i) - pos(j)| < limit if limit is given)
-        and (   key block of j is selected for the query block of i
-             or j is in the column list of the group of query blocks that i belongs to
+        the extent allows (i, j)
+        and (   the key block of j is selected for the query block of i
+             or pos(j) is in the column list of the group of query blocks that i belongs to
              or pos(j) < sink[h]  or  |pos(i) - pos(j)| < window[h] )
 
-    A pair that several parts select counts once. Blocks are counted in slots: key block ``j // block_k``, query
-    block ``i // block_q`` (of the permuted order, where there is one).
+    A pair that several parts select counts once. Blocks are counted in positions, as `Grid` says: key block
+    ``pos(j) // block_k``; row m of a batch row's lists is its query block ``first_block + m``. Rows that a batch row
+    does not need are empty.
 
     Fields:
         heads: H for a plan per query head, or G for one per key/value head that its query heads share.
         query_len, key_len: S and T.
-        extent: where the tokens sit; B rows.
+        extent: what the model allows; B rows.
         block_q, block_k: tokens in a query block and in a key block.
         block_indptr: int64 ``[B * heads * M + 1]``; block_indices: int32 ``[nnz]``, ascending in each row.
-        column_group: consecutive query blocks that share one column list (M for vertical lines of a head).
-        column_indptr: int64 ``[B * heads * ceil(M / column_group) + 1]``; column_indices: int32 key slots,
+        column_group: consecutive query blocks that share one column list (M or more for vertical lines of a head).
+        column_indptr: int64 ``[B * heads * ceil(M / column_group) + 1]``; column_indices: int32 key positions,
             ascending in each row. None means no columns.
         sink, window: int32 ``[heads]``; an integer serves all heads. A window of T + S makes a head dense.
-        q_order, k_order: int32 ``[B, heads, S]`` and ``[B, heads, T]``, original index by permuted rank.
-        causal: keys after the query are never attended.
-        limit: the model's own sliding window in tokens, or None.
+        q_order: int32 ``[B, heads, S]``, live queries by permuted rank: 0 is the batch row's first live query. Numbers
+            of S that it has no live query for stand anywhere. The query blocks then count ranks from 0.
+        k_order: int32 ``[B, heads, T]``, key positions by permuted rank, likewise. Causality, columns and bands go by
+            the original positions.
+
+    Tensors are copied, and never written afterwards.
 
     Raises:
         ValueError, TypeError: at construction, naming the value that does not fit.
@@ -244,70 +80,78 @@ class SparsePlan:
     column_group: int = 1
     column_indptr: Tensor = None  # type: ignore[assignment]
     column_indices: Tensor = field(default_factory=_empty_indices)
-    sink: _Integers = 0
-    window: _Integers = 0
+    sink: Integers = 0
+    window: Integers = 0
     q_order: Tensor | None = None
     k_order: Tensor | None = None
-    causal: bool = True
-    limit: int | None = None
-    _pairs: int | None = field(default=None, init=False, repr=False)  # sum of count_pairs, where a planner counted
+    grid: Grid = field(init=False, repr=False)
+    _pairs: Tensor | None = field(default=None, init=False, repr=False)  # count_pairs, where a backend counted
 
     def __post_init__(self) -> None:
         for name in ("heads", "block_q", "block_k", "column_group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"SparsePlan.{name} must be at least 1, got {getattr(self, name)}")
+            integer(getattr(self, name), f"SparsePlan.{name}", least=1)
         for name in ("query_len", "key_len"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"SparsePlan.{name} must not be negative, got {getattr(self, name)}")
-        _check_limit(self.limit)
-        ends = self.extent.key_start + self.extent.key_count
-        if self.batch and int(ends.max()) > self.key_len:
-            raise ValueError(
-                f"SparsePlan.extent names live keys up to slot {int(ends.max())}, but key_len is {self.key_len}"
-            )
-        block_rows, column_rows = self._complete_lists()
+            integer(getattr(self, name), f"SparsePlan.{name}")
+        self.extent.check(self.query_len, self.key_len)
         device = self.device
-        _check_csr(self.block_indptr, self.block_indices, block_rows, self.num_key_blocks, "block", "key blocks")
-        _check_csr(self.column_indptr, self.column_indices, column_rows, self.key_len, "column", "key slots")
-        object.__setattr__(self, "sink", _per_head(self.sink, self.heads, "sink").to(device))
-        object.__setattr__(self, "window", _per_head(self.window, self.heads, "window").to(device))
+        for name in ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, given.to(device, copy=True).contiguous())
+        self._complete()
+        rows = self.batch * self.heads
+        check_csr(
+            self.block_indptr,
+            self.block_indices,
+            rows * self.num_query_blocks,
+            self.num_key_blocks,
+            "block",
+            "key blocks",
+        )
+        check_csr(
+            self.column_indptr,
+            self.column_indices,
+            rows * self.num_column_groups,
+            self.extent.longest,
+            "column",
+            "key positions",
+        )
+        for name in ("sink", "window"):
+            value = integers_per_head(getattr(self, name), f"SparsePlan.{name}", self.heads)
+            object.__setattr__(self, name, value.to(device))
         for name, length in (("q_order", self.query_len), ("k_order", self.key_len)):
             order = getattr(self, name)
             if order is not None:
-                _check_order(order, (self.batch, self.heads, length), name)
+                check_order(order, (self.batch, self.heads, length), name)
 
-    def _complete_lists(self) -> tuple[int, int]:
-        """Gives absent lists row pointers; returns how many rows blocks and columns have."""
-        rows = (
-            self.batch * self.heads * self.num_query_blocks,
-            self.batch * self.heads * self.num_column_groups,
-        )
-        for name, count in zip(("block_indptr", "column_indptr"), rows, strict=True):
+    def _complete(self) -> None:
+        """Sets the grid, and row pointers of lists that are absent."""
+        object.__setattr__(self, "grid", Grid(self.extent, self.block_q, self.block_k))
+        for name, rows in (("block_indptr", self.num_query_blocks), ("column_indptr", self.num_column_groups)):
             if getattr(self, name) is None:
-                indptr = torch.zeros(count + 1, dtype=torch.int64, device=self.device)
+                indptr = torch.zeros(self.batch * self.heads * rows + 1, dtype=torch.int64, device=self.device)
                 object.__setattr__(self, name, indptr)
-        return rows
 
     @classmethod
-    def unchecked(cls, *, pairs: int | None = None, **given: Any) -> SparsePlan:
-        """A plan from fields that a planner knows to be right. Reads no values, so it does not wait for a device.
+    def unchecked(cls, *, pairs: Tensor | None = None, **given: Any) -> SparsePlan:
+        """A plan from fields that a backend knows to be right. Reads no values, so it does not wait for a device.
 
         Args:
-            pairs: the sum of `count_pairs`, where it is known.
+            pairs: what `count_pairs` would give, int64 ``[B, heads]`` on the CPU, where it is known.
             given: the constructor's arguments, each of the right shape and dtype; absent ones take their defaults.
         """
         plan = object.__new__(cls)
         for part in fields(cls):
             value = part.default_factory() if part.default_factory is not MISSING else part.default
             value = given.pop(part.name, value)
-            if value is MISSING or not part.init:
-                value = None
-            object.__setattr__(plan, part.name, value)
-        plan._complete_lists()
+            object.__setattr__(plan, part.name, None if value is MISSING or not part.init else value)
+        if given:
+            raise TypeError(f"SparsePlan has no field {', '.join(sorted(given))}")
+        plan._complete()
         for name in ("sink", "window"):
             value = getattr(plan, name)
             if isinstance(value, Tensor):
-                value = value.to(plan.device, torch.int32, non_blocking=True).contiguous()
+                value = on_device(value.to(torch.int32), plan.device).expand(plan.heads).contiguous()
             else:
                 value = torch.full((plan.heads,), int(value), dtype=torch.int32, device=plan.device)
             object.__setattr__(plan, name, value)
@@ -320,11 +164,13 @@ class SparsePlan:
 
     @property
     def num_query_blocks(self) -> int:
-        return ceil_div(self.query_len, self.block_q)
+        """M."""
+        return self.grid.query_blocks if self.q_order is None else ceil_div(self.query_len, self.block_q)
 
     @property
     def num_key_blocks(self) -> int:
-        return ceil_div(self.key_len, self.block_k)
+        """N."""
+        return self.grid.key_blocks if self.k_order is None else ceil_div(self.key_len, self.block_k)
 
     @property
     def num_column_groups(self) -> int:
@@ -334,12 +180,17 @@ class SparsePlan:
     def device(self) -> torch.device:
         return self.block_indices.device
 
+    @property
+    def permuted(self) -> bool:
+        return self.q_order is not None or self.k_order is not None
+
     @classmethod
-    def dense(
-        cls, heads: int, query_len: int, key_len: int, extent: Extent, *, causal: bool = True, limit: int | None = None
-    ) -> SparsePlan:
-        """The plan that computes every pair that the extent, causality and the model's own window allow."""
-        return cls(heads, query_len, key_len, extent, window=query_len + key_len, causal=causal, limit=limit)
+    def dense(cls, heads: int, query_len: int, key_len: int, extent: Extent) -> SparsePlan:
+        """The plan that computes every pair that the extent allows."""
+        extent.check(query_len, key_len)
+        pairs = extent.count_allowed()[:, None].expand(-1, heads).contiguous()
+        lengths = {"heads": heads, "query_len": query_len, "key_len": key_len}
+        return cls.unchecked(**lengths, extent=extent, window=query_len + key_len, pairs=pairs)
 
     @classmethod
     def from_block_mask(
@@ -355,13 +206,21 @@ class SparsePlan:
     ) -> SparsePlan:
         """From a bool mask of selected blocks ``[B, heads, M, N]``; other fields pass through.
 
-        Without an extent all keys are live and the queries are the last ones.
+        Without an extent all keys are live and the queries are the last ones. M and N are those of `Grid`, or cover S
+        and T where there is an order.
 
         Raises:
             ValueError: the mask's shape does not fit the lengths and block sizes.
         """
-        expected = (ceil_div(query_len, block_q), ceil_div(key_len, block_k))
-        if mask.ndim != 4 or tuple(mask.shape[2:]) != expected or mask.dtype != torch.bool:
+        if mask.ndim != 4 or mask.dtype != torch.bool:
+            raise ValueError(f"a block mask must be bool [batch, heads, M, N], got {mask.dtype} {tuple(mask.shape)}")
+        extent = extent if extent is not None else Extent.full(mask.shape[0], query_len, key_len)
+        grid = Grid(extent, block_q, block_k)
+        expected = (
+            grid.query_blocks if fields.get("q_order") is None else ceil_div(query_len, block_q),
+            grid.key_blocks if fields.get("k_order") is None else ceil_div(key_len, block_k),
+        )
+        if tuple(mask.shape[2:]) != expected:
             raise ValueError(
                 f"a block mask must be bool [batch, heads, {expected[0]}, {expected[1]}] for lengths "
                 f"{query_len}, {key_len} and blocks {block_q}, {block_k}; got {mask.dtype} {tuple(mask.shape)}"
@@ -374,21 +233,13 @@ class SparsePlan:
             heads=mask.shape[1],
             query_len=query_len,
             key_len=key_len,
-            extent=extent if extent is not None else Extent.full(mask.shape[0], query_len, key_len),
+            extent=extent,
             block_q=block_q,
             block_k=block_k,
             block_indptr=indptr,
             block_indices=indices,
             **fields,
         )
-
-    def with_limit(self, limit: int | None) -> SparsePlan:
-        """The same plan under a model's own sliding window of ``limit`` tokens."""
-        if limit == self.limit:
-            return self
-        _check_limit(limit)
-        given = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
-        return SparsePlan.unchecked(**(given | {"limit": limit}))
 
     def to(self, device: torch.device | str) -> SparsePlan:
         """The same plan with its tensors on ``device``; the extent stays on the CPU."""
@@ -400,72 +251,76 @@ class SparsePlan:
 
     def block_mask(self) -> Tensor:
         """The selected blocks as bool ``[B, heads, M, N]``; columns and bands are not in it."""
-        rows = self.batch * self.heads * self.num_query_blocks
-        mask = torch.zeros(rows, self.num_key_blocks, dtype=torch.bool, device=self.device)
-        row = torch.repeat_interleave(torch.arange(rows, device=self.device), self.block_indptr.diff())
-        mask[row, self.block_indices.long()] = True
-        return mask.view(self.batch, self.heads, self.num_query_blocks, self.num_key_blocks)
+        return self._listed(self.block_indptr, self.block_indices, self.num_query_blocks, self.num_key_blocks)
 
     def column_mask(self) -> Tensor:
-        """The column lists as bool ``[B, heads, groups, T]``."""
-        rows = self.batch * self.heads * self.num_column_groups
-        mask = torch.zeros(rows, self.key_len, dtype=torch.bool, device=self.device)
-        row = torch.repeat_interleave(torch.arange(rows, device=self.device), self.column_indptr.diff())
-        mask[row, self.column_indices.long()] = True
-        return mask.view(self.batch, self.heads, self.num_column_groups, self.key_len)
+        """The column lists as bool ``[B, heads, groups, positions]``."""
+        return self._listed(self.column_indptr, self.column_indices, self.num_column_groups, self.extent.longest)
+
+    def _listed(self, indptr: Tensor, indices: Tensor, rows: int, width: int) -> Tensor:
+        mask = torch.zeros(self.batch * self.heads * rows, width, dtype=torch.bool, device=self.device)
+        row = torch.repeat_interleave(torch.arange(mask.shape[0], device=self.device), indptr.diff())
+        mask[row, indices.long()] = True
+        return mask.view(self.batch, self.heads, rows, width)
 
     def rows_mask(self, rows: Tensor) -> Tensor:
         """The definition, for the query rows ``int64 [R]``: bool ``[B, heads, R, T]``, True where computed."""
         device = self.device
-        kpos = self.extent.key_positions(self.key_len).to(device)[:, None, None, :]
-        qpos = self.extent.query_positions(self.query_len)[:, rows.cpu()].to(device)[:, None, :, None]
-        live = (kpos >= 0) & (kpos < self.extent.key_count.to(device)[:, None, None, None])
-        allowed = live & (kpos <= qpos) if self.causal else live.expand(-1, -1, len(rows), -1)
-        if self.limit is not None:
-            allowed = allowed & ((qpos - kpos).abs() < self.limit)
-
+        rows = rows.to(device)
+        allowed = self.extent.allowed(rows, self.key_len, device)[:, None]
+        key = self.extent.key_positions(self.key_len, device)[:, None, None]  # [B, 1, 1, T]
+        query = self.extent.query_positions(self.query_len, device)[:, rows][:, None, :, None]
         shape = (self.batch, self.heads, len(rows), self.key_len)
-        q_block = self._ranks(self.q_order, self.query_len)[..., rows.to(device)] // self.block_q
-        k_block = self._ranks(self.k_order, self.key_len) // self.block_k
         selected = torch.zeros(shape, dtype=torch.bool, device=device)
+        q_block, k_block = self._query_blocks(rows), self._key_blocks()
         if self.block_indices.numel():
             blocks = self.block_mask().gather(2, q_block[..., None].expand(-1, -1, -1, self.num_key_blocks))
-            selected |= blocks.gather(3, k_block[:, :, None, :].expand(shape))
+            selected |= blocks.gather(3, k_block[:, :, None].expand(shape))
         if self.column_indices.numel():
-            group = (q_block // self.column_group)[..., None].expand(shape)
-            selected |= self.column_mask().gather(2, group)
-        selected |= kpos < torch.as_tensor(self.sink).view(1, -1, 1, 1)
-        selected |= (qpos - kpos).abs() < torch.as_tensor(self.window).view(1, -1, 1, 1)
+            columns = self.column_mask()
+            group = (q_block // self.column_group)[..., None].expand(-1, -1, -1, columns.shape[-1])
+            selected |= columns.gather(2, group).gather(3, key.clamp(0, columns.shape[-1] - 1).expand(shape))
+        selected |= key < torch.as_tensor(self.sink).view(1, -1, 1, 1)
+        selected |= (query - key).abs() < torch.as_tensor(self.window).view(1, -1, 1, 1)
         return selected & allowed
 
-    def _ranks(self, order: Tensor | None, length: int) -> Tensor:
-        """Rank of each original index in the (permuted) order, int64 ``[B, heads, length]``."""
-        ranks = torch.arange(length, device=self.device).expand(self.batch, self.heads, length)
-        if order is None:
-            return ranks
-        return torch.empty_like(ranks, memory_format=torch.contiguous_format).scatter_(2, order.long(), ranks)
+    def _query_blocks(self, rows: Tensor) -> Tensor:
+        """Row of the plan's lists of each query row, int64 ``[B, heads, R]``; anything for dead queries."""
+        extent, most = self.extent, max(0, self.num_query_blocks - 1)
+        if self.q_order is None:
+            position = rows + on_device(extent.query_start, rows.device)[:, None]
+            block = position // self.block_q - on_device(self.grid.first_block, rows.device)[:, None]
+            return block.clamp(0, most)[:, None].expand(-1, self.heads, -1)
+        ordinal = (rows - on_device(extent.first_query, rows.device)[:, None]).clamp(0, max(0, self.query_len - 1))
+        return _ranks(self.q_order).gather(2, ordinal[:, None].expand(-1, self.heads, -1)) // self.block_q
+
+    def _key_blocks(self) -> Tensor:
+        """Key block of each slot, int64 ``[B, heads, T]``; anything for dead slots."""
+        position = self.extent.key_positions(self.key_len, self.device).clamp(0, max(0, self.key_len - 1))
+        position = position[:, None].expand(-1, self.heads, -1)
+        rank = position if self.k_order is None else _ranks(self.k_order).gather(2, position)
+        return (rank // self.block_k).clamp(max=max(0, self.num_key_blocks - 1))
 
     def to_mask(self) -> Tensor:
         """Dense bool mask ``[B, heads, S, T]``. For tests and pictures: it has S * T entries a head."""
         return self.rows_mask(torch.arange(self.query_len))
 
     def count_pairs(self) -> Tensor:
-        """Number of pairs that the plan computes, int64 ``[B, heads]``. Exact; never builds the S x T mask
-        (unless the plan is permuted)."""
+        """Number of pairs that the plan computes, int64 ``[B, heads]`` on the CPU. Exact.
+
+        Known where a backend made the plan; else counted in torch, which never builds the S x T mask (unless the plan
+        is permuted).
+        """
+        if self._pairs is not None:
+            return self._pairs.clone()
         from gossamer.plan.count import count_pairs
 
         return count_pairs(self)
 
     def density(self) -> float:
-        """Computed pairs over live allowed pairs (causal, inside the model's own window); 1.0 if there are none.
-
-        For a plan on a device this waits for `count_pairs`, unless the planner has counted already.
-        """
-        from gossamer.plan.count import dense_pairs
-
-        total = dense_pairs(self.extent, self.query_len, causal=self.causal, limit=self.limit) * self.heads
-        computed = int(self.count_pairs().sum()) if self._pairs is None else self._pairs
-        return computed / total if total else 1.0
+        """Computed pairs over the pairs that the extent allows; 1.0 if there are none."""
+        total = int(self.extent.count_allowed().sum()) * self.heads
+        return int(self.count_pairs().sum()) / total if total else 1.0
 
     def memory_bytes(self) -> int:
         """Bytes held by the plan's tensors."""
@@ -483,3 +338,9 @@ class SparsePlan:
         from gossamer.plan.flex_mask import to_block_mask
 
         return to_block_mask(self, num_heads if num_heads is not None else self.heads)
+
+
+def _ranks(order: Tensor) -> Tensor:
+    """Rank of each original number, of the last dimension."""
+    ranks = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    return torch.empty(order.shape, dtype=torch.int64, device=order.device).scatter_(2, order.long(), ranks)

@@ -1,5 +1,5 @@
 """Profiles: methods per layer and head, as files."""
 
-from gossamer.profiles.profile import HeadPattern, Profile
+from gossamer.profiles.profile import Profile, Provenance
 
-__all__ = ["HeadPattern", "Profile"]
+__all__ = ["Profile", "Provenance"]

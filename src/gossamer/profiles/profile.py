@@ -1,4 +1,4 @@
-"""Profiles: which pattern each head of a model uses, as JSON with a schema version and provenance."""
+"""Profiles: a method for each layer and head of a model, as JSON with a schema version and provenance."""
 
 from __future__ import annotations
 
@@ -10,55 +10,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HeadPattern", "Profile"]
+from gossamer.methods import AShape, BlockSparse, Method, MInference, PerHead, VerticalSlash, from_dict
 
-SCHEMA = 1
-KINDS = {
-    "vertical_slash": ("vertical_size", "slash_size"),
-    "a_shape": ("sink", "window"),
-    "block_sparse": ("blocks",),
-    "dense": (),
+__all__ = ["Profile", "Provenance"]
+
+SCHEMA = 2
+# MInference's published files: the pattern's name, and the fields that its numbers fill.
+_PUBLISHED: dict[str, tuple[type[Method], tuple[str, ...]]] = {
+    "vertical_and_slash": (VerticalSlash, ("vertical_size", "slash_size")),
+    "stream_llm": (AShape, ("sink", "window")),
+    "block_sparse": (BlockSparse, ("blocks",)),
 }
-_PUBLISHED_KINDS = {"vertical_and_slash": "vertical_slash", "stream_llm": "a_shape", "block_sparse": "block_sparse"}
-
-
-@dataclass(frozen=True, slots=True)
-class HeadPattern:
-    """One head's pattern and budget: `kind` is a key of ``KINDS``, `budget` its numbers in that order.
-
-    ``vertical_slash`` (vertical_size, slash_size), ``a_shape`` (sink, window), ``block_sparse`` (blocks), ``dense``
-    (nothing); all in tokens but blocks. `score` is what the search measured, if anything.
-    """
-
-    kind: str
-    budget: tuple[int, ...] = ()
-    score: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown pattern {self.kind!r}; known: {', '.join(KINDS)}")
-        names = KINDS[self.kind]
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.budget)
-        if len(self.budget) != len(names) or not whole:
-            raise ValueError(
-                f"pattern {self.kind!r} takes {len(names)} non-negative integers ({', '.join(names) or 'none'}), "
-                f"got {self.budget!r}"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        values = dict(zip(KINDS[self.kind], self.budget, strict=True))
-        return {"pattern": self.kind} | values | ({} if self.score is None else {"score": self.score})
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> HeadPattern:
-        kind = data.get("pattern")
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise ValueError(f"unknown pattern {kind!r}; known: {', '.join(KINDS)}")
-        wrong = sorted(set(data) - {"pattern", "score", *KINDS[kind]})
-        missing = [name for name in KINDS[kind] if name not in data]
-        if wrong or missing:
-            raise ValueError(f"pattern {kind!r}: unknown fields {wrong}, missing fields {missing}")
-        return cls(kind, tuple(data[name] for name in KINDS[kind]), data.get("score"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,79 +37,84 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Patterns ``[layer][head]`` (query heads). Found by a model's shape, not by a hub name.
+    """Methods ``[layer][head]`` (query heads) of one model, found by its shape, not by a hub name.
+
+    Fields:
+        layers: any methods with any fields.
+        scores: what the search measured for each, if anything, by layer and head.
+        provenance: where it comes from.
 
     Raises:
-        ValueError: no layers, or layers of different numbers of heads.
+        ValueError, TypeError: no layers, layers of different numbers of heads, scores of another shape, or something
+            that is no method.
     """
 
-    patterns: tuple[tuple[HeadPattern, ...], ...]
+    layers: tuple[tuple[Method, ...], ...]
+    scores: tuple[tuple[float | None, ...], ...] | None = None
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
-        heads = {len(layer) for layer in self.patterns}
-        if len(heads) != 1 or 0 in heads:
-            raise ValueError(
-                f"a profile needs at least one layer and the same number of heads in each, got {sorted(heads)} heads"
-            )
-
-    @property
-    def layers(self) -> int:
-        return len(self.patterns)
+        if not self.layers:
+            raise ValueError("a profile needs at least one layer")
+        object.__setattr__(self, "layers", PerHead(self.layers).layers)
+        shape = [len(layer) for layer in self.layers]
+        if self.scores is not None and [len(layer) for layer in self.scores] != shape:
+            raise ValueError(f"a profile's scores must be [layer][head] as its methods, {shape} heads")
 
     @property
     def heads(self) -> int:
-        return len(self.patterns[0])
+        return len(self.layers[0])
+
+    @property
+    def method(self) -> PerHead:
+        """The method that runs it; MInference, if it has no others than MInference's patterns."""
+        known = (AShape, VerticalSlash, BlockSparse)
+        minference = all(type(method) in known for layer in self.layers for method in layer)
+        return MInference(self.layers) if minference else PerHead(self.layers)
 
     @classmethod
-    def uniform(cls, layers: int, heads: int, pattern: HeadPattern) -> Profile:
-        """The same pattern for every head."""
-        return cls(((pattern,) * heads,) * layers)
-
-    def layer(self, index: int | None, heads: int) -> tuple[HeadPattern, ...]:
-        """The patterns of one layer.
-
-        Raises:
-            ValueError: no layer was given, it is beyond the profile, or the number of heads differs.
-        """
-        if index is None:
-            raise ValueError("a profile differs between layers: pass layer=, the index of the model's layer")
-        if not 0 <= index < self.layers or heads != self.heads:
-            raise ValueError(
-                f"the profile is for {self.layers} layers of {self.heads} heads, but layer {index} with {heads} heads "
-                "was asked for; use a profile made for this model"
-            )
-        return self.patterns[index]
+    def uniform(cls, layers: int, heads: int, method: Method) -> Profile:
+        """The same method for every head."""
+        return cls(((method,) * heads,) * layers)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
-            "layers": self.layers,
+            "layers": len(self.layers),
             "heads": self.heads,
             "provenance": asdict(self.provenance),
-            "patterns": [[head.to_dict() for head in layer] for layer in self.patterns],
-        }
+            "methods": [[method.to_dict() for method in layer] for layer in self.layers],
+        } | ({} if self.scores is None else {"scores": [list(layer) for layer in self.scores]})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Profile:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError: another schema, or a field that does not fit; the message says which head.
+            ValueError: another schema, or a field that does not fit; the message says which layer and head.
         """
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             given = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"profile schema {given!r} is not supported; this version reads schema {SCHEMA}")
-        layers: list[tuple[HeadPattern, ...]] = []
-        for i, layer in enumerate(data.get("patterns") or []):
-            try:
-                layers.append(tuple(HeadPattern.from_dict(head) for head in layer))
-            except (ValueError, AttributeError, TypeError) as error:
-                raise ValueError(f"profile layer {i}: {error}") from error
-        provenance = dict(data.get("provenance") or {})
-        provenance["lengths"] = tuple(provenance.get("lengths", ()))
+        methods, scores, provenance = data.get("methods"), data.get("scores"), data.get("provenance") or {}
+        if not _is_table(methods):
+            raise ValueError("a profile's methods must be a list (layers) of lists (heads)")
+        if scores is not None and not _is_table(scores):
+            raise ValueError("a profile's scores must be a list (layers) of lists (heads)")
+        if not isinstance(provenance, dict) or not isinstance(provenance.get("lengths", []), list):
+            raise ValueError("a profile's provenance must be an object, and its lengths a list")
+        layers: list[list[Method]] = []
+        for i, layer in enumerate(methods or []):
+            layers.append([])
+            for j, head in enumerate(layer):
+                try:
+                    layers[-1].append(from_dict(head))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"profile layer {i}, head {j}: {error}") from error
         known = {name: provenance[name] for name in Provenance.__slots__ if name in provenance}
-        return cls(tuple(layers), Provenance(**known))
+        known["lengths"] = tuple(known.get("lengths", ()))
+        rows = None if scores is None else tuple(tuple(layer) for layer in scores)
+        return cls(tuple(tuple(layer) for layer in layers), rows, Provenance(**known))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, to a temporary name first: a profile on disk is always whole."""
@@ -174,18 +141,24 @@ class Profile:
     @classmethod
     def from_minference(cls, layers: Sequence[dict[str, Sequence[Any]]]) -> Profile:
         """From MInference's published pattern files: a list (layers) of ``{"head": [type, a, b, score]}``."""
-        patterns: list[tuple[HeadPattern, ...]] = []
+        methods: list[tuple[Method, ...]] = []
+        scores: list[tuple[float | None, ...]] = []
         for i, layer in enumerate(layers):
-            row: list[HeadPattern] = []
+            row: list[Method] = []
             for head in range(len(layer)):
                 entry = layer.get(str(head))
-                if entry is None or len(entry) < 3 or entry[0] not in _PUBLISHED_KINDS:
+                if entry is None or len(entry) < 3 or entry[0] not in _PUBLISHED:
                     raise ValueError(
                         f"layer {i}, head {head}: expected [type, number, number, score] with a type of "
-                        f"{', '.join(_PUBLISHED_KINDS)}, got {entry!r}"
+                        f"{', '.join(_PUBLISHED)}, got {entry!r}"
                     )
-                kind = _PUBLISHED_KINDS[entry[0]]
-                budget = tuple(int(n) for n in entry[1 : 1 + len(KINDS[kind])])
-                row.append(HeadPattern(kind, budget, float(entry[3]) if len(entry) > 3 else None))
-            patterns.append(tuple(row))
-        return cls(tuple(patterns), Provenance(samples="a pattern file in MInference's published format"))
+                kind, names = _PUBLISHED[entry[0]]
+                row.append(kind.from_fields({name: int(n) for name, n in zip(names, entry[1:], strict=False)}))
+            methods.append(tuple(row))
+            found = [layer[str(head)] for head in range(len(layer))]
+            scores.append(tuple(float(entry[3]) if len(entry) > 3 else None for entry in found))
+        return cls(tuple(methods), tuple(scores), Provenance(samples="a file in MInference's published format"))
+
+
+def _is_table(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, list) for row in rows)

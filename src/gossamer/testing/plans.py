@@ -5,11 +5,25 @@ from __future__ import annotations
 import random
 
 import torch
+from torch import Tensor
 
-from gossamer.plan import Extent, SparsePlan, ceil_div
-from gossamer.selectors import CsrBuilder
+from gossamer.plan import Extent, Grid, SparsePlan, ceil_div
 
-__all__ = ["random_plan"]
+__all__ = ["random_extent", "random_plan"]
+
+
+def random_extent(
+    seed: int, *, batch: int, query_len: int, key_len: int, causal: bool = True, limit: int | None = None
+) -> Extent:
+    """Rows with left padding, right padding, spare key slots and queries that start anywhere."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(batch):
+        start = rng.randint(0, key_len)
+        first = rng.randint(-query_len // 2, key_len)
+        rows.append((first, rng.randint(0, query_len - max(-first, 0)), start, rng.randint(0, key_len - start)))
+    columns = zip(*rows, strict=True) if rows else [[]] * 4
+    return Extent(*(list(column) for column in columns), causal=causal, limit=limit)
 
 
 def random_plan(
@@ -29,46 +43,44 @@ def random_plan(
     """A plan whose parts are present or absent by chance.
 
     Args:
-        padded: rows get left padding, dead tail slots and queries that start anywhere; else all keys are live and
-            the queries are the last ones.
+        padded: an extent from `random_extent`; else all is live, and causal queries are the last ones.
         permuted: gives it random query and key orders.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    if padded:
-        starts = [rng.randint(0, key_len) for _ in range(batch)]
-        counts = [rng.randint(0, key_len - start) for start in starts]
-        extent = Extent([rng.randint(-query_len // 2, key_len) for _ in range(batch)], starts, counts)
-    else:
-        extent = Extent.full(batch, query_len, key_len)
-    blocks_q, blocks_k = ceil_div(query_len, block_q), ceil_div(key_len, block_k)
-    group = rng.choice([1, 2, max(1, blocks_q)])
+    size = {"batch": batch, "query_len": query_len, "key_len": key_len}
+    extent = (random_extent if padded else _full)(seed, **size, causal=causal, limit=limit)
+    grid = Grid(extent, block_q, block_k)
+    rows = ceil_div(query_len, block_q) if permuted else grid.query_blocks
+    width = ceil_div(key_len, block_k) if permuted else grid.key_blocks
+    group = rng.choice([1, 2, max(1, rows)])
 
-    def bits(*shape: int, share: float) -> torch.Tensor:
+    def bits(*shape: int, share: float) -> Tensor:
         return torch.rand(*shape, generator=generator) < share
 
-    columns = CsrBuilder()
-    columns.add(bits(batch, heads, ceil_div(blocks_q, group), key_len, share=rng.choice([0.0, 0.02, 0.3])))
-    column_indptr, column_indices = columns.build()
+    listed = bits(batch, heads, ceil_div(rows, group), extent.longest, share=rng.choice([0.0, 0.02, 0.3]))
+    counts = listed.sum(dim=-1).flatten()
 
-    def order(length: int) -> torch.Tensor:
+    def order(length: int) -> Tensor:
         keys = torch.rand(batch, heads, length, generator=generator)
         return keys.argsort(dim=-1).to(torch.int32)
 
     return SparsePlan.from_block_mask(
-        bits(batch, heads, blocks_q, blocks_k, share=rng.choice([0.0, 0.2, 0.7])),
+        bits(batch, heads, rows, width, share=rng.choice([0.0, 0.2, 0.7])),
         query_len,
         key_len,
         extent=extent,
         block_q=block_q,
         block_k=block_k,
         column_group=group,
-        column_indptr=column_indptr,
-        column_indices=column_indices,
+        column_indptr=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+        column_indices=listed.flatten(0, 2).nonzero()[:, 1].to(torch.int32),
         sink=[rng.choice([0, 0, 1, 5, 70]) for _ in range(heads)],
         window=[rng.choice([0, 0, 1, 3, 40, 150]) for _ in range(heads)],
         q_order=order(query_len) if permuted else None,
         k_order=order(key_len) if permuted else None,
-        causal=causal,
-        limit=limit,
     )
+
+
+def _full(seed: int, *, batch: int, query_len: int, key_len: int, causal: bool, limit: int | None) -> Extent:
+    return Extent.full(batch, query_len, key_len, causal=causal, limit=limit)

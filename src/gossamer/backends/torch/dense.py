@@ -1,0 +1,67 @@
+"""Dense attention under an explicit mask: what gradients, dropout-free fallbacks and short calls run on."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gossamer.call import AttentionCall
+
+__all__ = ["dense", "sdpa", "under_mask"]
+
+
+def dense(call: AttentionCall) -> Tensor:
+    """Every pair that the call's extent allows: ``[B, H, S, Dv]``, 0 for rows that attend nothing. Differentiable.
+
+    torch's scaled_dot_product_attention, or plain torch where there are sinks or a soft-cap, which it lacks. Holds a
+    bool mask ``[B, 1, S, T]`` unless all keys are live and the queries are all or the last of them.
+    """
+    if not needs_mask(call):
+        causal = call.extent.causal and call.query_len > 1
+        return sdpa(call.q, call.k, call.values, call.scale, is_causal=causal)
+    mask = call.extent.allowed(torch.arange(call.query_len), call.key_len)[:, None].to(call.device)
+    some = mask.any(dim=-1, keepdim=True)
+    # Rows without any key attend all of them, so that neither they nor their gradients are NaN; then they count as 0.
+    out = under_mask(call, mask | ~some)
+    return out if bool(some.all()) else torch.where(some, out, 0.0)
+
+
+def needs_mask(call: AttentionCall) -> bool:
+    """Whether SDPA's own causality does not describe the call."""
+    extent = call.extent
+    reach = max(call.key_len, call.query_len)
+    if call.sinks is not None or call.softcap is not None or (extent.limit is not None and extent.limit < reach):
+        return True
+    if not extent.is_trivial(call.query_len, call.key_len):
+        return True
+    return extent.causal and call.query_len != 1 and call.query_len != call.key_len
+
+
+def under_mask(call: AttentionCall, mask: Tensor | None) -> Tensor:
+    """Dense attention under a bool mask ``[B, 1, S, T]`` (or broadcastable), instead of the extent; None: no mask."""
+    q, k, v = call.q, call.k, call.values
+    if call.sinks is None and call.softcap is None:
+        return sdpa(q, k, v, call.scale, attn_mask=mask)
+    batch, heads, query_len, dim = q.shape
+    rows = q.reshape(batch, call.groups, -1, dim)
+    logits = (rows @ k.transpose(-1, -2)).float().mul(call.scale).view(batch, heads, query_len, call.key_len)
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    if call.sinks is not None:
+        extra = call.sinks.float().view(1, heads, 1, 1).expand(batch, heads, query_len, 1)
+        weights = torch.cat([logits, extra], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = logits.softmax(dim=-1)
+    weights = weights.to(v.dtype).view(batch, call.groups, -1, call.key_len)
+    return (weights @ v).view(batch, heads, query_len, v.shape[-1])
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )

@@ -1,0 +1,186 @@
+"""`Blocks`: from scores and rules to a plan. It owns geometry, lists, empty inputs and the order of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gossamer.backends import backend_of
+from gossamer.call import AttentionCall
+from gossamer.plan import Grid, SparsePlan
+from gossamer.rules import Candidates, Rule
+
+__all__ = ["Blocks"]
+
+# Chosen flags of a part without scores.
+MASK_BYTES = 64 << 20
+
+
+class Blocks:
+    """Builds the plan of one call: a method says what to keep and by which rule to choose, and never sees a list.
+
+    The plan has all that `keep`, `choose`, `diagonals` and `columns` name, and bands; a pair that several name counts
+    once. From the first of these calls but `columns` on, every query block keeps its own key blocks, so that no live
+    query is left without a key; a method of bands alone calls none of them.
+
+    Args:
+        block_q, block_k: tokens of a query block and of a key block.
+        per: ``"head"`` for lists of their own for each of H query heads, ``"kv_head"`` for lists that the query heads of
+            a key/value head share.
+
+    Attributes:
+        grid: how the blocks lie; `gossamer.scores` take it.
+        heads: of the plan, H or G.
+    """
+
+    def __init__(
+        self,
+        call: AttentionCall,
+        block_q: int = 64,
+        block_k: int = 64,
+        *,
+        per: Literal["head", "kv_head"] = "head",
+    ) -> None:
+        self.call = call
+        self.grid = Grid(call.extent, block_q, block_k)
+        self.heads = call.heads if per == "head" else call.groups
+        self._backend = backend_of(call, "ListWriter")
+        self._rows: Any = None
+        self._missing: list[range] = []
+        self._columns: Any = None
+        self._column_group = max(1, self.grid.query_blocks)
+        self._first, self._own, self._last_rows = 0, 1, 0
+        self._diagonals: Tensor | None = None
+        self._forcing: Tensor | None = None
+        self._pending: list[tuple[range, Tensor]] = []
+        self._pending_rule: Rule | None = None
+
+    def keep(self, *, first: int = 0, own: int = 1, last_rows: int = 0, heads: Tensor | None = None) -> None:
+        """Force blocks into every query block's choice, as far as it sees them. Comes before `choose`.
+
+        Args:
+            first: the first key blocks.
+            own: the query block's own key blocks and the ``own - 1`` before (and after, where attention is not causal).
+            last_rows: everything, for query blocks that hold one of the last ``last_rows`` live queries of the call.
+            heads: bool ``[B, heads]``, only for these.
+        """
+        self._first, self._own, self._last_rows, self._forcing = first, own, last_rows, heads
+        self._start()
+
+    def diagonals(self, chosen: Tensor) -> None:
+        """Take whole block diagonals: bool ``[B, heads, n]``, the n-th at n blocks before a query block's own.
+
+        And after it, where attention is not causal. Comes before `choose`.
+        """
+        self._diagonals = chosen
+        self._start()
+
+    def choose(self, part: range, scores: Tensor, rule: Rule) -> None:
+        """Choose the key blocks of some query blocks, by a rule on their scores.
+
+        Parts may come in any order, each query block in one of them. A rule that needs all rows of a head is applied
+        when the last part is there; the scores are held until then.
+
+        Args:
+            part: plan rows, as `gossamer.scores` say them.
+            scores: fp32 ``[B, heads, len(part), N]``.
+        """
+        self._start()
+        if rule.all_rows:
+            self._pending.append((part, scores))
+            self._pending_rule = rule
+            self._choose_pending()
+        else:
+            self._write(part, scores, rule)
+
+    def columns(self, scores: Tensor, rule: Rule) -> None:
+        """Choose single keys for all query blocks alike, by a rule on the scores ``[B, heads, positions]``."""
+        width = self.call.extent.longest
+        self._columns = self._backend.ListWriter(self.call.batch, self.heads, 1, width, self.call.device)
+        live = torch.stack([torch.zeros_like(self.call.extent.key_count), self.call.extent.key_count], dim=-1)[:, None]
+        self._columns.choose(range(1), Candidates(live, live[..., :1].expand_as(live)), scores[:, :, None], rule)
+
+    def lists(self, parts: Iterator[tuple[range, Any, Any]]) -> None:
+        """Blocks and columns of each query block as lists: ``part, (counts, indices), (counts, indices)``.
+
+        For methods that construct lists themselves (`gossamer.backends.torch.exact_slashes`). Counts are int64
+        ``[B, heads, len(part)]``, indices int32 in order.
+        """
+        self._backend = backend_of(self.call, "exact_slashes")  # one whose writer takes lists
+        size = (self.call.batch, self.heads, self.grid.query_blocks)
+        self._rows = self._backend.ListWriter(*size, self.grid.key_blocks, self.call.device)
+        self._columns = self._backend.ListWriter(*size, self.call.extent.longest, self.call.device)
+        self._missing, self._column_group = [], 1
+        for part, blocks, columns in parts:
+            self._rows.take(part, *blocks)
+            self._columns.take(part, *columns)
+
+    def plan(self, *, sink: Tensor | int = 0, window: Tensor | int = 0) -> SparsePlan:
+        """The plan, its pairs counted. ``sink`` and ``window`` are its bands in tokens, one number or ``[heads]``.
+
+        On a device this waits once, for the numbers of blocks, columns and pairs.
+
+        Raises:
+            ValueError: a rule needed all rows, and some never came.
+        """
+        if self._pending:
+            raise ValueError(
+                f"{type(self._pending_rule).__name__} needs all {self.grid.query_blocks} query blocks, "
+                f"got {sum(len(part) for part, _ in self._pending)}"
+            )
+        row_bytes = self.call.batch * self.heads * self.grid.key_blocks
+        for missing in self._missing:
+            for part in self.grid.parts(row_bytes, MASK_BYTES):
+                both = range(max(part.start, missing.start), min(part.stop, missing.stop))
+                if both:
+                    self._rows.choose(both, self._candidates(both))
+        return self._backend.finish(
+            self._rows,
+            self._columns,
+            heads=self.heads,
+            query_len=self.call.query_len,
+            key_len=self.call.key_len,
+            extent=self.call.extent,
+            block_q=self.grid.block_q,
+            block_k=self.grid.block_k,
+            column_group=self._column_group,
+            sink=sink,
+            window=window,
+        )
+
+    def _start(self) -> None:
+        if self._rows is None:
+            size = (self.call.batch, self.heads, self.grid.query_blocks, self.grid.key_blocks)
+            self._rows = self._backend.ListWriter(*size, self.call.device)
+            self._missing = [range(self.grid.query_blocks)]
+
+    def _write(self, part: range, scores: Tensor, rule: Rule) -> None:
+        self._rows.choose(part, self._candidates(part), scores, rule)
+        self._missing = [
+            rest
+            for gap in self._missing
+            for rest in (range(gap.start, min(gap.stop, part.start)), range(max(gap.start, part.stop), gap.stop))
+            if rest
+        ]
+
+    def _choose_pending(self) -> None:
+        parts = sorted(self._pending, key=lambda pair: pair[0].start)
+        if sum(len(part) for part, _ in parts) == self.grid.query_blocks and self._pending_rule is not None:
+            scores = parts[0][1] if len(parts) == 1 else torch.cat([scores for _, scores in parts], dim=2)
+            self._pending = []
+            self._write(range(self.grid.query_blocks), scores, self._pending_rule)
+
+    def _candidates(self, part: range) -> Candidates:
+        rows = slice(part.start, part.stop)
+        seen, forced = self.grid.seen[:, rows], self.grid.own(self._own)[:, rows]
+        if self._own == 0:
+            forced = torch.zeros_like(forced)
+        if self._last_rows:
+            forced = torch.where(self.grid.holds_last(self._last_rows)[:, rows, None], seen, forced)
+        origin = None if self._diagonals is None else (self.grid.queries[:, rows, 1] - 1) // self.grid.block_k
+        return Candidates(
+            seen, forced, self._first, self._forcing, self._diagonals, origin, mirrored=not self.call.extent.causal
+        )

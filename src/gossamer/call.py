@@ -1,0 +1,235 @@
+"""`AttentionCall`: one attention call, validated once at the door and handed down whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from gossamer.plan import Extent, SparsePlan
+
+__all__ = ["AttentionCall", "CallFields", "Store"]
+
+
+class Store(Protocol):
+    """A cache that knows more than keys and values: pages, summaries, encoded keys. Methods read it, never write it."""
+
+    def summaries(self, layer: int | None) -> Mapping[str, Tensor]:
+        """What the store knows of a layer's keys, by name."""
+        ...
+
+
+class CallFields(TypedDict, total=False):
+    """The keywords by which `gossamer.sparse_attention` describes a call; see `AttentionCall`.
+
+    ``causal`` and ``limit`` make the extent where none is given.
+    """
+
+    extent: Extent | None
+    causal: bool
+    limit: int | None
+    scale: float | None
+    sinks: Tensor | None
+    softcap: float | None
+    layer: int | None
+    store: Store | None
+    layout: Any
+    step: Any
+    state: Sequence[dict[str, Any]] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCall:
+    """What is asked of one attention layer.
+
+    Fields:
+        q: ``[B, H, S, D]``; k: ``[B, G, T, D]``; v: ``[B, G, T, Dv]``, None while only planning. H is a multiple of G.
+        extent: which pairs the model allows; default: causal, all keys live, the queries the last S.
+        scale: factor of the logits ``q . k``; default ``D ** -0.5``.
+        sinks: ``[H]``, one extra logit a head in the softmax denominator, with no value (gpt-oss).
+        softcap: logits become ``softcap * tanh(logits / softcap)`` before the mask (Gemma 2).
+        layer: the model's index of the layer, for methods that differ between layers.
+        store: a cache that knows more than k and v.
+        layout: what the tokens are: text, frames of height x width, modalities.
+        step: denoising step and guidance branch.
+        state: one mapping for each batch row, which an integration keeps over the calls of a request.
+
+    Raises:
+        ValueError, TypeError: at construction: what was given, what was expected, what to do.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None = None
+    extent: Extent = None  # type: ignore[assignment]  # set in __post_init__
+    scale: float = None  # type: ignore[assignment]
+    sinks: Tensor | None = None
+    softcap: float | None = None
+    layer: int | None = None
+    store: Store | None = None
+    layout: Any = None
+    step: Any = None
+    state: Sequence[dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        _check_tensors(self.q, self.k, self.v)
+        if self.extent is None:
+            object.__setattr__(self, "extent", Extent.full(self.batch, self.query_len, self.key_len))
+        if self.extent.batch != self.batch:
+            raise ValueError(f"the extent has {self.extent.batch} batch rows, but q has {self.batch}")
+        self.extent.check(self.query_len, self.key_len)
+        scale = self.scale if self.scale is not None else 1.0 / math.sqrt(self.q.shape[-1])
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite number, got {scale}")
+        object.__setattr__(self, "scale", float(scale))
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be above 0 or None, got {self.softcap}")
+        if self.sinks is not None and (self.sinks.shape != (self.heads,) or self.sinks.device != self.q.device):
+            raise ValueError(
+                f"sinks must have shape ({self.heads},), one logit a query head, on {self.q.device}, "
+                f"got {tuple(self.sinks.shape)} on {self.sinks.device}"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        extent: Extent | None = None,
+        causal: bool = True,
+        limit: int | None = None,
+        **fields: Any,
+    ) -> AttentionCall:
+        """A call from `CallFields`: ``causal`` and ``limit`` make the extent, and stand in one that is given.
+
+        Raises:
+            ValueError: an extent that says otherwise than ``causal`` or ``limit``.
+        """
+        _check_tensors(q, k, v)
+        if extent is None:
+            extent = Extent.full(q.shape[0], q.shape[2], k.shape[2], causal=causal, limit=limit)
+        elif (not causal and extent.causal) or (limit is not None and limit != extent.limit):
+            raise ValueError(
+                f"causal={causal} and limit={limit} do not fit the extent, which has causal={extent.causal} and "
+                f"limit={extent.limit}; say them where the extent is made"
+            )
+        return cls(q, k, v, extent, **fields)
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """H, query heads."""
+        return self.q.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """G, key/value heads."""
+        return self.k.shape[1]
+
+    @property
+    def share(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.heads // self.groups
+
+    @property
+    def query_len(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def key_len(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def values(self) -> Tensor:
+        """v.
+
+        Raises:
+            ValueError: the call has none.
+        """
+        if self.v is None:
+            raise ValueError("this call has no values: it was made for planning; make it with v to attend")
+        return self.v
+
+    @property
+    def needs_gradient(self) -> bool:
+        tensors = (self.q, self.k, self.v, self.sinks)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    def lacks(self, needs: Collection[str]) -> str | None:
+        """The first of a method's `Method.needs` that this call does not offer, or None.
+
+        Raises:
+            ValueError: a need that no call could offer.
+        """
+        offers = {
+            "causal": self.extent.causal,
+            "values": self.v is not None,
+            "store": self.store is not None,
+            "layout": self.layout is not None,
+            "step": self.step is not None,
+            "state": self.state is not None,
+            "whole prompt": not bool((self.extent.first_position > 0).any()),
+        }
+        for need in sorted(needs):
+            if need not in offers:
+                raise ValueError(f"a method needs {need!r}, which is none of {', '.join(offers)}")
+            if not offers[need]:
+                return need
+        return None
+
+    def check_plan(self, plan: SparsePlan) -> None:
+        """Validate that a plan is for this call.
+
+        Raises:
+            ValueError: another batch, length or number of heads.
+        """
+        if (plan.batch, plan.query_len, plan.key_len) != (self.batch, self.query_len, self.key_len):
+            raise ValueError(
+                f"the plan is for batch {plan.batch}, {plan.query_len} queries and {plan.key_len} keys, "
+                f"but q and k have batch {self.batch}, {self.query_len} queries and {self.key_len} keys"
+            )
+        if plan.heads not in (self.heads, self.groups):
+            raise ValueError(
+                f"the plan has {plan.heads} heads; q has {self.heads} and k has {self.groups}: plan for either of "
+                "these numbers"
+            )
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:
+    given = {"q": q, "k": k} | ({} if v is None else {"v": v})
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
+    if any(tensor.ndim != 4 for tensor in given.values()):
+        raise ValueError(f"q, k and v must be [batch, heads, tokens, head_dim], got {shapes}")
+    heads, groups = q.shape[1], k.shape[1]
+    fits = k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3] and (v is None or v.shape[:3] == k.shape[:3])
+    if not fits or q.shape[3] == 0:
+        raise ValueError(
+            f"{shapes} do not fit: batch and head_dim of q and k must agree and not be 0, and v must have k's batch, "
+            "heads and tokens"
+        )
+    if groups == 0 or heads % groups:
+        raise ValueError(f"the {heads} query heads must be a multiple of the {groups} key/value heads")
+    if any(tensor.dtype != q.dtype for tensor in given.values()):
+        dtypes = ", ".join(str(tensor.dtype) for tensor in given.values())
+        raise TypeError(f"q, k and v must share a dtype, got {dtypes}; convert them first")
+    if not q.is_floating_point() or q.element_size() < 2:
+        raise TypeError(f"q, k and v must be floating point of at least 16 bits, got {q.dtype}; convert them first")
+    if any(tensor.device != q.device for tensor in given.values()):
+        devices = ", ".join(str(tensor.device) for tensor in given.values())
+        raise ValueError(f"q, k and v must share a device, got {devices}")

@@ -1,0 +1,137 @@
+"""Plans of several methods, merged head by head into one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gossamer.plan import SparsePlan, ceil_div
+
+__all__ = ["merge_plans"]
+
+
+def merge_plans(plans: Sequence[SparsePlan], owner: Sequence[int]) -> SparsePlan:
+    """One plan of ``len(owner)`` query heads, head h as it is in ``plans[owner[h]]``.
+
+    Blocks are refined to the common divisor; heads of a plan per key/value head stand for their query heads.
+
+    Raises:
+        ValueError: a plan is permuted, or the plans are for other calls.
+    """
+    first, heads = plans[0], len(owner)
+    for plan in plans:
+        if plan.permuted or (plan.query_len, plan.key_len, plan.batch) != (first.query_len, first.key_len, first.batch):
+            raise ValueError("only plans of one call, without an order of queries or keys, can be merged")
+        if heads % plan.heads:
+            raise ValueError(f"a plan of {plan.heads} heads cannot stand for {heads} query heads")
+    if len(plans) == 1:
+        return first
+    block_q, block_k = math.gcd(*(p.block_q for p in plans)), math.gcd(*(p.block_k for p in plans))
+    merged = SparsePlan.unchecked(
+        heads=heads, query_len=first.query_len, key_len=first.key_len, extent=first.extent,
+        block_q=block_q, block_k=block_k,
+    )  # fmt: skip
+    rows = merged.num_query_blocks
+    group = _column_group(plans, rows)
+    blocks = [_refined_blocks(plan, block_q, block_k, rows) for plan in plans]
+    columns = [_column_rows(plan, block_q, rows, group) for plan in plans]
+    # The head of its plan, by head of the merged one.
+    source = [head // (heads // plans[number].heads) for head, number in enumerate(owner)]
+    block_indptr, block_indices = _gathered(blocks, owner, source)
+    column_indptr, column_indices = _gathered(columns, owner, source)
+    pairs = [plan._pairs for plan in plans]
+    known = [p for p in pairs if p is not None]
+    return SparsePlan.unchecked(
+        heads=heads,
+        query_len=first.query_len,
+        key_len=first.key_len,
+        extent=first.extent,
+        block_q=block_q,
+        block_k=block_k,
+        block_indptr=block_indptr,
+        block_indices=block_indices,
+        column_group=group,
+        column_indptr=column_indptr,
+        column_indices=column_indices,
+        sink=torch.stack([torch.as_tensor(plans[n].sink)[h] for n, h in zip(owner, source, strict=True)]),
+        window=torch.stack([torch.as_tensor(plans[n].window)[h] for n, h in zip(owner, source, strict=True)]),
+        pairs=None
+        if len(known) < len(plans)
+        else torch.stack([known[n][:, h] for n, h in zip(owner, source, strict=True)], dim=1),
+    )
+
+
+class _Lists:
+    """Lists of ``[B, heads, rows]``: their lengths, where each begins, and all members."""
+
+    def __init__(self, lengths: Tensor, begins: Tensor, members: Tensor) -> None:
+        self.lengths, self.begins, self.members = lengths, begins, members
+
+
+def _local_rows(plan: SparsePlan, block_q: int, rows: int) -> Tensor:
+    """The plan's row that covers each row of blocks of ``block_q``, int64 ``[B, rows]``; it may lie beyond the last."""
+    first = plan.extent.first_position // block_q
+    ratio = plan.block_q // block_q
+    return ((first[:, None] + torch.arange(rows)) // ratio - plan.grid.first_block[:, None]).to(plan.device)
+
+
+def _taken(plan: SparsePlan, indptr: Tensor, indices: Tensor, many: int, rows: Tensor) -> _Lists:
+    """Lists ``rows`` ``[B, n]`` out of ``many`` a head, empty beyond them."""
+    shape = (plan.batch, plan.heads, rows.shape[1])
+    if many == 0:
+        nothing = torch.zeros(shape, dtype=torch.int64, device=plan.device)
+        return _Lists(nothing, nothing, indices)
+    lengths = indptr.diff().view(plan.batch, plan.heads, many)
+    begins = indptr[:-1].view(plan.batch, plan.heads, many)
+    inside = (rows < many)[:, None].expand(shape)
+    index = rows.clamp(max=many - 1)[:, None].expand(shape)
+    return _Lists(torch.where(inside, lengths.gather(2, index), 0), begins.gather(2, index), indices)
+
+
+def _refined_blocks(plan: SparsePlan, block_q: int, block_k: int, rows: int) -> _Lists:
+    indptr, indices, ratio = plan.block_indptr, plan.block_indices, plan.block_k // block_k
+    if ratio > 1:
+        indices = (indices[:, None] * ratio + torch.arange(ratio, dtype=torch.int32, device=plan.device)).flatten()
+        indptr = indptr * ratio
+        # A row's last block may reach beyond the last one of the finer blocks.
+        most = ceil_div(plan.extent.longest, block_k)
+        keep = indices < most
+        kept = torch.zeros(indices.numel() + 1, dtype=torch.int64, device=plan.device)
+        torch.cumsum(keep, 0, out=kept[1:])
+        indptr, indices = kept[indptr], indices[keep]
+    return _taken(plan, indptr, indices, plan.num_query_blocks, _local_rows(plan, block_q, rows))
+
+
+def _column_group(plans: Sequence[SparsePlan], rows: int) -> int:
+    """The merged plan's: one list for all rows where every plan with columns has one, else a list for each row."""
+    with_columns = [plan for plan in plans if plan.column_indices.numel()]
+    return max(1, rows) if all(plan.num_column_groups <= 1 for plan in with_columns) else 1
+
+
+def _column_rows(plan: SparsePlan, block_q: int, rows: int, group: int) -> _Lists:
+    lists = ceil_div(rows, group)
+    if lists == 1:  # which is all that a plan with columns has
+        chosen = torch.zeros(plan.batch, 1, dtype=torch.int64, device=plan.device)
+    else:
+        chosen = _local_rows(plan, block_q, rows) // plan.column_group
+    return _taken(plan, plan.column_indptr, plan.column_indices, plan.num_column_groups, chosen)
+
+
+def _gathered(lists: Sequence[_Lists], owner: Sequence[int], source: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Row pointers and members, head by head from the lists that it has."""
+    chosen = list(zip(owner, source, strict=True))
+    lengths = torch.stack([lists[n].lengths[:, h] for n, h in chosen], dim=1)
+    # Members of all plans one after the other.
+    offsets = [0]
+    for part in lists:
+        offsets.append(offsets[-1] + part.members.numel())
+    begins = torch.stack([lists[n].begins[:, h] + offsets[n] for n, h in chosen], dim=1)
+    indptr = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
+    torch.cumsum(lengths.flatten(), 0, out=indptr[1:])
+    flat = lengths.flatten()
+    place = torch.repeat_interleave(begins.flatten() - indptr[:-1], flat)
+    members = torch.cat([part.members for part in lists])
+    return indptr, members[torch.arange(place.numel(), device=members.device) + place]

@@ -1,0 +1,103 @@
+"""Per head: any method for each layer and head, their plans merged into one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from gossamer.call import AttentionCall
+from gossamer.methods.base import Method
+from gossamer.methods.merging import merge_plans
+from gossamer.plan import SparsePlan
+
+__all__ = ["PerHead"]
+
+
+@dataclass(frozen=True)
+class PerHead(Method):
+    """A method of its own for each query head of each layer: what a search chose for one model.
+
+    Heads of one method that differ in its `Method.per_head` fields alone are planned together, others apart; the plans
+    are merged, with their blocks refined to the common divisor. A plan whose heads are key/value heads gives each of
+    its query heads the same row.
+
+    Fields:
+        layers: ``[layer][head]`` of methods, for query heads; the same number in each layer.
+    """
+
+    name: ClassVar[str] = "per_head"
+    layers: tuple[tuple[Method, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        layers = tuple(tuple(layer) for layer in self.layers)
+        object.__setattr__(self, "layers", layers)
+        for method in (method for layer in layers for method in layer):
+            if not isinstance(method, Method) or isinstance(method, PerHead):
+                raise TypeError(f"{self.name}.layers must hold methods for single heads, got {type(method).__name__}")
+        heads = {len(layer) for layer in layers}
+        if len(heads) > 1 or 0 in heads:
+            raise ValueError(f"{self.name}.layers must have the same number of heads in each, got {sorted(heads)}")
+
+    @property
+    def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return frozenset().union(*(method.needs for layer in self.layers for method in layer))
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"layers": [[method.to_dict() for method in layer] for layer in self.layers]}
+
+    @classmethod
+    def from_fields(cls, values: dict[str, Any]) -> Method:
+        from gossamer.methods.registry import from_dict
+
+        layers = [
+            [from_dict(head) if isinstance(head, dict) else head for head in layer]
+            for layer in values.get("layers") or ()
+        ]
+        return super().from_fields(values | {"layers": layers})
+
+    def plan(self, call: AttentionCall) -> SparsePlan:
+        together = planned_together(self.layer(call.layer, call.heads))
+        plans = [method.plan(call) for method, _ in together]
+        owner = {head: number for number, (_, heads) in enumerate(together) for head in heads}
+        return merge_plans(plans, [owner[head] for head in range(call.heads)])
+
+    def layer(self, index: int | None, heads: int) -> tuple[Method, ...]:
+        """The methods of one layer's heads.
+
+        Raises:
+            ValueError: no layer was given, there is none such, or the number of heads differs.
+        """
+        if index is None:
+            raise ValueError("these methods differ between layers: pass layer=, the index of the model's layer")
+        if not 0 <= index < len(self.layers) or heads != len(self.layers[0]):
+            had = len(self.layers[0]) if self.layers else 0
+            raise ValueError(
+                f"the methods are for {len(self.layers)} layers of {had} heads, but layer {index} with {heads} heads "
+                "was asked for; use a profile made for this model"
+            )
+        return self.layers[index]
+
+
+def planned_together(methods: Sequence[Method]) -> list[tuple[Method, list[int]]]:
+    """Methods that plan all heads at once, each with the heads that it is for, as few as may be."""
+    groups: dict[Any, list[int]] = {}
+    for head, method in enumerate(methods):
+        shared = tuple((f.name, getattr(method, f.name)) for f in fields(method) if f.name not in method.per_head)
+        groups.setdefault((type(method), shared), []).append(head)
+    return [(_stacked(methods, heads), heads) for heads in groups.values()]
+
+
+def _stacked(methods: Sequence[Method], heads: list[int]) -> Method:
+    """One method for all heads. Where a field differs it holds a tuple; heads of other methods get the first value."""
+    first = methods[heads[0]]
+    differing = [name for name in first.per_head if len({getattr(methods[head], name) for head in heads}) > 1]
+    if not differing:
+        return first
+    stacked = object.__new__(type(first))
+    for part in fields(first):
+        value = getattr(first, part.name)
+        if part.name in differing:
+            value = tuple(getattr(methods[head], part.name) if head in heads else value for head in range(len(methods)))
+        object.__setattr__(stacked, part.name, value)
+    return stacked

@@ -1,0 +1,87 @@
+"""Methods by name: ours, and those of packages that offer the entry point group ``gossamer.methods``."""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from gossamer.methods.a_shape import AShape
+from gossamer.methods.base import Method
+from gossamer.methods.block_sparse import BlockSparse
+from gossamer.methods.dense import Dense
+from gossamer.methods.max_relative import MaxRelative
+from gossamer.methods.minference import MInference
+from gossamer.methods.per_head import PerHead
+from gossamer.methods.tri_shape import TriShape
+from gossamer.methods.vertical_slash import VerticalSlash
+
+__all__ = ["GROUP", "available", "class_of", "create", "from_dict"]
+
+GROUP = "gossamer.methods"
+
+_METHODS: tuple[type[Method], ...] = (
+    Dense,
+    AShape,
+    TriShape,
+    VerticalSlash,
+    BlockSparse,
+    MInference,
+    MaxRelative,
+    PerHead,
+)
+
+
+def available() -> list[str]:
+    """Names that `create` and ``gossamer.enable`` accept: ours, then those of installed packages."""
+    ours = [method.name for method in _METHODS]
+    return ours + sorted(name for name in _installed() if name not in ours)
+
+
+def class_of(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        ValueError: no method has this name, or a package's entry point names no method.
+    """
+    for method in _METHODS:
+        if method.name == name:
+            return method
+    entry = _installed().get(name)
+    if entry is None:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(available())}")
+    try:
+        method = entry.load()
+    except Exception as error:
+        raise ValueError(f"the entry point {entry.name} = {entry.value} does not load: {error}") from error
+    if not (isinstance(method, type) and issubclass(method, Method)) or getattr(method, "name", None) != name:
+        raise ValueError(
+            f"the entry point {entry.name} = {entry.value} must name a class of gossamer.methods.Method whose name is "
+            f"{name!r}"
+        )
+    return method
+
+
+def create(name: str, **fields: Any) -> Method:
+    """A method by name, with any of its fields.
+
+    Raises:
+        ValueError: an unknown name or field (the message lists the known ones), or a value out of range.
+    """
+    return class_of(name).from_fields(fields)
+
+
+def from_dict(data: dict[str, Any]) -> Method:
+    """Inverse of `Method.to_dict`.
+
+    Raises:
+        ValueError: as `create`; or no ``method`` key.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("method"), str):
+        raise ValueError(f"a method's dictionary needs the key 'method', one of: {', '.join(available())}")
+    return create(data["method"], **{key: value for key, value in data.items() if key != "method"})
+
+
+@functools.cache
+def _installed() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}

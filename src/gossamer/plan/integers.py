@@ -1,0 +1,71 @@
+"""Integers as the plan takes them: Python's or a tensor's, in one range that every kernel can count in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["MOST", "Integers", "bounded", "ceil_div", "integer", "integers_per_head", "integers_per_row"]
+
+# Positions, lengths, bands and their sums are int32 in kernels; tensors of more tokens than this do not exist.
+MOST = (1 << 31) - 1
+
+Integers = Tensor | Sequence[int] | int
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def integer(value: int, name: str, least: int = 0) -> int:
+    """The value, if it is an integer in ``least .. MOST``.
+
+    Raises:
+        TypeError, ValueError: it is none; the message names it.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not least <= value <= MOST:
+        raise ValueError(f"{name} must be at least {least} and at most {MOST}, got {value}")
+    return value
+
+
+def bounded(value: Integers, name: str, least: int) -> Tensor:
+    """A copy as int64 on the CPU, every value in ``least .. MOST``."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} must hold integers of at most {MOST}, got {value!r}") from error
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    tensor = tensor.to("cpu", torch.int64, copy=True)
+    if tensor.numel() and not least <= int(tensor.min()) <= int(tensor.max()) <= MOST:
+        wrong = int(tensor.min()) if int(tensor.min()) < least else int(tensor.max())
+        below = "must not be negative" if least == 0 else f"must be at least {least}"
+        raise ValueError(f"{name} {below} and must be at most {MOST}, got {wrong}")
+    return tensor
+
+
+def integers_per_row(value: Integers, name: str, batch: int | None, least: int = 0) -> Tensor:
+    """One integer for each batch row, int64 ``[B]`` on the CPU; a number serves all where ``batch`` is known."""
+    tensor = bounded(value, name, least)
+    if tensor.ndim == 0 and batch is not None:
+        tensor = tensor.expand(batch).contiguous()
+    if tensor.ndim != 1 or (batch is not None and tensor.numel() != batch):
+        many = "" if batch is None else f" ({batch} of them)"
+        raise ValueError(f"{name} must hold one integer for each batch row{many}, got shape {tuple(tensor.shape)}")
+    return tensor
+
+
+def integers_per_head(value: Integers, name: str, heads: int) -> Tensor:
+    """One integer for each head of a plan, int32 ``[heads]`` on the CPU; a number serves all heads."""
+    tensor = bounded(value, name, 0)
+    if tensor.ndim == 0:
+        tensor = tensor.expand(heads)
+    if tensor.shape != (heads,):
+        raise ValueError(
+            f"{name} must hold one integer for each of the plan's {heads} heads, got shape {tuple(tensor.shape)}"
+        )
+    return tensor.to(torch.int32).contiguous()

@@ -1,0 +1,114 @@
+"""`Policy`: dense or sparse, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gossamer import backends, methods
+from gossamer.call import AttentionCall
+from gossamer.methods import Dense, Method
+from gossamer.plan import SparsePlan
+from gossamer.profiles import Profile
+
+__all__ = ["TOO_DENSE", "Decision", "Policy"]
+
+# With fewer queries than this a plan costs more than it saves, whatever the keys.
+FEW_QUERIES = 32
+# With fewer keys than this torch's SDPA decodes faster than our kernel (measured on AMD Zen 5): what a call costs by
+# itself decides. By bytes of an element; SDPA is slow at decoding in 16 bits.
+STREAMED_KEYS = {2: 512, 4: 4096}
+# The reason of a call whose plan would compute nearly every pair: our own kernel then runs dense.
+TOO_DENSE = "plan too dense to pay"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What a call computes: a plan, or everything.
+
+    Fields:
+        plan: None for dense.
+        density: computed pairs over allowed pairs.
+        reason: why dense where it was not asked for, else None.
+    """
+
+    plan: SparsePlan | None
+    density: float = 1.0
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A method, and when to use it.
+
+    Fields:
+        method: makes the plans.
+        min_tokens: below this many keys (or a model's own window below it) attention is dense.
+        max_density: a plan that computes more than this share of the dense pairs is not worth it: dense.
+    """
+
+    method: Method
+    min_tokens: int = 2048
+    max_density: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise TypeError(
+                f"Policy.method must be a gossamer.methods.Method, got {type(self.method).__name__}; "
+                "build one with gossamer.methods.create(name)"
+            )
+        if self.min_tokens < 0:
+            raise ValueError(f"Policy.min_tokens must not be negative, got {self.min_tokens}")
+        if not self.max_density > 0:
+            raise ValueError(f"Policy.max_density must be above 0, got {self.max_density}")
+
+    @classmethod
+    def of(cls, method: Policy | Method | Profile | str) -> Policy:
+        """A policy as it is, or one with default thresholds for a method, a profile or a method's name."""
+        if isinstance(method, Policy):
+            return method
+        if isinstance(method, Profile):
+            return cls(method.method)
+        return cls(methods.create(method) if isinstance(method, str) else method)
+
+    def decide(self, call: AttentionCall) -> Decision:
+        """Plan a call, or say why it runs dense. Dense or sparse holds for the call as a whole."""
+        reason = self.why_dense(call)
+        if reason is not None or isinstance(self.method, Dense):
+            return Decision(None, reason=reason)
+        plan = self.method.plan(call)
+        density = plan.density()
+        return Decision(None, reason=TOO_DENSE) if density > self.max_density else Decision(plan, density)
+
+    def why_dense(self, call: AttentionCall) -> str | None:
+        """Why no plan is even tried, or None; None under a method that is itself dense."""
+        if isinstance(self.method, Dense):
+            return None
+        if call.needs_gradient:
+            return "training: sparse backends have no backward"
+        if call.query_len == 1 and call.extent.causal:
+            return "decode"
+        limit = call.extent.limit
+        if min(limit or call.key_len, call.key_len) < self.min_tokens:
+            return "short prompt" if limit is None or limit >= call.key_len else "short model window"
+        if call.query_len < min(FEW_QUERIES, self.min_tokens):
+            return "few queries"
+        lacking = call.lacks(self.method.needs)
+        return None if lacking is None else f"{self.method.name} needs {lacking}"
+
+    def attends_on_kernel(self, call: AttentionCall, reason: str | None) -> bool:
+        """Whether dense attention runs on our own kernel where torch's SDPA could do it too."""
+        if isinstance(self.method, Dense):
+            return self.method.kernel == "gossamer"
+        if reason == TOO_DENSE:
+            return call.device.type == "cpu" and backends.name_of(call) != "torch"
+        return reason in ("decode", "few queries") and self.decodes_on_kernel(call)
+
+    def decodes_on_kernel(self, call: AttentionCall) -> bool:
+        """Whether few queries run on our own kernel: on CPUs, where it splits them over the keys.
+
+        Not under plain dense attention, nor against short caches.
+        """
+        if call.device.type != "cpu" or (isinstance(self.method, Dense) and self.method.kernel == "torch"):
+            return False
+        least = STREAMED_KEYS.get(call.q.element_size())
+        return least is not None and call.key_len >= least and backends.name_of(call) != "torch"
