@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "attend/operands.h"
@@ -12,59 +13,76 @@ namespace gossamer {
 
 class PackedWorker;
 
-// What the query blocks of a pass share: where the tiles of its keys and of its column lists lie.
+// A packed head: the keys that some heads of the plan read. Its tiles lie one after the other, first its chunks of 64
+// keys, then its column lists.
+struct PackedHead {
+  int64_t b, first_plan_head, plan_heads;
+  int64_t first_tile;  // counted over all packed heads
+  int64_t chunks, column_tiles;
+  bool shares_columns;  // its column lists are packed once; else each query block gathers its own
+
+  int64_t tiles() const { return chunks + column_tiles; }
+};
+
+// What the query blocks of a pass share: which tiles there are, and where they lie.
 class PackedKeys {
  public:
-  explicit PackedKeys(const Operands& operands);
+  PackedKeys(const Operands& operands, const std::vector<int64_t>& batch_rows);
 
   const Operands& operands;
-  // A permutation of the keys belongs to a head of the plan; else keys are packed once for each key/value head.
-  const int64_t heads;
-  int64_t first_head = 0;  // of this pass, counted over the batch
-  PackedTiles chunks, columns;
+  // By batch row, and by key/value head, or by head of the plan where it orders keys.
+  std::vector<PackedHead> heads;
 
-  // The packed head, counted over the batch, that a head of the plan reads.
   int64_t head_of(int64_t b, int64_t plan_head) const;
-  // Tiles of all column lists, or 0 where query blocks gather columns for themselves.
-  int64_t column_tiles() const { return column_start_.empty() ? 0 : column_start_.back(); }
-  bool has_columns() const { return !column_start_.empty(); }
-  const std::vector<int64_t>& column_start() const { return column_start_; }
+  // Tile of a column list, counted over all packed heads.
+  int64_t first_column_tile(const PackedHead& head, int64_t list) const;
+  // The list of which a column tile is a part, and the number of the tile in it.
+  std::pair<int64_t, int64_t> list_of_column_tile(const PackedHead& head, int64_t column_tile) const;
+
+  // Of this pass: its first tile, and where it lies.
+  int64_t first_tile = 0;
+  PackedTiles base;
+  PackedTiles tiles_from(int64_t tile) const { return base.from(tile - first_tile); }
 
  private:
-  void place_columns();
+  int64_t column_tiles(int64_t list) const { return ceil_div(operands.plan.columns.size(list), kChunk); }
+  bool shares_columns(int64_t b, int64_t packed_heads) const;
+  void place_columns(PackedHead& head);
 
-  std::vector<int64_t> column_start_;  // by column list: its first tile
+  std::vector<int64_t> first_heads_;    // by batch row
+  std::vector<int64_t> column_starts_;  // by column list: its first tile, counted from its packed head's first
 };
 
 class PackedExecution {
  public:
-  explicit PackedExecution(const Operands& operands);
+  PackedExecution(const Operands& operands, const std::vector<int64_t>& batch_rows);
   ~PackedExecution();
 
   void run();
 
  private:
-  // A panel of query rows, in the pass that packs its keys; the cost is in pairs.
+  // A panel of query rows; the cost is in pairs.
   struct WorkItem {
-    int64_t pass, cost;
+    int64_t cost;
     RowRange rows;
   };
+  struct Pass {
+    int64_t first_head, stop_head, tiles;
+    std::vector<WorkItem> items;
+  };
 
-  std::vector<WorkItem> work_items() const;
-  // Threads get their scratch, and tiles their places, in one piece of memory.
-  void place(char* base, int threads, int64_t heads_at_once);
-  void pack_pass(int64_t heads);
-  void list_needed(int64_t heads);
-  // Where queries are as many as keys, some query block lists nearly every key; where they are fewer, as in a chunk of
-  // a long prompt, it pays to look which chunks are needed at all.
-  bool few_queries() const { return o_.plan.query_len <= o_.plan.key_len / 2; }
+  void divide_into_passes();
+  void add_items(int64_t packed_head, std::vector<WorkItem>& items) const;
+  int64_t most_jobs() const;
+  void pack(const Pass& pass);
+  void list_needed(const Pass& pass);
 
   const Operands& o_;
   PackedKeys keys_;
-  const int64_t heads_per_pass_;
+  std::vector<Pass> passes_;
   std::vector<std::unique_ptr<PackedWorker>> workers_;  // one a thread
-  std::vector<char> marks_;      // by packed head of this pass and chunk: listed
-  std::vector<int64_t> needed_;  // these, where not all are packed
+  std::vector<char> marks_;      // by tile of this pass: needed
+  std::vector<int64_t> needed_;  // these tiles
 };
 
 }  // namespace gossamer

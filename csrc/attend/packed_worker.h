@@ -10,17 +10,17 @@ namespace gossamer {
 
 class PackedWorker {
  public:
-  PackedWorker(const PackedKeys& keys, char* scratch);
+  PackedWorker(const PackedKeys& keys, int64_t most_chunks, char* scratch);
 
-  // Sets the marks of the chunks that query blocks of a packed head list.
-  void mark_chunks(int64_t packed_head, char* marks);
-  // Chunk n of all (packed head of this pass, chunk).
-  void pack_chunk(int64_t n);
-  // Tile n of all column lists.
-  void pack_columns(int64_t n);
+  // Sets the marks of the chunks of a packed head that query blocks list.
+  void mark_chunks(const PackedHead& head, char* marks);
+  // A tile of this pass, counted over all packed heads.
+  void pack_tile(int64_t tile);
   void attend(const RowRange& range);
 
  private:
+  void pack_chunk(const PackedHead& head, int64_t chunk, const PackedTiles& to);
+  void pack_columns(const PackedHead& head, int64_t column_tile, const PackedTiles& to);
   void gather();
 
   const PackedKeys& keys_;

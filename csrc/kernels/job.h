@@ -17,21 +17,20 @@ constexpr float kLog2E = 1.44269504088896340736f;
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Which keys a row may see, in key slots. A row's coordinate is the slot that a key of its own position would have.
+// Which keys a row may see, by their positions.
 struct Rules {
-  int64_t live_begin;
-  int64_t live_end;
-  int64_t sink_end;  // slots before it are attended by every row
-  int64_t window;    // |coordinate - slot| < window is attended
-  int64_t limit;     // |coordinate - slot| >= limit is never attended
+  int64_t key_count;
+  int64_t sink;    // keys before it are attended by every row
+  int64_t window;  // |query - key| < window is attended
+  int64_t limit;   // |query - key| >= limit is never attended
   bool causal;
 };
 
 enum class TileKind : int {
   kFull,         // every row attends all 64 keys
-  kConsecutive,  // key t sits at slot first_slot + t
-  kGathered,     // key t sits at slots[t], ascending; nothing but key_bits selects
-  kScattered,    // key t sits at slots[t], any order, slot_count of them
+  kConsecutive,  // key t has position first_position + t
+  kGathered,     // key t has positions[t], ascending; nothing but key_bits selects
+  kScattered,    // key t has positions[t], any order, count of them
 };
 
 // 64 packed keys and values. Values that need no packing may lie where they are, value_stride floats from row to row
@@ -39,10 +38,10 @@ enum class TileKind : int {
 struct Tile {
   const void* keys;
   const void* values;
-  const int32_t* slots;
-  int64_t first_slot;
+  const int32_t* positions;
+  int64_t first_position;
   uint64_t key_bits;  // bit t: key t is selected for all rows, by a block or a column
-  int slot_count;
+  int count;
   TileKind kind;
   int64_t value_stride = 0;
 };
@@ -59,7 +58,7 @@ struct Panel {
   const void* const* queries;  // one pointer a row
   void* const* outputs;
   float* const* lse;
-  const int64_t* coordinates;
+  const int64_t* positions;
   const float* sink_logits;    // one a row, or null
   float scale;
   float softcap;               // 0: none
@@ -72,7 +71,7 @@ struct Panel {
 // One tile to pack: 64 keys, some of which may be dead.
 struct PackJob {
   DType dtype;
-  const void* const* key_rows;    // 64 pointers; null: zero-fill (dead slot, or past the end)
+  const void* const* key_rows;    // 64 pointers; null: zero-fill (dead, or past the end)
   const void* const* value_rows;
   int head_dim;
   int value_dim;

@@ -141,6 +141,8 @@ class ScoreCode {
     }
   }
 
+  static void products(const ScorePanel& panel) { multiply(panel); }
+
   static void mean(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* out) {
     constexpr int kAtOnce = 4;
     const Reg divisor = V::set1(static_cast<float>(count));
@@ -218,9 +220,8 @@ class ScoreCode {
 template <class Isa>
 const ScoreKernels* score_kernels() {
   using Code = ScoreCode<Isa>;
-  static const ScoreKernels kernels{Code::pack_keys, Code::pack_queries, Code::add_exponentials,
-                                       Code::add_mass,  Code::energy,       Code::run_mass,
-                                       Code::mean};
+  static const ScoreKernels kernels{Code::pack_keys, Code::pack_queries, Code::add_exponentials, Code::add_mass,
+                                    Code::energy,    Code::run_mass,     Code::products,         Code::mean};
   return &kernels;
 }
 

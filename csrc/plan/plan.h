@@ -1,14 +1,13 @@
-// A plan in plain pointers; see SparsePlan in plan/plan.py.
+// A plan in plain pointers; see plan/plan.py.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/integers.h"
 #include "plan/extent.h"
 
 namespace gossamer {
 
-// Rows of ascending indices, one behind the other.
+// Rows of ascending numbers, one behind the other.
 struct Lists {
   const int64_t* indptr;
   const int32_t* indices;
@@ -19,23 +18,37 @@ struct Lists {
 };
 
 struct Plan {
-  Extent extent;
-  int64_t heads, query_len, key_len, block_q, block_k, column_group;
+  Grid grid;
+  int64_t heads, query_len, key_len;
+  int64_t query_blocks;  // rows of the lists of a head
+  int64_t column_group;
   Lists blocks, columns;
   const int32_t* sink;
   const int32_t* window;
   const int32_t* q_order;  // null: not permuted
   const int32_t* k_order;
 
-  int64_t batch() const { return extent.batch; }
-  int64_t query_blocks() const { return ceil_div(query_len, block_q); }
-  int64_t column_groups() const { return ceil_div(query_blocks(), column_group); }
-  // Rows of the lists.
-  int64_t block_list(int64_t b, int64_t head, int64_t block) const {
-    return (b * heads + head) * query_blocks() + block;
+  const Extent& extent() const { return grid.extent; }
+  int64_t batch() const { return grid.extent.batch; }
+  bool permuted() const { return q_order != nullptr || k_order != nullptr; }
+
+  // Query blocks of a batch row that may hold live queries.
+  int64_t row_blocks(int64_t b) const { return q_order != nullptr ? query_blocks : grid.row_blocks(b); }
+  // What its query block m holds: live queries, counted from the first; ranks where the plan orders them.
+  Range rows(int64_t b, int64_t m) const {
+    if (q_order != nullptr) return {m * grid.block_q, std::min((m + 1) * grid.block_q, query_len)};
+    const Range queries = grid.queries(b, m);
+    const int64_t first = grid.extent.first_position(b);
+    return {queries.begin - first, queries.end - first};
   }
-  int64_t column_list(int64_t b, int64_t head, int64_t block) const {
-    return (b * heads + head) * column_groups() + block / column_group;
+  const int32_t* query_ranks(int64_t b, int64_t head) const { return q_order + (b * heads + head) * query_len; }
+  const int32_t* key_ranks(int64_t b, int64_t head) const { return k_order + (b * heads + head) * key_len; }
+
+  // Rows of the lists.
+  int64_t column_groups() const { return ceil_div(query_blocks, column_group); }
+  int64_t block_list(int64_t b, int64_t head, int64_t m) const { return (b * heads + head) * query_blocks + m; }
+  int64_t column_list(int64_t b, int64_t head, int64_t m) const {
+    return (b * heads + head) * column_groups() + m / column_group;
   }
 };
 

@@ -7,9 +7,9 @@
 
 namespace gossamer {
 
-void antidiagonal(const Kernels& kernels, const ScoreCall& call, const Part& part, int64_t stride, float* out) {
-  if (call.q.tokens == 0 || call.k.tokens == 0) return;
-  const AntidiagonalSetting setting(kernels, call, part, stride);
+void antidiagonal(const Kernels& kernels, const ScoreCall& call, const Grid& grid, int64_t stride, const Part& part,
+                  int64_t key_blocks, float* out) {
+  const AntidiagonalSetting setting(kernels, call, grid, stride, part, key_blocks);
   std::vector<AntidiagonalScratch> scratch;
   scratch.reserve(call.threads);
   for (int t = 0; t < call.threads; ++t) scratch.emplace_back(setting);

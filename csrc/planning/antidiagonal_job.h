@@ -41,9 +41,12 @@ struct CellTiling {
 
 // What all jobs of a call share.
 struct AntidiagonalSetting {
-  AntidiagonalSetting(const Kernels& kernels, const ScoreCall& call, const Part& part, int64_t stride);
+  AntidiagonalSetting(const Kernels& kernels, const ScoreCall& call, const Grid& grid, int64_t stride,
+                      const Part& part, int64_t key_blocks);
 
   const ScoreCall& call;
+  const Grid& grid;
+  const Grid cells;
   const Part& part;
   const int64_t stride;
   const ScoreKernels& kernels;
@@ -63,7 +66,7 @@ struct AntidiagonalScratch {
   std::vector<float> sums, references;
 };
 
-// Query blocks [first, stop) in the heads that share a key/value head: rows of cells by block, head and cell.
+// Plan rows [first, stop) in the heads that share a key/value head: rows of cells by query block, head and cell.
 class AntidiagonalJob {
  public:
   AntidiagonalJob(const AntidiagonalSetting& all, AntidiagonalScratch& scratch, int64_t group, int64_t first,
@@ -74,15 +77,18 @@ class AntidiagonalJob {
  private:
   int64_t head(int64_t r) const { return group_ * all_.share + r / all_.row_cells % all_.share; }
   int64_t block(int64_t r) const { return first_ + r / all_.row_cells / all_.share; }
-  int64_t query(int64_t r) const { return block(r) * all_.part.block_q + r % all_.row_cells * all_.stride; }
-  int64_t first_cell() const { return start_ / all_.stride; }
-  int64_t first_tile() const { return all_.tiling.of_cell(first_cell()); }
+  // Position of the first query of a cell, alive or not.
+  int64_t query(int64_t r) const {
+    return (all_.grid.first_block(b_) + block(r)) * all_.grid.block_q + r % all_.row_cells * all_.stride;
+  }
   int64_t rows_of(int64_t panel) const { return std::min<int64_t>(kScoreRows, rows_ - panel * kScoreRows); }
-  int64_t slot_of(int64_t panel, int64_t tile) const { return panel * all_.tiling.count + tile; }
+  // Key cells that some row of a panel sees; and the tiles that hold them.
+  Range cells_of(int64_t panel) const;
+  Range tiles_of(Range cells) const;
+  int64_t place_of(int64_t panel, int64_t tile) const { return (panel * all_.tiling.count + tile) * kScoreRows; }
   float* queries(int64_t panel) const { return scratch_.queries.data() + panel * all_.stride * all_.piece_floats; }
   float* out_row(float* out, int64_t r) const;
-  int64_t past_cell_of(int64_t r) const;
-  int64_t past_of_panel(int64_t panel) const;
+  Range seen_by(int64_t r) const;
 
   void pack_queries(int64_t panel);
   void pack_keys(int64_t tile);
@@ -94,8 +100,10 @@ class AntidiagonalJob {
   const AntidiagonalSetting& all_;
   const ScoreCall& call_;
   AntidiagonalScratch& scratch_;
-  const int64_t b_, group_, first_, rows_, panels_, start_, end_;
-  std::vector<int64_t> past_cell_;  // of each row
+  const int64_t b_, group_, first_, rows_, panels_;
+  const Range live_;                // positions of queries
+  std::vector<Range> seen_;         // of each row: key cells
+  std::vector<Range> panel_tiles_;  // of each panel
   std::vector<float> maximum_;
 };
 

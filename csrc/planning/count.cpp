@@ -13,50 +13,48 @@ constexpr int64_t kBlocksAJob = 64;
 
 int64_t length(int64_t low, int64_t high) { return std::max<int64_t>(0, high - low); }
 
-// Positions throughout: keys of a head are 0 .. count - 1.
+// Of one head of the plan in a batch row.
 class Counter {
  public:
   Counter(const Plan& plan, int64_t b, int64_t head)
       : plan_(plan),
+        extent_(plan.extent()),
         b_(b),
         head_(head),
-        start_(plan.extent.key_start[b]),
-        count_(plan.extent.key_count[b]),
+        count_(extent_.key_count[b]),
         sink_(plan.sink[head]),
         window_(plan.window[head]) {}
 
   int64_t block_pairs(int64_t m) const {
-    const int64_t list = plan_.block_list(b_, head_, m);
-    const int64_t first = m * plan_.block_q + plan_.extent.query_start[b_];
-    const int64_t last = std::min((m + 1) * plan_.block_q, plan_.query_len) - 1 + plan_.extent.query_start[b_];
+    const Range queries = plan_.grid.queries(b_, m);
+    if (queries.empty()) return 0;
+    const int64_t list = plan_.block_list(b_, head_, m), block_k = plan_.grid.block_k;
+    const int64_t first = queries.begin, last = queries.end - 1;
     const int32_t* blocks = plan_.blocks.begin(list);
     const int32_t* blocks_end = plan_.blocks.end(list);
     int64_t total = 0;
     if (sink_ > 0 || window_ > 0)
       for (int64_t p = first; p <= last; ++p) total += band_pairs(p, 0, count_);
     for (const int32_t* block = blocks; block < blocks_end; ++block)
-      total += tile_pairs(first, last, position(*block * plan_.block_k), position((*block + 1) * plan_.block_k));
+      total += tile_pairs(first, last, *block * block_k, std::min((*block + 1) * block_k, count_));
 
     const int64_t columns = plan_.column_list(b_, head_, m);
     const int32_t* covering = blocks;
     for (const int32_t* column = plan_.columns.begin(columns); column < plan_.columns.end(columns); ++column) {
-      const int64_t slot = *column;
-      if (plan_.extent.causal && slot - start_ > last) break;
-      while (covering < blocks_end && (*covering + 1) * plan_.block_k <= slot) ++covering;
-      if (covering < blocks_end && *covering * plan_.block_k <= slot) continue;
-      total += column_pairs(first, last, slot - start_);
+      if (extent_.causal && *column > last) break;
+      while (covering < blocks_end && (*covering + 1) * block_k <= *column) ++covering;
+      if (covering < blocks_end && *covering * block_k <= *column) continue;
+      total += column_pairs(first, last, *column);
     }
     return total;
   }
 
  private:
-  int64_t position(int64_t slot) const { return std::clamp<int64_t>(slot - start_, 0, count_); }
-
   // Narrows keys [low, high) to those that a query may attend at all.
   void allow(int64_t p, int64_t& low, int64_t& high) const {
-    if (plan_.extent.causal) high = std::min(high, p + 1);
-    low = std::max(low, p - plan_.extent.limit + 1);
-    high = std::min(high, p + plan_.extent.limit);
+    if (extent_.causal) high = std::min(high, p + 1);
+    low = std::max(low, p - extent_.limit + 1);
+    high = std::min(high, p + extent_.limit);
   }
 
   int64_t band_pairs(int64_t p, int64_t low, int64_t high) const {
@@ -69,10 +67,10 @@ class Counter {
 
   // Pairs of a block outside the bands.
   int64_t tile_pairs(int64_t first, int64_t last, int64_t low, int64_t high) const {
-    if (low >= high || (plan_.extent.causal && low > last)) return 0;
+    if (low >= high || (extent_.causal && low > last)) return 0;
     const int64_t nearest = std::max(first - (high - 1), low - last);
     const int64_t farthest = std::max(last - low, high - 1 - first);
-    if ((!plan_.extent.causal || high - 1 <= first) && farthest < plan_.extent.limit && low >= sink_ && nearest >= window_)
+    if ((!extent_.causal || high - 1 <= first) && farthest < extent_.limit && low >= sink_ && nearest >= window_)
       return (last - first + 1) * (high - low);
     int64_t total = 0;
     for (int64_t p = first; p <= last; ++p) {
@@ -85,20 +83,21 @@ class Counter {
 
   // Rows that see one key outside the bands.
   int64_t column_pairs(int64_t first, int64_t last, int64_t key) const {
-    if (key < 0 || key >= count_ || key < sink_) return 0;
-    const int64_t from = std::max({first, plan_.extent.causal ? key : first, key - plan_.extent.limit + 1});
-    const int64_t to = std::min(last, key + plan_.extent.limit - 1) + 1;
+    if (key >= count_ || key < sink_) return 0;
+    const int64_t from = std::max({first, extent_.causal ? key : first, key - extent_.limit + 1});
+    const int64_t to = std::min(last, key + extent_.limit - 1) + 1;
     return length(from, to) - length(std::max(from, key - window_ + 1), std::min(to, key + window_));
   }
 
   const Plan& plan_;
-  const int64_t b_, head_, start_, count_, sink_, window_;
+  const Extent& extent_;
+  const int64_t b_, head_, count_, sink_, window_;
 };
 
 }  // namespace
 
 void count_pairs(const Plan& plan, int64_t* counts, int threads) {
-  const int64_t blocks = plan.query_blocks(), parts = ceil_div(blocks, kBlocksAJob);
+  const int64_t blocks = plan.query_blocks, parts = ceil_div(blocks, kBlocksAJob);
   std::vector<int64_t> partial(plan.batch() * plan.heads * parts);
   run_parallel(threads, static_cast<int64_t>(partial.size()), [&](int, int64_t n) {
     const int64_t row = n / parts;

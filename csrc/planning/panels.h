@@ -1,6 +1,7 @@
 // What the scoring stages share: rows as pointers, masks, aligned buffers. Baseline code, not for the kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -56,14 +57,31 @@ inline std::vector<PanelScratch> scratch_for(int threads, int padded_dim) {
   return all;
 }
 
-// Rows [begin, begin + count) of a head as pointers, up to 64 of them; null outside [low, high).
-inline RowList list_rows(const TensorView& t, int64_t b, int64_t h, int64_t begin, int64_t count, int64_t low,
-                         int64_t high, int padded_dim, const void** rows) {
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t row = begin + r;
-    rows[r] = row >= low && row < high ? t.row(b, h, row) : nullptr;
-  }
-  return {rows, static_cast<int>(count), t.dim, padded_dim, t.dtype};
+// Keys at positions [first, first + 64) of a batch row as pointers; null where none is live.
+inline RowList list_keys(const TensorView& k, const Extent& extent, int64_t b, int64_t group, int64_t first,
+                         int padded_dim, const void** rows) {
+  for (int64_t t = 0; t < kChunk; ++t)
+    rows[t] = first + t < extent.key_count[b] ? k.row(b, group, extent.key_slot(b, first + t)) : nullptr;
+  return {rows, kChunk, k.dim, padded_dim, k.dtype};
+}
+
+// Queries at positions [first, first + count), all of them live.
+inline RowList list_queries(const TensorView& q, const Extent& extent, int64_t b, int64_t head, int64_t first,
+                            int64_t count, int padded_dim, const void** rows) {
+  for (int64_t r = 0; r < count; ++r) rows[r] = q.row(b, head, extent.query_row(b, first + r));
+  return {rows, static_cast<int>(count), q.dim, padded_dim, q.dtype};
+}
+
+// The first `count` pooled keys from `first` on of [batch, groups, blocks, dim]; null beyond.
+inline RowList list_pooled(const TensorView& pooled, int64_t b, int64_t group, int64_t first, int64_t blocks,
+                           int padded_dim, const void** rows) {
+  for (int64_t t = 0; t < kChunk; ++t) rows[t] = first + t < blocks ? pooled.row(b, group, first + t) : nullptr;
+  return {rows, kChunk, pooled.dim, padded_dim, pooled.dtype};
+}
+
+// The batch row of job n, where `starts` holds the number of each batch row's first job.
+inline int64_t row_of_job(const std::vector<int64_t>& starts, int64_t n) {
+  return std::upper_bound(starts.begin(), starts.end(), n) - starts.begin() - 1;
 }
 
 }  // namespace gossamer

@@ -5,15 +5,39 @@
 #include "runtime/parallel.h"
 
 namespace gossamer {
+namespace {
 
-void pool(const Kernels& kernels, const TensorView& x, int64_t block, const int64_t* live, float* out, int threads) {
-  const int64_t blocks = ceil_div(x.tokens, block);
+// tokens_of(b, m): the tokens of block m of a batch row.
+template <class TokensOf>
+void pool(const Kernels& kernels, const TensorView& x, int64_t blocks, float* out, int threads,
+          const TokensOf& tokens_of) {
   run_parallel(threads, x.batch * x.heads * blocks, [&](int, int64_t n) {
-    const int64_t m = n % blocks, h = n / blocks % x.heads, b = n / blocks / x.heads;
-    const int64_t low = std::max(m * block, live[2 * b]);
-    const int64_t high = std::min({(m + 1) * block, x.tokens, live[2 * b + 1]});
-    if (low < high)
-      kernels.scores->mean(x.row(b, h, low), x.token_stride, high - low, x.dim, x.dtype, out + n * x.dim);
+    const int64_t b = n / blocks / x.heads;
+    const Range tokens = tokens_of(b, n % blocks);
+    float* mean = out + n * x.dim;
+    if (tokens.empty())
+      std::fill(mean, mean + x.dim, 0.0f);
+    else
+      kernels.scores->mean(x.row(b, n / blocks % x.heads, tokens.begin), x.token_stride, tokens.size(), x.dim, x.dtype,
+                           mean);
+  });
+}
+
+}  // namespace
+
+void pool_keys(const Kernels& kernels, const TensorView& k, const Grid& grid, int64_t blocks, float* out,
+               int threads) {
+  pool(kernels, k, blocks, out, threads, [&](int64_t b, int64_t n) {
+    const int64_t past = std::min((n + 1) * grid.block_k, grid.extent.key_count[b]);
+    return Range{grid.extent.key_slot(b, n * grid.block_k), grid.extent.key_slot(b, past)};
+  });
+}
+
+void pool_queries(const Kernels& kernels, const TensorView& q, const Grid& grid, int64_t blocks, float* out,
+                  int threads) {
+  pool(kernels, q, blocks, out, threads, [&](int64_t b, int64_t m) {
+    const Range queries = grid.queries(b, m);
+    return Range{grid.extent.query_row(b, queries.begin), grid.extent.query_row(b, queries.end)};
   });
 }
 

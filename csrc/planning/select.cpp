@@ -20,12 +20,16 @@ void set_range(uint64_t* bits, int64_t low, int64_t high) {
   for (int64_t n = low; n < high; ++n) set_bit(bits, n);
 }
 
-void choose_relative(const float* scores, int64_t width, float alpha, int64_t low, int64_t high, uint64_t* bits) {
-  if (alpha == 0) return set_range(bits, low, high);
-  float top = kNothing;
-  for (int64_t j = 0; j < width; ++j) top = scores[j] > top ? scores[j] : top;
+// Against the largest score that the row sees; nothing where that is NaN.
+void choose_relative(const float* scores, float alpha, Range seen, uint64_t* bits) {
+  if (alpha == 0) return set_range(bits, seen.begin, seen.end);
+  float top = 0.0f;
+  for (int64_t j = seen.begin; j < seen.end; ++j) {
+    if (scores[j] != scores[j]) return;
+    top = scores[j] > top ? scores[j] : top;
+  }
   const float threshold = alpha * top;
-  for (int64_t j = low; j < high; ++j)
+  for (int64_t j = seen.begin; j < seen.end; ++j)
     if (scores[j] >= threshold && scores[j] > 0) set_bit(bits, j);
 }
 
@@ -57,7 +61,7 @@ void choose_top(const float* scores, int64_t budget, int64_t low, int64_t high, 
 }
 
 // Candidates from the best score down, as a stable sort has them: of equal scores the lower index first, NaN before all.
-// Their running sums, in fp64 and in this order, are those of the torch selectors.
+// Their running sums, in fp64 and in this order, are those of the torch rules.
 class Ranking {
  public:
   void clear() { entries_.clear(); }
@@ -129,7 +133,7 @@ bool is_top_p_of_a_row(Rule rule) {
   return rule == Rule::kTopP || rule == Rule::kTopPForced || rule == Rule::kTopPReaching || rule == Rule::kTopPBelow;
 }
 
-// How many of the best are chosen. Sums never fall, so that the first one that fails ends the list; see selectors.py.
+// How many of the best are chosen. Sums never fall, so that the first one that fails ends the list; see rules.py.
 size_t count_top_p(const Ranking& ranking, Rule rule, double share) {
   size_t count = 0;
   if (rule == Rule::kTopPReaching) {
@@ -137,7 +141,7 @@ size_t count_top_p(const Ranking& ranking, Rule rule, double share) {
     return count < ranking.size() ? count + 1 : 0;
   }
   const double limit = share * ranking.total();
-  if (rule == Rule::kTopPBelow || rule == Rule::kTopPAllRows) {
+  if (rule == Rule::kTopPBelow || rule == Rule::kTopPOfAllRows) {
     while (count < ranking.size() && ranking.up_to(count) <= limit) ++count;
     return rule == Rule::kTopPBelow ? std::max<size_t>(count, 1) : count;
   }
@@ -166,38 +170,33 @@ class Chooser {
 
   // Before rows are chosen, of each head.
   void share_out(int64_t head, Ranking& ranking) {
-    const int64_t rows = choice_.blocks, b = head / choice_.heads;
+    const int64_t rows = choice_.rows, b = head / choice_.heads;
     const float* scores = choice_.scores + head * rows * choice_.width;
     ranking.clear();
     for (int64_t row = 0; row < rows; ++row) {
-      const auto [low, high] = seen(b * rows + row);
-      ranking.add(scores, row * choice_.width + low, row * choice_.width + high, [](int64_t) { return false; });
+      const Range seen = seen_by(b * rows + row);
+      ranking.add(scores, row * choice_.width + seen.begin, row * choice_.width + seen.end,
+                  [](int64_t) { return false; });
     }
     if (ranking.empty()) return;
     ranking.rank(scores);
     past_[head] = ranking.past(count_top_p(ranking, choice_.rule, choice_.shares[head % choice_.heads]));
   }
 
-  int64_t row(int64_t row, Workspace& workspace, uint64_t* bits) const {
-    const int64_t block = row % choice_.blocks, head = row / choice_.blocks, b = head / choice_.heads;
-    const int64_t place = b * choice_.blocks + block;
+  // Row of [batch, heads, rows]: its bits, and how many are set.
+  int64_t choose(int64_t row, Workspace& workspace, uint64_t* bits) const {
+    const int64_t head = row / choice_.rows, b = head / choice_.heads, place = b * choice_.rows + row % choice_.rows;
     std::fill(bits, bits + words_, uint64_t{0});
-    const auto [low, high] = seen(place);
-    const float* scores = choice_.scores + row * choice_.width;
-    if (choice_.rule == Rule::kRelative) choose_relative(scores, choice_.width, choice_.alpha, low, high, bits);
-    if (choice_.rule == Rule::kTopK)
-      choose_top(scores, choice_.budgets[head % choice_.heads], low, high, workspace.sorted, bits);
-    if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, place, head, low, high, workspace.ranking, bits);
-    if (choice_.rule == Rule::kTopPAllRows)
-      for (int64_t j = low; j < high; ++j)
-        if (Ranking::entry(scores[j], block * choice_.width + j) < past_[head]) set_bit(bits, j);
+    const Range seen = seen_by(place);
+    if (choice_.scores != nullptr) choose_by_rule(row, place, seen, workspace, bits);
     for (const int64_t diagonal : diagonals_of_[static_cast<size_t>(head)]) {
-      const int64_t j = choice_.main_diagonal[place] - diagonal;
-      if (j >= low && j < high) set_bit(bits, j);
+      set_if_seen(choice_.origin[place] - diagonal, seen, bits);
+      if (choice_.mirrored) set_if_seen(choice_.origin[place] + diagonal, seen, bits);
     }
-    if (choice_.heads_that_force[head]) {
-      set_range(bits, std::max(low, choice_.forced[2 * place]), std::min(high, choice_.forced[2 * place + 1]));
-      set_range(bits, std::max(low, choice_.forced_everywhere[2 * b]), std::min(high, choice_.forced_everywhere[2 * b + 1]));
+    if (forces(head)) {
+      const Range forced = choice_.forced[place];
+      set_range(bits, std::max(seen.begin, forced.begin), std::min(seen.end, forced.end));
+      set_range(bits, seen.begin, std::min(seen.end, choice_.first));
     }
     int64_t count = 0;
     for (int64_t n = 0; n < words_; ++n) count += __builtin_popcountll(bits[n]);
@@ -205,19 +204,36 @@ class Chooser {
   }
 
  private:
-  std::pair<int64_t, int64_t> seen(int64_t place) const {
-    const int64_t low = std::clamp<int64_t>(choice_.seen[2 * place], 0, choice_.width);
-    return {low, std::clamp<int64_t>(choice_.seen[2 * place + 1], low, choice_.width)};
+  bool forces(int64_t head) const { return choice_.forcing == nullptr || choice_.forcing[head]; }
+
+  Range seen_by(int64_t place) const {
+    const int64_t begin = std::clamp<int64_t>(choice_.seen[place].begin, 0, choice_.width);
+    return {begin, std::clamp<int64_t>(choice_.seen[place].end, begin, choice_.width)};
   }
 
-  void choose_top_p(const float* scores, int64_t place, int64_t head, int64_t low, int64_t high, Ranking& ranking,
+  static void set_if_seen(int64_t candidate, Range seen, uint64_t* bits) {
+    if (candidate >= seen.begin && candidate < seen.end) set_bit(bits, candidate);
+  }
+
+  void choose_by_rule(int64_t row, int64_t place, Range seen, Workspace& workspace, uint64_t* bits) const {
+    const int64_t head = row / choice_.rows;
+    const float* scores = choice_.scores + row * choice_.width;
+    if (choice_.rule == Rule::kRelativeToMax) choose_relative(scores, choice_.alpha, seen, bits);
+    if (choice_.rule == Rule::kTopK)
+      choose_top(scores, choice_.counts[head % choice_.heads], seen.begin, seen.end, workspace.sorted, bits);
+    if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, place, head, seen, workspace.ranking, bits);
+    if (choice_.rule == Rule::kTopPOfAllRows)
+      for (int64_t j = seen.begin; j < seen.end; ++j)
+        if (Ranking::entry(scores[j], row % choice_.rows * choice_.width + j) < past_[head]) set_bit(bits, j);
+  }
+
+  void choose_top_p(const float* scores, int64_t place, int64_t head, Range seen, Ranking& ranking,
                     uint64_t* bits) const {
-    const int64_t* forced = choice_.forced + 2 * place;
-    const int64_t* everywhere = choice_.forced_everywhere + 2 * (head / choice_.heads);
-    const bool forces = choice_.rule == Rule::kTopPForced && choice_.heads_that_force[head];
+    const bool forced_first = choice_.rule == Rule::kTopPForced && forces(head);
+    const Range forced = choice_.forced[place];
     ranking.clear();
-    ranking.add(scores, low, high, [&](int64_t j) {
-      return forces && ((j >= forced[0] && j < forced[1]) || (j >= everywhere[0] && j < everywhere[1]));
+    ranking.add(scores, seen.begin, seen.end, [&](int64_t j) {
+      return forced_first && ((j >= forced.begin && j < forced.end) || j < choice_.first);
     });
     if (ranking.empty()) return;
     ranking.rank(scores);
@@ -227,7 +243,7 @@ class Chooser {
   const Choice& choice_;
   const int64_t words_;
   std::vector<std::vector<int64_t>> diagonals_of_;
-  std::vector<uint64_t> past_;  // kTopPAllRows: of each head, the entry after the last that is chosen
+  std::vector<uint64_t> past_;  // kTopPOfAllRows: of each head, the entry after the last that is chosen
 };
 
 // job(first row, one past the last) for stretches of rows.
@@ -239,25 +255,25 @@ void for_rows(int threads, int64_t rows, const Job& job) {
 
 }  // namespace
 
-void choose(const Choice& choice, uint64_t* bits, int64_t* counts, int threads) {
+void choose(const Choice& choice, const ChosenBits& chosen, int threads) {
   Chooser chooser(choice);
-  if (choice.rule == Rule::kTopPAllRows) {
+  if (choice.rule == Rule::kTopPOfAllRows) {
     std::vector<Ranking> rankings(threads);
     run_parallel(threads, choice.batch * choice.heads,
                  [&](int thread, int64_t head) { chooser.share_out(head, rankings[thread]); });
   }
-  for_rows(threads, choice.batch * choice.heads * choice.blocks, [&](int64_t begin, int64_t end) {
+  for_rows(threads, choice.batch * choice.heads * choice.rows, [&](int64_t begin, int64_t end) {
     Workspace workspace;
     for (int64_t row = begin; row < end; ++row)
-      counts[row] = chooser.row(row, workspace, bits + row * words_of(choice.width));
+      chosen.counts[row] = chooser.choose(row, workspace, chosen.bits + row * words_of(choice.width));
   });
 }
 
-void list_bits(const uint64_t* bits, int64_t rows, int64_t width, const int64_t* indptr, int32_t* indices,
+void list_bits(const uint64_t* bits, int64_t rows, int64_t width, const int64_t* starts, int32_t* indices,
                int threads) {
   for_rows(threads, rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      int32_t* out = indices + indptr[row];
+      int32_t* out = indices + starts[row];
       for (int64_t n = 0; n < words_of(width); ++n)
         for (uint64_t word = bits[row * words_of(width) + n]; word != 0; word &= word - 1)
           *out++ = static_cast<int32_t>(n * 64 + __builtin_ctzll(word));

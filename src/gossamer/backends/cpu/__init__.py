@@ -1,14 +1,15 @@
-"""The C++ executor: AMX, AVX-512, AVX2 and portable kernels, chosen at run time.
+"""The C++ backend: AMX, AVX-512, AVX2 and portable kernels, chosen at run time.
 
-``GOSSAMER_CPU_ISA`` forces one of `supported_isas` (read at every call); without it each dtype gets the fastest that
-this machine has. ``amx``, ``amx_emulated`` and ``avx512_bf16`` compute in bf16 and serve bf16 tensors; others then run
-on the fp32 kernels of the same machine. ``amx_emulated`` is the AMX kernel over emulated tile operations, for tests on
-machines without AMX.
+Its functions are those of `gossamer.backends.torch`, by name, signature and meaning. ``GOSSAMER_CPU_ISA`` forces one of
+`supported_isas` (read at every call); without it each dtype gets the fastest that this machine has. ``amx``,
+``amx_emulated`` and ``avx512_bf16`` compute in bf16 and serve bf16 tensors; others then run on the fp32 kernels of the
+same machine. ``amx_emulated`` is the AMX kernel over emulated tile operations, for tests on machines without AMX.
+
+All functions run on ``torch.get_num_threads()`` threads.
 """
 
-from __future__ import annotations
-
-from gossamer.backends.cpu.attend import execute
+from gossamer.backends.cpu.attend import attend
+from gossamer.backends.cpu.lists import ListWriter, count, finish
 from gossamer.backends.cpu.native import (
     ENVIRONMENT,
     MAX_HEAD_DIM,
@@ -18,14 +19,35 @@ from gossamer.backends.cpu.native import (
     supported_isas,
     why_unavailable,
 )
+from gossamer.backends.cpu.scores import (
+    PART_BYTES,
+    antidiagonal_scores,
+    last_query_probe,
+    pool_keys,
+    pool_queries,
+    pooled_scores,
+    row_block_energy,
+)
+from gossamer.backends.cpu.slashes import exact_slashes
 
 __all__ = [
     "ENVIRONMENT",
     "MAX_HEAD_DIM",
+    "PART_BYTES",
+    "ListWriter",
     "active_isa",
-    "execute",
+    "antidiagonal_scores",
+    "attend",
+    "count",
+    "exact_slashes",
+    "finish",
     "has_openmp",
     "is_available",
+    "last_query_probe",
+    "pool_keys",
+    "pool_queries",
+    "pooled_scores",
+    "row_block_energy",
     "supported_isas",
     "why_unavailable",
 ]

@@ -6,8 +6,9 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["active_isa", "has_openmp", "is_available", "kernels", "supported_isas", "why_unavailable"]
+__all__ = ["active_isa", "check_tensors", "has_openmp", "is_available", "kernels", "supported_isas", "why_unavailable"]
 
 try:
     import gossamer.backends.cpu._kernels as _kernels  # pyright: ignore[reportMissingModuleSource]
@@ -74,3 +75,21 @@ def active_isa(dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16 and prefers_bf16_dot():
         return "avx512_bf16"
     return next(isa for isa in ("avx512", "avx2", "portable") if isa in known)
+
+
+def check_tensors(*tensors: Tensor) -> None:
+    """What the kernels cannot take: another device, dtype or head dimension.
+
+    Raises:
+        ValueError, TypeError: says what was given, what was expected and what to do.
+    """
+    for x in tensors:
+        if x.device.type != "cpu":
+            raise ValueError(f"the cpu backend takes CPU tensors, got {x.device}; move them")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"the cpu backend takes float32, bfloat16 or float16, got {x.dtype}; convert q, k and v")
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"the cpu backend takes head dimensions 1 to {MAX_HEAD_DIM}, got {x.shape[-1]}; "
+                "use gossamer.backends.torch"
+            )
