@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kStretchBytes = 256 << 10;
 constexpr int64_t kCacheLine = 64;
 // Rows of a head of the plan that are streamed though they lie in two query blocks.
-constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewRows = 64;
 
 // A panel and the tiles that it runs over, with the keys that its gathered tiles name.
 struct Item {

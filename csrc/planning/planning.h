@@ -92,6 +92,10 @@ void choose(const Choice& choice, const ChosenBits& chosen, int threads);
 void list_bits(const uint64_t* bits, int64_t rows, int64_t width, const int64_t* starts, int32_t* indices,
                int threads);
 
+// Copies lists that lie one behind the other to their places: each row's from indices + starts[row] on.
+void place_lists(const int32_t* lists, const int64_t* counts, int64_t rows, const int64_t* starts, int32_t* indices,
+                 int threads);
+
 // Token-exact slashes of blocks of 64 queries, as whole blocks of 64 keys and single columns.
 struct Slashes {
   Extent extent;

@@ -281,4 +281,13 @@ void list_bits(const uint64_t* bits, int64_t rows, int64_t width, const int64_t*
   });
 }
 
+void place_lists(const int32_t* lists, const int64_t* counts, int64_t rows, const int64_t* starts, int32_t* indices,
+                 int threads) {
+  std::vector<int64_t> before(static_cast<size_t>(rows) + 1);
+  for (int64_t row = 0; row < rows; ++row) before[row + 1] = before[row] + counts[row];
+  for_rows(threads, rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) std::copy_n(lists + before[row], counts[row], indices + starts[row]);
+  });
+}
+
 }  // namespace gossamer

@@ -125,6 +125,13 @@ void bind_lists(nb::module_& m) {
         list_bits(pointer<uint64_t>(bits), rows, width, pointer<int64_t>(starts), pointer<int32_t>(indices), threads);
       },
       nb::kw_only(), "bits"_a, "rows"_a, "width"_a, "starts"_a, "indices"_a, "threads"_a, Release());
+  m.def(
+      "place_lists",
+      [](uintptr_t lists, uintptr_t counts, int64_t rows, uintptr_t starts, uintptr_t indices, int threads) {
+        place_lists(pointer<int32_t>(lists), pointer<int64_t>(counts), rows, pointer<int64_t>(starts),
+                    pointer<int32_t>(indices), threads);
+      },
+      nb::kw_only(), "lists"_a, "counts"_a, "rows"_a, "starts"_a, "indices"_a, "threads"_a, Release());
   m.def("slashes", &slashes, "call"_a, nb::kw_only(), "blocks"_a, "columns"_a, "threads"_a, Release());
   m.def(
       "count_pairs", [](const Plan& plan, uintptr_t counts, int threads) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
 from gossamer.backends.cpu.views import address, dense_rows, plan_parts, plan_view, tensor_view
@@ -41,7 +42,10 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         raise ValueError(f"the cpu backend takes plans on the CPU, got one on {plan.device}; move it")
     tensors, sizes = plan_parts(plan)
     softcap = 0.0 if call.softcap is None else float(call.softcap)
-    return torch.ops.gossamer.cpu_attend(call.q, call.k, call.values, _sinks(call), tensors, sizes, call.scale, softcap)
+    # An operator's dispatch would take as long as all the rest of a short call.
+    plain = not call.needs_gradient and not torch.compiler.is_compiling() and type(call.q) in (Tensor, Parameter)
+    operator = _cpu_attend if plain else torch.ops.gossamer.cpu_attend
+    return operator(call.q, call.k, call.values, _sinks(call), tensors, sizes, call.scale, softcap)
 
 
 def _sinks(call: AttentionCall) -> Tensor:

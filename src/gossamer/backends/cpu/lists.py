@@ -28,7 +28,7 @@ from gossamer.rules import (
     shares,
 )
 
-__all__ = ["ListWriter", "count", "finish", "indices_of_bits"]
+__all__ = ["ListWriter", "count", "finish", "list_bits"]
 
 _TOP_P = {TopPReaching: "top_p_reaching", TopPBelow: "top_p_below", TopPOfAllRows: "top_p_of_all_rows"}
 
@@ -75,7 +75,19 @@ class ListWriter(TorchListWriter):
         indices = torch.empty(int(indptr[-1]), dtype=torch.int32)
         starts = indptr[:-1].view(self.shape)
         for start, (part, chosen) in self._parts.items():
-            _place(chosen, part, self.width, starts[:, :, start : start + part.shape[2]].contiguous(), indices)
+            row_starts = starts[:, :, start : start + part.shape[2]].contiguous()
+            if chosen.dtype == torch.int64:
+                list_bits(chosen, self.width, row_starts, indices)
+            else:
+                part, chosen = part.contiguous(), chosen.contiguous()
+                kernels().place_lists(
+                    lists=chosen.data_ptr(),
+                    counts=part.data_ptr(),
+                    rows=part.numel(),
+                    starts=row_starts.data_ptr(),
+                    indices=indices.data_ptr(),
+                    threads=torch.get_num_threads(),
+                )
         return indptr, indices
 
 
@@ -141,29 +153,16 @@ def _int64(values: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     return values.to("cpu", torch.int64).expand(shape).contiguous()
 
 
-def _place(chosen: Tensor, counts: Tensor, width: int, starts: Tensor, indices: Tensor) -> None:
-    """Writes a part's members, given as int64 bits or int32 numbers, each row's from its start on."""
-    if chosen.dtype == torch.int64:
-        kernels().list_bits(
-            bits=chosen.data_ptr(),
-            rows=counts.numel(),
-            width=width,
-            starts=starts.data_ptr(),
-            indices=indices.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
-        return
-    lengths = counts.flatten()
-    shift = torch.repeat_interleave(starts.flatten() - (lengths.cumsum(0) - lengths), lengths)
-    indices[torch.arange(chosen.numel()) + shift] = chosen
-
-
-def indices_of_bits(bits: Tensor, counts: Tensor, width: int) -> Tensor:
-    """The set bits of each row, int32, ascending, row after row."""
-    starts = counts.flatten().cumsum(0) - counts.flatten()
-    indices = torch.empty(int(counts.sum()), dtype=torch.int32)
-    _place(bits, counts, width, starts, indices)
-    return indices
+def list_bits(bits: Tensor, width: int, starts: Tensor, indices: Tensor) -> None:
+    """Writes the numbers of the bits that are set, ascending, each row's from its start on."""
+    kernels().list_bits(
+        bits=bits.data_ptr(),
+        rows=starts.numel(),
+        width=width,
+        starts=starts.data_ptr(),
+        indices=indices.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
 
 
 def finish(blocks: ListWriter | None, columns: ListWriter | None, **fields: Any) -> SparsePlan:
