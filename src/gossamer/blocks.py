@@ -28,8 +28,8 @@ class Blocks:
 
     Args:
         block_q, block_k: tokens of a query block and of a key block.
-        per: ``"head"`` for lists of their own for each of H query heads, ``"kv_head"`` for lists that the query heads of
-            a key/value head share.
+        per: ``"head"`` for lists of their own for each of H query heads, ``"kv_head"`` for lists that the query heads
+            of a key/value head share.
 
     Attributes:
         grid: how the blocks lie; `gossamer.scores` take it.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from gossamer import backends, methods
 from gossamer.call import AttentionCall
 from gossamer.methods import Dense, Method
@@ -101,14 +103,14 @@ class Policy:
             return self.method.kernel == "gossamer"
         if reason == TOO_DENSE:
             return call.device.type == "cpu" and backends.name_of(call) != "torch"
-        return reason in ("decode", "few queries") and self.decodes_on_kernel(call)
+        return reason in ("decode", "few queries") and self.decodes_on_kernel(call.q, call.key_len)
 
-    def decodes_on_kernel(self, call: AttentionCall) -> bool:
-        """Whether few queries run on our own kernel: on CPUs, where it splits them over the keys.
+    def decodes_on_kernel(self, q: Tensor, key_len: int) -> bool:
+        """Whether few queries like ``q`` against so many keys run on our own kernel: on CPUs, where it splits the keys.
 
         Not under plain dense attention, nor against short caches.
         """
-        if call.device.type != "cpu" or (isinstance(self.method, Dense) and self.method.kernel == "torch"):
+        if q.device.type != "cpu" or (isinstance(self.method, Dense) and self.method.kernel == "torch"):
             return False
-        least = STREAMED_KEYS.get(call.q.element_size())
-        return least is not None and call.key_len >= least and backends.name_of(call) != "torch"
+        least = STREAMED_KEYS.get(q.element_size())
+        return least is not None and key_len >= least and backends.name_of(q) != "torch"

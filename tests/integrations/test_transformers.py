@@ -26,10 +26,11 @@ from transformers import (
 )
 
 from gossamer import methods
-from gossamer.attention import Policy, sparse_attention
+from gossamer.attention import sparse_attention
 from gossamer.integrations.transformers import NAME, enable, hf_attention, register
 from gossamer.integrations.transformers.attention import owner_of
-from gossamer.profiles import HeadPattern, Profile
+from gossamer.policy import Policy
+from gossamer.profiles import Profile
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -52,10 +53,10 @@ class TestHandle:
         with enable(model, "a_shape", sink=1, window=3, **ALWAYS_SPARSE) as handle:
             handle.observe(seen.append)
             forward(model, prompt())
-            assert [call.layer for call in seen] == list(range(model.config.num_hidden_layers))
-            call = seen[0]
+            assert [one.call.layer for one in seen] == list(range(model.config.num_hidden_layers))
+            call = seen[0].call
             again = sparse_attention(call.q, call.k, call.v, handle.policy, scale=call.scale, extent=call.extent)
-            assert torch.equal(again, call.out)
+            assert torch.equal(again, seen[0].out)
             handle.observe(None)
             forward(model, prompt())
             assert len(seen) == model.config.num_hidden_layers
@@ -166,7 +167,7 @@ class TestEnable:
 
     @pytest.mark.parametrize("as_path", [True, False])
     def test_a_profile_decides_head_by_head(self, as_path: bool, tmp_path: Any) -> None:
-        narrow, dense = HeadPattern("a_shape", (1, 4)), HeadPattern("dense")
+        narrow, dense = methods.AShape(1, 4), methods.Dense()
         profile = Profile(((narrow,) * 4, (dense,) * 4))
         path = tmp_path / "profile.json"
         profile.save(path)
@@ -197,8 +198,8 @@ class TestEnable:
             enable(model, "a_shape", size=3)
         with pytest.raises(ValueError, match="window given beside a finished AShape"):
             enable(model, methods.create("a_shape"), window=3)
-        with pytest.raises(ValueError, match="no field 'profile'"):
-            enable(model, "a_shape", profile=Profile.uniform(2, 4, HeadPattern("dense")))
+        with pytest.raises(ValueError, match="a profile names a method for each head"):
+            enable(model, "a_shape", profile=Profile.uniform(2, 4, methods.Dense()))
         with pytest.raises(TypeError, match="got Linear"):
             enable(nn.Linear(2, 2))
         assert model.config._attn_implementation == "sdpa"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import (
     and_masks,
+    bidirectional_mask_function,
     causal_mask_function,
     chunked_causal_mask_function,
     or_masks,
@@ -21,23 +22,32 @@ from transformers.masking_utils import (
 
 from gossamer.integrations.transformers.masks import (
     compact_mask,
-    explicit_mask,
+    compact_mask_bidirectional,
     extent_of,
     extent_of_one_query,
+    is_bidirectional,
     plain_window,
-    window_of,
 )
+from gossamer.plan import Extent
 
 BATCH = 3
 
 
-def expand(mask: Tensor | None, q_length: int, kv_length: int) -> Tensor:
-    """A compact mask as the pairs that attention will use."""
+def assert_means(mask: Tensor | None, expected: Tensor) -> None:
+    """A compact mask gives the pairs that are expected of live queries; a query of padding has none."""
     if mask is not None and mask.ndim == 4:
-        return mask
+        assert torch.equal(mask, expected)
+        return
+    q_length, kv_length = expected.shape[2:]
     extent, used = extent_of(mask, BATCH, q_length, kv_length)
+    assert extent is not None
     assert used <= kv_length
-    return explicit_mask(extent, q_length, kv_length, window_of(mask), "cpu")
+    pairs = extent.allowed(torch.arange(q_length), used)
+    live = extent.live_queries(q_length)
+    own = torch.arange(q_length) + extent.query_start[:, None]
+    assert torch.equal(live, (own >= 0) & (own < extent.key_count[:, None]))
+    assert torch.equal(pairs, expected[:, 0, :, :used] & live[:, :, None])
+    assert not bool((expected[:, 0, :, used:] & live[:, :, None]).any())
 
 
 def whole(**arguments: Any) -> Tensor:
@@ -85,8 +95,7 @@ def test_compact_mask_means_what_sdpa_mask_means(
         assert mask.ndim == 4
     else:
         assert mask is None or mask.ndim == 2
-    expected = whole(**arguments)
-    assert torch.equal(expand(mask, q_length, arguments["kv_length"]), expected)
+    assert_means(mask, whole(**arguments))
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["made once", "handed back by generate"])
@@ -108,7 +117,7 @@ def test_rolling_caches_keep_their_offset(kind: str, again: bool) -> None:
         mask = compact_mask(**{**arguments, "attention_mask": mask.bool()})
     assert mask is not None
     assert mask.ndim == 2
-    assert torch.equal(expand(mask, q_length, arguments["kv_length"]), expected)
+    assert_means(mask, expected)
 
 
 def test_nothing_to_say_is_none() -> None:
@@ -200,3 +209,56 @@ def test_one_query_with_a_hole_has_no_extent() -> None:
     mask[0, 0, 0, 3] = False
     assert extent_of_one_query(mask, 2, 6) is None
     assert extent_of_one_query(mask.float(), 2, 6) is None
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("kind", ["none", "right"])
+@pytest.mark.parametrize(("q_length", "kv_length"), [(12, 12), (5, 12)])
+def test_bidirectional_masks_mean_what_sdpa_masks_mean(
+    q_length: int, kv_length: int, kind: str, window: int | None
+) -> None:
+    function = bidirectional_mask_function
+    if window is not None:
+        function = sliding_window_bidirectional_mask_function(window)
+    arguments: dict[str, Any] = {
+        "batch_size": BATCH,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "mask_function": function,
+        "attention_mask": padded(kv_length, kind),
+    }
+    mask = compact_mask_bidirectional(**arguments, allow_is_causal_skip=False)
+    assert is_bidirectional(mask)
+    extent, used = extent_of(mask, BATCH, q_length, kv_length)
+    assert extent is not None
+    assert not extent.causal
+    assert used == kv_length
+    assert torch.equal(extent.allowed(torch.arange(q_length), used), whole(**arguments)[:, 0])
+
+
+def test_left_padding_without_causality_has_no_extent() -> None:
+    mask = compact_mask_bidirectional(
+        BATCH, 12, 12, mask_function=bidirectional_mask_function, attention_mask=padded(12, "left")
+    )
+    assert extent_of(mask, BATCH, 12, 12) == (None, 12)
+
+
+def test_other_masks_are_the_same_under_both_names() -> None:
+    causal = {"mask_function": causal_mask_function, "attention_mask": padded(12, "left")}
+    ours, both = compact_mask(BATCH, 12, 12, **causal), compact_mask_bidirectional(BATCH, 12, 12, **causal)
+    assert ours is not None
+    assert both is not None
+    assert torch.equal(ours, both)
+    overlay = or_masks(bidirectional_mask_function, sliding_window_overlay(3))
+    mask = compact_mask_bidirectional(BATCH, 12, 12, mask_function=overlay, allow_is_causal_skip=False)
+    assert mask is not None
+    assert mask.ndim == 4
+
+
+def test_full_extents_are_those_without_a_mask() -> None:
+    extent, used = extent_of(None, 2, 3, 9, window=4)
+    assert extent is not None
+    assert used == 9
+    expected = Extent.full(2, 3, 9, limit=4)
+    assert torch.equal(extent.allowed(torch.arange(3), 9), expected.allowed(torch.arange(3), 9))
+    assert extent_of(None, 2, 3, 9, window=9)[0].limit is None  # pyright: ignore[reportOptionalMemberAccess]

@@ -69,7 +69,7 @@ def test_parity_of_other_methods_at_full_budget(family: str, situation: str, met
 def test_parity_of_decoding_on_our_own_kernel(family: str, situation: str, monkeypatch) -> None:
     if not cpu.is_available():
         pytest.skip("no C++ kernels")
-    monkeypatch.setattr("gossamer.attention.STREAMED_KEYS", {4: 0})
+    monkeypatch.setattr("gossamer.policy.STREAMED_KEYS", {4: 0})
     stats = compare(family, situation, "a_shape")
     for row in stats:
         ours = sum(count for name, count in row.executors.items() if name.startswith("cpu/"))
@@ -83,7 +83,7 @@ def test_parity_of_decoding_on_our_own_kernel(family: str, situation: str, monke
 def test_parity_on_the_executors_for_gpus(family: str, situation: str, executor: str, monkeypatch) -> None:
     if executor == "triton" and not (triton.is_available() and triton.interprets()):
         pytest.skip(triton.why_unavailable() or "Triton is not interpreted here")
-    monkeypatch.setenv("GOSSAMER_EXECUTOR", executor)
+    monkeypatch.setenv("GOSSAMER_BACKEND", executor)
     stats = compare(family, situation, "a_shape")
     for row in stats:
         assert row.executors[executor] == row.sparse_calls >= 1

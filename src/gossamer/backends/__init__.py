@@ -2,8 +2,8 @@
 
 Each backend is a module with the same functions (verbs), of which it may lack some; ``torch`` has all of them and is
 their definition. ``GOSSAMER_BACKEND`` forces ``torch``, ``cpu``, ``triton`` or ``flex`` to attend, and
-``GOSSAMER_PLANNER`` forces ``torch``, ``cpu`` or ``triton`` for all other verbs; both are read at every call. From equal
-scores all backends choose the same sets, and all attend the same pairs.
+``GOSSAMER_PLANNER`` forces ``torch``, ``cpu`` or ``triton`` for all other verbs; both are read at every call. From
+equal scores all backends choose the same sets, and all attend the same pairs.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ def _on(where: device) -> str | None:
     return "triton" if where.type == "cuda" and triton.is_available() else None
 
 
-def name_of(call: AttentionCall) -> str:
-    """Name of the backend that attends a call, with its instruction set: ``cpu/avx512_bf16``, ``triton``, ``torch``."""
-    name = backend_of(call, "attend").__name__.rpartition(".")[2]
-    return f"cpu/{cpu.active_isa(call.q.dtype)}" if name == "cpu" else name
+def name_of(subject: AttentionCall | Tensor) -> str:
+    """Name of the backend that attends, with its instruction set: ``cpu/avx512_bf16``, ``triton``, ``torch``."""
+    name = backend_of(subject, "attend").__name__.rpartition(".")[2]
+    dtype = subject.dtype if isinstance(subject, Tensor) else subject.q.dtype
+    return f"cpu/{cpu.active_isa(dtype)}" if name == "cpu" else name
 
 
 def why_slow(call: AttentionCall) -> str:

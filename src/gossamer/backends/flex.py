@@ -16,58 +16,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.backends.torch import check_inputs
+from gossamer.backends.torch.attend import cleared
+from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 
-__all__ = ["execute", "kernel_options"]
+__all__ = ["attend", "kernel_options"]
 
 _MOST_TOKENS = 64  # of a tile
 _SMALLEST = 16  # of a matrix product
 _TILE_BYTES = 64 << 10  # of a tile of queries, in shared memory
 
 
-def execute(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: SparsePlan,
-    *,
-    scale: float,
-    sinks: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention over exactly the pairs that the plan names. See `gossamer.backends.torch.execute`, the definition.
+def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
+    """Attention over exactly the pairs that the plan names. See `gossamer.backends.torch.attend`, the definition.
 
     Returns:
         out ``[B, H, S, Dv]`` in q's dtype and lse fp32 ``[B, H, S]``.
 
     Raises:
-        ValueError, TypeError: as `gossamer.backends.torch.check_inputs`; a permuted plan; fp64; a soft-cap that is not
-            above 0; on CUDA, blocks that `kernel_options` refuses.
+        ValueError, TypeError: a plan for another call; a permuted plan; fp64; on CUDA, blocks that `kernel_options`
+            refuses.
     """
     from torch.nn.attention.flex_attention import AuxRequest
 
-    check_inputs(q, k, v, plan, sinks)
+    call.check_plan(plan)
+    q, sinks, softcap = call.q, call.sinks, call.softcap
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"FlexAttention takes float32, bfloat16 or float16, got {q.dtype}; convert q, k and v")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0 or None, got {softcap}")
-    if q.numel() == 0 or k.numel() == 0:
+    if q.numel() == 0 or call.k.numel() == 0:
         lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
-        return q.new_zeros(*q.shape[:3], v.shape[-1]), _add_sinks(lse, sinks)
-    attend, options = _uncompiled, {}
+        return q.new_zeros(*q.shape[:3], call.values.shape[-1]), _add_sinks(lse, sinks)
+    attend_tiles, options = _uncompiled, {}
     if _on_cuda(q):
-        widest = max(q.shape[-1], v.shape[-1])
-        attend = _compiled()
+        widest = max(q.shape[-1], call.values.shape[-1])
+        attend_tiles = _compiled()
         options = {"kernel_options": kernel_options(plan.block_q, plan.block_k, widest, q.dtype)}
-    out, aux = attend(
-        q,
-        _cleared(k, plan),
-        _cleared(v, plan),
+    live = call.extent.live_queries(call.query_len)
+    out, aux = attend_tiles(
+        q if bool(live.all()) else torch.where(live.to(q.device)[:, None, :, None], q, 0.0),
+        cleared(call.k, call),
+        cleared(call.values, call),
         score_mod=None if softcap is None else _cap(softcap),
-        block_mask=plan.to(q.device).to_block_mask(q.shape[1]),
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        block_mask=plan.to(q.device).to_block_mask(call.heads),
+        scale=call.scale,
+        enable_gqa=call.share != 1,
         return_aux=AuxRequest(lse=True),
         **options,
     )
@@ -94,8 +86,7 @@ def kernel_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> 
     if block_q % _SMALLEST or block_k % _SMALLEST:
         raise ValueError(
             f"FlexAttention on CUDA takes plans whose blocks are multiples of {_SMALLEST} tokens, got "
-            f"block_q={block_q} and block_k={block_k}; make the plan with such blocks, or use "
-            "gossamer.backends.torch.execute"
+            f"block_q={block_q} and block_k={block_k}; make the plan with such blocks, or set GOSSAMER_BACKEND=torch"
         )
     width = 1 << max(0, dim - 1).bit_length()
     rows = keys = _MOST_TOKENS
@@ -118,15 +109,6 @@ def kernel_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> 
 
 def _add_sinks(lse: Tensor, sinks: Tensor | None) -> Tensor:
     return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse).view(1, -1, 1))
-
-
-def _cleared(x: Tensor, plan: SparsePlan) -> Tensor:
-    """Zeros in dead slots, which may hold anything; 0 * NaN is NaN."""
-    if bool((plan.extent.key_start == 0).all() and (plan.extent.key_count == plan.key_len).all()):
-        return x
-    position = plan.extent.key_positions(plan.key_len)
-    dead = (position < 0) | (position >= plan.extent.key_count[:, None])
-    return x.masked_fill(dead.to(x.device)[:, None, :, None], 0.0)
 
 
 def _cap(softcap: float) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""Softmax mass in tiles of rows by keys, and sums over blocks: the machinery of `gossamer.oracle`."""
+"""Softmax mass in tiles of queries by keys, and sums over blocks: the machinery of the exact oracle."""
 
 from __future__ import annotations
 
@@ -8,120 +8,114 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer.plan import Extent
+from gossamer.backends.torch.attend import wide
+from gossamer.call import AttentionCall
+from gossamer.plan import Grid
 
-__all__ = ["Tiles", "spans", "sum_blocks", "sum_row_blocks", "wide"]
+__all__ = ["Piece", "RowMass", "key_pieces", "query_pieces"]
 
 # Working set of a tile: what caches hold. Half or twice as much is slower by a tenth.
 TILE_BYTES = 4 << 20
-_TILE_ROWS = 256
-_TILE_KEYS = 2048
+MOST_QUERIES = 256
+MOST_KEYS = 2048
 
 
-def wide(x: Tensor) -> Tensor:
-    """In the dtype that masses are computed in."""
-    return x if x.dtype == torch.float64 else x.float()
+class RowMass:
+    """The softmax mass of rectangles of one batch row's score matrix, in positions: it has no padding."""
 
+    def __init__(self, call: AttentionCall, lse: Tensor, row: int) -> None:
+        extent = call.extent
+        first, count = int(extent.first_query[row]), int(extent.query_count[row])
+        start, keys = int(extent.key_start[row]), int(extent.key_count[row])
+        self._q = call.q[row, :, first : first + count]
+        self._k = call.k[row, :, start : start + keys]
+        self._lse = lse[row, :, first : first + count]
+        self._call, self._first = call, int(extent.first_position[row])
+        elements = max(1, TILE_BYTES // (8 * call.heads))
+        self.most_queries = min(MOST_QUERIES, max(16, int((elements / 4) ** 0.5)))
+        self.most_keys = min(MOST_KEYS, max(64, elements // self.most_queries))
 
-class Tiles:
-    """The softmax mass of rectangles of the score matrix."""
-
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        lse: Tensor,
-        scale: float,
-        extent: Extent,
-        causal: bool,
-        limit: int | None,
-        softcap: float | None,
-    ) -> None:
-        self.batch, self.heads, self.query_len, self.dim = q.shape
-        self.groups, self.key_len = k.shape[1], k.shape[2]
-        if lse.shape != q.shape[:3]:
-            raise ValueError(
-                f"lse must be [batch, heads, queries] = {tuple(q.shape[:3])}, got {tuple(lse.shape)}; "
-                "make it with gossamer.oracle.log_sum_exp"
-            )
-        self._q, self._k, self._lse = q, k, lse
-        self._scale, self._causal, self._limit, self._softcap = scale, causal, limit, softcap
-        self._extent = extent
-        self._rows = extent.query_positions(self.query_len)
-        self._keys = extent.key_positions(self.key_len)
-        elements = max(1, TILE_BYTES // (8 * self.batch * self.heads))
-        self.row_cap = min(_TILE_ROWS, max(16, int((elements / 4) ** 0.5)))
-        self.key_cap = min(_TILE_KEYS, max(64, elements // self.row_cap))
-
-    def mass(self, rows: slice, keys: slice) -> Tensor | None:
-        """``[B, H, rows, keys]``, 0 where a pair is not attended; None where no pair is."""
-        row, key, count = self._rows[:, rows, None], self._keys[:, None, keys], self._extent.key_count[:, None, None]
-        row_live, key_live = (row >= 0) & (row < count), (key >= 0) & (key < count)
-        some, whole = self._attended(row, key, row_live, key_live)
+    def mass(self, queries: range, keys: range) -> Tensor | None:
+        """``[H, queries, keys]``, 0 where a pair is not allowed; None where no pair is."""
+        some, every = self._allowed(queries, keys)
         if not some:
             return None
-        q = wide(self._q[:, :, rows]).reshape(self.batch, self.groups, -1, self.dim)
-        scores = (q * self._scale @ wide(self._k[:, :, keys]).transpose(-1, -2)).view(
-            self.batch, self.heads, row.shape[1], key.shape[2]
-        )
-        if self._softcap is not None:
-            scores = scores.div_(self._softcap).tanh_().mul_(self._softcap)
-        mass = scores.sub_(self._lse[:, :, rows, None]).exp_()
-        if whole:
+        rows = slice(queries.start - self._first, queries.stop - self._first)
+        q = wide(self._q[:, rows])
+        stacked = (q * self._call.scale).reshape(self._call.groups, -1, q.shape[-1])
+        scores = stacked @ wide(self._k[:, keys.start : keys.stop]).transpose(-1, -2)
+        scores = scores.view(self._call.heads, len(queries), len(keys))
+        if self._call.softcap is not None:
+            scores = scores.div_(self._call.softcap).tanh_().mul_(self._call.softcap)
+        mass = scores.sub_(self._lse[:, rows, None]).exp_()
+        if every:
             return mass
-        visible = row_live & key_live
-        if self._causal:
-            visible = visible & (key <= row)
-        if self._limit is not None:
-            visible = visible & ((row - key).abs() < self._limit)
-        # After exp: a dead slot may hold anything, NaN too.
-        return mass.masked_fill_(~visible[:, None].to(mass.device), 0.0)
+        query = torch.arange(queries.start, queries.stop, device=mass.device)[:, None]
+        key = torch.arange(keys.start, keys.stop, device=mass.device)
+        pairs = torch.ones(len(queries), len(keys), dtype=torch.bool, device=mass.device)
+        if self._call.extent.causal:
+            pairs = pairs & (key <= query)
+        if self._call.extent.limit is not None:
+            pairs = pairs & ((query - key).abs() < self._call.extent.limit)
+        return mass.masked_fill_(~pairs, 0.0)
 
-    def _attended(self, row: Tensor, key: Tensor, row_live: Tensor, key_live: Tensor) -> tuple[bool, bool]:
-        """Whether some and whether all pairs of a tile are attended."""
-        far = torch.iinfo(torch.int64).max // 4
-        # Of the live ones: [B] each.
-        first_row = row.masked_fill(~row_live, far).amin((1, 2))
-        last_row = row.masked_fill(~row_live, -far).amax((1, 2))
-        first_key = key.masked_fill(~key_live, far).amin((1, 2))
-        last_key = key.masked_fill(~key_live, -far).amax((1, 2))
-        some = (last_row >= 0) & (last_key >= 0)
-        whole = row_live.all((1, 2)) & key_live.all((1, 2))
-        if self._causal:
-            some, whole = some & (first_key <= last_row), whole & (last_key <= first_row)
-        if self._limit is not None:
-            some = some & (first_row - last_key < self._limit) & (first_key - last_row < self._limit)
-            whole = whole & (last_row - first_key < self._limit) & (last_key - first_row < self._limit)
-        return bool(some.any()), bool(whole.all())
+    def _allowed(self, queries: range, keys: range) -> tuple[bool, bool]:
+        """Whether some and whether all pairs of a tile are allowed."""
+        if not queries or not keys:
+            return False, False
+        some = every = True
+        if self._call.extent.causal:
+            some, every = keys.start < queries.stop, keys.stop - 1 <= queries.start
+        limit = self._call.extent.limit
+        if limit is not None:
+            nearest = max(queries.start - (keys.stop - 1), keys.start - (queries.stop - 1), 0)
+            farthest = max(queries.stop - 1 - keys.start, keys.stop - 1 - queries.start)
+            some, every = some and nearest < limit, every and farthest < limit
+        return some, every
 
 
-def spans(blocks: range, length: int, block: int, cap: int) -> Iterator[tuple[int, slice]]:
-    """The tokens of some blocks in pieces of about ``cap``: whole blocks, or a part of one block.
+class Piece:
+    """Consecutive tokens: whole blocks, or a part of one block."""
 
-    Yields:
-        index among the ``blocks`` of the first block of the piece, and the piece.
+    def __init__(self, tokens: range, first_block: int, block: int, lead: int) -> None:
+        self.tokens, self.first_block = tokens, first_block
+        self._block, self._lead = block, lead
+
+    def sums(self, x: Tensor, dim: int) -> Tensor:
+        """Sums over the blocks that the piece meets, of the dimension ``dim`` (-1 or -2) that runs over its tokens."""
+        if self._lead + len(self.tokens) <= self._block:
+            return x.sum(dim, keepdim=True)
+        padding = [self._lead, -(self._lead + len(self.tokens)) % self._block]
+        if padding != [0, 0]:
+            x = F.pad(x, padding if dim == -1 else [0, 0, *padding])
+        return x.unflatten(dim, (-1, self._block)).sum(dim)
+
+
+def query_pieces(grid: Grid, row: int, blocks: range, most: int) -> Iterator[Piece]:
+    """The live queries of some query blocks of a batch row, as positions, in pieces of about ``most``.
+
+    A piece's ``first_block`` is an index among the ``blocks``.
     """
-    many = max(1, cap // block) if blocks.step == 1 else 1
-    step = many * block if block <= cap else cap
-    for at in range(0, len(blocks), many):
-        stop = min((blocks[at] + many) * block, length)
-        for start in range(blocks[at] * block, stop, step):
-            yield at, slice(start, min(start + step, stop))
+    queries = grid.queries[row].tolist()
+    together = max(1, most // grid.block_q) if blocks.step == 1 else 1
+    for index in range(0, len(blocks), together):
+        rows = [(low, high) for low, high in (queries[m] for m in blocks[index : index + together]) if high > low]
+        if not rows:
+            return
+        begin, end = rows[0][0], rows[-1][1]
+        first = (int(grid.first_block[row]) + blocks[index]) * grid.block_q
+        yield from _pieces(range(begin, end), index, grid.block_q, begin - first, most if together == 1 else end)
 
 
-def sum_blocks(x: Tensor, block: int) -> Tensor:
-    """Sums over blocks of the last dimension, for a piece that `spans` gave."""
-    if x.shape[-1] <= block:
-        return x.sum(-1, keepdim=True)
-    if x.shape[-1] % block:
-        x = F.pad(x, (0, -x.shape[-1] % block))
-    return x.unflatten(-1, (-1, block)).sum(-1)
+def key_pieces(grid: Grid, row: int, most: int) -> Iterator[Piece]:
+    """The live keys of a batch row, as positions, in pieces of about ``most``."""
+    together, count = max(1, most // grid.block_k), int(grid.extent.key_count[row])
+    for index in range(0, grid.key_blocks, together):
+        tokens = range(index * grid.block_k, min((index + together) * grid.block_k, count))
+        yield from _pieces(tokens, index, grid.block_k, 0, most if together == 1 else count)
 
 
-def sum_row_blocks(x: Tensor, block: int) -> Tensor:
-    """The same over the last but one dimension."""
-    if x.shape[-2] <= block:
-        return x.sum(-2, keepdim=True)
-    if x.shape[-2] % block:
-        x = F.pad(x, (0, 0, 0, -x.shape[-2] % block))
-    return x.unflatten(-2, (-1, block)).sum(-2)
+def _pieces(tokens: range, first_block: int, block: int, lead: int, most: int) -> Iterator[Piece]:
+    for start in range(tokens.start, tokens.stop, max(1, most)):
+        part = range(start, min(start + max(1, most), tokens.stop))
+        yield Piece(part, first_block, block, lead if start == tokens.start and len(part) == len(tokens) else 0)

@@ -109,9 +109,9 @@ def assert_accurate(call: AttentionCall, plan: SparsePlan, out: Tensor, lse: Ten
         worst = float((got - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
         assert worst <= 1e-5, f"relative error {worst:.2e} exceeds 1e-5"
     else:
-        clean = [torch.where(t.isnan(), 0.0, t) for t in (call.q[:, :, rows], call.k, call.values)]
-        narrow = replace(call, q=clean[0], k=clean[1], v=clean[2], extent=_of_rows(call, len(rows)))
-        theirs = torch.where(empty[..., None], 0.0, under_mask(narrow, mask | empty[..., None]).double())
+        q, k, v = (torch.where(t.isnan(), 0.0, t) for t in (call.q[:, :, rows], call.k, call.values))
+        theirs = under_mask(q, k, v, mask | empty[..., None], call.scale, call.sinks, call.softcap).double()
+        theirs = torch.where(empty[..., None], 0.0, theirs)
         size = max(float(expected.norm()), 1e-30)
         own, other = float((got - expected).norm()) / size, float((theirs - expected).norm()) / size
         # Where dense attention happens to be exact (one key a row), a rounding of the last bit is still allowed.
@@ -125,11 +125,6 @@ def _doubled(call: AttentionCall) -> AttentionCall:
     """In fp64, with zeros for what is dead."""
     q, k, v = (torch.where(t.isnan(), 0.0, t.double()) for t in (call.q, call.k, call.values))
     return replace(call, q=q, k=k, v=v, sinks=None if call.sinks is None else call.sinks.double())
-
-
-def _of_rows(call: AttentionCall, rows: int) -> Extent:
-    """An extent for a sample of rows, whose mask is given apart."""
-    return Extent([0] * call.batch, [rows] * call.batch, [0] * call.batch, [call.key_len] * call.batch, causal=False)
 
 
 def assert_keeps_diagonal(call: AttentionCall, plan: SparsePlan) -> None:

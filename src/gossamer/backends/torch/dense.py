@@ -23,7 +23,7 @@ def dense(call: AttentionCall) -> Tensor:
     mask = call.extent.allowed(torch.arange(call.query_len), call.key_len)[:, None].to(call.device)
     some = mask.any(dim=-1, keepdim=True)
     # Rows without any key attend all of them, so that neither they nor their gradients are NaN; then they count as 0.
-    out = under_mask(call, mask | ~some)
+    out = under_mask(call.q, call.k, call.values, mask | ~some, call.scale, call.sinks, call.softcap)
     return out if bool(some.all()) else torch.where(some, out, 0.0)
 
 
@@ -38,24 +38,32 @@ def needs_mask(call: AttentionCall) -> bool:
     return extent.causal and call.query_len != 1 and call.query_len != call.key_len
 
 
-def under_mask(call: AttentionCall, mask: Tensor | None) -> Tensor:
-    """Dense attention under a bool mask ``[B, 1, S, T]`` (or broadcastable), instead of the extent; None: no mask."""
-    q, k, v = call.q, call.k, call.values
-    if call.sinks is None and call.softcap is None:
-        return sdpa(q, k, v, call.scale, attn_mask=mask)
+def under_mask(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Dense attention under a bool mask ``[B, 1, S, T]`` (or broadcastable); None means no mask. Differentiable."""
+    if sinks is None and softcap is None:
+        return sdpa(q, k, v, scale, attn_mask=mask)
     batch, heads, query_len, dim = q.shape
-    rows = q.reshape(batch, call.groups, -1, dim)
-    logits = (rows @ k.transpose(-1, -2)).float().mul(call.scale).view(batch, heads, query_len, call.key_len)
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
+    groups, key_len = k.shape[1], k.shape[2]
+    rows = q.reshape(batch, groups, -1, dim)
+    logits = (rows @ k.transpose(-1, -2)).float().mul(scale).view(batch, heads, query_len, key_len)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    if call.sinks is not None:
-        extra = call.sinks.float().view(1, heads, 1, 1).expand(batch, heads, query_len, 1)
+    if sinks is not None:
+        extra = sinks.float().view(1, heads, 1, 1).expand(batch, heads, query_len, 1)
         weights = torch.cat([logits, extra], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = logits.softmax(dim=-1)
-    weights = weights.to(v.dtype).view(batch, call.groups, -1, call.key_len)
+    weights = weights.to(v.dtype).view(batch, groups, -1, key_len)
     return (weights @ v).view(batch, heads, query_len, v.shape[-1])
 
 

@@ -10,15 +10,15 @@ policy belongs to the model object. ``from_pretrained(..., attn_implementation="
 module is imported (`register` was called); such a model uses the default policy until it is enabled.
 """
 
-from gossamer.integrations.transformers.attention import NAME, AttentionCall, hf_attention, register
+from gossamer.integrations.transformers.attention import NAME, Observation, hf_attention, register
 from gossamer.integrations.transformers.handle import Handle, LayerStats, Stats, enable
 from gossamer.integrations.transformers.masks import compact_mask
 
 __all__ = [
     "NAME",
-    "AttentionCall",
     "Handle",
     "LayerStats",
+    "Observation",
     "Stats",
     "compact_mask",
     "enable",

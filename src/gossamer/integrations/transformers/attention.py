@@ -1,4 +1,4 @@
-"""The attention function: what a transformers layer asks for, done by `sparse_attention` or densely with a reason."""
+"""The attention function: what a transformers layer asks for, done by `gossamer.attention` or densely with a reason."""
 
 from __future__ import annotations
 
@@ -13,23 +13,33 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gossamer.attention import CallRecord, Policy, decodes_on_kernel, dense_attention, sparse_attention
+from gossamer.attention import CallRecord, attend
+from gossamer.call import AttentionCall
+from gossamer.integrations.transformers.fallback import (
+    allowed_pairs,
+    dense_attention,
+    listed_pairs,
+    pairs_of_sequences,
+    restricted,
+)
 from gossamer.integrations.transformers.masks import (
     compact_mask,
-    explicit_mask,
+    compact_mask_bidirectional,
     extent_of,
     extent_of_one_query,
-    window_of,
+    is_bidirectional,
+    two_sided_pairs,
 )
 from gossamer.plan import Extent
+from gossamer.policy import Policy
 
-__all__ = ["NAME", "AttentionCall", "hf_attention", "owner_of", "register", "set_owner"]
+__all__ = ["BIDIRECTIONAL", "NAME", "Observation", "hf_attention", "owner_of", "register", "set_owner"]
 
 logger = logging.getLogger("gossamer")
 
 NAME = "gossamer"
+BIDIRECTIONAL = "gossamer_bidirectional"
 
 # Keywords that models pass along and that do not change the result of attention.
 IGNORED = frozenset(
@@ -53,25 +63,16 @@ IGNORED = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionCall:
-    """What went into and came out of one call with several queries, for `Handle.observe`.
+class Observation:
+    """What went into and came out of one call with several queries, for `Handle.observe`. Read, do not write.
 
     Fields:
-        layer: the model's index of it.
-        q: ``[B, H, S, D]``; k: ``[B, G, T, D]``; v: ``[B, G, T, Dv]``; out: ``[B, H, S, Dv]``. Read, do not write.
-        scale, extent, limit, sinks, softcap: see `gossamer.sparse_attention`.
+        call: with ``layer``, the model's index of it.
+        out: ``[B, H, S, Dv]``.
     """
 
-    layer: int | None
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    call: AttentionCall
     out: Tensor
-    scale: float
-    extent: Extent
-    limit: int | None
-    sinks: Tensor | None
-    softcap: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Owner:
 
     policy: Policy
     record: Callable[[CallRecord], None] | None
-    observe: Callable[[AttentionCall], None] | None = None
+    observe: Callable[[Observation], None] | None = None
 
 
 # Which model object a module belongs to; the one piece of process-wide state, written by `Handle` alone.
@@ -109,9 +110,10 @@ def _default_owner() -> Owner:
 
 
 def register() -> None:
-    """Register the attention function and the mask function as ``gossamer``. Idempotent."""
-    AttentionInterface.register(NAME, hf_attention)
-    AttentionMaskInterface.register(NAME, compact_mask)
+    """Register the attention function and the mask functions. Idempotent."""
+    for name, mask in ((NAME, compact_mask), (BIDIRECTIONAL, compact_mask_bidirectional)):
+        AttentionInterface.register(name, hf_attention)
+        AttentionMaskInterface.register(name, mask)
 
 
 def hf_attention(
@@ -119,17 +121,17 @@ def hf_attention(
 ) -> tuple[Tensor, None]:
     """Attention for one layer, as transformers calls it.
 
-    Dense, and counted with the reason: a mask that is not plain, packed sequences, bidirectional attention, dropout,
-    a position bias, and keys that the model itself was trained to choose; and whatever `sparse_attention` finds not
-    worth a plan (decoding, short prompts, training). Under ``torch.compile`` a decode step stays one graph and is not
-    counted; a prefill leaves the graph.
+    Dense, and counted with the reason: a mask that is not plain, packed sequences, bidirectional attention that was not
+    asked for, dropout, a position bias, and keys that the model itself was trained to choose; and whatever the policy
+    finds not worth a plan (decoding, short prompts, training). Under ``torch.compile`` a decode step stays one graph
+    and is not counted; a prefill leaves the graph.
 
     Args:
         query: ``[B, H, S, D]``; key: ``[B, G, T, D]``; value: ``[B, G, T, Dv]``.
         attention_mask: a form that `compact_mask` returns, or a 4-D mask of the caller's own (bool, or float to add).
         scaling: factor of the logits; default ``D ** -0.5``.
         sliding_window: the layer's window; one that the mask carries comes first.
-        softcap: see `gossamer.backends.torch.execute`; s_aux: ``[H]``, its sinks.
+        softcap, s_aux: the soft-cap of the logits, and sinks ``[H]``; see `gossamer.call.AttentionCall`.
         dropout, is_causal, position_bias: as for transformers' ``sdpa``.
         indices: int ``[B, S, n]``, the keys that each query attends (DeepSeek sparse attention), below 0 for none.
         cu_seq_lens_q: where each of several sequences in one row starts and ends.
@@ -167,135 +169,98 @@ def _attend(
     cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    compiling = torch.compiler.is_compiling()
     if cache is not None or block_indices is not None:
         what = "a paged cache (generate_batch)" if cache is not None else "trained block indices (MiniMax-M3)"
         raise NotImplementedError(f"gossamer does not support {what}; use attn_implementation='sdpa' for this model")
-    if not compiling:
-        _warn_unknown(frozenset(name for name, given in kwargs.items() if given is not None) - IGNORED)
-
     # Nothing is looked up, timed or counted inside a compiled decode step: its graph must stay whole.
-    owner = None if compiling else owner_of(module) or _default_owner()
-    layer = getattr(module, "layer_idx", None)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    owner = None
+    if not torch.compiler.is_compiling():
+        _warn_unknown(frozenset(name for name, given in kwargs.items() if given is not None) - IGNORED)
+        owner = owner_of(module) or _default_owner()
+    packed = cu_seq_lens_q if cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2 else None
+    extras = (position_bias is not None, dropout > 0, indices is not None, packed is not None)
+    reason = next((why for given, why in zip(extras, _EXTRAS, strict=True) if given), None)
     causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
-    packed = cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2
-    pairwise = attention_mask is not None and attention_mask.ndim == 4
-    query_len, key_len = query.shape[2], key.shape[2]
+    layer, scale = getattr(module, "layer_idx", None), scaling if scaling is not None else query.shape[-1] ** -0.5
+    asked = _asked(query, key, owner, attention_mask, causal, sliding_window)
 
-    reason, one_query = None, None
-    if position_bias is not None:
-        reason = "position bias"
-    elif dropout > 0:
-        reason = "training: dropout"
-    elif indices is not None:
-        reason = "keys chosen by the model"
-    elif packed:
-        reason = "packed sequences"
-    elif not causal:
-        reason = "not causal"
-    elif query_len == 1:
-        if owner is not None and decodes_on_kernel(owner.policy, query, key_len):
-            one_query = extent_of_one_query(attention_mask, query.shape[0], key_len)
-        reason = "decode" if one_query is None else None
-    elif pairwise:
-        reason = "mask is not plain"
-
-    # A single query sees every key that its mask leaves; positions matter from the second one on.
-    mask, extent, used, limit = attention_mask, None, key_len, None
-    if one_query is not None:
-        extent, used = one_query
-    elif causal and not pairwise and (query_len > 1 or attention_mask is not None):
-        window = window_of(attention_mask) or sliding_window
-        extent, used = extent_of(attention_mask, query.shape[0], query_len, key_len)
-        limit = window if window is not None and window < used else None
-        if reason is not None:
-            mask = explicit_mask(extent, query_len, key_len, limit, query.device)
-
-    if reason is None:
-        assert owner is not None
-        out = sparse_attention(
-            query,
-            key[:, :, :used],
-            value[:, :, :used],
-            owner.policy,
-            scale=scale,
-            extent=extent,
-            limit=limit,
-            sinks=s_aux,
-            softcap=softcap,
-            layer=layer,
-            record=owner.record,
-        )
+    if reason is None and asked.reason is None and asked.extent is not None and owner is not None:
+        keys, values = key[:, :, : asked.used], value[:, :, : asked.used]
+        call = AttentionCall(query, keys, values, asked.extent, scale, s_aux, softcap, layer)
+        out = attend(call, owner.policy, record=owner.record)
         assert isinstance(out, Tensor)
-        if owner.observe is not None and query_len > 1:
-            keys, values = key[:, :, :used], value[:, :, :used]
-            where = extent if extent is not None else Extent.full(query.shape[0], query_len, used)
-            owner.observe(AttentionCall(layer, query, keys, values, out, scale, where, limit, s_aux, softcap))
+        if owner.observe is not None and query.shape[2] > 1:
+            owner.observe(Observation(call, out))
         return out.transpose(1, 2).contiguous(), None
 
-    started = 0.0 if compiling else time.perf_counter()
-    if packed:
-        mask = _both(mask, _same_sequence(cu_seq_lens_q, query, key))
+    started = 0.0 if owner is None else time.perf_counter()
+    mask = _mask_of(asked, attention_mask, query, key)
+    if packed is not None:
+        mask = restricted(mask, pairs_of_sequences(packed, query, key))
     if indices is not None:
-        mask = _both(mask, _listed(indices, key_len))
-    plain_torch = s_aux is not None or softcap is not None
-    additive = position_bias is not None or (mask is not None and mask.is_floating_point())
-    if not plain_torch and (dropout > 0 or additive):
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, mask, dropout, scale, is_causal=False, position_bias=position_bias
-        )
-    else:
-        _refuse(plain_torch, dropout, additive)
-        out = dense_attention(query, key, value, mask=mask, scale=scale, sinks=s_aux, softcap=softcap)
-        out = out.transpose(1, 2).contiguous()
-    if owner is not None:
+        mask = restricted(mask, listed_pairs(indices, key.shape[2]))
+    softening = {"sinks": s_aux, "softcap": softcap}
+    out = dense_attention(
+        module, query, key, value, mask, scale=scale, dropout=dropout, position_bias=position_bias, **softening
+    )
+    reason = reason or asked.reason
+    if owner is not None and reason is not None:
         _log_once(reason)
         if owner.record is not None:
-            seconds, executor = time.perf_counter() - started, "torch" if plain_torch else "sdpa"
-            owner.record(CallRecord(layer, "dense", reason, 1.0, 0.0, seconds, executor, query_len, key_len))
+            seconds, executor = time.perf_counter() - started, "sdpa" if s_aux is None and softcap is None else "torch"
+            sizes = query.shape[2], key.shape[2]
+            owner.record(CallRecord(layer, "dense", reason, 1.0, 0.0, seconds, executor, *sizes))
     return out, None
 
 
 _attend_outside_graph = torch.compiler.disable(_attend)
+_EXTRAS = ("position bias", "training: dropout", "keys chosen by the model", "packed sequences")
 
 
-def _both(mask: Tensor | None, pairs: Tensor) -> Tensor:
-    if mask is None:
-        return pairs
-    if mask.is_floating_point():
-        return mask.masked_fill(~pairs, torch.finfo(mask.dtype).min)
-    return mask & pairs
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a mask and a layer ask for: the pairs as an extent, as far as they are one, and why not sparse.
+
+    ``used`` are the key slots that the extent is for.
+    """
+
+    extent: Extent | None
+    used: int
+    reason: str | None = None
 
 
-def _listed(indices: Tensor, key_len: int) -> Tensor:
-    """The pairs that ``indices`` int ``[B, S, n]`` name, bool ``[B, 1, S, T]``."""
-    slots = torch.where(indices >= 0, indices, key_len).long()
-    listed = torch.zeros(*indices.shape[:2], key_len + 1, dtype=torch.bool, device=indices.device)
-    return listed.scatter_(-1, slots, True)[:, None, :, :key_len]
+def _asked(
+    query: Tensor, key: Tensor, owner: Owner | None, mask: Tensor | None, causal: bool, window: int | None
+) -> _Asked:
+    batch, query_len, key_len = query.shape[0], query.shape[2], key.shape[2]
+    pairwise = mask is not None and mask.ndim == 4
+    if is_bidirectional(mask):
+        extent, used = extent_of(mask, batch, query_len, key_len)
+        return _Asked(extent, used, "left padding without causality" if extent is None else None)
+    if not causal:
+        return _Asked(None, key_len, "not causal")
+    if query_len == 1:
+        if owner is not None and owner.policy.decodes_on_kernel(query, key_len):
+            found = extent_of_one_query(mask, batch, key_len)
+            if found is not None:
+                return _Asked(*found)
+        # A single query sees every key that its mask leaves; positions matter from the second one on.
+        if mask is None or pairwise:
+            return _Asked(None, key_len, "decode")
+        return _Asked(*extent_of(mask, batch, 1, key_len, window), "decode")
+    if pairwise:
+        return _Asked(None, key_len, "mask is not plain")
+    return _Asked(*extent_of(mask, batch, query_len, key_len, window))
 
 
-def _same_sequence(cu_seq_lens: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """The pairs within one of several sequences that are packed into a row, bool ``[1, 1, S, T]``."""
-    assert cu_seq_lens is not None
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"cu_seq_lens_q describes {cu_seq_lens.numel() - 1} sequences packed into one row without a cache, but "
-            f"got {query.shape[0]} rows of {query.shape[2]} queries and {key.shape[2]} keys; pass use_cache=False"
-        )
-    slots = torch.arange(key.shape[2], device=key.device)
-    sequence = torch.searchsorted(cu_seq_lens.to(slots), slots, right=True)
-    return (sequence[:, None] == sequence[None, :])[None, None]
-
-
-def _refuse(plain_torch: bool, dropout: float, additive: bool) -> None:
-    """No dense path combines these; say so instead of leaving one out."""
-    if plain_torch and (dropout > 0 or additive):
-        what = "dropout" if dropout > 0 else "an additive mask or position bias"
-        raise ValueError(
-            f"attention sinks or a logit soft-cap cannot be combined with {what} here; "
-            "call model.eval(), pass a boolean mask, or use attn_implementation='eager'"
-        )
+def _mask_of(asked: _Asked, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """What is asked for as a mask over all key slots, the unused ones included."""
+    if mask is not None and mask.ndim == 4:
+        return mask
+    if asked.extent is not None:
+        pairs = allowed_pairs(asked.extent, query.shape[2], asked.used, query.device)
+        return torch.nn.functional.pad(pairs, (0, key.shape[2] - asked.used))
+    return two_sided_pairs(mask, query.shape[2]) if mask is not None and is_bidirectional(mask) else mask
 
 
 @functools.cache

@@ -14,9 +14,18 @@ from typing import Any, cast
 from torch import nn
 
 from gossamer import methods
-from gossamer.attention import CallRecord, Policy
-from gossamer.integrations.transformers.attention import NAME, AttentionCall, Owner, owner_of, register, set_owner
+from gossamer.attention import CallRecord
+from gossamer.integrations.transformers.attention import (
+    BIDIRECTIONAL,
+    NAME,
+    Observation,
+    Owner,
+    owner_of,
+    register,
+    set_owner,
+)
 from gossamer.methods import Method
+from gossamer.policy import Policy
 from gossamer.profiles import Profile
 
 __all__ = ["Handle", "LayerStats", "Stats", "enable"]
@@ -133,7 +142,7 @@ class Handle:
         """Start counting anew."""
         self._layers.clear()
 
-    def observe(self, visit: Callable[[AttentionCall], None] | None) -> None:
+    def observe(self, visit: Callable[[Observation], None] | None) -> None:
         """Show ``visit`` the tensors of every attention call with several queries and a plain mask; None ends it.
 
         It is called after the attention, in the order of the layers, and for dense calls too. What it keeps stays in
@@ -181,18 +190,22 @@ def enable(
     profile: str | os.PathLike[str] | Profile | None = None,
     min_tokens: int | None = None,
     max_density: float | None = None,
+    bidirectional: bool = False,
     **fields: Any,
 ) -> Handle:
     """Run a transformers model's attention through gossamer: prefill by a sparse method, decoding dense.
 
-    Only this model object is affected, and of a composite model only its text part. Its weights, its config's other
-    fields and the library stay as they are.
+    Only this model object is affected, and of a composite model only its text part (with ``bidirectional``, all parts).
+    Its weights, its config's other fields and the library stay as they are.
 
     Args:
         model: a transformers model whose attention goes through ``AttentionInterface``.
         method: a name from `gossamer.methods.available`, a method, or a whole policy.
-        profile: per-head patterns for a method that has a field ``profile``: a `Profile`, or the path of one.
+        profile: methods per layer and head instead: a `Profile`, or the path of one. `method` may be left out, or name
+            what the profile holds (``minference``, ``per_head``).
         min_tokens, max_density: thresholds of the policy; see `Policy`.
+        bidirectional: also run encoders and cross-attention sparse, where the method can; else they run dense. Queries
+            of a row with left padding run dense all the same.
         **fields: hyperparameters of the method, where `method` is a name.
 
     Raises:
@@ -212,11 +225,12 @@ def enable(
             f"this {type(model).__name__}, or a part of it, is enabled already; call disable() on its handle first"
         )
     register()
-    text = model.config.get_text_config(decoder=True)
+    text = model.config if bidirectional else model.config.get_text_config(decoder=True)
+    name = BIDIRECTIONAL if bidirectional else NAME
     previous = _implementations(model.config)
-    model.set_attn_implementation(_request(model.config, text))
+    model.set_attn_implementation(name if bidirectional else _request(model.config, text))
     reached = text if _path(model.config, text) is not None else model.config
-    if reached._attn_implementation != NAME:
+    if reached._attn_implementation != name:
         model.set_attn_implementation(previous)
         raise ValueError(
             f"{type(model).__name__} does not let its attention implementation be changed: its modelling code does "
@@ -235,7 +249,8 @@ def _policy(
     thresholds: dict[str, Any] = {"min_tokens": min_tokens, "max_density": max_density}
     thresholds = {name: value for name, value in thresholds.items() if value is not None}
     if profile is not None:
-        fields = fields | {"profile": profile if isinstance(profile, Profile) else Profile.load(profile)}
+        method = _of_profile(method, profile if isinstance(profile, Profile) else Profile.load(profile), fields)
+        fields = {}
     if isinstance(method, str):
         return Policy(methods.create(method, **fields), **thresholds)
     if fields:
@@ -246,6 +261,17 @@ def _policy(
     if isinstance(method, Policy):
         return dataclasses.replace(method, **thresholds)
     return Policy(method, **thresholds)
+
+
+def _of_profile(method: str | Method | Policy, profile: Profile, fields: dict[str, Any]) -> Method:
+    named = profile.method
+    if method not in ("minference", named.name, "per_head") or fields:
+        raise ValueError(
+            f"a profile names a method for each head, got one beside {method!r}"
+            + (f" with {', '.join(sorted(fields))}" if fields else "")
+            + "; leave the method and its fields out"
+        )
+    return named
 
 
 def _children(config: Any) -> dict[str, Any]:
