@@ -63,8 +63,8 @@ def test_live_tokens_and_their_positions_are_the_definition(situation: str) -> N
     queries, keys = extent.live_queries(S), extent.live_keys(T)
     query, key = extent.query_positions(S), extent.key_positions(T)
     for b, row in enumerate(rows_of(extent)):
-        assert queries[b].nonzero().flatten().tolist() == row.queries()
-        assert keys[b].nonzero().flatten().tolist() == row.keys()
+        assert queries[b].nonzero().flatten().tolist() == row.live_queries()
+        assert keys[b].nonzero().flatten().tolist() == row.live_keys()
         assert query[b].tolist() == [row.query_start + i for i in range(S)]
         assert key[b].tolist() == [j - row.key_start for j in range(T)]
         assert int(extent.first_query[b]) == row.padding

@@ -12,7 +12,7 @@ def test_an_empty_list_holds_no_integers() -> None:
 
 
 def test_an_empty_tensor_of_floats_is_an_error() -> None:
-    with pytest.raises(TypeError, match="n must hold integers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"n must hold integers, got torch\.float32"):
         integers_per_row(torch.empty(0), "n", None)
 
 
