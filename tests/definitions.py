@@ -35,17 +35,17 @@ class Row:
         """Dead query rows before the first live one."""
         return max(0, -self.query_start)
 
-    def queries(self) -> list[int]:
+    def live_queries(self) -> list[int]:
         """Query rows that are live."""
         return list(range(self.padding, self.padding + self.query_count))
 
-    def keys(self) -> list[int]:
+    def live_keys(self) -> list[int]:
         """Key slots that are live."""
         return list(range(self.key_start, self.key_start + self.key_count))
 
     def positions(self) -> list[int]:
         """Of the live queries."""
-        return [self.query_start + i for i in self.queries()]
+        return [self.query_start + i for i in self.live_queries()]
 
     def allows(self, query: int, key: int) -> bool:
         """Whether a live query may attend a live key, by their positions."""
@@ -55,7 +55,7 @@ class Row:
 
     def allowed(self, i: int, j: int) -> bool:
         """Whether query row i may attend key slot j."""
-        if i not in self.queries() or j not in self.keys():
+        if i not in self.live_queries() or j not in self.live_keys():
             return False
         return self.allows(self.query_start + i, j - self.key_start)
 
@@ -69,8 +69,8 @@ def allowed_pairs(extent: Extent, query_len: int, key_len: int) -> Tensor:
     """bool ``[B, S, T]``."""
     pairs = torch.zeros(extent.batch, query_len, key_len, dtype=torch.bool)
     for b, row in enumerate(rows_of(extent)):
-        keys = row.keys()
-        for i in row.queries():
+        keys = row.live_keys()
+        for i in row.live_queries():
             seen = [j for j in keys if row.allows(row.query_start + i, j - row.key_start)]
             pairs[b, i, seen] = True
     return pairs
@@ -88,9 +88,9 @@ def plan_pairs(plan: SparsePlan) -> Tensor:
             columns = lists_of(plan.column_indptr, plan.column_indices, head, plan.num_column_groups)
             q_order = None if plan.q_order is None else plan.q_order[b, h].tolist()
             k_order = None if plan.k_order is None else plan.k_order[b, h].tolist()
-            keys = [(j, j - row.key_start) for j in row.keys()]
+            keys = [(j, j - row.key_start) for j in row.live_keys()]
             k_blocks = {key: (key if k_order is None else k_order.index(key)) // plan.block_k for _, key in keys}
-            for i in row.queries():
+            for i in row.live_queries():
                 query = row.query_start + i
                 q_block = query // plan.block_q - first_block
                 if q_order is not None:
@@ -176,9 +176,9 @@ def call_in(
     k = torch.randn(extent.batch, groups, key_len, dim, generator=generator)
     v = torch.randn(extent.batch, groups, key_len, dim + 1, generator=generator)
     for b, row in enumerate(rows_of(extent)):
-        q[b, :, [i for i in range(query_len) if i not in row.queries()]] = math.nan
+        q[b, :, [i for i in range(query_len) if i not in row.live_queries()]] = math.nan
         for tensor in (k, v):
-            tensor[b, :, [j for j in range(key_len) if j not in row.keys()]] = math.nan
+            tensor[b, :, [j for j in range(key_len) if j not in row.live_keys()]] = math.nan
     return AttentionCall(q.to(dtype), k.to(dtype), v.to(dtype), extent, scale=0.9)
 
 

@@ -249,7 +249,7 @@ def test_an_unchecked_plan_takes_bands_as_numbers_and_tensors(band: Tensor | int
         assert same(got, torch.tensor([7, 7], dtype=torch.int32))
 
 
-@pytest.mark.parametrize("name", ["windw"])
+@pytest.mark.parametrize("name", ["windw", "grid", "_pairs"])
 def test_an_unchecked_plan_takes_fields_alone(name: str) -> None:
     with pytest.raises(TypeError, match=f"SparsePlan has no field {name}"):
         SparsePlan.unchecked(heads=1, query_len=5, key_len=5, extent=Extent.full(1, 5, 5), **{name: 3})
