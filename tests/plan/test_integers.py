@@ -11,11 +11,6 @@ def test_an_empty_list_holds_no_integers() -> None:
     assert (empty.dtype, tuple(empty.shape)) == (torch.int64, (0,))
 
 
-def test_an_empty_tensor_of_floats_is_an_error() -> None:
-    with pytest.raises(TypeError, match=r"n must hold integers, got torch\.float32"):
-        integers_per_row(torch.empty(0), "n", None)
-
-
 @pytest.mark.parametrize(("a", "b", "quotient"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2)])
 def test_division_rounds_up(a: int, b: int, quotient: int) -> None:
     assert ceil_div(a, b) == quotient

@@ -111,6 +111,10 @@ def test_a_dense_plan_computes_what_the_extent_allows(situation: str) -> None:
     assert plan.density() == 1.0
 
 
+def test_a_whole_window_reaches_any_position() -> None:
+    assert bool(SparsePlan.dense(1, 2, 3, Extent([1 << 28], [2], [0], [3])).to_mask().all())
+
+
 def test_a_dense_plan_for_other_lengths_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"4 queries in batch row 0, .* but there are 3"):
         SparsePlan.dense(1, 3, 4, Extent.full(1, 4, 4))
