@@ -196,6 +196,14 @@ def test_sums_of_many_small_scores_are_exact() -> None:
     assert int(count_top_p(row, ((1 << 24) + 500) / ((1 << 24) + 1000))) == 501
 
 
+@pytest.mark.parametrize(
+    "rule", [RelativeToMax(0.5), TopK(2), TopP(0.5), TopP(0.5, True), TopPReaching(0.0), TopPBelow(0.5)]
+)
+def test_of_nothing_nothing_is_chosen(rule: Rule) -> None:
+    scores = torch.zeros(2, 3, 4, 0)
+    assert rule.select(scores, torch.zeros(0, dtype=torch.bool)).shape == scores.shape
+
+
 def test_of_no_rows_nothing_is_chosen() -> None:
     scores = torch.zeros(2, 3, 0, 5)
     assert TopPOfAllRows(0.5).select(scores, torch.zeros(5, dtype=torch.bool)).shape == scores.shape
