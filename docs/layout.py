@@ -109,7 +109,7 @@ def _arrows(arrows: set[tuple[str, str]], places: dict[str, tuple[float, float]]
         (x, y), (to_x, to_y) = places[room], places[other]
         far = to_y - y > _ROW * 1.5  # around the rooms between
         bend = 150 + 12 * ((to_y - y) // _ROW) if far else 0
-        side = 1 if x >= _WIDTH / 2 else -1
+        side = 1 if (to_x if x == _WIDTH / 2 else x) >= _WIDTH / 2 else -1
         start = (x + side * _BOX / 2, y) if far else (x, y + _TALL / 2)
         end = (to_x + side * _BOX / 2, to_y) if far else (to_x, to_y - _TALL / 2)
         middle = _WIDTH / 2 + side * (_BOX / 2 + bend)
