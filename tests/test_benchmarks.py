@@ -289,7 +289,8 @@ def test_without_a_compiler_arithmetic_on_registers_is_not_measured(script, monk
 
 def test_the_roof_is_what_registers_can_do_where_that_was_measured(script):
     pictures = script("pictures")
-    sections = json.loads((RESULTS / MACHINES[0] / "cpu.json").read_text())["sections"]
+    every = [json.loads(path.read_text())["sections"] for path in sorted(RESULTS.glob("*/cpu.json"))]
+    sections = next(sections for sections in every if {"gemm", "prefill", "decode"} <= sections.keys())
     rows = [row for row in sections["gemm"]["rows"] if row["what"] != "peak"]
     sections["gemm"]["rows"] = rows
     before = pictures.roofline(sections).render()
