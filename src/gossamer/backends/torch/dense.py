@@ -30,10 +30,11 @@ def dense(call: AttentionCall) -> Tensor:
 def needs_mask(call: AttentionCall) -> bool:
     """Whether SDPA's own causality does not describe the call."""
     extent = call.extent
-    reach = max(call.key_len, call.query_len)
-    if call.sinks is not None or call.softcap is not None or (extent.limit is not None and extent.limit < reach):
+    if call.sinks is not None or call.softcap is not None or not extent.is_trivial(call.query_len, call.key_len):
         return True
-    if not extent.is_trivial(call.query_len, call.key_len):
+    first = extent.query_start  # anywhere, where attention is not causal
+    reach = torch.maximum(first + call.query_len, call.key_len - first)
+    if extent.limit is not None and bool((reach > extent.limit).any()):
         return True
     return extent.causal and call.query_len != 1 and call.query_len != call.key_len
 
