@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends.torch import attend
-from gossamer.backends.torch.attend import attend_rows, cleared, logits
+from gossamer.backends.torch.attend import attend_rows, cleared, cleared_queries, logits
 from gossamer.testing import random_plan
 
 pytestmark = pytest.mark.usefixtures("constants")
@@ -138,9 +138,16 @@ def test_dead_keys_are_cleared_and_live_ones_kept() -> None:
     assert torch.equal(cleared(call.values, call), expected)
 
 
-def test_values_are_not_copied_where_all_are_live() -> None:
+def test_dead_queries_are_cleared_and_live_ones_kept() -> None:
+    call = call_in("padded chunk")
+    live = call.extent.live_queries(call.query_len)[:, None, :, None]
+    assert torch.equal(cleared_queries(call), torch.where(live, call.q, 0.0))
+
+
+def test_tensors_are_not_copied_where_all_is_live() -> None:
     call = call_in("chunk")
     assert cleared(call.values, call) is call.values
+    assert cleared_queries(call) is call.q
 
 
 def test_a_plan_for_another_call_is_an_error() -> None:

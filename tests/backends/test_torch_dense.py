@@ -1,6 +1,7 @@
 """Dense attention in torch: values and gradients against attention written out pair by pair."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,15 +19,31 @@ def allowed(call: AttentionCall) -> Tensor:
     return allowed_pairs(call.extent, call.query_len, call.key_len)[:, None].expand(-1, call.heads, -1, -1)
 
 
-def cleared(call: AttentionCall) -> AttentionCall:
-    """Zeros where something is dead: dense attention reads it, unlike a plan's."""
-    return replace(call, q=call.q.nan_to_num(), k=call.k.nan_to_num(), v=call.values.nan_to_num())
-
-
 @everywhere
 @extras
 def test_dense_attention_attends_what_the_extent_allows(situation: str, extra: dict) -> None:
-    call = replace(cleared(call_in(situation)), **extra)
+    """And reads nothing else: dead rows and slots hold NaN."""
+    call = replace(call_in(situation), **extra)
+    torch.testing.assert_close(dense(call).double(), attention(call, allowed(call))[0], atol=1e-5, rtol=1e-5)
+
+
+def test_slots_that_are_dead_in_all_rows_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[torch.Size] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+        shapes.extend([k.shape, v.shape])
+        return under_mask(q, k, v, *others)
+
+    monkeypatch.setattr("gossamer.backends.torch.dense.under_mask", spy)
+    q, k, v = torch.rand(3, 4, 2, 4), torch.rand(3, 2, 20, 4), torch.rand(3, 2, 20, 5)
+    call = AttentionCall(q, k, v, Extent([3, 4, 0], [2, 2, 2], [6, 5, 1], [5, 6, 0]))
+    torch.testing.assert_close(dense(call).double(), attention(call, allowed(call))[0], atol=1e-5, rtol=1e-5)
+    assert shapes == [(3, 2, 6, 4), (3, 2, 6, 5)]
+
+
+def test_decoding_on_a_static_cache_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gossamer.backends.torch.dense.under_mask", None)
+    call = AttentionCall(torch.rand(1, 4, 1, 4), torch.rand(1, 2, 20, 4), torch.rand(1, 2, 20, 5), Extent([5], 1, 0, 6))
     torch.testing.assert_close(dense(call).double(), attention(call, allowed(call))[0], atol=1e-5, rtol=1e-5)
 
 
@@ -119,11 +136,11 @@ def test_sdpa_takes_scale_and_causality(is_causal: bool) -> None:
 @pytest.mark.parametrize("situation", ["no padding", "left padding", "right padding", "model window", "padded chunk"])
 @extras
 def test_gradients_are_those_of_fp64(situation: str, extra: dict) -> None:
-    call = cleared(call_in(situation))
+    call = call_in(situation)
     inputs = [call.q, call.k, call.values, *([extra["sinks"]] if "sinks" in extra else [])]
     weights = torch.rand(call.values.shape[-1], generator=torch.Generator().manual_seed(0))
     leaves = [x.clone().requires_grad_() for x in inputs]
-    doubles = [x.double().requires_grad_() for x in inputs]
+    doubles = [x.double().nan_to_num().requires_grad_() for x in inputs]
 
     def with_tensors(tensors: list[Tensor]) -> AttentionCall:
         q, k, v, *sinks = tensors
