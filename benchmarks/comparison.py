@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peak import peak_flops
 from timing import LONG_ROUNDS, ROUNDS, alternate, wake_threads
 from torch import Tensor
 from workloads import DTYPES, Shape
@@ -79,13 +80,11 @@ def gemm_rate(dtype: str, quick: bool) -> float:
 def register_rate(isa: str, threads: int) -> float | None:
     """FLOP/s of multiply-adds on registers, which no kernel of the instruction set can pass; the best of several.
 
-    None where the kernels that are installed were built without that loop; then torch's matrix product is the scale.
+    None where there is no compiler for the loop (see `peak`); then torch's matrix product is the scale.
     """
-    measure = getattr(cpu._kernels, "peak_flops", None)
-    if measure is None or isa == "amx_emulated":
-        return None
     wake_threads()
-    return max(measure(isa, threads, 0.05) for _ in range(12))
+    rates = [peak_flops(isa, threads, 0.05) for _ in range(12)]
+    return max((rate for rate in rates if rate is not None), default=None)
 
 
 def about(shape: Shape, plan: SparsePlan, name: str) -> Row:

@@ -37,7 +37,7 @@ KINDS = [(dtype, dim) for dtype in DTYPES for dim in (128, 64)]
 def gemm(request: Request) -> Rows:
     """The machine's arithmetic on registers, matrix product and memory, for scale."""
     if register_rate("portable", torch.get_num_threads()) is None:
-        print("these kernels cannot measure arithmetic on registers; reinstall gossamer. torch's product is the scale")
+        print("no C++ compiler measures arithmetic on registers: torch's product is the scale")
     for isa in cpu.supported_isas():
         rate = register_rate(isa, torch.get_num_threads())
         if rate is not None and request.lacks(what="peak", isa=isa):
