@@ -9,13 +9,22 @@ import pytest
 import torch
 from definitions import Row, call_in, everywhere, products, rows_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer import AttentionCall, Extent, scores
-from gossamer.backends import torch as definition
+from gossamer.backends import backend_of, cpu
 from gossamer.plan import Grid
 
-pytestmark = pytest.mark.usefixtures("constants")
+
+@pytest.fixture(autouse=True, params=["torch", "torch in the smallest pieces", "cpu in the smallest pieces"])
+def planner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definitions, and what runs here in their place."""
+    name, _, pieces = request.param.partition(" ")
+    if name == "cpu" and not cpu.is_available():
+        pytest.skip(cpu.why_unavailable())
+    monkeypatch.setenv("GOSSAMER_PLANNER", name)
+    if pieces:
+        request.getfixturevalue("smallest_constants")
+
 
 # No block ends where another does, where a chunk begins, or where padding ends.
 BLOCKS: dict[str, int] = {"block_q": 6, "block_k": 4}
@@ -275,7 +284,7 @@ def test_parts_hold_as_many_rows_as_fit(name: str, monkeypatch: pytest.MonkeyPat
     call = call_in("left padding", length=37)
     grid = grid_of(call)
     heads = call.groups if name == "energy" else call.heads
-    monkeypatch.setattr(definition, "PART_BYTES", 2 * 4 * call.batch * heads * grid.key_blocks)
+    monkeypatch.setattr(backend_of(call, "pooled_scores"), "PART_BYTES", 2 * 4 * call.batch * heads * grid.key_blocks)
     parts = [part for part, _ in BY_BLOCK[name](call, grid)]
     assert parts == [range(0, 2), range(2, 4), range(4, 6), range(6, 7)]
 
@@ -289,47 +298,3 @@ def test_nothing_has_no_scores(batch: int, query_len: int, key_len: int) -> None
         assert torch.equal(mass, torch.zeros(batch, 4, extent.longest))
     for score in BY_BLOCK.values():
         assert all(part_scores.numel() == 0 for _, part_scores in score(call, grid_of(call)))
-
-
-class Storages(TorchDispatchMode):
-    """The most bytes that an operator returned, of storages that are not the inputs'."""
-
-    def __init__(self, *inputs: Tensor) -> None:
-        super().__init__()
-        self._given = {x.untyped_storage().data_ptr() for x in inputs}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self._given:
-                self.most = max(self.most, x.untyped_storage().nbytes())
-        return out
-
-
-def plain_call(length: int) -> AttentionCall:
-    q, k = torch.ones(1, 4, length, 4), torch.ones(1, 2, length, 4)
-    return AttentionCall(q, k, k)
-
-
-@pytest.mark.usefixtures("smallest_constants")
-@pytest.mark.parametrize("name", ["last_query_probe", "pool_keys", "pool_queries"])
-def test_what_streams_holds_nothing_larger_than_it_returns(name: str) -> None:
-    call = plain_call(2048)
-    with Storages(call.q, call.k) as held:
-        second: Any = 8 if name == "last_query_probe" else Grid(call.extent, 16, 16)
-        returned = getattr(scores, name)(call, second)
-    largest = returned[0] if isinstance(returned, tuple) else returned
-    assert held.most == largest.numel() * largest.element_size()
-
-
-@every_block_score
-def test_nothing_grows_with_queries_times_keys(name: str) -> None:
-    most = []
-    for length in (256, 1024):
-        call = plain_call(length)
-        with Storages(call.q, call.k) as held:
-            for _ in BY_BLOCK[name](call, Grid(call.extent, 64, 64)):
-                pass
-        most.append(held.most)
-    assert most[1] <= 4 * most[0]
