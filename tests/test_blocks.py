@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -74,14 +75,15 @@ def naive(call: AttentionCall, rule: Rule, *, first: int = 0, own: int = 1, last
     for b in range(call.batch):
         start, count, keys = (int(x[b]) for x in (extent.first_position, extent.query_count, extent.key_count))
         last = range(max(start, start + count - last_rows), start + count)
+        reach = math.inf if extent.limit is None else extent.limit
+        j, n = torch.arange(keys), torch.arange(grid.key_blocks)
         for i in range(start, start + count):
             m = i // 16 - start // 16
-            for j in range(keys):
-                allowed = (j <= i or not extent.causal) and (extent.limit is None or abs(i - j) < extent.limit)
-                seen[b, 0, m, j // 24] |= allowed
-            for n in range(grid.key_blocks):
-                near = -own < n - i // 24 < (1 if extent.causal else own)
-                forced[b, 0, m, n] |= n < first or near or any(p // 16 == i // 16 for p in last)
+            distance = i - j if extent.causal else (i - j).abs()
+            allowed = (distance >= 0) & (distance < reach)
+            seen[b, 0, m, j[allowed] // 24] = True
+            near = (-own < n - i // 24) & (n - i // 24 < (1 if extent.causal else own))
+            forced[b, 0, m] |= (n < first) | near | any(p // 16 == i // 16 for p in last)
     forced &= seen
     picked = rule.select(scores.masked_fill(~seen, rule.unseen), forced)
     return ((picked | forced) & seen).expand_as(scores)
