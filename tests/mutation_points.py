@@ -30,8 +30,8 @@ CHANGES = {
         "GtE_Gt", "GtE_Lt",
     },
 }  # fmt: skip
-# Their values change nothing that could be observed while the program is right.
-KEYWORDS_WITHOUT_EFFECT = {"strict", "non_blocking", "stacklevel", "slots"}
+# They change nothing that could be observed while the program is right, and runs on the CPU.
+KEYWORDS_WITHOUT_EFFECT = {"strict", "non_blocking", "stacklevel", "slots", "device"}
 
 
 class DropKeyword(Operator):

@@ -189,6 +189,27 @@ def test_columns_are_live_positions_for_all_rows(on, situation: str) -> None:
     assert torch.equal(plan.count_pairs(), count_pairs(plan))
 
 
+@every_planner
+def test_lists_are_taken_as_they_are(on) -> None:
+    call = call_in("chunk")
+    blocks = Blocks(call, 16, 16)
+    generator = torch.Generator().manual_seed(3)
+    rows, keys = blocks.grid.query_blocks, call.extent.longest
+    of_blocks = torch.rand(1, 2, rows, blocks.grid.key_blocks, generator=generator) < 0.3
+    of_columns = torch.rand(1, 2, rows, keys, generator=generator) < 0.1
+
+    def listed(chosen: Tensor, part: range) -> tuple[Tensor, Tensor]:
+        chosen = chosen[:, :, part.start : part.stop]
+        return chosen.sum(-1), chosen.nonzero()[:, -1].to(torch.int32)
+
+    parts = [range(2, rows), range(0, 2)]
+    blocks.lists(iter([(part, listed(of_blocks, part), listed(of_columns, part)) for part in parts]))
+    plan = blocks.plan()
+    assert torch.equal(plan.block_mask(), of_blocks)
+    assert torch.equal(plan.column_mask(), of_columns)
+    assert torch.equal(plan.count_pairs(), count_pairs(plan))
+
+
 @pytest.mark.parametrize("per", ["head", "kv_head"])
 def test_a_plan_is_per_head_or_per_key_value_head(per: Any) -> None:
     call = call_in("no padding")
