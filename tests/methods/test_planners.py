@@ -1,60 +1,119 @@
-"""Planners against naive ones written from the papers' formulas, on small inputs."""
+"""Planners against naive ones written from the papers' formulas, token by token in positions, on small inputs."""
+
+from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gossamer import Extent, HeadPattern, Profile, SparsePlan
-from gossamer.estimators import last_query_probe, pool_keys, pool_queries, row_block_energy
-from gossamer.methods import AShape, BlockSparse, MaxRelative, MInference, TriShape, VerticalSlash
-from gossamer.methods._exact_slash import merged_ranges
-from gossamer.testing import SITUATIONS, make_case
+from gossamer import AttentionCall, Extent, SparsePlan
+from gossamer.backends.torch.slashes import exact_slashes, merged_ranges
+from gossamer.methods import AShape, BlockSparse, MaxRelative, Method, MInference, TriShape, VerticalSlash
+from gossamer.plan import Grid
+from gossamer.scores import last_query_probe, pool_keys, pool_queries, row_block_energy
+from gossamer.testing import SITUATIONS, make_call
+
+in_every_situation = pytest.mark.parametrize("situation", SITUATIONS)
 
 
-def plan_of(method, case, layer=None) -> SparsePlan:
-    return method.plan(case.q, case.k, scale=case.scale, extent=case.extent, layer=layer)
+class Row:
+    """One batch row of a call, in positions."""
+
+    def __init__(self, call: AttentionCall, b: int) -> None:
+        extent = call.extent
+        self.first_query = int(extent.first_query[b])
+        self.first = int(extent.first_position[b])
+        self.count = int(extent.query_count[b])
+        self.keys = int(extent.key_count[b])
+        self.key_start = int(extent.key_start[b])
+        self.causal, self.limit = extent.causal, extent.limit
+
+    @property
+    def queries(self) -> range:
+        return range(self.first, self.first + self.count)
+
+    def allows(self, i: int, j: int) -> bool:
+        return (j <= i or not self.causal) and (self.limit is None or abs(i - j) < self.limit)
+
+    def seen(self, block_q: int, m: int, block_k: int) -> set[int]:
+        """Key blocks of which some query of the global block m may attend some key."""
+        found: set[int] = set()
+        for i in self.queries:
+            if i // block_q == m:
+                first = 0 if self.limit is None else max(0, i - self.limit + 1)
+                last = i if self.causal else self.keys - 1 if self.limit is None else i + self.limit - 1
+                found.update(j // block_k for j in range(first, min(last, self.keys - 1) + 1))
+        return found
+
+    def row(self, position: int) -> int:
+        return self.first_query + position - self.first
 
 
-def positions(case, b: int):
-    return int(case.extent.query_start[b]), int(case.extent.key_start[b]), int(case.extent.key_count[b])
+def attended(mask: Tensor, row: Row, position: int) -> set[int]:
+    """Key positions that a query attends, of a mask ``[S, T]``."""
+    keys = mask[row.row(position)].nonzero().flatten() - row.key_start
+    return set(keys.tolist())
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
+def assert_dead_rows_attend_nothing(call: AttentionCall, mask: Tensor) -> None:
+    assert not bool(mask.any(-1)[(~call.extent.live_queries(call.query_len))[:, None].expand(mask.shape[:3])].any())
+
+
+PUBLISHED = [
+    (AShape(), {"sink": 128, "window": 3968}),
+    (TriShape(), {"sink": 128, "window": 3968, "last": 100, "block": 64}),
+    (VerticalSlash(), {"vertical_size": 1000, "slash_size": 6096, "last": 64, "exact": False}),
+    (MInference(), {"layers": [], "vertical_size": 1000, "slash_size": 6096, "last": 64}),
+    (BlockSparse(), {"blocks": 100, "block": 64}),
+    (
+        MaxRelative(),
+        {"alpha": 0.1, "sink_blocks": 2, "window_blocks": 4, "last_rows": 1024, "block_q": 64, "block_k": 128},
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "fields"), PUBLISHED, ids=lambda value: getattr(value, "name", ""))
+def test_defaults_are_the_published_ones(method: Method, fields: dict[str, Any]) -> None:
+    assert method.to_dict() == {"method": method.name, **fields}
+
+
+@in_every_situation
 def test_a_shape_is_exact_to_the_token(situation: str) -> None:
-    case = make_case(situation, length=200, heads=4, groups=2, dim=8)
-    mask = plan_of(AShape(sink=5, window=20), case).to_mask()
-    for b in range(mask.shape[0]):
-        first, start, count = positions(case, b)
-        for i in range(case.query_len):
-            p = first + i
-            expected = {start + j for j in range(count) if j <= p and (j < 5 or p - j < 20)}
-            assert set(mask[b, 0, i].nonzero().flatten().tolist()) == expected
+    call = make_call(situation, length=200, heads=4, groups=2, dim=8)
+    mask = AShape(sink=5, window=20).plan(call).to_mask()
+    assert_dead_rows_attend_nothing(call, mask)
+    for b in range(call.batch):
+        row = Row(call, b)
+        for i in row.queries:
+            expected = {j for j in range(row.keys) if row.allows(i, j) and (j < 5 or abs(i - j) < 20)}
+            assert attended(mask[b, 0], row, i) == expected
 
 
 def test_tri_shape_has_a_dense_tail_of_whole_blocks() -> None:
-    case = make_case("no padding", length=300, heads=2, groups=2, dim=8)
-    mask = plan_of(TriShape(sink=4, window=10, last=50), case).to_mask()[0, 0]
-    counts = mask.sum(-1)
+    call = make_call("no padding", length=300, heads=2, groups=2, dim=8)
+    counts = TriShape(sink=4, window=10, last=50).plan(call).to_mask()[0, 0].sum(-1)
     # 50 last queries of 300 start at 250, in the block of rows 192..255
     assert counts[192:].tolist() == list(range(193, 301))
     assert counts[191] == 14
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
+@in_every_situation
 def test_tri_shape_is_a_shape_and_its_tail(situation: str) -> None:
-    case = make_case(situation, length=200, heads=4, groups=2, dim=8)
-    mask = plan_of(TriShape(sink=5, window=20, last=30, block=32), case).to_mask()
-    for b in range(mask.shape[0]):
-        first, start, count = positions(case, b)
-        rows = [i for i in range(case.query_len) if 0 <= first + i < count]
-        blocks = {i // 32 for i in rows[-30:]}
-        for i in range(case.query_len):
-            p = first + i
-            expected = {start + j for j in range(count) if j <= p and (i // 32 in blocks or j < 5 or p - j < 20)}
-            for head in range(2):
-                assert set(mask[b, head, i].nonzero().flatten().tolist()) == expected
+    call = make_call(situation, length=200, heads=4, groups=2, dim=8)
+    mask = TriShape(sink=5, window=20, last=30, block=32).plan(call).to_mask()
+    for b in range(call.batch):
+        row = Row(call, b)
+        tail = {i // 32 for i in list(row.queries)[-30:]}
+        for i in row.queries:
+            expected = {
+                j for j in range(row.keys) if row.allows(i, j) and (i // 32 in tail or j < 5 or abs(i - j) < 20)
+            }
+            # A block of the tail is whole, and what a window leaves of it is cut off by the model alone.
+            assert attended(mask[b, 0], row, i) == expected == attended(mask[b, 1], row, i)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -67,60 +126,67 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_tri_shape_holds_no_mask_of_all_blocks() -> None:
+def test_tri_shape_holds_no_mask_of_all_blocks(monkeypatch) -> None:
     """At 1M tokens that of eight heads has 2G entries."""
-    length, heads = 1 << 17, 8
-    q = torch.empty(1, heads, length, 16, device="meta")
+    monkeypatch.setattr("gossamer.blocks.MASK_BYTES", 1 << 20)
+    length, heads = 1 << 16, 8
+    q = torch.empty(1, heads, 1, 8).expand(1, heads, length, 8)
     with LargestTensor() as largest:
-        plan = TriShape().plan(q, q, scale=1.0, extent=Extent.full(1, length, length))
+        plan = TriShape().plan(AttentionCall(q, q))
+    everything = heads * plan.num_query_blocks * plan.num_key_blocks
     assert plan.block_indices.numel() > heads * plan.num_key_blocks
-    assert largest.elements < 4 * heads * plan.num_key_blocks
+    assert largest.elements < everything // 4
 
 
-def naive_vertical_slash(case, vertical: int, slash: int) -> torch.Tensor:
-    """Block-aligned vertical-slash, head by head: top columns with 30 forced, top bands of 64 with two forced."""
-    columns, diagonals = last_query_probe(case.q, case.k, scale=case.scale, extent=case.extent)
-    batch, heads = case.q.shape[:2]
-    mask = torch.zeros(batch, heads, case.query_len, case.key_len, dtype=torch.bool)
-    for b in range(batch):
-        first, start, count = positions(case, b)
-        for h in range(heads):
-            score = {j: math.inf if j < 30 else float(columns[b, h, start + j]) for j in range(count)}
-            chosen = sorted(score, key=lambda j: (-score[j], j))[: max(vertical, 30)]
-            bands: dict[int, float] = {}
-            for d in range(case.key_len):
-                mass, r = float(diagonals[b, h, d]), d % 64
-                bands[d // 64] = bands.get(d // 64, 0.0) + mass * (64 - r) / 64
-                bands[d // 64 + 1] = bands.get(d // 64 + 1, 0.0) + mass * r / 64
-            bands[0] = bands[1] = math.inf
-            best = sorted(bands, key=lambda n: (-bands[n], n))[: max(math.ceil(max(slash, 50) / 64), 2)]
-            for i in range(case.query_len):
-                slot = first + start + i
-                last_slot = first + start + min((i // 64 + 1) * 64, case.query_len) - 1
-                for j in range(max(0, slot + 1)):
-                    if not 0 <= j - start < count:
-                        continue
-                    band = last_slot // 64 - j // 64
-                    mask[b, h, i, j] = band in best or (j - start) in chosen
-    return mask
+def naive_vertical_slash(call: AttentionCall, b: int, h: int, vertical: int, slash: int) -> tuple[set[int], set[int]]:
+    """Columns, and bands of 64: the best, with 30 and two forced."""
+    columns, diagonals = last_query_probe(call)
+    row = Row(call, b)
+    score = {j: math.inf if j < 30 else float(columns[b, h, j]) for j in range(row.keys)}
+    bands: dict[int, float] = {}
+    for d in range(diagonals.shape[-1]):
+        mass, r = float(diagonals[b, h, d]), d % 64
+        bands[d // 64] = bands.get(d // 64, 0.0) + mass * (64 - r) / 64
+        bands[d // 64 + 1] = bands.get(d // 64 + 1, 0.0) + mass * r / 64
+    bands[0] = bands[1] = math.inf
+
+    def best(scores: dict[int, float], count: int) -> set[int]:
+        return set(sorted(scores, key=lambda n: (-scores[n], n))[:count])
+
+    return best(score, max(vertical, 30)), best(bands, max(math.ceil(slash / 64), 2))
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
+@in_every_situation
 @pytest.mark.parametrize(("vertical", "slash"), [(40, 130), (0, 0)])
 def test_vertical_slash_bands(situation: str, vertical: int, slash: int) -> None:
-    case = make_case(situation, length=450, heads=2, groups=1, dim=8)
-    mask = plan_of(VerticalSlash(vertical, slash), case).to_mask()
-    expected = naive_vertical_slash(case, vertical, slash)
-    assert torch.equal(mask, expected)
+    call = make_call(situation, length=450, heads=2, groups=1, dim=8)
+    mask = VerticalSlash(vertical, slash).plan(call).to_mask()
+    for b in range(call.batch):
+        row = Row(call, b)
+        for h in range(2):
+            columns, bands = naive_vertical_slash(call, b, h, vertical, slash)
+            for i in row.queries:
+                last = max(p for p in row.queries if p // 64 == i // 64)
+                expected = set()
+                for j in range(row.keys):
+                    band = last // 64 - j // 64
+                    if row.allows(i, j) and ((band if row.causal else abs(band)) in bands or j in columns):
+                        expected.add(j)
+                assert attended(mask[b, h], row, i) == expected
 
 
 def test_vertical_slash_cost_equals_its_budget_on_scattered_slashes() -> None:
-    case = make_case("no padding", length=4096, heads=1, groups=1, dim=8)
-    budget = VerticalSlash(100, 640).plan(case.q, case.k, scale=case.scale, extent=case.extent)
-    exact = VerticalSlash(100, 640, exact=True).plan(case.q, case.k, scale=case.scale, extent=case.extent)
+    call = make_call("no padding", length=4096, heads=1, groups=1, dim=8)
+    budget, exact = VerticalSlash(100, 640).plan(call), VerticalSlash(100, 640, exact=True).plan(call)
     pairs = 4096 * 4097 / 2
     assert budget.density() <= (100 * 4096 + 640 * 4096) / pairs
     assert exact.density() > 2 * budget.density()
+
+
+def test_the_probe_looks_at_the_last_queries_alone() -> None:
+    call = make_call("no padding", length=300, heads=2, groups=1, dim=8)
+    plans = [VerticalSlash(40, 64, last).plan(call) for last in (1, 64)]
+    assert not torch.equal(plans[0].column_indices, plans[1].column_indices)
 
 
 @pytest.mark.parametrize(
@@ -174,106 +240,86 @@ def two_pointer_merge(verticals: list[int], slashes: list[int], end: int) -> tup
 
 @pytest.mark.parametrize("seed", range(10))
 def test_exact_slashes_equal_the_two_pointer_merge(seed: int) -> None:
-    from gossamer.methods._exact_slash import exact_slash_blocks
-
     generator = torch.Generator().manual_seed(seed)
     length = [64, 200, 321, 640][seed % 4]
-    case = make_case("no padding", length=length, heads=2, groups=1, dim=8)
     verticals = torch.rand(1, 2, length, generator=generator) < 0.05
     slashes = torch.rand(1, 2, length, generator=generator) < [0.01, 0.1][seed % 2]
     slashes[..., 0] = True
-    plan = exact_slash_blocks(verticals, slashes, case.extent, length)
-    mask = plan.to_mask()
-    expected = torch.zeros_like(mask)
+    grid = Grid(Extent.full(1, length, length), 64, 64)
+    blocks, columns = exact_slashes(verticals, slashes, grid, range(grid.query_blocks))
+
+    def listed(counts: Tensor, indices: Tensor) -> list[list[int]]:
+        return [part.tolist() for part in indices.split(counts.flatten().tolist())]
+
+    found_blocks, found_columns = listed(*blocks), listed(*columns)
     for h in range(2):
         lines = verticals[0, h].nonzero().flatten().tolist()
-        for m in range(plan.num_query_blocks):
-            blocks, columns = two_pointer_merge(lines, slashes[0, h].nonzero().flatten().tolist(), 64 * (m + 1))
-            keys = {j for start in blocks for j in range(start, start + 64)} | set(columns)
+        for m in range(grid.query_blocks):
+            starts, single = two_pointer_merge(lines, slashes[0, h].nonzero().flatten().tolist(), 64 * (m + 1))
+            expected = {j for start in starts for j in range(start, start + 64)} | set(single)
+            row = h * grid.query_blocks + m
+            got = {j for n in found_blocks[row] for j in range(64 * n, 64 * n + 64)} | set(found_columns[row])
             for i in range(64 * m, min(64 * (m + 1), length)):
-                expected[0, h, i, [j for j in keys if j <= i]] = True
-    assert torch.equal(mask, expected)
+                assert {j for j in got if j <= i} == {j for j in expected if j <= i}
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
+@in_every_situation
 def test_block_sparse_keeps_the_best_blocks_and_the_diagonal(situation: str) -> None:
-    case = make_case(situation, length=600, heads=4, groups=2, dim=8)
-    mask = plan_of(BlockSparse(blocks=3), case).block_mask()
-    queries, keys = pool_queries(case.q, case.extent, 64), pool_keys(case.k, case.extent, 64)
-    for b, h, m in [(b, h, m) for b in range(mask.shape[0]) for h in range(4) for m in range(mask.shape[2])]:
-        first, start, count = positions(case, b)
-        row_first = first + m * 64
-        row_last = first + min((m + 1) * 64, case.query_len) - 1
-        visible = {
-            n: float(queries[b, h, m] @ keys[b, h // 2, n])
-            for n in range(mask.shape[3])
-            if max(n * 64 - start, 0) < min((n + 1) * 64 - start, count) and max(n * 64 - start, 0) <= row_last
-        }
-        best = set(sorted(visible, key=lambda n: (-visible[n], n))[:3])
-        own = {n for n in visible if (row_first + start) // 64 <= n <= (row_last + start) // 64}
-        assert set(mask[b, h, m].nonzero().flatten().tolist()) == best | own
+    call = make_call(situation, length=600, heads=4, groups=2, dim=8)
+    plan = BlockSparse(blocks=3).plan(call)
+    mask = plan.block_mask()
+    queries, keys = pool_queries(call, plan.grid), pool_keys(call, plan.grid)
+    for b in range(call.batch):
+        row, first = Row(call, b), int(plan.grid.first_block[b])
+        for h in range(4):
+            for m in range(mask.shape[2]):
+                seen = row.seen(64, first + m, 64)
+                score = {n: float(queries[b, h, m] @ keys[b, h // 2, n]) for n in seen}
+                best = set(sorted(score, key=lambda n: (-score[n], n))[:3])
+                own = {n for n in seen if n == first + m}
+                assert set(mask[b, h, m].nonzero().flatten().tolist()) == best | own
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@in_every_situation
+@pytest.mark.parametrize("alpha", [0.3, 0.95, 1.0])
 def test_max_relative_keeps_blocks_near_the_best(situation: str, alpha: float) -> None:
-    case = make_case(situation, length=700, heads=4, groups=2, dim=8)
+    call = make_call(situation, length=700, heads=4, groups=2, dim=8)
     method = MaxRelative(alpha=alpha, sink_blocks=1, window_blocks=2, last_rows=100, block_q=32, block_k=64)
-    mask = plan_of(method, case).block_mask()
+    plan = method.plan(call)
+    mask = plan.block_mask()
     assert mask.shape[1] == 2
-    energy = torch.cat(
-        [e for _, e in row_block_energy(case.q, case.k, scale=case.scale, extent=case.extent, block_q=32, block_k=64)],
-        dim=2,
-    )
-    for b, g, m in [(b, g, m) for b in range(mask.shape[0]) for g in range(2) for m in range(mask.shape[2])]:
-        first, start, count = positions(case, b)
-        row_first, row_last = first + m * 32, first + min((m + 1) * 32, case.query_len) - 1
-        row = energy[b, g, m].tolist()
-        seen = {
-            n
-            for n in range(mask.shape[3])
-            if max(n * 64 - start, 0) < min((n + 1) * 64 - start, count) and max(n * 64 - start, 0) <= row_last
-        }
-        keep = {n for n in seen if row[n] > 0 and row[n] >= alpha * max(row)}
-        keep |= {n for n in seen if n < start // 64 + 1}
-        keep |= {n for n in seen if (row_first + start) // 64 - 2 < n <= (row_last + start) // 64}
-        if row_last >= min(count, first + case.query_len) - 50:  # 100 packed rows are 50 tokens of two heads
-            keep |= seen
-        assert set(mask[b, g, m].nonzero().flatten().tolist()) == keep
+    energy = torch.cat([e for _, e in row_block_energy(call, plan.grid)], dim=2)
+    for b in range(call.batch):
+        row, first = Row(call, b), int(plan.grid.first_block[b])
+        tail = {i // 32 for i in list(row.queries)[-50:]}  # 100 packed rows are 50 tokens of two heads
+        for g in range(2):
+            for m in range(mask.shape[2]):
+                seen, own = row.seen(32, first + m, 64), (first + m) * 32 // 64
+                score = {n: float(energy[b, g, m, n]) for n in seen}
+                best = max(score.values(), default=0.0)
+                keep = {n for n in seen if score[n] > 0 and score[n] >= alpha * best}
+                near = {n for n in seen if own - 2 < n <= own + (0 if row.causal else 1)}
+                keep |= {n for n in seen if n < 1} | near | (seen if first + m in tail else set())
+                assert set(mask[b, g, m].nonzero().flatten().tolist()) == keep
 
 
-def test_minference_without_a_profile_is_vertical_slash() -> None:
-    case = make_case("no padding", length=500, heads=2, groups=1, dim=8)
-    one = plan_of(MInference(vertical_size=50, slash_size=64), case)
-    other = plan_of(VerticalSlash(50, 64), case)
+def test_minference_without_layers_is_vertical_slash() -> None:
+    call = make_call("no padding", length=500, heads=2, groups=1, dim=8)
+    one, other = MInference(vertical_size=50, slash_size=64).plan(call), VerticalSlash(50, 64).plan(call)
     assert torch.equal(one.to_mask(), other.to_mask())
-    assert (MInference().vertical_size, MInference().slash_size) == (1000, 6096)
+    assert (MInference().vertical_size, MInference().slash_size, MInference().last) == (1000, 6096, 64)
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
-def test_minference_gives_each_head_its_own_pattern(situation: str) -> None:
-    case = make_case(situation, length=600, heads=4, groups=2, dim=8)
-    patterns = (
-        HeadPattern("vertical_slash", (40, 130)),
-        HeadPattern("a_shape", (7, 33)),
-        HeadPattern("block_sparse", (2,)),
-        HeadPattern("dense"),
-    )
-    other = HeadPattern("a_shape", (1, 1))
-    mask = plan_of(MInference(profile=Profile(((other,) * 4, patterns))), case, layer=1).to_mask()
-    methods = [VerticalSlash(40, 130), AShape(7, 33), BlockSparse(2)]
-    for head, method in enumerate(methods):
-        alone = plan_of(method, case)
-        share = 4 // alone.heads
-        assert torch.equal(mask[:, head], alone.to_mask()[:, head // share]), method.name
-    dense = SparsePlan.dense(1, case.query_len, case.key_len, case.extent).to_mask()
-    assert torch.equal(mask[:, 3], dense[:, 0])
+@pytest.mark.parametrize("method", [VerticalSlash(40, 64), BlockSparse(2), MaxRelative(0.95, 1, 1, 0, 64, 64)])
+def test_the_scale_counts(method) -> None:
+    """It sharpens the softmax of a probe and of energies; products of means are only ranked."""
+    call = make_call("no padding", length=700, heads=4, groups=2, dim=16)
+    plans = [method.plan(AttentionCall(call.q, call.k, scale=scale)) for scale in (0.02, 2.0)]
+    same = torch.equal(plans[0].to_mask(), plans[1].to_mask())
+    assert same == isinstance(method, BlockSparse)
 
 
-def test_a_profile_of_another_shape_is_refused() -> None:
-    case = make_case("no padding", length=64, heads=2, groups=1, dim=8)
-    method = MInference(profile=Profile.uniform(2, 4, HeadPattern("dense")))
-    with pytest.raises(ValueError, match="2 layers of 4 heads, but layer 0 with 2 heads"):
-        plan_of(method, case, layer=0)
-    with pytest.raises(ValueError, match="pass layer="):
-        plan_of(method, case)
+def test_a_plan_of_bands_needs_no_lists() -> None:
+    plan = AShape(1, 2).plan(make_call("no padding", length=200, heads=2, groups=1, dim=8))
+    assert isinstance(plan, SparsePlan)
+    assert plan.block_indices.numel() == plan.column_indices.numel() == 0

@@ -46,16 +46,6 @@ class PerHead(Method):
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"layers": [[method.to_dict() for method in layer] for layer in self.layers]}
 
-    @classmethod
-    def from_fields(cls, values: dict[str, Any]) -> Method:
-        from gossamer.methods.registry import from_dict
-
-        layers = [
-            [from_dict(head) if isinstance(head, dict) else head for head in layer]
-            for layer in values.get("layers") or ()
-        ]
-        return super().from_fields(values | {"layers": layers})
-
     def plan(self, call: AttentionCall) -> SparsePlan:
         together = planned_together(self.layer(call.layer, call.heads))
         plans = [method.plan(call) for method, _ in together]

@@ -68,7 +68,7 @@ def create(name: str, **fields: Any) -> Method:
     Raises:
         ValueError: an unknown name or field (the message lists the known ones), or a value out of range.
     """
-    return class_of(name).from_fields(fields)
+    return class_of(name).from_fields({field: _built(value) for field, value in fields.items()})
 
 
 def from_dict(data: dict[str, Any]) -> Method:
@@ -80,6 +80,13 @@ def from_dict(data: dict[str, Any]) -> Method:
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
         raise ValueError(f"a method's dictionary needs the key 'method', one of: {', '.join(available())}")
     return create(data["method"], **{key: value for key, value in data.items() if key != "method"})
+
+
+def _built(value: Any) -> Any:
+    """A field's value, with methods where it holds their dictionaries."""
+    if isinstance(value, (list, tuple)):
+        return [_built(item) for item in value]
+    return from_dict(value) if isinstance(value, dict) and "method" in value else value
 
 
 @functools.cache

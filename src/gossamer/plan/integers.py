@@ -38,6 +38,8 @@ def bounded(value: Integers, name: str, least: int) -> Tensor:
         tensor = torch.as_tensor(value)
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name} must hold integers of at most {MOST}, got {value!r}") from error
+    if not tensor.numel():  # of an empty list, torch makes floats
+        tensor = tensor.to(torch.int64)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
     tensor = tensor.to("cpu", torch.int64, copy=True)

@@ -20,7 +20,10 @@ from gossamer.plan.integers import Integers, ceil_div, integer, integers_per_hea
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = ["SparsePlan", "on_device"]
+__all__ = ["WHOLE", "SparsePlan", "on_device"]
+
+# A window that holds every pair: above any length, and sums of it with positions stay below 2^31.
+WHOLE = 1 << 29
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -57,7 +60,7 @@ class SparsePlan:
         column_group: consecutive query blocks that share one column list (M or more for vertical lines of a head).
         column_indptr: int64 ``[B * heads * ceil(M / column_group) + 1]``; column_indices: int32 key positions,
             ascending in each row. None means no columns.
-        sink, window: int32 ``[heads]``; an integer serves all heads. A window of T + S makes a head dense.
+        sink, window: int32 ``[heads]``; an integer serves all heads. A window of `WHOLE` makes a head dense.
         q_order: int32 ``[B, heads, S]``, live queries by permuted rank: 0 is the batch row's first live query. Numbers
             of S that it has no live query for stand anywhere. The query blocks then count ranks from 0.
         k_order: int32 ``[B, heads, T]``, key positions by permuted rank, likewise. Causality, columns and bands go by
@@ -143,8 +146,8 @@ class SparsePlan:
         plan = object.__new__(cls)
         for part in fields(cls):
             value = part.default_factory() if part.default_factory is not MISSING else part.default
-            value = given.pop(part.name, value)
-            object.__setattr__(plan, part.name, None if value is MISSING or not part.init else value)
+            value = given.pop(part.name, value) if part.init else None
+            object.__setattr__(plan, part.name, None if value is MISSING else value)
         if given:
             raise TypeError(f"SparsePlan has no field {', '.join(sorted(given))}")
         plan._complete()
@@ -190,7 +193,7 @@ class SparsePlan:
         extent.check(query_len, key_len)
         pairs = extent.count_allowed()[:, None].expand(-1, heads).contiguous()
         lengths = {"heads": heads, "query_len": query_len, "key_len": key_len}
-        return cls.unchecked(**lengths, extent=extent, window=query_len + key_len, pairs=pairs)
+        return cls.unchecked(**lengths, extent=extent, window=WHOLE, pairs=pairs)
 
     @classmethod
     def from_block_mask(

@@ -10,7 +10,7 @@ from torch import Tensor
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 
-__all__ = ["attend", "attend_rows", "cleared", "logits", "wide"]
+__all__ = ["attend", "attend_rows", "cleared", "cleared_queries", "logits", "wide"]
 
 _LOGITS = 1 << 26  # held at once
 
@@ -43,16 +43,18 @@ def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Te
     if call.sinks is not None:
         lse = torch.logaddexp(lse, call.sinks.to(lse).view(1, -1, 1))
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    out = weights.view(call.batch, call.groups, -1, call.key_len) @ wide(cleared(call.values, call))
-    return out.view(call.batch, call.heads, len(rows), -1), lse
+    weights = weights.view(call.batch, call.groups, call.share * len(rows), call.key_len)
+    out = weights @ wide(cleared(call.values, call))
+    return out.view(call.batch, call.heads, len(rows), out.shape[-1]), lse
 
 
 def logits(call: AttentionCall, rows: Tensor | slice, keys: slice = slice(None)) -> Tensor:
     """Logits of some query rows against some key slots, before any mask: ``[B, H, rows, keys]``, at least fp32."""
     q = wide(call.q[:, :, rows])
-    stacked = q.reshape(call.batch, call.groups, -1, q.shape[-1])  # all heads of a group, so that keys are not expanded
+    # All heads of a group at once, so that keys are not expanded.
+    stacked = q.reshape(call.batch, call.groups, call.share * q.shape[2], q.shape[3])
     scores = (stacked @ wide(call.k[:, :, keys]).transpose(-1, -2)).mul_(call.scale)
-    scores = scores.view(call.batch, call.heads, q.shape[2], -1)
+    scores = scores.view(call.batch, call.heads, q.shape[2], scores.shape[-1])
     return scores if call.softcap is None else scores.div_(call.softcap).tanh_().mul_(call.softcap)
 
 
@@ -65,6 +67,12 @@ def cleared(x: Tensor, call: AttentionCall) -> Tensor:
     """Zeros in dead key slots, which may hold anything; 0 * NaN is NaN."""
     live = call.extent.live_keys(call.key_len)
     return x if bool(live.all()) else torch.where(live.to(x.device)[:, None, :, None], x, 0.0)
+
+
+def cleared_queries(call: AttentionCall) -> Tensor:
+    """q with zeros in dead rows, which may hold anything."""
+    live = call.extent.live_queries(call.query_len)
+    return call.q if bool(live.all()) else torch.where(live.to(call.device)[:, None, :, None], call.q, 0.0)
 
 
 def _chunks(call: AttentionCall) -> Iterator[Tensor]:

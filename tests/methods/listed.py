@@ -1,0 +1,59 @@
+"""The methods that are tested, each in one line: a new one joins here, and meets every dtype, shape and situation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gossamer import methods
+from gossamer.methods import AShape, BlockSparse, Dense, MaxRelative, Method, VerticalSlash
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A method as it is tested.
+
+    Fields:
+        name, small: with budgets small enough that plans are sparse from a few hundred tokens on.
+        full: the same method with a budget for everything.
+        by_block: each query block is planned by itself, but for a tail that belongs to the call.
+        tail: rows of that tail, for a share of query heads.
+    """
+
+    name: str
+    small: dict[str, Any]
+    full: dict[str, Any]
+    by_block: bool
+    tail: Callable[[int], int] = lambda share: 0
+
+    @property
+    def id(self) -> str:
+        return self.name + ("-exact" if self.small.get("exact") else "")
+
+    def create(self, heads: int, *, full: bool = False) -> Method:
+        fields = self.full if full else self.small
+        if self.name == "per_head":
+            mixed = fields["layers"]
+            fields = {"layers": [[mixed[head % len(mixed)] for head in range(heads)]]}
+        return methods.create(self.name, **fields)
+
+
+_SLASH, _OTHER_SLASH = VerticalSlash(60, 300), VerticalSlash(40, 64)
+_MIXED = [_SLASH, AShape(9, 150), BlockSparse(4, 32), _OTHER_SLASH, MaxRelative(0.97, 1, 2, 64)]
+_ALL = [VerticalSlash(10_000, 64), AShape(1, 10_000), BlockSparse(1000, 32), Dense(), MaxRelative(0.0)]
+_NONE: dict[str, Any] = {}
+_SLASHES = {"vertical_size": 60, "slash_size": 300}
+_RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
+
+LISTED = [
+    Listed("dense", _NONE, _NONE, by_block=True),
+    Listed("a_shape", {"sink": 9, "window": 150}, {"window": 10_000}, by_block=True),
+    Listed("tri_shape", {"sink": 9, "window": 150, "last": 100}, {"window": 10_000}, True, lambda share: 100),
+    Listed("vertical_slash", _SLASHES, {"slash_size": 10_000}, by_block=False),
+    Listed("vertical_slash", _SLASHES | {"exact": True}, {"slash_size": 10_000, "exact": True}, by_block=False),
+    Listed("block_sparse", {"blocks": 4}, {"blocks": 1000}, by_block=True),
+    Listed("minference", _SLASHES, {"vertical_size": 10_000}, by_block=False),
+    Listed("max_relative", _RELATIVE, {"alpha": 0.0}, True, lambda share: -(-256 // share)),
+    Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
+]

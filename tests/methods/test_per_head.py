@@ -1,0 +1,131 @@
+"""Any method for each head: plans merged head by head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gossamer import AttentionCall, Extent, SparsePlan, methods
+from gossamer.methods import AShape, BlockSparse, Dense, MaxRelative, MInference, PerHead, TriShape, VerticalSlash
+from gossamer.methods.merging import merge_plans
+from gossamer.methods.per_head import planned_together
+from gossamer.plan.count import count_pairs
+from gossamer.testing import SITUATIONS, make_call
+
+# One plan with columns, one with blocks of another size, one per key/value head, one with bands, one that is dense.
+MIXED = (VerticalSlash(40, 130), BlockSparse(2, 48), MaxRelative(0.99, 1, 1, 20, 32, 64), AShape(7, 33), Dense())
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("turn", range(5))
+def test_each_head_is_as_its_method_alone_has_it(turn: int, situation: str) -> None:
+    call = make_call(situation, length=500, heads=4, groups=2, dim=16)
+    chosen = [MIXED[(turn + head) % 5] for head in range(4)]
+    plan = PerHead((chosen,)).plan(call)
+    mask = plan.to_mask()
+    for head, method in enumerate(chosen):
+        alone = method.plan(call)
+        assert torch.equal(mask[:, head], alone.to_mask()[:, head * alone.heads // 4]), method.name
+    assert torch.equal(plan.count_pairs(), count_pairs(plan))
+
+
+def test_block_sizes_become_their_common_divisor() -> None:
+    call = make_call("padded chunk", length=500, heads=2, groups=1, dim=16)
+    plan = PerHead(((BlockSparse(2, 96), BlockSparse(3, 64)),)).plan(call)
+    assert (plan.block_q, plan.block_k) == (32, 32)
+
+
+def test_columns_of_all_rows_stay_one_list() -> None:
+    call = make_call("no padding", length=500, heads=2, groups=1, dim=16)
+    both = PerHead(((VerticalSlash(40, 64), VerticalSlash(90, 64, 32)),)).plan(call)
+    assert both.num_column_groups == 1
+    other = PerHead(((VerticalSlash(40, 64), VerticalSlash(40, 64, exact=True)),)).plan(call)
+    assert other.num_column_groups == other.num_query_blocks
+
+
+def test_heads_of_one_method_are_planned_once() -> None:
+    together = planned_together(
+        [VerticalSlash(40, 64), AShape(1, 2), VerticalSlash(50, 64), VerticalSlash(40, 64, last=32), AShape(1, 3)]
+    )
+    assert [heads for _, heads in together] == [[0, 2], [1], [3], [4]]
+    first = together[0][0]
+    assert isinstance(first, VerticalSlash)
+    assert first.vertical_size == (40, 40, 50, 40, 40)
+    assert first.slash_size == 64
+    assert together[2][0] == VerticalSlash(40, 64, last=32)
+
+
+@pytest.mark.parametrize("kind", [VerticalSlash, BlockSparse])
+def test_budgets_differ_between_heads_that_are_planned_together(kind: type) -> None:
+    call = make_call("left padding", length=600, heads=4, groups=2, dim=16)
+    sizes = [1, 3, 2, 7] if kind is BlockSparse else [40, 31, 90, 140]
+    chosen = [kind(size) if kind is BlockSparse else kind(size, 3 * size) for size in sizes]
+    mask = PerHead((chosen,)).plan(call).to_mask()
+    for head, method in enumerate(chosen):
+        assert torch.equal(mask[:, head], method.plan(call).to_mask()[:, head])
+    assert len({int(mask[:, head].sum()) for head in range(4)}) == 4
+
+
+def test_needs_are_those_of_all_heads() -> None:
+    assert PerHead(((AShape(), VerticalSlash(exact=True)),)).needs == {"causal"}
+    assert PerHead(((AShape(), VerticalSlash()),)).needs == frozenset()
+
+
+def test_the_layer_decides() -> None:
+    call = make_call("no padding", length=300, heads=2, groups=1, dim=8)
+    method = PerHead(((AShape(1, 5),) * 2, (AShape(2, 9),) * 2))
+    for layer in range(2):
+        plan = method.plan(AttentionCall(call.q, call.k, layer=layer))
+        assert torch.equal(plan.to_mask(), method.layers[layer][0].plan(call).to_mask())
+
+
+def test_another_shape_is_refused() -> None:
+    call = make_call("no padding", length=64, heads=2, groups=1, dim=8)
+    method = PerHead(((Dense(),) * 4,) * 2)
+    with pytest.raises(ValueError, match="2 layers of 4 heads, but layer 0 with 2 heads"):
+        method.plan(call)
+    with pytest.raises(ValueError, match="pass layer="):
+        method.plan(AttentionCall(call.q, call.k))
+    with pytest.raises(ValueError, match="2 layers of 4 heads, but layer 2"):
+        method.layer(2, 4)
+    with pytest.raises(ValueError, match="0 layers of 0 heads"):
+        PerHead().layer(0, 4)
+
+
+def test_layers_hold_methods_alone() -> None:
+    with pytest.raises(TypeError, match=r"per_head\.layers must hold methods for single heads, got str"):
+        PerHead((("a_shape",),))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"minference\.layers must hold methods for single heads, got PerHead"):
+        MInference(((PerHead(),),))
+    with pytest.raises(ValueError, match=r"same number of heads in each, got \[1, 2\]"):
+        PerHead(((Dense(),), (Dense(), Dense())))
+
+
+def test_dictionaries_hold_dictionaries() -> None:
+    method = PerHead(((TriShape(last=7), MaxRelative(0.25)),))
+    data = method.to_dict()
+    assert data["layers"][0][1]["alpha"] == 0.25
+    assert methods.from_dict(data) == method
+    assert methods.create("per_head", layers=data["layers"]) == method
+
+
+def plan(**fields) -> SparsePlan:
+    return SparsePlan(**({"heads": 2, "query_len": 70, "key_len": 70, "extent": Extent.full(1, 70, 70)} | fields))
+
+
+def test_merging_is_for_plans_of_one_call() -> None:
+    with pytest.raises(ValueError, match="plans of one call"):
+        merge_plans([plan(), plan(query_len=60, key_len=60, extent=Extent.full(1, 60, 60))], [0, 1])
+    order = torch.arange(70, dtype=torch.int32).expand(1, 2, 70)
+    with pytest.raises(ValueError, match="without an order"):
+        merge_plans([plan(), plan(k_order=order)], [0, 1])
+    with pytest.raises(ValueError, match="2 heads cannot stand for 3"):
+        merge_plans([plan(), plan()], [0, 1, 0])
+
+
+def test_pairs_are_known_where_all_are() -> None:
+    one, other = AShape(1, 5).plan(make_call("no padding", length=70, heads=2, groups=2, dim=8)), plan(window=9)
+    assert merge_plans([one, one], [0, 1])._pairs is not None
+    merged = merge_plans([one, other], [0, 1])
+    assert merged._pairs is None
+    assert torch.equal(merged.count_pairs(), count_pairs(merged))

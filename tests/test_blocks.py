@@ -1,0 +1,252 @@
+"""`Blocks`: parts in any order, rules that need all rows, what is kept, columns, bands, nothing lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gossamer import AttentionCall, Extent
+from gossamer.backends import cpu, triton
+from gossamer.blocks import Blocks
+from gossamer.plan.count import count_pairs
+from gossamer.rules import RelativeToMax, Rule, TopK, TopP, TopPBelow, TopPOfAllRows, TopPReaching
+from gossamer.testing import SITUATIONS, make_call
+
+PLANNERS = ["torch"] + (["cpu"] if cpu.is_available() else [])
+if triton.is_available() and triton.interprets():
+    PLANNERS.append("triton")
+every_planner = pytest.mark.parametrize("planner", PLANNERS)
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+RULES: list[Rule] = [
+    RelativeToMax(0.6),
+    RelativeToMax(0.0),
+    TopK(2),
+    TopK([1, 3]),
+    TopP(0.5),
+    TopP([0.2, 0.7], forced_first=True),
+    TopPReaching(0.3),
+    TopPBelow(0.6),
+    TopPOfAllRows(0.5),
+]
+
+
+@pytest.fixture
+def on(monkeypatch, planner: str) -> None:
+    monkeypatch.setenv("GOSSAMER_PLANNER", planner)
+
+
+def call_in(situation: str, length: int = 150) -> AttentionCall:
+    return make_call(situation, length=length, heads=2, groups=1, dim=16)
+
+
+def block_scores(blocks: Blocks, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (blocks.call.batch, blocks.heads, blocks.grid.query_blocks, blocks.grid.key_blocks)
+    return torch.rand(shape, generator=generator)
+
+
+def chosen(call: AttentionCall, rule: Rule, cuts: list[int], turned: bool = False, **kept: Any) -> Tensor:
+    """The block mask of a plan that is chosen in parts that end at the cuts."""
+    blocks = Blocks(call, 16, 24)
+    if kept:
+        blocks.keep(**kept)
+    scores, rows = block_scores(blocks), blocks.grid.query_blocks
+    edges = [0, *[cut for cut in cuts if cut < rows], rows]
+    parts = [range(low, high) for low, high in pairwise(edges)]
+    for part in reversed(parts) if turned else parts:
+        blocks.choose(part, scores[:, :, part.start : part.stop], rule)
+    plan = blocks.plan()
+    assert torch.equal(plan.count_pairs(), count_pairs(plan))
+    return plan.block_mask()
+
+
+def naive(call: AttentionCall, rule: Rule, *, first: int = 0, own: int = 1, last_rows: int = 0) -> Tensor:
+    """By the definition of rules on all rows, of what is seen, and of what is forced."""
+    blocks = Blocks(call, 16, 24)
+    scores, grid = block_scores(blocks), blocks.grid
+    seen, forced = torch.zeros(2, *scores.shape[:1], 1, *scores.shape[2:], dtype=torch.bool)
+    extent = call.extent
+    for b in range(call.batch):
+        start, count, keys = (int(x[b]) for x in (extent.first_position, extent.query_count, extent.key_count))
+        last = range(max(start, start + count - last_rows), start + count)
+        reach = math.inf if extent.limit is None else extent.limit
+        j, n = torch.arange(keys), torch.arange(grid.key_blocks)
+        for i in range(start, start + count):
+            m = i // 16 - start // 16
+            distance = i - j if extent.causal else (i - j).abs()
+            allowed = (distance >= 0) & (distance < reach)
+            seen[b, 0, m, j[allowed] // 24] = True
+            near = (-own < n - i // 24) & (n - i // 24 < (1 if extent.causal else own))
+            forced[b, 0, m] |= (n < first) | near | any(p // 16 == i // 16 for p in last)
+    forced &= seen
+    picked = rule.select(scores.masked_fill(~seen, rule.unseen), forced)
+    return ((picked | forced) & seen).expand_as(scores)
+
+
+@every_planner
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_choice_is_the_rule_on_what_is_seen_and_what_is_forced(on, rule: Rule, situation: str) -> None:
+    call = call_in(situation)
+    assert torch.equal(chosen(call, rule, []), naive(call, rule))
+
+
+@every_planner
+@pytest.mark.parametrize("kept", [{"first": 2}, {"own": 3}, {"last_rows": 20}, {"first": 1, "own": 2, "last_rows": 1}])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_what_is_kept(on, situation: str, kept: dict[str, int]) -> None:
+    call = call_in(situation)
+    assert torch.equal(chosen(call, TopK(1), [3], **kept), naive(call, TopK(1), **kept))
+
+
+@every_planner
+@pytest.mark.parametrize("turned", [False, True], ids=["in order", "backwards"])
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_parts_in_any_order_give_the_same_plan(on, rule: Rule, turned: bool) -> None:
+    call = call_in("padded chunk", 300)
+    assert torch.equal(chosen(call, rule, [1, 4, 5], turned), chosen(call, rule, []))
+
+
+@every_planner
+def test_a_query_block_is_chosen_once(on) -> None:
+    blocks = Blocks(call_in("no padding"), 16, 24)
+    scores = block_scores(blocks)
+    blocks.choose(range(0, 4), scores[:, :, :4], TopK(1))
+    with pytest.raises(ValueError, match="choose each query block once"):
+        blocks.choose(range(3, 6), scores[:, :, 3:6], TopK(1))
+
+
+@every_planner
+def test_query_blocks_without_a_choice_keep_what_is_kept(on) -> None:
+    blocks = Blocks(call_in("no padding"), 16, 24)
+    blocks.keep(first=1)
+    blocks.choose(range(4, 6), block_scores(blocks)[:, :, 4:6], TopK(0))
+    found = [row.nonzero().flatten().tolist() for row in blocks.plan().block_mask()[0, 0]]
+    assert found == [sorted({0, *range(m * 16 // 24, (m * 16 + 15) // 24 + 1)}) for m in range(10)]
+
+
+@every_planner
+def test_parts_without_scores_may_be_small(on, monkeypatch) -> None:
+    whole = Blocks(call_in("padded chunk"), 16, 24)
+    whole.keep(first=1, last_rows=20)
+    expected = whole.plan()
+    monkeypatch.setattr("gossamer.blocks.MASK_BYTES", 1)
+    again = Blocks(call_in("padded chunk"), 16, 24)
+    again.keep(first=1, last_rows=20)
+    assert torch.equal(again.plan().block_mask(), expected.block_mask())
+
+
+@every_planner
+def test_some_heads_alone_keep(on) -> None:
+    blocks = Blocks(call_in("no padding"), 16, 24)
+    blocks.keep(own=1, first=2, heads=torch.tensor([[True, False]]))
+    mask = blocks.plan().block_mask()
+    assert bool(mask[0, 0].any(-1).all())
+    assert not bool(mask[0, 1].any())
+
+
+@every_planner
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_diagonals_count_from_the_own_block(on, situation: str) -> None:
+    call = call_in(situation)
+    blocks = Blocks(call, 16, 16)
+    flags = torch.tensor([[True, False, True, False], [False, False, False, True]])
+    blocks.diagonals(flags.expand(call.batch, 2, 4))
+    mask = blocks.plan().block_mask()
+    for b in range(call.batch):
+        first = int(blocks.grid.first_block[b])
+        for h in range(2):
+            for m in range(mask.shape[2]):
+                low, high = blocks.grid.seen[b, m].tolist()
+                distance = {n: first + m - n for n in range(low, high)}
+                if not call.extent.causal:
+                    distance = {n: abs(d) for n, d in distance.items()}
+                expected = {n for n, d in distance.items() if d == 0 or (0 <= d < 4 and bool(flags[h, d]))}
+                assert set(mask[b, h, m].nonzero().flatten().tolist()) == expected
+
+
+@every_planner
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_columns_are_live_positions_for_all_rows(on, situation: str) -> None:
+    call = call_in(situation)
+    blocks = Blocks(call, 16, 16)
+    scores = torch.rand(call.batch, 2, call.extent.longest, generator=torch.Generator().manual_seed(2))
+    blocks.columns(scores, TopK([3, 7]))
+    plan = blocks.plan(sink=2)
+    assert plan.block_indices.numel() == 0
+    assert plan.num_column_groups == 1
+    for b in range(call.batch):
+        keys = int(call.extent.key_count[b])
+        for h, count in enumerate((3, 7)):
+            expected = set(scores[b, h, :keys].topk(min(count, keys)).indices.tolist())
+            assert set(plan.column_mask()[b, h, 0].nonzero().flatten().tolist()) == expected
+    assert torch.equal(plan.count_pairs(), count_pairs(plan))
+
+
+@every_planner
+def test_lists_are_taken_as_they_are(on) -> None:
+    call = call_in("chunk")
+    blocks = Blocks(call, 16, 16)
+    generator = torch.Generator().manual_seed(3)
+    rows, keys = blocks.grid.query_blocks, call.extent.longest
+    of_blocks = torch.rand(1, 2, rows, blocks.grid.key_blocks, generator=generator) < 0.3
+    of_columns = torch.rand(1, 2, rows, keys, generator=generator) < 0.1
+
+    def listed(chosen: Tensor, part: range) -> tuple[Tensor, Tensor]:
+        chosen = chosen[:, :, part.start : part.stop]
+        return chosen.sum(-1), chosen.nonzero()[:, -1].to(torch.int32)
+
+    parts = [range(2, rows), range(0, 2)]
+    blocks.lists(iter([(part, listed(of_blocks, part), listed(of_columns, part)) for part in parts]))
+    plan = blocks.plan()
+    assert torch.equal(plan.block_mask(), of_blocks)
+    assert torch.equal(plan.column_mask(), of_columns)
+    assert torch.equal(plan.count_pairs(), count_pairs(plan))
+
+
+@pytest.mark.parametrize("per", ["head", "kv_head"])
+def test_a_plan_is_per_head_or_per_key_value_head(per: Any) -> None:
+    call = call_in("no padding")
+    assert Blocks(call, per=per).plan(window=4).heads == {"head": 2, "kv_head": 1}[per]
+
+
+def test_bands_may_differ_between_heads() -> None:
+    plan = Blocks(call_in("no padding")).plan(sink=torch.tensor([0, 3]), window=torch.tensor([1, 5]))
+    assert plan.to_mask()[0, :, 20].sum(-1).tolist() == [1, 3 + 5]
+
+
+@dataclass(frozen=True, eq=False)
+class EveryOther(Rule):
+    """Of another package: the candidates whose score is among the larger half."""
+
+    def select(self, scores: Tensor, forced: Tensor) -> Tensor:
+        return scores > scores.median(dim=-1, keepdim=True).values
+
+
+@every_planner
+def test_a_rule_of_another_package_works_everywhere(on) -> None:
+    call = call_in("padded chunk")
+    assert torch.equal(chosen(call, EveryOther(), [2]), naive(call, EveryOther()))
+
+
+def test_a_rule_of_all_rows_misses_none() -> None:
+    blocks = Blocks(call_in("no padding"), 16, 24)
+    blocks.choose(range(0, 4), block_scores(blocks)[:, :, :4], TopPOfAllRows(0.5))
+    with pytest.raises(ValueError, match="TopPOfAllRows needs all 10 query blocks, got 4"):
+        blocks.plan()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_plan_knows_the_call(causal: bool) -> None:
+    call = call_in("no padding")
+    call = AttentionCall(call.q, call.k, extent=Extent.full(1, 150, 150, causal=causal, limit=33))
+    plan = Blocks(call, 16, 24).plan(window=9)
+    assert plan.extent is call.extent
+    assert (plan.query_len, plan.key_len, plan.block_q, plan.block_k) == (150, 150, 16, 24)
+    assert (int(plan.to_mask()[0, 0, 75].sum()), plan.density() < 1) == (9 if causal else 17, True)
