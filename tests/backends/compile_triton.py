@@ -1,8 +1,8 @@
 """Compiles the Triton kernels to PTX for a GPU that need not be there: ``compile_triton.py CAPABILITY``.
 
-Each kernel once or twice, with constants that stand for all; products for Hopper, the rest for Ampere. Prints a line for
-each that multiplies matrices: its name, the registers of a thread, the bytes of its stack, and which of the instructions
-below it has.
+Each kernel once or twice, with constants that stand for all; products for Hopper, the rest for Ampere. Prints a line
+for each that multiplies matrices: its name, the registers of a thread, the bytes of its stack, and which of the
+instructions below it has.
 """
 
 import re

@@ -53,7 +53,8 @@ def last_query_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
     row_tile, key_tile, mass_tile = _probe_tiles(q)
     row_tile = min(row_tile, power_of_two(last))
     row_tiles, tiles = ceil_div(rows, row_tile), ceil_div(width, mass_tile)
-    splits, spans = ceil_div(width, _SPLIT_KEYS), ceil_div(tiles, _SPAN_TILES)
+    steps = max(1, _SPLIT_KEYS // key_tile)
+    splits, spans = ceil_div(width, steps * key_tile), ceil_div(tiles, _SPAN_TILES)
     positions, every = extent_on(extent, call.device), kernels()
     top = torch.empty(call.batch, call.heads, splits, row_tiles * row_tile, device=call.device)
     total = torch.empty_like(top)
@@ -63,7 +64,7 @@ def last_query_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
     narrow = q.element_size() > 2 or q.shape[-1] > 128
     run(
         every.probe_sums, call.batch * call.heads * splits * row_tiles, q, k, top, total, *strides, positions,
-        call.batch, call.groups, last, splits, scale, KEYS=key_tile, STEPS=_SPLIT_KEYS // key_tile, **tile,
+        call.batch, call.groups, last, splits, scale, KEYS=key_tile, STEPS=steps, **tile,
         num_warps=4, num_stages=1 if narrow else 3,
     )  # fmt: skip
     run(
