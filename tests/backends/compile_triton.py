@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from gossamer.backends.triton import config, kernels, scores
 from gossamer.backends.triton.config import power_of_two
+from gossamer.backends.triton.kernels import choices
 
 INTEGERS = dict.fromkeys(("block_indices", "column_indices", "q_order", "k_order", "k_rank", "selected_bits"), "*i32")
 FLOATS = (
@@ -64,20 +65,21 @@ def compile_attend(
     tile: tuple[int, int],
     flags: set[str],
     *,
+    warps: int = 4,
+    stages: int = 2,
     block: int = 64,
     share: int = 4,
     descriptors: bool = False,
-    **options: int,
 ) -> Any:
     block_d = power_of_two(dim)
     halves = 2 if capability < 90 and tile[0] < block_d <= 2 * tile[0] else 1
-    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*" + dtype)
+    types: dict[str, str] = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*" + dtype)
     for name, width in (("k_descriptor", block_d), ("v_descriptor", block_d // halves)):
         types[name] = f"tensordesc<{dtype}[1, 1, {tile[1]}, {width}]>" if descriptors else "*" + dtype
     constants: dict[str, Any] = dict(SHARE=share, DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d // halves)
     constants |= dict(HALVES=halves, BLOCK_Q=block, BLOCK_K=block, TILE_M=tile[0], TILE_N=tile[1])
     constants |= {name: name in flags for name in FLAGS} | dict(DESCRIPTORS=descriptors)
-    return compile_kernel(kernels.attend, capability, constants, **options, **types)
+    return compile_kernel(kernels.attend, capability, constants, warps=warps, stages=stages, **types)
 
 
 def compile_products(capability: int, dtype: str, dim: int, share: int, only: str | None = None) -> dict[str, Any]:
@@ -118,7 +120,6 @@ def compile_others(capability: int) -> None:
     compile_kernel(kernels.merge_energies, capability, dict(PARTS=2, TILE_N=64, TILE=1024), out_ptr="*fp32")
     compile_kernel(kernels.mark_blocks, capability, dict(TILE=128))
     compile_kernel(kernels.list_bits, capability, dict(TILE=32))
-    choices = kernels.choices
     for rule, one, tile in ((choices.BEST, False, 4096), (choices.BEST, True, 1024), (choices.RELATIVE, True, 32)):
         constants = dict(RULE=rule.value, DIAGONALS=not one, MIRRORED=not one, ONE=one, TILE=tile)
         compile_kernel(kernels.choose_rows, capability, constants, diagonals_ptr="*u8")

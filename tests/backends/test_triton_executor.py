@@ -375,7 +375,7 @@ def test_operator_is_registered_properly() -> None:
 
 
 def resized(call: AttentionCall, change: Callable[[Tensor], Tensor]) -> AttentionCall:
-    return AttentionCall(*(change(t) for t in (call.q, call.k, call.values)))
+    return AttentionCall(change(call.q), change(call.k), change(call.values))
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,10 @@ def wide(call: AttentionCall) -> AttentionCall:
     return replace(call, q=q, k=k, v=v)
 
 
-def assert_probes(call: AttentionCall, last: int, **tolerance: float) -> None:
+def assert_probes(call: AttentionCall, last: int, atol: float = 2e-6, rtol: float = 1e-5) -> None:
     ours, expected = triton.last_query_probe(call, last), definition.last_query_probe(wide(call), last)
     for mass, oracle in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mass, oracle, **({"atol": 2e-6, "rtol": 1e-5} | tolerance))
+        torch.testing.assert_close(mass, oracle, atol=atol, rtol=rtol)
 
 
 @every_situation
@@ -62,9 +62,9 @@ def test_probe_of_several_tiles_of_rows_and_splits_of_keys(monkeypatch, dtype: t
     monkeypatch.setattr(scores, "_SPLIT_KEYS", 128)
     monkeypatch.setattr(scores, "_SPAN_TILES", 2)
     monkeypatch.setattr(scores, "_MERGE_TILE", 64)
-    call = moved(make_call("padded chunk", length=300, heads=2, groups=1, dim=80, dtype=dtype))
-    assert_probes(call, 100)
-    assert_probes(replace(call, extent=bounded(call.extent, causal=False, limit=70)), 100)
+    call = moved(make_call("padded chunk", length=200, heads=2, groups=1, dim=80, dtype=dtype))
+    assert_probes(call, 80)
+    assert_probes(replace(call, extent=bounded(call.extent, causal=False, limit=70)), 80)
 
 
 def bounded(extent: Extent, *, causal: bool, limit: int | None) -> Extent:
@@ -78,9 +78,9 @@ def test_probe_of_logits_that_overflow_an_exponential() -> None:
 
 
 @every_situation
-@pytest.mark.parametrize("block", [1, 7, 64])
+@pytest.mark.parametrize("block", [5, 64])
 def test_means_of_blocks(situation: str, block: int) -> None:
-    dtype = list(DTYPES.values())[block % 3]
+    dtype = list(DTYPES.values())[(SITUATIONS.index(situation) + block) % 3]
     call = moved(make_call(situation, length=75 * FULL_SIZE, heads=2, groups=1, dim=72, dtype=dtype))
     grid = Grid(call.extent, block, block)
     for verb in ("pool_keys", "pool_queries"):

@@ -55,15 +55,15 @@ def test_conformance(monkeypatch, listed: Listed, dtype: torch.dtype, dim: int, 
     monkeypatch.setenv(PLAN, "triton")
     groups = 2 if share == 1 else 1
     method = listed.create(groups * share)
-    for length, situation in itertools.product(LENGTHS, situations):
-        sizes = {"length": length, "heads": groups * share, "groups": groups, "dim": dim}
-        call = make_call(situation, **sizes, dtype=dtype, seed=length)
-        if call.lacks(method.needs) is not None:
-            continue
-        there = moved(call)
-        plan = method.plan(there)
-        out, lse = triton.attend(there, plan)
-        assert_accurate(call, plan.to("cpu"), out.cpu(), lse.cpu(), most_rows=100 if length < 1000 else 40)
+    shape = {"heads": groups * share, "groups": groups, "dim": dim, "dtype": dtype}
+    for length in LENGTHS:
+        for situation in situations:
+            call = make_call(situation, length=length, seed=length, **shape)
+            if call.lacks(method.needs) is None:
+                there = moved(call)
+                plan = method.plan(there)
+                out, lse = triton.attend(there, plan)
+                assert_accurate(call, plan.to("cpu"), out.cpu(), lse.cpu(), most_rows=100 if length < 1000 else 40)
 
 
 def test_the_matrix_has_every_method_dimension_dtype_share_and_situation() -> None:

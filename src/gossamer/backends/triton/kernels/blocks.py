@@ -7,7 +7,7 @@ waits for its index would stall the pipeline.
 
 # Triton compiles these functions; their parameters and constants are not what Python sees.
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 
 from __future__ import annotations
 
