@@ -1,6 +1,7 @@
 """FlexAttention against the definition: on a CUDA device where there is one, else uncompiled."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,13 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("vertical_slash", {"vertical_size": 40, "slash_size": 100}),
     ("max_relative", {"alpha": 0.3, "sink_blocks": 1, "window_blocks": 1, "last_rows": 64}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def untraced() -> Iterator[None]:
+    """On a CPU FlexAttention has torch.compile trace what it then runs uncompiled, anew for every structure."""
+    with torch.compiler.set_stance("default" if DEVICE == "cuda" else "force_eager"):
+        yield
 
 
 def run(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
