@@ -152,6 +152,13 @@ def test_calls_run_dense_below_the_thresholds(call: AttentionCall, min_tokens: i
     assert bool(calls) is (reason is None)
 
 
+@pytest.mark.parametrize(("live", "reason"), [(59, "short prompt"), (60, None)])
+def test_spare_slots_of_a_cache_make_no_prompt_long(live: int, reason: str | None) -> None:
+    q, k = torch.zeros(2, 2, 60, 4), torch.zeros(2, 1, 500, 4)
+    call = AttentionCall(q, k, k, Extent([0, 0], [40, live], [0, 0], [40, live]))
+    assert policy(60).why_dense(call) == reason
+
+
 def test_a_call_that_needs_a_gradient_runs_dense() -> None:
     call = call_of(50, 50)
     call.q.requires_grad_()
