@@ -17,7 +17,7 @@ VENV ?= .venv
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/*)
+SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/*/*)
 
 # The pins hold for what the build needs as well (pip reads one of the two, by its age).
 export PIP_CONSTRAINT := constraints.txt

@@ -13,7 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gossamer.backends.triton import bitmap, kernels
+from gossamer.backends.triton.kernels.attend import attend
+from gossamer.backends.triton.kernels.columns import mark_blocks
 
 POINTERS = {
     "block_indptr": "*i64",
@@ -77,21 +78,19 @@ def compile_attend(
     block: int = 64,
     share: int = 4,
     descriptors: bool = False,
-    warp_specialize: bool = False,
 ):
     types = POINTERS | dict.fromkeys(TENSORS, "*" + dtype) | dict.fromkeys(FLOATS, "fp32")
     block_d = max(16, 1 << (dim - 1).bit_length())
     halves = 2 if capability < 90 and tile[0] < block_d <= 2 * tile[0] else 1
     for name, width in (("k_descriptor", block_d), ("v_descriptor", block_d // halves)):
         types[name] = f"tensordesc<{dtype}[1, 1, {tile[1]}, {width}]>" if descriptors else "*" + dtype
-    constants = dict(SHARE=share, TILES=max(1, block * share // tile[0]), BLOCK_Q=block, BLOCK_K=block)
+    constants = dict(SHARE=share, BLOCK_Q=block, BLOCK_K=block)
     constants |= dict(
         DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d // halves, TILE_M=tile[0], TILE_N=tile[1]
     )
-    constants |= dict(HALVES=halves, WIDEN=False, PRECISION="ieee" if dtype == "fp32" else "tf32")
-    constants |= dict(DESCRIPTORS=descriptors, WARP_SPECIALIZE=warp_specialize)
+    constants |= dict(HALVES=halves, DESCRIPTORS=descriptors)
     constants |= {name: name in flags for name in FLAGS}
-    return compile_kernel(kernels.attend, types, constants, capability, warps, stages)
+    return compile_kernel(attend, types, constants, capability, warps, stages)
 
 
 def main(capability: int) -> None:
@@ -108,7 +107,7 @@ def main(capability: int) -> None:
     for name, (arguments, options) in variants.items():
         ptx = compile_attend(capability, *arguments, **options).asm["ptx"]
         print(name, *(word for word, instruction in INSTRUCTIONS.items() if instruction in ptx))
-    compile_kernel(bitmap.mark_blocks, POINTERS, {"TILE": 128}, capability, 4, 2)
+    compile_kernel(mark_blocks, POINTERS, {"TILE": 128}, capability, 4, 2)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,7 @@ def compile_products(capability: int, dtype: str, dim: int, share: int, only: st
     narrow = fp32 or dim > 128
     like_q = torch.empty(1, 1, 1, dim, dtype=torch.float32 if fp32 else torch.bfloat16)
     rows, keys, mass_keys = planning._probe_tiles(like_q)
-    operands = dict(SHARE=share, DIM=dim, BLOCK_D=max(16, 1 << (dim - 1).bit_length()), WIDEN=False)
-    operands |= dict(PRECISION="ieee" if fp32 else "tf32")
+    operands = dict(SHARE=share, DIM=dim, BLOCK_D=max(16, 1 << (dim - 1).bit_length()))
     probe = operands | dict(ROW_TILES=64 // rows, ROWS=rows)
     sums, mass = probe | dict(KEYS=keys, STEPS=2048 // keys), probe | dict(KEYS=mass_keys, STEPS=8)
     tile_m, tile_n, warps = planning._energy_tiles(like_q, 64 * share)

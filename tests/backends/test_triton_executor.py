@@ -66,13 +66,17 @@ def draw(
     return q.to(dtype), k.masked_fill(dead, math.nan).to(dtype), v.masked_fill(dead, math.nan).to(dtype)
 
 
+def given(*arguments) -> Any:
+    return launch.Arguments(*executor._arguments(*arguments))
+
+
 def run(q, k, v, plan, *, scale, sinks=None, softcap=None, chosen=None) -> tuple[Tensor, Tensor]:
     sinks = None if sinks is None else sinks.to(DEVICE)
     q, k, v = (t.to(DEVICE) for t in (q, k, v))
     if chosen is None:
         out, lse = executor.execute(q, k, v, plan, scale=scale, sinks=sinks, softcap=softcap)
     else:
-        out, lse = launch.launch(*executor._arguments(q, k, v, plan, scale, sinks, softcap), config=chosen)
+        out, lse = launch.launch(given(q, k, v, plan, scale, sinks, softcap), config=chosen)
     return out.cpu(), lse.cpu()
 
 
@@ -226,14 +230,6 @@ def test_descriptors(part: str, dim: int) -> None:
         with mock.patch.object(launch, "_descriptor", wraps=launch._descriptor) as made:
             check(plan, q, k, v, chosen=DESCRIPTORS)
         assert made.call_count == (2 if not ON_GPU or torch.cuda.get_device_capability() >= (9, 0) else 0)
-
-
-@pytest.mark.skipif(ON_GPU, reason="Triton does not compile it yet")
-def test_warp_specialization() -> None:
-    """The same loop, marked: only what is computed can be tested."""
-    plan = random_plan(6, batch=1, heads=2, query_len=90, key_len=90, block_q=32, block_k=32)
-    q, k, v = draw(plan, heads=2, groups=2, dim=64, dtype=torch.float16)
-    check(plan, q, k, v, chosen=replace(DESCRIPTORS, warp_specialize=True))
 
 
 def test_tensors_that_no_descriptor_describes() -> None:

@@ -13,10 +13,10 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu_features.h"
-#include "../../csrc/executor.h"
-#include "../../csrc/half.h"
-#include "../../csrc/planning.h"
+#include "attend/executor.h"
+#include "kernels/half.h"
+#include "planning/planning.h"
+#include "runtime/cpu_features.h"
 
 using namespace gossamer;
 
@@ -138,27 +138,32 @@ struct Problem {
     return dtype == DType::kBFloat16 ? bf16_to_float(half) : fp16_to_float(half);
   }
 
+  TensorView view(std::vector<char>& tensor, int64_t tensor_heads, int64_t tokens) const {
+    const int64_t row = dim * element();
+    return {tensor.data() + offset * element(), kBatch, tensor_heads, tokens, dim, tensor_heads * tokens * row,
+            tokens * row, row, dtype};
+  }
+
+  Extent extent() const {
+    return {kBatch, query_start.data(), key_start.data(), key_count.data(), causal, limit};
+  }
+
+  Plan plan() const {
+    return {extent(), heads, query_len, key_len, block_q, block_k, column_group,
+            {block_indptr.data(), block_indices.data()}, {column_indptr.data(), column_indices.data()}, sink.data(),
+            window.data(), q_order.empty() ? nullptr : q_order.data(), k_order.empty() ? nullptr : k_order.data()};
+  }
+
   void run(const Kernels& kernels, int threads) {
-    const auto view = [&](std::vector<char>& t, int64_t h, int64_t n) {
-      return TensorView{t.data() + offset * element(), {h * n * dim, n * dim, dim}};
-    };
-    const PlanView plan{kBatch, heads, query_len, key_len, block_q, block_k, column_group, block_indptr.data(),
-                        block_indices.data(), column_indptr.data(), column_indices.data(), sink.data(), window.data(),
-                        q_order.empty() ? nullptr : q_order.data(), k_order.empty() ? nullptr : k_order.data(),
-                        query_start.data(), key_start.data(), key_count.data(), limit, causal};
-    const Call call{view(q, kQueryHeads, query_len), view(k, kGroups, key_len), view(v, kGroups, key_len),
-                    view(out, kQueryHeads, query_len), lse.data(), sinks.empty() ? nullptr : sinks.data(), kQueryHeads,
-                    kGroups, dim, dim, dtype, 0.2f, 0.0f, threads};
-    execute(kernels, plan, call);
+    const AttentionCall call{view(q, kQueryHeads, query_len), view(k, kGroups, key_len), view(v, kGroups, key_len),
+                             view(out, kQueryHeads, query_len), lse.data(), sinks.empty() ? nullptr : sinks.data(),
+                             0.2f, 0.0f, threads};
+    execute(kernels, plan(), call);
   }
 
   // Scores of all kinds, into buffers of the exact size; the sums are known.
   bool plan_is_right(const Kernels& kernels, int threads) {
-    const auto view = [&](std::vector<char>& t, int64_t h, int64_t n) {
-      return TensorView{t.data() + offset * element(), {h * n * dim, n * dim, dim}};
-    };
-    ScoreCall call{view(q, kQueryHeads, query_len), view(k, kGroups, key_len), kBatch, kQueryHeads, kGroups, query_len,
-                   key_len, dim, dtype, 0.2f, {query_start.data(), key_start.data(), key_count.data()}, threads};
+    ScoreCall call{view(q, kQueryHeads, query_len), view(k, kGroups, key_len), extent(), 0.2f, threads};
     std::vector<float> columns(kBatch * kQueryHeads * key_len), diagonals(columns.size());
     probe(kernels, call, 64, columns.data(), diagonals.data());
     const double by_column = std::accumulate(columns.begin(), columns.end(), 0.0);
@@ -168,12 +173,12 @@ struct Problem {
     std::vector<int64_t> live;
     for (int64_t b = 0; b < kBatch; ++b) live.insert(live.end(), {key_start[b], key_start[b] + key_count[b]});
     std::vector<float> means(kBatch * kGroups * key_blocks * dim);
-    pool(kernels, call.k, kBatch, kGroups, key_len, dim, dtype, 64, live.data(), means.data(), threads);
+    pool(kernels, call.k, 64, live.data(), means.data(), threads);
     std::vector<char> pooled((means.size() + offset) * element());
     for (size_t n = 0; n < means.size(); ++n) write(pooled, n, means[n]);
     call.k = view(pooled, kGroups, key_blocks);
     std::vector<float> energies(kBatch * kGroups * query_blocks * key_blocks);
-    block_energy(kernels, call, 64, 64, 0, query_blocks, energies.data());
+    block_energy(kernels, call, {64, 64, 0, query_blocks}, energies.data());
     bool right = std::abs(by_column - by_diagonal) < 1e-2 * std::max(1.0, by_column);
     for (float energy : energies) right = right && energy >= 0 && energy <= 64.01f * kQueryHeads / kGroups;
     return right && choices_are_right(kernels, threads) && counts_are_right(threads);
@@ -181,16 +186,11 @@ struct Problem {
 
   // Antidiagonal scores of a buffer of the exact size, and what each kind of top-p chooses of them.
   bool choices_are_right(const Kernels& kernels, int threads) {
-    const auto view = [&](std::vector<char>& t, int64_t h, int64_t n) {
-      return TensorView{t.data() + offset * element(), {h * n * dim, n * dim, dim}};
-    };
-    const ScoreCall call{view(q, kQueryHeads, query_len), view(k, kGroups, key_len), kBatch, kQueryHeads, kGroups,
-                         query_len, key_len, dim, dtype, 0.2f, {query_start.data(), key_start.data(), key_count.data()},
-                         threads};
+    const ScoreCall call{view(q, kQueryHeads, query_len), view(k, kGroups, key_len), extent(), 0.2f, threads};
     const int64_t stride = std::vector<int64_t>{1, 4, 16}[random.below(3)];
     const int64_t block = 48, blocks = (query_len + block - 1) / block, width = (key_len + 79) / 80;
     std::vector<float> scores(kBatch * kQueryHeads * blocks * width);
-    antidiagonal(kernels, call, {block, 80, stride, 0, blocks}, scores.data());
+    antidiagonal(kernels, call, {block, 80, 0, blocks}, stride, scores.data());
     std::vector<int64_t> seen, nothing(kBatch * blocks * 2);
     for (int64_t n = 0; n < kBatch * blocks; ++n) seen.insert(seen.end(), {0, width});
     const std::vector<double> shares(kQueryHeads, 1.0);
@@ -234,9 +234,8 @@ struct Problem {
     const int64_t rows = kBatch * heads * blocks;
     std::vector<uint64_t> block_bits(rows * block_words), column_bits(rows * words);
     std::vector<int64_t> block_counts(rows), column_counts(rows);
-    slashes({kBatch, heads, key_len, 0, blocks, indptr.data(), distances.data(), columns.data(), query_start.data(),
-             key_start.data()},
-            block_bits.data(), block_counts.data(), column_bits.data(), column_counts.data(), threads);
+    slashes({extent(), heads, key_len, 0, blocks, {indptr.data(), distances.data()}, columns.data()},
+            {block_bits.data(), block_counts.data()}, {column_bits.data(), column_counts.data()}, threads);
     const auto holds = [](const std::vector<uint64_t>& bits, int64_t from, int64_t n) {
       return (bits[from + n / 64] >> (n % 64)) & 1;
     };
@@ -265,11 +264,8 @@ struct Problem {
 
   bool counts_are_right(int threads) {
     if (!q_order.empty() || !k_order.empty()) return true;
-    const PlanView plan{kBatch, heads, query_len, key_len, block_q, block_k, column_group, block_indptr.data(),
-                        block_indices.data(), column_indptr.data(), column_indices.data(), sink.data(), window.data(),
-                        nullptr, nullptr, query_start.data(), key_start.data(), key_count.data(), limit, causal};
     std::vector<int64_t> counts(kBatch * heads);
-    count_pairs(plan, counts.data(), threads);
+    count_pairs(plan(), counts.data(), threads);
     for (int64_t b = 0; b < kBatch; ++b)
       for (int64_t h = 0; h < heads; ++h) {
         int64_t pairs = 0;

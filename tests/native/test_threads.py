@@ -14,9 +14,9 @@ pytestmark = pytest.mark.skipif(COMPILER is None or sys.platform != "linux", rea
 
 def build(folder: Path, *options: str) -> str:
     program = str(folder / "threads")
-    sources = [str(Path(__file__).with_name("threads.cpp")), str(SOURCES / "parallel.cpp")]
+    sources = [str(Path(__file__).with_name("threads.cpp")), str(SOURCES / "runtime" / "parallel.cpp")]
     done = subprocess.run(
-        [str(COMPILER), "-std=c++17", "-pthread", *options, *sources, "-o", program, "-ldl"],
+        [str(COMPILER), "-std=c++17", "-pthread", f"-I{SOURCES}", *options, *sources, "-o", program, "-ldl"],
         capture_output=True,
         text=True,
         check=False,

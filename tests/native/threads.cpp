@@ -12,7 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../../csrc/parallel.h"
+#include "runtime/parallel.h"
 
 static int threads_left = 0;
 

@@ -82,7 +82,7 @@ class Profile:
             "schema": SCHEMA,
             "layers": len(self.layers),
             "heads": self.heads,
-            "provenance": asdict(self.provenance),
+            "provenance": asdict(self.provenance) | {"lengths": list(self.provenance.lengths)},
             "methods": [[method.to_dict() for method in layer] for layer in self.layers],
         } | ({} if self.scores is None else {"scores": [list(layer) for layer in self.scores]})
 

@@ -21,8 +21,6 @@ class Config:
     """Rows and keys of a tile, warps of a program, stages of the load pipeline.
 
     ``descriptors`` loads runs of keys through tensor descriptors where the device, Triton and the tensors allow it.
-    ``warp_specialize`` asks Triton to give loads and products warps of their own; no table entry or candidate does:
-    Triton 3.9 fails to compile this kernel so for Hopper with 4 warps and for Blackwell, and ignores it with 8.
     """
 
     tile_m: int
@@ -30,7 +28,6 @@ class Config:
     warps: int
     stages: int
     descriptors: bool = False
-    warp_specialize: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,100 @@
+#include "attend/operands.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "kernels/integers.h"
+
+namespace gossamer {
+
+Operands::Operands(const Kernels& kernels, const Plan& plan, const AttentionCall& call)
+    : kernels(kernels),
+      plan(plan),
+      call(call),
+      padded_dim(round_up(call.k.dim, kernels.head_dim_multiple)),
+      padded_value_dim(round_up(call.v.dim, kernels.head_dim_multiple)),
+      heads_a_plan_head(call.q.heads / plan.heads) {}
+
+int64_t Operands::most_chunks() const {
+  int64_t most = 0;
+  for (int64_t b = 0; b < plan.batch(); ++b) most = std::max(most, chunks(b));
+  return most;
+}
+
+PackedTiles Operands::tiles(char* base) const {
+  const int64_t unit = kernels.bf16_tiles ? 2 : 4;
+  return {base, kChunk * padded_dim * unit, kChunk * padded_value_dim * unit};
+}
+
+void Operands::pack(int64_t b, int64_t group, const int32_t* positions, int count, char* keys, char* values) const {
+  const Extent& extent = plan.extent();
+  const void* key_rows[kChunk];
+  const void* value_rows[kChunk];
+  for (int t = 0; t < kChunk; ++t) {
+    // A dead slot may hold anything, NaN too, and is never read.
+    const bool live = t < count && positions[t] < extent.key_count[b];
+    const int64_t slot = live ? extent.key_slot(b, positions[t]) : 0;
+    key_rows[t] = live ? call.k.row(b, group, slot) : nullptr;
+    value_rows[t] = live ? call.v.row(b, group, slot) : nullptr;
+  }
+  kernels.pack({call.k.dtype, key_rows, value_rows, call.k.dim, call.v.dim, padded_dim, padded_value_dim, keys,
+                values});
+}
+
+void Operands::clear_row(int64_t b, int64_t head, int64_t row) const {
+  std::memset(call.out.row(b, head, row), 0, static_cast<size_t>(call.out.row_bytes()));
+  call.lse[(b * call.q.heads + head) * plan.query_len + row] =
+      call.sinks != nullptr ? call.sinks[head] : -std::numeric_limits<float>::infinity();
+}
+
+void PanelRows::collect(const Operands& operands, const RowRange& range) {
+  const Plan& plan = operands.plan;
+  const Extent& extent = plan.extent();
+  const AttentionCall& call = operands.call;
+  queries_.clear();
+  outputs_.clear();
+  lse_.clear();
+  positions_.clear();
+  sinks_.clear();
+  block_ = {range.b, range.plan_head, range.block, kUnlimited, -kUnlimited, {}};
+  const int32_t* ranks = plan.q_order != nullptr ? plan.query_ranks(range.b, range.plan_head) : nullptr;
+  for (int64_t h = range.first_head; h < range.first_head + range.heads; ++h)
+    for (int64_t r = range.first_row; r < range.first_row + range.rows; ++r) {
+      const int64_t query = ranks != nullptr ? ranks[r] : r;
+      if (query >= extent.query_count[range.b]) continue;
+      const int64_t row = extent.first_query(range.b) + query, position = extent.first_position(range.b) + query;
+      queries_.push_back(call.q.row(range.b, h, row));
+      outputs_.push_back(call.out.row(range.b, h, row));
+      lse_.push_back(call.lse + (range.b * call.q.heads + h) * plan.query_len + row);
+      positions_.push_back(position);
+      block_.lowest = std::min(block_.lowest, position);
+      block_.highest = std::max(block_.highest, position);
+      if (call.sinks != nullptr) sinks_.push_back(call.sinks[h]);
+    }
+  block_.rules = {extent.key_count[range.b], plan.sink[range.plan_head], plan.window[range.plan_head], extent.limit,
+                  extent.causal};
+}
+
+Panel PanelRows::panel(const Operands& operands) const {
+  const AttentionCall& call = operands.call;
+  Panel panel{};
+  panel.rows = static_cast<int>(queries_.size());
+  panel.head_dim = call.q.dim;
+  panel.value_dim = call.v.dim;
+  panel.padded_head_dim = operands.padded_dim;
+  panel.padded_value_dim = operands.padded_value_dim;
+  panel.dtype = call.q.dtype;
+  panel.output_dtype = call.out.dtype;
+  panel.queries = queries_.data();
+  panel.outputs = outputs_.data();
+  panel.lse = lse_.data();
+  panel.positions = positions_.data();
+  panel.sink_logits = call.sinks != nullptr ? sinks_.data() : nullptr;
+  panel.scale = call.scale;
+  panel.softcap = call.softcap;
+  panel.rules = block_.rules;
+  return panel;
+}
+
+}  // namespace gossamer

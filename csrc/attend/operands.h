@@ -1,0 +1,67 @@
+// The tensors of a call as the kernels want them: keys and values in packed tiles, query rows in panels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attend/executor.h"
+#include "attend/worklist.h"
+#include "kernels/job.h"
+
+namespace gossamer {
+
+// Some rows of a query block of a head of the plan, for the query heads [first_head, first_head + heads) that run it
+// together. Rows are live queries counted from the first, or ranks where the plan orders them; see Plan::rows.
+struct RowRange {
+  int32_t b, plan_head, block, first_head, heads, first_row, rows;
+};
+
+class Operands {
+ public:
+  Operands(const Kernels& kernels, const Plan& plan, const AttentionCall& call);
+
+  const Kernels& kernels;
+  const Plan& plan;
+  const AttentionCall& call;
+  const int padded_dim, padded_value_dim;
+  const int64_t heads_a_plan_head;  // query heads
+
+  // Chunks of 64 keys of a batch row; of ranks where the plan orders them.
+  int64_t chunks(int64_t b) const {
+    return ceil_div(plan.k_order != nullptr ? plan.key_len : plan.extent().key_count[b], kChunk);
+  }
+  int64_t most_chunks() const;
+  // Packed tiles from a base address on.
+  PackedTiles tiles(char* base) const;
+  int64_t tile_bytes() const { return tiles(nullptr).tile_bytes(); }
+  // The key/value head that a head of the plan reads.
+  int64_t group_of(int64_t plan_head) const { return plan_head * call.k.heads / plan.heads; }
+  // Packs up to 64 keys and values, by their positions; keys alone where values is null.
+  void pack(int64_t b, int64_t group, const int32_t* positions, int count, char* keys, char* values) const;
+  // What a query row that attends nothing has.
+  void clear_row(int64_t b, int64_t head, int64_t row) const;
+};
+
+// The rows of a panel: where they lie, and what they may see.
+class PanelRows {
+ public:
+  // Live rows alone.
+  void collect(const Operands& operands, const RowRange& range);
+  // A panel over these rows; tiles and scratch are left to the caller.
+  Panel panel(const Operands& operands) const;
+
+  const QueryBlock& block() const { return block_; }
+  int64_t size() const { return static_cast<int64_t>(queries_.size()); }
+  void* output(int64_t row) const { return outputs_[row]; }
+  float* lse(int64_t row) const { return lse_[row]; }
+
+ private:
+  QueryBlock block_{};
+  std::vector<const void*> queries_;
+  std::vector<void*> outputs_;
+  std::vector<float*> lse_;
+  std::vector<int64_t> positions_;
+  std::vector<float> sinks_;
+};
+
+}  // namespace gossamer

@@ -1,0 +1,173 @@
+#include "attend/packed.h"
+
+#include <algorithm>
+
+#include "attend/packed_worker.h"
+#include "runtime/parallel.h"
+#include "runtime/workspace.h"
+
+namespace gossamer {
+namespace {
+
+// Packed tiles held at once: heads are worked off in passes that fit, or one by one.
+constexpr int64_t kPackBudget = int64_t{1} << 29;
+// Of them, tiles of columns that the query blocks of a batch row share.
+constexpr int64_t kColumnBudget = int64_t{192} << 20;
+
+// Where queries are as many as keys, some query block lists nearly every key; where they are fewer, as in a chunk of a
+// long prompt, it pays to look which chunks are needed at all.
+bool few_queries(const Extent& extent, int64_t b) { return extent.query_count[b] <= extent.key_count[b] / 2; }
+
+}  // namespace
+
+PackedKeys::PackedKeys(const Operands& operands, const std::vector<int64_t>& batch_rows)
+    : operands(operands), first_heads_(operands.plan.batch()) {
+  const Plan& plan = operands.plan;
+  // A permutation of the keys belongs to a head of the plan; else keys are packed once for each key/value head.
+  const int64_t packed_heads = plan.k_order != nullptr ? plan.heads : operands.call.k.heads;
+  const int64_t share = plan.heads / packed_heads;
+  int64_t tiles = 0;
+  for (const int64_t b : batch_rows) {
+    first_heads_[b] = static_cast<int64_t>(heads.size());
+    const bool shares = shares_columns(b, packed_heads);
+    for (int64_t head = 0; head < packed_heads; ++head) {
+      heads.push_back({b, head * share, share, tiles, operands.chunks(b), 0, shares});
+      if (shares) place_columns(heads.back());
+      tiles += heads.back().tiles();
+    }
+  }
+}
+
+int64_t PackedKeys::head_of(int64_t b, int64_t plan_head) const {
+  return first_heads_[b] + (operands.plan.k_order != nullptr ? plan_head : operands.group_of(plan_head));
+}
+
+// A column list that several query blocks share is packed once, unless all lists of a batch row together take more room
+// than its keys; else each query block gathers what it needs. The two make tiles of other keys, so that sums differ in
+// their order: hence a batch row decides by itself.
+bool PackedKeys::shares_columns(int64_t b, int64_t packed_heads) const {
+  const Plan& plan = operands.plan;
+  const int64_t blocks = plan.row_blocks(b);
+  if (std::min(plan.column_group, blocks) <= 1 || plan.k_order != nullptr) return false;
+  int64_t tiles = 0;
+  for (int64_t h = 0; h < plan.heads; ++h)
+    for (int64_t m = 0; m < blocks; m += plan.column_group) tiles += column_tiles(plan.column_list(b, h, m));
+  return tiles <= packed_heads * operands.chunks(b) && tiles * operands.tile_bytes() <= kColumnBudget;
+}
+
+void PackedKeys::place_columns(PackedHead& head) {
+  const Plan& plan = operands.plan;
+  column_starts_.resize(plan.batch() * plan.heads * plan.column_groups());
+  const int64_t live = ceil_div(plan.row_blocks(head.b), plan.column_group);
+  for (int64_t h = head.first_plan_head; h < head.first_plan_head + head.plan_heads; ++h)
+    for (int64_t group = 0; group < plan.column_groups(); ++group) {
+      const int64_t list = plan.column_list(head.b, h, group * plan.column_group);
+      column_starts_[list] = head.column_tiles;
+      if (group < live) head.column_tiles += column_tiles(list);
+    }
+}
+
+int64_t PackedKeys::first_column_tile(const PackedHead& head, int64_t list) const {
+  return head.first_tile + head.chunks + column_starts_[list];
+}
+
+std::pair<int64_t, int64_t> PackedKeys::list_of_column_tile(const PackedHead& head, int64_t column_tile) const {
+  const Plan& plan = operands.plan;
+  const auto begin = column_starts_.begin() + plan.column_list(head.b, head.first_plan_head, 0);
+  const auto after = std::upper_bound(begin, begin + head.plan_heads * plan.column_groups(), column_tile);
+  return {after - 1 - column_starts_.begin(), column_tile - *(after - 1)};
+}
+
+PackedExecution::PackedExecution(const Operands& operands, const std::vector<int64_t>& batch_rows)
+    : o_(operands), keys_(operands, batch_rows) {
+  divide_into_passes();
+}
+
+PackedExecution::~PackedExecution() = default;
+
+void PackedExecution::run() {
+  int64_t most_tiles = 0;
+  for (const Pass& pass : passes_) most_tiles = std::max(most_tiles, pass.tiles);
+  const int threads = static_cast<int>(std::clamp<int64_t>(o_.call.threads, 1, most_jobs()));
+  const int64_t scratch_bytes = panel_scratch_bytes(o_.padded_dim, o_.padded_value_dim);
+  const int64_t most_chunks = o_.most_chunks();
+  KeptBuffer buffer;
+  char* base = buffer.reserve(threads * scratch_bytes + most_tiles * o_.tile_bytes());
+  for (int t = 0; t < threads; ++t, base += scratch_bytes)
+    workers_.push_back(std::make_unique<PackedWorker>(keys_, most_chunks, base));
+  keys_.base = o_.tiles(base);
+  for (const Pass& pass : passes_) {
+    keys_.first_tile = keys_.heads[pass.first_head].first_tile;
+    pack(pass);
+    run_parallel(threads, static_cast<int64_t>(pass.items.size()), [&](int thread, int64_t n) {
+      workers_[thread]->attend(pass.items[static_cast<size_t>(n)].rows);
+    });
+  }
+}
+
+void PackedExecution::divide_into_passes() {
+  const int64_t most_tiles = kPackBudget / o_.tile_bytes();
+  const int64_t heads = static_cast<int64_t>(keys_.heads.size());
+  for (int64_t head = 0; head < heads; ++head) {
+    const int64_t tiles = keys_.heads[head].tiles();
+    if (passes_.empty() || passes_.back().tiles + tiles > most_tiles) passes_.push_back({head, head, 0, {}});
+    Pass& pass = passes_.back();
+    pass.stop_head = head + 1;
+    pass.tiles += tiles;
+    add_items(head, pass.items);
+  }
+  // The longest first: the threads end together.
+  for (Pass& pass : passes_)
+    std::stable_sort(pass.items.begin(), pass.items.end(),
+                     [](const WorkItem& a, const WorkItem& z) { return a.cost > z.cost; });
+}
+
+void PackedExecution::add_items(int64_t packed_head, std::vector<WorkItem>& items) const {
+  const Plan& plan = o_.plan;
+  const PackedHead& head = keys_.heads[packed_head];
+  const int64_t share = o_.heads_a_plan_head;
+  const int64_t rows_at_once = std::min<int64_t>(plan.grid.block_q, kMaxRows);
+  const int64_t heads_at_once = std::max<int64_t>(1, std::min(share, kMaxRows / rows_at_once));
+  for (int64_t h = head.first_plan_head; h < head.first_plan_head + head.plan_heads; ++h)
+    for (int64_t m = 0; m < plan.row_blocks(head.b); ++m) {
+      const int64_t keys = listed_keys(plan, head.b, h, m);
+      const Range rows = plan.rows(head.b, m);
+      for (int64_t first = rows.begin; first < rows.end; first += kMaxRows)
+        for (int64_t query_head = 0; query_head < share; query_head += heads_at_once) {
+          const int64_t heads = std::min(heads_at_once, share - query_head);
+          const int64_t count = std::min<int64_t>(kMaxRows, rows.end - first);
+          items.push_back({keys * count * heads,
+                           {int32_t(head.b), int32_t(h), int32_t(m), int32_t(h * share + query_head), int32_t(heads),
+                            int32_t(first), int32_t(count)}});
+        }
+    }
+}
+
+int64_t PackedExecution::most_jobs() const {
+  int64_t most = 1;
+  for (const Pass& pass : passes_) most = std::max({most, pass.tiles, static_cast<int64_t>(pass.items.size())});
+  return most;
+}
+
+// Column tiles, and the chunks that some query block lists.
+void PackedExecution::pack(const Pass& pass) {
+  list_needed(pass);
+  run_parallel(static_cast<int>(workers_.size()), static_cast<int64_t>(needed_.size()),
+               [&](int thread, int64_t n) { workers_[thread]->pack_tile(needed_[n]); });
+}
+
+void PackedExecution::list_needed(const Pass& pass) {
+  marks_.assign(pass.tiles, 1);
+  run_parallel(static_cast<int>(workers_.size()), pass.stop_head - pass.first_head, [&](int thread, int64_t n) {
+    const PackedHead& head = keys_.heads[pass.first_head + n];
+    if (!few_queries(o_.plan.extent(), head.b)) return;
+    char* marks = marks_.data() + head.first_tile - keys_.first_tile;
+    std::fill(marks, marks + head.chunks, 0);
+    workers_[thread]->mark_chunks(head, marks);
+  });
+  needed_.clear();
+  for (int64_t n = 0; n < pass.tiles; ++n)
+    if (marks_[n] != 0) needed_.push_back(keys_.first_tile + n);
+}
+
+}  // namespace gossamer

@@ -1,0 +1,248 @@
+#include "attend/streamed.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "kernels/half.h"
+#include "runtime/parallel.h"
+#include "runtime/workspace.h"
+
+namespace gossamer {
+namespace {
+
+// Packed tiles of a stretch: a share of the L2 cache.
+constexpr int64_t kStretchBytes = 256 << 10;
+constexpr int64_t kCacheLine = 64;
+// Rows of a head of the plan that are streamed though they lie in two query blocks.
+constexpr int64_t kFewRows = 64;
+
+// A panel and the tiles that it runs over, with the keys that its gathered tiles name.
+struct Item {
+  RowRange range;
+  std::vector<Tile> tiles;
+  std::vector<int32_t> gathered;
+  int64_t first_stretch = 0, stretches = 0;
+};
+
+void store(float x, DType dtype, void* row, size_t d) {
+  if (dtype == DType::kBFloat16)
+    static_cast<uint16_t*>(row)[d] = float_to_bf16(x);
+  else if (dtype == DType::kFloat16)
+    static_cast<uint16_t*>(row)[d] = float_to_fp16(x);
+  else
+    static_cast<float*>(row)[d] = x;
+}
+
+class Streamed {
+ public:
+  explicit Streamed(const Operands& operands)
+      : o_(operands),
+        tiles_a_stretch_(std::max<int64_t>(1, kStretchBytes / o_.tile_bytes())),
+        values_fit_(!o_.kernels.bf16_tiles && o_.call.v.dtype == DType::kFloat32 &&
+                    o_.call.v.dim == o_.padded_value_dim && o_.call.v.token_stride > 0) {}
+
+  void run(const std::vector<int64_t>& batch_rows) {
+    for (const int64_t b : batch_rows) list_items(b);
+    const int threads = static_cast<int>(std::max(1, o_.call.threads));
+    run_parallel(threads, static_cast<int64_t>(items_.size()), [&](int, int64_t n) { list_tiles(items_[n]); });
+    for (Item& item : items_) {
+      item.first_stretch = stretches_;
+      item.stretches = std::max<int64_t>(1, ceil_div(static_cast<int64_t>(item.tiles.size()), tiles_a_stretch_));
+      stretches_ += item.stretches;
+    }
+    place(nullptr, threads);
+    KeptBuffer buffer;
+    place(buffer.reserve(bytes_), threads);
+    run_parallel(threads, stretches_, [&](int thread, int64_t n) { attend(thread, n); });
+    run_parallel(threads, static_cast<int64_t>(items_.size()), [&](int, int64_t n) { merge(items_[n]); });
+  }
+
+ private:
+  void list_items(int64_t b) {
+    const Plan& plan = o_.plan;
+    const int64_t share = o_.heads_a_plan_head;
+    for (int64_t h = 0; h < plan.heads; ++h)
+      for (int64_t m = 0; m < plan.row_blocks(b); ++m) {
+        const Range rows = plan.rows(b, m);
+        const int64_t heads_at_once = std::clamp<int64_t>(kMaxRows / rows.size(), 1, share);
+        for (int64_t head = 0; head < share; head += heads_at_once) {
+          const int64_t heads = std::min(heads_at_once, share - head);
+          Item item;
+          item.range = {int32_t(b), int32_t(h), int32_t(m), int32_t(h * share + head), int32_t(heads),
+                        int32_t(rows.begin), int32_t(rows.size())};
+          most_rows_ = std::max(most_rows_, heads * rows.size());
+          items_.push_back(std::move(item));
+        }
+      }
+  }
+
+  void list_tiles(Item& item) const {
+    PanelRows rows;
+    rows.collect(o_, item.range);
+    Worklist worklist(o_.plan, o_.chunks(item.range.b));
+    worklist.build(rows.block(), o_.tiles(nullptr), nullptr);
+    item.gathered = worklist.gathered();
+    worklist.add_gathered(rows.block(), o_.tiles(nullptr), item.gathered.data());
+    item.tiles = worklist.tiles();
+  }
+
+  void place(char* base, int threads) {
+    Pieces pieces(base);
+    scratch_.resize(threads);
+    packed_.resize(threads);
+    for (char*& scratch : scratch_) scratch = pieces.take(panel_scratch_bytes(o_.padded_dim, o_.padded_value_dim));
+    for (char*& packed : packed_) packed = pieces.take(tiles_a_stretch_ * o_.tile_bytes());
+    lse_ = reinterpret_cast<float*>(pieces.take(stretches_ * most_rows_ * 4));
+    out_ = reinterpret_cast<float*>(pieces.take(stretches_ * most_rows_ * o_.call.v.dim * 4));
+    bytes_ = pieces.taken();
+  }
+
+  float* partial_lse(int64_t stretch, int64_t row) const { return lse_ + stretch * most_rows_ + row; }
+  float* partial_out(int64_t stretch, int64_t row) const {
+    return out_ + (stretch * most_rows_ + row) * o_.call.v.dim;
+  }
+
+  void attend(int thread, int64_t stretch) {
+    const auto after = std::upper_bound(items_.begin(), items_.end(), stretch,
+                                        [](int64_t n, const Item& item) { return n < item.first_stretch; });
+    const Item& item = *(after - 1);
+    const int64_t total = static_cast<int64_t>(item.tiles.size());
+    const int64_t first = std::min(total, (stretch - item.first_stretch) * tiles_a_stretch_);
+    const int64_t last = std::min(total, first + tiles_a_stretch_);
+    PanelRows rows;
+    rows.collect(o_, item.range);
+    Panel panel = rows.panel(o_);
+
+    std::vector<Tile> tiles(item.tiles.begin() + first, item.tiles.begin() + last);
+    const PackedTiles packed = o_.tiles(packed_[thread]);
+    for (int64_t n = 0; n < last - first; ++n) {
+      if (n + 1 < last - first) prefetch(item.range, tiles[n + 1]);
+      pack(item.range, tiles[n], packed.keys(n), packed.values(n));
+    }
+    panel.tiles = tiles.data();
+    panel.tile_count = last - first;
+    panel.scratch = scratch_[thread];
+
+    std::vector<void*> outputs(rows.size());
+    std::vector<float*> lse(rows.size());
+    if (item.stretches > 1) {
+      for (int64_t r = 0; r < rows.size(); ++r) {
+        outputs[r] = partial_out(stretch, r);
+        lse[r] = partial_lse(stretch, r);
+      }
+      panel.outputs = outputs.data();
+      panel.lse = lse.data();
+      panel.output_dtype = DType::kFloat32;
+      if (stretch != item.first_stretch) panel.sink_logits = nullptr;  // the first stretch counts the sinks
+    }
+    o_.kernels.attend(panel);
+  }
+
+  // The rows of a tile, while the one before it is packed. The barrier keeps gcc from taking a function that only fetches
+  // ahead for one without effect, and dropping the call.
+  void prefetch(const RowRange& range, const Tile& tile) const {
+    __asm__ volatile("" ::: "memory");
+    const int64_t group = o_.group_of(range.plan_head);
+    const int64_t key_bytes = o_.call.k.row_bytes(), value_bytes = o_.call.v.row_bytes();
+    const Extent& extent = o_.plan.extent();
+    const int count = keys_of(tile, range.b);
+    for (int t = 0; t < count; ++t) {
+      const int64_t position = tile.positions != nullptr ? tile.positions[t] : tile.first_position + t;
+      const int64_t slot = extent.key_slot(range.b, position);
+      const char* key = o_.call.k.row(range.b, group, slot);
+      const char* value = o_.call.v.row(range.b, group, slot);
+      for (int64_t byte = 0; byte < key_bytes; byte += kCacheLine) __builtin_prefetch(key + byte, 0, 2);
+      for (int64_t byte = 0; byte < value_bytes; byte += kCacheLine) __builtin_prefetch(value + byte, 0, 2);
+    }
+  }
+
+  // Live keys alone: those of a batch row end where its last tile may not.
+  int keys_of(const Tile& tile, int64_t b) const {
+    if (tile.positions != nullptr) return tile.count;
+    return static_cast<int>(std::min<int64_t>(tile.count, o_.plan.extent().key_count[b] - tile.first_position));
+  }
+
+  void pack(const RowRange& range, Tile& tile, char* keys, char* values) const {
+    int32_t consecutive[kChunk];
+    const int32_t* positions = tile.positions;
+    const int count = keys_of(tile, range.b);
+    if (positions == nullptr) {
+      for (int t = 0; t < count; ++t) consecutive[t] = static_cast<int32_t>(tile.first_position + t);
+      positions = consecutive;
+    }
+    const int64_t group = o_.group_of(range.plan_head);
+    const bool in_place = values_fit_ && tile.positions == nullptr && count == kChunk;
+    o_.pack(range.b, group, positions, count, keys, in_place ? nullptr : values);
+    tile.keys = keys;
+    const int64_t slot = o_.plan.extent().key_slot(range.b, tile.first_position);
+    tile.values = in_place ? o_.call.v.row(range.b, group, slot) : values;
+    tile.value_stride = in_place ? o_.call.v.token_stride / int64_t{sizeof(float)} : 0;
+  }
+
+  void merge(const Item& item) const {
+    if (item.stretches == 1) return;
+    PanelRows rows;
+    rows.collect(o_, item.range);
+    std::vector<double> sums(o_.call.v.dim);
+    for (int64_t r = 0; r < rows.size(); ++r) merge_row(item, r, rows, sums);
+  }
+
+  // out = sum of exp(lse_s - lse) out_s with lse = log sum exp(lse_s).
+  void merge_row(const Item& item, int64_t row, const PanelRows& rows, std::vector<double>& sums) const {
+    constexpr float kNothing = -std::numeric_limits<float>::infinity();
+    const int64_t begin = item.first_stretch, end = begin + item.stretches;
+    float top = kNothing;
+    for (int64_t s = begin; s < end; ++s) {
+      const float lse = *partial_lse(s, row);
+      if (!(lse <= top) && top == top) top = lse;  // a NaN stays
+    }
+    double total = 0.0;
+    for (int64_t s = begin; s < end; ++s) total += std::exp(double{*partial_lse(s, row)} - top);
+    const double lse = top == kNothing ? double{kNothing} : top + std::log(total);
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t s = begin; s < end; ++s) {
+      if (*partial_lse(s, row) == kNothing) continue;
+      const double weight = std::exp(*partial_lse(s, row) - lse);
+      const float* out = partial_out(s, row);
+      for (size_t d = 0; d < sums.size(); ++d) sums[d] += weight * out[d];
+    }
+    *rows.lse(row) = static_cast<float>(lse);
+    for (size_t d = 0; d < sums.size(); ++d) store(static_cast<float>(sums[d]), o_.call.out.dtype, rows.output(row), d);
+  }
+
+  const Operands& o_;
+  const int64_t tiles_a_stretch_;
+  // Rows of values are what the kernel multiplies, but for dead ones, which may hold anything.
+  const bool values_fit_;
+  std::vector<Item> items_;
+  int64_t stretches_ = 0, most_rows_ = 0, bytes_ = 0;
+  std::vector<char*> scratch_, packed_;  // one a thread
+  float *lse_ = nullptr, *out_ = nullptr;  // of each stretch and row
+};
+
+}  // namespace
+
+bool fits_streamed(const Operands& operands, int64_t b) {
+  const Plan& plan = operands.plan;
+  const Extent& extent = plan.extent();
+  const int64_t rows = extent.query_count[b] * operands.heads_a_plan_head, blocks = plan.grid.row_blocks(b);
+  if (plan.permuted() || rows > kMaxRows) return false;
+  // Two blocks read the keys twice: a few tokens that happen to lie across the border of blocks.
+  if (blocks > 1 && (blocks > 2 || rows > kFewRows)) return false;
+  // Heads of the plan that share a key/value head pack it again, which pays where they need little of it.
+  const int64_t groups = operands.call.k.heads;
+  if (plan.heads == groups) return true;
+  int64_t keys = 0;
+  for (int64_t h = 0; h < plan.heads; ++h)
+    for (int64_t m = 0; m < blocks; ++m) keys += listed_keys(plan, b, h, m);
+  return keys <= 2 * groups * extent.key_count[b];
+}
+
+void run_streamed(const Operands& operands, const std::vector<int64_t>& batch_rows) {
+  Streamed(operands).run(batch_rows);
+}
+
+}  // namespace gossamer

@@ -1,0 +1,63 @@
+// Which packed tiles a panel of query rows runs over.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/job.h"
+#include "plan/plan.h"
+
+namespace gossamer {
+
+// Where packed tiles lie, one after the other: the keys of each, then its values.
+struct PackedTiles {
+  char* base = nullptr;
+  int64_t key_bytes = 0, value_bytes = 0;
+
+  int64_t tile_bytes() const { return key_bytes + value_bytes; }
+  char* keys(int64_t tile) const { return base + tile * tile_bytes(); }
+  char* values(int64_t tile) const { return keys(tile) + key_bytes; }
+  PackedTiles from(int64_t tile) const { return {keys(tile), key_bytes, value_bytes}; }
+};
+
+// A query block of one head of the plan, with queries at positions in [lowest, highest].
+struct QueryBlock {
+  int64_t b, plan_head, block;
+  int64_t lowest, highest;
+  Rules rules;
+};
+
+class Worklist {
+ public:
+  // For batch rows of at most that many chunks of 64 keys.
+  Worklist(const Plan& plan, int64_t most_chunks);
+
+  // Lists the tiles for a query block. `packed` holds the chunks of its head; `columns` the tiles of its column list,
+  // or null: then the columns that no listed chunk covers are left in gathered(), for the caller to pack and add.
+  void build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns);
+  // `positions` is gathered(), or a copy of it that lives longer.
+  void add_gathered(const QueryBlock& block, const PackedTiles& packed, const int32_t* positions);
+
+  const std::vector<Tile>& tiles() const { return tiles_; }
+  const std::vector<int32_t>& gathered() const { return gathered_; }
+
+ private:
+  void list_in_order(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns);
+  void list_permuted(const QueryBlock& block, const PackedTiles& packed);
+  void add_columns(const QueryBlock& block, int64_t low, int64_t high, const PackedTiles* columns);
+  void add_column_tile(const QueryBlock& block, const int32_t* positions, int count, uint64_t bits, const char* keys,
+                       const char* values);
+  void select(int64_t begin, int64_t end);
+  void touch(int64_t begin, int64_t end);
+
+  const Plan& plan_;
+  std::vector<uint64_t> selected_;  // by chunk: keys that a block or a column selects
+  std::vector<char> touched_;       // by chunk: listed
+  std::vector<int32_t> gathered_;
+  std::vector<Tile> tiles_;
+};
+
+// Keys that the parts of the plan list for a query block: an estimate, overlaps count twice.
+int64_t listed_keys(const Plan& plan, int64_t b, int64_t plan_head, int64_t m);
+
+}  // namespace gossamer

@@ -1,0 +1,100 @@
+// Plain structures that the baseline code (plan, scheduling) hands to the instruction-set-specific kernels.
+//
+// The kernels' translation units are compiled with their own -m flags, so they share nothing with the rest but these
+// structures: an inline function or a std:: template instantiated there could be chosen by the linker for every
+// machine. Hence no std:: here.
+#pragma once
+
+#include <cstdint>
+
+namespace gossamer {
+
+constexpr int kChunk = 64;       // keys in a packed tile
+constexpr int kMaxRows = 256;    // query rows that are processed together
+constexpr int kMaxHeadDim = 256;
+constexpr int64_t kUnlimited = int64_t{1} << 40;
+constexpr float kLog2E = 1.44269504088896340736f;
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Which keys a row may see, by their positions.
+struct Rules {
+  int64_t key_count;
+  int64_t sink;    // keys before it are attended by every row
+  int64_t window;  // |query - key| < window is attended
+  int64_t limit;   // |query - key| >= limit is never attended
+  bool causal;
+};
+
+enum class TileKind : int {
+  kFull,         // every row attends all 64 keys
+  kConsecutive,  // key t has position first_position + t
+  kGathered,     // key t has positions[t], ascending; nothing but key_bits selects
+  kScattered,    // key t has positions[t], any order, count of them
+};
+
+// 64 packed keys and values. Values that need no packing may lie where they are, value_stride floats from row to row
+// (0: packed).
+struct Tile {
+  const void* keys;
+  const void* values;
+  const int32_t* positions;
+  int64_t first_position;
+  uint64_t key_bits;  // bit t: key t is selected for all rows, by a block or a column
+  int count;
+  TileKind kind;
+  int64_t value_stride = 0;
+};
+
+// Up to kMaxRows query rows against a list of tiles.
+struct Panel {
+  int rows;
+  int head_dim;         // of q and k
+  int value_dim;
+  int padded_head_dim;  // as packed
+  int padded_value_dim;
+  DType dtype;
+  DType output_dtype;
+  const void* const* queries;  // one pointer a row
+  void* const* outputs;
+  float* const* lse;
+  const int64_t* positions;
+  const float* sink_logits;    // one a row, or null
+  float scale;
+  float softcap;               // 0: none
+  Rules rules;
+  const Tile* tiles;
+  int64_t tile_count;
+  void* scratch;               // panel_scratch_bytes(), 64-byte aligned
+};
+
+// One tile to pack: 64 keys, some of which may be dead.
+struct PackJob {
+  DType dtype;
+  const void* const* key_rows;    // 64 pointers; null: zero-fill (dead, or past the end)
+  const void* const* value_rows;
+  int head_dim;
+  int value_dim;
+  int padded_head_dim;
+  int padded_value_dim;
+  void* keys;
+  void* values;  // null: keys only
+};
+
+struct ScoreKernels;
+
+// One instruction set's kernels.
+struct Kernels {
+  bool bf16_tiles;       // packs bf16 pairs instead of fp32
+  int head_dim_multiple; // packed head dimensions are multiples of it
+  void (*pack)(const PackJob&);
+  void (*attend)(const Panel&);
+  const ScoreKernels* scores;
+};
+
+// Layout of a panel's scratch: Q, O, S (P overwrites it), per-row state.
+constexpr int64_t panel_scratch_bytes(int padded_head_dim, int padded_value_dim) {
+  return int64_t{kMaxRows} * (padded_head_dim + padded_value_dim + kChunk + 16 + 4) * 4 + 4096;
+}
+
+}  // namespace gossamer

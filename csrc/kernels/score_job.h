@@ -1,0 +1,54 @@
+// Plain structures that planning hands to the instruction-set-specific kernels. No std:: here; job.h says why.
+#pragma once
+
+#include "kernels/job.h"
+
+namespace gossamer {
+
+constexpr int kScoreRows = 64;   // query rows scored together
+constexpr int kScorePitch = 80;  // floats from one row of logits to the next: 64, and zeros for sums along diagonals
+constexpr int kLanes = 16;       // partial sums a row; narrower vectors use the first of them
+
+struct RowList {
+  const void* const* rows;  // null: zeros
+  int count;
+  int dim;
+  int padded_dim;
+  DType dtype;
+};
+
+// Up to kScoreRows packed queries against 64 packed keys, each in one or more pieces whose products are added. Logits are
+// in powers of two: factor is scale * log2(e).
+struct ScorePanel {
+  const void* queries;
+  const void* keys;
+  int rows;
+  int padded_dim;
+  float factor;
+  const uint64_t* masks;  // one a row: the keys that it sees
+  float* logits;          // scratch behind kLanes zeros: kScoreRows rows of kScorePitch, zero beyond the 64
+  int pieces = 1;         // behind one another: kScoreRows packed queries, 64 packed keys
+};
+
+struct ScoreKernels {
+  void (*pack_keys)(const RowList&, void* out);     // count is 64
+  void (*pack_queries)(const RowList&, void* out);  // count is at most kScoreRows
+  // Raises each row's maximum and adds to its kLanes sums of 2^(logit - maximum).
+  void (*add_exponentials)(const ScorePanel&, float* maximum, float* sums);
+  // Adds 2^(logit + shift[row]) to its column's sum and, at index column - row + rows - 1, to its diagonal's.
+  void (*add_mass)(const ScorePanel&, const float* shift, float* columns, float* diagonals);
+  // Returns the largest logit; sums over the rows 2^(logit - largest) for each column.
+  float (*energy)(const ScorePanel&, float* sums);
+  // Sums 2^(logit - reference) over each `run` consecutive columns of a row: 64 / run sums a row, 0 where it sees none.
+  // A row's reference is the largest logit of its calls so far, kept in maximum; -inf where it sees none here.
+  void (*run_mass)(const ScorePanel&, int run, float* maximum, float* references, float* sums);
+  // Products of queries and keys, as logits; masks and the factor take no part.
+  void (*products)(const ScorePanel&);
+  // Mean of consecutive rows.
+  void (*mean)(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* out);
+};
+
+// What add_mass writes to diagonals may reach this far beyond the last one.
+constexpr int kDiagonalSlack = kLanes;
+
+}  // namespace gossamer

@@ -1,0 +1,229 @@
+// Planning's inner loops: one template for all instruction sets. Include in one translation unit per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/convert.h"
+#include "kernels/pack.h"
+#include "kernels/score_job.h"
+
+namespace gossamer {
+namespace {
+
+template <class Isa>
+class ScoreCode {
+  using V = typename Isa::Vec;
+  using Reg = typename V::Reg;
+  static constexpr int kVectors = kChunk / V::kWidth;
+  static constexpr int kDegree = 5;  // of 2^x; scores decide between near-equals, so bf16 gets no coarser one
+  static constexpr float kNothing = -__builtin_inff();
+
+ public:
+  static void pack_queries(const RowList& list, void* out) {
+    const int depth = depth_of(list.padded_dim);
+    for (int r = 0; r < list.count; ++r) {
+      uint32_t* row = static_cast<uint32_t*>(out) + int64_t{r} * depth;
+      if (list.rows[r] == nullptr || Isa::kPairs) std::memset(row, 0, sizeof(uint32_t) * depth);
+      if (list.rows[r] == nullptr) continue;
+      if constexpr (Isa::kPairs)
+        std::memcpy(row, list.rows[r], sizeof(uint16_t) * list.dim);
+      else
+        widen_row<V>(list.rows[r], list.dtype, list.dim, list.padded_dim, 1.0f, reinterpret_cast<float*>(row));
+    }
+  }
+
+  static void pack_keys(const RowList& list, void* out) {
+    alignas(64) uint32_t copies[kChunk * kMaxHeadDim];
+    const int depth = depth_of(list.padded_dim);
+    pack_queries(list, copies);
+    const void* rows[kChunk];
+    for (int t = 0; t < kChunk; ++t) rows[t] = copies + int64_t{t} * depth;
+    transpose_keys<V>(rows, depth, static_cast<uint32_t*>(out));
+  }
+
+  static void add_exponentials(const ScorePanel& panel, float* maximum, float* sums) {
+    multiply(panel);
+    for (int r = 0; r < panel.rows; ++r) {
+      if (panel.masks[r] == 0) continue;
+      Reg z[kVectors];
+      load_row(panel, r, z);
+      Reg top = z[0];
+#pragma GCC unroll 16
+      for (int t = 1; t < kVectors; ++t) top = V::max(top, z[t]);
+      float* row_sums = sums + int64_t{r} * kLanes;
+      Reg sum = V::load(row_sums);
+      if (V::any_greater(top, V::set1(maximum[r]))) {
+        const float raised = V::reduce_max(top);
+        if (maximum[r] != kNothing) sum = V::mul(sum, V::template exp2<6>(V::set1(maximum[r] - raised)));
+        maximum[r] = raised;
+      }
+      const Reg shift = V::set1(maximum[r] == kNothing ? 0.0f : -maximum[r]);
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t) sum = V::add(sum, V::template exp2<kDegree>(V::add(z[t], shift)));
+      V::store(row_sums, sum);
+    }
+  }
+
+  static void add_mass(const ScorePanel& panel, const float* shift, float* columns, float* diagonals) {
+    multiply(panel);
+    Reg sums[kVectors];
+#pragma GCC unroll 16
+    for (int t = 0; t < kVectors; ++t) sums[t] = V::load(columns + t * V::kWidth);
+    for (int r = 0; r < panel.rows; ++r) {
+      Reg z[kVectors];
+      load_row(panel, r, z);
+      float* row = panel.logits + int64_t{r} * kScorePitch;
+      const Reg down = V::set1(shift[r]);
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t) {
+        const Reg mass = V::template exp2<kDegree>(V::add(z[t], down));
+        V::store(row + t * V::kWidth, mass);
+        sums[t] = V::add(sums[t], mass);
+      }
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < kVectors; ++t) V::store(columns + t * V::kWidth, sums[t]);
+    for (int at = 0; at < kChunk + panel.rows - 1; at += V::kWidth) add_diagonals(panel, at, diagonals + at);
+  }
+
+  static float energy(const ScorePanel& panel, float* sums) {
+    multiply(panel);
+    Reg top = V::set1(kNothing);
+    for (int r = 0; r < panel.rows; ++r) {
+      Reg z[kVectors];
+      load_row(panel, r, z);
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t) {
+        V::store(panel.logits + int64_t{r} * kScorePitch + t * V::kWidth, z[t]);
+        top = V::max(top, z[t]);
+      }
+    }
+    const float largest = V::reduce_max(top);
+    const Reg shift = V::set1(largest == kNothing ? 0.0f : -largest);
+    Reg total[kVectors];
+#pragma GCC unroll 16
+    for (int t = 0; t < kVectors; ++t) total[t] = V::zero();
+    for (int r = 0; r < panel.rows; ++r) {
+      const float* row = panel.logits + int64_t{r} * kScorePitch;
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t)
+        total[t] = V::add(total[t], V::template exp2<kDegree>(V::add(V::load(row + t * V::kWidth), shift)));
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < kVectors; ++t) V::store(sums + t * V::kWidth, total[t]);
+    return largest;
+  }
+
+  static void run_mass(const ScorePanel& panel, int run, float* maximum, float* references, float* sums) {
+    multiply(panel);
+    const int runs = kChunk / run;
+    for (int r = 0; r < panel.rows; ++r) {
+      float* row_sums = sums + int64_t{r} * runs;
+      references[r] = kNothing;
+      if (panel.masks[r] == 0) {
+        for (int n = 0; n < runs; ++n) row_sums[n] = 0.0f;
+        continue;
+      }
+      Reg z[kVectors];
+      load_row(panel, r, z);
+      Reg top = z[0];
+#pragma GCC unroll 16
+      for (int t = 1; t < kVectors; ++t) top = V::max(top, z[t]);
+      if (V::any_greater(top, V::set1(maximum[r]))) maximum[r] = V::reduce_max(top);
+      references[r] = maximum[r];
+      const Reg shift = V::set1(maximum[r] == kNothing ? 0.0f : -maximum[r]);
+      float* row = panel.logits + int64_t{r} * kScorePitch;
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t)
+        V::store(row + t * V::kWidth, V::template exp2<kDegree>(V::add(z[t], shift)));
+      for (int n = 0; n < runs; ++n) row_sums[n] = sum_of(row + n * run, run);
+    }
+  }
+
+  static void products(const ScorePanel& panel) { multiply(panel); }
+
+  static void mean(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* out) {
+    constexpr int kAtOnce = 4;
+    const Reg divisor = V::set1(static_cast<float>(count));
+    int d = 0;
+    for (; d + kAtOnce * V::kWidth <= dim; d += kAtOnce * V::kWidth) {
+      Reg sum[kAtOnce];
+      for (int t = 0; t < kAtOnce; ++t) sum[t] = V::zero();
+      for (int64_t r = 0; r < count; ++r)
+        for (int t = 0; t < kAtOnce; ++t)
+          sum[t] = V::add(sum[t], load_as_float<V>(rows + r * stride_bytes, d + t * V::kWidth, dtype));
+      for (int t = 0; t < kAtOnce; ++t) V::store(out + d + t * V::kWidth, V::div(sum[t], divisor));
+    }
+    for (; d < dim; ++d) {
+      float sum = 0.0f;
+      for (int64_t r = 0; r < count; ++r) sum += scalar_as_float(rows + r * stride_bytes, d, dtype);
+      out[d] = sum / static_cast<float>(count);
+    }
+  }
+
+ private:
+  static int depth_of(int padded_dim) { return Isa::kPairs ? padded_dim / 2 : padded_dim; }
+
+  static void multiply(const ScorePanel& panel) {
+    const int depth = depth_of(panel.padded_dim);
+    const uint32_t* queries = static_cast<const uint32_t*>(panel.queries);
+    const uint32_t* keys = static_cast<const uint32_t*>(panel.keys);
+    Isa::begin();
+    for (int64_t n = 0; n < panel.pieces; ++n)
+      Isa::multiply(panel.rows, kChunk, depth, queries + n * kScoreRows * depth, depth, keys + n * kChunk * depth,
+                    kChunk, panel.logits, kScorePitch, n > 0);
+    Isa::end();
+  }
+
+  static inline float sum_of(const float* x, int count) {
+    if (count % V::kWidth == 0) {
+      Reg sum = V::load(x);
+      for (int at = V::kWidth; at < count; at += V::kWidth) sum = V::add(sum, V::load(x + at));
+      return V::reduce_add(sum);
+    }
+    float sum = 0.0f;
+    for (int at = 0; at < count; ++at) sum += x[at];
+    return sum;
+  }
+
+  static inline void load_row(const ScorePanel& panel, int r, Reg* z) {
+    const float* row = panel.logits + int64_t{r} * kScorePitch;
+    const uint64_t mask = panel.masks[r];
+    const Reg factor = V::set1(panel.factor);
+#pragma GCC unroll 16
+    for (int t = 0; t < kVectors; ++t) z[t] = V::mul(V::load(row + t * V::kWidth), factor);
+    if (mask == ~uint64_t{0}) return;
+#pragma GCC unroll 16
+    for (int t = 0; t < kVectors; ++t) z[t] = V::select(mask >> (t * V::kWidth), z[t], V::set1(kNothing));
+  }
+
+  // Diagonals at .. at + kWidth - 1: row r holds them from column at - (rows - 1) + r on. The zeros around a row serve
+  // where a part of the vector falls outside.
+  static inline void add_diagonals(const ScorePanel& panel, int at, float* out) {
+    const int column = at - (panel.rows - 1);
+    int first = 1 - V::kWidth - column;
+    int last = kChunk - 1 - column;
+    if (first < 0) first = 0;
+    if (last > panel.rows - 1) last = panel.rows - 1;
+    const float* diagonal = panel.logits + column;
+    Reg sum[4] = {V::load(out), V::zero(), V::zero(), V::zero()};
+    int r = first;
+    for (; r + 4 <= last + 1; r += 4)
+      for (int n = 0; n < 4; ++n)
+        sum[n] = V::add(sum[n], V::load(diagonal + int64_t{r + n} * (kScorePitch + 1)));
+    for (; r <= last; ++r) sum[0] = V::add(sum[0], V::load(diagonal + int64_t{r} * (kScorePitch + 1)));
+    V::store(out, V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
+  }
+};
+
+template <class Isa>
+const ScoreKernels* score_kernels() {
+  using Code = ScoreCode<Isa>;
+  static const ScoreKernels kernels{Code::pack_keys, Code::pack_queries, Code::add_exponentials, Code::add_mass,
+                                    Code::energy,    Code::run_mass,     Code::products,         Code::mean};
+  return &kernels;
+}
+
+}  // namespace
+}  // namespace gossamer

@@ -1,0 +1,110 @@
+// AVX2 + FMA + F16C vectors of 8 floats.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/polynomials.h"
+
+namespace gossamer {
+namespace {
+
+struct VecAvx2 {
+  static constexpr int kWidth = 8;
+  static constexpr int kGemmRows = 6;  // 6 x 2 accumulators, 2 operands, 1 broadcast: 15 of 16 registers
+  static constexpr int kGemmCols = 2;
+  using Reg = __m256;
+
+  static Reg zero() { return _mm256_setzero_ps(); }
+  static Reg set1(float x) { return _mm256_set1_ps(x); }
+  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg abs(Reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static Reg copy_sign(Reg magnitude, Reg sign) {
+    const Reg bit = _mm256_set1_ps(-0.0f);
+    return _mm256_or_ps(_mm256_andnot_ps(bit, magnitude), _mm256_and_ps(bit, sign));
+  }
+  static Reg select(uint64_t bits, Reg kept, Reg other) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i word = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits & 0xff)), lane);
+    return _mm256_blendv_ps(other, kept, _mm256_castsi256_ps(_mm256_cmpeq_epi32(word, lane)));
+  }
+  static Reg select_less(Reg a, Reg b, Reg kept, Reg other) {
+    return _mm256_blendv_ps(other, kept, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  }
+  static bool any_greater(Reg a, Reg b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+  }
+  static float reduce_max(Reg a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+  static float reduce_add(Reg a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+
+  // Below 2^-126 the result is 0: the exponent is built by a shift, which knows no denormals.
+  template <int kDegree>
+  static Reg exp2(Reg x) {
+    const Reg tiny = _mm256_set1_ps(-126.0f);
+    const Reg clamped = _mm256_min_ps(_mm256_max_ps(tiny, x), _mm256_set1_ps(127.0f));
+    const Reg whole = _mm256_floor_ps(clamped);
+    const Reg power = exp2_polynomial<VecAvx2, kDegree>(_mm256_sub_ps(clamped, whole));
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
+    const Reg scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), exponent));
+    const Reg kept = _mm256_and_ps(scaled, _mm256_cmp_ps(x, tiny, _CMP_NLT_UQ));
+    return _mm256_blendv_ps(kept, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  }
+
+  static Reg load_bf16(const uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static Reg load_fp16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_fp16(uint16_t* p, Reg x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store_bf16(uint16_t* p, Reg x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+    rounded = _mm256_srli_epi32(rounded, 16);
+    const __m128i narrow =
+        _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+  }
+
+  // Elements [first, first + 8) of 8 rows; the stride in elements.
+  static void transpose(const void* const* rows, int first, uint32_t* to, int64_t to_stride) {
+    const auto row = [&](int r) { return _mm256_castsi256_ps(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(static_cast<const char*>(rows[r]) + 4 * first))); };
+    __m256 y[8];
+    for (int r = 0; r < 8; r += 4) {
+      const __m256 x0 = row(r), x1 = row(r + 1), x2 = row(r + 2), x3 = row(r + 3);
+      const __m256 a = _mm256_unpacklo_ps(x0, x1), b = _mm256_unpackhi_ps(x0, x1);
+      const __m256 c = _mm256_unpacklo_ps(x2, x3), d = _mm256_unpackhi_ps(x2, x3);
+      y[r] = _mm256_shuffle_ps(a, c, 0x44);
+      y[r + 1] = _mm256_shuffle_ps(a, c, 0xee);
+      y[r + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      y[r + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    for (int n = 0; n < 4; ++n) {
+      store(reinterpret_cast<float*>(to + n * to_stride), _mm256_permute2f128_ps(y[n], y[n + 4], 0x20));
+      store(reinterpret_cast<float*>(to + (n + 4) * to_stride), _mm256_permute2f128_ps(y[n], y[n + 4], 0x31));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace gossamer

@@ -1,0 +1,102 @@
+// Vectors of 4 floats by the compilers' vector extension: any machine that gcc or clang knows.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/half.h"
+#include "kernels/polynomials.h"
+
+namespace gossamer {
+namespace {
+
+struct VecPortable {
+  static constexpr int kWidth = 4;
+  static constexpr int kGemmRows = 4;
+  static constexpr int kGemmCols = 2;
+  typedef float Reg __attribute__((vector_size(16)));
+  typedef int32_t Lanes __attribute__((vector_size(16)));
+
+  static Reg zero() { return Reg{0, 0, 0, 0}; }
+  static Reg set1(float x) { return Reg{x, x, x, x}; }
+  static Reg load(const float* p) {
+    Reg x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static void store(float* p, Reg x) { std::memcpy(p, &x, sizeof x); }
+  static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg max(Reg a, Reg b) { return pick(a > b, a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static Reg abs(Reg a) { return (Reg)((Lanes)a & 0x7fffffff); }
+  static Reg copy_sign(Reg magnitude, Reg sign) {
+    return (Reg)(((Lanes)magnitude & 0x7fffffff) | ((Lanes)sign & INT32_MIN));
+  }
+  static Reg select(uint64_t bits, Reg kept, Reg other) {
+    const int32_t word = static_cast<int32_t>(bits & 15);
+    const Lanes lane = {1, 2, 4, 8};
+    return pick((Lanes{word, word, word, word} & lane) == lane, kept, other);
+  }
+  static Reg select_less(Reg a, Reg b, Reg kept, Reg other) { return pick(a < b, kept, other); }
+  static bool any_greater(Reg a, Reg b) {
+    const Lanes c = a > b;
+    return (c[0] | c[1] | c[2] | c[3]) != 0;
+  }
+  static float reduce_max(Reg a) {
+    const float x = a[0] > a[1] ? a[0] : a[1];
+    const float y = a[2] > a[3] ? a[2] : a[3];
+    return x > y ? x : y;
+  }
+  static float reduce_add(Reg a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+
+  // As in the AVX2 path: 0 below 2^-126, NaN kept.
+  template <int kDegree>
+  static Reg exp2(Reg x) {
+    const Reg tiny = set1(-126.0f);
+    const Reg huge = set1(127.0f);
+    Reg clamped = pick(x > tiny, x, tiny);
+    clamped = pick(clamped < huge, clamped, huge);
+    Lanes whole = __builtin_convertvector(clamped, Lanes);  // towards zero ...
+    whole += __builtin_convertvector(whole, Reg) > clamped;  // ... and down by the -1 of a true comparison
+    const Reg power = exp2_polynomial<VecPortable, kDegree>(clamped - __builtin_convertvector(whole, Reg));
+    const Reg scaled = (Reg)((Lanes)power + (whole << 23));
+    const Reg kept = pick(x < tiny, zero(), scaled);
+    return pick(x == x, kept, x);
+  }
+
+  static Reg load_bf16(const uint16_t* p) {
+    return Reg{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};
+  }
+  static Reg load_fp16(const uint16_t* p) {
+    return Reg{fp16_to_float(p[0]), fp16_to_float(p[1]), fp16_to_float(p[2]), fp16_to_float(p[3])};
+  }
+  static void store_bf16(uint16_t* p, Reg x) {
+    for (int t = 0; t < 4; ++t) p[t] = float_to_bf16(x[t]);
+  }
+  static void store_fp16(uint16_t* p, Reg x) {
+    for (int t = 0; t < 4; ++t) p[t] = float_to_fp16(x[t]);
+  }
+
+  // Pairs (even[n], odd[n]) for n < 8.
+  static void merge_pairs(const uint16_t* even, const uint16_t* odd, uint32_t* to) {
+    for (int n = 0; n < 8; ++n) to[n] = uint32_t{even[n]} | uint32_t{odd[n]} << 16;
+  }
+
+  // Elements [first, first + 4) of 4 rows; the stride in elements.
+  static void transpose(const void* const* rows, int first, uint32_t* to, int64_t to_stride) {
+    for (int n = 0; n < 4; ++n)
+      for (int r = 0; r < 4; ++r)
+        std::memcpy(to + n * to_stride + r, static_cast<const char*>(rows[r]) + 4 * (first + n), sizeof *to);
+  }
+
+ private:
+  static Reg pick(Lanes mask, Reg kept, Reg other) {
+    return (Reg)(((Lanes)kept & mask) | ((Lanes)other & ~mask));
+  }
+};
+
+}  // namespace
+}  // namespace gossamer

@@ -1,0 +1,55 @@
+// A plan in plain pointers; see plan/plan.py.
+#pragma once
+
+#include <cstdint>
+
+#include "plan/extent.h"
+
+namespace gossamer {
+
+// Rows of ascending numbers, one behind the other.
+struct Lists {
+  const int64_t* indptr;
+  const int32_t* indices;
+
+  const int32_t* begin(int64_t row) const { return indices + indptr[row]; }
+  const int32_t* end(int64_t row) const { return indices + indptr[row + 1]; }
+  int64_t size(int64_t row) const { return indptr[row + 1] - indptr[row]; }
+};
+
+struct Plan {
+  Grid grid;
+  int64_t heads, query_len, key_len;
+  int64_t query_blocks;  // rows of the lists of a head
+  int64_t column_group;
+  Lists blocks, columns;
+  const int32_t* sink;
+  const int32_t* window;
+  const int32_t* q_order;  // null: not permuted
+  const int32_t* k_order;
+
+  const Extent& extent() const { return grid.extent; }
+  int64_t batch() const { return grid.extent.batch; }
+  bool permuted() const { return q_order != nullptr || k_order != nullptr; }
+
+  // Query blocks of a batch row that may hold live queries.
+  int64_t row_blocks(int64_t b) const { return q_order != nullptr ? query_blocks : grid.row_blocks(b); }
+  // What its query block m holds: live queries, counted from the first; ranks where the plan orders them.
+  Range rows(int64_t b, int64_t m) const {
+    if (q_order != nullptr) return {m * grid.block_q, std::min((m + 1) * grid.block_q, query_len)};
+    const Range queries = grid.queries(b, m);
+    const int64_t first = grid.extent.first_position(b);
+    return {queries.begin - first, queries.end - first};
+  }
+  const int32_t* query_ranks(int64_t b, int64_t head) const { return q_order + (b * heads + head) * query_len; }
+  const int32_t* key_ranks(int64_t b, int64_t head) const { return k_order + (b * heads + head) * key_len; }
+
+  // Rows of the lists.
+  int64_t column_groups() const { return ceil_div(query_blocks, column_group); }
+  int64_t block_list(int64_t b, int64_t head, int64_t m) const { return (b * heads + head) * query_blocks + m; }
+  int64_t column_list(int64_t b, int64_t head, int64_t m) const {
+    return (b * heads + head) * column_groups() + m / column_group;
+  }
+};
+
+}  // namespace gossamer

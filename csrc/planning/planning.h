@@ -1,0 +1,114 @@
+// Planning in plain pointers: scores of columns, diagonals and blocks; chosen blocks; pairs in a plan.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/job.h"
+#include "plan/plan.h"
+#include "plan/tensor.h"
+
+namespace gossamer {
+
+struct ScoreCall {
+  TensorView q, k;
+  Extent extent;
+  float scale;
+  int threads;
+};
+
+// Rows [first, stop) of the plan: query blocks, counted from each batch row's first. Rows that a batch row lacks are
+// empty, and their scores 0.
+struct Part {
+  int64_t first, stop;
+
+  int64_t size() const { return stop - first; }
+};
+
+// Mass by column, and by distance |query - key| below width, of the last queries: [batch, heads, width] each, zero on
+// entry.
+void probe(const Kernels& kernels, const ScoreCall& call, int64_t last, int64_t width, float* columns,
+           float* diagonals);
+
+// Means of the live tokens of each block; 0 where there is none. Of keys [batch, groups, blocks, dim], of queries [batch,
+// heads, blocks, dim].
+void pool_keys(const Kernels& kernels, const TensorView& k, const Grid& grid, int64_t blocks, float* out, int threads);
+void pool_queries(const Kernels& kernels, const TensorView& q, const Grid& grid, int64_t blocks, float* out,
+                  int threads);
+
+// Products of pooled queries and pooled keys, contiguous fp32: out [batch, heads, part, key blocks].
+void pooled_products(const Kernels& kernels, const TensorView& queries, const TensorView& keys, const Grid& grid,
+                     const Part& part, float* out, int threads);
+
+// Energies of the queries of a part against pooled keys, call.k [batch, groups, key blocks, dim]: out [batch, groups,
+// part, key blocks].
+void block_energy(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part, float* out);
+
+// Mass of a part by the antidiagonals of cells of stride x stride, where the stride divides both blocks: out
+// [batch, heads, part, key_blocks].
+void antidiagonal(const Kernels& kernels, const ScoreCall& call, const Grid& grid, int64_t stride, const Part& part,
+                  int64_t key_blocks, float* out);
+
+// The rules of rules.py. Forced candidates take part in kTopPForced; else they are united with what a rule chooses.
+enum class Rule : int {
+  kNone = 0,
+  kRelativeToMax = 1,
+  kTopK = 2,
+  kTopP = 3,
+  kTopPForced = 4,
+  kTopPReaching = 5,
+  kTopPBelow = 6,
+  kTopPOfAllRows = 7,
+};
+
+// What rows [batch, heads, rows] of a plan's lists may take and must take among `width` candidates; see Candidates in
+// rules.py.
+struct Choice {
+  int64_t batch, heads, rows, width;
+  Rule rule;
+  float alpha;                // kRelativeToMax
+  const float* scores;        // a row's candidates, contiguous
+  const int64_t* counts;      // kTopK: one a head
+  const double* shares;       // kTopP and its kin: one a head
+  const Range* seen;          // [batch, rows]: nothing outside is chosen
+  const Range* forced;        // [batch, rows]
+  int64_t first;              // candidates that are forced in every row
+  const uint8_t* forcing;     // [batch, heads]: heads that force any; null: all
+  const uint8_t* diagonals;   // null, or [batch, heads, diagonal_count]: chosen ones
+  int64_t diagonal_count;
+  const int64_t* origin;      // [batch, rows]: the candidate on diagonal 0
+  bool mirrored;              // diagonals lie on both sides of it
+};
+
+inline int64_t words_of(int64_t width) { return ceil_div(width, 64); }
+
+// Bits of candidates, words_of(width) a row, and how many are set.
+struct ChosenBits {
+  uint64_t* bits;
+  int64_t* counts;
+};
+
+void choose(const Choice& choice, const ChosenBits& chosen, int threads);
+// The numbers of the bits that are set, ascending, from indices + starts[row] on.
+void list_bits(const uint64_t* bits, int64_t rows, int64_t width, const int64_t* starts, int32_t* indices,
+               int threads);
+
+// Copies lists that lie one behind the other to their places: each row's from indices + starts[row] on.
+void place_lists(const int32_t* lists, const int64_t* counts, int64_t rows, const int64_t* starts, int32_t* indices,
+                 int threads);
+
+// Token-exact slashes of blocks of 64 queries, as whole blocks of 64 keys and single columns.
+struct Slashes {
+  Extent extent;
+  int64_t heads, width;      // width: positions
+  Part part;
+  const uint8_t* columns;    // [batch, heads, width]: chosen columns
+  const uint8_t* distances;  // the same of distances
+};
+
+// Of [batch, heads, part] rows: words_of(width) columns, words_of(words_of(width)) blocks.
+void slashes(const Slashes& call, const ChosenBits& blocks, const ChosenBits& columns, int threads);
+
+// Pairs that each head of a plan without permutation computes: [batch, heads], zero on entry.
+void count_pairs(const Plan& plan, int64_t* counts, int threads);
+
+}  // namespace gossamer

@@ -1,0 +1,293 @@
+// From scores to chosen candidates: rules, block diagonals and forced ranges as bits, bits as lists.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "planning/planning.h"
+#include "runtime/parallel.h"
+
+namespace gossamer {
+namespace {
+
+constexpr int64_t kRowsAJob = 64;
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+void set_bit(uint64_t* bits, int64_t n) { bits[n / 64] |= uint64_t{1} << (n % 64); }
+
+void set_range(uint64_t* bits, int64_t low, int64_t high) {
+  for (int64_t n = low; n < high; ++n) set_bit(bits, n);
+}
+
+// Against the largest score that the row sees; nothing where that is NaN.
+void choose_relative(const float* scores, float alpha, Range seen, uint64_t* bits) {
+  if (alpha == 0) return set_range(bits, seen.begin, seen.end);
+  float top = 0.0f;
+  for (int64_t j = seen.begin; j < seen.end; ++j) {
+    if (scores[j] != scores[j]) return;
+    top = scores[j] > top ? scores[j] : top;
+  }
+  const float threshold = alpha * top;
+  for (int64_t j = seen.begin; j < seen.end; ++j)
+    if (scores[j] >= threshold && scores[j] > 0) set_bit(bits, j);
+}
+
+// NaN counts as the largest: nth_element needs an order of all values.
+bool before(float a, float b) { return a > b || (a != a && b == b); }
+
+// Of equal scores the lower index wins; -inf is never chosen, and nothing where NaN takes the whole budget.
+void choose_top(const float* scores, int64_t budget, int64_t low, int64_t high, std::vector<float>& sorted,
+                uint64_t* bits) {
+  if (budget <= 0) return;
+  float threshold = kNothing;
+  if (budget < high - low) {
+    sorted.assign(scores + low, scores + high);
+    std::nth_element(sorted.begin(), sorted.begin() + (budget - 1), sorted.end(), before);
+    threshold = sorted[static_cast<size_t>(budget - 1)];
+  }
+  int64_t above = 0;
+  for (int64_t j = low; j < high; ++j)
+    if (scores[j] > threshold) {
+      set_bit(bits, j);
+      ++above;
+    }
+  if (threshold == kNothing) return;
+  for (int64_t j = low; j < high && above < budget; ++j)
+    if (scores[j] == threshold) {
+      set_bit(bits, j);
+      ++above;
+    }
+}
+
+// Candidates from the best score down, as a stable sort has them: of equal scores the lower index first, NaN before all.
+// Their running sums, in fp64 and in this order, are those of the torch rules.
+class Ranking {
+ public:
+  void clear() { entries_.clear(); }
+  // Candidates [low, high); where is_first(j), candidate j is ranked as infinity and counts as what it is.
+  template <class IsFirst>
+  void add(const float* scores, int64_t low, int64_t high, const IsFirst& is_first) {
+    for (int64_t j = low; j < high; ++j) entries_.push_back(entry(is_first(j) ? -kNothing : scores[j], j));
+  }
+  void rank(const float* scores) {
+    sort();
+    sums_.clear();
+    double sum = 0.0;
+    for (const uint64_t entry : entries_) sums_.push_back(sum += scores[index(entry)]);
+  }
+
+  // Entries ascend as candidates are ranked.
+  static uint64_t entry(float score, int64_t index) {
+    return uint64_t{falling(score)} << 32 | static_cast<uint32_t>(index);
+  }
+  // The entry after the first `count`.
+  uint64_t past(size_t count) const { return count == 0 ? 0 : entries_[count - 1] + 1; }
+  bool empty() const { return entries_.empty(); }
+  double total() const { return sums_.back(); }
+  size_t size() const { return entries_.size(); }
+  double before(size_t rank) const { return rank == 0 ? 0.0 : sums_[rank - 1]; }
+  double up_to(size_t rank) const { return sums_[rank]; }
+  void set_first(size_t count, uint64_t* bits) const {
+    for (size_t n = 0; n < count; ++n) set_bit(bits, index(entries_[n]));
+  }
+
+ private:
+  static constexpr int kDigitBits = 8;
+  static constexpr int kDigits = 32 / kDigitBits;  // of a key
+  static constexpr size_t kDigitValues = size_t{1} << kDigitBits;
+  static constexpr size_t kFew = 64;  // where counting digits costs more than comparing
+
+  static int64_t index(uint64_t entry) { return static_cast<int64_t>(entry & 0xffffffff); }
+
+  // Ascending where scores fall.
+  static uint32_t falling(float x) {
+    if (x != x) return 0;
+    x += 0.0f;  // -0 and 0 are equal
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits >> 31 ? bits : ~bits & 0x7fffffff;
+  }
+
+  void sort() {
+    if (entries_.size() < kFew) return std::sort(entries_.begin(), entries_.end());
+    uint32_t counts[kDigits][kDigitValues] = {};
+    for (const uint64_t entry : entries_)
+      for (int digit = 0; digit < kDigits; ++digit) ++counts[digit][digit_of(entry, digit)];
+    other_.resize(entries_.size());
+    for (int digit = 0; digit < kDigits; ++digit) {
+      if (counts[digit][digit_of(entries_[0], digit)] == entries_.size()) continue;
+      uint32_t before = 0;
+      for (uint32_t& count : counts[digit]) before += std::exchange(count, before);
+      for (const uint64_t entry : entries_) other_[counts[digit][digit_of(entry, digit)]++] = entry;
+      entries_.swap(other_);
+    }
+  }
+  static size_t digit_of(uint64_t entry, int digit) { return entry >> (32 + digit * kDigitBits) & (kDigitValues - 1); }
+
+  std::vector<uint64_t> entries_, other_;  // falling(score), index
+  std::vector<double> sums_;
+};
+
+bool is_top_p_of_a_row(Rule rule) {
+  return rule == Rule::kTopP || rule == Rule::kTopPForced || rule == Rule::kTopPReaching || rule == Rule::kTopPBelow;
+}
+
+// How many of the best are chosen. Sums never fall, so that the first one that fails ends the list; see rules.py.
+size_t count_top_p(const Ranking& ranking, Rule rule, double share) {
+  size_t count = 0;
+  if (rule == Rule::kTopPReaching) {
+    while (count < ranking.size() && !(ranking.up_to(count) >= share && ranking.up_to(count) > 0)) ++count;
+    return count < ranking.size() ? count + 1 : 0;
+  }
+  const double limit = share * ranking.total();
+  if (rule == Rule::kTopPBelow || rule == Rule::kTopPOfAllRows) {
+    while (count < ranking.size() && ranking.up_to(count) <= limit) ++count;
+    return rule == Rule::kTopPBelow ? std::max<size_t>(count, 1) : count;
+  }
+  while (count < ranking.size() && ranking.before(count) < limit) ++count;
+  return count;
+}
+
+// What a thread keeps from row to row.
+struct Workspace {
+  std::vector<float> sorted;
+  Ranking ranking;
+};
+
+class Chooser {
+ public:
+  explicit Chooser(const Choice& choice)
+      : choice_(choice),
+        words_(words_of(choice.width)),
+        diagonals_of_(choice.batch * choice.heads),
+        past_(choice.batch * choice.heads) {
+    if (choice.diagonals == nullptr) return;
+    for (size_t head = 0; head < diagonals_of_.size(); ++head)
+      for (int64_t n = 0; n < choice.diagonal_count; ++n)
+        if (choice.diagonals[static_cast<int64_t>(head) * choice.diagonal_count + n]) diagonals_of_[head].push_back(n);
+  }
+
+  // Before rows are chosen, of each head.
+  void share_out(int64_t head, Ranking& ranking) {
+    const int64_t rows = choice_.rows, b = head / choice_.heads;
+    const float* scores = choice_.scores + head * rows * choice_.width;
+    ranking.clear();
+    for (int64_t row = 0; row < rows; ++row) {
+      const Range seen = seen_by(b * rows + row);
+      ranking.add(scores, row * choice_.width + seen.begin, row * choice_.width + seen.end,
+                  [](int64_t) { return false; });
+    }
+    if (ranking.empty()) return;
+    ranking.rank(scores);
+    past_[head] = ranking.past(count_top_p(ranking, choice_.rule, choice_.shares[head % choice_.heads]));
+  }
+
+  // Row of [batch, heads, rows]: its bits, and how many are set.
+  int64_t choose(int64_t row, Workspace& workspace, uint64_t* bits) const {
+    const int64_t head = row / choice_.rows, b = head / choice_.heads, place = b * choice_.rows + row % choice_.rows;
+    std::fill(bits, bits + words_, uint64_t{0});
+    const Range seen = seen_by(place);
+    if (choice_.scores != nullptr) choose_by_rule(row, place, seen, workspace, bits);
+    for (const int64_t diagonal : diagonals_of_[static_cast<size_t>(head)]) {
+      set_if_seen(choice_.origin[place] - diagonal, seen, bits);
+      if (choice_.mirrored) set_if_seen(choice_.origin[place] + diagonal, seen, bits);
+    }
+    if (forces(head)) {
+      const Range forced = choice_.forced[place];
+      set_range(bits, std::max(seen.begin, forced.begin), std::min(seen.end, forced.end));
+      set_range(bits, seen.begin, std::min(seen.end, choice_.first));
+    }
+    int64_t count = 0;
+    for (int64_t n = 0; n < words_; ++n) count += __builtin_popcountll(bits[n]);
+    return count;
+  }
+
+ private:
+  bool forces(int64_t head) const { return choice_.forcing == nullptr || choice_.forcing[head]; }
+
+  Range seen_by(int64_t place) const {
+    const int64_t begin = std::clamp<int64_t>(choice_.seen[place].begin, 0, choice_.width);
+    return {begin, std::clamp<int64_t>(choice_.seen[place].end, begin, choice_.width)};
+  }
+
+  static void set_if_seen(int64_t candidate, Range seen, uint64_t* bits) {
+    if (candidate >= seen.begin && candidate < seen.end) set_bit(bits, candidate);
+  }
+
+  void choose_by_rule(int64_t row, int64_t place, Range seen, Workspace& workspace, uint64_t* bits) const {
+    const int64_t head = row / choice_.rows;
+    const float* scores = choice_.scores + row * choice_.width;
+    if (choice_.rule == Rule::kRelativeToMax) choose_relative(scores, choice_.alpha, seen, bits);
+    if (choice_.rule == Rule::kTopK)
+      choose_top(scores, choice_.counts[head % choice_.heads], seen.begin, seen.end, workspace.sorted, bits);
+    if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, place, head, seen, workspace.ranking, bits);
+    if (choice_.rule == Rule::kTopPOfAllRows)
+      for (int64_t j = seen.begin; j < seen.end; ++j)
+        if (Ranking::entry(scores[j], row % choice_.rows * choice_.width + j) < past_[head]) set_bit(bits, j);
+  }
+
+  void choose_top_p(const float* scores, int64_t place, int64_t head, Range seen, Ranking& ranking,
+                    uint64_t* bits) const {
+    const bool forced_first = choice_.rule == Rule::kTopPForced && forces(head);
+    const Range forced = choice_.forced[place];
+    ranking.clear();
+    ranking.add(scores, seen.begin, seen.end, [&](int64_t j) {
+      return forced_first && ((j >= forced.begin && j < forced.end) || j < choice_.first);
+    });
+    if (ranking.empty()) return;
+    ranking.rank(scores);
+    ranking.set_first(count_top_p(ranking, choice_.rule, choice_.shares[head % choice_.heads]), bits);
+  }
+
+  const Choice& choice_;
+  const int64_t words_;
+  std::vector<std::vector<int64_t>> diagonals_of_;
+  std::vector<uint64_t> past_;  // kTopPOfAllRows: of each head, the entry after the last that is chosen
+};
+
+// job(first row, one past the last) for stretches of rows.
+template <class Job>
+void for_rows(int threads, int64_t rows, const Job& job) {
+  run_parallel(threads, (rows + kRowsAJob - 1) / kRowsAJob,
+           [&](int, int64_t n) { job(n * kRowsAJob, std::min(rows, (n + 1) * kRowsAJob)); });
+}
+
+}  // namespace
+
+void choose(const Choice& choice, const ChosenBits& chosen, int threads) {
+  Chooser chooser(choice);
+  if (choice.rule == Rule::kTopPOfAllRows) {
+    std::vector<Ranking> rankings(threads);
+    run_parallel(threads, choice.batch * choice.heads,
+                 [&](int thread, int64_t head) { chooser.share_out(head, rankings[thread]); });
+  }
+  for_rows(threads, choice.batch * choice.heads * choice.rows, [&](int64_t begin, int64_t end) {
+    Workspace workspace;
+    for (int64_t row = begin; row < end; ++row)
+      chosen.counts[row] = chooser.choose(row, workspace, chosen.bits + row * words_of(choice.width));
+  });
+}
+
+void list_bits(const uint64_t* bits, int64_t rows, int64_t width, const int64_t* starts, int32_t* indices,
+               int threads) {
+  for_rows(threads, rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      int32_t* out = indices + starts[row];
+      for (int64_t n = 0; n < words_of(width); ++n)
+        for (uint64_t word = bits[row * words_of(width) + n]; word != 0; word &= word - 1)
+          *out++ = static_cast<int32_t>(n * 64 + __builtin_ctzll(word));
+    }
+  });
+}
+
+void place_lists(const int32_t* lists, const int64_t* counts, int64_t rows, const int64_t* starts, int32_t* indices,
+                 int threads) {
+  std::vector<int64_t> before(static_cast<size_t>(rows) + 1);
+  for (int64_t row = 0; row < rows; ++row) before[row + 1] = before[row] + counts[row];
+  for_rows(threads, rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) std::copy_n(lists + before[row], counts[row], indices + starts[row]);
+  });
+}
+
+}  // namespace gossamer

@@ -1,0 +1,42 @@
+// The module: nothing of torch is linked. The GIL is released while a kernel runs.
+#include "python/bindings.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "attend/executor.h"
+#include "runtime/workspace.h"
+
+namespace nb = nanobind;
+using namespace gossamer;
+
+namespace {
+
+void attend(const std::string& isa, const Plan& plan, const AttentionCall& call) {
+  const Kernels& kernels = kernels_for(isa);
+  if (kernels.bf16_tiles && call.q.dtype != DType::kBFloat16)
+    throw std::invalid_argument(isa + " computes in bf16 and takes nothing else");
+  nb::gil_scoped_release release;
+  execute(kernels, plan, call);
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  m.doc() = "Sparse attention kernels for CPUs; see gossamer.backends.cpu";
+  bind_views(m);
+  bind_planning(m);
+  m.def("attend", &attend);
+  m.def("prefer_huge_pages",
+        [](uintptr_t begin, int64_t bytes) { prefer_huge_pages(pointer<void>(begin), bytes); });
+  m.def("supported", &supported_isas,
+        "Instruction sets of this build that this machine runs: the oldest first, and last amx_emulated, for tests");
+  m.def("prefers_bf16_dot", &prefers_bf16_dot, "Whether vdpbf16ps beats fp32 FMA here (AMD)");
+  m.def("has_openmp", [] {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+  });
+}

@@ -1,0 +1,30 @@
+// What the binding files share: addresses from Python as pointers, instruction sets by name.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "runtime/cpu_features.h"
+
+void bind_views(nanobind::module_& m);
+void bind_planning(nanobind::module_& m);
+
+namespace gossamer {
+
+// The caller keeps what the address names alive for as long as a call runs. 0 is null.
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline const Kernels& kernels_for(const std::string& isa) {
+  const Kernels* kernels = kernels_of(isa);
+  if (kernels == nullptr) throw std::invalid_argument("this build has no kernels for " + isa);
+  return *kernels;
+}
+
+}  // namespace gossamer

@@ -1,0 +1,149 @@
+// Planning for Python. The GIL is released while it runs.
+#include <nanobind/stl/string.h>
+
+#include <new>
+
+#include "planning/planning.h"
+#include "python/bindings.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace gossamer;
+
+namespace {
+
+void make_score_call(ScoreCall* self, const TensorView& q, const TensorView& k, const Extent& extent, float scale,
+                     int threads) {
+  new (self) ScoreCall{q, k, extent, scale, threads};
+}
+
+void make_part(Part* self, int64_t first, int64_t stop) { new (self) Part{first, stop}; }
+
+void make_choice(Choice* self, int64_t batch, int64_t heads, int64_t rows, int64_t width, Rule rule, float alpha,
+                 uintptr_t scores, uintptr_t counts, uintptr_t shares, uintptr_t seen, uintptr_t forced, int64_t first,
+                 uintptr_t forcing, uintptr_t diagonals, int64_t diagonal_count, uintptr_t origin, bool mirrored) {
+  new (self) Choice{batch,
+                    heads,
+                    rows,
+                    width,
+                    rule,
+                    alpha,
+                    pointer<float>(scores),
+                    pointer<int64_t>(counts),
+                    pointer<double>(shares),
+                    pointer<Range>(seen),
+                    pointer<Range>(forced),
+                    first,
+                    pointer<uint8_t>(forcing),
+                    pointer<uint8_t>(diagonals),
+                    diagonal_count,
+                    pointer<int64_t>(origin),
+                    mirrored};
+}
+
+void make_slashes(Slashes* self, const Extent& extent, int64_t heads, int64_t width, const Part& part,
+                  uintptr_t columns, uintptr_t distances) {
+  new (self) Slashes{extent, heads, width, part, pointer<uint8_t>(columns), pointer<uint8_t>(distances)};
+}
+
+void make_chosen_bits(ChosenBits* self, uintptr_t bits, uintptr_t counts) {
+  new (self) ChosenBits{pointer<uint64_t>(bits), pointer<int64_t>(counts)};
+}
+
+void bind_views_of_planning(nb::module_& m) {
+  nb::enum_<Rule>(m, "Rule")
+      .value("none", Rule::kNone)
+      .value("relative_to_max", Rule::kRelativeToMax)
+      .value("top_k", Rule::kTopK)
+      .value("top_p", Rule::kTopP)
+      .value("top_p_forced_first", Rule::kTopPForced)
+      .value("top_p_reaching", Rule::kTopPReaching)
+      .value("top_p_below", Rule::kTopPBelow)
+      .value("top_p_of_all_rows", Rule::kTopPOfAllRows);
+  nb::class_<ScoreCall>(m, "ScoreCall")
+      .def("__init__", &make_score_call, nb::kw_only(), "q"_a, "k"_a, "extent"_a, "scale"_a, "threads"_a);
+  nb::class_<Part>(m, "Part").def("__init__", &make_part, "first"_a, "stop"_a);
+  nb::class_<Choice>(m, "Choice")
+      .def("__init__", &make_choice, nb::kw_only(), "batch"_a, "heads"_a, "rows"_a, "width"_a, "rule"_a, "alpha"_a,
+           "scores"_a, "counts"_a, "shares"_a, "seen"_a, "forced"_a, "first"_a, "forcing"_a, "diagonals"_a,
+           "diagonal_count"_a, "origin"_a, "mirrored"_a);
+  nb::class_<Slashes>(m, "Slashes")
+      .def("__init__", &make_slashes, nb::kw_only(), "extent"_a, "heads"_a, "width"_a, "part"_a, "columns"_a,
+           "distances"_a);
+  nb::class_<ChosenBits>(m, "ChosenBits").def("__init__", &make_chosen_bits, nb::kw_only(), "bits"_a, "counts"_a);
+}
+
+void bind_scores(nb::module_& m) {
+  using Release = nb::call_guard<nb::gil_scoped_release>;
+  m.def(
+      "probe",
+      [](const std::string& isa, const ScoreCall& call, int64_t last, int64_t width, uintptr_t columns,
+         uintptr_t diagonals) {
+        probe(kernels_for(isa), call, last, width, pointer<float>(columns), pointer<float>(diagonals));
+      },
+      "isa"_a, "call"_a, nb::kw_only(), "last"_a, "width"_a, "columns"_a, "diagonals"_a, Release());
+  m.def(
+      "pool_keys",
+      [](const std::string& isa, const TensorView& k, const Grid& grid, int64_t blocks, uintptr_t out, int threads) {
+        pool_keys(kernels_for(isa), k, grid, blocks, pointer<float>(out), threads);
+      },
+      "isa"_a, "k"_a, "grid"_a, nb::kw_only(), "blocks"_a, "out"_a, "threads"_a, Release());
+  m.def(
+      "pool_queries",
+      [](const std::string& isa, const TensorView& q, const Grid& grid, int64_t blocks, uintptr_t out, int threads) {
+        pool_queries(kernels_for(isa), q, grid, blocks, pointer<float>(out), threads);
+      },
+      "isa"_a, "q"_a, "grid"_a, nb::kw_only(), "blocks"_a, "out"_a, "threads"_a, Release());
+  m.def(
+      "pooled_products",
+      [](const std::string& isa, const TensorView& queries, const TensorView& keys, const Grid& grid, const Part& part,
+         uintptr_t out, int threads) {
+        pooled_products(kernels_for(isa), queries, keys, grid, part, pointer<float>(out), threads);
+      },
+      "isa"_a, "queries"_a, "keys"_a, "grid"_a, "part"_a, nb::kw_only(), "out"_a, "threads"_a, Release());
+  m.def(
+      "block_energy",
+      [](const std::string& isa, const ScoreCall& call, const Grid& grid, const Part& part, uintptr_t out) {
+        block_energy(kernels_for(isa), call, grid, part, pointer<float>(out));
+      },
+      "isa"_a, "call"_a, "grid"_a, "part"_a, nb::kw_only(), "out"_a, Release());
+  m.def(
+      "antidiagonal",
+      [](const std::string& isa, const ScoreCall& call, const Grid& grid, int64_t stride, const Part& part,
+         int64_t key_blocks, uintptr_t out) {
+        antidiagonal(kernels_for(isa), call, grid, stride, part, key_blocks, pointer<float>(out));
+      },
+      "isa"_a, "call"_a, "grid"_a, "stride"_a, "part"_a, nb::kw_only(), "key_blocks"_a, "out"_a, Release());
+}
+
+void bind_lists(nb::module_& m) {
+  using Release = nb::call_guard<nb::gil_scoped_release>;
+  m.def("choose", &choose, "choice"_a, "chosen"_a, "threads"_a, Release());
+  m.def(
+      "list_bits",
+      [](uintptr_t bits, int64_t rows, int64_t width, uintptr_t starts, uintptr_t indices, int threads) {
+        list_bits(pointer<uint64_t>(bits), rows, width, pointer<int64_t>(starts), pointer<int32_t>(indices), threads);
+      },
+      nb::kw_only(), "bits"_a, "rows"_a, "width"_a, "starts"_a, "indices"_a, "threads"_a, Release());
+  m.def(
+      "place_lists",
+      [](uintptr_t lists, uintptr_t counts, int64_t rows, uintptr_t starts, uintptr_t indices, int threads) {
+        place_lists(pointer<int32_t>(lists), pointer<int64_t>(counts), rows, pointer<int64_t>(starts),
+                    pointer<int32_t>(indices), threads);
+      },
+      nb::kw_only(), "lists"_a, "counts"_a, "rows"_a, "starts"_a, "indices"_a, "threads"_a, Release());
+  m.def("slashes", &slashes, "call"_a, nb::kw_only(), "blocks"_a, "columns"_a, "threads"_a, Release());
+  m.def(
+      "count_pairs", [](const Plan& plan, uintptr_t counts, int threads) {
+        count_pairs(plan, pointer<int64_t>(counts), threads);
+      },
+      "plan"_a, nb::kw_only(), "counts"_a, "threads"_a, Release());
+}
+
+}  // namespace
+
+void bind_planning(nb::module_& m) {
+  bind_views_of_planning(m);
+  bind_scores(m);
+  bind_lists(m);
+}

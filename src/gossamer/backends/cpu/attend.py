@@ -1,0 +1,102 @@
+"""Attention over the pairs of a plan, in C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
+from gossamer.backends.cpu.views import address, dense_rows, plan_parts, plan_view, tensor_view
+from gossamer.backends.gradient import refuse
+from gossamer.call import AttentionCall
+from gossamer.plan import SparsePlan
+
+__all__ = ["attend"]
+
+
+def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
+    """Attention over exactly the pairs that the plan names. See `gossamer.backends.torch.attend`, the definition.
+
+    fp32, bf16 or fp16 in, fp32 accumulation; head dimensions up to 256. Runs on ``torch.get_num_threads()`` threads
+    without the GIL. On each instruction set a batch row's result depends, bit for bit, on nothing but its own live
+    tokens and lists: not on padding, the rest of the batch or the number of threads. Few queries (one block of them, as
+    in decoding) run split over the keys. A value that is not finite also spoils rows that do not attend it, where they
+    attend another key of the same 64 (0 * inf; torch's SDPA does so for all keys); dead tokens are never read. There is
+    no backward.
+
+    On ``avx512_bf16`` and ``amx`` the hardware takes bf16 values below the smallest normal number (1.2e-38) as 0, and
+    sums below it.
+
+    Returns:
+        out ``[B, H, S, Dv]`` in q's dtype and lse fp32 ``[B, H, S]``, both contiguous.
+
+    Raises:
+        RuntimeError: the kernels are not built.
+        ValueError, TypeError: a plan of another call or device; another device, dtype or head dimension.
+        NotImplementedError: from ``backward()``, where an input requires a gradient.
+    """
+    call.check_plan(plan)
+    check_tensors(call.q, call.k, call.values)
+    if plan.device.type != "cpu":
+        raise ValueError(f"the cpu backend takes plans on the CPU, got one on {plan.device}; move it")
+    tensors, sizes = plan_parts(plan)
+    softcap = 0.0 if call.softcap is None else float(call.softcap)
+    # An operator's dispatch would take as long as all the rest of a short call.
+    plain = not call.needs_gradient and not torch.compiler.is_compiling() and type(call.q) in (Tensor, Parameter)
+    operator = _cpu_attend if plain else torch.ops.gossamer.cpu_attend
+    return operator(call.q, call.k, call.values, _sinks(call), tensors, sizes, call.scale, softcap)
+
+
+def _sinks(call: AttentionCall) -> Tensor:
+    return torch.empty(0) if call.sinks is None else call.sinks.float()
+
+
+# Defined by schema, not by torch.library.custom_op: that imports the whole of torch._dynamo on the first call.
+_library = torch.library.Library("gossamer", "FRAGMENT")
+_library.define(
+    "cpu_attend(Tensor q, Tensor k, Tensor v, Tensor sinks, Tensor[] plan, int[] sizes, float scale, float softcap) "
+    "-> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "cpu_attend", "CPU")
+def _cpu_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    plan: list[Tensor],
+    sizes: list[int],
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    native, isa = kernels(), active_isa(q.dtype)
+    # Held by name until the kernel is done: only their addresses are handed over.
+    q, k, v = (dense_rows(x) for x in (q, k, v))
+    plan, sinks = [x.contiguous() for x in plan], sinks.contiguous()
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    native.prefer_huge_pages(out.data_ptr(), out.nbytes)
+    call = native.AttentionCall(
+        q=tensor_view(q),
+        k=tensor_view(k),
+        v=tensor_view(v),
+        out=tensor_view(out),
+        lse=lse.data_ptr(),
+        sinks=address(sinks) if sinks.numel() else 0,
+        scale=scale,
+        softcap=softcap,
+        threads=torch.get_num_threads(),
+    )
+    native.attend(isa, plan_view(plan, sizes), call)
+    return out, lse
+
+
+@torch.library.register_fake("gossamer::cpu_attend", lib=_library)
+def _(q: Tensor, k: Tensor, v: Tensor, *_args: object) -> tuple[Tensor, Tensor]:
+    shape = (*q.shape[:3], v.shape[-1])
+    return q.new_empty(shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+torch.library.register_autograd("gossamer::cpu_attend", refuse, lib=_library)

@@ -1,0 +1,188 @@
+"""From scores to a plan in C++: rules, forced ranges and diagonals as bits, bits as lists, and the pairs in a plan.
+
+From equal scores the sets are those of `gossamer.backends.torch.choose`, the definition, and pairs are counted exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.backends.cpu.native import kernels
+from gossamer.backends.cpu.views import address, plan_parts, plan_view
+from gossamer.backends.torch.choose import ListWriter as TorchListWriter
+from gossamer.plan import SparsePlan, ceil_div
+from gossamer.plan.count import count_pairs
+from gossamer.rules import (
+    Candidates,
+    RelativeToMax,
+    Rule,
+    TopK,
+    TopP,
+    TopPBelow,
+    TopPOfAllRows,
+    TopPReaching,
+    per_head,
+    shares,
+)
+
+__all__ = ["ListWriter", "count", "finish", "list_bits"]
+
+_TOP_P = {TopPReaching: "top_p_reaching", TopPBelow: "top_p_below", TopPOfAllRows: "top_p_of_all_rows"}
+
+
+class ListWriter(TorchListWriter):
+    """Collects the rows of a plan's lists; see `gossamer.backends.torch.ListWriter`.
+
+    What it chose is held as bits until `build`.
+    """
+
+    def choose(
+        self, part: range, candidates: Candidates, scores: Tensor | None = None, rule: Rule | None = None
+    ) -> None:
+        """See `gossamer.backends.torch.ListWriter.choose`. Rules of third parties run by their own `Rule.select`.
+
+        Raises:
+            ValueError: shapes disagree, a share lies outside [0, 1], or another part has written one of these rows.
+        """
+        batch, heads, _ = self.shape
+        shape = (batch, heads, len(part), self.width)
+        if scores is not None and tuple(scores.shape) != shape:
+            raise ValueError(f"scores of this part must have shape {shape}, got {tuple(scores.shape)}")
+        fields = {} if scores is None or rule is None else _rule_fields(rule, heads)
+        if fields is None:
+            super().choose(part, candidates, scores, rule)
+            return
+        if fields.get("rule") == "top_p_of_all_rows" and len(part) * self.width >= 1 << 32:
+            raise ValueError(
+                f"one list of all rows takes less than 2^32 scores a head, got {len(part)} x {self.width}; "
+                "widen the blocks"
+            )
+        bits = torch.empty(batch, heads, len(part), ceil_div(self.width, 64), dtype=torch.int64)
+        counts = torch.empty(batch, heads, len(part), dtype=torch.int64)
+        _choose(candidates, scores if fields else None, fields, shape, bits, counts)
+        self.take(part, counts, bits)
+
+    def build(self) -> tuple[Tensor, Tensor]:
+        """Row pointers int64 and ascending indices int32 of all rows."""
+        counts = torch.zeros(self.shape, dtype=torch.int64)
+        for start, (part, _) in self._parts.items():
+            counts[:, :, start : start + part.shape[2]] = part
+        indptr = torch.zeros(counts.numel() + 1, dtype=torch.int64)
+        torch.cumsum(counts.flatten(), 0, out=indptr[1:])
+        indices = torch.empty(int(indptr[-1]), dtype=torch.int32)
+        starts = indptr[:-1].view(self.shape)
+        for start, (part, chosen) in self._parts.items():
+            row_starts = starts[:, :, start : start + part.shape[2]].contiguous()
+            if chosen.dtype == torch.int64:
+                list_bits(chosen, self.width, row_starts, indices)
+            else:
+                part, chosen = part.contiguous(), chosen.contiguous()
+                kernels().place_lists(
+                    lists=chosen.data_ptr(),
+                    counts=part.data_ptr(),
+                    rows=part.numel(),
+                    starts=row_starts.data_ptr(),
+                    indices=indices.data_ptr(),
+                    threads=torch.get_num_threads(),
+                )
+        return indptr, indices
+
+
+def _rule_fields(rule: Rule, heads: int) -> dict[str, Any] | None:
+    """Of a rule that the kernels know: its name and its numbers. None for others, and for what inherits from them."""
+    kind = type(rule)
+    if isinstance(rule, RelativeToMax) and kind is RelativeToMax:
+        return {"rule": "relative_to_max", "alpha": float(rule.alpha)}
+    if isinstance(rule, TopK) and kind is TopK:
+        return {"rule": "top_k", "counts": per_head(rule.count, heads, torch.int64, "cpu").contiguous()}
+    if isinstance(rule, TopP) and kind is TopP:
+        name = "top_p_forced_first" if rule.forced_first else "top_p"
+        return {"rule": name, "shares": shares(rule.p, heads, "cpu").contiguous()}
+    if isinstance(rule, (TopPReaching, TopPBelow, TopPOfAllRows)) and kind in _TOP_P:
+        return {"rule": _TOP_P[kind], "shares": shares(rule.p, heads, "cpu").contiguous()}
+    return None
+
+
+def _choose(
+    candidates: Candidates,
+    scores: Tensor | None,
+    fields: dict[str, Any],
+    shape: tuple[int, int, int, int],
+    bits: Tensor,
+    counts: Tensor,
+) -> None:
+    batch, heads, rows, width = shape
+    native = kernels()
+    # Held by name until the kernel is done: only their addresses are handed over.
+    scores = None if scores is None else scores.float().contiguous()
+    seen, forced = _int64(candidates.seen, (batch, rows, 2)), _int64(candidates.forced, (batch, rows, 2))
+    forcing, diagonals, origin = candidates.forcing, candidates.diagonals, None
+    if forcing is not None:
+        forcing = forcing.expand(batch, heads).to(torch.uint8).contiguous()
+    if diagonals is not None:
+        diagonals = diagonals.expand(batch, heads, -1).to(torch.uint8).contiguous()
+        origin = _int64(candidates.origin, (batch, rows))
+    choice = native.Choice(
+        batch=batch,
+        heads=heads,
+        rows=rows,
+        width=width,
+        rule=getattr(native.Rule, fields.get("rule", "none")),
+        alpha=fields.get("alpha", 0.0),
+        scores=address(scores),
+        counts=address(fields.get("counts")),
+        shares=address(fields.get("shares")),
+        seen=seen.data_ptr(),
+        forced=forced.data_ptr(),
+        first=candidates.first,
+        forcing=address(forcing),
+        diagonals=address(diagonals),
+        diagonal_count=0 if diagonals is None else diagonals.shape[2],
+        origin=address(origin),
+        mirrored=candidates.mirrored,
+    )
+    native.choose(choice, native.ChosenBits(bits=bits.data_ptr(), counts=counts.data_ptr()), torch.get_num_threads())
+
+
+def _int64(values: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    if values is None:
+        raise ValueError("diagonals need an origin: the candidate of each row on diagonal 0")
+    return values.to("cpu", torch.int64).expand(shape).contiguous()
+
+
+def list_bits(bits: Tensor, width: int, starts: Tensor, indices: Tensor) -> None:
+    """Writes the numbers of the bits that are set, ascending, each row's from its start on."""
+    kernels().list_bits(
+        bits=bits.data_ptr(),
+        rows=starts.numel(),
+        width=width,
+        starts=starts.data_ptr(),
+        indices=indices.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def finish(blocks: ListWriter | None, columns: ListWriter | None, **fields: Any) -> SparsePlan:
+    """See `gossamer.backends.torch.finish`."""
+    lists: dict[str, Tensor] = {}
+    for name, writer in (("block", blocks), ("column", columns)):
+        if writer is not None:
+            lists[f"{name}_indptr"], lists[f"{name}_indices"] = writer.build()
+    plan = SparsePlan.unchecked(**lists, **fields)
+    return SparsePlan.unchecked(**lists, **fields, pairs=count(plan))
+
+
+def count(plan: SparsePlan) -> Tensor:
+    """See `gossamer.plan.SparsePlan.count_pairs`. Plans with an order are counted in torch."""
+    if plan.permuted:
+        return count_pairs(plan)
+    if plan.device.type != "cpu":
+        raise ValueError(f"the C++ kernels count plans on the CPU, got one on {plan.device}; move it")
+    counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64)
+    tensors, sizes = plan_parts(plan)
+    tensors = [x.contiguous() for x in tensors]  # held by name until the kernel is done
+    kernels().count_pairs(plan_view(tensors, sizes), counts=counts.data_ptr(), threads=torch.get_num_threads())
+    return counts

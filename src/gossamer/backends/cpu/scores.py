@@ -1,0 +1,161 @@
+"""Scores in C++. The definitions are in `gossamer.backends.torch.scores`, with the same names and signatures.
+
+Scores agree with torch's up to the order of fp32 sums and the rounding of exponentials. On each instruction set a batch
+row's scores depend, bit for bit, on nothing but its own live tokens: not on padding, the rest of the batch or the
+number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
+from gossamer.backends.cpu.views import dense_rows, grid_view, part_view, score_view, tensor_view
+from gossamer.call import AttentionCall
+from gossamer.plan import Grid
+
+__all__ = [
+    "PART_BYTES",
+    "antidiagonal_scores",
+    "last_query_probe",
+    "pool_keys",
+    "pool_queries",
+    "pooled_scores",
+    "row_block_energy",
+]
+
+# Scores of a part that is handed out at once: the kernels have no other working set that grows.
+PART_BYTES = 64 << 20
+
+
+def last_query_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
+    """See `gossamer.backends.torch.last_query_probe`."""
+    check_tensors(call.q, call.k)
+    if last < 1:
+        raise ValueError(f"the probe needs at least one row, got last={last}")
+    width = call.extent.longest
+    columns = torch.zeros(call.batch, call.heads, width)
+    diagonals = torch.zeros_like(columns)
+    q, k = dense_rows(call.q), dense_rows(call.k)
+    kernels().probe(
+        active_isa(q.dtype),
+        score_view(q, k, call),
+        last=last,
+        width=width,
+        columns=columns.data_ptr(),
+        diagonals=diagonals.data_ptr(),
+    )
+    return columns, diagonals
+
+
+def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
+    """See `gossamer.backends.torch.pool_keys`."""
+    check_tensors(call.k)
+    grid = _of_call(grid, call)
+    means = torch.empty(call.batch, call.groups, grid.key_blocks, call.k.shape[-1])
+    k = dense_rows(call.k)
+    kernels().pool_keys(
+        active_isa(k.dtype),
+        tensor_view(k),
+        grid_view(grid),
+        blocks=grid.key_blocks,
+        out=means.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return means
+
+
+def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
+    """See `gossamer.backends.torch.pool_queries`."""
+    check_tensors(call.q)
+    grid = _of_call(grid, call)
+    means = torch.empty(call.batch, call.heads, grid.query_blocks, call.q.shape[-1])
+    q = dense_rows(call.q)
+    kernels().pool_queries(
+        active_isa(q.dtype),
+        tensor_view(q),
+        grid_view(grid),
+        blocks=grid.query_blocks,
+        out=means.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return means
+
+
+def pooled_scores(call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor, part: range) -> Tensor:
+    """See `gossamer.backends.torch.pooled_scores`. ``queries`` and ``keys`` are fp32."""
+    check_tensors(queries, keys)
+    grid = _of_call(grid, call)
+    _check_part(part, grid)
+    _check_pooled(queries, "queries", (call.batch, call.heads, grid.query_blocks, call.q.shape[-1]), torch.float32)
+    _check_pooled(keys, "keys", (call.batch, call.groups, grid.key_blocks, call.q.shape[-1]), torch.float32)
+    scores = torch.empty(call.batch, call.heads, len(part), grid.key_blocks)
+    queries, keys = queries.contiguous(), keys.contiguous()
+    kernels().pooled_products(
+        active_isa(torch.float32),
+        tensor_view(queries),
+        tensor_view(keys),
+        grid_view(grid),
+        part_view(part),
+        out=scores.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return scores
+
+
+def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range) -> Tensor:
+    """See `gossamer.backends.torch.row_block_energy`. ``keys`` have q's dtype."""
+    check_tensors(call.q, keys)
+    grid = _of_call(grid, call)
+    _check_part(part, grid)
+    _check_pooled(keys, "keys", (call.batch, call.groups, grid.key_blocks, call.q.shape[-1]), call.q.dtype)
+    energies = torch.empty(call.batch, call.groups, len(part), grid.key_blocks)
+    q, keys = dense_rows(call.q), keys.contiguous()
+    kernels().block_energy(
+        active_isa(q.dtype), score_view(q, keys, call), grid_view(grid), part_view(part), out=energies.data_ptr()
+    )
+    return energies
+
+
+def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: range) -> Tensor:
+    """See `gossamer.backends.torch.antidiagonal_scores`.
+
+    Working memory of a thread: some MiB, and some KiB a key block.
+    """
+    check_tensors(call.q, call.k)
+    if stride < 1 or grid.block_q % stride or grid.block_k % stride:
+        raise ValueError(
+            f"stride must divide block_q and block_k, got {stride} for blocks {grid.block_q} and {grid.block_k}"
+        )
+    grid = _of_call(grid, call)
+    _check_part(part, grid)
+    scores = torch.empty(call.batch, call.heads, len(part), grid.key_blocks)
+    if scores.numel() == 0:
+        return scores
+    q, k = dense_rows(call.q), dense_rows(call.k)
+    kernels().antidiagonal(
+        active_isa(q.dtype),
+        score_view(q, k, call),
+        grid_view(grid),
+        stride,
+        part_view(part),
+        key_blocks=grid.key_blocks,
+        out=scores.data_ptr(),
+    )
+    return scores
+
+
+def _of_call(grid: Grid, call: AttentionCall) -> Grid:
+    """The kernels index the call's tensors by the grid's extent: it must be the call's own."""
+    return grid if grid.extent is call.extent else Grid(call.extent, grid.block_q, grid.block_k)
+
+
+def _check_part(part: range, grid: Grid) -> None:
+    if part.step != 1 or not 0 <= part.start <= part.stop <= grid.query_blocks:
+        raise ValueError(f"a part must be consecutive rows of the plan's {grid.query_blocks}, got {part}")
+
+
+def _check_pooled(x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(x.shape) != shape or x.dtype != dtype:
+        raise ValueError(f"pooled {name} must be {dtype} of shape {shape}, got {x.dtype} of shape {tuple(x.shape)}")
