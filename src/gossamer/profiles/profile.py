@@ -49,8 +49,8 @@ class Profile:
             that is no method.
     """
 
-    layers: tuple[tuple[Method, ...], ...]
-    scores: tuple[tuple[float | None, ...], ...] | None = None
+    layers: Sequence[Sequence[Method]]
+    scores: Sequence[Sequence[float | None]] | None = None
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
