@@ -17,7 +17,7 @@ from comparison import Request, Rows, about
 from vllm_attention import Unavailable
 from workloads import Shape, columns, random_blocks, strips, vertical_slash
 
-from gossamer import SparsePlan
+from gossamer import AttentionCall, SparsePlan
 from gossamer.backends import cpu
 
 MEMORY_PLANS: dict[str, Callable[[Shape], SparsePlan]] = {
@@ -69,11 +69,12 @@ def peak_memory(request: Request, kind: str) -> Rows:
     plan = MEMORY_PLANS[kind](shape)
     described = about(shape, plan, f"peak memory, {kind}")
     small = Shape(64, 2, 1, 128, "bf16")
-    small.run(random_blocks(small, None))(*small.draw(0))
+    small.run(random_blocks(small, None))(small.draw(0))
+    call = AttentionCall(q, k, v)
     give_back_freed_memory()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    out, lse = cpu.execute(q, k, v, plan, scale=1.0)
+    out, lse = cpu.attend(call, plan)
     peak = resident("VmHWM")
     returned = out.numel() * 2 + lse.numel() * 4
     packed = (k.numel() + v.numel()) * 2

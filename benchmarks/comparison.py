@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peak import peak_flops
 from timing import LONG_ROUNDS, ROUNDS, alternate, wake_threads
-from torch import Tensor
 from workloads import DTYPES, Shape
 
-from gossamer import SparsePlan
+from gossamer import AttentionCall, SparsePlan
 from gossamer.backends import cpu
 
 Row = dict[str, Any]
@@ -47,19 +44,6 @@ class Request:
         where = {"length": shape.length, "dtype": shape.dtype, "dim": shape.dim}
         isa = cpu.active_isa(DTYPES[shape.dtype])
         return [name for name in names if self.lacks(what=name, isa=isa, **where)]
-
-
-@contextmanager
-def forced(isa: str) -> Iterator[None]:
-    """An instruction set for the time being."""
-    before = os.environ.get(cpu.ENVIRONMENT)
-    os.environ[cpu.ENVIRONMENT] = isa
-    try:
-        yield
-    finally:
-        del os.environ[cpu.ENVIRONMENT]
-        if before is not None:
-            os.environ[cpu.ENVIRONMENT] = before
 
 
 @functools.cache
@@ -110,9 +94,9 @@ def compare(
     request: Request,
     shape: Shape,
     plans: Plans,
-    prepare: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    prepare: Callable[[AttentionCall], None] | None = None,
     label: str = "",
-    **others: Callable[..., object],
+    **others: Callable[[AttentionCall], object],
 ) -> Rows:
     """SDPA, the plans and other contenders in turn; a row a plan that is not held yet, with what the others took.
 
@@ -125,11 +109,11 @@ def compare(
     if not wanted:
         return
 
-    def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        drawn = shape.draw(seed)
+    def inputs(seed: int) -> AttentionCall:
+        call = shape.draw(seed)
         if prepare is not None:
-            prepare(*drawn)
-        return drawn
+            prepare(call)
+        return call
 
     made = {name: make() for name, make in plans.items() if name in wanted or name == "dense"}
     contenders = {"sdpa": shape.sdpa, **others, **{name: shape.run(plan) for name, plan in made.items()}}

@@ -9,9 +9,10 @@ much of the machine other programs took; a call that was short of a core is repe
 hour on two cores. Planning is measured by planning.py, whole layers by end_to_end.py; pictures.py draws the figures of
 this one.
 
-The file is written after each row. A section that is measured again replaces its rows in the file; the others stay.
-With --missing only the rows are measured that the file lacks, so that a run goes on where one was stopped. A section
-whose contender is missing here is skipped, and the file says why, unless it has rows of that section already.
+The file stands in a folder of this machine, beside those of others, and is written after each row. A section that is
+measured again replaces its rows in the file; the others stay. With --missing only the rows are measured that the file
+lacks, so that a run goes on where one was stopped. A section whose contender is missing here is skipped, and the file
+says why, unless it has rows of that section already.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from typing import Any
 import torch
 from comparison import Request, identity
 from cpu_sections import SECTIONS
-from timing import LOW_SHARE, ROUNDS, Bystanders, machine, write
+from machines import machine, results
+from timing import LOW_SHARE, ROUNDS, Bystanders, write
 from vllm_attention import Unavailable, versions
 from workloads import verify
 
 from gossamer.backends import cpu
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+NAME = "cpu.json"
 SHOWN = (
     "speedup",
     "speedup_over_flex",
@@ -64,7 +66,7 @@ def line(row: dict) -> str:
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """What makes figures of two sections incomparable: field, old value, new value."""
-    for field in ("cpu", "cores", "torch"):
+    for field in ("cpu", "generation", "cores", "torch"):
         if old["machine"].get(field) != new["machine"].get(field):
             yield field, old["machine"].get(field), new["machine"].get(field)
     if old.get("threads", new["threads"]) != new["threads"]:
@@ -162,7 +164,7 @@ def main() -> int:
     parser.add_argument("--missing", action="store_true", help="only the rows that the file lacks")
     parser.add_argument("--quick", action="store_true", help="small sizes; writes nothing unless --out is given")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} in results/")
+    parser.add_argument("--out", type=Path, help=f"default: {NAME} in the folder of this machine in results/")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",")
     unknown = sorted(set(chosen) - set(SECTIONS))
@@ -177,7 +179,7 @@ def main() -> int:
     except AssertionError as error:
         print(f"nothing timed: {error}", file=sys.stderr)
         return 1
-    out = arguments.out or (None if arguments.quick else RESULTS)
+    out = arguments.out or (None if arguments.quick else results(NAME))
     report = Report(out, arguments.missing)
     try:
         requests = {name: Request(arguments.quick, report.held(name)) for name in chosen}

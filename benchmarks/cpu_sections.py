@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from children import in_child, memory
-from comparison import Request, Rows, about, compare, forced, gemm_rate, register_rate
-from timing import alternate
+from comparison import Request, Rows, about, compare, gemm_rate, register_rate
+from timing import alternate, environment
 from torch import Tensor
 from vllm_attention import PagedAttention
 from workloads import (
@@ -26,7 +26,7 @@ from workloads import (
     vertical_slash,
 )
 
-from gossamer import SparsePlan
+from gossamer import AttentionCall, SparsePlan
 from gossamer.backends import cpu
 
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
@@ -89,7 +89,7 @@ def flex_block_mask(plan: SparsePlan) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     blocks = plan.block_mask()[0]
-    first_query = torch.arange(plan.num_query_blocks)[:, None] * plan.block_q
+    first_query = plan.grid.queries[0, :, :1]
     whole = (torch.arange(plan.num_key_blocks)[None] + 1) * plan.block_k <= first_query + 1
 
     def ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,11 +133,11 @@ def against_flex(request: Request, shape: Shape, densities: tuple[float | None, 
         # One of all blocks, so that both sides have blocks of one size.
         plan = random_blocks(shape, 1.0 if density is None else density, block_k)
         plans[name] = lambda plan=plan: plan
-        mask = flex_block_mask(plan)
-        others[f"flex {name}"] = run = partial(compiled, block_mask=mask, scale=shape.dim**-0.5, enable_gqa=True)
-        q, k, v = shape.draw(0)
-        expected, _ = cpu.execute(q, k, v, plan, scale=shape.dim**-0.5)
-        torch.testing.assert_close(run(q, k, v), expected, atol=3e-2, rtol=3e-2)
+        run = partial(compiled, block_mask=flex_block_mask(plan), scale=shape.dim**-0.5, enable_gqa=True)
+        others[f"flex {name}"] = attend = lambda call, run=run: run(call.q, call.k, call.v)
+        call: AttentionCall = shape.draw(0)
+        expected, _ = cpu.attend(call, plan)
+        torch.testing.assert_close(attend(call), expected, atol=3e-2, rtol=3e-2)
     for row in compare(request, shape, plans, **others):
         theirs = {name: row.pop(name) for name in others}[f"flex {row['what']}"]
         yield row | {"flex": theirs, "speedup_over_flex": round(theirs["median_s"] / row["median_s"], 3)}
@@ -169,7 +169,7 @@ def instruction_sets(request: Request) -> Rows:
         if isa == "amx_emulated":
             continue
         for dtype in DTYPES:
-            with forced(isa):
+            with environment(cpu.ENVIRONMENT, isa):
                 if dtype == "fp32" and cpu.active_isa(torch.float32) != isa:
                     continue
                 longer = [] if isa == "portable" else [(16384, 128)]

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer import sparse_attention
-from gossamer.attention import CallRecord, Policy
+from gossamer import Policy, sparse_attention
+from gossamer.attention import CallRecord
 
 AKIN = 2.0  # times the key's weights, in the query's
 MLP_ROWS = 4096  # tokens that the MLP takes at once
@@ -101,7 +101,6 @@ class Layer:
         q, k, v = (t.view(1, tokens, -1, w.dim).transpose(1, 2) for t in (q, k, v))
         q, k = timed("projections", lambda: (rotate(q), rotate(k)))
         attended = timed("attention", lambda: sparse_attention(q, k, v, policy, layer=0, record=self.records.append))
-        assert isinstance(attended, Tensor)
         attended = attended.transpose(1, 2).reshape(tokens, -1)
         x = timed("projections", lambda: x + F.linear(attended, self.out))
         return timed("mlp", lambda: self._mlp(x))

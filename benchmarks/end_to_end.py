@@ -27,15 +27,16 @@ from typing import Any
 
 import torch
 from decoder import Layer, Width
-from timing import Bystanders, machine, wake_threads, write
+from machines import machine, results
+from timing import Bystanders, wake_threads, write
 
-from gossamer import methods
-from gossamer.attention import CallRecord, Policy
+from gossamer import Policy, methods
+from gossamer.attention import CallRecord
 from gossamer.cli.specs import parse_method, split_specs
 from gossamer.evaluate.runner import parse_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
+NAME = "end_to_end.json"
 MODEL_TOKENS, MODEL_ROUNDS = 32768, 3
 WARM_UP_TOKENS, MOST_TOKENS_OF_ROUNDS = 2048, 32768
 INPUTS = ("random", "drifting")
@@ -190,14 +191,14 @@ def main() -> int:
     parser.add_argument("--methods", default="dense,dense(kernel=gossamer),minference,max_relative")
     parser.add_argument("--longest-sdpa", default="64k", help="torch's dense attention is left out beyond this length")
     parser.add_argument("--quick", action="store_true", help="2K, narrow layers; writes nothing without --out")
-    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} in results/")
+    parser.add_argument("--out", type=Path, help=f"default: {NAME} in the folder of this machine in results/")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",")
     if unknown := sorted(set(chosen) - set(PARTS)):
         parser.error(f"--only takes {', '.join(PARTS)}; got {unknown[0]!r}")
     if unknown := sorted(set(arguments.inputs.split(",")) - set(INPUTS)):
         parser.error(f"--inputs takes {', '.join(INPUTS)}; got {unknown[0]!r}")
-    out = arguments.out or (None if arguments.quick else RESULTS)
+    out = arguments.out or (None if arguments.quick else results(NAME))
     report: dict[str, Any] = json.loads(out.read_text()) if out is not None and out.exists() else {}
     for name in chosen:
         kept = report.get(name, {}).get("rows", [])

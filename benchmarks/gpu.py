@@ -1,4 +1,4 @@
-"""Speed of the Triton executor and planner on a CUDA device, in commands of at most eight minutes.
+"""Speed of the Triton kernels and planner on a CUDA device, in commands of at most eight minutes.
 
     python benchmarks/gpu.py [--quick] [--only SECTION,...] [--tune] [--minutes M] [--out FILE]
     python benchmarks/gpu.py --verify [--quick] [--only GROUP,...]
@@ -6,7 +6,8 @@
 First kernels and planners are verified against fp64, at small sizes and at those that are timed; nothing is timed while
 one of them is wrong. Contenders take turns on inputs that are fresh each round, measured with CUDA events after the L2
 cache was flushed; figures are medians of seven rounds (fewer where a call takes seconds). What would not end in time is
-not begun, and its row says so. The file is whole after each row; run again, what it lacks is measured.
+not begun, and its row says so. The file stands in a folder of the device, beside those of others, and is whole after
+each row; run again, what it lacks is measured.
 
 --verify runs the whole conformance matrix and times nothing. --quick takes small sizes; without a CUDA device it runs
 under Triton's interpreter, where it shows that everything works and nothing about speed.
@@ -31,8 +32,9 @@ from gpu_sections import SECTIONS
 from gpu_setting import Setting
 from gpu_timing import COMPILING_SECONDS, ROUNDS, Budget, Timer, machine, reason
 from gpu_verify import GROUPS, verify
+from machines import results
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
+NAME = "gpu.json"
 MINUTES = 8.0
 VERIFY_SECONDS = {False: 90.0, True: 120.0}  # before timing, and of --verify
 
@@ -94,7 +96,7 @@ def main() -> int:
     parser.add_argument("--only", help=f"of {', '.join(SECTIONS)}; with --verify of {', '.join(GROUPS)}")
     parser.add_argument("--tune", action="store_true", help="measure other tile shapes too, after all sections")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"end within, verifying included: {MINUTES:g}")
-    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} in results/")
+    parser.add_argument("--out", type=Path, help=f"default: {NAME} in the device's folder in results/")
     arguments = parser.parse_args()
     budget = Budget(60 * arguments.minutes)
     known = GROUPS if arguments.verify else tuple(SECTIONS)
@@ -111,8 +113,9 @@ def main() -> int:
     interpreted = device.type == "cpu"
     if arguments.verify:
         return 0 if verified(device, True, interpreted, tuple(chosen)) else 1
-    out = arguments.out or (None if arguments.quick else RESULTS)
-    about = {"machine": machine(device), "date": date.today().isoformat(), "rounds": ROUNDS, "quick": arguments.quick}
+    here = machine(device)
+    out = arguments.out or (None if arguments.quick else results(NAME, here))
+    about = {"machine": here, "date": date.today().isoformat(), "rounds": ROUNDS, "quick": arguments.quick}
     report = Report(out, about)
     if report.verified:
         print(f"verified before, says {out}")

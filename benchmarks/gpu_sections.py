@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +21,16 @@ from gpu_setting import (
     flops,
     full_plan,
     ours,
+    planned_by,
     torch_contenders,
 )
 from gpu_timing import COMPILING_SECONDS, Series, alternate
 from gpu_tune import tune
+from timing import environment
 from torch import Tensor
 from workloads import random_blocks_of
 
-from gossamer import SparsePlan
-from gossamer.attention import Policy
-from gossamer.backends import ENVIRONMENT
-from gossamer.backends.planners import triton_on_cpu
+from gossamer import Policy, SparsePlan
 from gossamer.cli.specs import parse_method
 
 Cells = Iterator[Cell]
@@ -65,7 +63,7 @@ def whole(setting: Setting) -> Cells:
 
 
 def _whole(setting: Setting, length: int) -> Rows:
-    attempts = [Attempt(spec, setting.shape[2]) for spec in setting.methods]
+    attempts = [Attempt(spec) for spec in setting.methods]
     contenders = torch_contenders(setting)
     powers: dict[str, float] = {}
     for attempt in attempts:
@@ -133,7 +131,7 @@ def _dense(setting: Setting, length: int, dim: int) -> Rows:
     tiles = -(-length // 128)
     lower = torch.ones(1, groups, tiles, tiles, dtype=torch.bool).tril()
     blocks = SparsePlan.from_block_mask(lower, length, length, block_q=128, block_k=128)
-    contenders = {"gossamer": ours(full_plan(setting, length), dim), **dense_contenders(setting)}
+    contenders = {"gossamer": ours(full_plan(setting, length)), **dense_contenders(setting)}
     contenders["flex"] = flex(setting, blocks.to(setting.device), heads)
     series = alternate(
         setting.timer,
@@ -173,7 +171,7 @@ def _blocks(setting: Setting, length: int, block: int) -> Rows:
     }
     densities = {name: plan.density() for name, plan in plans.items()}
     plans = {name: plan.to(setting.device) for name, plan in plans.items()}
-    contenders = {name: ours(plan, dim) for name, plan in plans.items()}
+    contenders = {name: ours(plan) for name, plan in plans.items()}
     contenders |= {f"flex {name}": flex(setting, plan, heads) for name, plan in plans.items() if name != "dense"}
     series = alternate(
         setting.timer,
@@ -259,22 +257,13 @@ def _model(setting: Setting, width: Width, weights: Callable[[], tuple[list[Laye
         }
 
 
-@contextmanager
-def _on_triton(setting: Setting) -> Iterator[None]:
-    """Without a device the library would choose the CPU's executor and planner: have it interpret the device's."""
-    if not setting.interpreted:
-        yield
-        return
-    before = os.environ.get(ENVIRONMENT)
-    os.environ[ENVIRONMENT] = "triton"
-    try:
-        with triton_on_cpu():
-            yield
-    finally:
-        if before is None:
-            del os.environ[ENVIRONMENT]
-        else:
-            os.environ[ENVIRONMENT] = before
+def _on_triton(setting: Setting) -> ExitStack:
+    """Without a device the library would choose the CPU's kernels: have it interpret the device's."""
+    stack = ExitStack()
+    if setting.interpreted:
+        stack.enter_context(environment("GOSSAMER_BACKEND", "triton"))
+        stack.enter_context(planned_by("triton"))
+    return stack
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from gpu_report import Row
 from gpu_timing import ROUNDS, Budget, Timer
+from timing import environment
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
-from gossamer import Extent, SparsePlan
+from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends import triton
-from gossamer.backends.planners import triton_on_cpu
 from gossamer.cli.specs import parse_method
 
 LLAMA = (32, 8, 128)  # query heads, key/value heads, head dimension
@@ -30,7 +30,7 @@ SPARSE_SHORT = (
     "minference(vertical_size=50,slash_size=192)",
     "max_relative(alpha=0.6,sink_blocks=1,window_blocks=1,last_rows=64,block_k=64)",
 )
-Inputs = tuple[Tensor, Tensor, Tensor]
+Contender = Callable[[AttentionCall], object]
 
 
 class Cell(NamedTuple):
@@ -70,23 +70,22 @@ class Setting:
         """Of `alternate`: one is enough where times mean nothing."""
         return {"rounds": 1, "warm_up": False} if self.interpreted else {"rounds": full}
 
-    def draw(self, length: int, dim: int | None = None) -> Callable[[int], Inputs]:
+    def draw(self, length: int, dim: int | None = None) -> Callable[[int], AttentionCall]:
         heads, groups, default = self.shape
 
-        def inputs(seed: int) -> Inputs:
+        def inputs(seed: int) -> AttentionCall:
             generator = torch.Generator(self.device).manual_seed(seed)
-            return tuple(  # pyright: ignore[reportReturnType]
-                torch.randn(1, n, length, dim or default, generator=generator, device=self.device, dtype=torch.bfloat16)
-                for n in (heads, groups, groups)
-            )
+            size, where = (length, dim or default), {"device": self.device, "dtype": torch.bfloat16}
+            q, k, v = (torch.randn(1, n, *size, generator=generator, **where) for n in (heads, groups, groups))
+            return AttentionCall(q, k, v)
 
         return inputs
 
-    def draw_like_prompts(self, length: int) -> Callable[[int], Inputs]:
+    def draw_like_prompts(self, length: int) -> Callable[[int], AttentionCall]:
         """Keys and queries that drift with the position, so that near ones match, and a hundred keys that all match."""
         heads, groups, dim = self.shape
 
-        def inputs(seed: int) -> Inputs:
+        def inputs(seed: int) -> AttentionCall:
             generator = torch.Generator(self.device).manual_seed(seed)
 
             def noise(n: int, tokens: int) -> Tensor:
@@ -98,7 +97,7 @@ class Setting:
             q.view(1, groups, heads // groups, length, dim).add_(topic[:, :, None], alpha=2)
             lines = torch.randint(length, (min(100, length // 8),), generator=generator, device=self.device)
             k[:, :, lines] += 1.5 * q[:, :: heads // groups].float().mean(2, keepdim=True).bfloat16()
-            return q, k, noise(groups, length)
+            return AttentionCall(q, k, noise(groups, length), layer=0)
 
         return inputs
 
@@ -114,15 +113,16 @@ def full_plan(setting: Setting, length: int) -> SparsePlan:
     return plan.to(setting.device)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None) -> Tensor:
-    run = functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+def sdpa(call: AttentionCall, backend: SDPBackend | None = None) -> Tensor:
+    tensors = (call.q, call.k, call.values)
+    run = functools.partial(F.scaled_dot_product_attention, *tensors, is_causal=True, enable_gqa=True)
     if backend is None:
         return run()
     with sdpa_kernel(backend):
         return run()
 
 
-def torch_contenders(setting: Setting) -> dict[str, Callable[..., object]]:
+def torch_contenders(setting: Setting) -> dict[str, Contender]:
     """Torch's own dense attention, by each of its fast kernels. One that refuses says why in its row."""
     if setting.interpreted:
         return {"sdpa": sdpa}
@@ -132,7 +132,7 @@ def torch_contenders(setting: Setting) -> dict[str, Callable[..., object]]:
     }
 
 
-def dense_contenders(setting: Setting) -> dict[str, Callable[..., object]]:
+def dense_contenders(setting: Setting) -> dict[str, Contender]:
     """Dense attention by others, those that are installed."""
     found = torch_contenders(setting)
     if setting.interpreted:
@@ -140,25 +140,30 @@ def dense_contenders(setting: Setting) -> dict[str, Callable[..., object]]:
     if importlib.util.find_spec("flash_attn_interface"):
         from flash_attn_interface import flash_attn_func as flash3  # pyright: ignore[reportMissingImports]
 
-        found["flash-attn 3"] = lambda q, k, v: flash3(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)
+        found["flash-attn 3"] = lambda call: flash3(*tokens_first(call), causal=True)
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_func as flash2  # pyright: ignore[reportMissingImports]
 
-        found["flash-attn 2"] = lambda q, k, v: flash2(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)
+        found["flash-attn 2"] = lambda call: flash2(*tokens_first(call), causal=True)
     if importlib.util.find_spec("flashinfer"):
         import flashinfer  # pyright: ignore[reportMissingImports]
 
-        found["flashinfer"] = lambda q, k, v: flashinfer.single_prefill_with_kv_cache(
-            *(t[0].transpose(0, 1) for t in (q, k, v)), causal=True
+        found["flashinfer"] = lambda call: flashinfer.single_prefill_with_kv_cache(
+            *(t[0] for t in tokens_first(call)), causal=True
         )
     return found
 
 
-def ours(plan: SparsePlan, dim: int) -> Callable[..., object]:
-    return lambda q, k, v: triton.execute(q, k, v, plan, scale=dim**-0.5)
+def tokens_first(call: AttentionCall) -> list[Tensor]:
+    """q, k and v as ``[B, tokens, heads, D]``."""
+    return [t.transpose(1, 2) for t in (call.q, call.k, call.values)]
 
 
-def flex(setting: Setting, plan: SparsePlan, heads: int) -> Callable[..., object]:
+def ours(plan: SparsePlan) -> Contender:
+    return lambda call: triton.attend(call, plan)
+
+
+def flex(setting: Setting, plan: SparsePlan, heads: int) -> Contender:
     """Compiled FlexAttention on the plan's blocks, whole ones apart; uncompiled on a CPU.
 
     The mask is made by the first call, which does not count: what goes wrong there is this contender's failure.
@@ -172,7 +177,7 @@ def flex(setting: Setting, plan: SparsePlan, heads: int) -> Callable[..., object
         return found
 
     run = _flex_attention(setting.interpreted)
-    return lambda q, k, v: run(q, k, v, block_mask=mask(), enable_gqa=True)
+    return lambda call: run(call.q, call.k, call.values, block_mask=mask(), enable_gqa=True)
 
 
 @functools.cache
@@ -193,15 +198,18 @@ class Attempt:
     """A method on the device, by itself and with the kernel. The last plan is kept."""
 
     spec: str
-    dim: int
     made: SparsePlan | None = field(default=None, init=False)
 
-    def plan(self, q: Tensor, k: Tensor, v: Tensor) -> SparsePlan:
+    def plan(self, call: AttentionCall) -> SparsePlan:
         self.made = None  # its memory is no longer needed
-        extent = Extent.full(1, q.shape[2], k.shape[2])
-        with nullcontext() if q.is_cuda else triton_on_cpu():
-            self.made = parse_method(self.spec).plan(q, k, scale=self.dim**-0.5, extent=extent, layer=0)
+        with planned_by("triton"):
+            self.made = parse_method(self.spec).plan(call)
         return self.made
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> object:
-        return triton.execute(q, k, v, self.plan(q, k, v), scale=self.dim**-0.5)
+    def attend(self, call: AttentionCall) -> object:
+        return triton.attend(call, self.plan(call))
+
+
+def planned_by(backend: str) -> AbstractContextManager[None]:
+    """Plans by that backend, where a device does not decide: without one, Triton interprets on CPU tensors."""
+    return environment("GOSSAMER_PLANNER", backend)

@@ -10,9 +10,10 @@ import hashlib
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -109,8 +110,8 @@ class Timer:
 
 def alternate(
     timer: Callable[[Callable[[], object]], float],
-    contenders: Mapping[str, Callable[..., object]],
-    inputs: Callable[[int], Sequence[object]],
+    contenders: Mapping[str, Callable[[Any], object]],
+    inputs: Callable[[int], Any],
     *,
     rounds: int = ROUNDS,
     warm_up: bool = True,
@@ -125,6 +126,7 @@ def alternate(
     there on, with its reason.
 
     Args:
+        inputs: what the contenders are called with, for a seed.
         budget: contenders that are not expected to fit are skipped, the dearest first, and rounds end with the time.
         length, scope: what the budget knows the calls by, beside the contender's name.
         powers: of the length, with which a contender's cost grows; 2 where none is given.
@@ -137,12 +139,12 @@ def alternate(
         active = [name for name in names if not found[name].rests()]
         if not active or (n and budget is not None and sum(found[name].last for name in active) > budget.left()):
             break
-        arguments: Sequence[object] = inputs(n)
+        drawn = inputs(n)
         first = n % len(names)
         for name in names[first:] + names[:first]:
             if name in active:
-                _call(found[name], timer, contenders[name], arguments, counts=n > 0 or not warm_up)
-        del arguments  # before the next are drawn: at a million tokens they are large
+                _call(found[name], timer, contenders[name], drawn, counts=n > 0 or not warm_up)
+        del drawn  # before the next are drawn: at a million tokens they are large
     if budget is not None:
         for name, series in found.items():
             if series.median is not None:
@@ -180,8 +182,8 @@ def _refuse(
 def _call(
     series: Series,
     timer: Callable[[Callable[[], object]], float],
-    call: Callable[..., object],
-    arguments: Sequence[object],
+    contender: Callable[[Any], object],
+    drawn: Any,
     *,
     counts: bool,
 ) -> None:
@@ -193,7 +195,7 @@ def _call(
         base = torch.cuda.memory_allocated()
     counts = counts or series.last > VERY_LONG_SECONDS
     try:
-        series.last = timer(lambda: call(*arguments))
+        series.last = timer(lambda: contender(drawn))
     except Exception as error:  # another library's refusal is a result
         series.failure = reason(error)
         if on_cuda and isinstance(error, torch.OutOfMemoryError):

@@ -9,16 +9,16 @@ import statistics
 from collections.abc import Callable, Iterator
 
 from gpu_report import Row
-from gpu_setting import Attempt, Cell, Inputs, Setting, full_plan
+from gpu_setting import Attempt, Cell, Setting, full_plan
 from gpu_timing import COMPILING_SECONDS
 from triton.runtime.errors import OutOfResources
 from workloads import random_blocks_of
 
-from gossamer import SparsePlan
-from gossamer.backends.triton import _arguments
+from gossamer import AttentionCall, SparsePlan
 from gossamer.backends.triton.config import Config, Problem, candidates, choose, forget
 from gossamer.backends.triton.config import tune as keep_fastest
-from gossamer.backends.triton.launch import launch
+from gossamer.backends.triton.forward import _arguments
+from gossamer.backends.triton.launch import Arguments, launch
 
 MOST = 12
 _HOPELESS = 1.3  # a first call that much slower than the best is not repeated
@@ -37,13 +37,11 @@ def tune(setting: Setting) -> Iterator[Cell]:
 
 
 def _tune(setting: Setting, name: str, length: int) -> Iterator[Row]:
-    inputs = setting.draw_like_prompts(length)(0)
-    plan = _plan(setting, name, length, inputs)
-    q, k, v = inputs
-    scale = q.shape[-1] ** -0.5
-    arguments = _arguments(q, k, v, plan, scale, None, None)
+    call = setting.draw_like_prompts(length)(0)
+    plan = _plan(setting, name, length, call)
+    given = Arguments(*_arguments(call, plan))
     parts = {"blocks": plan.block_indices.numel() > 0, "columns": plan.column_indices.numel() > 0}
-    problem = Problem.of(q, v, plan.heads, plan.block_q, plan.block_k, plan.key_len, **parts)
+    problem = Problem.of(call.q, call.values, plan.heads, plan.block_q, plan.block_k, plan.key_len, **parts)
     forget()
     table = choose(problem)
     tried: dict[Config, float] = {}
@@ -52,7 +50,7 @@ def _tune(setting: Setting, name: str, length: int) -> Iterator[Row]:
         best = min(tried.values(), default=math.inf)
         if setting.budget.left() < COMPILING_SECONDS + (0 if math.isinf(best) else 3 * best):
             return math.inf
-        taken = _seconds(setting, lambda: launch(*arguments, config=config), best)
+        taken = _seconds(setting, lambda: launch(given, config=config), best)
         tried[config] = taken
         return taken
 
@@ -75,14 +73,14 @@ def _tune(setting: Setting, name: str, length: int) -> Iterator[Row]:
     }
 
 
-def _plan(setting: Setting, name: str, length: int, inputs: Inputs) -> SparsePlan:
+def _plan(setting: Setting, name: str, length: int, call: AttentionCall) -> SparsePlan:
     if name == "dense":
         return full_plan(setting, length)
     if name.startswith("10% in "):
         block = int(name.rpartition("x")[2])
         plan = random_blocks_of(setting.shape[1], length, 0.1, block_q=block, block_k=block)
         return plan.to(setting.device)
-    return Attempt(name, setting.shape[2]).plan(*inputs)
+    return Attempt(name).plan(call)
 
 
 def _seconds(setting: Setting, call: Callable[[], object], best: float) -> float:

@@ -1,6 +1,6 @@
 """Is everything right on this device? `benchmarks/gpu.py` times nothing while it is not.
 
-The Triton executor and FlexAttention against the definition in fp64, plans that were made on the device against those
+The Triton kernel and FlexAttention against the definition in fp64, plans that were made on the device against those
 that are made on the CPU, and what is timed at the lengths at which it is timed. On a device the small checks run in
 processes of their own, where kernels compile side by side and a broken one harms no other.
 """
@@ -11,31 +11,26 @@ import functools
 import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
+from gpu_setting import planned_by
 from gpu_timing import Budget
 from gpu_verify_sizes import NotRun, forget_inputs, size_checks, validate
 from torch import Tensor
 
-from gossamer import SparsePlan, methods
+from gossamer import AttentionCall, Extent, SparsePlan, methods
 from gossamer.backends import flex, triton
-from gossamer.backends import torch as reference
-from gossamer.backends.planners import triton_on_cpu
-from gossamer.profiles import HeadPattern, Profile
-from gossamer.testing import SITUATIONS, Case, assert_accurate, make_case, random_plan
+from gossamer.methods import AShape, BlockSparse, Dense, MaxRelative, VerticalSlash
+from gossamer.testing import SITUATIONS, assert_accurate, make_call, random_plan
 
-MIXED = (
-    HeadPattern("vertical_slash", (60, 300)),
-    HeadPattern("a_shape", (9, 150)),
-    HeadPattern("block_sparse", (4,)),
-    HeadPattern("dense"),
-)
-METHODS: list[tuple[str, dict]] = [
+MIXED = (VerticalSlash(60, 300), AShape(9, 150), BlockSparse(4), MaxRelative(0.3, 1, 2, 0), Dense())
+Entry = tuple[str, dict[str, Any]]
+METHODS: list[Entry] = [
     ("dense", {}),
     ("a_shape", {"sink": 9, "window": 150}),
     ("tri_shape", {"sink": 9, "window": 150, "last": 100}),
@@ -43,9 +38,10 @@ METHODS: list[tuple[str, dict]] = [
     ("vertical_slash", {"vertical_size": 60, "slash_size": 300, "exact": True}),
     ("block_sparse", {"blocks": 4}),
     ("minference", {"vertical_size": 60, "slash_size": 300}),
-    ("minference", {"profile": MIXED}),
+    ("per_head", {"layers": MIXED}),
     ("max_relative", {"alpha": 0.3, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256}),
 ]
+NOT_CAUSAL = ("bidirectional", "cross-attention")
 GROUPS = ("methods", "random", "options", "plans", "sizes")
 # Dtypes, head dimensions and shares of a group take turns: some methods meet each, and few kernels compile.
 _TURNS = [
@@ -176,41 +172,49 @@ def _checks(device: torch.device, whole: bool, small: bool) -> Iterator[Check]:
             functools.partial(_check_future, device, entry, dtype, length),
         )
     for entry, situation in itertools.product(METHODS[3:], SITUATIONS):
+        if situation in NOT_CAUSAL and "causal" in _method(entry, 4).needs:
+            continue
         check = functools.partial(_check_plan, device, entry, situation, length)
         yield Check("plans", f"plan of {_label(entry)}, {situation}", check)
     for name, check in size_checks(device, small):
         yield Check("sizes", name, check)
 
 
-def _label(entry: tuple[str, dict]) -> str:
+def _label(entry: Entry) -> str:
     name, given = entry
-    return name + (" with a mixed profile" if "profile" in given else " exact" if given.get("exact") else "")
+    return name + (" of mixed methods" if "layers" in given else " exact" if given.get("exact") else "")
 
 
-def _method(entry: tuple[str, dict], heads: int) -> methods.Method:
+def _method(entry: Entry, heads: int) -> methods.Method:
     name, given = entry
-    if "profile" in given:
-        patterns = tuple(itertools.islice(itertools.cycle(given["profile"]), heads))
-        given = given | {"profile": Profile((patterns,))}
+    if "layers" in given:
+        given = given | {"layers": [list(itertools.islice(itertools.cycle(given["layers"]), heads))]}
     return methods.create(name, **given)
 
 
-def _execute(executor, case: Case, plan: SparsePlan, device: torch.device, **options) -> tuple[Tensor, Tensor]:
-    q, k, v = (t.to(device) for t in (case.q, case.k, case.v))
-    out, lse = executor.execute(q, k, v, plan.to(device), scale=case.scale, **options)
+def _on(device: torch.device, call: AttentionCall) -> AttentionCall:
+    q, k, v = (t.to(device) for t in (call.q, call.k, call.values))
+    return replace(call, q=q, k=k, v=v, sinks=None if call.sinks is None else call.sinks.to(device))
+
+
+def _attend(backend: ModuleType, call: AttentionCall, plan: SparsePlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    out, lse = backend.attend(_on(device, call), plan.to(device))
     return out.cpu(), lse.cpu()
 
 
-def _check_method(device: torch.device, entry, dtype: torch.dtype, dim: int, share: int, lengths) -> None:
+def _check_method(
+    device: torch.device, entry: Entry, dtype: torch.dtype, dim: int, share: int, lengths: Sequence[int]
+) -> None:
     method = _method(entry, 2 * share)
     for length in lengths:
         for situation in SITUATIONS:
-            case = make_case(situation, length=length, heads=2 * share, groups=2, dim=dim, dtype=dtype, seed=length)
-            plan = method.plan(case.q, case.k, scale=case.scale, extent=case.extent, layer=0)
-            assert_accurate(case, plan, *_execute(triton, case, plan, device), most_rows=40)
+            call = make_call(situation, length=length, heads=2 * share, groups=2, dim=dim, dtype=dtype, seed=length)
+            if call.lacks(method.needs) is None:
+                plan = method.plan(call)
+                assert_accurate(call, plan, *_attend(triton, call, plan, device), most_rows=40)
 
 
-def _random_case(seed: int, length: int, dtype: torch.dtype) -> tuple[Case, SparsePlan]:
+def _random_call(seed: int, length: int, dtype: torch.dtype) -> tuple[AttentionCall, SparsePlan]:
     plan = random_plan(
         seed,
         batch=2,
@@ -222,32 +226,32 @@ def _random_case(seed: int, length: int, dtype: torch.dtype) -> tuple[Case, Spar
         permuted=seed % 4 == 3,
         padded=seed % 2 == 0,
         limit=200 if seed % 5 == 4 else None,
+        causal=seed % 7 != 6,
     )
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(2, 4, length - 3, 64, generator=generator).to(dtype)
     k, v = (torch.randn(2, 2, length, 64, generator=generator).to(dtype) for _ in range(2))
-    return Case(q, k, v, plan.extent, 0.125), plan
+    return AttentionCall(q, k, v, plan.extent), plan
 
 
 def _check_random(device: torch.device, seed: int, length: int) -> None:
-    case, plan = _random_case(seed, length, [torch.bfloat16, torch.float32][seed % 2])
-    assert_accurate(case, plan, *_execute(triton, case, plan, device))
+    call, plan = _random_call(seed, length, [torch.bfloat16, torch.float32][seed % 2])
+    assert_accurate(call, plan, *_attend(triton, call, plan, device))
 
 
 def _check_flex(device: torch.device, length: int) -> None:
-    case, plan = _random_case(1, length, torch.float32)
-    plan = replace(plan, q_order=None, k_order=None)
-    out, lse = _execute(flex, case, plan, device)
+    call, plan = _random_call(1, length, torch.float32)
+    out, lse = _attend(flex, call, plan, device)
     precise = torch.get_float32_matmul_precision() == "highest" or device.type == "cpu"
-    other, other_lse = _execute(triton, case, plan, device)
+    other, other_lse = _attend(triton, call, plan, device)
     tolerance = 1e-4 if precise else 5e-3
     torch.testing.assert_close(out, other, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(lse, other_lse, atol=tolerance, rtol=tolerance)
 
 
 def _check_repeatable(device: torch.device, length: int) -> None:
-    case, plan = _random_case(2, length, torch.bfloat16)
-    first, again = (_execute(triton, case, plan, device) for _ in range(2))
+    call, plan = _random_call(2, length, torch.bfloat16)
+    first, again = (_attend(triton, call, plan, device) for _ in range(2))
     assert torch.equal(first[0], again[0]), "outputs differ"
     assert torch.equal(first[1], again[1]), "lse differs"
 
@@ -255,49 +259,39 @@ def _check_repeatable(device: torch.device, length: int) -> None:
 OPTIONS = ("sinks", "soft-cap", "the model's own window", "all three")
 
 
-def _planned(entry, dtype: torch.dtype, length: int) -> tuple[Case, SparsePlan]:
-    case = make_case("no padding", length=length, heads=4, groups=2, dim=64, dtype=dtype)
-    plan = _method(entry, 4).plan(case.q, case.k, scale=case.scale, extent=case.extent, layer=0)
-    return case, plan
-
-
-def _check_option(device: torch.device, entry, dtype: torch.dtype, option: str, length: int) -> None:
-    """What `assert_accurate` has no argument for, against the reference executor in fp64."""
-    case, plan = _planned(entry, dtype, length)
-    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if option in ("sinks", "all three") else None
-    softcap = 15.0 if option in ("soft-cap", "all three") else None
+def _check_option(device: torch.device, entry: Entry, dtype: torch.dtype, option: str, length: int) -> None:
+    call = make_call("no padding", length=length, heads=4, groups=2, dim=64, dtype=dtype)
+    if option in ("sinks", "all three"):
+        call = replace(call, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))
+    if option in ("soft-cap", "all three"):
+        call = replace(call, softcap=15.0)
     if option in ("the model's own window", "all three"):
-        plan = plan.with_limit(length // 3)
-    q, k, v = (t.double() for t in (case.q, case.k, case.v))
-    expected, expected_lse = reference.execute(q, k, v, plan, scale=case.scale, sinks=sinks, softcap=softcap)
-    given = None if sinks is None else sinks.to(device)
-    out, lse = _execute(triton, case, plan, device, sinks=given, softcap=softcap)
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=1e-3)
+        call = replace(call, extent=Extent.full(1, length, length, limit=length // 3))
+    plan = _method(entry, 4).plan(call)
+    assert_accurate(call, plan, *_attend(triton, call, plan, device))
 
 
-def _check_future(device: torch.device, entry, dtype: torch.dtype, length: int) -> None:
+def _check_future(device: torch.device, entry: Entry, dtype: torch.dtype, length: int) -> None:
     """Keys and values after a token, however large, change nothing before it. The plan stays: it may look ahead."""
-    case, plan = _planned(entry, dtype, length)
+    call = make_call("no padding", length=length, heads=4, groups=2, dim=64, dtype=dtype)
+    plan = _method(entry, 4).plan(call)
     now = length * 5 // 8 + 7
-    k, v = case.k.clone(), case.v.clone()
+    k, v = call.k.clone(), call.values.clone()
     k[:, :, now:] *= -30
     v[:, :, now:] *= 100
-    before, after = (_execute(triton, one, plan, device) for one in (case, replace(case, k=k, v=v)))
+    before, after = (_attend(triton, one, plan, device) for one in (call, replace(call, k=k, v=v)))
     for what, one, other in zip(("output", "lse"), before, after, strict=True):
         assert torch.equal(one[:, :, :now], other[:, :, :now]), f"the {what} of earlier rows changed"
     assert not torch.equal(before[0][:, :, now:], after[0][:, :, now:]), "the later rows did not change"
 
 
-def _check_plan(device: torch.device, entry: tuple[str, dict], situation: str, length: int) -> None:
+def _check_plan(device: torch.device, entry: Entry, situation: str, length: int) -> None:
     """The sets that the device chooses are the CPU's. In fp32, where both compute the same scores up to rounding."""
     method = _method(entry, 4)
-    case = make_case(situation, length=length, heads=4, groups=2, dim=64)
-    expected = method.plan(case.q, case.k, scale=case.scale, extent=case.extent, layer=0)
-    with nullcontext() if device.type == "cuda" else triton_on_cpu():
-        found = method.plan(case.q.to(device), case.k.to(device), scale=case.scale, extent=case.extent, layer=0)
-    found = found.to("cpu")
+    call = make_call(situation, length=length, heads=4, groups=2, dim=64)
+    expected = method.plan(call)
+    with planned_by("triton"):
+        found = method.plan(_on(device, call)).to("cpu")
     names = ("block_indptr", "block_indices", "column_indptr", "column_indices")
     unequal = [name for name in names if not torch.equal(getattr(expected, name), getattr(found, name))]
     if unequal and device.type == "cuda":

@@ -6,19 +6,17 @@ Offsets beyond 32 bits, bitmaps that are made in several parts and energies in s
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from gpu_setting import Attempt, Inputs, Setting, full_plan
+from gpu_setting import Attempt, Setting, full_plan, planned_by
 from gpu_timing import Budget, Timer
 from torch import Tensor
 from workloads import random_blocks_of
 
-from gossamer import Extent, SparsePlan
+from gossamer import AttentionCall, SparsePlan
 from gossamer.backends import triton
 from gossamer.cli.specs import parse_method
 
@@ -54,15 +52,15 @@ def check_size(setting: Setting, name: str, length: int) -> None:
         free = torch.cuda.mem_get_info()[0]
         if free < need:
             raise NotRun(f"needs {need / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
-    inputs = _inputs(setting, length)
-    plan = _plan(setting, name, length, inputs)
+    call = _inputs(setting, length)
+    plan = _plan(setting, name, length, call)
     validate(plan)
-    out, lse = triton.execute(*inputs, plan, scale=dim**-0.5)
+    out, lse = triton.attend(call, plan)
     for head in sorted({0, heads - 1}):
         rows = sampled_rows(length, plan.block_q, seed=head)
-        compare_rows(inputs, plan, out, lse, head, rows, dim**-0.5)
+        compare_rows(call, plan, out, lse, head, rows)
     if name in setting.methods:
-        compare_choice(name, inputs, plan, dim**-0.5)
+        compare_choice(name, call, plan)
 
 
 def validate(plan: SparsePlan) -> None:
@@ -72,7 +70,7 @@ def validate(plan: SparsePlan) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _inputs(setting: Setting, length: int) -> Inputs:
+def _inputs(setting: Setting, length: int) -> AttentionCall:
     return setting.draw_like_prompts(length)(0)
 
 
@@ -81,11 +79,11 @@ def forget_inputs() -> None:
     _inputs.cache_clear()
 
 
-def _plan(setting: Setting, name: str, length: int, inputs: Inputs) -> SparsePlan:
+def _plan(setting: Setting, name: str, length: int, call: AttentionCall) -> SparsePlan:
     if name == "dense":
         return full_plan(setting, length)
     if name in setting.methods:
-        return Attempt(name, setting.shape[2]).plan(*inputs)
+        return Attempt(name).plan(call)
     return random_blocks_of(setting.shape[1], length, 0.1, block_q=128, block_k=128).to(setting.device)
 
 
@@ -106,26 +104,23 @@ def plan_of_head(plan: SparsePlan, head: int) -> SparsePlan:
         indptr = getattr(plan, f"{name}_indptr")[head * count : (head + 1) * count + 1]
         begin, end = int(indptr[0]), int(indptr[-1])
         lists |= {f"{name}_indptr": indptr - begin, f"{name}_indices": getattr(plan, f"{name}_indices")[begin:end]}
-    sizes = {name: getattr(plan, name) for name in ("block_q", "block_k", "column_group", "causal", "limit")}
+    sizes = {name: getattr(plan, name) for name in ("block_q", "block_k", "column_group")}
     where = {"query_len": plan.query_len, "key_len": plan.key_len, "extent": plan.extent}
     bands = {name: torch.as_tensor(getattr(plan, name))[head : head + 1] for name in ("sink", "window")}
     return SparsePlan.unchecked(heads=1, **where, **sizes, **bands, **lists)
 
 
-def compare_rows(
-    inputs: Inputs, plan: SparsePlan, out: Tensor, lse: Tensor, head: int, rows: Tensor, scale: float
-) -> None:
+def compare_rows(call: AttentionCall, plan: SparsePlan, out: Tensor, lse: Tensor, head: int, rows: Tensor) -> None:
     """Rows of a query head against the definition in fp64, in chunks of keys on the inputs' device."""
-    q, k, v = inputs
-    heads, group = q.shape[1], head // (q.shape[1] // k.shape[1])
-    own = plan_of_head(plan, head // (heads // plan.heads))
+    q, k, v, group = call.q, call.k, call.values, head // call.share
+    own = plan_of_head(plan, head // (call.heads // plan.heads))
     for some in rows.split(_ROWS_AT_ONCE):
         at = some.to(q.device)
         mask = own.rows_mask(some)[0, 0]
         wide = q[0, head, at].double()
         chunks = range(0, k.shape[2], _KEYS_AT_ONCE)
         logits = torch.cat([wide @ k[0, group, n : n + _KEYS_AT_ONCE].double().T for n in chunks], dim=1)
-        logits = logits.mul_(scale).masked_fill_(~mask, float("-inf"))
+        logits = logits.mul_(call.scale).masked_fill_(~mask, float("-inf"))
         expected_lse = logits.logsumexp(-1)
         weights = (logits - expected_lse[:, None]).exp_()
         expected = torch.zeros(len(some), v.shape[-1], dtype=torch.float64, device=q.device)
@@ -143,22 +138,20 @@ def _below(error: Tensor, most: float, what: str, head: int, rows: Tensor) -> No
         raise AssertionError(f"head {head}, row {int(rows[at])}: {what} {float(error[at]):.1e} exceeds {most:.0e}")
 
 
-def compare_choice(name: str, inputs: Inputs, plan: SparsePlan, scale: float) -> None:
+def compare_choice(name: str, call: AttentionCall, plan: SparsePlan) -> None:
     """The choice for some query blocks against that of the torch planner, which is given only their queries.
 
     Max-relative chooses by a block's own queries, so a slice from the middle is planned, with a tail behind it that
     stays out of the comparison; the others choose by the call's last queries, so the slice is the end.
     """
-    q, k, _ = inputs
-    method = parse_method(name)
-    length, block = k.shape[2], plan.block_q
+    length, block = call.key_len, plan.block_q
     begin, compared = length - 2 * block, 2 * block
     if name.startswith("max_relative"):
         begin, compared = length * 5 // 8 // block * block, min(8 * block, length // 4)
-    extent = Extent([begin], [0], [length])
     stop = min(length, begin + compared + (0 if begin + compared == length else 2048))
-    with _planned_by_torch():
-        again = method.plan(q[:, :, begin:stop], k, scale=scale, extent=extent, layer=0)
+    some = replace(call, q=call.q[:, :, begin:stop], extent=call.extent.of_queries(begin, stop))
+    with planned_by("torch"):
+        again = parse_method(name).plan(some)
     rows = torch.arange(0, compared, block) + block // 2
     changed = kept = 0
     for head in range(plan.heads):
@@ -166,16 +159,3 @@ def compare_choice(name: str, inputs: Inputs, plan: SparsePlan, scale: float) ->
         other = plan_of_head(again, head).rows_mask(rows)
         changed, kept = changed + int((one ^ other).sum()), kept + int(other.sum())
     assert changed <= _MOST_CHANGED * kept, f"{changed} pairs of {kept} are not those that torch chooses"
-
-
-@contextmanager
-def _planned_by_torch() -> Iterator[None]:
-    before = os.environ.get("GOSSAMER_PLANNER")
-    os.environ["GOSSAMER_PLANNER"] = "torch"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["GOSSAMER_PLANNER"]
-        else:
-            os.environ["GOSSAMER_PLANNER"] = before

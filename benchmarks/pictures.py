@@ -1,22 +1,25 @@
-"""Pictures of benchmarks/results/cpu.json for the documentation: `python benchmarks/pictures.py`."""
+"""Pictures of each machine's results/<machine>/cpu.json for the documentation: `python benchmarks/pictures.py`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from machines import measured
+
 from gossamer.report.svg import MARKERS, PALETTE, Panel
 
-ROOT = Path(__file__).resolve().parent.parent
+IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 STYLE = "<style>svg{--grid:#ddd;--axis:#888;color:#222;font-family:sans-serif}</style>"
 BLOCK_K = 128
 
 
-def save(panel: Panel, name: str) -> None:
+def save(panel: Panel, path: Path) -> None:
     body = panel.render().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     start = body.index(">") + 1
     ground = f'<rect width="{panel.width}" height="{panel.height}" fill="#fff"/>'
-    (ROOT / "docs" / "images" / name).write_text(body[:start] + STYLE + ground + body[start:] + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(body[:start] + STYLE + ground + body[start:] + "\n")
 
 
 def legend(panel: Panel, names: list[str], x: float, y: float) -> None:
@@ -26,7 +29,7 @@ def legend(panel: Panel, names: list[str], x: float, y: float) -> None:
         panel.text(x + 10, y + 16 * n, name, "start")
 
 
-def latency(sections: dict) -> None:
+def latency(sections: dict) -> Panel:
     """Seconds by length: SDPA, our kernel dense, and at each density."""
     rows = [
         row
@@ -51,10 +54,10 @@ def latency(sections: dict) -> None:
         for (x, y), (length, value) in zip(placed, points, strict=True):
             panel.marker(x, y, marker, colour, f"{length} tokens: {value:.4g} s")
     legend(panel, list(lines), 70, 34)
-    save(panel, "cpu_latency.svg")
+    return panel
 
 
-def roofline(sections: dict) -> None:
+def roofline(sections: dict) -> Panel:
     """Arithmetic per byte of packed keys and values against the rate, under what the machine can do."""
     scale = {row["what"] + row.get("dtype", ""): row for row in sections["gemm"]["rows"]}
     prefill = next(row for row in sections["prefill"]["rows"] if (row["dtype"], row["dim"]) == ("bf16", 128))
@@ -93,13 +96,15 @@ def roofline(sections: dict) -> None:
                 *panel.place(x, y), MARKERS[n % len(MARKERS)], PALETTE[n % len(PALETTE)], f"{hint} tokens: {y:.0f}"
             )
     legend(panel, list(points), 430, 220)
-    save(panel, "cpu_roofline.svg")
+    return panel
 
 
 def main() -> None:
-    sections = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["sections"]
-    latency(sections)
-    roofline(sections)
+    for file in measured("cpu.json"):
+        sections = json.loads(file.read_text())["sections"]
+        if {"gemm", "prefill", "decode"} <= sections.keys():
+            save(latency(sections), IMAGES / file.parent.name / "cpu_latency.svg")
+            save(roofline(sections), IMAGES / file.parent.name / "cpu_roofline.svg")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ One process, the planners alternating, medians of seven rounds after one that do
 planning takes over a second). The plans of both are compared first. Rows replace those of the file for the same method
 and length. Inputs are drawn with a few keys
 that many queries look for and with neighbours alike, so that plans are sparse; H 32, G 8, D 128, bf16. Stages are
-timed inside whole plans, by wrapping the functions that make them up: what is left over is "rest". Beside each plan
-stands the time of the executor on it, and of `SparsePlan.density`, which every call of `sparse_attention` asks for.
+timed inside whole plans, by wrapping the functions that make them up: what is left over is "rest". "finish" chooses
+what is forced where no scores decide, builds the lists and counts the pairs. Beside each plan stands the time of
+attending it. The file stands in a folder of this machine, beside those of others.
 
 ``antidiagonal_8`` and ``antidiagonal_16`` stand for XAttention's selection with that stride, which is no method yet; on
 one thread the torch version takes minutes at 64K.
@@ -20,7 +21,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
@@ -30,22 +30,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import LONG_ROUNDS, ROUNDS, Bystanders, machine, wake_threads, write
+from machines import machine, results
+from timing import LONG_ROUNDS, ROUNDS, Bystanders, environment, wake_threads, write
 from torch import Tensor
 
-from gossamer import Extent, SparsePlan, estimators, methods, selectors
+from gossamer import AttentionCall, SparsePlan, methods, scores
 from gossamer.backends import cpu
-from gossamer.backends.cpu import planning
-from gossamer.methods import _choice, block_sparse, max_relative, vertical_slash
+from gossamer.blocks import Blocks
+from gossamer.methods import vertical_slash
+from gossamer.plan.count import count_pairs
+from gossamer.rules import TopP
 
 HEADS, GROUPS, DIM = 32, 8, 128
-RESULTS = Path(__file__).parent / "results" / "planning.json"
+NAME = "planning.json"
 LONG_SECONDS = 1.0  # of planning in a round
 METHODS = ("minference", "max_relative", "block_sparse")
 STRIDES = {"antidiagonal_8": 8, "antidiagonal_16": 16}
 
 
-def inputs(length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(length: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> AttentionCall:
     """Keys and queries that drift with the position, so that near ones match, and a hundred keys that all match."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -57,21 +60,22 @@ def inputs(length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     q = draw(HEADS) + 2 * topic.repeat_interleave(HEADS // GROUPS, 1)
     lines = torch.randint(length, (100,), generator=generator)
     k[:, :, lines] += 1.5 * q[:, :: HEADS // GROUPS].mean(2, keepdim=True)
-    return tuple(t.to(torch.bfloat16) for t in (q, k, draw(GROUPS)))  # type: ignore[return-value]
+    return AttentionCall(q.to(dtype), k.to(dtype), draw(GROUPS).to(dtype))
 
 
 # What a plan spends its time on: (stage, module, name). Generators are timed by the item.
 STAGES: tuple[tuple[str, Any, str], ...] = (
-    ("probe", vertical_slash, "last_query_probe"),
-    ("select bands", vertical_slash, "select_bands"),
-    ("columns", vertical_slash, "choose_columns"),
-    ("pooling", estimators, "_pool"),
-    ("energies", max_relative, "row_block_energy"),
-    ("pooled scores", block_sparse, "pooled_scores"),
-    ("antidiagonals", estimators, "antidiagonal_scores"),
-    ("choose blocks", _choice.BlockChoice, "add"),
-    ("build lists", selectors.CsrBuilder, "build"),
-    ("validation", SparsePlan, "__post_init__"),
+    ("probe", scores, "last_query_probe"),
+    ("select bands", vertical_slash, "band_mass"),
+    ("select bands", vertical_slash, "top_k"),
+    ("columns", Blocks, "columns"),
+    ("pooling", scores, "pool_keys"),
+    ("pooling", scores, "pool_queries"),
+    ("energies", scores, "row_block_energy"),
+    ("pooled scores", scores, "pooled_scores"),
+    ("antidiagonals", scores, "antidiagonal_scores"),
+    ("choose blocks", Blocks, "choose"),
+    ("finish", Blocks, "plan"),
 )
 
 
@@ -109,35 +113,24 @@ def timed_stages(seconds: dict[str, float]) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def antidiagonal_plan(q: Tensor, k: Tensor, extent: Extent, stride: int, block: int = 128) -> SparsePlan:
+def antidiagonal_plan(call: AttentionCall, stride: int, block: int = 128) -> SparsePlan:
     """XAttention's selection: nine tenths of each row's mass, the first block and the diagonal before the others."""
-    length = q.shape[2]
-    visible = estimators.BlockVisibility(extent, length, length, block, block, q.device)
-    choice = _choice.BlockChoice(visible, HEADS, leading=1)
-    sizes = {"extent": extent, "block_q": block, "block_k": block, "stride": stride}
-    for at, scores in estimators.antidiagonal_scores(q, k, scale=DIM**-0.5, **sizes):
-        choice.add(at, at + scores.shape[2], scores, top_p_forced=0.9)
-    indptr, indices = choice.build()
-    return SparsePlan(
-        HEADS, length, length, extent, block_q=block, block_k=block, block_indptr=indptr, block_indices=indices
-    )
+    blocks = Blocks(call, block, block)
+    blocks.keep(first=1)
+    for part, found in scores.antidiagonal_scores(call, blocks.grid, stride):
+        blocks.choose(part, found, TopP(0.9, forced_first=True))
+    return blocks.plan()
 
 
-def plan_once(name: str, planner: str, q: Tensor, k: Tensor) -> tuple[SparsePlan, dict[str, float]]:
-    os.environ[planning.ENVIRONMENT] = planner
-    extent = Extent.full(1, q.shape[2], k.shape[2])
+def plan_once(name: str, planner: str, call: AttentionCall) -> tuple[SparsePlan, dict[str, float]]:
     stages: dict[str, float] = {}
-    started = time.perf_counter()
-    with timed_stages(stages):
-        if name in STRIDES:
-            plan = antidiagonal_plan(q, k, extent, STRIDES[name])
-        else:
-            plan = methods.create(name).plan(q, k, scale=DIM**-0.5, extent=extent)
-    planned = time.perf_counter()
-    stages["rest"] = planned - started - sum(stages.values())
-    plan.density()
-    stages["density"] = time.perf_counter() - planned
-    stages["total"] = time.perf_counter() - started
+    with environment("GOSSAMER_PLANNER", planner):
+        started = time.perf_counter()
+        with timed_stages(stages):
+            plan = antidiagonal_plan(call, STRIDES[name]) if name in STRIDES else methods.create(name).plan(call)
+        taken = time.perf_counter() - started
+    stages["rest"] = taken - sum(stages.values())
+    stages["total"] = taken
     return plan, stages
 
 
@@ -159,15 +152,12 @@ def differing_pairs(one: SparsePlan, other: SparsePlan) -> float:
 
 def verify(names: list[str], length: int = 4096) -> None:
     """Raises AssertionError unless both planners make the same plans from fp32 inputs, near-ties aside."""
-    q, k, _ = (t.float() for t in inputs(length, seed=0))
+    call = inputs(length, seed=0, dtype=torch.float32)
     for name in names:
-        ours, torchs = (plan_once(name, planner, q, k)[0] for planner in ("", "torch"))
+        ours, torchs = (plan_once(name, planner, call)[0] for planner in ("", "torch"))
         share = differing_pairs(ours, torchs)
         assert share < 1e-4, f"{name}: {share:.1e} of the choices differ"
-        os.environ[planning.ENVIRONMENT] = ""
-        counted = ours.count_pairs()
-        os.environ[planning.ENVIRONMENT] = "torch"
-        assert torch.equal(counted, ours.count_pairs()), f"{name}: pairs are counted differently"
+        assert torch.equal(ours.count_pairs(), count_pairs(ours)), f"{name}: pairs are counted differently"
 
 
 def measure(name: str, length: int, planners: list[str], rounds: int | None) -> dict[str, Any]:
@@ -176,17 +166,16 @@ def measure(name: str, length: int, planners: list[str], rounds: int | None) -> 
     executed: list[float] = []
     density = differing = 0.0
     for n in itertools.count():
-        q, k, v = inputs(length, seed=n)
+        call = inputs(length, seed=n)
         plans = {}
         for planner in planners[n % len(planners) :] + planners[: n % len(planners)]:
             wake_threads()
-            plans[planner], stages = plan_once(name, planner, q, k)
+            plans[planner], stages = plan_once(name, planner, call)
             if n:
                 samples[planner].append(stages)
-        os.environ[planning.ENVIRONMENT] = ""
         wake_threads()
         started = time.perf_counter()
-        cpu.execute(q, k, v, plans[""], scale=DIM**-0.5)
+        cpu.attend(call, plans[""])
         if n:  # the first of anything is slower
             executed.append(time.perf_counter() - started)
         density = plans[""].density()
@@ -216,7 +205,7 @@ def measure(name: str, length: int, planners: list[str], rounds: int | None) -> 
 
 
 def print_row(row: dict[str, Any]) -> None:
-    print(f"{row['method']} {row['length']}: density {row['density']:.3f}, executor {row['execute_s']:.2f} s")
+    print(f"{row['method']} {row['length']}: density {row['density']:.3f}, attending {row['execute_s']:.2f} s")
     for label in ("torch", "cpp"):
         if f"{label}_s" in row:
             stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in row[f"{label}_s"].items())
@@ -231,7 +220,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="default: 7, and 3 where one takes over a second")
     parser.add_argument("--no-torch", action="store_true", help="leave the torch planner out")
     parser.add_argument("--quick", action="store_true", help="2K; writes nothing without --out")
-    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} in results/")
+    parser.add_argument("--out", type=Path, help=f"default: {NAME} in the folder of this machine in results/")
     arguments = parser.parse_args()
     if not cpu.is_available():
         print(cpu.why_unavailable(), file=sys.stderr)
@@ -242,7 +231,7 @@ def main() -> int:
     except AssertionError as error:
         print(f"nothing timed: {error}", file=sys.stderr)
         return 1
-    out = arguments.out or (None if arguments.quick else RESULTS)
+    out = arguments.out or (None if arguments.quick else results(NAME))
     kept = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     started, bystanders = time.perf_counter(), Bystanders()
     for length in [2048] if arguments.quick else arguments.lengths:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-
-from gossamer.backends import cpu
 
 ROUNDS = 7
 # A contender whose call takes longer than this is timed in three rounds.
@@ -96,8 +94,8 @@ def wake_threads() -> int:
 
 
 def alternate(
-    contenders: Mapping[str, Callable[..., object]],
-    inputs: Callable[[int], Sequence[object]],
+    contenders: Mapping[str, Callable[[Any], object]],
+    inputs: Callable[[int], Any],
     *,
     rounds: int = ROUNDS,
     warm_up: bool = True,
@@ -109,7 +107,7 @@ def alternate(
     one is repeated, up to twice, and the one that had most cores counts.
 
     Args:
-        inputs: arguments of the contenders, for a seed.
+        inputs: what the contenders are called with, for a seed.
         warm_up: one more round, in front, that does not count.
         long_rounds: rounds of a contender whose call takes more than 40 seconds.
     """
@@ -117,19 +115,19 @@ def alternate(
     most = dict.fromkeys(contenders, 0.0)
     names = list(contenders)
     for n in range(rounds + warm_up):
-        arguments = inputs(n)
+        drawn = inputs(n)
         wake_threads()
         for name in names[n % len(names) :] + names[: n % len(names)]:
             series = found[name]
             if series.wall and max(series.wall) > LONG_SECONDS and len(series.wall) >= long_rounds:
                 continue
-            wall, used = timed(contenders[name], *arguments)
+            wall, used = timed(contenders[name], drawn)
             for _ in range(REPEATS):
                 if wall > LONGEST_REPEATED or used >= LOW_SHARE * most[name] * wall:
                     break
                 series.repeated += bool(n or not warm_up)
                 wake_threads()
-                again = timed(contenders[name], *arguments)
+                again = timed(contenders[name], drawn)
                 wall, used = max((wall, used), again, key=lambda pair: pair[1] / pair[0])
             most[name] = max(most[name], min(1.0, used / wall))
             if n or not warm_up:
@@ -184,21 +182,17 @@ def _running_seconds(process: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK") + sum(map(_running_seconds, _children(process)))
 
 
-def machine() -> dict[str, object]:
-    """Processor, cores, instruction sets, versions."""
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "isas": cpu.supported_isas(),
-        "torch": torch.__version__,
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-    }
+@contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """A variable for the time being."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def write(path: Path, report: object) -> None:

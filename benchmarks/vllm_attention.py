@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from workloads import DTYPES, Shape, random_blocks
 
-from gossamer.testing import Case, reference_rows
+from gossamer import AttentionCall
+from gossamer.backends.torch.attend import attend_rows
 
 # Tokens of a cache block: vLLM's choice for CPUs.
 BLOCK = 128
@@ -113,9 +114,10 @@ class PagedAttention:
             "auto",
         )
 
-    def prepare(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def prepare(self, call: AttentionCall) -> None:
         """Brings one row of q, k and v into vLLM's layout, tokens first, and fills the cache. Not timed."""
-        self._query, self._key, self._value = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+        tensors = (call.q, call.k, call.values)
+        self._query, self._key, self._value = (x[0].transpose(0, 1).contiguous() for x in tensors)
         self._write(0)
 
     def _write(self, first: int) -> None:
@@ -131,7 +133,7 @@ class PagedAttention:
             "auto",
         )
 
-    def attend(self, *_: Tensor) -> Tensor:
+    def attend(self, _: AttentionCall | None = None) -> Tensor:
         """Attention alone, on the cache. The output is allocated, as in vLLM's layer: ``[tokens, heads, dim]``."""
         out = torch.empty_like(self._query)
         self._operators.cpu_attention_with_kv_cache(
@@ -156,7 +158,7 @@ class PagedAttention:
         )
         return out
 
-    def write_and_attend(self, *_: Tensor) -> Tensor:
+    def write_and_attend(self, _: AttentionCall | None = None) -> Tensor:
         """The same, after the keys and values of the call's own tokens have been written to the cache."""
         self._write(self._shape.length - self._shape.query_len)
         return self.attend()
@@ -164,11 +166,12 @@ class PagedAttention:
     def verify(self) -> None:
         """Raises AssertionError unless the output is that of the definition, on the first rows and on a sample."""
         shape = self._shape
-        q, k, v = shape.draw(0)
-        self.prepare(q, k, v)
+        call = shape.draw(0)
+        self.prepare(call)
         rows = torch.cat([torch.arange(2 * BLOCK + 2), torch.linspace(0, shape.query_len - 1, 100).long()])
         rows = rows.clamp(max=shape.query_len - 1).unique()
-        expected = reference_rows(Case(q, k, v, shape.extent(), shape.dim**-0.5), random_blocks(shape, None), rows)[0]
+        exact = AttentionCall(call.q.double(), call.k.double(), call.values.double(), call.extent)
+        expected = attend_rows(exact, random_blocks(shape, None), rows)[0]
         for run in (self.attend, self.write_and_attend):
             got = run()[rows].transpose(0, 1)[None].double()
             worst = float(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).nan_to_num(torch.inf).max())

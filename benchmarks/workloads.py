@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer import Extent, SparsePlan
+from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends import cpu
-from gossamer.selectors import CsrBuilder
-from gossamer.testing import Case, assert_accurate
+from gossamer.plan import Grid, ceil_div
+from gossamer.testing import assert_accurate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -33,14 +33,13 @@ class Shape:
     def query_len(self) -> int:
         return self.length if self.queries is None else self.queries
 
-    def draw(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, fresh for each seed."""
+    def draw(self, seed: int) -> AttentionCall:
+        """Fresh q, k and v for each seed."""
         generator = torch.Generator().manual_seed(seed)
         dtype = DTYPES[self.dtype]
         lengths = ((self.heads, self.query_len), (self.groups, self.length), (self.groups, self.length))
-        return tuple(  # pyright: ignore[reportReturnType]
-            torch.randn(1, n, tokens, self.dim, generator=generator).to(dtype) for n, tokens in lengths
-        )
+        q, k, v = (torch.randn(1, n, tokens, self.dim, generator=generator).to(dtype) for n, tokens in lengths)
+        return AttentionCall(q, k, v, self.extent())
 
     def extent(self) -> Extent:
         return Extent.full(1, self.query_len, self.length)
@@ -53,11 +52,12 @@ class Shape:
         """Of both products, over all causal pairs of all heads."""
         return 4.0 * self.heads * self.dim * self.causal_pairs()
 
-    def run(self, plan: SparsePlan) -> Callable[[Tensor, Tensor, Tensor], object]:
-        return lambda q, k, v: cpu.execute(q, k, v, plan, scale=self.dim**-0.5)
+    def run(self, plan: SparsePlan) -> Callable[[AttentionCall], object]:
+        return lambda call: cpu.attend(call, plan)
 
-    def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=self.query_len > 1, enable_gqa=True)
+    def sdpa(self, call: AttentionCall) -> Tensor:
+        causal = self.query_len > 1
+        return F.scaled_dot_product_attention(call.q, call.k, call.values, is_causal=causal, enable_gqa=True)
 
 
 def random_blocks(shape: Shape, density: float | None, block_k: int = 64, seed: int = 0) -> SparsePlan:
@@ -79,17 +79,18 @@ def random_blocks_of(
 ) -> SparsePlan:
     """Random blocks with the diagonal for the last ``queries`` tokens, at a share of the causal pairs."""
     query_len = length if queries is None else queries
-    rows, columns = -(-query_len // block_q), -(-length // block_k)
+    extent = Extent.full(1, query_len, length)
+    grid = Grid(extent, block_q, block_k)
+    rows, columns = grid.query_blocks, grid.key_blocks
     generator = torch.Generator().manual_seed(seed)
-    first = torch.arange(rows)[:, None] * block_q + length - query_len
+    first, end = grid.queries[0, :, :1], grid.queries[0, :, 1:]
     begin = torch.arange(columns)[None] * block_k
-    diagonal = (begin <= first + block_q - 1) & (begin + block_k > first)
+    diagonal = (begin < end) & (begin + block_k > first)
     below = begin + block_k <= first
     # The diagonal blocks count half: about that share of their pairs is causal.
     wanted = density * (float(below.sum()) + float(diagonal.sum()) / 2) - float(diagonal.sum()) / 2
     share = max(0.0, wanted / max(1, int(below.sum())))
     chosen = torch.rand(1, heads, rows, columns, generator=generator) < share
-    extent = Extent.full(1, query_len, length)
     return SparsePlan.from_block_mask(
         chosen & below | diagonal, query_len, length, extent=extent, block_q=block_q, block_k=block_k
     )
@@ -112,30 +113,28 @@ def columns(shape: Shape, count: int, seed: int = 0, **more: object) -> SparsePl
     chosen = torch.zeros(1, shape.groups, 1, shape.length, dtype=torch.bool)
     order = torch.rand(1, shape.groups, 1, shape.length, generator=generator).argsort(-1)[..., :count]
     chosen.scatter_(3, order, True)
-    return _columns_of(shape, chosen, -(-shape.query_len // 64), **more)
+    return _columns_of(shape, chosen, Grid(shape.extent(), 64, 64).query_blocks, **more)
 
 
 def strips(shape: Shape, count: int, blocks: int = 16, seed: int = 0) -> SparsePlan:
     """About that many random columns for every ``blocks`` query blocks of each key/value head."""
     generator = torch.Generator().manual_seed(seed)
-    groups = -(-shape.query_len // (64 * blocks))
+    groups = ceil_div(Grid(shape.extent(), 64, 64).query_blocks, blocks)
     chosen = torch.zeros(1, shape.groups, groups, shape.length, dtype=torch.bool)
     chosen.scatter_(3, torch.randint(shape.length, (1, shape.groups, groups, count), generator=generator), True)
     return _columns_of(shape, chosen, blocks)
 
 
 def _columns_of(shape: Shape, chosen: Tensor, group: int, **more: object) -> SparsePlan:
-    csr = CsrBuilder()
-    csr.add(chosen)
-    indptr, indices = csr.build()
+    counts = chosen.sum(-1).flatten()
     return SparsePlan(
         shape.groups,
         shape.query_len,
         shape.length,
         shape.extent(),
         column_group=group,
-        column_indptr=indptr,
-        column_indices=indices,
+        column_indptr=F.pad(counts.cumsum(0), (1, 0)),
+        column_indices=chosen.flatten(0, 2).nonzero()[:, 1].to(torch.int32),
         **more,  # pyright: ignore[reportArgumentType]
     )
 
@@ -179,10 +178,8 @@ def verify() -> None:
             for shape in (Shape(1024, 4, 1, dim, dtype), Shape(3000, 4, 1, dim, dtype, queries=1)):
                 plans = [random_blocks(shape, density, block_k) for density, block_k in ((None, 64), (0.25, 128))]
                 more = [] if shape.queries else [vertical_slash(shape, 200, 4), strips(shape, 100, 2)]
+                call = shape.draw(0)
                 for plan in (*plans, *more, columns(shape, 200), bands(shape, 64, 200)):
-                    q, k, v = shape.draw(0)
-                    case = Case(q, k, v, plan.extent, dim**-0.5)
-                    out, lse = cpu.execute(q, k, v, plan, scale=case.scale)
-                    assert_accurate(case, plan, out, lse)
-                dense, _ = cpu.execute(q, k, v, plans[0], scale=dim**-0.5)
-                torch.testing.assert_close(shape.sdpa(q, k, v), dense, atol=3e-2, rtol=3e-2)
+                    assert_accurate(call, plan, *cpu.attend(call, plan))
+                dense, _ = cpu.attend(call, plans[0])
+                torch.testing.assert_close(shape.sdpa(call), dense, atol=3e-2, rtol=3e-2)

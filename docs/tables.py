@@ -1,38 +1,75 @@
-"""Fills the tables of the benchmarks page from the measured files when the documentation is built (an mkdocs hook)."""
+"""Fills the benchmarks page from the measured files when the documentation is built (an mkdocs hook).
+
+Files of several machines stand beside each other, ``benchmarks/results/<machine>/``: the page has a table for each.
+"""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gossamer.evaluate.summary import SummaryRow, read_results, summary_rows
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
+NOT_MEASURED = "Not measured yet."
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the markers ``<!-- table: name -->`` of a page."""
+    """Replace the markers ``<!-- table: name -->`` and ``<!-- picture: name -->`` of a page."""
     for name, make in TABLES.items():
         marker = f"<!-- table: {name} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, make())
+    for name, title in PICTURES.items():
+        markdown = markdown.replace(f"<!-- picture: {name} -->", pictures(name, title))
     return markdown
 
 
-def cpu_sections() -> dict[str, Any]:
-    return json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["sections"]
+def for_each_machine(file: str, make: Callable[[dict[str, Any], Path], str | None]) -> str:
+    """What a function makes of a machine's file and its folder, below the machine's name."""
+    parts = []
+    for path in sorted(RESULTS.glob(f"*/{file}")):
+        found = json.loads(path.read_text())
+        made = make(found, path.parent)
+        if made:
+            parts.append(f"**{machine_name(found)}** (`{path.parent.name}`)\n\n{made}")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def machine_name(found: dict[str, Any]) -> str:
+    """As a file of results says it of itself, or its first part that does."""
+    parts = [found, *found.get("sections", found).values()]
+    machine = next(part["machine"] for part in parts if isinstance(part, dict) and "machine" in part)
+    if "device" in machine:
+        return machine["device"]
+    known = f" ({machine['generation']})" if machine.get("generation") else ""
+    return f"{machine['cpu']}{known}, {machine['cores']} cores"
+
+
+def pictures(name: str, title: str) -> str:
+    """A picture of each machine, as benchmarks/pictures.py drew it."""
+    files = sorted(IMAGES.glob(f"*/{name}.svg"))
+    return "\n\n".join(f"![{title}, {file.parent.name}](images/{file.parent.name}/{file.name})" for file in files)
 
 
 def cpu_table() -> str:
     """Speed-up over SDPA by length, dtype and density, for key blocks of 128."""
-    section = cpu_sections()["prefill"]
+    return for_each_machine("cpu.json", lambda found, _: prefill_table(found["sections"].get("prefill")))
+
+
+def prefill_table(section: dict[str, Any] | None) -> str | None:
+    if section is None or not section["rows"]:
+        return None
     machine, others = section["machine"], section["used_by_others"] or 0
     rows = [row for row in section["rows"] if row["what"] == "dense" or row["block_k"] == 128]
     # Rows of before the arithmetic on registers was measured lack a share of it.
     with_peak = all(row.get("share_of_peak") is not None for row in rows)
     return markdown(
-        f"{machine['cpu']}, {machine['cores']} cores, {section['threads']} threads, torch {machine['torch']}; medians "
-        f"of {section['rounds']} rounds (fewer where SDPA takes half a minute); 4 query heads on one key/value head; "
-        f"other programs used {others:.0%} of the machine.",
+        f"{section['threads']} threads, torch {machine['torch']}; medians of {section['rounds']} rounds (fewer where "
+        f"SDPA takes half a minute); 4 query heads on one key/value head; other programs used {others:.0%} of the "
+        "machine.",
         (
             "tokens",
             "dtype",
@@ -61,8 +98,14 @@ def cpu_table() -> str:
 
 def parts_table() -> str:
     """The other sections, and what prefill has besides blocks, a row each."""
-    sections = cpu_sections()
-    besides = [row for row in sections["prefill"]["rows"] if row["what"] != "dense" and " in 64x" not in row["what"]]
+    return for_each_machine("cpu.json", lambda found, _: parts_of(found["sections"]))
+
+
+def parts_of(sections: dict[str, Any]) -> str | None:
+    def of(name: str) -> list[dict[str, Any]]:
+        return sections.get(name, {"rows": []})["rows"]
+
+    besides = [row for row in of("prefill") if row["what"] != "dense" and " in 64x" not in row["what"]]
     rows = [
         (
             row["what"],
@@ -77,23 +120,25 @@ def parts_table() -> str:
         )
         for row in (
             *besides,
-            *(row for name in ("flex", "parts", "decode", "instruction_sets") for row in sections[name]["rows"]),
+            *(row for name in ("flex", "parts", "decode", "instruction_sets") for row in of(name)),
         )
     ]
     header = ("what", "dtype", "head dim", "tokens", "kernel", "density", "times SDPA", "times Flex", "rate")
-    return markdown("", header, rows)
+    return markdown("", header, rows) if rows else None
 
 
 def end_to_end_table() -> str:
     """Seconds of whole layers and of the reference model, by part."""
-    report = json.loads((ROOT / "benchmarks" / "results" / "end_to_end.json").read_text())
-    machine = report["layers"]["machine"]
+    return for_each_machine("end_to_end.json", layers_table)
+
+
+def layers_table(report: dict[str, Any], _: Path) -> str:
+    first = next(iter(report.values()))
     others = max(row["used_by_others"] or 0 for part in report.values() for row in part["rows"])
     what = {"layers": "{number} 8B-shaped layer{s}", "reference": "reference model, 6 layers"}
     return markdown(
-        f"{machine['cpu']}, {machine['cores']} cores, {report['layers']['threads']} threads, torch "
-        f"{machine['torch']}, bfloat16; medians of as many rounds as stand there; other programs used up to "
-        f"{others:.0%} of the machine.",
+        f"{first['threads']} threads, torch {first['machine']['torch']}, bfloat16; medians of as many rounds as stand "
+        f"there; other programs used up to {others:.0%} of the machine.",
         ("what", "inputs", "tokens", "method", "rounds", "density", "seconds", "of them attention", "of it planning"),
         [
             (
@@ -108,6 +153,7 @@ def end_to_end_table() -> str:
                 f"{row['plan_s']:.2f}",
             )
             for part in what
+            if part in report
             for row in report[part]["rows"]
         ],
     )
@@ -115,9 +161,12 @@ def end_to_end_table() -> str:
 
 def vllm_table() -> str:
     """Speed-up over vLLM's dense attention, alone and with its writing to the cache."""
-    section = cpu_sections().get("vllm")
+    return for_each_machine("cpu.json", lambda found, _: beside_vllm(found["sections"].get("vllm")))
+
+
+def beside_vllm(section: dict[str, Any] | None) -> str | None:
     if section is None or not section["rows"]:
-        return "vLLM was not installed where the figures of this page were measured."
+        return None
     machine, others = section["machine"], section["used_by_others"] or 0
     return markdown(
         f"vLLM {machine['vllm']}, torch {machine['torch']}, {section['threads']} threads; medians of "
@@ -152,24 +201,27 @@ def vllm_table() -> str:
 
 def targets_table() -> str:
     """What was aimed at, and what was measured."""
-    sections = cpu_sections()
+    return for_each_machine("cpu.json", targets_of)
+
+
+def targets_of(found: dict[str, Any], folder: Path) -> str:
+    sections = found["sections"]
 
     def prefill(field: str, length: int, what: str, dim: int = 128, dtype: str = "bf16") -> list[float]:
         return [
             row[field]
-            for row in sections["prefill"]["rows"]
+            for row in sections.get("prefill", {"rows": []})["rows"]
             if (row["length"], row["dim"], row["dtype"]) == (length, dim, dtype) and row["what"].startswith(what)
         ]
 
     def of(section: str, field: str, **wanted: Any) -> list[float]:
-        rows = sections[section]["rows"]
+        rows = sections.get(section, {"rows": []})["rows"]
         return [row[field] for row in rows if field in row and all(row.get(k) == v for k, v in wanted.items())]
 
     tenth = {"length": 16384, "dtype": "bf16", "dim": 128}
     flex = [x for k in (64, 128) for x in of("flex", "speedup_over_flex", what=f"10% in 64x{k}", **tenth)]
     decoding = of("decode", "speedup", length=32768, dim=128, what="decode, dense")
-    planning = json.loads((ROOT / "benchmarks" / "results" / "planning.json").read_text())["rows"]
-    shares = {row["method"]: row["cpp_share"] for row in planning if row["length"] == 65536}
+    shares = planning_shares(folder / "planning.json")
     targets: list[tuple[str, str, list[float], str]] = [
         ("dense over SDPA, bf16, 32K, head dimension 128", "2.0", prefill("speedup", 32768, "dense"), "x"),
         ("the same, head dimension 64", "1.8", prefill("speedup", 32768, "dense", 64), "x"),
@@ -194,8 +246,8 @@ def targets_table() -> str:
         ),
         ("AVX2 over SDPA held to AVX2", "1.0", of("instruction_sets", "speedup", what="dense, all held to AVX2"), "x"),
         ("dense decoding at 32K over SDPA", "1.0", decoding, "x"),
-        ("planning of the whole, minference, 64K, at most", "12%", [100 * shares["minference"]], "%"),
-        ("planning of the whole, max_relative, 64K, at most", "12%", [100 * shares["max_relative"]], "%"),
+        ("planning of the whole, minference, 64K, at most", "12%", shares.get("minference", []), "%"),
+        ("planning of the whole, max_relative, 64K, at most", "12%", shares.get("max_relative", []), "%"),
         (
             "memory beyond packed keys and values, 128K, 32 heads, at most",
             "256 MiB",
@@ -204,8 +256,47 @@ def targets_table() -> str:
         ),
         ("exponent of cost against length, fixed budgets, at most", "1.15", of("growth", "exponent"), ""),
     ]
-    rows = [(name, target, ", ".join(f"{v:.3g}{unit}" for v in values)) for name, target, values, unit in targets]
+    rows = [
+        (name, target, ", ".join(f"{v:.3g}{unit}" for v in values) or "-") for name, target, values, unit in targets
+    ]
     return markdown("", ("figure", "aimed at", "measured"), rows)
+
+
+def planning_shares(file: Path) -> dict[str, list[float]]:
+    """Planning's share of a call at 64K in percent, by method."""
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    return {row["method"]: [100 * row["cpp_share"]] for row in rows if row["length"] == 65536}
+
+
+def gpu_table() -> str:
+    """What was timed on each GPU."""
+    return for_each_machine("gpu.json", gpu_rows)
+
+
+def gpu_rows(found: dict[str, Any], _: Path) -> str | None:
+    def shown(row: dict[str, Any], field: str, form: str) -> str:
+        return "" if row.get(field) is None else format(row[field], form)
+
+    rows = [
+        (
+            name,
+            f"`{row['what']}`",
+            shown(row, "length", ","),
+            shown(row, "density", ".4f"),
+            format(1e3 * seconds, ",.2f"),
+            shown(row, "speedup_over_sdpa", ".1f") or shown(row, "share_of_best_sdpa", ".2f"),
+            shown(row, "speedup_over_flex", ".1f"),
+            shown(row, "efficiency", ".2f"),
+            shown(row, "planning_share", ".0%"),
+        )
+        for name, section in found["sections"].items()
+        for row in section["rows"]
+        if (seconds := row.get("median_s") or row.get("seconds_whole")) and name != "tune"
+    ]
+    machine = found["machine"]
+    above = f"torch {machine['torch']}, Triton {machine['triton']}; medians of up to {found['rounds']} rounds."
+    header = ("section", "what", "tokens", "density", "ms", "times SDPA", "times Flex", "efficiency", "of it planning")
+    return markdown(above, header, rows) if rows else None
 
 
 def markdown(above: str, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -236,7 +327,7 @@ def demo_table() -> str:
 
 def methods_table() -> str:
     """The methods on the reference model at the longest length that was measured."""
-    records = read_results(ROOT / "benchmarks" / "results" / "reference_eval.jsonl")
+    records = read_results(RESULTS / "reference_eval.jsonl")
     rows = summary_rows(records)
     longest = max(row.length for row in rows)
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
@@ -277,12 +368,30 @@ def methods_table() -> str:
     )
 
 
+def mutants_table() -> str:
+    """What became of the mutants of each part, and what the survivors are."""
+    result = json.loads((ROOT / "tests" / "mutants.json").read_text(encoding="utf-8"))
+    columns = ("possible", "sampled", "killed", "timed_out", "survived")
+    rows = [(f"`{name}`", *(counts[c] for c in columns)) for name, counts in result["parts"].items()]
+    total = ("all", *(sum(counts[c] for counts in result["parts"].values()) for c in columns))
+    explained = sum(bool(survivor["explanation"]) for survivor in result["survivors"])
+    return markdown(
+        f"{result['tool']} {result['version']}, seed {result['seed']}, commit {result['commit'][:10]}; of the "
+        f"{len(result['survivors'])} survivors, {explained} are explained.",
+        ("part", *(column.replace("_", " ") for column in columns)),
+        [*rows, total],
+    )
+
+
 TABLES = {
     "cpu": cpu_table,
     "parts": parts_table,
     "vllm": vllm_table,
     "end_to_end": end_to_end_table,
     "targets": targets_table,
+    "gpu": gpu_table,
     "demo": demo_table,
     "methods": methods_table,
+    "mutants": mutants_table,
 }
+PICTURES = {"cpu_latency": "Seconds against length", "cpu_roofline": "Roofline"}

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread a worker, since xdist runs one worker a core; Triton interpreted without a GPU."""
 
+import importlib
 import os
 
 import pytest
@@ -10,6 +11,24 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # cuBLAS reads it once; `poisoned_memory` asks torch for determinism, and older ones then warn at every product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# Every budget by which the code cuts its work into pieces, at the value that makes the most pieces of it.
+_SMALLEST = {
+    "gossamer.plan.count": {"_ROW_BUDGET": 1, "_MASK_BUDGET": 1},
+    "gossamer.blocks": {"MASK_BYTES": 1},
+    "gossamer.methods.slashes": {"PART_ENTRIES": 1},
+    "gossamer.oracle.tiles": {"TILE_BYTES": 1, "MOST_QUERIES": 1, "MOST_KEYS": 1},
+    "gossamer.backends.torch": {"PART_BYTES": 1},
+    "gossamer.backends.torch.attend": {"_LOGITS": 1},
+    "gossamer.backends.torch.scores": {"CHUNK_BYTES": 1, "PART_BYTES": 1},
+    "gossamer.backends.cpu": {"PART_BYTES": 1},
+    "gossamer.backends.cpu.scores": {"PART_BYTES": 1},
+    "gossamer.backends.triton": {"PART_BYTES": 1},
+    "gossamer.backends.triton.scores": {"PART_BYTES": 1, "_SPLIT_KEYS": 64, "_SPAN_TILES": 1, "_MERGE_TILE": 32},
+    "gossamer.backends.triton.choose": {"_ROW_TILE": 32, "_WIDEST_ROW": 32},
+    "gossamer.backends.triton.pairs": {"_BITMAP_BYTES": 1},
+    "gossamer.backends.triton.launch": {"_MOST_BITMAP_BYTES": 1},
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,3 +49,23 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def smallest_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All work is cut into as many pieces as it can be. What is not there is passed over."""
+    for name, smallest in _SMALLEST.items():
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        for constant, value in smallest.items():
+            if hasattr(module, constant):
+                monkeypatch.setattr(module, constant, value)
+
+
+@pytest.fixture(params=["usual constants", "smallest constants"])
+def constants(request: pytest.FixtureRequest) -> None:
+    """Runs a test twice: as things are, and under `smallest_constants`."""
+    if request.param == "smallest constants":
+        request.getfixturevalue("smallest_constants")

@@ -1,183 +1,313 @@
-"""sparse_attention: what it chooses, that every path is right, and what it says of it."""
+"""`sparse_attention`: it hands everything on, every path is right, and it says what was done."""
+
+import inspect
+import logging
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, get_type_hints
 
 import pytest
 import torch
-import torch.nn.functional as F
+from definitions import allowed_pairs, attention, call_in, everywhere, plan_pairs
+from torch import Tensor
 
-from gossamer import Extent, Policy, SparsePlan, backends, methods, sparse_attention
-from gossamer.attention import CallRecord, dense_attention
-from gossamer.backends import torch as reference
+from gossamer import AttentionCall, Extent, Method, Policy, Profile, SparsePlan, backends, methods, sparse_attention
+from gossamer import attention as module
+from gossamer.attention import CallRecord, attend
+from gossamer.call import CallFields
+from gossamer.methods import AShape, Dense
+from gossamer.policy import TOO_DENSE
+
+SINKS = torch.tensor([0.3, -1.0, 2.0, 0.0])
+TOLERANCE: dict[str, float] = {"atol": 2e-5, "rtol": 2e-5}
+
+pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
 
-def tensors(query_len: int, key_len: int, dtype=torch.float32, heads: int = 4, groups: int = 2):
-    generator = torch.Generator().manual_seed(query_len)
-    return (
-        torch.randn(1, heads, query_len, 32, generator=generator).to(dtype),
-        torch.randn(1, groups, key_len, 32, generator=generator).to(dtype),
-        torch.randn(1, groups, key_len, 32, generator=generator).to(dtype),
-    )
+@dataclass(frozen=True)
+class Spy(Method):
+    """Takes note of calls."""
+
+    name: ClassVar[str] = "spy"
+    calls: tuple[list[AttentionCall], ...] = ()
+    window: int = 3
+
+    def plan(self, call: AttentionCall) -> SparsePlan:
+        for calls in self.calls:
+            calls.append(call)
+        return SparsePlan(call.groups, call.query_len, call.key_len, call.extent, window=self.window)
 
 
-def call(q, k, v, method, **kwargs) -> tuple[torch.Tensor, CallRecord]:
+def sparse(method: Method | None = None) -> Policy:
+    """Never dense."""
+    return Policy(method or Spy(), min_tokens=0, max_density=1.0)
+
+
+def keywords(call: AttentionCall) -> dict[str, Any]:
+    return {name: getattr(call, name) for name in CallFields.__annotations__ if name not in ("causal", "limit")}
+
+
+def run(call: AttentionCall, policy: Any, **more: Any) -> tuple[Any, CallRecord]:
     records: list[CallRecord] = []
-    out = sparse_attention(q, k, v, method, record=records.append, **kwargs)
+    out = sparse_attention(call.q, call.k, call.values, policy, record=records.append, **keywords(call) | more)
     assert len(records) == 1
     return out, records[0]
 
 
-SPARSE = Policy(methods.create("a_shape", sink=4, window=20), min_tokens=0)
+def dense_pairs(call: AttentionCall) -> Tensor:
+    return allowed_pairs(call.extent, call.query_len, call.key_len)[:, None].expand(-1, call.heads, -1, -1)
 
 
-def test_a_sparse_call_computes_the_plan() -> None:
-    q, k, v = tensors(300, 300)
-    out, record = call(q, k, v, SPARSE, layer=3)
-    plan = SPARSE.method.plan(q, k, scale=32**-0.5, extent=Extent.full(1, 300, 300))
-    expected, _ = reference.execute(q, k, v, plan, scale=32**-0.5)
-    torch.testing.assert_close(out, expected)
-    assert (record.path, record.reason, record.layer) == ("sparse", None, 3)
-    assert record.density == pytest.approx(plan.density())
-    assert record.density < 0.2
-    assert record.executor == backends.executor_for(q)
+# What is handed on
 
 
-@pytest.mark.parametrize(
-    ("policy", "lengths", "kwargs", "reason"),
-    [
-        (Policy(methods.create("a_shape"), min_tokens=500), (300, 300), {}, "short prompt"),
-        (Policy(methods.create("a_shape"), min_tokens=200), (300, 300), {"limit": 100}, "short model window"),
-        (Policy(methods.create("a_shape"), min_tokens=200), (20, 300), {}, "few queries"),
-        (Policy(methods.create("a_shape"), min_tokens=0), (300, 300), {}, "plan too dense to pay"),
-        (SPARSE, (1, 300), {}, "decode"),
-        (SPARSE, (300, 300), {"causal": False}, "not causal"),
-        (Policy(methods.create("dense"), min_tokens=0), (300, 300), {}, None),
-    ],
-)
-def test_dense_calls_say_why(policy: Policy, lengths: tuple[int, int], kwargs: dict, reason: str | None) -> None:
-    q, k, v = tensors(*lengths)
-    out, record = call(q, k, v, policy, **kwargs)
-    assert (record.path, record.reason, record.density) == ("dense", reason, 1.0)
-    plan = SparsePlan.dense(
-        2, *lengths, Extent.full(1, *lengths), causal=kwargs.get("causal", True), limit=kwargs.get("limit")
-    )
-    expected, _ = reference.execute(q, k, v, plan, scale=32**-0.5)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+class Store:
+    def summaries(self, layer: int | None) -> dict[str, Tensor]:
+        return {}
 
 
-def test_a_plan_too_dense_to_pay_runs_dense_on_our_own_kernel() -> None:
-    q, k, v = tensors(300, 300)
-    _, record = call(q, k, v, Policy(methods.create("a_shape"), min_tokens=0))
-    assert record.reason == "plan too dense to pay"
-    assert record.executor == ("sdpa" if backends.executor_for(q) == "reference" else backends.executor_for(q))
-    _, record = call(q, k, v, Policy(methods.create("dense"), min_tokens=0))
-    assert record.executor == "sdpa"
+FIELDS: dict[str, Any] = {
+    "extent": Extent([3], [30], [1], [36], limit=20),
+    "scale": 0.7,
+    "sinks": SINKS,
+    "softcap": 30.0,
+    "layer": 3,
+    "store": Store(),
+    "layout": ("frames", 4, 4),
+    "step": (2, "guided"),
+    "state": [{"seen": 1}],
+}
 
 
-@pytest.mark.parametrize("query_len", [1, 5])
-def test_long_caches_are_decoded_on_our_own_kernel(query_len: int) -> None:
-    q, k, v = (t.bfloat16() for t in tensors(query_len, 1000))
-    if backends.executor_for(q) == "reference":
-        pytest.skip("no C++ kernels")
-    policy = Policy(SPARSE.method, min_tokens=500)
-    out, record = call(q, k, v, policy)
-    assert record.executor == backends.executor_for(q)
-    assert record.reason == ("decode" if query_len == 1 else "few queries")
-    plan = SparsePlan.dense(2, query_len, 1000, Extent.full(1, query_len, 1000))
-    expected, _ = reference.execute(q.double(), k.double(), v.double(), plan, scale=32**-0.5)
-    torch.testing.assert_close(out.double(), expected, atol=1e-2, rtol=2e-2)
-    _, record = call(q[:, :, :1], k[:, :, :100], v[:, :, :100], policy)
-    assert record.executor == "sdpa"
-    _, record = call(q[:, :, :1], k, v, Policy(methods.create("dense")))
-    assert record.executor == "sdpa"
+def test_the_list_of_fields_is_whole() -> None:
+    assert {*CallFields.__annotations__} == {*FIELDS, "causal", "limit"}
+    assert {*get_type_hints(AttentionCall)} == {"q", "k", "v", *FIELDS}
 
 
-def test_training_goes_dense_and_has_gradients() -> None:
-    q, k, v = (t.requires_grad_() for t in tensors(100, 100))
-    out, record = call(q, k, v, SPARSE)
-    assert (record.path, record.reason) == ("dense", "training: sparse executors have no backward")
-    out.sum().backward()
-    assert all(t.grad is not None for t in (q, k, v))
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_reaches_the_method(name: str) -> None:
+    calls: list[AttentionCall] = []
+    q, k, v = torch.ones(1, 4, 33, 8), torch.ones(1, 2, 38, 8), torch.ones(1, 2, 38, 8)
+    sparse_attention(q, k, v, sparse(Spy((calls,))), **{name: FIELDS[name]})
+    (call,) = calls
+    assert (call.q is q, call.k is k, call.v is v) == (True, True, True)
+    got = getattr(call, name)
+    assert got is FIELDS[name] or (isinstance(got, float) and got == FIELDS[name])
 
 
-@pytest.mark.parametrize("query_len", [1, 40, 120])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("limit", [None, 30])
-@pytest.mark.parametrize("method", ["dense", "a_shape"])
-def test_every_combination_equals_the_reference(method, query_len, padded, sinks, softcap, limit) -> None:
-    q, k, v = tensors(query_len, 120)
-    extent = Extent([120 - query_len - 7], [7], [113]) if padded else Extent.full(1, query_len, 120)
-    sink_logits = torch.tensor([0.3, -1.0, 2.0, 0.0]) if sinks else None
-    policy = Policy(methods.create(method, **({} if method == "dense" else {"window": 1000})), 0, max_density=2.0)
-    out, _ = call(q, k, v, policy, extent=extent, sinks=sink_logits, softcap=softcap, limit=limit)
-    plan = SparsePlan.dense(2, query_len, 120, extent, limit=limit)
-    expected, _ = reference.execute(q, k, v, plan, scale=32**-0.5, sinks=sink_logits, softcap=softcap)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("given", [{"causal": False}, {"limit": 5}])
+def test_causality_and_limit_reach_the_method(given: dict) -> None:
+    calls: list[AttentionCall] = []
+    q = torch.ones(1, 2, 33, 8)
+    sparse_attention(q, q, q, sparse(Spy((calls,))), **given)
+    assert {name: getattr(calls[0].extent, name) for name in given} == given
 
 
-@pytest.mark.parametrize("query_len", [1, 150])
-def test_lse_is_returned_on_both_paths(query_len: int) -> None:
-    q, k, v = tensors(query_len, 150)
-    for method in (SPARSE, "dense"):
-        out, lse = sparse_attention(q, k, v, method, return_lse=True)
-        assert out.shape == q.shape
-        assert lse.shape == q.shape[:3]
-        assert lse.dtype == torch.float32
-
-
-def test_dense_attention_with_a_mask_equals_the_reference() -> None:
-    q, k, v = tensors(60, 60)
-    plan = SparsePlan.from_block_mask(torch.rand(1, 1, 15, 15) < 0.5, 60, 60, block_q=4, block_k=4, window=1)
-    mask = plan.to_mask()
-    plan = SparsePlan.from_block_mask(plan.block_mask().expand(-1, 2, -1, -1), 60, 60, block_q=4, block_k=4, window=1)
-    for sinks, softcap in ((None, None), (torch.randn(4), None), (torch.randn(4), 4.0), (None, 4.0)):
-        got = dense_attention(q, k, v, mask=mask, scale=0.2, sinks=sinks, softcap=softcap)
-        expected, _ = reference.execute(q, k, v, plan, scale=0.2, sinks=sinks, softcap=softcap)
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_methods_by_name_and_unknown_names() -> None:
-    q, k, v = tensors(50, 50)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(sparse_attention(q, k, v, "minference"), expected)
-    with pytest.raises(ValueError, match="unknown method 'nonesuch'; known: "):
-        sparse_attention(q, k, v, "nonesuch")
-
-
-def test_bad_policies_are_named() -> None:
-    with pytest.raises(TypeError, match=r"must be a gossamer\.methods\.Method, got str"):
-        Policy("dense")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="min_tokens must not be negative"):
-        Policy(methods.create("dense"), min_tokens=-1)
-    with pytest.raises(ValueError, match="max_density must be above 0"):
-        Policy(methods.create("dense"), max_density=0)
+def test_an_unknown_field_is_an_error() -> None:
+    q = torch.ones(1, 2, 3, 8)
+    with pytest.raises(TypeError, match="windw"):
+        sparse_attention(q, q, q, windw=3)  # type: ignore[call-arg]
 
 
 def test_bad_tensors_are_named_before_any_work() -> None:
-    q, k, v = tensors(50, 50)
+    calls: list[AttentionCall] = []
+    q = torch.ones(1, 2, 3, 8)
     with pytest.raises(TypeError, match="must share a dtype"):
-        sparse_attention(q, k.double(), v)
-    with pytest.raises(ValueError, match="do not fit"):
-        sparse_attention(q, k, v[:, :, :10])
+        sparse_attention(q, q.double(), q, sparse(Spy((calls,))))
+    assert not calls
 
 
-def test_the_reference_path_warns_of_its_cost(monkeypatch) -> None:
-    from gossamer import attention
-
-    q, k, v = (t.double() for t in tensors(100, 100))  # no kernel for fp64
-    attention._warn_reference.cache_clear()
-    with pytest.warns(RuntimeWarning, match="slower than dense attention"):
-        out = sparse_attention(q, k, v, SPARSE)
-    attention._warn_reference.cache_clear()
-    assert isinstance(out, torch.Tensor)
+def test_minference_runs_unless_told_otherwise() -> None:
+    assert inspect.signature(sparse_attention).parameters["method"].default == "minference"
 
 
-def test_dense_runs_on_our_own_kernel_if_asked() -> None:
-    q, k, v = tensors(100, 100)
-    expected, record = call(q, k, v, Policy.of("dense"))
-    assert record.executor == "sdpa"
-    out, record = call(q, k, v, Policy(methods.create("dense", kernel="gossamer")))
-    assert record.executor == backends.executor_for(q)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="'torch' or 'gossamer'"):
-        methods.create("dense", kernel="triton")
+@pytest.mark.parametrize("method", ["a_shape", AShape(), Profile.uniform(1, 2, AShape()), Policy(AShape())])
+def test_methods_come_by_name_as_profiles_and_as_policies(method: Any) -> None:
+    q = torch.rand(1, 2, 2050, 8)
+    records: list[CallRecord] = []
+    sparse_attention(q, q, q, method, layer=0, record=records.append)
+    # Its window is longer than the prompt: a plan was made, which no other default does.
+    assert [record.reason for record in records] == [TOO_DENSE]
+
+
+# That it is right
+
+
+@pytest.fixture(params=["torch", "what is fastest here"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setenv("GOSSAMER_BACKEND", "torch")
+
+
+@everywhere
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("extra", [{}, {"sinks": SINKS, "softcap": 1.5}], ids=["plain", "sinks and soft-cap"])
+def test_a_sparse_call_computes_the_plan(situation: str, extra: dict) -> None:
+    call = replace(call_in(situation, length=24, dim=8), **extra)
+    (out, lse), record = run(call, sparse(), return_lse=True)
+    plan = Spy().plan(call)
+    pairs = plan_pairs(plan).repeat_interleave(call.share, dim=1)
+    expected, expected_lse = attention(call, pairs)
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE)
+    torch.testing.assert_close(lse.double(), expected_lse, **TOLERANCE)
+    assert (record.path, record.reason, record.density) == ("sparse", None, plan.density())
+
+
+@everywhere
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("extra", [{}, {"sinks": SINKS, "softcap": 1.5}], ids=["plain", "sinks and soft-cap"])
+@pytest.mark.parametrize("policy", [Policy(Spy()), Policy(Dense("gossamer"))], ids=["short prompt", "our own kernel"])
+def test_a_dense_call_computes_what_the_extent_allows(situation: str, extra: dict, policy: Policy) -> None:
+    call = replace(call_in(situation, length=24, dim=8), **extra)
+    expected, expected_lse = attention(call, dense_pairs(call))
+    out, record = run(call, policy)
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE)
+    assert (record.path, record.density) == ("dense", 1.0)
+    (out, lse), _ = run(call, policy, return_lse=True)
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE)
+    torch.testing.assert_close(lse.double(), expected_lse, **TOLERANCE)
+
+
+@pytest.mark.parametrize("policy", [Policy(Spy()), Policy(Dense("gossamer"))], ids=["short prompt", "our own kernel"])
+def test_a_single_query_attends_all_keys(policy: Policy) -> None:
+    full = call_in("no padding", length=40, dim=8)
+    call = replace(full, q=full.q[:, :, :1], extent=Extent.full(1, 1, 40, limit=9))
+    out, _ = run(call, policy)
+    torch.testing.assert_close(out.double(), attention(call, dense_pairs(call))[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("extra", [{}, {"sinks": SINKS}])
+def test_a_call_that_needs_gradients_has_those_of_dense_attention(extra: dict) -> None:
+    call = replace(call_in("no padding", dim=8), **extra)
+    leaves = [x.clone().requires_grad_() for x in (call.q, call.k, call.values)]
+    with_leaves = replace(call, q=leaves[0], k=leaves[1], v=leaves[2])
+    out, record = run(with_leaves, sparse())
+    assert (record.path, record.reason) == ("dense", "training: sparse backends have no backward")
+    torch.testing.assert_close(out.double(), attention(call, dense_pairs(call))[0], **TOLERANCE)
+    out.sum().backward()
+    step = 1e-3
+    for leaf in leaves:
+        assert leaf.grad is not None
+        direction = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0))
+        moved = [x.detach() + (step * direction if x is leaf else 0) for x in leaves]
+        back = [x.detach() - (step * direction if x is leaf else 0) for x in leaves]
+        up, down = (attention(replace(call, q=q, k=k, v=v), dense_pairs(call))[0].sum() for q, k, v in (moved, back))
+        slope = float((up - down) / (2 * step))
+        assert float((leaf.grad * direction).sum()) == pytest.approx(slope, rel=1e-2, abs=1e-2)
+
+
+def test_an_lse_has_no_gradient() -> None:
+    q = torch.ones(1, 2, 3, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"return_lse=True where a gradient is needed .* torch\.no_grad"):
+        sparse_attention(q, q, q, return_lse=True)
+    with torch.no_grad():
+        sparse_attention(q, q, q, return_lse=True)
+
+
+def test_a_call_that_is_made_already_runs_the_same() -> None:
+    call = call_in("left padding", length=40, dim=8)
+    out, lse = attend(call, sparse(), return_lse=True)
+    (expected, expected_lse), _ = run(call, sparse(), return_lse=True)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
+# What it says
+
+
+def test_a_record_says_what_was_done() -> None:
+    call = replace(call_in("chunk", length=40, dim=8), layer=7)
+    _, record = run(call, sparse())
+    assert (record.layer, record.path, record.reason) == (7, "sparse", None)
+    assert (record.query_len, record.key_len) == (call.query_len, call.key_len)
+    assert record.executor == backends.name_of(call)
+    assert record.density == Spy().plan(call).density()
+    assert min(record.plan_seconds, record.attention_seconds) > 0
+
+
+def seconds_of(record: CallRecord) -> tuple[float, float]:
+    return record.plan_seconds, record.attention_seconds
+
+
+def test_seconds_are_those_of_planning_and_of_attending(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 13.0, 18.0])
+    monkeypatch.setattr("gossamer.attention.time.perf_counter", lambda: next(now))
+    _, record = run(call_in("no padding", dim=8), sparse())
+    assert seconds_of(record) == (3.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "query_len", "reason"),
+    [
+        (Policy(Spy()), 40, "short prompt"),
+        (Policy(Spy(), 40), 31, "few queries"),
+        (sparse(), 1, "decode"),
+        (Policy(Spy(window=99), 0), 40, TOO_DENSE),
+        (Policy(methods.create("dense"), 0), 40, None),
+    ],
+)
+def test_a_dense_call_says_why(policy: Policy, query_len: int, reason: str | None) -> None:
+    q, k = torch.rand(1, 2, query_len, 8), torch.rand(1, 1, 40, 8)
+    _, record = run(AttentionCall(q, k, k), policy)
+    assert (record.path, record.reason, record.density) == ("dense", reason, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "policy", "more", "executor"),
+    [
+        ("no padding", Policy(Spy()), {}, "sdpa"),
+        ("no padding", Policy(Spy()), {"return_lse": True}, "cpu/some"),
+        ("no padding", Policy(Spy(window=99), 0), {}, "cpu/some"),
+        ("no padding", Policy(Dense()), {}, "sdpa"),
+        ("no padding", Policy(Dense("gossamer")), {}, "cpu/some"),
+        ("left padding", Policy(Spy()), {}, "cpu/some"),
+        ("scale, sinks and soft-cap", Policy(Spy()), {}, "cpu/some"),
+    ],
+)
+def test_dense_attention_runs_where_it_needs_no_mask(
+    monkeypatch: pytest.MonkeyPatch, call: str, policy: Policy, more: dict, executor: str
+) -> None:
+    monkeypatch.setattr(backends, "name_of", lambda subject: "cpu/some")
+    _, record = run(call_in(call, dim=8), policy, **more)
+    assert record.executor == executor
+
+
+@pytest.mark.parametrize(
+    ("situation", "executor"),
+    [("no padding", "sdpa"), ("left padding", "sdpa"), ("scale, sinks and soft-cap", "torch")],
+)
+def test_without_kernels_dense_attention_is_torchs(
+    monkeypatch: pytest.MonkeyPatch, situation: str, executor: str
+) -> None:
+    monkeypatch.setenv("GOSSAMER_BACKEND", "torch")
+    _, record = run(call_in(situation, dim=8), Policy(Spy()))
+    assert record.executor == executor
+
+
+def test_a_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    module._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="gossamer"):
+        for _ in range(2):
+            run(call_in("no padding", dim=8), Policy(Spy()))
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention runs dense: short prompt (counted in stats; logged once)"
+    ]
+
+
+def test_a_dense_method_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="gossamer"):
+        run(call_in("no padding", dim=8), "dense")
+    assert not caplog.records
+
+
+def test_the_torch_backend_warns_of_its_cost_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOSSAMER_BACKEND", "torch")
+    monkeypatch.setattr(backends, "why_slow", lambda call: "no reason")
+    module._warn_slow.cache_clear()
+    call = call_in("no padding", dim=8)
+    with pytest.warns(RuntimeWarning, match="slower than dense attention .*: no reason"):
+        run(call, sparse())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(call, sparse())
+    module._warn_slow.cache_clear()

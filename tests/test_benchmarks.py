@@ -17,14 +17,16 @@ from types import ModuleType
 import pytest
 import torch
 
-from gossamer import Extent, SparsePlan
+from gossamer import AttentionCall, SparsePlan
 from gossamer.backends import cpu as kernels
-from gossamer.backends import torch as reference
+from gossamer.backends import torch as definition
 from gossamer.backends import triton
+from gossamer.blocks import Blocks
 from gossamer.methods import MaxRelative
-from gossamer.methods._exact_slash import exact_slash_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MACHINES = sorted(path.parent.name for path in RESULTS.glob("*/cpu.json"))
 pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="needs the C++ kernels")
 needs_triton = pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}")
 
@@ -138,14 +140,92 @@ def test_rows_of_another_machine_are_not_completed(fake, capsys):
     assert "whose cpu is another" in capsys.readouterr().err
 
 
-def test_rows_that_are_committed_are_held(benchmark):
+def described(path):
+    """The machines that a file of results says it is of."""
+    found = json.loads(path.read_text())
+    parts = [found, *found.get("sections", found).values()]
+    return [part["machine"] for part in parts if isinstance(part, dict) and "machine" in part]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_results_stand_in_the_folder_of_the_machine_that_they_are_of(script, path):
+    names = {script("machines").folder_name(about) for about in described(path)}
+    assert names == {path.parent.name}
+
+
+@pytest.mark.parametrize(
+    ("about", "name"),
+    [
+        (
+            {"cpu": "AMD EPYC", "generation": "Zen 5", "cores": 2, "isas": ["avx2", "avx512_bf16", "amx_emulated"]},
+            "amd-epyc-zen5-2-cores-avx512-bf16",
+        ),
+        (
+            {"cpu": "Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz", "cores": 8, "isas": ["portable", "amx", "avx2"]},
+            "intel-xeon-platinum-8488c-8-cores-amx",
+        ),
+        ({"cpu": "AMD EPYC 9R14 96-Core Processor", "cores": 96, "isas": ["avx2"]}, "amd-epyc-9r14-96-cores-avx2"),
+        ({"cpu": "aarch64", "generation": None, "cores": 4, "isas": ["portable"]}, "aarch64-4-cores-portable"),
+        ({"device": "NVIDIA H200", "capability": "9.0"}, "nvidia-h200"),
+    ],
+)
+def test_a_machines_folder_is_named_after_it(script, about, name):
+    assert script("machines").folder_name(about) == name
+
+
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "model": "2"}, "Zen 5"),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "17"}, "Zen 4"),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "1"}, "Zen 3"),
+        ({"vendor_id": "GenuineIntel", "cpu family": "6", "model": "143"}, "Sapphire Rapids"),
+        ({"vendor_id": "GenuineIntel", "cpu family": "6", "model": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_processors_whose_names_hide_it_are_told_apart_by_generation(script, info, name):
+    assert script("machines").generation(info) == name
+
+
+@pytest.mark.parametrize("name", ["cpu", "planning", "end_to_end"])
+def test_a_benchmark_writes_into_the_folder_of_this_machine(script, monkeypatch, tmp_path, name):
+    """And leaves what other machines measured where it is."""
+    machines, benchmark = script("machines"), script(name)
+    monkeypatch.setattr(machines, "RESULTS", tmp_path)
+    other = tmp_path / "another-machine" / f"{name}.json"
+    other.parent.mkdir()
+    other.write_text("{}")
+    row = {"method": "dense", "length": 64, "layers": 1, "what": "a"}
+
+    def section(request):
+        """A row."""
+        yield measured("a")
+
+    patches = {
+        "cpu": {"verify": lambda: None, "SECTIONS": {"parts": section}},
+        "planning": {"verify": lambda names: None, "measure": lambda *_: row, "print_row": lambda row: None},
+        "end_to_end": {"PARTS": {"layers": lambda arguments: iter([row])}},
+    }
+    for attribute, value in patches[name].items():
+        monkeypatch.setattr(benchmark, attribute, value)
+    options = {"cpu": ["--only", "parts"], "planning": ["--lengths", "64", "--methods", "minference"]}
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options.get(name, ["--only", "layers"])])
+    assert benchmark.main() == 0
+    here = tmp_path / machines.folder_name(machines.machine())
+    assert machines.measured(f"{name}.json") == sorted([other, here / f"{name}.json"])
+    assert other.read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_rows_that_are_committed_are_held(benchmark, name):
     """Older rows are found again under the names that the sections give them now."""
     request = importlib.import_module("comparison").Request
     shape = importlib.import_module("workloads").Shape
-    sections = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["sections"]
-    dense = {"what": "dense", "length": 16384, "dtype": "bf16", "dim": 128}
-    assert not request(held=tuple(sections["prefill"]["rows"])).lacks(**dense)
-    assert request(held=tuple(sections["prefill"]["rows"])).lacks_of(shape(512, 4, 1, 128, "bf16"), "dense")
+    rows = json.loads((RESULTS / name / "cpu.json").read_text())["sections"].get("prefill", {"rows": []})["rows"]
+    for length in {row["length"] for row in rows}:
+        assert not request(held=tuple(rows)).lacks(what="dense", length=length, dtype="bf16", dim=128)
+    assert request(held=tuple(rows)).lacks_of(shape(512, 4, 1, 128, "bf16"), "dense")
 
 
 def test_a_call_that_got_fewer_cores_than_others_of_its_kind_is_repeated(script, monkeypatch):
@@ -153,7 +233,7 @@ def test_a_call_that_got_fewer_cores_than_others_of_its_kind_is_repeated(script,
     monkeypatch.setattr(timing, "wake_threads", lambda: 1)
     shares = iter([1.0, 0.5, 0.95, 1.0])  # the second call of three gets half of what the first got
     monkeypatch.setattr(timing, "timed", lambda call, *arguments: (2.0, 2.0 * next(shares)))
-    series = timing.alternate({"one": lambda: None}, lambda seed: (), rounds=3, warm_up=False)["one"]
+    series = timing.alternate({"one": lambda _: None}, lambda seed: seed, rounds=3, warm_up=False)["one"]
     assert series.cpu == [2.0, 1.9, 2.0]
     assert series.to_dict()["repeated"] == 1
 
@@ -162,7 +242,7 @@ def test_contenders_of_one_thread_are_not_repeated(script, monkeypatch):
     timing = script("timing")
     monkeypatch.setattr(timing, "wake_threads", lambda: 1)
     monkeypatch.setattr(timing, "timed", lambda call, *arguments: (2.0, 1.0))
-    series = timing.alternate({"one": lambda: None}, lambda seed: (), rounds=3)["one"]
+    series = timing.alternate({"one": lambda _: None}, lambda seed: seed, rounds=3)["one"]
     assert series.repeated == 0
     assert len(series.wall) == 3
 
@@ -207,18 +287,26 @@ def test_without_a_compiler_arithmetic_on_registers_is_not_measured(script, monk
     assert peak.peak_flops("portable", 1, 0.001) is None
 
 
-def test_the_roof_is_what_registers_can_do_where_that_was_measured(script, monkeypatch):
-    pictures, panels = script("pictures"), []
-    monkeypatch.setattr(pictures, "save", lambda panel, name: panels.append(panel.render()))
-    sections = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["sections"]
+def test_the_roof_is_what_registers_can_do_where_that_was_measured(script):
+    pictures = script("pictures")
+    every = [json.loads(path.read_text())["sections"] for path in sorted(RESULTS.glob("*/cpu.json"))]
+    sections = next(sections for sections in every if {"gemm", "prefill", "decode"} <= sections.keys())
     rows = [row for row in sections["gemm"]["rows"] if row["what"] != "peak"]
     sections["gemm"]["rows"] = rows
-    pictures.roofline(sections)
+    before = pictures.roofline(sections).render()
     isa = next(row["isa"] for row in sections["prefill"]["rows"] if row["dtype"] == "bf16")
     sections["gemm"]["rows"] = [{"what": "peak", "isa": isa, "gflops": 4321.0}, *rows]
-    pictures.roofline(sections)
-    assert "4321 GFLOP/s" in panels[1]
-    assert "4321 GFLOP/s" not in panels[0]
+    assert "4321 GFLOP/s" in pictures.roofline(sections).render()
+    assert "4321 GFLOP/s" not in before
+
+
+def test_the_pictures_in_the_documentation_are_drawn_from_the_committed_results(script, monkeypatch, tmp_path):
+    pictures = script("pictures")
+    committed = {path.relative_to(pictures.IMAGES): path.read_text() for path in pictures.IMAGES.glob("*/*.svg")}
+    monkeypatch.setattr(pictures, "IMAGES", tmp_path)
+    pictures.main()
+    assert {path.relative_to(tmp_path): path.read_text() for path in tmp_path.glob("*/*.svg")} == committed
+    assert {path.parent.name for path in committed} <= set(MACHINES)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak of memory")
@@ -281,7 +369,6 @@ def test_drifting_inputs_make_attention_sparse(script):
 def test_planning_keeps_the_rows_of_other_methods(script, monkeypatch, tmp_path):
     planning = script("planning")
     monkeypatch.setattr(planning, "verify", lambda names: None)
-    monkeypatch.setenv(planning.planning.ENVIRONMENT, "")
     out = tmp_path / "planning.json"
     out.write_text(json.dumps({"rows": [{"method": "minference", "length": 2048}]}))
     arguments = ["--quick", "--no-torch", "--methods", "max_relative", "--rounds", "1", "--out", str(out)]
@@ -305,13 +392,13 @@ def gpu_benchmark(monkeypatch):
 @needs_triton
 def test_nothing_is_timed_on_a_gpu_while_a_kernel_is_wrong(gpu_benchmark, monkeypatch, tmp_path, capsys):
     checks = importlib.import_module("gpu_verify")
-    real = triton.execute
+    real = triton.attend
 
-    def wrong(*arguments, **options):
-        out, lse = real(*arguments, **options)
+    def wrong(call, plan):
+        out, lse = real(call, plan)
         return out * 1.02, lse
 
-    monkeypatch.setattr(triton, "execute", wrong)
+    monkeypatch.setattr(triton, "attend", wrong)
     every = checks._checks
     monkeypatch.setattr(checks, "_checks", lambda *arguments: itertools.islice(every(*arguments), 1))
     out = tmp_path / "gpu.json"
@@ -346,8 +433,12 @@ def test_the_script_for_peers_gives_both_sides_the_same_pairs(gpu_benchmark, mon
         def chosen(index):
             return torch.zeros(1, q.shape[1], length, dtype=torch.bool).scatter_(2, index.long(), True)
 
-        plan = exact_slash_blocks(chosen(vertical), chosen(slash), Extent.full(1, length, length), length)
-        return reference.execute(q, k, v, plan, scale=q.shape[-1] ** -0.5)[0]
+        call = AttentionCall(q, k, v)
+        blocks = Blocks(call, 64, 64)
+        rows = range(blocks.grid.query_blocks)
+        lists = definition.exact_slashes(chosen(vertical), chosen(slash), blocks.grid, rows)
+        blocks.lists(iter([(rows, *lists)]))
+        return definition.attend(call, blocks.plan())[0]
 
     def get_active_blocks(q, k, v, block, gamma, least, most, tau, interleave):
         rows = -(-q.shape[1] // block)
@@ -363,7 +454,7 @@ def test_the_script_for_peers_gives_both_sides_the_same_pairs(gpu_benchmark, mon
             mask.view(1, -1, rows, rows), q.shape[1], q.shape[1], block_q=block, block_k=block
         )
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return reference.execute(q, k, v, plan, scale=q.shape[-1] ** -0.5)[0].transpose(1, 2)
+        return definition.attend(AttentionCall(q, k, v), plan)[0].transpose(1, 2)
 
     def flex_prefill_attention(q, k, v, gamma, tau, min_budget):
         index = get_active_blocks(q, k, v, 128, gamma, 8, 1 << 24, tau, False)

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -86,6 +87,76 @@ def test_the_table_of_methods_gives_intervals_and_samples_of_each_task():
         for task, (mean, (low, high), samples) in row.tasks.items():
             assert f" {task}, n {samples} " in header
             assert f" {mean:.2f} [{low:.2f}, {high:.2f}] " in line
+
+
+@pytest.fixture
+def two_machines(monkeypatch, tmp_path):
+    """The hook that fills pages in, on the committed results and the same ones of a second machine."""
+    hook = script("docs/tables.py")
+    results, images = tmp_path / "results", tmp_path / "images"
+    committed = sorted(hook.RESULTS.glob("*/cpu.json"))[0].parent
+    for name in (committed.name, "other-machine"):
+        shutil.copytree(committed, results / name)
+        shutil.copytree(hook.IMAGES / committed.name, images / name)
+    for path in (results / "other-machine").glob("*.json"):
+        found = json.loads(path.read_text())
+        for part in (found, *found.get("sections", found).values()):
+            if isinstance(part, dict) and "machine" in part:
+                part["machine"] |= {"cpu": "Other", "generation": None, "cores": 64}
+        path.write_text(json.dumps(found))
+    monkeypatch.setattr(hook, "RESULTS", results)
+    monkeypatch.setattr(hook, "IMAGES", images)
+    return hook
+
+
+@pytest.mark.parametrize("name", ["cpu", "parts", "vllm", "end_to_end", "targets"])
+def test_every_machine_has_a_table_of_its_own(two_machines, name):
+    made = two_machines.TABLES[name]()
+    assert made.count("\n|---|") == 2
+    assert made.count("**Other, 64 cores** (`other-machine`)") == 1
+    first, second = (part.split("|", 1)[1] for part in made.split("**Other, 64 cores**"))
+    assert first.strip() == second.strip()
+
+
+def test_every_machine_has_its_pictures(two_machines):
+    made = two_machines.on_page_markdown("a <!-- picture: cpu_latency --> b")
+    assert made.count("![Seconds against length, ") == 2
+    assert "](images/other-machine/cpu_latency.svg)" in made
+
+
+def test_a_machine_that_has_measured_one_section_alone_has_no_empty_tables(two_machines):
+    path = two_machines.RESULTS / "other-machine" / "cpu.json"
+    sections = json.loads(path.read_text())["sections"]
+    path.write_text(json.dumps({"sections": {"decode": sections["decode"]}}))
+    (path.parent / "planning.json").unlink()
+    assert "other-machine" not in two_machines.cpu_table() + two_machines.vllm_table()
+    assert "decode, dense" in two_machines.parts_table().split("other-machine")[1]
+    assert "| dense over SDPA, bf16, 32K, head dimension 128 | 2.0 | - |" in two_machines.targets_table()
+
+
+def test_figures_of_a_gpu_are_shown_under_its_name(two_machines):
+    assert two_machines.gpu_table() == "Not measured yet."
+    row = {"cell": "131072", "what": "minference", "length": 131072, "density": 0.0123, "median_s": 0.0123}
+    about = {"device": "NVIDIA H200", "torch": "2.13.0", "triton": "3.9.0"}
+    sections = {"whole": {"done": [], "rows": [row, {"cell": "1048576", "what": "sdpa", "skipped": "no time"}]}}
+    path = two_machines.RESULTS / "nvidia-h200" / "gpu.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"machine": about, "rounds": 7, "sections": sections}))
+    name, above, table = two_machines.gpu_table().split("\n\n")
+    assert name == "**NVIDIA H200** (`nvidia-h200`)"
+    assert "Triton 3.9.0" in above
+    assert table.splitlines()[2:] == ["| whole | `minference` | 131,072 | 0.0123 | 12.30 |  |  |  |  |"]
+
+
+def test_the_pages_have_every_table_and_picture():
+    hook = script("docs/tables.py")
+    page = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md")))
+    assert not [name for name in hook.TABLES if f"<!-- table: {name} -->" not in page]
+    assert not [name for name in hook.PICTURES if f"<!-- picture: {name} -->" not in page]
+    filled = hook.on_page_markdown(page)
+    assert "<!--" not in filled
+    for machine in sorted(hook.RESULTS.glob("*/cpu.json")):
+        assert filled.count(f"(`{machine.parent.name}`)") >= 2
 
 
 def test_changelog_has_this_version():

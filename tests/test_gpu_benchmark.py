@@ -36,7 +36,7 @@ class Clock:
         return self.now
 
     def takes(self, seconds, result=None):
-        def call(*_):
+        def call(_):
             self.now += seconds
             return result
 
@@ -59,7 +59,7 @@ def timed(modules, clock):
         return clock.now - before
 
     def run(budget, contenders, length, **options):
-        return timing.alternate(timer, contenders, lambda seed: (seed,), budget=budget, length=length, **options)
+        return timing.alternate(timer, contenders, lambda seed: seed, budget=budget, length=length, **options)
 
     return run
 
@@ -103,10 +103,10 @@ def test_rounds_end_with_the_time(modules, clock, timed):
 
 
 def test_a_contender_without_memory_is_a_row_with_the_reason(timed):
-    def hungry(*_):
+    def hungry(_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
 
-    series = timed(None, {"hungry": hungry, "modest": lambda *_: None}, 1000, rounds=2)
+    series = timed(None, {"hungry": hungry, "modest": lambda _: None}, 1000, rounds=2)
     assert "out of memory" in series["hungry"].failure
     assert len(series["modest"].seconds) == 2
 
@@ -181,15 +181,14 @@ def run_quick(modules, monkeypatch, tmp_path):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Densities of the plans that the Triton executor was given."""
-    densities, execute = [], triton.execute
+    """Densities of the plans that the Triton kernel was given."""
+    densities, attend = [], triton.attend
 
-    def spy(q, k, v, plan, **options):
+    def spy(call, plan):
         densities.append(plan.density())
-        return execute(q, k, v, plan, **options)
+        return attend(call, plan)
 
-    monkeypatch.setattr(triton, "execute", spy)
-    monkeypatch.setitem(importlib.import_module("gossamer.backends")._EXECUTORS, "triton", spy)
+    monkeypatch.setattr(triton, "attend", spy)
     return densities
 
 

@@ -2,12 +2,13 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from gossamer.backends import torch as reference
+from gossamer.backends import torch as definition
 from gossamer.backends import triton
 from gossamer.testing import random_plan
 
@@ -35,9 +36,9 @@ def checks(modules):
     return {check.name: check for check in found}
 
 
-def test_exact_slashes_mixed_profiles_and_every_option_are_verified(checks, modules):
+def test_exact_slashes_mixed_methods_and_every_option_are_verified(checks, modules):
     names = "\n".join(checks)
-    for part in ("vertical_slash exact", "minference with a mixed profile", "the future does not leak"):
+    for part in ("vertical_slash exact", "per_head of mixed methods", "the future does not leak"):
         assert part in names
     for option in modules("gpu_verify").OPTIONS:
         assert f"{option}: max_relative" in names
@@ -56,19 +57,20 @@ def test_the_timed_methods_are_verified_at_the_longest_lengths(modules, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", ["output", "lse", "later keys"])
 def test_a_wrong_kernel_is_found_at_the_timed_sizes(modules, monkeypatch, broken):
-    sizes, execute = modules("gpu_verify_sizes"), reference.execute
+    sizes, attend = modules("gpu_verify_sizes"), definition.attend
 
-    def wrong(q, k, v, plan, *, scale):
+    def wrong(call, plan):
         if broken == "later keys":  # as if an offset had overflowed
-            v = torch.cat([v[:, :, :256], v[:, :, : v.shape[2] - 256]], dim=2)
-        out, lse = execute(q, k, v, plan, scale=scale)
+            v = torch.cat([call.v[:, :, :256], call.v[:, :, : call.key_len - 256]], dim=2)
+            call = replace(call, v=v)
+        out, lse = attend(call, plan)
         return out * (1.05 if broken == "output" else 1), lse + (0.05 if broken == "lse" else 0)
 
     named = dict(sizes.size_checks(torch.device("cpu"), True))
     name = "10% in 128x128 at 512 tokens"
-    monkeypatch.setattr(triton, "execute", execute)
+    monkeypatch.setattr(triton, "attend", attend)
     named[name]()
-    monkeypatch.setattr(triton, "execute", wrong)
+    monkeypatch.setattr(triton, "attend", wrong)
     with pytest.raises(AssertionError, match="exceeds"):
         named[name]()
 
@@ -79,10 +81,14 @@ def test_a_plan_of_other_choices_is_found_at_the_timed_sizes(modules, monkeypatc
     sizes, setting = modules("gpu_verify_sizes"), modules("gpu_setting")
     name = next(method for method in setting.SPARSE_SHORT if method.startswith(spec))
     check = dict(sizes.size_checks(torch.device("cpu"), True))[f"{name} at 512 tokens"]
-    monkeypatch.setattr(triton, "execute", reference.execute)
+    monkeypatch.setattr(triton, "attend", definition.attend)
     check()
     real = setting.Attempt.plan
-    monkeypatch.setattr(setting.Attempt, "plan", lambda self, q, k, v: real(self, q.flip(2), k.flip(2), v))
+
+    def of_other_inputs(attempt, call):
+        return real(attempt, replace(call, q=call.q.flip(2), k=call.k.flip(2)))
+
+    monkeypatch.setattr(setting.Attempt, "plan", of_other_inputs)
     with pytest.raises(AssertionError, match="not those that torch chooses"):
         check()
 
@@ -122,19 +128,19 @@ def test_checks_without_time_are_named_and_do_not_count(modules):
         torch.device("cpu"), whole=False, small=True, groups=("plans",), budget=budget
     )
     assert (count, failures) == (0, [])
-    assert "plan of block_sparse, chunked" in left_out
+    assert "plan of block_sparse, padded chunk" in left_out
 
 
 @pytest.mark.slow
 def test_a_leak_from_the_future_is_found(modules, monkeypatch):
-    verification, execute = modules("gpu_verify"), reference.execute
+    verification, attend = modules("gpu_verify"), definition.attend
 
-    def leaking(q, k, v, plan, *, scale):
-        return execute(q, k, v + 1e-3 * v[:, :, -1:], plan, scale=scale)
+    def leaking(call, plan):
+        return attend(replace(call, v=call.v + 1e-3 * call.v[:, :, -1:]), plan)
 
     arguments = (torch.device("cpu"), verification.METHODS[3], torch.float32, 150)
-    monkeypatch.setattr(triton, "execute", execute)
+    monkeypatch.setattr(triton, "attend", attend)
     verification._check_future(*arguments)
-    monkeypatch.setattr(triton, "execute", leaking)
+    monkeypatch.setattr(triton, "attend", leaking)
     with pytest.raises(AssertionError, match="earlier rows changed"):
         verification._check_future(*arguments)

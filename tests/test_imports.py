@@ -1,7 +1,7 @@
 """`import gossamer` is light, and imports point one way."""
 
-import ast
 import importlib.resources
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,54 +11,20 @@ import pytest
 import gossamer
 
 ROOT = Path(gossamer.__file__).parent
-# From the ground up: a module may import what stands before it, and its own room.
-ROOMS = [
-    ["plan"],
-    ["call", "rules"],
-    ["backends"],
-    ["scores", "oracle"],
-    ["blocks", "testing"],
-    ["methods"],
-    ["profiles"],
-    ["policy"],
-    ["attention"],
-    ["cache", "modules", "distributed"],
-    ["integrations"],
-    ["evaluate", "report", "calibrate"],
-    ["cli"],
-]
 # The one pair of files that may know each other: a plan's pairs, counted by their definition; and its picture.
 PAIRS = {("plan/plan.py", "gossamer.plan.count"), ("plan/plan.py", "gossamer.plan.flex_mask")}
 FILES = sorted(ROOT.rglob("*.py"))
+_spec = importlib.util.spec_from_file_location("layout", Path(__file__).parents[1] / "docs" / "layout.py")
+assert _spec is not None
+assert _spec.loader is not None
+layout = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(layout)
+imported, module_of = layout.imported, layout.module_of
 
 
-def room_of(module: str) -> int:
-    name = module.split(".")[1] if "." in module else ""
-    return next((level for level, rooms in enumerate(ROOMS) if name in rooms), -1)
-
-
-def imported(path: Path) -> set[str]:
-    """Modules of ours that a file imports, in functions and for types too."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            assert node.level == 0, f"{path}: a relative import"
-            modules = {f"{node.module}.{alias.name}" for alias in node.names}
-            exists = {name for name in modules if module_path(name) is not None}
-            found |= exists | ({node.module} if len(exists) < len(modules) else set())
-    return {name for name in found if name.split(".")[0] == "gossamer"}
-
-
-def module_path(module: str) -> Path | None:
-    path = ROOT.joinpath(*module.split(".")[1:])
-    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
-
-
-def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(["gossamer", *(parts[:-1] if parts[-1] == "__init__" else parts)])
+def level_of(module: str) -> int:
+    room = layout.room_of(module)
+    return next((level for level, rooms in enumerate(layout.LEVELS) if room in rooms), -1)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -66,9 +32,9 @@ def test_no_import_points_backwards(path: Path) -> None:
     name = str(path.relative_to(ROOT))
     if name in ("__init__.py", "__main__.py"):
         return
-    level = room_of(module_of(path))
-    assert level >= 0, f"{name} stands in no room of ROOMS"
-    wrong = {module for module in imported(path) if module != "gossamer" and room_of(module) > level}
+    level = level_of(module_of(path))
+    assert level >= 0, f"{name} stands in no room of docs/layout.py"
+    wrong = {module for module in imported(path) if module != "gossamer" and level_of(module) > level}
     assert not wrong, f"{name} imports {sorted(wrong)}, which stand above it"
 
 
@@ -97,6 +63,10 @@ def test_no_circle_of_files() -> None:
 
     for module in graph:
         visit(module, ())
+
+
+def test_the_picture_shows_the_imports() -> None:
+    assert layout.PICTURE.read_text(encoding="utf-8") == layout.draw(), "run `python docs/layout.py` again"
 
 
 def run(code: str) -> str:

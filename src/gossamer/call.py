@@ -86,8 +86,8 @@ class AttentionCall:
         if not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale}")
         object.__setattr__(self, "scale", float(scale))
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be above 0 or None, got {self.softcap}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be above 0 and finite, or None, got {self.softcap}")
         if self.sinks is not None and (self.sinks.shape != (self.heads,) or self.sinks.device != self.q.device):
             raise ValueError(
                 f"sinks must have shape ({self.heads},), one logit a query head, on {self.q.device}, "

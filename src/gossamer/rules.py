@@ -126,7 +126,7 @@ class TopP(Rule):
     def select(self, scores: Tensor, forced: Tensor) -> Tensor:
         order = _best_first(scores, forced.expand_as(scores) if self.forced_first else None)
         up_to = _running_sum(scores, order)
-        before = F.pad(up_to[..., :-1], (1, 0))
+        before = F.pad(up_to, (1, 0))[..., :-1]
         return _unsort(before < _shares(self.p, scores) * up_to[..., -1:], order)
 
 
@@ -144,9 +144,8 @@ class TopPReaching(Rule):
         order = _best_first(scores)
         up_to = _running_sum(scores, order)
         reached = (up_to >= _shares(self.p, scores)) & (up_to > 0)
-        first = reached.int().argmax(dim=-1, keepdim=True)
-        rank = torch.arange(scores.shape[-1], device=scores.device)
-        return _unsort((rank <= first) & reached.any(dim=-1, keepdim=True), order)
+        before = F.pad(reached.cumsum(dim=-1), (1, 0))[..., :-1] > 0
+        return _unsort(~before & reached.any(dim=-1, keepdim=True), order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,8 +229,6 @@ def shares(p: PerHead, heads: int, device: torch.device | str) -> Tensor:
 
 def _shares(p: PerHead, scores: Tensor) -> Tensor:
     """For scores ``[B, heads, rows, candidates]``."""
-    if scores.shape[-1] == 0:
-        raise ValueError(f"top-p needs at least one candidate a row, got shape {tuple(scores.shape)}")
     return shares(p, scores.shape[1], scores.device)[:, None, None]
 
 

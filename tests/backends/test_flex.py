@@ -1,78 +1,109 @@
-"""The FlexAttention executor against the definition: on a CUDA device where there is one, else uncompiled."""
+"""FlexAttention against the definition: on a CUDA device where there is one, else uncompiled."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from executor_checks import draw
+from definitions import attention, call_in, everywhere, of_each_head, plan_pairs
+from torch import Tensor
 
-from gossamer import Extent, SparsePlan, methods
+from gossamer import AttentionCall, Extent, SparsePlan, methods
 from gossamer.backends import flex
-from gossamer.backends import torch as reference
-from gossamer.testing import SITUATIONS, Case, assert_accurate, make_case, random_plan
+from gossamer.testing import assert_accurate, make_call, random_plan
 
 pytestmark = pytest.mark.gpu
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-METHODS: list[tuple[str, dict]] = [
-    ("dense", {}),
-    ("a_shape", {"sink": 9, "window": 50}),
+SINKS = torch.tensor([0.3, -1.0, 2.0, 0.0])
+METHODS: list[tuple[str, dict[str, Any]]] = [
     ("vertical_slash", {"vertical_size": 40, "slash_size": 100}),
     ("max_relative", {"alpha": 0.3, "sink_blocks": 1, "window_blocks": 1, "last_rows": 64}),
 ]
 
 
-def run(q, k, v, plan, **options):
-    options["sinks"] = None if options.get("sinks") is None else options["sinks"].to(DEVICE)
-    q, k, v = (t.to(DEVICE) for t in (q, k, v))
-    out, lse = flex.execute(q, k, v, plan, **options)
+@pytest.fixture(autouse=True)
+def untraced() -> Iterator[None]:
+    """On a CPU FlexAttention has torch.compile trace what it then runs uncompiled, anew for every structure."""
+    with torch.compiler.set_stance("default" if DEVICE == "cuda" else "force_eager"):
+        yield
+
+
+def run(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
+    sinks = None if call.sinks is None else call.sinks.to(DEVICE)
+    q, k, v = (t.to(DEVICE) for t in (call.q, call.k, call.values))
+    out, lse = flex.attend(replace(call, q=q, k=k, v=v, sinks=sinks), plan)
     return out.cpu(), lse.cpu()
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_plans(seed: int) -> None:
-    """Blocks, columns, bands, overlaps and empty rows; padding with NaN in it, sinks, soft-cap, windows."""
-    plan = random_plan(
-        seed,
-        batch=2,
-        heads=[2, 4][seed % 2],
-        query_len=130,
-        key_len=[130, 200][seed % 2],
-        block_q=[64, 32][seed // 2 % 2],
-        block_k=[64, 128][seed % 2],
-        padded=seed % 2 == 0,
-        causal=seed != 4,
-        limit=50 if seed in (3, 4) else None,
-    )
-    q, k, v = draw(plan, heads=4, groups=2, dim=32, value_dim=48 if seed == 5 else None, seed=seed)
-    options = {
-        "scale": 0.2,
-        "sinks": torch.randn(4) if seed in (1, 4) else None,
-        "softcap": 5.0 if seed in (2, 4) else None,
-    }
-    out, lse = run(q, k, v, plan, **options)
-    expected, expected_lse = reference.execute(q.double(), k.double(), v.double(), plan, **options)
+def assert_attends(call: AttentionCall, plan: SparsePlan) -> None:
+    out, lse = run(call, plan)
+    expected, expected_lse = attention(call, of_each_head(plan, call.heads, plan_pairs(plan)))
+    assert (out.dtype, lse.dtype) == (call.q.dtype, torch.float32)
     torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(lse.double(), expected_lse, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
+@everywhere
+def test_blocks_bands_sinks_and_soft_cap_everywhere(situation: str) -> None:
+    call = replace(call_in(situation, length=37, dim=16), sinks=SINKS, softcap=1.5)
+    empty = SparsePlan(2, call.query_len, call.key_len, call.extent, block_q=16, block_k=16)
+    chosen = torch.rand(empty.block_mask().shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    lengths = {"query_len": call.query_len, "key_len": call.key_len, "extent": call.extent}
+    bands = {"sink": [1, 0], "window": [0, 2]}
+    assert_attends(call, SparsePlan.from_block_mask(chosen, **lengths, **bands, block_q=16, block_k=16))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_plans(seed: int) -> None:
+    """Blocks, columns, bands, overlaps and empty rows, for query heads and for key/value heads."""
+    size: dict[str, Any] = {"batch": 1, "query_len": 40, "key_len": 40, "block_q": 16, "block_k": 32}
+    plan = random_plan(seed, heads=(2, 4)[seed % 2], **size, padded=True, causal=seed != 4, limit=(None, 15)[seed % 2])
+    call = call_in("no padding", length=40, dim=16)
+    assert_attends(replace(call, extent=plan.extent, softcap=(None, 2.0)[seed // 2 % 2]), plan)
+
+
+@pytest.mark.parametrize("situation", ["padded chunk", "bidirectional"])
 @pytest.mark.parametrize("entry", METHODS, ids=[name for name, _ in METHODS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_methods(entry, situation: str, dtype: torch.dtype) -> None:
-    case = make_case(situation, length=300, heads=4, groups=2, dim=64, dtype=dtype)
-    plan = methods.create(entry[0], **entry[1]).plan(case.q, case.k, scale=case.scale, extent=case.extent)
-    out, lse = run(case.q, case.k, case.v, plan, scale=case.scale)
-    assert_accurate(case, plan, out, lse)
+def test_methods(entry: tuple[str, dict], situation: str, dtype: torch.dtype) -> None:
+    call = make_call(situation, length=150, heads=2, groups=1, dim=64, dtype=dtype)
+    plan = methods.create(entry[0], **entry[1]).plan(call)
+    assert_accurate(call, plan, *run(call, plan))
 
 
-@pytest.mark.parametrize("dim", [320, 512])
-def test_head_dimensions_that_only_flex_has(dim: int) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        case = make_case("left padding", length=150, heads=2, groups=1, dim=dim, dtype=dtype)
-        plan = methods.create("max_relative", alpha=0.3, sink_blocks=1, window_blocks=1, last_rows=64).plan(
-            case.q, case.k, scale=case.scale, extent=case.extent
-        )
-        assert_accurate(case, plan, *run(case.q, case.k, case.v, plan, scale=case.scale))
+@pytest.mark.parametrize(("dim", "dtype"), [(320, torch.float32), (512, torch.bfloat16)])
+def test_head_dimensions_that_only_flex_has(dim: int, dtype: torch.dtype) -> None:
+    call = make_call("left padding", length=70, heads=2, groups=1, dim=dim, dtype=dtype)
+    plan = methods.create("a_shape", sink=4, window=30).plan(call)
+    assert_accurate(call, plan, *run(call, plan))
+
+
+@pytest.mark.parametrize("sinks", [None, SINKS])
+def test_a_row_that_attends_nothing_is_zero(sinks: Tensor | None) -> None:
+    call = replace(call_in("no padding", dim=16), sinks=sinks)
+    out, lse = run(call, SparsePlan(2, 20, 20, call.extent, block_q=16, block_k=16))
+    assert bool((out == 0).all())
+    expected = torch.full((1, 4, 20), -math.inf) if sinks is None else sinks[:, None].expand(1, 4, 20)
+    torch.testing.assert_close(lse, expected)
+
+
+@pytest.mark.parametrize("sinks", [None, SINKS])
+@pytest.mark.parametrize(("batch", "query_len", "key_len"), [(0, 3, 3), (1, 3, 0), (1, 0, 3)])
+def test_nothing_gives_zeros(batch: int, query_len: int, key_len: int, sinks: Tensor | None) -> None:
+    row = [0] * batch
+    extent = Extent(row, [query_len] * batch, row, [key_len] * batch)
+    q, k = torch.ones(batch, 4, query_len, 16), torch.ones(batch, 2, key_len, 16)
+    call = AttentionCall(q, k, k[..., :8], extent, sinks=sinks)
+    out, lse = run(call, SparsePlan.dense(2, query_len, key_len, extent))
+    assert torch.equal(out, torch.zeros(batch, 4, query_len, 8))
+    expected = torch.full((4,), -math.inf) if sinks is None else sinks
+    assert torch.equal(lse, expected[:, None].expand(batch, 4, query_len))
+
+
+# Tiles on CUDA
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -97,51 +128,56 @@ def test_blocks_that_no_tile_divides_are_named(block_q: int, block_k: int) -> No
         flex.kernel_options(block_q, block_k, 64, torch.bfloat16)
 
 
-def test_cuda_tensors_get_the_tiles(monkeypatch) -> None:
+@pytest.mark.parametrize(("dim", "value_dim"), [(320, 64), (64, 320)])
+def test_the_compiled_kernel_gets_tiles_for_the_wider_of_keys_and_values(
+    monkeypatch: pytest.MonkeyPatch, dim: int, value_dim: int
+) -> None:
     """Whatever the device: what the compiled kernel is called with."""
-    case = make_case("no padding", length=130, heads=2, groups=1, dim=320)
-    plan = methods.create("a_shape", sink=4, window=30).plan(case.q, case.k, scale=case.scale, extent=case.extent)
     seen = []
 
-    def attend(*arguments, kernel_options, **options):
+    def attend(*arguments: Any, kernel_options: dict[str, Any], **options: Any) -> Any:
         seen.append(kernel_options)
         return flex._uncompiled(*arguments, **options)
 
     monkeypatch.setattr(flex, "_compiled", lambda: attend)
     monkeypatch.setattr(flex, "_on_cuda", lambda q: True)
-    out, lse = run(case.q, case.k, case.v, plan, scale=case.scale)
-    assert seen == [flex.kernel_options(64, 64, 320, torch.float32)]
-    assert_accurate(case, plan, out, lse)
+    q, k, v = torch.rand(1, 2, 70, dim), torch.rand(1, 1, 70, dim), torch.rand(1, 1, 70, value_dim)
+    call = AttentionCall(q, k, v)
+    plan = SparsePlan(1, 70, 70, call.extent, block_q=32, block_k=128, window=30)
+    assert_accurate(call, plan, *run(call, plan))
+    assert seen == [flex.kernel_options(32, 128, 320, torch.float32)]
 
 
-def test_no_keys_and_no_queries() -> None:
-    plan = SparsePlan.dense(1, 3, 0, Extent([0], [0], [0]))
-    out, lse = run(torch.randn(1, 2, 3, 16), torch.randn(1, 1, 0, 16), torch.randn(1, 1, 0, 16), plan, scale=1.0)
-    assert bool((out == 0).all())
-    assert bool((lse == -math.inf).all())
+# Refusals
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"permuted": True}, ValueError, "permute q, k and v"),
-        ({"dtype": torch.float64}, TypeError, "convert q, k and v"),
-        ({"softcap": 0.0}, ValueError, "softcap must be above 0"),
-    ],
-)
-def test_bad_input_is_named(change: dict, error: type[Exception], message: str) -> None:
-    plan = random_plan(0, batch=1, heads=1, query_len=64, key_len=64, permuted=change.get("permuted", False))
-    case = make_case("no padding", length=64, heads=1, groups=1, dim=16)
-    q, k, v = (t.to(change.get("dtype", torch.float32)) for t in (case.q, case.k, case.v))
-    with pytest.raises(error, match=message):
-        run(q, k, v, plan, scale=1.0, softcap=change.get("softcap"))
+def test_a_permuted_plan_is_refused() -> None:
+    plan = random_plan(0, batch=1, heads=2, query_len=20, key_len=20, permuted=True)
+    with pytest.raises(ValueError, match="cannot express a permuted plan"):
+        run(call_in("no padding", dim=16), plan)
+
+
+def test_fp64_is_refused() -> None:
+    call = call_in("no padding", dim=16, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"takes float32, bfloat16 or float16, got torch\.float64"):
+        run(call, SparsePlan.dense(2, 20, 20, call.extent))
+
+
+def test_a_plan_for_another_call_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"the plan is for batch 1, 3 queries and 20 keys"):
+        run(call_in("no padding", dim=16), SparsePlan(2, 3, 20, Extent.full(1, 3, 20)))
+
+
+def test_a_call_without_values_is_an_error() -> None:
+    call = replace(call_in("no padding", dim=16), v=None)
+    with pytest.raises(ValueError, match="this call has no values"):
+        flex.attend(call, SparsePlan.dense(2, 20, 20, call.extent))
 
 
 def test_a_wrong_plan_shows() -> None:
     """The comparison can fail."""
-    case = make_case("no padding", length=200, heads=2, groups=1, dim=32)
-    plan = methods.create("a_shape", sink=4, window=30).plan(case.q, case.k, scale=case.scale, extent=case.extent)
-    other = methods.create("a_shape", sink=4, window=31).plan(case.q, case.k, scale=case.scale, extent=case.extent)
-    out, lse = run(case.q, case.k, case.v, other, scale=case.scale)
+    call = make_call("no padding", length=100, heads=2, groups=1, dim=32)
+    plan, other = (methods.create("a_shape", sink=4, window=window).plan(call) for window in (30, 31))
+    out, lse = run(call, other)
     with pytest.raises(AssertionError):
-        assert_accurate(Case(case.q, case.k, case.v, case.extent, case.scale), plan, out, lse)
+        assert_accurate(call, plan, out, lse)

@@ -3,20 +3,32 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
 import gossamer
 from gossamer.cli import main
+from gossamer.methods import Method, registry
 
 
-def test_doctor_json_names_an_executor_for_each_dtype(capsys):
+def test_doctor_json_names_a_backend_for_each_dtype(capsys):
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report["executor"]) == {"float32", "float16", "bfloat16", "float64"}
-    assert report["self_test"] == dict.fromkeys(report["executor"], "ok")
-    assert report["executor"]["float64"] == "reference"
+    dtypes = {name for name in report["backend"] if " on " not in name}
+    assert dtypes == {"float32", "float16", "bfloat16", "float64"}
+    assert report["self_test"] == dict.fromkeys(report["backend"], "ok")
+    assert report["backend"]["float64"] == "torch"
     assert report["packages"]["torch"]
+
+
+def test_doctor_tells_the_backend_that_is_forced(capsys, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_BACKEND", "torch")
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["backend"].values()) == {"torch"}
+    assert report["environment"]["GOSSAMER_BACKEND"] == "torch"
 
 
 def test_doctor_says_why_the_kernels_are_off(capsys, monkeypatch):
@@ -28,13 +40,20 @@ def test_doctor_says_why_the_kernels_are_off(capsys, monkeypatch):
     assert "slower than dense" in out
 
 
-def test_doctor_reports_an_executor_that_fails(capsys, monkeypatch):
+def test_doctor_reports_a_backend_that_fails(capsys, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no such instruction set")
 
-    monkeypatch.setattr("gossamer.backends.execute", broken)
+    monkeypatch.setattr("gossamer.backends.attend", broken)
     assert main(["doctor"]) == 0
     assert "error: no such instruction set" in capsys.readouterr().out
+
+
+def test_doctor_reports_a_backend_that_is_wrong(capsys, monkeypatch):
+    attend = gossamer.backends.attend
+    monkeypatch.setattr("gossamer.backends.attend", lambda call, plan: (attend(call, plan)[0] + 1, None))
+    assert main(["doctor"]) == 0
+    assert "backend for float32: WRONG: off by 1.0e+00" in capsys.readouterr().out
 
 
 def test_methods_json_rebuilds_every_method(capsys):
@@ -42,8 +61,54 @@ def test_methods_json_rebuilds_every_method(capsys):
     listed = json.loads(capsys.readouterr().out)["methods"]
     assert [entry["method"] for entry in listed] == gossamer.methods.available()
     for entry in listed:
-        assert entry.pop("summary")
-        gossamer.methods.from_dict(entry)
+        assert entry["summary"]
+        assert entry["package"] is None
+        made = gossamer.methods.from_dict({"method": entry["method"]} | entry["fields"])
+        assert made == gossamer.methods.create(entry["method"])
+    assert [entry["method"] for entry in listed if entry["profile"]] == ["minference", "per_head"]
+
+
+@dataclass(frozen=True)
+class Theirs(Method):
+    """Another's method.
+
+    With more to say.
+    """
+
+    name: ClassVar[str] = "theirs"
+    share: float
+    sizes: tuple[int, ...] = (1, 2)
+
+    def plan(self, call):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def a_package_with_methods(tmp_path, monkeypatch):
+    """One that is here, and one whose module is gone."""
+    metadata = tmp_path / "their_package-2.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 2.0\n")
+    (metadata / "entry_points.txt").write_text(
+        f"[gossamer.methods]\ntheirs = {__name__}:Theirs\ngone = no_such_module:Gone\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._installed.cache_clear()
+    yield
+    registry._installed.cache_clear()
+
+
+@pytest.mark.usefixtures("a_package_with_methods")
+def test_methods_of_other_packages_are_listed_with_their_package(capsys):
+    assert main(["methods"]) == 0
+    out = capsys.readouterr().out
+    assert "theirs: Another's method.\n    sizes=[1,2] share (required)\n    from their-package 2.0\n" in out
+    assert "gone: the entry point gone = no_such_module:Gone does not load: No module named 'no_such_module'" in out
+    assert main(["methods", "--json"]) == 0
+    *_, gone, theirs = json.loads(capsys.readouterr().out)["methods"]
+    assert (theirs["method"], theirs["required"], theirs["package"]) == ("theirs", ["share"], "their-package 2.0")
+    assert theirs["fields"] == {"sizes": [1, 2]}
+    assert set(gone) == {"method", "error", "package"}
 
 
 def test_methods_table_names_every_method(capsys):

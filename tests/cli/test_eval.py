@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from gossamer import Profile
 from gossamer.cli import main
-from gossamer.cli.specs import parse_method, parse_task, split_specs
+from gossamer.methods import AShape, MaxRelative
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -98,6 +100,33 @@ def test_turns_apply_to_all_tasks_that_do_not_say_otherwise(capsys, qwen3, tmp_p
         ("needle_multikey(turns=2)", 2),
         ("passkey", 1),
     }
+
+
+def test_a_profile_goes_to_the_methods_per_head(capsys, qwen3, tmp_path):
+    Profile.uniform(2, 4, AShape(4, 64)).save(tmp_path / "profile.json")
+    call = (qwen3, "--tasks", "needle_single", *SMALL, "--fidelity", 0, "--out", tmp_path / "r.jsonl", "--json")
+    code, out, _ = evaluate(capsys, *call, "--methods", f"{METHODS},per_head", "--profile", tmp_path / "profile.json")
+    assert code == 0
+    dense, same, per_head = json.loads(out)["rows"]
+    assert (dense["method"], same["method"]) == ("dense", LABEL)
+    assert re.fullmatch("per_head[(]layers=[0-9a-f]{6},min_tokens=0[)]", per_head["method"])
+    assert per_head["density"] == same["density"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen", "message"),
+    [
+        (2, "dense,a_shape", "--profile is for the methods minference, per_head"),
+        (3, "dense,minference", "the profile is for 3 layers of 4 heads, but this model has 2 layers of 4"),
+        (2, "minference(last=9)", "leave last of minference out"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_one_line(capsys, qwen3, tmp_path, layers, chosen, message):
+    Profile.uniform(layers, 4, MaxRelative()).save(tmp_path / "profile.json")
+    call = ("--methods", chosen, "--profile", tmp_path / "profile.json", "--out", tmp_path / "r.jsonl")
+    code, out, err = evaluate(capsys, qwen3, *SMALL, *call)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
 
 
 def test_list_of_tasks(capsys):
@@ -312,18 +341,3 @@ def test_lm_eval_runs_through_the_enabled_model(capsys, monkeypatch, qwen3, tmp_
     assert code == 2
     assert "no route to host" in err
     assert "network" in err
-
-
-class TestSpecs:
-    def test_lists(self):
-        assert split_specs("a, b(x=1,y=2) ,c:z=3") == ["a", "b(x=1,y=2)", "c:z=3"]
-
-    def test_both_forms_give_the_same(self):
-        assert parse_method("a_shape(sink=4, window=64)") == parse_method("a_shape:sink=4:window=64")
-        assert parse_task("needle_multikey(turns=2,keys=8)") == parse_task("needle_multikey:keys=8", turns=2)
-
-    def test_what_is_no_name_is_refused(self):
-        with pytest.raises(ValueError, match="neither name nor name"):
-            parse_method("a-shape")
-        with pytest.raises(ValueError, match="FIELD=VALUE"):
-            parse_method("a_shape(4)")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from gossamer import Profile
 from gossamer.backends import cpu
 from gossamer.cli import main
+from gossamer.methods import AShape, Dense, MaxRelative
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -171,11 +173,46 @@ def test_file_that_is_no_profile(capsys, model_path, prompt_file):
 
 
 def test_profile_of_another_model(capsys, model_path, prompt_file, tmp_path):
-    from gossamer import HeadPattern, Profile
-
-    Profile.uniform(3, 8, HeadPattern("dense")).save(tmp_path / "profile.json")
+    Profile.uniform(3, 8, Dense()).save(tmp_path / "profile.json")
     line = bad(capsys, model_path, prompt_file, "--profile", tmp_path / "profile.json", "--min-tokens", 0)
     assert "3 layers of 8 heads" in line
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """Two kinds of heads for the model of these tests."""
+    layer = (AShape(8, 32), MaxRelative(last_rows=0), AShape(4, 300), AShape(8, 32))
+    Profile((layer, layer)).save(tmp_path / "profile.json")
+    return tmp_path / "profile.json"
+
+
+@pytest.mark.parametrize("method", ["minference", "per_head"])
+def test_a_profile_gives_each_head_its_method(capsys, model_path, prompt_file, profile, method):
+    argv = ["--method", method, "--profile", profile, "--min-tokens", 0, "--max-new-tokens", 1, "--json"]
+    code, out, err = run(capsys, model_path, prompt_file, *argv)
+    assert code == 0, err
+    data = json.loads(out)
+    assert data["dense_because"] == {}
+    assert data["density"] < 0.9
+    assert data["method"]["method"] == method
+    assert data["method"]["layers"][1][0] == {"method": "a_shape", "sink": 8, "window": 32}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--method", "a_shape"], "--profile is for the methods minference, per_head; name one of them"),
+        (["--set", "slash_size=64"], "leave slash_size of minference out"),
+    ],
+)
+def test_what_does_not_go_with_a_profile(capsys, model_path, prompt_file, profile, argv, expected):
+    assert expected in bad(capsys, model_path, prompt_file, "--profile", profile, *argv)
+
+
+def test_methods_per_head_need_a_profile(capsys, model_path, prompt_file):
+    assert "give a file of them by --profile" in bad(capsys, model_path, prompt_file, "--method", "per_head")
+    line = bad(capsys, model_path, prompt_file, "--method", "per_head", "--set", "layers=[]")
+    assert "use --profile FILE" in line
 
 
 def test_chat_without_a_template(capsys, model_path, prompt_file):
@@ -186,6 +223,12 @@ def test_chat_without_a_template(capsys, model_path, prompt_file):
 def test_unknown_instruction_set_lists_the_known_ones(capsys, model_path, prompt_file, monkeypatch):
     monkeypatch.setenv("GOSSAMER_CPU_ISA", "vax")
     assert "portable" in bad(capsys, model_path, prompt_file)
+
+
+@pytest.mark.parametrize("variable", ["GOSSAMER_BACKEND", "GOSSAMER_PLANNER"])
+def test_unknown_backend_lists_the_known_ones(capsys, model_path, prompt_file, monkeypatch, variable):
+    monkeypatch.setenv(variable, "reference")
+    assert f"{variable}='reference' is not known; use one of: torch, cpu" in bad(capsys, model_path, prompt_file)
 
 
 def test_unknown_option(capsys, model_path, prompt_file):

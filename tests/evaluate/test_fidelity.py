@@ -12,62 +12,57 @@ pytest.importorskip("transformers")
 
 from test_runner import SPARSE, subject
 
-from gossamer import methods
-from gossamer.attention import Policy, sparse_attention
+from gossamer import AttentionCall, Extent, Policy, SparsePlan, methods, sparse_attention
 from gossamer.evaluate.fidelity import FIGURES, compare, compare_layer, compare_logits, plan_map
-from gossamer.integrations.transformers import AttentionCall
+from gossamer.integrations.transformers import Observation
 from gossamer.oracle import log_sum_exp
-from gossamer.plan import Extent, SparsePlan
 
 LENGTH = 200
+SMALL: dict[str, dict[str, Any]] = {
+    "a_shape": {"sink": 3, "window": 40},
+    "tri_shape": {"sink": 3, "window": 40, "last": 8},
+    "vertical_slash": {"vertical_size": 9, "slash_size": 30},
+    "minference": {"vertical_size": 9, "slash_size": 30},
+    "block_sparse": {"blocks": 1},
+    "max_relative": {"last_rows": 0, "window_blocks": 1, "sink_blocks": 0, "alpha": 1.0, "block_q": 16, "block_k": 16},
+    "per_head": {
+        "layers": [
+            [methods.AShape(3, 40), methods.BlockSparse(1), methods.VerticalSlash(9, 30), methods.BlockSparse(2, 32)]
+        ]
+    },
+}
 
 
-def one_call(limit: int | None = None) -> tuple[AttentionCall, torch.Tensor]:
+def one_call(limit: int | None = None) -> tuple[Observation, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     q = 2 * torch.randn(1, 4, LENGTH, 16, generator=generator)
     k, v = (torch.randn(1, 2, LENGTH, 16, generator=generator) for _ in range(2))
-    extent = Extent.full(1, LENGTH, LENGTH)
+    call = AttentionCall.of(q, k, v, scale=0.25, limit=limit, layer=0)
     out = sparse_attention(q, k, v, "dense", scale=0.25, limit=limit)
-    lse = log_sum_exp(q, k, scale=0.25, extent=extent, limit=limit)
-    return AttentionCall(0, q, k, v, out, 0.25, extent, limit, None, None), lse
+    return Observation(call, out), log_sum_exp(call)
 
 
 def weights(call: AttentionCall) -> torch.Tensor:
     """The full softmax matrix in fp64, ``[H, S, T]``."""
     keys = call.k.double().repeat_interleave(2, dim=1)
     logits = (call.q.double() @ keys.mT)[0] * call.scale
-    plan = SparsePlan.dense(1, LENGTH, LENGTH, call.extent, limit=call.limit)
-    return logits.masked_fill(~plan.to_mask()[0], float("-inf")).softmax(-1)
+    visible = call.extent.allowed(torch.arange(LENGTH), LENGTH)[0]
+    return logits.masked_fill(~visible, float("-inf")).softmax(-1)
 
 
 @pytest.mark.parametrize("name", [name for name in methods.available() if name != "dense"])
 @pytest.mark.parametrize("limit", [None, 90])
 def test_recall_and_errors_equal_those_of_the_full_matrix(name: str, limit: int | None) -> None:
-    fields: dict[str, dict[str, Any]] = {
-        "a_shape": {"sink": 3, "window": 40},
-        "tri_shape": {"sink": 3, "window": 40, "last": 8},
-        "vertical_slash": {"vertical_size": 9, "slash_size": 30},
-        "minference": {"vertical_size": 9, "slash_size": 30},
-        "block_sparse": {"blocks": 1},
-        "max_relative": {
-            "last_rows": 0,
-            "window_blocks": 1,
-            "sink_blocks": 0,
-            "alpha": 1.0,
-            "block_q": 16,
-            "block_k": 16,
-        },
-    }
-    call, lse = one_call(limit)
-    method = methods.create(name, **fields[name])
-    plan = method.plan(call.q, call.k, scale=call.scale, extent=call.extent, layer=0).with_limit(limit)
-    figures = compare_layer(call, plan, lse)
+    observed, lse = one_call(limit)
+    call = observed.call
+    plan = methods.create(name, **SMALL[name]).plan(call)
+    figures = compare_layer(observed, plan, lse)
     full = weights(call)
     mask = plan.to_mask()[0].repeat_interleave(4 // plan.heads, dim=0)
     recall = (full * mask).sum(-1).mean(-1)
     assert 0.05 < recall.mean() < 0.999
     torch.testing.assert_close(torch.tensor(figures["recall"]).double(), recall, atol=1e-5, rtol=1e-5)
-    values = call.v.double().repeat_interleave(2, dim=1)[0]
+    values = call.values.double().repeat_interleave(2, dim=1)[0]
     kept = full * mask
     sparse, dense = (kept / kept.sum(-1, keepdim=True)) @ values, full @ values
     error = (sparse - dense).norm(dim=(1, 2)) / dense.norm(dim=(1, 2))
@@ -81,8 +76,8 @@ def test_recall_and_errors_equal_those_of_the_full_matrix(name: str, limit: int 
 
 
 def test_dense_is_perfect() -> None:
-    call, lse = one_call()
-    figures = compare_layer(call, SparsePlan.dense(2, LENGTH, LENGTH, call.extent), lse)
+    observed, lse = one_call()
+    figures = compare_layer(observed, SparsePlan.dense(2, LENGTH, LENGTH, observed.call.extent), lse)
     # The oracle gets as many full blocks as the pairs would fill: it may lack those on the rim.
     for name, expected in zip(FIGURES, (1.0, 1.0, None, 0.0, 1.0), strict=True):
         assert expected is None or figures[name] == pytest.approx([expected] * 4, abs=1e-5), name

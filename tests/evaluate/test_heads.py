@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from gossamer import Extent
+from gossamer import AttentionCall, Extent
 from gossamer.evaluate.heads import PATTERNS, HeadReport, attention_map, describe_heads, heads_record, inspect_model
-from gossamer.integrations.transformers import AttentionCall
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -47,9 +46,8 @@ def built_in() -> AttentionCall:
 
 
 def call_of(q: Tensor, k: Tensor, extent: Extent | None = None, **fields: Any) -> AttentionCall:
-    extent = Extent.full(q.shape[0], q.shape[2], k.shape[2]) if extent is None else extent
-    call = AttentionCall(3, q, k, torch.zeros_like(k), torch.zeros_like(q), 1.0, extent, None, None, None)
-    return replace(call, **fields)
+    given: dict[str, Any] = {"scale": 1.0} | fields
+    return AttentionCall.of(q, k, extent=extent, layer=3, **given)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +112,8 @@ def weights_of(call: AttentionCall) -> Tensor:
     logits = call.q[0].double() @ call.k[0].double().repeat_interleave(share, 0).transpose(-1, -2) * call.scale
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
-    distance = call.extent.query_positions(call.q.shape[2])[0, :, None] - torch.arange(call.k.shape[2])
-    hidden = (distance < 0) | (distance >= (call.limit or call.k.shape[2]))
-    logits = logits.masked_fill(hidden, float("-inf"))
+    visible = call.extent.allowed(torch.arange(call.query_len), call.key_len)[0]
+    logits = logits.masked_fill(~visible, float("-inf"))
     if call.sinks is None:
         return logits.softmax(-1)
     extra = call.sinks.double()[:, None, None].expand(-1, logits.shape[1], 1)
@@ -132,20 +129,30 @@ def random_call(**fields: Any) -> AttentionCall:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"limit": 90}, {"sinks": torch.tensor([0.0, 1.0, 4.0, 7.0])}, {"softcap": 2.0}],
-    ids=["plain", "limit", "sinks", "softcap"],
+    [
+        {},
+        {"limit": 90},
+        {"sinks": torch.tensor([0.0, 1.0, 4.0, 7.0])},
+        {"softcap": 2.0},
+        {"causal": False},
+        {"causal": False, "limit": 90},
+    ],
+    ids=["plain", "limit", "sinks", "softcap", "both directions", "both directions, limit"],
 )
 def test_figures_are_those_of_the_attention_weights(fields: dict[str, Any]) -> None:
     call = random_call(**fields)
     weights = weights_of(call)
     on_keys = weights.sum((1, 2))
-    distance = call.extent.query_positions(500)[0, :, None] - torch.arange(700)
+    distance = (call.extent.query_positions(500)[0, :, None] - torch.arange(700)).abs()
+    visible = call.extent.allowed(torch.arange(500), 700)[0]
+    near = visible & (distance < 64)
     for report, rows, total in zip(describe_heads(call), weights, on_keys, strict=True):
         assert report.first_token == pytest.approx(float(rows[:, 0].sum() / total), abs=1e-5)
         assert report.first_tokens == pytest.approx(float(rows[:, :64].sum() / total), abs=1e-5)
-        assert report.mass["local"] == pytest.approx(float(rows[(distance >= 0) & (distance < 64)].sum() / total), 1e-4)
+        assert report.mass["local"] == pytest.approx(float(rows[near].sum() / total), 1e-4)
+        assert report.budget == pytest.approx(float(near.sum() / visible.sum()))
         assert report.sink_logit == pytest.approx(1 - float(total) / 500, abs=1e-5)
-        within = float(rows[(distance >= 0) & (distance < report.window)].sum() / total)
+        within = float(rows[distance < report.window].sum() / total)
         assert within >= 0.9 - 1e-5
         position, share = report.columns[0]
         assert share == pytest.approx(float(rows.sum(0).max() / total), rel=1e-4)
@@ -154,20 +161,32 @@ def test_figures_are_those_of_the_attention_weights(fields: dict[str, Any]) -> N
         assert {report.sink_logit for report in describe_heads(call)} == {0.0}
 
 
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 @pytest.mark.parametrize("pad", [37, 128])
-def test_padding_is_left_out(pad: int) -> None:
+def test_padding_is_left_out(pad: int, left: bool) -> None:
     call = built_in()
     nan = torch.full((1, 6, pad, DIM), float("nan"))
-    padded = call_of(torch.cat([nan, call.q], 2), torch.cat([nan, call.k], 2), Extent([-pad], [pad], [TOKENS]))
+    extent = Extent([-pad if left else 0], [TOKENS], [pad if left else 0], [TOKENS])
+    q, k = (torch.cat([nan, tensor] if left else [tensor, nan], 2) for tensor in (call.q, call.k))
+    padded = call_of(q, k, extent)
     for report, plain in zip(describe_heads(padded), describe_heads(call), strict=True):
-        # Blocks are counted in slots: 37 slots shift them.
-        unmoved = PATTERNS if pad % 64 == 0 else PATTERNS[:-1]
-        assert report.pattern == plain.pattern or plain.pattern not in unmoved
-        for name in unmoved:
-            assert report.mass[name] == pytest.approx(plain.mass[name], abs=1e-4)
+        assert report.pattern == plain.pattern
+        assert report.mass == pytest.approx(plain.mass, abs=1e-4)
         assert report.window == plain.window
         assert report.columns[0][0] == plain.columns[0][0]
+        assert report.blocks[0][:2] == plain.blocks[0][:2]
     assert torch.equal(attention_map(padded, 4), attention_map(call, 4))
+
+
+def test_blocks_of_a_chunk_count_from_the_prompts_first_token() -> None:
+    call = built_in()
+    chunk = call_of(call.q[:, :, 1024:], call.k)
+    whole, late = (describe_heads(one, top=500)[4].blocks for one in (call, chunk))
+    assert late
+    # Shares are of other masses.
+    assert {place[:2] for place in late if place[2] > 1e-2} == {
+        place[:2] for place in whole if place[0] >= 16 and place[2] > 5e-3
+    }
 
 
 def test_rows_of_a_batch_are_described_one_at_a_time() -> None:
@@ -197,15 +216,18 @@ def test_what_a_call_does_not_have_is_an_error(arguments: dict[str, Any], messag
 
 def test_nothing_but_padding_is_an_error() -> None:
     q, k = torch.zeros(1, 2, 20, 8), torch.zeros(1, 1, 20, 8)
-    with pytest.raises(ValueError, match="no query whose own key is live"):
-        describe_heads(call_of(q, k, Extent([-20], [20], [0])))
+    with pytest.raises(ValueError, match="no live query that sees a key"):
+        describe_heads(call_of(q, k, Extent([-20], [0], [20], [0])))
 
 
-@pytest.mark.parametrize("fields", [{}, {"limit": 90}, {"sinks": torch.tensor([0.0, 1.0, 4.0, 7.0])}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"limit": 90}, {"sinks": torch.tensor([0.0, 1.0, 4.0, 7.0])}, {"causal": False}]
+)
 def test_a_map_shows_the_mean_weight_of_each_tile(fields: dict[str, Any]) -> None:
     # 8 queries a tile: all of them are looked at.
     call = random_call(**fields)
-    call = replace(call, q=call.q[:, :, :400], extent=Extent([200], [0], [600]), k=call.k[:, :, :600])
+    extent = Extent([200], [400], [0], [600], limit=fields.get("limit"), causal=fields.get("causal", True))
+    call = replace(call, q=call.q[:, :, :400], extent=extent, k=call.k[:, :, :600])
     weights = weights_of(call)[1]
     visible = (weights_of(replace(call, q=call.q * 0, sinks=None))[1] > 0).double()
     tiles, pairs = (x.view(50, 8, 50, 12).sum((1, 3)) for x in (weights, visible))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,7 @@ transformers = pytest.importorskip("transformers")
 from tokenizers_for_tests import HAYSTACK, WordTokenizer  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
-from gossamer import methods  # noqa: E402
-from gossamer.attention import Policy  # noqa: E402
+from gossamer import Policy, Profile, methods  # noqa: E402
 from gossamer.evaluate import runner, tasks  # noqa: E402
 from gossamer.evaluate.haystack import Haystack  # noqa: E402
 from gossamer.evaluate.perplexity import Windows  # noqa: E402
@@ -29,7 +30,6 @@ from gossamer.evaluate.records import cell_of, label_of, relabel  # noqa: E402
 from gossamer.evaluate.runner import Job, ResultsFile, make_header  # noqa: E402
 from gossamer.evaluate.subject import Subject  # noqa: E402
 from gossamer.evaluate.summary import read_results, summary_rows  # noqa: E402
-from gossamer.profiles import HeadPattern, Profile  # noqa: E402
 
 SPARSE = Policy(methods.create("a_shape", sink=4, window=64), min_tokens=0, max_density=2.0)
 DENSE = Policy.of("dense")
@@ -212,10 +212,23 @@ def test_labels_name_what_differs_from_the_defaults() -> None:
 def test_labels_tell_profiles_apart() -> None:
     labels = set()
     for sink in (4, 8):
-        profile = Profile(((HeadPattern("a_shape", (sink, 64)),) * 4,))
-        labels.add(label_of(Policy(methods.create("minference", profile=profile))))
+        labels.add(label_of(Policy(Profile.uniform(1, 4, methods.AShape(sink, 64)).method)))
     assert len(labels) == 2
-    assert all(label.startswith("minference(profile=") for label in labels)
+    assert all(re.fullmatch("minference[(]layers=[0-9a-f]{6}[)]", label) for label in labels)
+
+
+def test_labels_of_methods_show_short_lists_and_need_no_defaults(monkeypatch) -> None:
+    @dataclass(frozen=True)
+    class Listed(methods.Method):
+        name = "listed"
+        sizes: tuple[int, ...]
+        wide: bool = False
+
+        def plan(self, call: Any) -> Any: ...
+
+    monkeypatch.setattr("gossamer.evaluate.records.class_of", lambda name: Listed)
+    assert label_of(Policy(Listed((1, 2)))) == "listed(sizes=[1,2])"
+    assert label_of(Policy(Listed((1, 2), True), min_tokens=0)) == "listed(sizes=[1,2],wide=True,min_tokens=0)"
 
 
 def test_labels_of_old_lines_gain_the_thresholds() -> None:

@@ -270,14 +270,19 @@ class TestTraining:
             assert one.grad is not None, name
             torch.testing.assert_close(two.grad, one.grad, atol=1e-5, rtol=1e-3)
 
-    def test_dropout_runs_dense(self) -> None:
+    def test_dropout_runs_dense_and_drops_what_stock_attention_drops(self) -> None:
         model = tiny_llama(attention_dropout=0.5).train()
+        stock = copy.deepcopy(model)
+
+        def logits(of: Any, seed: int) -> torch.Tensor:
+            torch.manual_seed(seed)
+            return of(input_ids=prompt()).logits
+
         with enable(model, "a_shape", **FULL) as handle:
-            torch.manual_seed(1)
-            got = model(input_ids=prompt()).logits
-            assert handle.stats().fallbacks() == {"training: dropout": 2}
-        torch.manual_seed(1)
-        assert got.shape == model(input_ids=prompt()).logits.shape
+            got, other = logits(model, 1), logits(model, 2)
+            assert handle.stats().fallbacks() == {"training: dropout": 4}
+        torch.testing.assert_close(got, logits(stock, 1), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(got, other, atol=1e-2)
 
     def test_dropout_with_sinks_is_an_error(self) -> None:
         model = copy.deepcopy(pair("gpt-oss-sinks")[1]).train()

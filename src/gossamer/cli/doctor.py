@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 
-from gossamer import __version__, backends
+from gossamer import AttentionCall, __version__, backends
 from gossamer.backends import cpu
-from gossamer.backends import torch as reference
+from gossamer.backends import torch as definition
 from gossamer.cli.common import add_command, first_line, print_json
 from gossamer.methods import AShape
-from gossamer.plan import Extent
 
 __all__ = ["add_parser", "examine", "examine_cpu"]
 
 # Instruction sets that some kernel could use, as Linux names them.
 _FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512(f|bw|vl|dq|_bf16|_fp16|_vnni)|amx_\w+|asimd|sve2?|bf16|i8mm")
 _ENVIRONMENT = (
-    "GOSSAMER_EXECUTOR",
+    "GOSSAMER_BACKEND",
     "GOSSAMER_CPU_ISA",
     "GOSSAMER_PLANNER",
     "TRITON_INTERPRET",
@@ -54,15 +53,16 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """What the machine has, what is chosen, and what is off and why; plain JSON types."""
-    executors, tests = {}, {}
+    chosen, tests = {}, {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in _DTYPES:
             name = str(dtype).removeprefix("torch.") + ("" if device == "cpu" else f" on {device}")
             try:
-                executors[name] = backends.executor_for(torch.empty(1, 1, 1, 64, dtype=dtype, device=device))
-                tests[name] = _self_test(dtype, device)
+                call = _small_call(dtype, device)
+                chosen[name] = backends.name_of(call)
+                tests[name] = _self_test(call)
             except (ValueError, TypeError, RuntimeError) as error:
-                executors[name] = tests[name] = f"error: {first_line(error)}"
+                chosen[name] = tests[name] = f"error: {first_line(error)}"
     packages = {"torch": torch.__version__} | {name: _version(name) for name in _PACKAGES}
     report = {
         "gossamer": __version__,
@@ -74,7 +74,7 @@ def examine() -> dict[str, Any]:
             "why_unavailable": cpu.why_unavailable(),
             "instruction_sets": list(cpu.supported_isas()),
         },
-        "executor": executors,
+        "backend": chosen,
         "self_test": tests,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": packages,
@@ -93,16 +93,21 @@ def examine_cpu() -> dict[str, Any]:
     }
 
 
-def _self_test(dtype: torch.dtype, device: str) -> str:
-    """Run a small plan on the chosen executor against the definition."""
+def _small_call(dtype: torch.dtype, device: str) -> AttentionCall:
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 2, 200, 64, generator=generator).to(dtype)
-    k, v = (torch.randn(1, 1, 200, 64, generator=generator).to(dtype) for _ in range(2))
-    plan = AShape(sink=8, window=48).plan(q, k, scale=0.125, extent=Extent.full(1, 200, 200))
-    out, _ = backends.execute(q.to(device), k.to(device), v.to(device), plan.to(device), scale=0.125)
-    expected, _ = reference.execute(q.double(), k.double(), v.double(), plan, scale=0.125)
+    q, k, v = (torch.randn(1, heads, 200, 64, generator=generator).to(device, dtype) for heads in (2, 1, 1))
+    return AttentionCall(q, k, v)
+
+
+def _self_test(call: AttentionCall) -> str:
+    """Run a small plan on the chosen backend against the definition."""
+    plan = AShape(sink=8, window=48).plan(call)
+    out, _ = backends.attend(call, plan)
+    q, k, v = (tensor.cpu().double() for tensor in (call.q, call.k, call.values))
+    exact = AttentionCall(q, k, v)
+    expected, _ = definition.attend(exact, plan.to("cpu"))
     # The output is rounded to the dtype, and so may be the weights on the way.
-    error, bound = float((out.cpu().double() - expected).abs().max()), 8 * torch.finfo(dtype).eps
+    error, bound = float((out.cpu().double() - expected).abs().max()), 8 * torch.finfo(call.q.dtype).eps
     return "ok" if error <= bound else f"WRONG: off by {error:.1e}, more than {bound:.1e}"
 
 
@@ -110,12 +115,12 @@ def _what_is_off(report: dict[str, Any]) -> list[str]:
     off = []
     if not report["kernels"]["available"]:
         off.append(
-            f"C++ kernels: {report['kernels']['why_unavailable']}; sparse attention runs on the torch reference path, "
-            "which is slower than dense"
+            f"C++ kernels: {report['kernels']['why_unavailable']}; sparse attention on the CPU runs on the torch "
+            "backend, which is slower than dense"
         )
     for dtype, result in report["self_test"].items():
         if result != "ok":
-            off.append(f"executor for {dtype}: {result}")
+            off.append(f"backend for {dtype}: {result}")
     if not report["gpus"]:
         off.append("GPU: none that torch can use")
     off += [f"{name}: not installed; {why}" for name, why in _PACKAGES.items() if report["packages"][name] is None]
@@ -155,9 +160,9 @@ def _format(report: dict[str, Any]) -> str:
         ("features", " ".join(machine["features"]) or "unknown"),
         ("kernels", " ".join(kernels["instruction_sets"]) if kernels["available"] else "not available"),
     ]
-    for dtype, executor in report["executor"].items():
+    for dtype, backend in report["backend"].items():
         tested = report["self_test"][dtype]
-        rows.append((dtype, executor if tested == executor else f"{executor} (self-test: {tested})"))
+        rows.append((dtype, backend if tested == backend else f"{backend} (self-test: {tested})"))
     rows.append(("gpu", ", ".join(report["gpus"]) or "none"))
     rows += [(name, version or "not installed") for name, version in report["packages"].items()]
     rows += list(report["environment"].items())

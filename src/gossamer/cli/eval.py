@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from gossamer.attention import Policy
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.eval_progress import Progress
-from gossamer.cli.inputs import check_environment, check_model, check_profile
+from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile
 from gossamer.cli.specs import parse_method, parse_task, split_specs, task_names
+from gossamer.policy import Policy
 from gossamer.profiles import Profile
 
 __all__ = ["add_parser"]
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
         "--haystack", default="package", help="text file to hide things in (default: gossamer's own text)"
     )
     parser.add_argument("--text", help="text file for perplexity (default: the haystack)")
-    parser.add_argument("--profile", type=Path, help="per-head patterns, for methods that take a profile")
+    parser.add_argument("--profile", type=Path, help="file with a method for each head, for minference and per_head")
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -75,13 +75,12 @@ def execute(arguments: argparse.Namespace) -> int:
         raise BadInput("name the folder of a model: gossamer eval MODEL (`gossamer eval --tasks list` needs none)")
     _check_numbers(arguments)
     check_environment()
-    config = check_model(arguments.model)
+    config, profile = read_model(arguments.model), read_profile(arguments.profile)
     try:
-        policies = [_policy(arguments, spec) for spec in split_specs(arguments.methods)]
+        policies = [_policy(arguments, spec, profile) for spec in split_specs(arguments.methods)]
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
-    for policy in policies:
-        check_profile(policy, config)
+    check_profile(policies, profile, config)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import transformers  # noqa: F401
@@ -122,14 +121,8 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
             raise BadInput(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
-def _policy(arguments: argparse.Namespace, spec: str) -> Policy:
-    given: dict[str, Any] = {}
-    if arguments.profile is not None:
-        try:
-            given["profile"] = Profile.load(arguments.profile)
-        except OSError as error:
-            raise ValueError(f"cannot read the profile {arguments.profile}: {error.strerror}") from error
-    policy = Policy(parse_method(spec, **given))
+def _policy(arguments: argparse.Namespace, spec: str, profile: Profile | None) -> Policy:
+    policy = Policy(parse_method(spec, profile))
     return policy if arguments.min_tokens is None else replace(policy, min_tokens=arguments.min_tokens)
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import gossamer
-from gossamer.attention import Policy
 from gossamer.cli.common import BadInput, first_line
+from gossamer.policy import Policy
 
 __all__ = ["Generation", "compare_top1", "generate", "layer_progress", "load_model", "load_tokenizer", "tokenize"]
 

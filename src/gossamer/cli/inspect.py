@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
-from gossamer.cli.inputs import check_environment, check_model, read_prompt
+from gossamer.cli.inputs import check_environment, read_model, read_prompt
 
 if TYPE_CHECKING:
     from gossamer.evaluate.heads import HeadReport
@@ -50,7 +50,7 @@ def execute(arguments: argparse.Namespace) -> int:
         if value is not None and value < 2:
             raise BadInput(f"--{name.replace('_', '-')} must be at least 2, got {value}")
     check_environment()
-    config = check_model(arguments.model)
+    config = read_model(arguments.model)
     text_config = config.get("text_config") or config
     layers = _numbers("layers", arguments.layers, text_config.get("num_hidden_layers"))
     heads = _numbers("heads", arguments.heads, text_config.get("num_attention_heads"))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
+import json
+from importlib.metadata import entry_points
 from typing import Any
 
 from gossamer import methods
-from gossamer.cli.common import add_command, print_json
+from gossamer.cli.common import add_command, first_line, print_json
+from gossamer.cli.specs import takes_profile
+from gossamer.methods.registry import GROUP, class_of
 
 __all__ = ["add_parser"]
 
@@ -17,17 +22,55 @@ def add_parser(commands: Any) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    known = [methods.create(name) for name in methods.available()]
+    entries = [_entry(name) for name in methods.available()]
     if arguments.json:
-        print_json({"methods": [{**method.to_dict(), "summary": _summary(method)} for method in known]})
+        print_json({"methods": entries})
         return 0
-    for method in known:
-        fields = {name: value for name, value in method.to_dict().items() if name != "method"}
-        print(f"{method.name}: {_summary(method)}")
-        print(f"    {' '.join(f'{name}={value}' for name, value in fields.items()) or 'no fields'}")
+    for entry in entries:
+        print(f"{entry['method']}: {entry.get('error') or entry['summary']}")
+        if "error" not in entry:
+            print(f"    {_fields(entry)}")
+        if entry["package"]:
+            print(f"    from {entry['package']}")
     return 0
 
 
-def _summary(method: methods.Method) -> str:
-    """The first paragraph of a method's docstring, on one line."""
-    return " ".join((inspect.getdoc(type(method)) or "").split("\n\n")[0].split())
+def _entry(name: str) -> dict[str, Any]:
+    """One method as JSON types. A package's method that does not load has an ``error`` instead of fields."""
+    try:
+        known = class_of(name)
+    except ValueError as error:
+        return {"method": name, "error": first_line(error), "package": _package(name)}
+    defaults = {field.name: _default(field) for field in dataclasses.fields(known)}
+    given = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
+    return {
+        "method": name,
+        "summary": " ".join((inspect.getdoc(known) or "").split("\n\n")[0].split()),
+        "fields": json.loads(json.dumps(given, default=str)),
+        "required": [name for name in defaults if name not in given],
+        "profile": takes_profile(known),
+        "package": None if known.__module__.partition(".")[0] == "gossamer" else _package(name),
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _package(name: str) -> str | None:
+    """The installed package that offers a method."""
+    offered = (entry.dist for entry in entry_points(group=GROUP, name=name))
+    return next((f"{package.name} {package.version}" for package in offered if package), None)
+
+
+def _fields(entry: dict[str, Any]) -> str:
+    """As they are given on a command line."""
+    by_profile = {"layers"} if entry["profile"] else set()
+    shown = [
+        f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+        for name, value in entry["fields"].items()
+        if name not in by_profile
+    ]
+    shown += [f"{name} (required)" for name in entry["required"]]
+    shown += [f"{name} by --profile" for name in by_profile]
+    return " ".join(shown) or "no fields"

@@ -9,11 +9,10 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from gossamer import methods
-from gossamer.attention import Policy
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
-from gossamer.cli.inputs import check_environment, check_model, check_profile, read_prompt
-from gossamer.cli.specs import field_values
+from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile, read_prompt
+from gossamer.cli.specs import make_method
+from gossamer.policy import Policy
 from gossamer.profiles import Profile
 
 if typing.TYPE_CHECKING:
@@ -38,7 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("prompt", nargs="?", default="-", help="text file; - or nothing reads standard input")
     parser.add_argument("--method", default="minference", help="see `gossamer methods` (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the method")
-    parser.add_argument("--profile", type=Path, help="per-head patterns, for methods that take a profile")
+    parser.add_argument("--profile", type=Path, help="file with a method for each head, for minference and per_head")
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -50,9 +49,10 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise BadInput(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     check_environment()
-    policy = _make_policy(arguments)
-    config = check_model(arguments.model)
-    check_profile(policy, config)
+    profile = read_profile(arguments.profile)
+    policy = _make_policy(arguments, profile)
+    config = read_model(arguments.model)
+    check_profile([policy], profile, config)
     text = read_prompt(arguments.prompt)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -93,17 +93,12 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _make_policy(arguments: argparse.Namespace) -> Policy:
+def _make_policy(arguments: argparse.Namespace, profile: Profile | None) -> Policy:
     try:
-        fields = field_values(type(methods.create(arguments.method)), arguments.set)
-        if arguments.profile is not None:
-            fields["profile"] = Profile.load(arguments.profile)
-        policy = Policy(methods.create(arguments.method, **fields))
+        policy = Policy(make_method(arguments.method, arguments.set, profile))
         return policy if arguments.min_tokens is None else Policy(policy.method, arguments.min_tokens)
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
-    except OSError as error:
-        raise BadInput(f"cannot read the profile {arguments.profile}: {error.strerror}") from error
 
 
 def _check_length(config: dict[str, Any], tokens: int, new_tokens: int) -> None:

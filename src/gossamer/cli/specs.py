@@ -3,49 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import json
 import re
+import types
 import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gossamer import methods
+from gossamer.methods.registry import class_of
+from gossamer.profiles import Profile
 
-__all__ = ["field_values", "parse_method", "parse_task", "split_specs", "task_names"]
+__all__ = ["field_values", "make_method", "parse_method", "parse_task", "split_specs", "takes_profile", "task_names"]
 
 _SPEC = re.compile(r"\s*(\w+)\s*(?:\((.*)\)|:(.*))?\s*", re.DOTALL)
+_OPENING, _CLOSING = "([{", ")]}"
 
 
 def split_specs(text: str) -> list[str]:
-    """The parts of a list, split at commas outside parentheses.
+    """The parts of a list, split at commas outside brackets.
 
     Raises:
-        ValueError: a parenthesis too many or too few, or an empty part.
+        ValueError: a bracket too many or too few, or an empty part.
     """
+    parts = _split(text, ",")
+    if not all(parts):
+        raise ValueError(f"an empty name in {text!r}; separate names by single commas")
+    return parts
+
+
+def _split(text: str, separator: str) -> list[str]:
     parts, depth = [""], 0
     for letter in text:
-        depth += {"(": 1, ")": -1}.get(letter, 0)
+        depth += (letter in _OPENING) - (letter in _CLOSING)
         if depth < 0:
             break
-        if letter == "," and depth == 0:
+        if letter == separator and depth == 0:
             parts.append("")
         else:
             parts[-1] += letter
     if depth != 0:
         raise ValueError(f"parentheses do not match in {text!r}; write name(field=value,field=value)")
-    if not all(part.strip() for part in parts):
-        raise ValueError(f"an empty name in {text!r}; separate names by single commas")
     return [part.strip() for part in parts]
 
 
-def parse_method(spec: str, **given: Any) -> methods.Method:
-    """``name``, ``name(field=value,...)`` or ``name:field=value:...`` as a method; `given` are further fields.
+def parse_method(spec: str, profile: Profile | None = None) -> methods.Method:
+    """``name``, ``name(field=value,...)`` or ``name:field=value:...`` as a method; see `make_method`."""
+    return make_method(*_parse_spec(spec), profile)
+
+
+def make_method(name: str, pairs: Sequence[str], profile: Profile | None = None) -> methods.Method:
+    """A method by name, with its fields as ``FIELD=VALUE``, and the methods of a profile if it `takes_profile`.
 
     Raises:
-        ValueError: an unknown name or field, or a value of another type.
+        ValueError: an unknown name or field, a value of another type, or fields beside a profile.
+        TypeError: a field without a default is not given.
     """
-    name, pairs = _parse_spec(spec)
-    known = type(methods.create(name))
+    known = class_of(name)
     fields = field_values(known, pairs)
-    return methods.create(name, **fields, **{key: value for key, value in given.items() if _has_field(known, key)})
+    if profile is not None and takes_profile(known):
+        if fields:
+            raise ValueError(f"a profile names a method for each head; leave {', '.join(fields)} of {name} out")
+        fields["layers"] = profile.layers
+    return methods.create(name, **fields)
+
+
+def takes_profile(method: type[methods.Method]) -> bool:
+    """Whether a method is one of methods per head, which a file names."""
+    return issubclass(method, methods.PerHead)
 
 
 def task_names(*more: str) -> list[str]:
@@ -67,26 +93,31 @@ def parse_task(spec: str, *more: str, **given: Any) -> Any:
     return tasks.create(name, **given | field_values(type(tasks.create(name)), pairs))
 
 
-def field_values(owner: type, pairs: list[str]) -> dict[str, Any]:
+def field_values(owner: type, pairs: Sequence[str]) -> dict[str, Any]:
     """``FIELD=VALUE`` pairs by the types of a dataclass's fields; names that it lacks pass through as they are.
+
+    Numbers, words, true, false and none stand for themselves, a method as it does in a list of methods; lists and
+    objects are JSON: ``[1,2]``.
 
     Raises:
         ValueError: a value that is not of its field's type.
     """
-    types = typing.get_type_hints(owner)
+    hints = typing.get_type_hints(owner)
+    kinds = {field.name: hints[field.name] for field in dataclasses.fields(owner)}
     values: dict[str, Any] = {}
     for pair in pairs:
-        name, equals, value = pair.partition("=")
-        kind = types.get(name)
+        name, equals, value = (part.strip() for part in pair.partition("="))
         if not equals:
             raise ValueError(f"fields are given as FIELD=VALUE, got {pair!r}")
-        if name == "profile" and kind is not None:
-            raise ValueError("a profile is a file: use --profile FILE instead of a field")
+        if name == "layers" and takes_profile(owner):
+            raise ValueError("methods per head come from a file: use --profile FILE instead of the field layers")
+        kind = kinds.get(name, str)
         try:
             values[name] = _parse_value(kind, value)
-        except ValueError:
+        except ValueError as error:
             known = getattr(owner, "name", owner.__name__)
-            raise ValueError(f"{known}.{name} takes {kind.__name__ if kind else kind}, got {value!r}") from None
+            because = f" ({error})" if str(error) else ""
+            raise ValueError(f"{known}.{name} takes {_name_of(kind)}, got {value!r}{because}") from None
     return values
 
 
@@ -95,17 +126,95 @@ def _parse_spec(spec: str) -> tuple[str, list[str]]:
     if found is None:
         raise ValueError(f"{spec!r} is neither name nor name(field=value,field=value)")
     name, inside, after = found.groups()
-    pairs = (inside or "").split(",") if inside is not None else (after or "").split(":")
-    return name, [pair.strip() for pair in pairs if pair.strip()]
+    pairs = _split(inside, ",") if inside is not None else _split(after or "", ":")
+    return name, [pair for pair in pairs if pair]
 
 
-def _parse_value(kind: type | None, value: str) -> Any:
+def _name_of(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "").replace("NoneType", "none")
+
+
+def _parse_value(kind: Any, text: str) -> Any:
+    """A value of a type, from a command line.
+
+    Raises:
+        ValueError: it is none, without a message where the type says all.
+    """
+    if _is_union(kind):
+        return _first_that_fits(lambda member: _parse_value(member, text), typing.get_args(kind))
+    if kind in (str, Any):
+        return text
+    if kind is types.NoneType:
+        return _chosen({"none": None, "null": None}, text.lower())
     if kind is bool:
-        if value.lower() not in ("true", "false"):
-            raise ValueError(value)
-        return value.lower() == "true"
-    return kind(value) if kind in (int, float) else value
+        return _chosen({"true": True, "false": False}, text.lower())
+    if typing.get_origin(kind) is typing.Literal:
+        return _chosen({str(choice): choice for choice in typing.get_args(kind)}, text)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return _chosen({str(member.value): member for member in kind} | dict(kind.__members__), text)
+    if isinstance(kind, type) and issubclass(kind, methods.Method):
+        return parse_method(text)
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError from None
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError:
+        raise ValueError("write it as JSON, such as [1,2]") from None
+    return _typed(kind, data)
 
 
-def _has_field(owner: Any, name: str) -> bool:
-    return any(field.name == name for field in dataclasses.fields(owner))
+def _typed(kind: Any, data: Any) -> Any:
+    """JSON as a value of a type."""
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if _is_union(kind):
+        return _first_that_fits(lambda member: _typed(member, data), arguments)
+    if origin is typing.Literal:
+        return _chosen({choice: choice for choice in arguments}, data)
+    if not isinstance(origin, type):
+        return data
+    if issubclass(origin, methods.Method):
+        return methods.from_dict(data)
+    if issubclass(origin, Mapping):
+        _expect(isinstance(data, dict))
+        return data
+    if origin is not str and issubclass(origin, Sequence):
+        _expect(isinstance(data, list))
+        alike = origin is not tuple or not arguments or arguments[-1] is ...
+        kinds = [arguments[0] if arguments else Any] * len(data) if alike else arguments
+        _expect(len(kinds) == len(data))
+        made = [_typed(one, item) for one, item in zip(kinds, data, strict=True)]
+        return tuple(made) if origin is tuple else made
+    if origin is float:
+        _expect(isinstance(data, int | float) and not isinstance(data, bool))
+        return float(data)
+    _expect(type(data) is origin)
+    return data
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _first_that_fits(parse: Any, members: Sequence[Any]) -> Any:
+    """By the first member of a union that takes it; words stand last, since anything is one."""
+    for member in sorted(members, key=lambda member: (member is str, member is not types.NoneType)):
+        try:
+            return parse(member)
+        except ValueError:
+            continue
+    raise ValueError
+
+
+def _chosen(choices: Mapping[Any, Any], given: Any) -> Any:
+    _expect(given in choices)
+    return choices[given]
+
+
+def _expect(fits: bool) -> None:
+    if not fits:
+        raise ValueError

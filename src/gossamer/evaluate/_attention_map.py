@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer.integrations.transformers.attention import AttentionCall
-from gossamer.oracle import live_rows
-from gossamer.plan import Extent
+from gossamer.call import AttentionCall
 
 __all__ = ["attention_map", "chosen_heads", "one_row"]
 
@@ -25,7 +23,7 @@ def attention_map(call: AttentionCall, head: int, size: int = 64, *, row: int = 
     """A head's attention from afar: uint8 ``[n, n]`` on the CPU, queries down and keys across.
 
     The live queries and the live keys are cut into ``n`` parts each; n is ``size``, or less if there are fewer. A tile
-    is 255 where the mean weight of its causal pairs is the largest of the map, logarithmic, and 0 for a thousandth of
+    is 255 where the mean weight of its allowed pairs is the largest of the map, logarithmic, and 0 for a thousandth of
     that or less. At most 8 evenly spaced queries of each part are looked at.
 
     Raises:
@@ -35,15 +33,14 @@ def attention_map(call: AttentionCall, head: int, size: int = 64, *, row: int = 
         raise ValueError(f"an attention map needs a size of at least 1, got {size}")
     call = one_row(call, row)
     chosen_heads(call, [head])
-    live = live_rows(call.extent, call.q.shape[2])[0].nonzero()[:, 0]
+    live = call.extent.live_queries(call.query_len)[0].nonzero()[:, 0]
     start, count = int(call.extent.key_start), int(call.extent.key_count)
-    if not len(live):
-        raise ValueError(f"row {row} of this call has no query whose own key is live: there is nothing to draw")
+    if not len(live) or not count:
+        raise ValueError(f"row {row} of this call has no live query or no live key: there is nothing to draw")
     n = min(size, len(live), count)
-    device = call.q.device
-    keys = call.k[0, head // (call.q.shape[1] // call.k.shape[1]), start : start + count].float()
-    key_position = torch.arange(count, device=device)
-    into_tiles = F.one_hot(key_position * n // count, n).float()
+    device = call.device
+    keys = call.k[0, head // call.share, start : start + count].float()
+    into_tiles = F.one_hot(torch.arange(count, device=device) * n // count, n).float()
     edges = [tile * len(live) // n for tile in range(n + 1)]
     picks = [torch.arange(a, b, -(-(b - a) // _ROWS)) for a, b in itertools.pairwise(edges)]
     weight, pairs = torch.zeros(n, n, device=device), torch.zeros(n, n, device=device)
@@ -51,13 +48,10 @@ def attention_map(call: AttentionCall, head: int, size: int = 64, *, row: int = 
     for at in range(0, n, together):
         tiles = picks[at : at + together]
         queries = live[torch.cat(tiles)]
-        position = (queries + call.extent.query_start).to(device)[:, None]
         logits = call.q[0, head, queries.to(device)].float() @ keys.T * call.scale
         if call.softcap is not None:
             logits = call.softcap * torch.tanh(logits / call.softcap)
-        visible = key_position <= position
-        if call.limit is not None:
-            visible &= position - key_position < call.limit
+        visible = call.extent.allowed(queries, call.key_len, device)[0, :, start : start + count]
         logits = logits.masked_fill_(~visible, float("-inf"))
         lse = logits.logsumexp(-1)
         if call.sinks is not None:
@@ -72,22 +66,22 @@ def attention_map(call: AttentionCall, head: int, size: int = 64, *, row: int = 
 
 def one_row(call: AttentionCall, row: int) -> AttentionCall:
     """The call of one row of its batch."""
-    if not 0 <= row < call.q.shape[0]:
-        raise ValueError(f"this call has {call.q.shape[0]} batch rows, got row {row}; rows count from 0")
-    part, extent = slice(row, row + 1), call.extent
+    if not 0 <= row < call.batch:
+        raise ValueError(f"this call has {call.batch} batch rows, got row {row}; rows count from 0")
+    part = slice(row, row + 1)
     return replace(
         call,
         q=call.q[part],
         k=call.k[part],
-        v=call.v[part],
-        out=call.out[part],
-        extent=Extent(extent.query_start[part], extent.key_start[part], extent.key_count[part]),
+        v=None if call.v is None else call.v[part],
+        extent=call.extent.of_rows(part),
+        state=None if call.state is None else call.state[part],
     )
 
 
 def chosen_heads(call: AttentionCall, heads: Collection[int] | None) -> list[int]:
     """Heads in order, all of them for None."""
-    count = call.q.shape[1]
+    count = call.heads
     chosen = list(range(count)) if heads is None else sorted(set(heads))
     if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
         wrong = chosen[0] if chosen[0] < 0 else chosen[-1]

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer import backends
-from gossamer.attention import Policy, plan_under
 from gossamer.evaluate.subject import Subject
-from gossamer.integrations.transformers import AttentionCall
-from gossamer.oracle import block_counts, block_mass, live_rows, log_sum_exp, oracle_blocks, oracle_recall
+from gossamer.integrations.transformers import Observation
+from gossamer.oracle import block_counts, block_mass, log_sum_exp, oracle_blocks, oracle_recall
 from gossamer.plan import SparsePlan
+from gossamer.policy import Policy
 
 __all__ = ["FIGURES", "compare", "compare_layer", "compare_logits", "plan_map"]
 
@@ -45,22 +45,19 @@ def compare(subject: Subject, tokens: Tensor, policies: Sequence[Policy]) -> lis
     layers = subject.config.num_hidden_layers
     drawn = {round(i * (layers - 1) / (_MAPS - 1)) if layers > 1 else 0: i for i in range(_MAPS)}
 
-    def visit(call: AttentionCall) -> None:
-        heads = call.q.shape[1]
+    def visit(observed: Observation) -> None:
+        call, heads = observed.call, observed.call.heads
         masses: dict[tuple[int, int], Tensor] = {}
-        lse = _lse(call)
+        lse = log_sum_exp(call)
         for policy, rows in zip(policies, measured, strict=True):
-            plan, _, _ = plan_under(
-                policy, call.q, call.k, call.v, scale=call.scale, extent=call.extent, limit=call.limit, layer=call.layer
-            )
-            figures = _dense_figures(heads) if plan is None else compare_layer(call, plan, lse, masses)
+            plan = policy.decide(call).plan
+            figures = _dense_figures(heads) if plan is None else compare_layer(observed, plan, lse, masses)
             for name, values in figures.items():
                 rows[name].append([round(value, 6) for value in values])
             if call.layer in drawn:
                 head = drawn[call.layer] % heads
                 if plan is None:
-                    lengths = call.q.shape[2], call.k.shape[2]
-                    plan = SparsePlan.dense(call.k.shape[1], *lengths, call.extent, limit=call.limit)
+                    plan = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
                 rows["maps"].append({"layer": call.layer, "head": head} | plan_map(plan, head, heads))
 
     dense, _ = subject.hidden_states(tokens, Policy.of("dense"), visit)
@@ -86,38 +83,31 @@ def _dense_figures(heads: int) -> dict[str, list[float]]:
     return {name: [0.0 if name == "relative_l2" else 1.0] * heads for name in FIGURES}
 
 
-def _lse(call: AttentionCall) -> Tensor:
-    return log_sum_exp(
-        call.q, call.k, scale=call.scale, extent=call.extent, limit=call.limit, sinks=call.sinks, softcap=call.softcap
-    )
-
-
 def compare_layer(
-    call: AttentionCall, plan: SparsePlan, lse: Tensor, masses: dict[tuple[int, int], Tensor] | None = None
+    observed: Observation, plan: SparsePlan, lse: Tensor, masses: dict[tuple[int, int], Tensor] | None = None
 ) -> dict[str, list[float]]:
     """Each of `FIGURES` for each query head of a layer, of a batch of one.
 
     Args:
+        observed: the layer's call, with its output under dense attention.
         lse: of dense attention, ``[1, H, S]``.
         masses: keeps the mass of all blocks by their size between calls for the same layer.
     """
-    heads, query_len, key_len = call.q.shape[1], call.q.shape[2], call.k.shape[2]
-    out, kept = backends.execute(call.q, call.k, call.v, plan, scale=call.scale, sinks=call.sinks, softcap=call.softcap)
-    live = live_rows(call.extent, query_len)[0].to(out.device)
-    sparse, dense = out[0, :, live].float(), call.out[0, :, live].float()
+    call = observed.call
+    out, kept = backends.attend(call, plan)
+    live = call.extent.live_queries(call.query_len, call.device)[0]
+    sparse, dense = out[0, :, live].float(), observed.out[0, :, live].float()
     recall = (kept - lse)[0, :, live].exp().clamp(max=1.0).mean(dim=-1)
 
     masses = {} if masses is None else masses
     size = (plan.block_q, plan.block_k)
-    where: dict[str, Any] = {"extent": call.extent, "block_q": size[0], "block_k": size[1], "limit": call.limit}
     if size not in masses:
-        masses[size] = block_mass(call.q, call.k, lse, scale=call.scale, softcap=call.softcap, **where)
-    best = oracle_blocks(masses[size], block_counts(plan), query_len=query_len, key_len=key_len, **where)
-    oracle = oracle_recall(masses[size], best, live_rows(call.extent, query_len).sum(1))[0]
-    dense_pairs = SparsePlan.dense(1, query_len, key_len, call.extent, limit=call.limit).count_pairs()
-    density = (plan.count_pairs() / dense_pairs)[0].repeat_interleave(heads // plan.heads)
+        masses[size] = block_mass(call, lse, plan.grid)
+    best = oracle_blocks(masses[size], block_counts(plan), plan.grid)
+    oracle = oracle_recall(masses[size], best, call.extent.query_count)[0]
+    density = (plan.count_pairs() / call.extent.count_allowed()[:, None])[0]
     return {
-        "head_density": density.tolist(),
+        "head_density": density.repeat_interleave(call.heads // plan.heads).tolist(),
         "recall": recall.tolist(),
         "oracle_recall": oracle.tolist(),
         "relative_l2": ((sparse - dense).norm(dim=(1, 2)) / dense.norm(dim=(1, 2)).clamp(min=1e-20)).tolist(),
@@ -157,8 +147,7 @@ def plan_map(plan: SparsePlan, head: int, heads: int, size: int = _MAP_SIZE) -> 
     """
     rows = torch.linspace(0, plan.query_len - 1, size * _ROWS_PER_TILE).round().long()
     mask = plan.rows_mask(rows)[0, head * plan.heads // heads].float()
-    dense = SparsePlan.dense(1, plan.query_len, plan.key_len, plan.extent, limit=plan.limit)
-    visible = dense.rows_mask(rows)[0, 0].float()
+    visible = plan.extent.allowed(rows, plan.key_len)[0].float()
     kept, seen = (F.adaptive_avg_pool2d(x.cpu()[None], (size, size))[0] for x in (mask, visible))
     image = (255 * kept / seen.clamp(min=1e-9)).round().clamp(max=255).to(torch.uint8)
     return {"size": size, "data": base64.b64encode(bytes(image.flatten().tolist())).decode()}

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import gossamer
-from gossamer.attention import Policy
 from gossamer.evaluate.records import policy_text
 from gossamer.evaluate.subject import Subject
+from gossamer.policy import Policy
 
 __all__ = ["record_of", "require", "run"]
 

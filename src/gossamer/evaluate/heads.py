@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.call import AttentionCall
 from gossamer.evaluate._attention_map import attention_map, chosen_heads, one_row
-from gossamer.integrations.transformers import enable
-from gossamer.integrations.transformers.attention import AttentionCall
-from gossamer.oracle import exact_masses, live_rows, visible_pairs
-from gossamer.plan import ceil_div
+from gossamer.integrations.transformers import Observation, enable
+from gossamer.oracle import ExactMasses, exact_masses, visible_pairs
+from gossamer.plan import Extent, Grid
 
 __all__ = ["PATTERNS", "HeadReport", "attention_map", "describe_heads", "heads_record", "inspect_model"]
 
@@ -44,13 +44,14 @@ class HeadReport:
         layer, head: the model's indices.
         pattern: one of `PATTERNS`, or ``diffuse`` where none explains `DIFFUSE_BELOW` of the mass.
         mass: what each of `PATTERNS` explains with ``budget``.
-        budget: share of the causal pairs that each pattern may choose.
+        budget: share of the allowed pairs that each pattern may choose.
         sink_tokens, local_tokens: first tokens that ``sink`` stands for, and latest ones that ``local`` does.
         first_token, first_tokens: mass of the first token, and of the first 64.
         window: the least number of latest tokens that hold 90% of the mass.
         sink_logit: share of the softmax that a learned sink takes from the keys; 0 without one.
         columns: heaviest keys, as position and mass. diagonals: heaviest distances, as distance and mass.
-        blocks: heaviest blocks of 64 beyond the first block and the local window, as query block, key block, mass.
+        blocks: heaviest blocks of 64 beyond the first block and the local window, as query block, key block, mass. They
+            count from the row's first live key.
         map: uint8 ``[n, n]`` from `attention_map`, where it was asked for.
     """
 
@@ -140,19 +141,21 @@ def describe_heads(
         raise ValueError(f"describe_heads needs rows >= 1 and top >= 0, got rows={rows}, top={top}")
     call = one_row(call, row)
     chosen = chosen_heads(call, heads)
+    if not bool(call.extent.count_allowed()):
+        raise ValueError(f"row {row} of this call has no live query that sees a key: there is nothing to describe")
     samples = _samples(call, rows)
-    counted = sum(len(sample.positions) for sample in samples)
-    if not counted:
-        raise ValueError(f"row {row} of this call has no query whose own key is live: there is nothing to describe")
+    counted = sum(sample.queries for sample in samples)
     columns = _sum(sample.columns for sample in samples)
     diagonals = _sum(sample.diagonals for sample in samples)
     explained = {name: _sum(sample.explained[name] for sample in samples) for name in PATTERNS}
-    budget = sum(sample.budget for sample in samples) / sum(sample.causal for sample in samples)
+    budget = sum(sample.budget for sample in samples) / sum(sample.allowed for sample in samples)
     on_keys = columns.sum(-1)
     within = diagonals.cumsum(-1) >= _COVERED * diagonals.sum(-1, keepdim=True)
-    query_blocks = [block for sample in samples for block in sample.query_blocks]
+    grid = Grid(call.extent, BLOCK, BLOCK)
+    rows_of_grid = [block for sample in samples for block in sample.query_blocks]
+    query_blocks = [int(grid.first_block) + block for block in rows_of_grid]
     blocks = torch.cat([sample.blocks for sample in samples], dim=1)
-    blocks = blocks * _beyond_window(query_blocks, blocks.shape[-1], call, samples[0].window)
+    blocks = blocks * _beyond_window(grid, rows_of_grid, samples[0].window)
     reports = []
     for head in chosen:
         mass = {name: min(1.0, float(explained[name][head] / on_keys[head])) for name in PATTERNS}
@@ -187,16 +190,18 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 
 @dataclass(slots=True)
 class _Sample:
-    """The masses of some query blocks of one batch row, in fp64 on the CPU, by position instead of by slot."""
+    """The masses of some query blocks of one batch row, in fp64 on the CPU, by position."""
 
-    query_blocks: range
-    positions: Tensor  # of the live queries
+    query_blocks: range  # rows of the grid
+    queries: int
     window: int
     columns: Tensor
     diagonals: Tensor
     blocks: Tensor
     budget: float  # pairs
-    causal: float
+    allowed: float
+    column_pairs: Tensor
+    diagonal_pairs: Tensor
     explained: dict[str, Tensor]
 
 
@@ -205,53 +210,71 @@ def _samples(call: AttentionCall, rows: int | None) -> list[_Sample]:
 
     A column near a sampled block is seen by few of the sampled rows, and looks like a line to those that choose it.
     """
-    query_len, key_len, extent, limit = call.q.shape[2], call.k.shape[2], call.extent, call.limit
-    step = 1 if rows is None else max(1, round(query_len / rows))
-    step = max(1, min(step, ceil_div(query_len, BLOCK) // _LEAST_SAMPLE))
+    grid = Grid(call.extent, BLOCK, BLOCK)
+    step = 1 if rows is None else max(1, round(int(call.extent.query_count) / rows))
+    step = max(1, min(step, grid.query_blocks // _LEAST_SAMPLE))
     offsets = (0,) if step == 1 else (step // 2, step // 2 + step)
-    start, count = int(extent.key_start), int(extent.key_count)
-    window, reach = _local_window(count), count if limit is None else min(limit, count)
-    live = live_rows(extent, query_len)[0]
-    distances = torch.arange(count)
-    samples, costs = [], []
-    for offset in offsets:
-        masses = exact_masses(
-            call.q,
-            call.k,
-            scale=call.scale,
-            extent=extent,
-            block_q=BLOCK,
-            block_k=BLOCK,
-            limit=limit,
-            sinks=call.sinks,
-            softcap=call.softcap,
-            step=step * len(offsets),
-            offset=offset,
-        )
-        chosen = torch.isin(torch.arange(query_len) // BLOCK, torch.tensor(list(masses.query_blocks)))
-        positions = extent.query_positions(query_len)[0][live & chosen]
-        columns = masses.columns[0].double().cpu()[:, start : start + count]
-        diagonals = masses.diagonals[0].double().cpu()[:, :count]
-        blocks = masses.blocks[0].double().cpu()
-        block_pairs = visible_pairs(
-            extent, query_len, key_len, block_q=BLOCK, block_k=BLOCK, limit=limit, query_blocks=masses.query_blocks
-        )[0]
-        budget = float((positions + 1).clamp(max=min(window, reach)).sum())
-        explained = {
+    found = [
+        exact_masses(call, block_q=BLOCK, block_k=BLOCK, step=step * len(offsets), offset=offset) for offset in offsets
+    ]
+    samples = [_sample(grid, masses) for masses in found]
+    for sample, other in zip(samples, samples[::-1], strict=True):
+        for name, mass, pairs, by in (
+            ("vertical", sample.columns, sample.column_pairs, other.columns),
+            ("slash", sample.diagonals, sample.diagonal_pairs, other.diagonals),
+        ):
+            sample.explained[name] = _explained(mass, pairs, sample.budget, by)
+    return samples
+
+
+def _sample(grid: Grid, masses: ExactMasses) -> _Sample:
+    """What `exact_masses` counted, with what the columns, diagonals and a local window cost."""
+    extent, keys = grid.extent, grid.extent.longest
+    positions = torch.cat([torch.arange(*grid.queries[0, m].tolist()) for m in masses.query_blocks])
+    low, high = _seen(extent, positions, extent.limit)
+    window = _local_window(keys)
+    near_low, near_high = _seen(extent, positions, min(window, extent.limit or window))
+    budget = float((near_high - near_low).sum())
+    distances = torch.arange(keys)
+    columns, diagonals, blocks = (mass[0].double().cpu() for mass in (masses.columns, masses.diagonals, masses.blocks))
+    # A key at p is seen by the queries whose first key is not after p and whose last one is not before it.
+    column_pairs = torch.searchsorted(low, distances, right=True) - torch.searchsorted(high, distances, right=True)
+    block_pairs = visible_pairs(grid, masses.query_blocks)[0]
+    return _Sample(
+        query_blocks=masses.query_blocks,
+        queries=len(positions),
+        window=window,
+        columns=columns,
+        diagonals=diagonals,
+        blocks=blocks,
+        budget=budget,
+        allowed=float((high - low).sum()),
+        column_pairs=column_pairs,
+        diagonal_pairs=_diagonal_pairs(extent, positions),
+        explained={
             "sink": columns[:, : min(SINK, window)].sum(-1),
             "local": diagonals[:, :window].sum(-1),
             "block": _explained(blocks.flatten(1), block_pairs.flatten(), budget),
-        }
-        before, beyond = torch.searchsorted(positions, distances), torch.searchsorted(positions, distances + reach)
-        costs.append((beyond - before, (len(positions) - before) * (distances < reach)))
-        causal = float((positions + 1).clamp(max=reach).sum())
-        samples.append(
-            _Sample(masses.query_blocks, positions, window, columns, diagonals, blocks, budget, causal, explained)
-        )
-    for sample, other, (column_pairs, diagonal_pairs) in zip(samples, samples[::-1], costs, strict=True):
-        sample.explained["vertical"] = _explained(sample.columns, column_pairs, sample.budget, other.columns)
-        sample.explained["slash"] = _explained(sample.diagonals, diagonal_pairs, sample.budget, other.diagonals)
-    return samples
+        },
+    )
+
+
+def _seen(extent: Extent, positions: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Keys that queries at these positions see within a window, half-open, of one batch row."""
+    keys, far = int(extent.key_count), int(extent.key_count) + int(positions.max()) + 1
+    window = far if window is None else window
+    high = (positions + (1 if extent.causal else window)).clamp(max=keys)
+    return (positions - window + 1).clamp(min=0).minimum(high), high
+
+
+def _diagonal_pairs(extent: Extent, positions: Tensor) -> Tensor:
+    """Allowed pairs at each distance, of queries in ascending order."""
+    keys = int(extent.key_count)
+    distances = torch.arange(keys)
+    pairs = torch.searchsorted(positions, distances + keys) - torch.searchsorted(positions, distances)
+    if not extent.causal:
+        pairs[1:] += torch.searchsorted(positions, keys - distances[1:])
+    return pairs if extent.limit is None else pairs * (distances < extent.limit)
 
 
 def _local_window(tokens: int) -> int:
@@ -278,11 +301,13 @@ def _name(mass: dict[str, float]) -> str:
     return next(name for name in PATTERNS if mass[name] >= NEARLY * best)
 
 
-def _beyond_window(query_blocks: list[int], key_blocks: int, call: AttentionCall, window: int) -> Tensor:
+def _beyond_window(grid: Grid, query_blocks: list[int], window: int) -> Tensor:
     """Blocks whose every pair is farther apart than the window, without the first key block: bool ``[m, N]``."""
-    first_query = torch.tensor(query_blocks)[:, None] * BLOCK + call.extent.query_start
-    last_key = torch.arange(key_blocks) * BLOCK + BLOCK - 1 - call.extent.key_start
-    return (first_query - last_key >= window) & (last_key >= BLOCK)
+    queries = grid.queries[0, query_blocks]
+    first_key, end = (edge[0] for edge in grid.key_block_ends())
+    before = queries[:, :1] - (end - 1) >= window
+    after = first_key - (queries[:, 1:] - 1) >= window
+    return (before | after) & (torch.arange(grid.key_blocks) > 0)
 
 
 def _heaviest(shares: Tensor, count: int) -> tuple[tuple[int, float], ...]:
@@ -324,9 +349,9 @@ def inspect_model(
         raise ValueError(f"inspect_model takes one prompt of two or more tokens, [1, S], got {tuple(input_ids.shape)}")
     reports: list[HeadReport] = []
 
-    def visit(call: AttentionCall) -> None:
-        if layers is None or call.layer in layers:
-            reports.extend(describe_heads(call, rows=rows, top=top, heads=heads, map_size=map_size))
+    def visit(observed: Observation) -> None:
+        if layers is None or observed.call.layer in layers:
+            reports.extend(describe_heads(observed.call, rows=rows, top=top, heads=heads, map_size=map_size))
 
     with enable(model, "dense", min_tokens=0) as handle, torch.inference_mode():
         handle.observe(visit)

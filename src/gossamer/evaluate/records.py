@@ -9,17 +9,20 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from gossamer import methods
-from gossamer.attention import Policy
+from gossamer.methods.registry import class_of
+from gossamer.policy import Policy
 
 __all__ = ["cell_of", "check_out", "label_of", "policy_text", "read_lines", "read_own", "relabel"]
 
 Record = dict[str, Any]
 
 _OPENING = b'{"kind": "run"'
+# A list or object that is longer than this in JSON is named by its hash: the layers of a profile.
+_LONGEST_VALUE = 40
 
 
 def policy_text(policy: Policy) -> str:
@@ -30,24 +33,29 @@ def policy_text(policy: Policy) -> str:
 def label_of(policy: Policy) -> str:
     """A method's name and what differs from the defaults: ``max_relative(alpha=0.02,min_tokens=0)``.
 
-    A profile is named by its hash. The thresholds of dense attention decide nothing and are left out.
+    The layers of a profile are named by their hash. The thresholds of dense attention decide nothing and are left out.
     """
     return _label(policy.method.to_dict(), policy_text(policy))
 
 
-def _label(fields: Mapping[str, Any], thresholds: str) -> str:
-    default = methods.create(fields["method"])
-    fields, usual_fields = (json.loads(json.dumps(values)) for values in (dict(fields), default.to_dict()))
-    changed = []
-    for name, value in fields.items():
-        if value != usual_fields.get(name):
-            if isinstance(value, dict):
-                value = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:6]
-            changed.append(f"{name}={value}")
-    if fields["method"] != "dense":
-        usual = policy_text(Policy(default)).split(",")
-        changed += [part for part in thresholds.split(",") if part not in usual]
-    return f"{fields['method']}({','.join(changed)})" if changed else str(fields["method"])
+def _label(given: Mapping[str, Any], thresholds: str) -> str:
+    method = given["method"]
+    usual = {f.name: f.default for f in fields(class_of(method)) if f.default is not MISSING}
+    given, usual = (json.loads(json.dumps(values)) for values in (dict(given), usual))
+    changed = [
+        f"{name}={_shown(value)}" for name, value in given.items() if name != "method" and value != usual.get(name)
+    ]
+    if method != "dense":
+        usual_thresholds = policy_text(Policy.of("dense")).split(",")
+        changed += [part for part in thresholds.split(",") if part not in usual_thresholds]
+    return f"{method}({','.join(changed)})" if changed else str(method)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, list | dict):
+        return str(value)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return text if len(text) <= _LONGEST_VALUE else hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def relabel(record: Record) -> Record:

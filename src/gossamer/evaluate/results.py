@@ -128,5 +128,6 @@ def _machine(device: torch.device) -> Record:
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    isas = {str(dtype).removeprefix("torch."): cpu.active_isa(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return {"processor": name, "threads": torch.get_num_threads(), "kernels": isas if cpu.is_available() else None}
+    dtypes = (torch.float32, torch.bfloat16) if cpu.is_available() else ()
+    isas = {str(dtype).removeprefix("torch."): cpu.active_isa(dtype) for dtype in dtypes}
+    return {"processor": name, "threads": torch.get_num_threads(), "kernels": isas or None}

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from gossamer.attention import Policy
 from gossamer.evaluate.fidelity import compare
 from gossamer.evaluate.haystack import Haystack
 from gossamer.evaluate.perplexity import Windows
@@ -24,6 +23,7 @@ from gossamer.evaluate.results import ResultsFile, make_header
 from gossamer.evaluate.subject import Subject
 from gossamer.evaluate.tasks import Sample, Task
 from gossamer.evaluate.tasks.base import characters_needed
+from gossamer.policy import Policy
 
 __all__ = [
     "FIDELITY",

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import gossamer
-from gossamer.attention import Policy
 from gossamer.evaluate.tasks import Sample
 from gossamer.integrations.transformers import Handle, Stats
+from gossamer.policy import Policy
 
 __all__ = ["Answers", "Cost", "Subject"]
 

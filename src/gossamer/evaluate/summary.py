@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gossamer.attention import TOO_DENSE
 from gossamer.evaluate.metrics import (
     Interval,
     bootstrap_interval,
@@ -18,6 +17,7 @@ from gossamer.evaluate.metrics import (
     score_interval,
 )
 from gossamer.evaluate.records import cell_of, read_lines
+from gossamer.policy import TOO_DENSE
 
 __all__ = [
     "SummaryRow",

@@ -98,8 +98,10 @@ class _Tiles:
         sink = torch.as_tensor(plan.sink).view(1, -1, 1, 1)
         window = torch.as_tensor(plan.window).view(1, -1, 1, 1)
         distance = torch.maximum(q_pos - (k_pos + plan.block_k - 1), k_pos - (q_pos + plan.block_q - 1))
-        touched = touched | (k_pos < sink) | (distance < window)
-        return touched & (k_pos <= q_pos + plan.block_q - 1) if plan.extent.causal else touched
+        touched = touched | (k_pos < sink) | (distance.clamp(min=0) < window)
+        if plan.extent.causal:
+            touched = touched & (k_pos <= q_pos + plan.block_q - 1)
+        return touched if plan.extent.limit is None else touched & (distance < plan.extent.limit)
 
     @staticmethod
     def _over_two(flags: Tensor, index: Tensor, dim: int, crossing: Tensor) -> Tensor:

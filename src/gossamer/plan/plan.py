@@ -146,8 +146,8 @@ class SparsePlan:
         plan = object.__new__(cls)
         for part in fields(cls):
             value = part.default_factory() if part.default_factory is not MISSING else part.default
-            value = given.pop(part.name, value)
-            object.__setattr__(plan, part.name, None if value is MISSING or not part.init else value)
+            value = given.pop(part.name, value) if part.init else None
+            object.__setattr__(plan, part.name, None if value is MISSING else value)
         if given:
             raise TypeError(f"SparsePlan has no field {', '.join(sorted(given))}")
         plan._complete()

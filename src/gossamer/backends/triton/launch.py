@@ -1,160 +1,189 @@
 """From the operator's arguments to a grid of programs. Imports Triton."""
 
-# Triton compiles these functions; their parameters and constants are not what Python sees.
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# Triton's launchers take what pyright does not see.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
 import importlib.util
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gossamer.backends.triton.bitmap import mark_blocks
 from gossamer.backends.triton.config import Config, Problem, choose, power_of_two
-from gossamer.backends.triton.kernels import attend
+from gossamer.backends.triton.device import UNLIMITED
+from gossamer.backends.triton.kernels.attend import attend
+from gossamer.backends.triton.kernels.columns import mark_blocks
 from gossamer.plan import ceil_div
 
-__all__ = ["describable", "launch", "offers_descriptors"]
+__all__ = ["Arguments", "describable", "launch", "offers_descriptors"]
 
 _MARK_TILE = 128
 _MOST_BITMAP_BYTES = 64 << 20
-_UNLIMITED = 1 << 29
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indptr: Tensor,
-    block_indices: Tensor,
-    column_indptr: Tensor,
-    column_indices: Tensor,
-    sink: Tensor,
-    window: Tensor,
-    q_order: Tensor,
-    k_order: Tensor,
-    extent: Tensor,
-    sinks: Tensor,
-    shape: list[int],
-    limit: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    *,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run the kernel. Arguments as those of ``gossamer::triton_execute``; ``config`` overrides the table's."""
-    plan_heads, block_q, block_k, column_group = shape
-    batch, heads, query_len, dim = q.shape
-    groups, key_len, value_dim = k.shape[1], k.shape[2], v.shape[-1]
-    widen = q.dtype == torch.bfloat16 and not q.is_cuda
-    out_dtype = torch.float32 if widen else q.dtype
-    out = torch.empty(batch, heads, query_len, value_dim, dtype=out_dtype, device=q.device)
-    lse = torch.empty(batch, heads, query_len, dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
+class Arguments(NamedTuple):
+    """Of the operator ``gossamer::triton_attend``: inputs, the plan's parts, and numbers.
+
+    Absent tensors are empty. ``extent`` is that of `gossamer.backends.triton.device.extent_on`; ``shape`` the plan's
+    heads, block_q, block_k, column_group and numbers of query and key blocks; ``all_live`` says that there is no dead
+    query row; a ``softcap`` of 0 is none.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block_indptr: Tensor
+    block_indices: Tensor
+    column_indptr: Tensor
+    column_indices: Tensor
+    sink: Tensor
+    window: Tensor
+    q_order: Tensor
+    k_order: Tensor
+    extent: Tensor
+    sinks: Tensor
+    shape: list[int]
+    all_live: bool
+    scale: float
+    softcap: float
+
+    @property
+    def needs_bitmap(self) -> bool:
+        """Whether columns have to be told from those that lie in selected blocks."""
+        return self.block_indices.numel() > 0 and self.column_indices.numel() > 0
+
+
+def launch(given: Arguments, *, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """Run the forward kernel; ``config`` overrides the table's."""
+    q, (plan_heads, block_q, _, _, blocks, key_blocks) = given.q, given.shape
+    batch, heads = q.shape[:2]
+    # The interpreter rounds fp32 to bf16 otherwise than devices do; torch does it like them.
+    out_dtype = torch.float32 if q.dtype == torch.bfloat16 and not q.is_cuda else q.dtype
+    out = torch.empty(*q.shape[:3], given.v.shape[-1], dtype=out_dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if not given.all_live:  # the kernel writes live rows alone
+        out.zero_()
+        lse.copy_(given.sinks[:, None]) if given.sinks.numel() else lse.fill_(-math.inf)
+    if out.numel() == 0 or blocks == 0:
         return out.to(q.dtype), lse
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    has_blocks, has_columns = block_indices.numel() > 0, column_indices.numel() > 0
-    if config is None:
-        parts = {"blocks": has_blocks, "columns": has_columns}
-        config = choose(Problem.of(q, v, plan_heads, block_q, block_k, key_len, **parts))
-    if scale <= 0:  # the kernel multiplies a row's maximum by the scale
-        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    share = heads // plan_heads
-    blocks, tiles = ceil_div(query_len, block_q), ceil_div(block_q * share, config.tile_m)
-    words = ceil_div(ceil_div(key_len, block_k), 32)
-    rows, together = batch * plan_heads, plan_heads // groups
-    bits = block_indices
-    if has_blocks and has_columns:
+    given = _prepared(given)
+    config = config or choose(_problem(given))
+    share, words = heads // plan_heads, ceil_div(key_blocks, 32)
+    rows, together = batch * plan_heads, plan_heads // given.k.shape[1]
+    bits = given.block_indices
+    if given.needs_bitmap:
         rows, together = _rows_at_once(rows, together, blocks * words * 4)
         bits = torch.empty(rows * blocks, words, dtype=torch.int32, device=q.device)
-    k_rank = _inverse(k_order) if has_blocks and has_columns else k_order
-    descriptors = config.descriptors and describable(k) and describable(v) and offers_descriptors(q.device)
-    block_d, block_dv = power_of_two(dim), power_of_two(value_dim)
-    halves = _halves(q.device, config.tile_m, block_dv)
-    block_dv //= halves
-    k_descriptor, v_descriptor = k, v
-    if descriptors:
-        k_descriptor, v_descriptor = _descriptor(k, config.tile_n, block_d), _descriptor(v, config.tile_n, block_dv)
-    log2_e = math.log2(math.e)
-    sink, window = sink.clamp(max=_UNLIMITED), window.clamp(max=_UNLIMITED)
+    arguments = _tensors(given, config) | _numbers(given) | _constants(given, config)
+    arguments |= dict(out_ptr=out, lse_ptr=lse, selected_bits=bits, together=together, blocks=blocks, words=words)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         for first_row in range(0, batch * plan_heads, rows):
-            count = min(rows, batch * plan_heads - first_row)
-            if has_blocks and has_columns:
+            plan_rows = min(rows, batch * plan_heads - first_row) * blocks
+            if given.needs_bitmap:
                 bits.zero_()
-                mark_blocks[(count * blocks,)](
-                    block_indptr, block_indices, bits, first_row * blocks, words, TILE=_MARK_TILE
-                )
-            attend[(count * blocks * tiles,)](
-                q,
-                k,
-                v,
-                k_descriptor,
-                v_descriptor,
-                out,
-                lse,
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *v.stride()[:3],
-                block_indptr,
-                block_indices,
-                column_indptr,
-                column_indices,
-                sink,
-                window,
-                q_order,
-                k_order,
-                k_rank,
-                bits,
-                extent,
-                sinks,
-                batch,
-                plan_heads,
-                groups,
-                first_row,
-                together,
-                query_len,
-                key_len,
-                blocks,
-                ceil_div(blocks, column_group),
-                column_group,
-                words,
-                limit if limit >= 0 else _UNLIMITED,
-                scale * log2_e,
-                softcap * log2_e,
-                2.0 * log2_e * scale / softcap if softcap else 0.0,
-                SHARE=share,
-                TILES=tiles,
-                DIM=dim,
-                VALUE_DIM=value_dim,
-                BLOCK_D=block_d,
-                BLOCK_DV=block_dv,
-                HALVES=halves,
-                BLOCK_Q=block_q,
-                BLOCK_K=block_k,
-                TILE_M=config.tile_m,
-                TILE_N=config.tile_n,
-                HAS_BLOCKS=has_blocks,
-                HAS_COLUMNS=has_columns,
-                Q_ORDER=q_order.numel() > 0,
-                K_ORDER=k_order.numel() > 0,
-                CAUSAL=causal,
-                LIMITED=limit >= 0,
-                SOFTCAP=softcap > 0,
-                SINKS=sinks.numel() > 0,
-                DESCRIPTORS=descriptors,
-                WARP_SPECIALIZE=config.warp_specialize,
-                WIDEN=widen,
-                PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-                num_warps=config.warps,
-                num_stages=config.stages,
-            )
+                lists = (given.block_indptr, given.block_indices, bits, first_row * blocks, words)
+                mark_blocks[(plan_rows,)](*lists, TILE=_MARK_TILE)
+            programs = plan_rows * ceil_div(block_q * share, config.tile_m)
+            attend[(programs,)](**arguments, first_row=first_row, num_warps=config.warps, num_stages=config.stages)
     return out.to(q.dtype), lse
+
+
+def _prepared(given: Arguments) -> Arguments:
+    """With rows that are dense in memory, and a scale above 0, by which the kernel multiplies a row's maximum."""
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in given[:3])
+    scale = given.scale
+    if scale <= 0:
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    sink, window = given.sink.clamp(max=UNLIMITED), given.window.clamp(max=UNLIMITED)
+    return given._replace(q=q, k=k, v=v, scale=scale, sink=sink, window=window)
+
+
+def _problem(given: Arguments) -> Problem:
+    heads, block_q, block_k = given.shape[:3]
+    parts = {"blocks": given.block_indices.numel() > 0, "columns": given.column_indices.numel() > 0}
+    return Problem.of(given.q, given.v, heads, block_q, block_k, given.k.shape[2], **parts)
+
+
+def _tensors(given: Arguments, config: Config) -> dict[str, Any]:
+    """Tensors of the kernel, descriptors and strides."""
+    k_descriptor, v_descriptor = given.k, given.v
+    if _described(given, config):
+        block_d, block_dv, _ = _dims(given, config)
+        k_descriptor = _descriptor(given.k, config.tile_n, block_d)
+        v_descriptor = _descriptor(given.v, config.tile_n, block_dv)
+    tensors: dict[str, Any] = dict(q_ptr=given.q, k_ptr=given.k, v_ptr=given.v)
+    tensors |= dict(k_descriptor=k_descriptor, v_descriptor=v_descriptor)
+    for name in ("q", "k", "v"):
+        strides = getattr(given, name).stride()[:3]
+        tensors |= dict(zip((f"{name}_batch_stride", f"{name}_head_stride", f"{name}_stride"), strides, strict=True))
+    lists = ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order")
+    tensors |= {name: getattr(given, name) for name in lists}
+    tensors |= dict(sink_ptr=given.sink, window_ptr=given.window, extent_ptr=given.extent, sinks_ptr=given.sinks)
+    return tensors | dict(k_rank=_inverse(given.k_order) if given.needs_bitmap else given.k_order)
+
+
+def _numbers(given: Arguments) -> dict[str, Any]:
+    heads, _, _, column_group, blocks, _ = given.shape
+    log2_e = math.log2(math.e)
+    return dict(
+        batch=given.q.shape[0],
+        plan_heads=heads,
+        groups=given.k.shape[1],
+        query_len=given.q.shape[2],
+        key_len=given.k.shape[2],
+        column_lists=ceil_div(blocks, column_group),
+        column_group=column_group,
+        scale_log2=given.scale * log2_e,
+        softcap_log2=given.softcap * log2_e,
+        softcap_slope=2.0 * log2_e * given.scale / given.softcap if given.softcap else 0.0,
+    )
+
+
+def _constants(given: Arguments, config: Config) -> dict[str, Any]:
+    heads, block_q, block_k = given.shape[:3]
+    block_d, block_dv, halves = _dims(given, config)
+    return dict(
+        SHARE=given.q.shape[1] // heads,
+        DIM=given.q.shape[3],
+        VALUE_DIM=given.v.shape[3],
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        HALVES=halves,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        TILE_M=config.tile_m,
+        TILE_N=config.tile_n,
+        HAS_BLOCKS=given.block_indices.numel() > 0,
+        HAS_COLUMNS=given.column_indices.numel() > 0,
+        Q_ORDER=given.q_order.numel() > 0,
+        K_ORDER=given.k_order.numel() > 0,
+        SOFTCAP=given.softcap > 0,
+        SINKS=given.sinks.numel() > 0,
+        DESCRIPTORS=_described(given, config),
+    )
+
+
+def _dims(given: Arguments, config: Config) -> tuple[int, int, int]:
+    """Dimensions of tiles of K and V, and in how many parts the output is accumulated: 2 where its halves are no wider
+    than high, but it is.
+
+    For Ampere-style products Triton gives the warps rows when the accumulator is at least as high as wide, and else
+    columns, and then every softmax step passes shared memory. Those of Hopper and big Blackwells do not care.
+    """
+    block_d, block_dv = power_of_two(given.q.shape[3]), power_of_two(given.v.shape[3])
+    major = torch.cuda.get_device_capability(given.q.device)[0] if given.q.is_cuda else 0
+    halves = 2 if config.tile_m < block_dv <= 2 * config.tile_m and major not in (9, 10) else 1
+    return block_d, block_dv // halves, halves
+
+
+def _described(given: Arguments, config: Config) -> bool:
+    able = config.descriptors and describable(given.k) and describable(given.v)
+    return able and offers_descriptors(given.q.device)
 
 
 def offers_descriptors(device: torch.device) -> bool:
@@ -172,16 +201,6 @@ def describable(t: Tensor) -> bool:
         return False
     strides = [stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1]
     return all(stride > 0 and stride % 8 == 0 for stride in strides)
-
-
-def _halves(device: torch.device, tile_m: int, block_dv: int) -> int:
-    """In how many parts to accumulate an output: 2 where its halves are no wider than high, but it is.
-
-    For Ampere-style products Triton gives the warps rows when the accumulator is at least as high as wide, and else
-    columns, and then every softmax step passes shared memory. Those of Hopper and big Blackwells do not care.
-    """
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    return 2 if tile_m < block_dv <= 2 * tile_m and major not in (9, 10) else 1
 
 
 def _descriptor(t: Tensor, tile_n: int, block_dim: int) -> object:

@@ -1,0 +1,168 @@
+"""The forward kernel: one tile of query rows against every key that its plan names, with one softmax state.
+
+Everything is in positions, 0 being the batch row's first live key. A pair that several parts select is computed by the
+first of bands, blocks and columns that names it: bands are arithmetic, so blocks and columns test them for themselves;
+whether a column's key block is selected is looked up in a bitmap.
+
+There are four loops: full tiles of blocks and bands, partial ones, full columns, and partial ones. What is full needs
+no mask by pair: every row may attend all of it, and no other part names it.
+"""
+
+# Triton compiles these functions; their parameters and constants are not what Python sees.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from gossamer.backends.triton.kernels.blocks import Blocks, block_tiles, full_tiles, partial_tiles
+from gossamer.backends.triton.kernels.columns import Columns, column_runs, full_columns, partial_columns
+from gossamer.backends.triton.kernels.extent import load_extent
+from gossamer.backends.triton.kernels.ranges import Bands, band_tiles, key_ranges
+from gossamer.backends.triton.kernels.softmax import Keys, Logits, Queries, fresh, with_sinks
+
+__all__ = ["attend"]
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Rows(NamedTuple):
+    """Rows of a tile, ``[TILE_M]`` each: query rows, query heads, and which of them exist."""
+
+    row: Any
+    head: Any
+    exists: Any
+
+
+@triton.jit(
+    do_not_specialize=[
+        "query_len", "key_len", "first_row", "together", "blocks", "words", "column_lists", "column_group",
+    ]
+)  # fmt: skip
+def attend(
+    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, out_ptr, lse_ptr,
+    q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
+    v_batch_stride, v_head_stride, v_stride,
+    block_indptr, block_indices, column_indptr, column_indices, sink_ptr, window_ptr,
+    q_order, k_order, k_rank, selected_bits, extent_ptr, sinks_ptr,
+    batch, plan_heads, groups, first_row, together, query_len, key_len, blocks, column_lists, column_group, words,
+    scale_log2, softcap_log2, softcap_slope,
+    SHARE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HALVES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr, HAS_COLUMNS: tl.constexpr, Q_ORDER: tl.constexpr, K_ORDER: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """One tile of one query block of one head of the plan: ``TILE_M`` rows, tokens times the query heads that share it.
+
+    The grid has one dimension: the plan's rows (batch times head) from ``first_row`` on, ``together`` of them at a
+    time, times ``blocks``, times those heads, times a block's tiles. Heads that read the same keys run at the same
+    time, for the sake of the L2 cache, and late query blocks come first: causal ones have the most keys.
+    ``selected_bits`` begins with ``first_row``. The output has HALVES times ``BLOCK_DV`` dimensions at most.
+    """
+    TILES: tl.constexpr = (BLOCK_Q * SHARE + TILE_M - 1) // TILE_M
+    program = tl.program_id(0)
+    block = blocks - 1 - (program // (TILES * together)) % blocks
+    plan_row = first_row + program // (TILES * together * blocks) * together + (program // TILES) % together
+    b = plan_row // plan_heads
+    plan_head = plan_row % plan_heads
+    group = plan_head // (plan_heads // groups)
+    wide_row = plan_row.to(tl.int64)
+    extent = load_extent(extent_ptr, batch, b)
+    order = q_order + wide_row * query_len
+    rows = tile_rows(extent, block, program % TILES, plan_head, query_len, order, SHARE, BLOCK_Q, TILE_M, Q_ORDER)
+    q_ptr += b.to(tl.int64) * q_batch_stride
+    k_ptr += b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
+    v_ptr += b.to(tl.int64) * v_batch_stride + group.to(tl.int64) * v_head_stride
+    state = attend_keys(
+        load_queries(q_ptr, q_head_stride, q_stride, extent, rows, DIM, BLOCK_D),
+        Keys(
+            k_ptr + extent.key_start.to(tl.int64) * k_stride, v_ptr + extent.key_start.to(tl.int64) * v_stride,
+            k_stride, v_stride, k_descriptor, v_descriptor, b, group, extent.key_start, DIM, VALUE_DIM, TILE_N,
+            DESCRIPTORS,
+        ),
+        Logits(scale_log2, softcap_log2, softcap_slope, SOFTCAP),
+        extent,
+        Bands(tl.load(sink_ptr + plan_head), tl.load(window_ptr + plan_head)),
+        Blocks(
+            block_indptr + wide_row * blocks + block, block_indices, k_order + wide_row * key_len, key_len, BLOCK_K,
+            HAS_BLOCKS, K_ORDER,
+        ),
+        Columns(
+            column_indptr + wide_row * column_lists + block // column_group, column_indices,
+            selected_bits + ((plan_row - first_row).to(tl.int64) * blocks + block) * words,
+            k_rank + wide_row * key_len, HAS_COLUMNS,
+        ),
+        BLOCK_DV,
+        HALVES,
+    )  # fmt: skip
+    if SINKS:
+        state = with_sinks(state, tl.load(sinks_ptr + rows.head, mask=rows.exists, other=float("-inf")) * _LOG2_E)
+    out_row = (b * plan_heads * SHARE + rows.head).to(tl.int64) * query_len + rows.row
+    store(state, rows.exists, out_ptr + out_row[:, None] * VALUE_DIM, lse_ptr + out_row, VALUE_DIM)
+
+
+@triton.jit
+def tile_rows(
+    extent, block, tile, plan_head, query_len, order,
+    SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_M: tl.constexpr, PERMUTED: tl.constexpr,
+):  # fmt: skip
+    packed = tile * TILE_M + tl.arange(0, TILE_M)
+    inside = packed < BLOCK_Q * SHARE
+    token = block * BLOCK_Q + packed // SHARE
+    if PERMUTED:  # blocks of ranks
+        inside = inside & (token < query_len)
+        position = extent.first + tl.load(order + token, mask=inside, other=0)
+    else:  # blocks of positions, from the one that holds the first live query
+        position = extent.first // BLOCK_Q * BLOCK_Q + token
+    exists = inside & (position >= extent.first) & (position < extent.past)
+    return Rows(position - extent.query_start, plan_head * SHARE + packed % SHARE, exists)
+
+
+@triton.jit
+def load_queries(base, head_stride, stride, extent, rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    pointers = base + rows.head.to(tl.int64) * head_stride + rows.row.to(tl.int64) * stride
+    dim = tl.arange(0, BLOCK_D)
+    q = tl.load(pointers[:, None] + dim[None, :], mask=rows.exists[:, None] & (dim < DIM)[None, :], other=0.0)
+    positions = rows.row + extent.query_start
+    lowest = tl.min(tl.where(rows.exists, positions, 1 << 30), 0)
+    highest = tl.max(tl.where(rows.exists, positions, -(1 << 30)), 0)
+    return Queries(q, positions, lowest, highest)
+
+
+@triton.jit
+def attend_keys(
+    queries, keys, logits, extent, bands, blocks, columns, BLOCK_DV: tl.constexpr, HALVES: tl.constexpr
+):  # fmt: skip
+    state = fresh(queries.q.shape[0], BLOCK_DV, HALVES)
+    ranges = key_ranges(queries, extent, bands)
+    in_bands = band_tiles(queries, bands, ranges, keys.TILE_N)
+    listed = block_tiles(blocks, ranges, keys.TILE_N)
+    state = full_tiles(state, queries, keys, logits, blocks, listed, in_bands)
+    state = partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands)
+    if columns.LISTED:
+        runs = column_runs(columns, ranges)
+        state = full_columns(state, queries, keys, logits, blocks, columns, runs)
+        state = partial_columns(state, queries, keys, logits, extent, bands, blocks, columns, runs)
+    return state
+
+
+@triton.jit
+def store(state, exists, out_rows, lse_rows, VALUE_DIM: tl.constexpr):
+    """Rows that attend nothing get out = 0 and lse = -inf."""
+    BLOCK_DV: tl.constexpr = state.out.shape[1]
+    empty = state.total == 0.0
+    divisor = tl.where(empty, 1.0, state.total)
+    value = tl.arange(0, BLOCK_DV)
+    out = (state.out / divisor[:, None]).to(out_rows.dtype.element_ty)
+    tl.store(out_rows + value[None, :], out, mask=exists[:, None] & (value < VALUE_DIM)[None, :])
+    if state.out_high.shape[1] > 1:
+        out = (state.out_high / divisor[:, None]).to(out_rows.dtype.element_ty)
+        mask = exists[:, None] & (value < VALUE_DIM - BLOCK_DV)[None, :]
+        tl.store(out_rows + BLOCK_DV + value[None, :], out, mask=mask)
+    lse = tl.where(empty, float("-inf"), (state.top + tl.log2(divisor)) * _LN_2)
+    tl.store(lse_rows, lse, mask=exists)

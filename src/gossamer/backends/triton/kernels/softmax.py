@@ -1,0 +1,158 @@
+"""The softmax state of a tile of query rows, and what one tile of keys adds to it."""
+
+# Triton compiles these functions; their parameters and constants are not what Python sees.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from gossamer.backends.triton.kernels.matrices import product
+
+__all__ = ["BY_KEY", "BY_PAIR", "UNMASKED", "Keys", "Logits", "Queries", "Softmax", "fold", "fresh", "with_sinks"]
+
+# What masks a tile of keys. UNMASKED: nothing; its keys are consecutive, and every row attends all of them. BY_KEY:
+# some keys are left out for all rows, but all may be loaded. BY_PAIR: pairs are, and keys that may not be loaded.
+UNMASKED = tl.constexpr(0)
+BY_KEY = tl.constexpr(1)
+BY_PAIR = tl.constexpr(2)
+
+
+class Queries(NamedTuple):
+    """Query rows of one tile: tokens times the query heads that share them.
+
+    Fields: q ``[TILE_M, BLOCK_D]``; positions ``[TILE_M]``; the lowest and highest of those that are live.
+    """
+
+    q: Any
+    positions: Any
+    lowest: Any
+    highest: Any
+
+
+class Keys(NamedTuple):
+    """Keys and values of one key/value head: pointers to position 0, row strides, descriptors with its coordinates
+    there, constants."""
+
+    k: Any
+    v: Any
+    k_stride: Any
+    v_stride: Any
+    k_descriptor: Any
+    v_descriptor: Any
+    batch_row: Any
+    group: Any
+    start: Any
+    DIM: Any
+    VALUE_DIM: Any
+    TILE_N: Any
+    DESCRIPTORS: Any
+
+
+class Logits(NamedTuple):
+    """From products to logits in units of log2: ``scale`` is above 0, ``slope`` is 2 scale / softcap."""
+
+    scale: Any
+    softcap: Any
+    slope: Any
+    SOFTCAP: Any
+
+
+class Softmax(NamedTuple):
+    """State: outputs ``[TILE_M, BLOCK_DV]``, of the next BLOCK_DV dimensions where these are only half of them, sums of
+    weights, and the largest logits, in units of log2."""
+
+    out: Any
+    out_high: Any
+    total: Any
+    top: Any
+
+
+@triton.jit
+def fresh(TILE_M: tl.constexpr, BLOCK_DV: tl.constexpr, HALVES: tl.constexpr):
+    return Softmax(
+        tl.zeros([TILE_M, BLOCK_DV], dtype=tl.float32),
+        tl.zeros([TILE_M, BLOCK_DV if HALVES == 2 else 1], dtype=tl.float32),
+        tl.zeros([TILE_M], dtype=tl.float32),
+        tl.full([TILE_M], float("-inf"), dtype=tl.float32),
+    )
+
+
+@triton.jit
+def fold(state, queries, keys, logits, positions, keep, pairs, MASK: tl.constexpr):
+    """The state after one tile of keys: those from ``positions`` on if it is UNMASKED, else the keys ``positions``.
+
+    ``keep`` ``[TILE_N]`` says which keys count, ``pairs`` ``[TILE_M, TILE_N]`` which pairs do, if masked BY_PAIR.
+    """
+    BLOCK_D: tl.constexpr = queries.q.shape[1]
+    BLOCK_DV: tl.constexpr = state.out.shape[1]
+    k = load_tile(keys.k, keys.k_descriptor, keys.k_stride, keys, positions, keep, 0, keys.DIM, BLOCK_D, MASK)
+    scores = tl.zeros([queries.q.shape[0], keys.TILE_N], dtype=tl.float32)
+    scores = product(queries.q, tl.trans(k), scores)
+    if logits.SOFTCAP:
+        # softcap * tanh(x / softcap), with tanh(y) = 1 - 2 / (exp(2 y) + 1); 2 / infinity is 0.
+        scores = logits.softcap * (1.0 - 2.0 / (tl.exp2(scores * logits.slope) + 1.0))
+    if MASK == BY_KEY:
+        scores = tl.where(keep[None, :], scores, float("-inf"))
+    if MASK == BY_PAIR:
+        scores = tl.where(pairs, scores, float("-inf"))
+    highest = tl.max(scores, 1)
+    if not logits.SOFTCAP:
+        highest = highest * logits.scale
+    top = tl.maximum(state.top, highest)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    exponents = scores - base[:, None]
+    if not logits.SOFTCAP:
+        exponents = tl.fma(scores, logits.scale, -base[:, None])
+    weights = tl.exp2(exponents)
+    shrink = tl.exp2(state.top - base)
+    total = state.total * shrink + tl.sum(weights, 1)
+    v = load_tile(keys.v, keys.v_descriptor, keys.v_stride, keys, positions, keep, 0, keys.VALUE_DIM, BLOCK_DV, MASK)
+    out = product(weights, v, state.out * shrink[:, None])
+    out_high = state.out_high
+    if state.out_high.shape[1] > 1:
+        v = load_tile(
+            keys.v, keys.v_descriptor, keys.v_stride, keys, positions, keep, BLOCK_DV, keys.VALUE_DIM, BLOCK_DV, MASK
+        )
+        out_high = product(weights, v, state.out_high * shrink[:, None])
+    return Softmax(out, out_high, total, top)
+
+
+@triton.jit
+def load_tile(
+    base, descriptor, stride, keys, positions, keep,
+    BEGIN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """A tile of K or V from dimension ``BEGIN`` on, zero beyond ``DIM``."""
+    if MASK == UNMASKED and keys.DESCRIPTORS:
+        rows = descriptor.load([keys.batch_row, keys.group, keys.start + positions, BEGIN])
+        rows = rows.reshape([keys.TILE_N, BLOCK_DIM])
+    else:
+        column = BEGIN + tl.arange(0, BLOCK_DIM)
+        if MASK == UNMASKED:
+            # One 64-bit product for the tile; the rest does not change from tile to tile.
+            first = base + positions.to(tl.int64) * stride
+            pointers = first + (tl.arange(0, keys.TILE_N).to(tl.int64)[:, None] * stride + column[None, :])
+        else:
+            pointers = base + positions.to(tl.int64)[:, None] * stride + column[None, :]
+        if MASK == BY_PAIR:
+            rows = tl.load(pointers, mask=keep[:, None] & (column < DIM)[None, :], other=0.0)
+        elif DIM < BEGIN + BLOCK_DIM:
+            rows = tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
+        else:
+            rows = tl.load(pointers)
+    return rows
+
+
+@triton.jit
+def with_sinks(state, sinks):
+    """The state with one more logit a row, in units of log2, that has no value."""
+    top = tl.maximum(state.top, sinks)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    shrink = tl.exp2(state.top - base)
+    total = state.total * shrink + tl.exp2(sinks - base)
+    return Softmax(state.out * shrink[:, None], state.out_high * shrink[:, None], total, top)

@@ -1,0 +1,365 @@
+"""`SparsePlan` against its docstring: which pairs it computes, and that it keeps what it is given."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from definitions import allowed_pairs, call_in, everywhere, lists_of, plan_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gossamer import Extent, SparsePlan
+from gossamer.plan import Grid
+from gossamer.testing import random_plan
+
+plans = st.builds(
+    random_plan,
+    st.integers(0, 10_000),
+    batch=st.integers(0, 2),
+    heads=st.integers(1, 2),
+    query_len=st.integers(0, 14),
+    key_len=st.integers(14, 22),
+    block_q=st.sampled_from([1, 3, 4, 16]),
+    block_k=st.sampled_from([1, 4, 5, 16]),
+    permuted=st.booleans(),
+    causal=st.booleans(),
+    limit=st.sampled_from([None, 1, 4, 30]),
+    padded=st.booleans(),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans)
+def test_the_mask_is_the_definition(plan: SparsePlan) -> None:
+    assert torch.equal(plan.to_mask(), plan_pairs(plan))
+
+
+@pytest.mark.parametrize("absent", ["q_order", "k_order"])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_mask_is_the_definition_under_one_order_alone(seed: int, absent: str) -> None:
+    size: dict[str, Any] = {"batch": 2, "heads": 2, "query_len": 11, "key_len": 16, "block_q": 4, "block_k": 3}
+    both = random_plan(seed, **size, permuted=True, padded=True)
+    plan = random_plan(seed, **size, padded=True)
+    order = {"q_order", "k_order"} - {absent}
+    given = {name: getattr(both, name) for name in order}
+    rows = plan.num_query_blocks if absent == "q_order" else both.num_query_blocks
+    width = plan.num_key_blocks if absent == "k_order" else both.num_key_blocks
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(2, 2, rows, width, generator=generator) < 0.4
+    plan = SparsePlan.from_block_mask(mask, 11, 16, extent=plan.extent, block_q=4, block_k=3, **given)
+    assert torch.equal(plan.to_mask(), plan_pairs(plan))
+
+
+def plan_for(situation: str, **more: Any) -> SparsePlan:
+    """Every part of the union, on blocks that no border of a situation falls on."""
+    call = call_in(situation, length=37)
+    grid = Grid(call.extent, 6, 5)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(call.batch, 2, grid.query_blocks, grid.key_blocks, generator=generator) < 0.3
+    groups = -(-grid.query_blocks // 2)
+    listed = torch.rand(call.batch, 2, groups, call.extent.longest, generator=generator) < 0.1
+    counts = listed.sum(dim=-1).flatten()
+    return SparsePlan.from_block_mask(
+        mask,
+        call.query_len,
+        call.key_len,
+        extent=call.extent,
+        block_q=6,
+        block_k=5,
+        **{
+            "column_group": 2,
+            "column_indptr": torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+            "column_indices": listed.flatten(0, 2).nonzero()[:, 1].to(torch.int32),
+            "sink": [2, 0],
+            "window": [0, 3],
+        }
+        | more,
+    )
+
+
+@everywhere
+def test_the_mask_is_the_definition_everywhere(situation: str) -> None:
+    plan = plan_for(situation)
+    assert torch.equal(plan.to_mask(), plan_pairs(plan))
+
+
+def test_rows_of_the_mask_come_in_any_order() -> None:
+    plan = plan_for("padded chunk")
+    rows = torch.tensor([7, 2, 2, 11])
+    assert torch.equal(plan.rows_mask(rows), plan_pairs(plan)[:, :, rows])
+
+
+@pytest.mark.parametrize(("band", "pairs"), [("window", 8 + 7 + 6), ("sink", 3 * 8 - 3)])
+def test_bands_of_three_tokens_hold_three(band: str, pairs: int) -> None:
+    assert int(SparsePlan(1, 8, 8, Extent.full(1, 8, 8), **{band: 3}).to_mask().sum()) == pairs
+
+
+def test_a_window_reaches_both_ways_where_attention_is_not_causal() -> None:
+    plan = SparsePlan(1, 8, 8, Extent.full(1, 8, 8, causal=False), window=2)
+    assert plan.to_mask()[0, 0, 3].nonzero().flatten().tolist() == [2, 3, 4]
+
+
+@everywhere
+def test_a_dense_plan_computes_what_the_extent_allows(situation: str) -> None:
+    call = call_in(situation)
+    plan = SparsePlan.dense(3, call.query_len, call.key_len, call.extent)
+    pairs = allowed_pairs(call.extent, call.query_len, call.key_len)[:, None].expand(-1, 3, -1, -1)
+    assert torch.equal(plan.to_mask(), pairs)
+    assert torch.equal(plan.count_pairs(), pairs.sum(dim=(2, 3)))
+    assert plan.density() == 1.0
+
+
+def test_a_whole_window_reaches_any_position() -> None:
+    assert bool(SparsePlan.dense(1, 2, 3, Extent([1 << 28], [2], [0], [3])).to_mask().all())
+
+
+def test_a_dense_plan_for_other_lengths_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"4 queries in batch row 0, .* but there are 3"):
+        SparsePlan.dense(1, 3, 4, Extent.full(1, 4, 4))
+
+
+@everywhere
+def test_masks_of_blocks_and_columns_are_the_lists(situation: str) -> None:
+    plan = plan_for(situation)
+    blocks, columns = plan.block_mask(), plan.column_mask()
+    assert blocks.shape == (plan.batch, 2, plan.num_query_blocks, plan.num_key_blocks)
+    assert columns.shape == (plan.batch, 2, plan.num_column_groups, plan.extent.longest)
+    for b in range(plan.batch):
+        for h in range(2):
+            listed = lists_of(plan.block_indptr, plan.block_indices, 2 * b + h, plan.num_query_blocks)
+            assert [row.nonzero().flatten().tolist() for row in blocks[b, h]] == listed
+            listed = lists_of(plan.column_indptr, plan.column_indices, 2 * b + h, plan.num_column_groups)
+            assert [row.nonzero().flatten().tolist() for row in columns[b, h]] == listed
+
+
+# From a mask of blocks
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    return one == other
+
+
+def assert_same_fields(one: SparsePlan, other: SparsePlan) -> None:
+    for part in fields(SparsePlan):
+        if part.init:
+            assert same(getattr(one, part.name), getattr(other, part.name)), part.name
+
+
+@settings(max_examples=50, deadline=None)
+@given(plans)
+def test_a_plan_made_of_its_own_blocks_is_the_same_in_every_field(plan: SparsePlan) -> None:
+    given = {part.name: getattr(plan, part.name) for part in fields(plan) if part.init}
+    for name in ("heads", "block_indptr", "block_indices"):
+        del given[name]
+    assert_same_fields(SparsePlan.from_block_mask(plan.block_mask(), **given), plan)
+
+
+def test_without_an_extent_the_queries_are_the_last_tokens() -> None:
+    plan = SparsePlan.from_block_mask(torch.ones(2, 1, 2, 3, dtype=torch.bool), 7, 12, block_q=4, block_k=4)
+    assert torch.equal(plan.to_mask()[:, 0], allowed_pairs(Extent.full(2, 7, 12), 7, 12))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, 1, 2, 2), r"must be bool .* got torch\.float32 \(1, 1, 2, 2\)"),
+        (torch.ones(1, 2, 2, dtype=torch.bool), r"must be bool .* got torch\.bool \(1, 2, 2\)"),
+        (torch.ones(1, 1, 2, 3, dtype=torch.bool), r"\[batch, heads, 2, 2\] for lengths 8, 8 .* \(1, 1, 2, 3\)"),
+        (torch.ones(1, 1, 1, 2, dtype=torch.bool), r"\[batch, heads, 2, 2\] for .* blocks 4, 4; .* \(1, 1, 1, 2\)"),
+    ],
+)
+def test_bad_block_masks_are_named(mask: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparsePlan.from_block_mask(mask, 8, 8, block_q=4, block_k=4)
+
+
+# Counts
+
+
+def test_a_pair_selected_by_every_part_counts_once() -> None:
+    everything = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    columns = {"column_group": 2, "column_indptr": torch.tensor([0, 8]), "column_indices": torch.arange(8).int()}
+    plan = SparsePlan.from_block_mask(everything, 8, 8, block_q=4, block_k=4, sink=8, window=16, **columns)
+    assert plan.count_pairs().tolist() == [[8 * 9 // 2]]
+    assert plan.density() == 1.0
+
+
+def test_density_is_the_share_of_allowed_pairs_that_is_computed() -> None:
+    plan = plan_for("left padding")
+    pairs, allowed = plan_pairs(plan), allowed_pairs(plan.extent, plan.query_len, plan.key_len)
+    assert plan.density() == pytest.approx(int(pairs.sum()) / (2 * int(allowed.sum())), abs=1e-12)
+
+
+def test_density_of_nothing_is_one() -> None:
+    assert SparsePlan(1, 4, 4, Extent([0], [0], [0], [4])).density() == 1.0
+
+
+def test_what_a_backend_counted_is_not_counted_again() -> None:
+    given = plan_for("no padding")
+    plan = SparsePlan.unchecked(**all_fields(given), pairs=torch.tensor([[3, 4]]))
+    assert plan.count_pairs().tolist() == [[3, 4]]
+    plan.count_pairs().zero_()
+    assert plan.count_pairs().tolist() == [[3, 4]]
+
+
+def test_memory_is_that_of_all_tensors() -> None:
+    plan = SparsePlan.from_block_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), 128, 128)
+    # 3 block pointers, 3 column pointers, 4 fields of the extent (8 bytes); 4 indices, a sink and a window (4 bytes)
+    assert plan.memory_bytes() == (3 + 3 + 4) * 8 + (4 + 1 + 1) * 4
+
+
+# Without validation, and on another device
+
+
+def all_fields(plan: SparsePlan) -> dict[str, Any]:
+    return {part.name: getattr(plan, part.name) for part in fields(plan) if part.init}
+
+
+def full_plan() -> SparsePlan:
+    """No field has its default."""
+    plan = random_plan(5, batch=2, heads=2, query_len=11, key_len=16, block_q=4, block_k=3, permuted=True, padded=True)
+    rows = 2 * 2 * 3
+    lists = {"block_indptr": torch.arange(rows + 1), "block_indices": torch.arange(rows).int() % 6}
+    columns = {"column_indptr": torch.arange(2 * 2 * 2 + 1), "column_indices": torch.arange(8).int() % 4}
+    return replace(plan, **lists, **columns, column_group=2, sink=[1, 2], window=[3, 4])
+
+
+def test_a_full_plan_has_no_default() -> None:
+    default = SparsePlan(2, 11, 16, full_plan().extent)
+    always_given = ("heads", "query_len", "key_len", "extent")
+    for name, value in all_fields(full_plan()).items():
+        if name not in always_given:
+            assert not same(value, getattr(default, name)), name
+
+
+def test_an_unchecked_plan_keeps_every_field() -> None:
+    plan = full_plan()
+    assert_same_fields(SparsePlan.unchecked(**all_fields(plan)), plan)
+
+
+def test_an_unchecked_plan_has_the_defaults_of_a_checked_one() -> None:
+    given: dict[str, Any] = {"heads": 3, "query_len": 5, "key_len": 9, "extent": Extent.full(2, 5, 9)}
+    assert_same_fields(SparsePlan.unchecked(**given), SparsePlan(**given))
+
+
+@pytest.mark.parametrize("band", [7, torch.tensor(7), torch.tensor([7, 7], dtype=torch.int64)])
+def test_an_unchecked_plan_takes_bands_as_numbers_and_tensors(band: Tensor | int) -> None:
+    plan = SparsePlan.unchecked(heads=2, query_len=5, key_len=9, extent=Extent.full(1, 5, 9), sink=band, window=band)
+    for got in (plan.sink, plan.window):
+        assert same(got, torch.tensor([7, 7], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name", ["windw", "grid", "_pairs"])
+def test_an_unchecked_plan_takes_fields_alone(name: str) -> None:
+    with pytest.raises(TypeError, match=f"SparsePlan has no field {name}"):
+        SparsePlan.unchecked(heads=1, query_len=5, key_len=5, extent=Extent.full(1, 5, 5), **{name: 3})
+
+
+def test_a_plan_on_another_device_keeps_every_field() -> None:
+    plan = SparsePlan.unchecked(**all_fields(full_plan()), pairs=torch.tensor([[1, 2], [3, 4]]))
+    moved = plan.to("meta")
+    assert moved.device == torch.device("meta")
+    for name, value in all_fields(plan).items():
+        got = getattr(moved, name)
+        if isinstance(value, Tensor):
+            assert (got.device.type, got.shape, got.dtype) == ("meta", value.shape, value.dtype), name
+        else:
+            assert got is value, name
+    assert moved.count_pairs().tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_plan_is_not_copied_to_the_device_that_it_lies_on() -> None:
+    plan = full_plan()
+    assert plan.to("cpu") is plan
+
+
+def test_a_changed_plan_forgets_what_a_backend_counted() -> None:
+    extent = Extent.full(1, 8, 8)
+    plan = replace(SparsePlan.dense(1, 8, 8, extent), window=1)
+    assert plan.count_pairs().tolist() == [[8]]
+
+
+# Construction
+
+
+def test_tensors_are_copied() -> None:
+    plan = full_plan()
+    given = {name: value.clone() for name, value in all_fields(plan).items() if isinstance(value, Tensor)}
+    again = SparsePlan(**(all_fields(plan) | given))
+    for tensor in given.values():
+        tensor.zero_()
+    assert_same_fields(again, plan)
+
+
+def test_a_plan_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        SparsePlan(1, 2, 2, Extent.full(1, 2, 2)).window = 3  # type: ignore[misc]
+
+
+def csr(indptr: list[int], indices: list[int]) -> tuple[Tensor, Tensor]:
+    return torch.tensor(indptr), torch.tensor(indices, dtype=torch.int32)
+
+
+def test_lists_may_fall_between_rows_and_be_empty() -> None:
+    pointers, entries = csr([0, 2, 2, 3], [0, 1, 0])
+    plan = SparsePlan(1, 12, 12, Extent.full(1, 12, 12), 4, 4, block_indptr=pointers, block_indices=entries)
+    assert plan.block_mask()[0, 0].nonzero().tolist() == [[0, 0], [0, 1], [2, 0]]
+
+
+@pytest.mark.parametrize("kind", ["block", "column"])
+@pytest.mark.parametrize(
+    ("indptr", "indices", "message"),
+    [
+        ([0, 1, 2], [0, 8], r"must lie in \[0, 8\) .* got 8"),
+        ([0, 1, 2], [0, -1], r"must lie in \[0, 8\) .* got -1"),
+        ([0, 0, 2], [1, 0], "rise strictly within each row, got 1 followed by 0 at entry 0"),
+        ([0, 1, 3], [0, 3, 3], "got 3 followed by 3 at entry 1"),
+        ([0, 2, 1], [0, 1], r"rise from 0 to the number of indices \(2\), got first 0, last 1"),
+        ([0, 1, 1], [0, 1], "got first 0, last 1, smallest step 0"),
+        ([1, 1, 2], [0, 1], "got first 1, last 2"),
+        ([0, 3, 2], [0, 1], "smallest step -1"),
+        ([0, 1], [0], r"must have shape \(3,\) .* got \(2,\)"),
+    ],
+)
+def test_bad_lists_are_named(kind: str, indptr: list[int], indices: list[int], message: str) -> None:
+    pointers, entries = csr(indptr, indices)
+    sizes = (4, 1) if kind == "block" else (4, 64)
+    lists = {f"{kind}_indptr": pointers, f"{kind}_indices": entries}
+    with pytest.raises(ValueError, match=f"SparsePlan.{kind}_.*{message}"):
+        SparsePlan(1, 8, 8, Extent.full(1, 8, 8), *sizes, **lists)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"heads": 0}, ValueError, "heads must be at least 1 .* got 0"),
+        ({"heads": 1.0}, TypeError, r"heads must be an integer, got 1\.0"),
+        ({"block_q": 0}, ValueError, "block_q must be at least 1 .* got 0"),
+        ({"block_k": -3}, ValueError, "block_k must be at least 1 .* got -3"),
+        ({"column_group": 0}, ValueError, "column_group must be at least 1 .* got 0"),
+        ({"query_len": -1}, ValueError, "query_len must be at least 0 .* got -1"),
+        ({"key_len": 1 << 31}, ValueError, "key_len .* at most 2147483647, got 2147483648"),
+        ({"sink": [1, 2]}, ValueError, r"sink .* each of the plan's 1 heads, got shape \(2,\)"),
+        ({"window": -1}, ValueError, "window must not be negative .* got -1"),
+        ({"window": 1.5}, TypeError, "window must hold integers, got torch.float32"),
+        ({"block_indptr": torch.zeros(3, dtype=torch.int32)}, TypeError, "block_indptr must be int64 .* torch.int32"),
+        ({"column_indices": torch.zeros(1)}, TypeError, "column_indices int32, got torch.int64, torch.float32"),
+        ({"block_indices": csr([], [[0]])[1]}, ValueError, r"block_indices must be one-dimensional, got \(1, 1\)"),  # type: ignore[list-item]
+        ({"q_order": torch.zeros(1, 1, 8, dtype=torch.int32)}, ValueError, r"q_order must be a permutation of 0\.\.7"),
+        ({"k_order": torch.arange(8)[None, None]}, ValueError, "k_order must be int32 .* got torch.int64"),
+        ({"k_order": torch.arange(9).int()[None, None]}, ValueError, r"k_order .* \(1, 1, 8\), got .* \(1, 1, 9\)"),
+    ],
+)
+def test_bad_fields_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    good: dict[str, Any] = {"heads": 1, "query_len": 8, "key_len": 8, "extent": Extent.full(1, 8, 8)}
+    with pytest.raises(error, match=message):
+        SparsePlan(**good | {"block_q": 4, "block_k": 4} | change)
+
+
+def test_an_extent_beyond_the_lengths_is_named() -> None:
+    with pytest.raises(ValueError, match=r"9 keys in batch row 0, .* but there are 8"):
+        SparsePlan(1, 8, 8, Extent([0], [8], [1], [8]))

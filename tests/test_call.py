@@ -1,0 +1,249 @@
+"""`AttentionCall`: what it refuses, what it keeps, and what it offers to methods."""
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gossamer import AttentionCall, Extent, SparsePlan
+
+
+def tensors(
+    *, batch: int = 1, heads: int = 4, groups: int = 2, query_len: int = 5, key_len: int = 9, dim: int = 8
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys = (batch, groups, key_len)
+    return torch.zeros(batch, heads, query_len, dim), torch.zeros(*keys, dim), torch.zeros(*keys, dim + 1)
+
+
+class Store:
+    def summaries(self, layer: int | None) -> dict[str, Tensor]:
+        return {}
+
+
+# Every field but the tensors, none at its default.
+OTHERS: dict[str, Any] = {
+    "extent": Extent([0], [5], [1], [7], causal=False, limit=6),
+    "scale": 0.7,
+    "sinks": torch.ones(4),
+    "softcap": 30.0,
+    "layer": 3,
+    "store": Store(),
+    "layout": ("frames", 4, 4),
+    "step": (2, "guided"),
+    "state": [{"seen": 1}],
+}
+
+
+def test_every_field_is_in_the_list() -> None:
+    assert [part.name for part in fields(AttentionCall)] == ["q", "k", "v", *OTHERS]
+
+
+def assert_keeps(call: AttentionCall, given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        got = getattr(call, name)
+        assert got is value or (isinstance(value, float) and got == value), name
+
+
+def test_a_call_keeps_every_field() -> None:
+    q, k, v = tensors()
+    assert_keeps(AttentionCall(q, k, v, **OTHERS), {"q": q, "k": k, "v": v} | OTHERS)
+
+
+def test_a_call_of_keywords_keeps_every_field() -> None:
+    q, k, v = tensors()
+    assert_keeps(AttentionCall.of(q, k, v, **OTHERS), {"q": q, "k": k, "v": v} | OTHERS)
+
+
+@pytest.mark.parametrize("changed", ["q", "k", "v", *OTHERS])
+def test_a_replaced_field_changes_no_other(changed: str) -> None:
+    q, k, v = tensors()
+    given = {"q": q, "k": k, "v": v} | OTHERS
+    other = {"scale": 0.1, "softcap": 2.0, "layer": 9, "layout": "text", "step": 5, "state": None, "store": None}
+    value = given[changed].clone() if isinstance(given[changed], Tensor) else other.get(changed)
+    again = replace(AttentionCall(**given), **{changed: value})
+    if changed == "extent":
+        assert again.extent.causal
+    else:
+        assert_keeps(again, {changed: value})
+    assert_keeps(again, {name: kept for name, kept in given.items() if name != changed})
+
+
+def test_without_an_extent_causal_queries_are_the_last_tokens() -> None:
+    call = AttentionCall(*tensors(batch=2))
+    extent = call.extent
+    assert (extent.query_start.tolist(), extent.key_count.tolist(), extent.causal) == ([4, 4], [9, 9], True)
+
+
+def test_the_scale_is_one_over_the_root_of_the_head_dimension_of_keys() -> None:
+    assert AttentionCall(*tensors(dim=9)).scale == pytest.approx(1 / 3)
+
+
+def test_zero_is_a_scale() -> None:
+    assert AttentionCall(*tensors(), scale=0).scale == 0.0
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_keywords_make_the_extent_where_none_is_given(causal: bool) -> None:
+    extent = AttentionCall.of(*tensors(), causal=causal, limit=3).extent
+    start = 4 if causal else 0
+    assert (int(extent.query_start), extent.causal, extent.limit) == (start, causal, 3)
+
+
+@pytest.mark.parametrize(
+    ("extent", "keywords"),
+    [
+        ({"causal": True}, {"causal": False}),
+        ({"limit": None}, {"limit": 3}),
+        ({"limit": 4}, {"limit": 3}),
+    ],
+)
+def test_keywords_that_contradict_the_extent_are_named(extent: dict, keywords: dict) -> None:
+    (name, value), (_, had) = *keywords.items(), *extent.items()
+    with pytest.raises(ValueError, match=f"{name}={value}.* do not fit the extent, .*{name}={had}"):
+        AttentionCall.of(*tensors(), extent=Extent.full(1, 5, 9, **extent), **keywords)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"causal": False}, {"limit": 4}, {"causal": False, "limit": 4}])
+def test_keywords_that_say_what_the_extent_says_pass(keywords: dict) -> None:
+    extent = Extent.full(1, 5, 9, causal=False, limit=4)
+    assert AttentionCall.of(*tensors(), extent=extent, **keywords).extent is extent
+
+
+def test_sizes_are_those_of_the_tensors() -> None:
+    call = AttentionCall(*tensors(batch=3, heads=6, groups=2))
+    got = (call.batch, call.heads, call.groups, call.share, call.query_len, call.key_len, call.device)
+    assert got == (3, 6, 2, 3, 5, 9, torch.device("cpu"))
+
+
+def test_a_call_without_values_says_so_when_they_are_asked_for() -> None:
+    q, k, v = tensors()
+    assert AttentionCall(q, k, v).values is v
+    with pytest.raises(ValueError, match="this call has no values"):
+        _ = AttentionCall(q, k).values
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
+def test_a_gradient_is_needed_where_any_tensor_wants_one(name: str) -> None:
+    q, k, v = tensors()
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "sinks": torch.ones(4)}
+    assert not AttentionCall(**given).needs_gradient
+    given[name] = given[name].requires_grad_()
+    call = AttentionCall(**given)
+    assert call.needs_gradient
+    with torch.no_grad():
+        assert not call.needs_gradient
+
+
+# What methods need
+
+
+@pytest.mark.parametrize("need", ["causal", "values", "store", "layout", "step", "state"])
+def test_a_call_lacks_what_it_was_not_given(need: str) -> None:
+    q, k, v = tensors()
+    bare = AttentionCall(q, k, extent=Extent.full(1, 5, 9, causal=False))
+    assert bare.lacks({need}) == need
+    full = AttentionCall(q, k, v, **OTHERS | {"extent": Extent.full(1, 5, 9)})
+    assert full.lacks({need}) is None
+
+
+@pytest.mark.parametrize(("starts", "lacking"), [([0, -2], None), ([0, 1], "whole prompt")])
+def test_a_prompt_is_whole_if_no_row_begins_after_its_start(starts: list[int], lacking: str | None) -> None:
+    call = AttentionCall(*tensors(batch=2), extent=Extent(starts, [3, 3], [0, 0], [9, 9]))
+    assert call.lacks({"whole prompt"}) == lacking
+
+
+def test_the_first_need_that_is_lacking_is_named() -> None:
+    call = AttentionCall(*tensors(), extent=Extent.full(1, 5, 9))
+    assert call.lacks({"store", "layout", "causal"}) == "layout"
+    assert call.lacks(()) is None
+
+
+def test_a_need_that_no_call_could_offer_is_an_error() -> None:
+    with pytest.raises(ValueError, match="a method needs 'quiet', which is none of causal, values, store"):
+        AttentionCall(*tensors()).lacks({"quiet"})
+
+
+# Plans
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_a_plan_for_query_heads_or_key_heads_passes(heads: int) -> None:
+    AttentionCall(*tensors()).check_plan(SparsePlan(heads, 5, 9, Extent.full(1, 5, 9)))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((2, 2, 5, 9), "the plan is for batch 2, .* but q and k have batch 1"),
+        ((1, 2, 4, 9), "4 queries and 9 keys, .* 5 queries and 9 keys"),
+        ((1, 2, 5, 8), "5 queries and 8 keys, .* 5 queries and 9 keys"),
+        ((1, 1, 5, 9), "the plan has 1 heads; q has 4 and k has 2"),
+        ((1, 8, 5, 9), "the plan has 8 heads; q has 4 and k has 2"),
+    ],
+)
+def test_a_plan_for_another_call_is_named(size: tuple[int, int, int, int], message: str) -> None:
+    batch, heads, query_len, key_len = size
+    plan = SparsePlan(heads, query_len, key_len, Extent.full(batch, query_len, key_len))
+    with pytest.raises(ValueError, match=message):
+        AttentionCall(*tensors()).check_plan(plan)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("made_by", [AttentionCall, AttentionCall.of])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
+        ({"v": 3}, TypeError, "v must be a tensor, got int"),
+        ({"q": torch.zeros(4, 5, 8)}, ValueError, r"must be \[batch, heads, tokens, head_dim\], got q \(4, 5, 8\)"),
+        ({"v": torch.zeros(1, 2, 9)}, ValueError, r"must be \[batch, .* v \(1, 2, 9\)"),
+        ({"q": torch.zeros(2, 4, 5, 8)}, ValueError, r"q \(2, 4, 5, 8\), k \(1, 2, 9, 8\), .* do not fit"),
+        ({"q": torch.zeros(1, 4, 5, 7)}, ValueError, r"q \(1, 4, 5, 7\), .* do not fit"),
+        ({"v": torch.zeros(2, 2, 9, 8)}, ValueError, r"v \(2, 2, 9, 8\) do not fit"),
+        ({"v": torch.zeros(1, 4, 9, 8)}, ValueError, r"v \(1, 4, 9, 8\) do not fit"),
+        ({"v": torch.zeros(1, 2, 8, 8)}, ValueError, r"v \(1, 2, 8, 8\) do not fit"),
+        ({"q": torch.zeros(1, 4, 5, 0), "k": torch.zeros(1, 2, 9, 0)}, ValueError, "must agree and not be 0"),
+        ({"q": torch.zeros(1, 3, 5, 8)}, ValueError, "the 3 query heads must be a multiple of the 2 key/value heads"),
+        ({"k": torch.zeros(1, 0, 9, 8), "v": None}, ValueError, "4 query heads must be a multiple of the 0"),
+        ({"k": torch.zeros(1, 2, 9, 8).double()}, TypeError, r"share a dtype, got torch\.float32, torch\.float64"),
+        ({"v": torch.zeros(1, 2, 9, 8).half()}, TypeError, r"share a dtype, got .* torch\.float16"),
+        ({"v": torch.zeros(1, 2, 9, 8, device="meta")}, ValueError, "share a device, got cpu, cpu, meta"),
+        ({"extent": Extent.full(2, 5, 9)}, ValueError, "the extent has 2 batch rows, but q has 1"),
+        ({"extent": Extent.full(1, 6, 9)}, ValueError, "6 queries in batch row 0, .* but there are 5"),
+        ({"extent": Extent.full(1, 5, 10)}, ValueError, "10 keys in batch row 0, .* but there are 9"),
+        ({"scale": math.nan}, ValueError, "scale must be a finite number, got nan"),
+        ({"scale": math.inf}, ValueError, "scale must be a finite number, got inf"),
+        ({"softcap": 0.0}, ValueError, r"softcap must be above 0 and finite, or None, got 0\.0"),
+        ({"softcap": -1.0}, ValueError, r"softcap must be above 0 .* got -1\.0"),
+        ({"softcap": math.nan}, ValueError, "softcap must be above 0 .* got nan"),
+        ({"softcap": math.inf}, ValueError, "softcap must be above 0 and finite, .* got inf"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \(4,\), .* got \(2,\)"),
+        ({"sinks": torch.zeros(1, 4)}, ValueError, r"sinks must have shape \(4,\), .* got \(1, 4\)"),
+        ({"sinks": torch.zeros(4, device="meta")}, ValueError, "on cpu, got .* on meta"),
+    ],
+)
+def test_bad_fields_are_named(made_by: Any, change: dict[str, Any], error: type[Exception], message: str) -> None:
+    q, k, v = tensors()
+    with pytest.raises(error, match=message):
+        made_by(**{"q": q, "k": k, "v": v} | change)
+
+
+def test_more_causal_queries_than_keys_are_an_error() -> None:
+    with pytest.raises(ValueError, match="9 queries cannot be the last tokens of 5 keys"):
+        AttentionCall(*tensors(query_len=9, key_len=5))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.complex64])
+def test_tensors_that_are_no_floats_of_16_bits_are_named(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"floating point of at least 16 bits, got {dtype}"):
+        AttentionCall(*(t.to(dtype) for t in tensors()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floats_of_16_bits_and_more_pass(dtype: torch.dtype) -> None:
+    assert AttentionCall(*(t.to(dtype) for t in tensors())).q.dtype == dtype
