@@ -140,8 +140,8 @@ class Streamed {
     o_.kernels.attend(panel);
   }
 
-  // The rows of a tile, while the one before it is packed. The barrier keeps gcc from taking a function that only fetches
-  // ahead for one without effect, and dropping the call.
+  // The rows of a tile, while the one before it is packed. The barrier keeps gcc from taking a function that only
+  // fetches ahead for one without effect, and dropping the call.
   void prefetch(const RowRange& range, const Tile& tile) const {
     __asm__ volatile("" ::: "memory");
     const int64_t group = o_.group_of(range.plan_head);
