@@ -51,7 +51,7 @@ def block_scores(blocks: Blocks, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=generator)
 
 
-def chosen(call: AttentionCall, rule: Rule, cuts: list[int], turned: bool = False, **kept: Any) -> Tensor:
+def chosen(call: AttentionCall, rule: Rule, cuts: list[int], *, turned: bool = False, **kept: Any) -> Tensor:
     """The block mask of a plan that is chosen in parts that end at the cuts."""
     blocks = Blocks(call, 16, 24)
     if kept:
@@ -100,7 +100,7 @@ def test_a_choice_is_the_rule_on_what_is_seen_and_what_is_forced(on, rule: Rule,
 @every_planner
 @pytest.mark.parametrize("kept", [{"first": 2}, {"own": 3}, {"last_rows": 20}, {"first": 1, "own": 2, "last_rows": 1}])
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_what_is_kept(on, situation: str, kept: dict[str, int]) -> None:
+def test_what_is_kept(on, situation: str, kept: dict[str, Any]) -> None:
     call = call_in(situation)
     assert torch.equal(chosen(call, TopK(1), [3], **kept), naive(call, TopK(1), **kept))
 
@@ -110,7 +110,7 @@ def test_what_is_kept(on, situation: str, kept: dict[str, int]) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_parts_in_any_order_give_the_same_plan(on, rule: Rule, turned: bool) -> None:
     call = call_in("padded chunk", 300)
-    assert torch.equal(chosen(call, rule, [1, 4, 5], turned), chosen(call, rule, []))
+    assert torch.equal(chosen(call, rule, [1, 4, 5], turned=turned), chosen(call, rule, []))
 
 
 @every_planner

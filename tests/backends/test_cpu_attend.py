@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -97,11 +98,10 @@ def test_permuted_plans(force, isa: str, seed: int) -> None:
     )
     check(draw(plan, heads=4, groups=2, dim=64, seed=seed), plan)
     for order in ("q_order", "k_order"):
-        given = {"heads": plan.heads, "query_len": 150, "key_len": plan.key_len, "extent": plan.extent, "window": 9}
-        one = SparsePlan(**given, **{order: getattr(plan, order)})
-        mask = torch.rand(2, plan.heads, one.num_query_blocks, one.num_key_blocks) < 0.4
-        del given["heads"]
-        one = SparsePlan.from_block_mask(mask, **given, **{order: getattr(plan, order)})
+        given: dict[str, Any] = {"extent": plan.extent, "window": 9, order: getattr(plan, order)}
+        shape = SparsePlan(plan.heads, 150, plan.key_len, **given)
+        mask = torch.rand(2, plan.heads, shape.num_query_blocks, shape.num_key_blocks) < 0.4
+        one = SparsePlan.from_block_mask(mask, 150, plan.key_len, **given)
         check(draw(plan, heads=4, groups=2, dim=64, seed=seed, dtype=torch.bfloat16), one)
 
 
@@ -122,7 +122,8 @@ def test_fewer_queries_than_keys(force, isa: str, seed: int) -> None:
     )
     call = draw(plan, heads=4, groups=2, dim=64, seed=seed, dtype=dtype)
     everything = SparsePlan.dense(2, 130, 1000, Extent.full(2, 130, 1000))
-    spoilt = AttentionCall(torch.ones_like(call.q), *(torch.full_like(x, math.nan) for x in (call.k, call.values)))
+    k, v = (torch.full_like(x, math.nan) for x in (call.k, call.values))
+    spoilt = AttentionCall(torch.ones_like(call.q), k, v)
     assert bool(cpu.attend(spoilt, everything)[0].isnan().all())
     check(call, plan)
 

@@ -228,11 +228,18 @@ def test_a_finished_plan_knows_its_pairs() -> None:
     writer = cpu.ListWriter(2, 3, grid.query_blocks, grid.key_blocks, DEVICE)
     scores = torch.rand(2, 3, grid.query_blocks, grid.key_blocks, generator=generator)
     writer.choose(range(grid.query_blocks), Candidates(grid.seen, grid.own()), scores, TopK(2))
-    sizes = {"heads": 3, "query_len": 150, "key_len": 150, "extent": extent, "block_q": 32, "block_k": 16}
+    sizes: dict[str, Any] = {
+        "heads": 3,
+        "query_len": 150,
+        "key_len": 150,
+        "extent": extent,
+        "block_q": 32,
+        "block_k": 16,
+    }
     plan = cpu.finish(writer, None, **sizes, window=5)
     assert plan._pairs is not None
     assert torch.equal(plan.count_pairs(), plan.to_mask().sum(dim=(2, 3)))
-    listed = {"block_indptr": plan.block_indptr, "block_indices": plan.block_indices}
+    listed: dict[str, Any] = {"block_indptr": plan.block_indptr, "block_indices": plan.block_indices}
     assert torch.equal(SparsePlan(**sizes, window=5, **listed).to_mask(), plan.to_mask())
 
 
