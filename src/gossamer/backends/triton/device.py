@@ -85,14 +85,13 @@ def fetch(numbers: Tensor) -> list[int]:
 
 
 def extent_on(extent: Extent, device: torch.device) -> Tensor:
-    """int32 ``[6, B]``, as `gossamer.backends.triton.kernels.extent` reads it."""
+    """int32 ``[B, 6]``, as `gossamer.backends.triton.kernels.extent` reads it."""
     limit = UNLIMITED if extent.limit is None else min(extent.limit, UNLIMITED)
     rows = torch.ones_like(extent.key_count)
     ahead = rows if extent.causal else rows * limit
     start = extent.query_start.clamp(-UNLIMITED, UNLIMITED)
-    return integers_on(
-        torch.stack([start, extent.query_count, extent.key_start, extent.key_count, ahead, rows * limit]), device
-    )
+    fields = (start, extent.query_count, extent.key_start, extent.key_count, ahead, rows * limit)
+    return integers_on(torch.stack(fields, dim=1), device)
 
 
 def integers_on(values: Tensor, device: torch.device) -> Tensor:

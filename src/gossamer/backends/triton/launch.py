@@ -131,7 +131,6 @@ def _numbers(given: Arguments) -> dict[str, Any]:
     heads, _, _, column_group, blocks, _ = given.shape
     log2_e = math.log2(math.e)
     return dict(
-        batch=given.q.shape[0],
         plan_heads=heads,
         groups=given.k.shape[1],
         query_len=given.q.shape[2],

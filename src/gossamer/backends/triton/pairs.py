@@ -77,7 +77,7 @@ def pairs_of_bits(
     bands = [integers_on(torch.as_tensor(band).clamp(max=UNLIMITED), device) for band in (plan.sink, plan.window)]
     run(
         kernels().count_pairs, pairs.numel(), nothing if blocks is None else blocks,
-        nothing if columns is None else columns, in_block, *bands, extent_on(plan.extent, device), pairs, plan.batch,
+        nothing if columns is None else columns, in_block, *bands, extent_on(plan.extent, device), pairs,
         plan.heads, rows, key_blocks, ceil_div(key_blocks, 32), ceil_div(plan.extent.longest, 32), lists,
         plan.column_group, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, HAS_BLOCKS=blocks is not None,
         HAS_COLUMNS=columns is not None, TILE=_KEY_BLOCKS, EDGE_M=min(_EDGE, power_of_two(plan.block_q)),

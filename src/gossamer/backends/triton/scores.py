@@ -64,7 +64,7 @@ def last_query_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
     narrow = q.element_size() > 2 or q.shape[-1] > 128
     run(
         every.probe_sums, call.batch * call.heads * splits * row_tiles, q, k, top, total, *strides, positions,
-        call.batch, call.groups, last, splits, scale, KEYS=key_tile, STEPS=steps, **tile,
+        call.groups, last, splits, scale, KEYS=key_tile, STEPS=steps, **tile,
         num_warps=4, num_stages=1 if narrow else 3,
     )  # fmt: skip
     run(
@@ -74,12 +74,12 @@ def last_query_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
     partial = torch.zeros(call.batch, call.heads, row_tiles, tiles, mass_tile + row_tile, device=call.device)
     run(
         every.probe_mass, call.batch * call.heads * spans, q, k, lse, columns, partial, *strides, positions,
-        call.batch, call.groups, width, last, tiles, spans, scale, KEYS=mass_tile, STEPS=_SPAN_TILES, **tile,
+        call.groups, width, last, tiles, spans, scale, KEYS=mass_tile, STEPS=_SPAN_TILES, **tile,
         num_warps=4, num_stages=1 if narrow else 2,
     )  # fmt: skip
     pieces = ceil_div(width, _MERGE_TILE)
     run(
-        every.merge_diagonals, call.batch * call.heads * pieces, partial, diagonals, positions, call.batch, call.heads,
+        every.merge_diagonals, call.batch * call.heads * pieces, partial, diagonals, positions, call.heads,
         width, last, tiles, pieces, ROW_TILES=row_tiles, ROWS=row_tile, KEYS=mass_tile, TILE=_MERGE_TILE,
     )  # fmt: skip
     return columns, diagonals
@@ -96,7 +96,7 @@ def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     """See `gossamer.backends.torch.pool_keys`."""
     check_call(call)
     extent = call.extent
-    tokens = torch.stack([extent.key_start, extent.key_count, torch.zeros_like(extent.key_count)])
+    tokens = torch.stack([extent.key_start, extent.key_count, torch.zeros_like(extent.key_count)], dim=1)
     return _pool(call.k, tokens, grid.block_k, grid.key_blocks)
 
 
@@ -105,7 +105,8 @@ def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
     check_call(call)
     extent = call.extent
     offset = extent.first_position - grid.first_block * grid.block_q
-    return _pool(call.q, torch.stack([extent.first_query, extent.query_count, offset]), grid.block_q, grid.query_blocks)
+    tokens = torch.stack([extent.first_query, extent.query_count, offset], dim=1)
+    return _pool(call.q, tokens, grid.block_q, grid.query_blocks)
 
 
 def _pool(x: Tensor, tokens: Tensor, block: int, blocks: int) -> Tensor:
@@ -114,7 +115,7 @@ def _pool(x: Tensor, tokens: Tensor, block: int, blocks: int) -> Tensor:
     means = torch.empty(batch, heads, blocks, dim, device=x.device)
     x, block_d = _dense_rows(x), power_of_two(dim)
     run(
-        kernels().block_means, batch * heads * blocks, x, integers_on(tokens, x.device), means, *x.stride()[:3], batch,
+        kernels().block_means, batch * heads * blocks, x, integers_on(tokens, x.device), means, *x.stride()[:3],
         heads, blocks, block, DIM=dim, BLOCK_D=block_d, TILE=min(64, power_of_two(block), 8192 // block_d), num_warps=4,
     )  # fmt: skip
     return means
@@ -157,7 +158,7 @@ def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range)
     reference = torch.full((*top.shape, tiles), float("-inf"), device=q.device)
     run(
         kernels().row_energies, top.numel(), q, keys, energy, reference, top, *q.stride()[:3], *keys.stride()[:3],
-        extent_on(call.extent, q.device), batch, groups, key_blocks, part.start, rows, tiles, call.scale * _LOG2_E,
+        extent_on(call.extent, q.device), groups, key_blocks, part.start, rows, tiles, call.scale * _LOG2_E,
         SHARE=call.share, BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k, TILE_M=tile_m, PARTS=parts, TILE_N=tile_n,
         CAUSAL=call.extent.causal, **_operands(q), num_warps=warps, num_stages=1 if narrow else 3,
     )  # fmt: skip
@@ -196,7 +197,7 @@ def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: rang
     mass = torch.zeros(call.batch, call.heads, len(part), grid.key_blocks, device=call.device)
     run(
         kernels().antidiagonal_mass, call.batch * call.heads * row_groups, q, k, mass, *q.stride()[:3],
-        *k.stride()[:3], extent_on(call.extent, q.device), call.batch, call.heads, grid.key_blocks, part.start,
+        *k.stride()[:3], extent_on(call.extent, q.device), call.heads, grid.key_blocks, part.start,
         len(part), row_groups, call.scale * _LOG2_E / stride, SHARE=call.share, STRIDE=stride, ROW_CELLS=row_cells,
         ROW_BLOCKS=row_blocks, ROW_LANES=row_lanes, KEY_CELLS=key_cells, KEY_BLOCKS=tile_blocks, KEY_LANES=key_lanes,
         **_operands(q), num_warps=4, num_stages=2 if q.element_size() == 2 else 1,

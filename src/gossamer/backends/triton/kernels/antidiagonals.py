@@ -63,10 +63,10 @@ def cell_logits(
     return tl.where(sees & (lane % keys.LANES < keys.CELLS)[None, :], x * slope, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "key_blocks", "start", "rows", "row_groups"])
+@triton.jit(do_not_specialize=["heads", "key_blocks", "start", "rows", "row_groups"])
 def antidiagonal_mass(
     q_ptr, k_ptr, out_ptr, q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
-    extent_ptr, batch, heads, key_blocks, start, rows, row_groups, slope,
+    extent_ptr, heads, key_blocks, start, rows, row_groups, slope,
     SHARE: tl.constexpr, STRIDE: tl.constexpr, ROW_CELLS: tl.constexpr, ROW_BLOCKS: tl.constexpr,
     ROW_LANES: tl.constexpr, KEY_CELLS: tl.constexpr, KEY_BLOCKS: tl.constexpr, KEY_LANES: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -82,7 +82,7 @@ def antidiagonal_mass(
     bh = program // row_groups
     b = bh // heads
     head = bh % heads
-    extent = load_extent(extent_ptr, batch, b)
+    extent = load_extent(extent_ptr, b)
     q_rows = q_ptr + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride
     k_base = k_ptr + b.to(tl.int64) * k_batch_stride + (head // SHARE).to(tl.int64) * k_head_stride
 

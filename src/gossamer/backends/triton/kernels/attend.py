@@ -50,7 +50,7 @@ def attend(
     v_batch_stride, v_head_stride, v_stride,
     block_indptr, block_indices, column_indptr, column_indices, sink_ptr, window_ptr,
     q_order, k_order, k_rank, selected_bits, extent_ptr, sinks_ptr,
-    batch, plan_heads, groups, first_row, together, query_len, key_len, blocks, column_lists, column_group, words,
+    plan_heads, groups, first_row, together, query_len, key_len, blocks, column_lists, column_group, words,
     scale_log2, softcap_log2, softcap_slope,
     SHARE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HALVES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
@@ -72,7 +72,7 @@ def attend(
     plan_head = plan_row % plan_heads
     group = plan_head // (plan_heads // groups)
     wide_row = plan_row.to(tl.int64)
-    extent = load_extent(extent_ptr, batch, b)
+    extent = load_extent(extent_ptr, b)
     order = q_order + wide_row * query_len
     rows = tile_rows(extent, block, program % TILES, plan_head, query_len, order, SHARE, BLOCK_Q, TILE_M, Q_ORDER)
     q_ptr += b.to(tl.int64) * q_batch_stride

@@ -20,38 +20,35 @@ __all__ = ["Extent", "allowed", "load_extent", "seen"]
 
 class Extent(NamedTuple):
     """Of one batch row: the position of query row 0; those of live queries, half-open; the slot of key position 0; the
-    number of live keys; how far ahead of a query and behind it keys are allowed."""
+    number of live keys; a pointer to ``ahead`` and ``behind``, which are loaded where they are used, since registers
+    are scarce in between."""
 
     query_start: Any
     first: Any
     past: Any
     key_start: Any
     keys: Any
-    ahead: Any
-    behind: Any
+    reach: Any
 
 
 @triton.jit
-def load_extent(extent_ptr, batch, b):
-    """From int32 ``[6, batch]``: query_start, query_count, key_start, key_count, ahead, behind."""
-    query_start = tl.load(extent_ptr + b)
+def load_extent(extent_ptr, b):
+    """From int32 ``[batch, 6]``: query_start, query_count, key_start, key_count, ahead, behind."""
+    row = extent_ptr + 6 * b
+    query_start = tl.load(row)
     first = tl.maximum(query_start, 0)
-    past = first + tl.load(extent_ptr + batch + b)
-    key_start = tl.load(extent_ptr + 2 * batch + b)
-    keys = tl.load(extent_ptr + 3 * batch + b)
-    ahead = tl.load(extent_ptr + 4 * batch + b)
-    return Extent(query_start, first, past, key_start, keys, ahead, tl.load(extent_ptr + 5 * batch + b))
+    return Extent(query_start, first, first + tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), row + 4)
 
 
 @triton.jit
 def seen(extent, lowest, highest):
     """Keys that some query from ``lowest`` to ``highest`` may attend, half-open."""
-    low = tl.maximum(lowest - extent.behind + 1, 0)
-    return low, tl.maximum(tl.minimum(highest + extent.ahead, extent.keys), low)
+    low = tl.maximum(lowest - tl.load(extent.reach + 1) + 1, 0)
+    return low, tl.maximum(tl.minimum(highest + tl.load(extent.reach), extent.keys), low)
 
 
 @triton.jit
 def allowed(extent, query, key):
     """Which pairs of live positions are allowed: ``[queries, keys]``."""
     distance = query[:, None] - key[None, :]
-    return (distance > -extent.ahead) & (distance < extent.behind)
+    return (distance > -tl.load(extent.reach)) & (distance < tl.load(extent.reach + 1))

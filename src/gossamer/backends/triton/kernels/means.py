@@ -15,23 +15,23 @@ from gossamer.backends.triton.kernels.matrices import ceil_div, load_rows, produ
 __all__ = ["block_means", "mean_products", "merge_energies", "row_energies"]
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "blocks", "block"])
+@triton.jit(do_not_specialize=["heads", "blocks", "block"])
 def block_means(
-    x_ptr, tokens_ptr, out_ptr, batch_stride, head_stride, stride, batch, heads, blocks, block,
+    x_ptr, tokens_ptr, out_ptr, batch_stride, head_stride, stride, heads, blocks, block,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Mean of the live tokens of one block of one head, fp32. Grid: ``B * heads * blocks``.
 
-    ``tokens`` is int32 ``[3, B]``: row of the first live token, number of live tokens, and how many tokens before the
+    ``tokens`` is int32 ``[B, 3]``: row of the first live token, number of live tokens, and how many tokens before the
     first the blocks begin.
     """
     program = tl.program_id(0)
     bh = program // blocks
     b = bh // heads
-    first = tl.load(tokens_ptr + b)
-    begin = (program % blocks) * block - tl.load(tokens_ptr + 2 * batch + b)
+    first = tl.load(tokens_ptr + 3 * b)
+    begin = (program % blocks) * block - tl.load(tokens_ptr + 3 * b + 2)
     low = tl.maximum(begin, 0)
-    high = tl.minimum(begin + block, tl.load(tokens_ptr + batch + b))
+    high = tl.minimum(begin + block, tl.load(tokens_ptr + 3 * b + 1))
     base = x_ptr + b.to(tl.int64) * batch_stride + (bh % heads).to(tl.int64) * head_stride
     sums = tl.zeros([TILE, BLOCK_D], dtype=tl.float32)
     for token in range(low, high, TILE):
@@ -69,11 +69,11 @@ def mean_products(
     tl.store(out, scores, mask=exists[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["batch", "key_blocks", "start", "rows", "tiles"])
+@triton.jit(do_not_specialize=["key_blocks", "start", "rows", "tiles"])
 def row_energies(
     q_ptr, keys_ptr, energy_ptr, reference_ptr, top_ptr,
     q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
-    extent_ptr, batch, groups, key_blocks, start, rows, tiles, scale_log2,
+    extent_ptr, groups, key_blocks, start, rows, tiles, scale_log2,
     SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, PARTS: tl.constexpr,
     TILE_N: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,8 @@ def row_energies(
     group = bg % groups
     out_row = (bg * rows + m).to(tl.int64) * PARTS + part
 
-    extent = load_extent(extent_ptr, batch, b)
+    extent = load_extent(extent_ptr, b)
+    ahead, behind = tl.load(extent.reach), tl.load(extent.reach + 1)
     begin = (extent.first // BLOCK_Q + start + m) * BLOCK_Q
     first = tl.maximum(begin, extent.first)
     past = tl.minimum(begin + BLOCK_Q, extent.past)
@@ -118,8 +119,8 @@ def row_energies(
         scored = (block < past_block) & (key_high > key_low)
         means = load_rows(k_base, block, k_stride, scored, DIM, BLOCK_D)
         x = product(q, tl.trans(means), tl.zeros([TILE_M, TILE_N], dtype=tl.float32)) * scale_log2
-        sees = exists[:, None] & scored[None, :] & (key_low[None, :] - position[:, None] < extent.ahead)
-        sees = sees & (position[:, None] - (key_high - 1)[None, :] < extent.behind)
+        sees = exists[:, None] & scored[None, :] & (key_low[None, :] - position[:, None] < ahead)
+        sees = sees & (position[:, None] - (key_high - 1)[None, :] < behind)
         x = tl.where(sees, x, float("-inf"))
         top = tl.maximum(top, tl.max(tl.max(x, 1), 0))
         energy = tl.sum(tl.exp2(x - tl.where(top == float("-inf"), 0.0, top)), 0)

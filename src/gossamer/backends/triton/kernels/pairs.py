@@ -46,10 +46,10 @@ def count_columns(bits_ptr, out_ptr, words, blocks, pieces, BLOCK_K: tl.constexp
     tl.store(out_ptr + row * blocks + block, count, mask=block < blocks)
 
 
-@triton.jit(do_not_specialize=["batch", "blocks", "key_blocks", "words", "column_words", "lists", "column_group"])
+@triton.jit(do_not_specialize=["blocks", "key_blocks", "words", "column_words", "lists", "column_group"])
 def count_pairs(
     bits_ptr, column_bits_ptr, column_count_ptr, sink_ptr, window_ptr, extent_ptr, pairs_ptr,
-    batch, heads, blocks, key_blocks, words, column_words, lists, column_group,
+    heads, blocks, key_blocks, words, column_words, lists, column_group,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_COLUMNS: tl.constexpr,
     TILE: tl.constexpr, EDGE_M: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def count_pairs(
     program = tl.program_id(0)
     bh = program // blocks
     column_list = bh.to(tl.int64) * lists + program % blocks // column_group
-    extent = load_extent(extent_ptr, batch, bh // heads)
+    extent = load_extent(extent_ptr, bh // heads)
     begin = (extent.first // BLOCK_Q + program % blocks) * BLOCK_Q
     total = block_row_pairs(
         tl.maximum(begin, extent.first),
@@ -105,8 +105,9 @@ def tile_pairs(block, past_block, first, past, extent, bands, selected, BLOCK_K:
     low = block * BLOCK_K
     high = tl.minimum(low + BLOCK_K, extent.keys)
     some = (high > low) & (block < past_block)
-    some = some & (low - last < extent.ahead) & (first - (high - 1) < extent.behind)
-    every = some & (high - 1 - first < extent.ahead) & (last - low < extent.behind)
+    ahead, behind = tl.load(extent.reach), tl.load(extent.reach + 1)
+    some = some & (low - last < ahead) & (first - (high - 1) < behind)
+    every = some & (high - 1 - first < ahead) & (last - low < behind)
     near = tl.maximum(tl.maximum(first - (high - 1), low - last), 0)
     far = tl.maximum(last - low, high - 1 - first)
     in_bands = (high <= bands.sink) | (far < bands.window)

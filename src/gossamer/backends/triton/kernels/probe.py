@@ -51,11 +51,11 @@ def probe_logits(probe, k_base, k_stride, key, extent, scale_log2, DIM: tl.const
     return tl.where(pairs, scores, float("-inf")), pairs
 
 
-@triton.jit(do_not_specialize=["batch", "last", "splits"])
+@triton.jit(do_not_specialize=["last", "splits"])
 def probe_sums(
     q_ptr, k_ptr, top_ptr, total_ptr,
     q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
-    extent_ptr, batch, groups, last, splits, scale_log2,
+    extent_ptr, groups, last, splits, scale_log2,
     SHARE: tl.constexpr, ROW_TILES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def probe_sums(
     group = bg % groups
     head = group * SHARE + program % SHARE
 
-    extent = load_extent(extent_ptr, batch, b)
+    extent = load_extent(extent_ptr, b)
     q_rows = q_ptr + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride
     probe = load_probe(q_rows, q_stride, 0.0, extent, last, row_tile, ROWS, DIM, BLOCK_D)
     k_base = k_ptr + b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
@@ -112,11 +112,11 @@ def merge_sums(top_ptr, total_ptr, lse_ptr, splits, rows, TILE: tl.constexpr):
     tl.store(lse_ptr + head * rows + row, lse, mask=inside)
 
 
-@triton.jit(do_not_specialize=["batch", "width", "last", "tiles", "spans"])
+@triton.jit(do_not_specialize=["width", "last", "tiles", "spans"])
 def probe_mass(
     q_ptr, k_ptr, lse_ptr, columns_ptr, partial_ptr,
     q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
-    extent_ptr, batch, groups, width, last, tiles, spans, scale_log2,
+    extent_ptr, groups, width, last, tiles, spans, scale_log2,
     SHARE: tl.constexpr, ROW_TILES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def probe_mass(
     group = bg % groups
     head = group * SHARE + program % SHARE
 
-    extent = load_extent(extent_ptr, batch, b)
+    extent = load_extent(extent_ptr, b)
     q_rows = q_ptr + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride
     k_base = k_ptr + b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
     out_head = (b * groups * SHARE + head).to(tl.int64)
@@ -162,17 +162,17 @@ def probe_mass(
         tl.store(columns_ptr + out_head * width + key, sums, mask=key < width)
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "width", "last", "tiles", "pieces"])
+@triton.jit(do_not_specialize=["heads", "width", "last", "tiles", "pieces"])
 def merge_diagonals(
-    partial_ptr, diagonals_ptr, extent_ptr, batch, heads, width, last, tiles, pieces,
+    partial_ptr, diagonals_ptr, extent_ptr, heads, width, last, tiles, pieces,
     ROW_TILES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """From the diagonal sums of `probe_mass` to sums by distance, ``[B, H, width]``. Grid: ``B * H * pieces``."""
     program = tl.program_id(0)
     head = (program // pieces).to(tl.int64)
-    extent = load_extent(extent_ptr, batch, program // pieces // heads)
+    extent = load_extent(extent_ptr, program // pieces // heads)
     distance = (program % pieces) * TILE + tl.arange(0, TILE)
-    after = tl.where(extent.ahead > 1, distance, 0) > 0  # keys that follow their query
+    after = tl.where(tl.load(extent.reach) > 1, distance, 0) > 0  # keys that follow their query
     sums = tl.zeros([TILE], dtype=tl.float32)
     for row_tile in range(ROW_TILES):
         first = first_probing(extent, last) + row_tile * ROWS

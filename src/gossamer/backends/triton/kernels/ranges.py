@@ -54,12 +54,13 @@ class BandTiles(NamedTuple):
 def key_ranges(queries, extent, bands):
     """All empty where no row is live: then the lowest position lies far above the highest."""
     low, high = seen(extent, queries.lowest, queries.highest)
-    every_low = tl.maximum(queries.highest - extent.behind + 1, 0)
-    every_high = tl.minimum(queries.lowest + extent.ahead, extent.keys)
+    ahead, behind = tl.load(extent.reach), tl.load(extent.reach + 1)
+    every_low = tl.maximum(queries.highest - behind + 1, 0)
+    every_high = tl.minimum(queries.lowest + ahead, extent.keys)
     outer_low = tl.minimum(tl.maximum(low, bands.sink), high)
     outer_high = high
     if_causal = tl.minimum(high, queries.highest - bands.window + 1)  # keys after it are all in the window
-    outer_high = tl.maximum(tl.where(extent.ahead == 1, if_causal, high), outer_low)
+    outer_high = tl.maximum(tl.where(ahead == 1, if_causal, high), outer_low)
     full_low = tl.maximum(every_low, bands.sink)
     full_high = tl.where(bands.window > 0, tl.minimum(every_high, queries.lowest - bands.window + 1), every_high)
     full_low = tl.minimum(tl.maximum(full_low, outer_low), outer_high)
