@@ -4,6 +4,7 @@
 #   make test     all tests
 #   make lint     ruff and pyright
 #   make docs     the documentation, into site/
+#   make mutants  faults put into the package, which its tests must notice; an hour, and goes on where it was stopped
 #   make bench    CPU benchmarks of attention and of planning, into benchmarks/results/; an hour and more
 #   make clean    remove what was built, the environment included
 #
@@ -23,7 +24,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv demo test lint docs bench clean
+.PHONY: venv demo test lint docs mutants bench clean
 
 venv: $(STAMP)
 
@@ -48,6 +49,10 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+mutants: $(STAMP)
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) cosmic-ray
+	$(BIN)/python tests/mutate.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu.py

@@ -90,7 +90,7 @@ def draw() -> str:
     levels = [level for level in levels if level]
     height = _ROW * len(levels) + 10
     places = {
-        room: (_WIDTH / 2 + (i - (len(level) - 1) / 2) * (_BOX + _GAP), height - _ROW * row - _TALL)
+        room: (_WIDTH / 2 + (i - (len(level) - 1) / 2) * (_BOX + _GAP), float(height - _ROW * row - _TALL))
         for row, level in enumerate(levels)
         for i, room in enumerate(level)
     }

@@ -368,6 +368,21 @@ def methods_table() -> str:
     )
 
 
+def mutants_table() -> str:
+    """What became of the mutants of each part, and what the survivors are."""
+    result = json.loads((ROOT / "tests" / "mutants.json").read_text(encoding="utf-8"))
+    columns = ("possible", "sampled", "killed", "timed_out", "survived")
+    rows = [(f"`{name}`", *(counts[c] for c in columns)) for name, counts in result["parts"].items()]
+    total = ("all", *(sum(counts[c] for counts in result["parts"].values()) for c in columns))
+    explained = sum(bool(survivor["explanation"]) for survivor in result["survivors"])
+    return markdown(
+        f"{result['tool']} {result['version']}, seed {result['seed']}, commit {result['commit'][:10]}; of the "
+        f"{len(result['survivors'])} survivors, {explained} are explained.",
+        ("part", *(column.replace("_", " ") for column in columns)),
+        [*rows, total],
+    )
+
+
 TABLES = {
     "cpu": cpu_table,
     "parts": parts_table,
@@ -377,5 +392,6 @@ TABLES = {
     "gpu": gpu_table,
     "demo": demo_table,
     "methods": methods_table,
+    "mutants": mutants_table,
 }
 PICTURES = {"cpu_latency": "Seconds against length", "cpu_roofline": "Roofline"}

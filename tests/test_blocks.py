@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -50,7 +51,7 @@ def block_scores(blocks: Blocks, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=generator)
 
 
-def chosen(call: AttentionCall, rule: Rule, cuts: list[int], turned: bool = False, **kept: Any) -> Tensor:
+def chosen(call: AttentionCall, rule: Rule, cuts: list[int], *, turned: bool = False, **kept: Any) -> Tensor:
     """The block mask of a plan that is chosen in parts that end at the cuts."""
     blocks = Blocks(call, 16, 24)
     if kept:
@@ -74,14 +75,15 @@ def naive(call: AttentionCall, rule: Rule, *, first: int = 0, own: int = 1, last
     for b in range(call.batch):
         start, count, keys = (int(x[b]) for x in (extent.first_position, extent.query_count, extent.key_count))
         last = range(max(start, start + count - last_rows), start + count)
+        reach = math.inf if extent.limit is None else extent.limit
+        j, n = torch.arange(keys), torch.arange(grid.key_blocks)
         for i in range(start, start + count):
             m = i // 16 - start // 16
-            for j in range(keys):
-                allowed = (j <= i or not extent.causal) and (extent.limit is None or abs(i - j) < extent.limit)
-                seen[b, 0, m, j // 24] |= allowed
-            for n in range(grid.key_blocks):
-                near = -own < n - i // 24 < (1 if extent.causal else own)
-                forced[b, 0, m, n] |= n < first or near or any(p // 16 == i // 16 for p in last)
+            distance = i - j if extent.causal else (i - j).abs()
+            allowed = (distance >= 0) & (distance < reach)
+            seen[b, 0, m, j[allowed] // 24] = True
+            near = (-own < n - i // 24) & (n - i // 24 < (1 if extent.causal else own))
+            forced[b, 0, m] |= (n < first) | near | any(p // 16 == i // 16 for p in last)
     forced &= seen
     picked = rule.select(scores.masked_fill(~seen, rule.unseen), forced)
     return ((picked | forced) & seen).expand_as(scores)
@@ -98,7 +100,7 @@ def test_a_choice_is_the_rule_on_what_is_seen_and_what_is_forced(on, rule: Rule,
 @every_planner
 @pytest.mark.parametrize("kept", [{"first": 2}, {"own": 3}, {"last_rows": 20}, {"first": 1, "own": 2, "last_rows": 1}])
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_what_is_kept(on, situation: str, kept: dict[str, int]) -> None:
+def test_what_is_kept(on, situation: str, kept: dict[str, Any]) -> None:
     call = call_in(situation)
     assert torch.equal(chosen(call, TopK(1), [3], **kept), naive(call, TopK(1), **kept))
 
@@ -108,7 +110,7 @@ def test_what_is_kept(on, situation: str, kept: dict[str, int]) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_parts_in_any_order_give_the_same_plan(on, rule: Rule, turned: bool) -> None:
     call = call_in("padded chunk", 300)
-    assert torch.equal(chosen(call, rule, [1, 4, 5], turned), chosen(call, rule, []))
+    assert torch.equal(chosen(call, rule, [1, 4, 5], turned=turned), chosen(call, rule, []))
 
 
 @every_planner
@@ -184,6 +186,27 @@ def test_columns_are_live_positions_for_all_rows(on, situation: str) -> None:
         for h, count in enumerate((3, 7)):
             expected = set(scores[b, h, :keys].topk(min(count, keys)).indices.tolist())
             assert set(plan.column_mask()[b, h, 0].nonzero().flatten().tolist()) == expected
+    assert torch.equal(plan.count_pairs(), count_pairs(plan))
+
+
+@every_planner
+def test_lists_are_taken_as_they_are(on) -> None:
+    call = call_in("chunk")
+    blocks = Blocks(call, 16, 16)
+    generator = torch.Generator().manual_seed(3)
+    rows, keys = blocks.grid.query_blocks, call.extent.longest
+    of_blocks = torch.rand(1, 2, rows, blocks.grid.key_blocks, generator=generator) < 0.3
+    of_columns = torch.rand(1, 2, rows, keys, generator=generator) < 0.1
+
+    def listed(chosen: Tensor, part: range) -> tuple[Tensor, Tensor]:
+        chosen = chosen[:, :, part.start : part.stop]
+        return chosen.sum(-1), chosen.nonzero()[:, -1].to(torch.int32)
+
+    parts = [range(2, rows), range(0, 2)]
+    blocks.lists(iter([(part, listed(of_blocks, part), listed(of_columns, part)) for part in parts]))
+    plan = blocks.plan()
+    assert torch.equal(plan.block_mask(), of_blocks)
+    assert torch.equal(plan.column_mask(), of_columns)
     assert torch.equal(plan.count_pairs(), count_pairs(plan))
 
 

@@ -7,14 +7,13 @@
 #include <vector>
 
 #include "kernels/half.h"
+#include "runtime/budgets.h"
 #include "runtime/parallel.h"
 #include "runtime/workspace.h"
 
 namespace gossamer {
 namespace {
 
-// Packed tiles of a stretch: a share of the L2 cache.
-constexpr int64_t kStretchBytes = 256 << 10;
 constexpr int64_t kCacheLine = 64;
 // Rows of a head of the plan that are streamed though they lie in two query blocks.
 constexpr int64_t kFewRows = 64;
@@ -141,8 +140,8 @@ class Streamed {
     o_.kernels.attend(panel);
   }
 
-  // The rows of a tile, while the one before it is packed. The barrier keeps gcc from taking a function that only fetches
-  // ahead for one without effect, and dropping the call.
+  // The rows of a tile, while the one before it is packed. The barrier keeps gcc from taking a function that only
+  // fetches ahead for one without effect, and dropping the call.
   void prefetch(const RowRange& range, const Tile& tile) const {
     __asm__ volatile("" ::: "memory");
     const int64_t group = o_.group_of(range.plan_head);

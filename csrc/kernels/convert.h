@@ -10,25 +10,25 @@ namespace gossamer {
 namespace {
 
 template <class V>
-inline typename V::Reg load_as_float(const void* row, int at, DType dtype) {
+inline typename V::Reg load_as_float(const void* row, int d, DType dtype) {
   switch (dtype) {
     case DType::kBFloat16:
-      return V::load_bf16(static_cast<const uint16_t*>(row) + at);
+      return V::load_bf16(static_cast<const uint16_t*>(row) + d);
     case DType::kFloat16:
-      return V::load_fp16(static_cast<const uint16_t*>(row) + at);
+      return V::load_fp16(static_cast<const uint16_t*>(row) + d);
     default:
-      return V::load(static_cast<const float*>(row) + at);
+      return V::load(static_cast<const float*>(row) + d);
   }
 }
 
-inline float scalar_as_float(const void* row, int at, DType dtype) {
+inline float scalar_as_float(const void* row, int d, DType dtype) {
   switch (dtype) {
     case DType::kBFloat16:
-      return bf16_to_float(static_cast<const uint16_t*>(row)[at]);
+      return bf16_to_float(static_cast<const uint16_t*>(row)[d]);
     case DType::kFloat16:
-      return fp16_to_float(static_cast<const uint16_t*>(row)[at]);
+      return fp16_to_float(static_cast<const uint16_t*>(row)[d]);
     default:
-      return static_cast<const float*>(row)[at];
+      return static_cast<const float*>(row)[d];
   }
 }
 

@@ -48,9 +48,9 @@ template <class Isa>
 class PanelKernel {
   using V = typename Isa::Vec;
   static constexpr int kVectors = kChunk / V::kWidth;
-  // An fp32 row's reference logit is raised only if one exceeds it by a factor of 2^8: sums have room for that, and most
-  // rows are then never rescaled. bf16 probabilities are relative to the largest logit, so that a key that outweighs all
-  // others has a probability of exactly 1 and is not rounded.
+  // An fp32 row's reference logit is raised only if one exceeds it by a factor of 2^8: sums have room for that, and
+  // most rows are then never rescaled. bf16 probabilities are relative to the largest logit, so that a key that
+  // outweighs all others has a probability of exactly 1 and is not rounded.
   static constexpr float kSlack = Isa::kPairs ? 0.0f : 8.0f;
 
  public:
@@ -63,10 +63,10 @@ class PanelKernel {
         // fp32 queries carry the factor, and logits come out of the product in powers of two; bf16 ones stay exact.
         query_factor_(Isa::kPairs ? 1.0f : panel.softcap > 0 ? panel.scale : panel.scale * kLog2E),
         logit_factor_(panel.softcap > 0 ? kLog2E : Isa::kPairs ? panel.scale * kLog2E : 1.0f) {
-    float* at = static_cast<float*>(panel.scratch);
-    const auto take = [&at](int64_t floats) {
-      float* taken = at;
-      at += floats;
+    float* next = static_cast<float*>(panel.scratch);
+    const auto take = [&next](int64_t floats) {
+      float* taken = next;
+      next += floats;
       return taken;
     };
     queries_ = take(int64_t{kMaxRows} * dim_);
@@ -116,8 +116,8 @@ class PanelKernel {
     const uint32_t* queries = reinterpret_cast<uint32_t*>(queries_) + int64_t{first} * depth_;
     const uint32_t* keys = static_cast<const uint32_t*>(tile.keys);
     for (int d = 0; d < depth_; d += part_)
-      Isa::multiply(rows, kChunk, depth_ - d < part_ ? depth_ - d : part_, queries + d, depth_, keys + d * kChunk, kChunk,
-                    logits, kChunk, d > 0);
+      Isa::multiply(rows, kChunk, depth_ - d < part_ ? depth_ - d : part_, queries + d, depth_, keys + d * kChunk,
+                    kChunk, logits, kChunk, d > 0);
     if (panel_.softcap > 0) cap(logits, rows);
     for (int r = first; r < last; ++r) weigh_row(r);
     // The first tile writes the sums, unless it leaves rows out.

@@ -26,8 +26,8 @@ inline void micro_kernel(int depth, const uint32_t* a, int64_t lda, const uint32
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) {
-      float* at = out + r * ldo + c * V::kWidth;
-      V::store(at, accumulate ? V::add(V::load(at), acc[r][c]) : acc[r][c]);
+      float* sum = out + r * ldo + c * V::kWidth;
+      V::store(sum, accumulate ? V::add(V::load(sum), acc[r][c]) : acc[r][c]);
     }
 }
 

@@ -10,37 +10,37 @@ namespace {
 
 // tdpbf16ps as documented: for each pair of bf16 one multiply-add, even element first, denormals flushed to zero.
 struct EmulatedTileRegisters {
-  static uint32_t& at(int tile, int row, int column) {
+  static uint32_t& element(int tile, int row, int column) {
     static thread_local uint32_t state[8][16][16];
     return state[tile][row][column];
   }
   template <int N>
   static void load(const void* p, int64_t stride) {
     for (int r = 0; r < 16; ++r)
-      for (int c = 0; c < 16; ++c) at(N, r, c) = static_cast<const uint32_t*>(p)[r * stride + c];
+      for (int c = 0; c < 16; ++c) element(N, r, c) = static_cast<const uint32_t*>(p)[r * stride + c];
   }
   template <int N>
   static void store(void* p, int64_t stride) {
     for (int r = 0; r < 16; ++r)
-      for (int c = 0; c < 16; ++c) static_cast<uint32_t*>(p)[r * stride + c] = at(N, r, c);
+      for (int c = 0; c < 16; ++c) static_cast<uint32_t*>(p)[r * stride + c] = element(N, r, c);
   }
   template <int N>
   static void zero() {
     for (int r = 0; r < 16; ++r)
-      for (int c = 0; c < 16; ++c) at(N, r, c) = 0;
+      for (int c = 0; c < 16; ++c) element(N, r, c) = 0;
   }
   static float flushed(uint32_t bits) { return bits_to_float(bits & 0x7f800000 ? bits : bits & 0x80000000); }
   template <int C, int A, int B>
   static void dot() {
     for (int r = 0; r < 16; ++r)
       for (int c = 0; c < 16; ++c) {
-        float sum = flushed(at(C, r, c));
+        float sum = flushed(element(C, r, c));
         for (int d = 0; d < 16; ++d) {
-          const uint32_t x = at(A, r, d), y = at(B, d, c);
+          const uint32_t x = element(A, r, d), y = element(B, d, c);
           sum += flushed(x << 16) * flushed(y << 16);
           sum += flushed(x & 0xffff0000) * flushed(y & 0xffff0000);
         }
-        at(C, r, c) = float_to_bits(sum);
+        element(C, r, c) = float_to_bits(sum);
       }
   }
 };
@@ -61,7 +61,8 @@ struct AmxEmulated {
 }  // namespace
 
 const Kernels* amx_emulated_kernels() {
-  static const Kernels kernels{true, 32, pack_tile<AmxEmulated>, attend_panel<AmxEmulated>, score_kernels<AmxEmulated>()};
+  static const Kernels kernels{true, 32, pack_tile<AmxEmulated>, attend_panel<AmxEmulated>,
+                               score_kernels<AmxEmulated>()};
   return &kernels;
 }
 

@@ -11,8 +11,8 @@
 namespace gossamer {
 namespace {
 
-// 64 rows of `depth` 32-bit elements to [depth][64]. depth is a multiple of the vector width; rows of bf16 pairs may lie
-// at any even address.
+// 64 rows of `depth` 32-bit elements to [depth][64]. depth is a multiple of the vector width; rows of bf16 pairs may
+// lie at any even address.
 template <class V>
 void transpose_keys(const void* const* rows, int depth, uint32_t* out) {
   for (int t = 0; t < kChunk; t += V::kWidth)

@@ -17,8 +17,8 @@ struct RowList {
   DType dtype;
 };
 
-// Up to kScoreRows packed queries against 64 packed keys, each in one or more pieces whose products are added. Logits are
-// in powers of two: factor is scale * log2(e).
+// Up to kScoreRows packed queries against 64 packed keys, each in one or more pieces whose products are added. Logits
+// are in powers of two: factor is scale * log2(e).
 struct ScorePanel {
   const void* queries;
   const void* keys;

@@ -84,7 +84,8 @@ class ScoreCode {
     }
 #pragma GCC unroll 16
     for (int t = 0; t < kVectors; ++t) V::store(columns + t * V::kWidth, sums[t]);
-    for (int at = 0; at < kChunk + panel.rows - 1; at += V::kWidth) add_diagonals(panel, at, diagonals + at);
+    for (int first = 0; first < kChunk + panel.rows - 1; first += V::kWidth)
+      add_diagonals(panel, first, diagonals + first);
   }
 
   static float energy(const ScorePanel& panel, float* sums) {
@@ -179,11 +180,11 @@ class ScoreCode {
   static inline float sum_of(const float* x, int count) {
     if (count % V::kWidth == 0) {
       Reg sum = V::load(x);
-      for (int at = V::kWidth; at < count; at += V::kWidth) sum = V::add(sum, V::load(x + at));
+      for (int n = V::kWidth; n < count; n += V::kWidth) sum = V::add(sum, V::load(x + n));
       return V::reduce_add(sum);
     }
     float sum = 0.0f;
-    for (int at = 0; at < count; ++at) sum += x[at];
+    for (int n = 0; n < count; ++n) sum += x[n];
     return sum;
   }
 
@@ -198,21 +199,21 @@ class ScoreCode {
     for (int t = 0; t < kVectors; ++t) z[t] = V::select(mask >> (t * V::kWidth), z[t], V::set1(kNothing));
   }
 
-  // Diagonals at .. at + kWidth - 1: row r holds them from column at - (rows - 1) + r on. The zeros around a row serve
-  // where a part of the vector falls outside.
-  static inline void add_diagonals(const ScorePanel& panel, int at, float* out) {
-    const int column = at - (panel.rows - 1);
-    int first = 1 - V::kWidth - column;
-    int last = kChunk - 1 - column;
-    if (first < 0) first = 0;
-    if (last > panel.rows - 1) last = panel.rows - 1;
+  // Diagonals first .. first + kWidth - 1: row r holds them from column first - (rows - 1) + r on. The zeros around a
+  // row serve where a part of the vector falls outside.
+  static inline void add_diagonals(const ScorePanel& panel, int first, float* out) {
+    const int column = first - (panel.rows - 1);
+    int first_row = 1 - V::kWidth - column;
+    int last_row = kChunk - 1 - column;
+    if (first_row < 0) first_row = 0;
+    if (last_row > panel.rows - 1) last_row = panel.rows - 1;
     const float* diagonal = panel.logits + column;
     Reg sum[4] = {V::load(out), V::zero(), V::zero(), V::zero()};
-    int r = first;
-    for (; r + 4 <= last + 1; r += 4)
+    int r = first_row;
+    for (; r + 4 <= last_row + 1; r += 4)
       for (int n = 0; n < 4; ++n)
         sum[n] = V::add(sum[n], V::load(diagonal + int64_t{r + n} * (kScorePitch + 1)));
-    for (; r <= last; ++r) sum[0] = V::add(sum[0], V::load(diagonal + int64_t{r} * (kScorePitch + 1)));
+    for (; r <= last_row; ++r) sum[0] = V::add(sum[0], V::load(diagonal + int64_t{r} * (kScorePitch + 1)));
     V::store(out, V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
   }
 };

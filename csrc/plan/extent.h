@@ -1,5 +1,5 @@
-// Which pairs of query and key the model allows, and how blocks lie on them. Everything is in positions, which count from
-// a batch row's first live key.
+// Which pairs of query and key the model allows, and how blocks lie on them. Everything is in positions, which count
+// from a batch row's first live key.
 #pragma once
 
 #include <algorithm>

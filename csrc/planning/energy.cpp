@@ -48,8 +48,8 @@ class Energies {
 
   float* keys(int64_t tile) { return keys_.data() + tile * kChunk * padded_; }
 
-  // Key blocks whose energies count: those that some query of the block sees, in causal attention only if they end at or
-  // before the last of them.
+  // Key blocks whose energies count: those that some query of the block sees, in causal attention only if they end at
+  // or before the last of them.
   Range scored(int64_t b, int64_t m) const {
     Range blocks = grid_.seen(b, m);
     if (grid_.extent.causal) blocks.end = std::min(blocks.end, grid_.queries(b, m).end / grid_.block_k);

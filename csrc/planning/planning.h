@@ -29,8 +29,8 @@ struct Part {
 void probe(const Kernels& kernels, const ScoreCall& call, int64_t last, int64_t width, float* columns,
            float* diagonals);
 
-// Means of the live tokens of each block; 0 where there is none. Of keys [batch, groups, blocks, dim], of queries [batch,
-// heads, blocks, dim].
+// Means of the live tokens of each block; 0 where there is none. Of keys [batch, groups, blocks, dim], of queries
+// [batch, heads, blocks, dim].
 void pool_keys(const Kernels& kernels, const TensorView& k, const Grid& grid, int64_t blocks, float* out, int threads);
 void pool_queries(const Kernels& kernels, const TensorView& q, const Grid& grid, int64_t blocks, float* out,
                   int threads);

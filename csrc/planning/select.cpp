@@ -60,8 +60,8 @@ void choose_top(const float* scores, int64_t budget, int64_t low, int64_t high, 
     }
 }
 
-// Candidates from the best score down, as a stable sort has them: of equal scores the lower index first, NaN before all.
-// Their running sums, in fp64 and in this order, are those of the torch rules.
+// Candidates from the best score down, as a stable sort has them: of equal scores the lower index first, NaN before
+// all. Their running sums, in fp64 and in this order, are those of the torch rules.
 class Ranking {
  public:
   void clear() { entries_.clear(); }

@@ -11,8 +11,8 @@
 namespace gossamer {
 namespace {
 
-// Kept for the next call: fresh pages cost about as much as packing into them. All that a pass needs, but for scratch of
-// more than a hundred threads.
+// Kept for the next call: fresh pages cost about as much as packing into them. All that a pass needs, but for scratch
+// of more than a hundred threads.
 constexpr int64_t kKeptBytes = int64_t{768} << 20;
 
 std::mutex& mutex() {

@@ -44,7 +44,7 @@ class Policy:
 
     Fields:
         method: makes the plans.
-        min_tokens: below this many keys (or a model's own window below it) attention is dense.
+        min_tokens: below this many live keys (or a model's own window below it) attention is dense.
         max_density: a plan that computes more than this share of the dense pairs is not worth it: dense.
     """
 
@@ -89,9 +89,9 @@ class Policy:
             return "training: sparse backends have no backward"
         if call.query_len == 1 and call.extent.causal:
             return "decode"
-        limit = call.extent.limit
-        if min(limit or call.key_len, call.key_len) < self.min_tokens:
-            return "short prompt" if limit is None or limit >= call.key_len else "short model window"
+        limit, keys = call.extent.limit, call.extent.longest
+        if min(limit or keys, keys) < self.min_tokens:
+            return "short prompt" if limit is None or limit >= keys else "short model window"
         if call.query_len < min(FEW_QUERIES, self.min_tokens):
             return "few queries"
         lacking = call.lacks(self.method.needs)

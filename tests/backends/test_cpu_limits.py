@@ -1,4 +1,4 @@
-"""The C++ executor at the edges: nothing to do, very large tensors, forked workers."""
+"""The cpu backend at the edges: nothing to do, very large tensors, forked workers."""
 
 import math
 import os
@@ -7,30 +7,43 @@ import sys
 
 import pytest
 import torch
-from executor_checks import check
+from cpu_checks import check, needs_kernels
 
-from gossamer import Extent, SparsePlan
+from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends import cpu
+from gossamer.plan import Grid
 
-pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no C++ kernels: {cpu.why_unavailable()}")
+pytestmark = needs_kernels
 
 
 @pytest.mark.parametrize(("batch", "query_len", "key_len"), [(0, 5, 5), (1, 0, 5), (2, 0, 0), (1, 5, 0), (1, 1, 0)])
 def test_nothing_to_do(batch: int, query_len: int, key_len: int) -> None:
-    extent = Extent([0] * batch, [0] * batch, [key_len] * batch)
+    extent = Extent([0] * batch, [query_len] * batch, [0] * batch, [key_len] * batch)
     plan = SparsePlan.dense(1, query_len, key_len, extent)
     q, k = torch.randn(batch, 2, query_len, 32), torch.randn(batch, 1, key_len, 32)
-    out, lse = cpu.execute(q, k, k, plan, scale=1.0)
+    call = AttentionCall(q, k, k, extent)
+    out, lse = cpu.attend(call, plan)
     assert out.shape == q.shape
     assert bool((out == 0).all())
     assert bool((lse == -math.inf).all())
+    grid = Grid(extent, 64, 64)
+    blocks, width, everything = grid.query_blocks, grid.key_blocks, range(grid.query_blocks)
+    means = cpu.pool_queries(call, grid), cpu.pool_keys(call, grid)
+    assert [x.shape for x in means] == [(batch, 2, blocks, 32), (batch, 1, width, 32)]
+    assert cpu.pooled_scores(call, grid, *means, everything).shape == (batch, 2, blocks, width)
+    assert cpu.row_block_energy(call, grid, means[1], everything).shape == (batch, 1, blocks, width)
+    assert cpu.antidiagonal_scores(call, grid, 16, everything).shape == (batch, 2, blocks, width)
+    assert all(bool((mass == 0).all()) for mass in cpu.last_query_probe(call, 64))
+    assert int(cpu.count(plan).sum()) == 0
+    writer = cpu.ListWriter(batch, 2, blocks, width, q.device)
+    assert cpu.finish(writer, None, heads=2, query_len=query_len, key_len=key_len, extent=extent).density() == 1.0
 
 
 def test_a_last_dimension_of_one_has_any_stride() -> None:
     plan = SparsePlan.dense(1, 5, 5, Extent.full(1, 5, 5))
     x = torch.randn(1, 1, 1, 5).transpose(2, 3)
     assert x.stride(-1) != 1
-    check(plan, x, x, x)
+    check(AttentionCall(x, x, x), plan)
 
 
 @pytest.mark.parametrize("query_len", [3, 100])
@@ -42,9 +55,9 @@ def test_offsets_beyond_32_bits(query_len: int) -> None:
     generator = torch.Generator().manual_seed(0)
     k.copy_(torch.randn(1, 2, key_len, dim, generator=generator))
     q = torch.randn(1, 4, query_len, dim, generator=generator).bfloat16()
-    plan = SparsePlan.dense(2, query_len, key_len, Extent.full(1, query_len, key_len))
+    call = AttentionCall(q, k, k)
     assert not torch.equal(k[:, 0], k[:, 1])
-    check(plan, q, k, k)
+    check(call, SparsePlan.dense(2, query_len, key_len, call.extent))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -53,22 +66,23 @@ def test_forked_workers() -> None:
     code = """
 import os, sys, warnings
 import torch
-from gossamer import Extent, SparsePlan
+from gossamer import AttentionCall, SparsePlan
 from gossamer.backends import cpu
 warnings.simplefilter("ignore")
 torch.set_num_threads(2)
 q = torch.randn(1, 4, 200, 64)
-plan = SparsePlan.dense(4, 200, 200, Extent.full(1, 200, 200))
-expected, _ = cpu.execute(q, q, q, plan, scale=0.1)
+call = AttentionCall(q, q, q)
+plan = SparsePlan.dense(4, 200, 200, call.extent)
+expected, _ = cpu.attend(call, plan)
 children = []
 for _ in range(2):
     child = os.fork()
     if child == 0:
-        got = [cpu.execute(q, q, q, plan, scale=0.1)[0].numpy().tobytes() for _ in range(2)]
+        got = [cpu.attend(call, plan)[0].numpy().tobytes() for _ in range(2)]
         os._exit(0 if got == [expected.numpy().tobytes()] * 2 else 3)
     children.append(child)
 codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-again, _ = cpu.execute(q, q, q, plan, scale=0.1)
+again, _ = cpu.attend(call, plan)
 print(codes, torch.equal(again, expected))
 """
     assert output_of(code) == "[0, 0] True"
@@ -85,13 +99,14 @@ torch.randn(2000, 2000).exp()
 child = os.fork()
 if child == 0:
     signal.alarm(60)
-    from gossamer import Extent, SparsePlan
+    from gossamer import AttentionCall, SparsePlan
     from gossamer.backends import cpu
     q = torch.randn(1, 4, 200, 64)
-    plan = SparsePlan.dense(4, 200, 200, Extent.full(1, 200, 200))
-    two, _ = cpu.execute(q, q, q, plan, scale=0.1)
+    call = AttentionCall(q, q, q)
+    plan = SparsePlan.dense(4, 200, 200, call.extent)
+    two, _ = cpu.attend(call, plan)
     torch.set_num_threads(1)
-    one, _ = cpu.execute(q, q, q, plan, scale=0.1)
+    one, _ = cpu.attend(call, plan)
     os._exit(0 if torch.equal(one, two) else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -104,13 +119,13 @@ def test_planning_in_forked_workers_of_one_thread() -> None:
     code = """
 import os, signal, sys
 import torch
-from gossamer import Extent, methods
+from gossamer import AttentionCall, methods
 torch.set_num_threads(2)
 generator = torch.Generator().manual_seed(0)
 q, k = (torch.randn(1, 4, 3000, 64, generator=generator) for _ in range(2))
 def plans():
     made = (methods.create(name) for name in ("block_sparse", "vertical_slash", "max_relative"))
-    return [m.plan(q, k, scale=0.1, extent=Extent.full(1, 3000, 3000)).block_indices.numpy().tobytes() for m in made]
+    return [m.plan(AttentionCall(q, k)).block_indices.numpy().tobytes() for m in made]
 expected = plans()
 child = os.fork()
 if child == 0:

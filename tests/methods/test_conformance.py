@@ -121,15 +121,9 @@ def test_nothing_to_plan(
 ) -> None:
     monkeypatch.setenv("GOSSAMER_PLANNER", planner)
     q, k = torch.randn(batch, 4, query_len, 16), torch.randn(batch, 2, key_len, 16)
-    row = [1] * batch
-    first, keys = max(0, key_len - query_len), key_len
-    extent = Extent(
-        [first * n for n in row],
-        [query_len * n for n in row],
-        [0 * n for n in row],
-        [keys * n for n in row],
-        causal=causal,
-    )
+    each = torch.ones(batch, dtype=torch.int64)
+    start = max(0, key_len - query_len)
+    extent = Extent(each * start, each * query_len, each * 0, each * key_len, causal=causal)
     call = AttentionCall(q, k, k, extent, layer=0)
     method = listed.create(4)
     if call.lacks(method.needs) is not None:

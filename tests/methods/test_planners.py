@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends.torch.slashes import exact_slashes, merged_ranges
-from gossamer.methods import AShape, BlockSparse, MaxRelative, MInference, TriShape, VerticalSlash
+from gossamer.methods import AShape, BlockSparse, MaxRelative, Method, MInference, TriShape, VerticalSlash
 from gossamer.plan import Grid
 from gossamer.scores import last_query_probe, pool_keys, pool_queries, row_block_energy
 from gossamer.testing import SITUATIONS, make_call
@@ -40,8 +41,13 @@ class Row:
 
     def seen(self, block_q: int, m: int, block_k: int) -> set[int]:
         """Key blocks of which some query of the global block m may attend some key."""
-        rows = [i for i in self.queries if i // block_q == m]
-        return {j // block_k for j in range(self.keys) for i in rows if self.allows(i, j)}
+        found: set[int] = set()
+        for i in self.queries:
+            if i // block_q == m:
+                first = 0 if self.limit is None else max(0, i - self.limit + 1)
+                last = i if self.causal else self.keys - 1 if self.limit is None else i + self.limit - 1
+                found.update(j // block_k for j in range(first, min(last, self.keys - 1) + 1))
+        return found
 
     def row(self, position: int) -> int:
         return self.first_query + position - self.first
@@ -55,6 +61,24 @@ def attended(mask: Tensor, row: Row, position: int) -> set[int]:
 
 def assert_dead_rows_attend_nothing(call: AttentionCall, mask: Tensor) -> None:
     assert not bool(mask.any(-1)[(~call.extent.live_queries(call.query_len))[:, None].expand(mask.shape[:3])].any())
+
+
+PUBLISHED = [
+    (AShape(), {"sink": 128, "window": 3968}),
+    (TriShape(), {"sink": 128, "window": 3968, "last": 100, "block": 64}),
+    (VerticalSlash(), {"vertical_size": 1000, "slash_size": 6096, "last": 64, "exact": False}),
+    (MInference(), {"layers": [], "vertical_size": 1000, "slash_size": 6096, "last": 64}),
+    (BlockSparse(), {"blocks": 100, "block": 64}),
+    (
+        MaxRelative(),
+        {"alpha": 0.1, "sink_blocks": 2, "window_blocks": 4, "last_rows": 1024, "block_q": 64, "block_k": 128},
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "fields"), PUBLISHED, ids=lambda value: getattr(value, "name", ""))
+def test_defaults_are_the_published_ones(method: Method, fields: dict[str, Any]) -> None:
+    assert method.to_dict() == {"method": method.name, **fields}
 
 
 @in_every_situation

@@ -1,13 +1,14 @@
 """Prints digests of plans and outputs, one a line: what test_thread_counts.py runs under each OMP_NUM_THREADS."""
 
 import hashlib
+from dataclasses import replace
 
 import torch
-from test_conformance import METHODS, method_id
+from listed import LISTED
 
-from gossamer import methods
+from gossamer import AttentionCall
 from gossamer.backends import cpu
-from gossamer.testing import SITUATIONS, Case, make_case, random_plan
+from gossamer.testing import SITUATIONS, make_call, random_plan
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -20,32 +21,33 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 def conformance() -> None:
-    for entry in METHODS:
-        method = methods.create(entry[0], **entry[1])
+    for listed in LISTED:
+        method = listed.create(4)
         for dtype in DTYPES:
             for situation in SITUATIONS:
-                for length in (65, 900):
-                    case = make_case(situation, length=length, heads=4, groups=2, dim=64, dtype=dtype)
-                    plan = method.plan(case.q, case.k, scale=case.scale, extent=case.extent, layer=0)
-                    out, lse = cpu.execute(case.q, case.k, case.v, plan, scale=case.scale)
-                    lists = digest(plan.block_indptr, plan.block_indices, plan.column_indptr, plan.column_indices)
-                    pairs = int(plan.count_pairs().sum())
-                    print(method_id(entry), dtype, situation, length, lists, pairs, digest(out, lse))
+                call = make_call(situation, length=600, heads=4, groups=2, dim=64, dtype=dtype)
+                if call.lacks(method.needs) is not None:
+                    continue
+                plan = method.plan(call)
+                lists = digest(plan.block_indptr, plan.block_indices, plan.column_indptr, plan.column_indices)
+                pairs = int(plan.count_pairs().sum())
+                print(listed.id, dtype, situation, lists, pairs, digest(*cpu.attend(call, plan)))
 
 
-def executor() -> None:
+def random_plans() -> None:
     for seed in range(12):
-        lengths = [(1, 3000), (5, 1500), (130, 333), (700, 700)][seed % 4]
-        plan = random_plan(seed, batch=2, heads=[2, 4][seed % 2], query_len=lengths[0], key_len=lengths[1], padded=True)
+        query_len, key_len = [(1, 3000), (5, 1500), (130, 333), (700, 700)][seed % 4]
+        plan = random_plan(seed, batch=2, heads=[2, 4][seed % 2], query_len=query_len, key_len=key_len, padded=True)
         generator = torch.Generator().manual_seed(seed)
-        q = torch.randn(2, 4, lengths[0], 80, generator=generator)
-        k, v = (torch.randn(2, 2, lengths[1], 80, generator=generator) for _ in range(2))
+        q = torch.randn(2, 4, query_len, 80, generator=generator)
+        k, v = (torch.randn(2, 2, key_len, 80, generator=generator) for _ in range(2))
+        call = AttentionCall(q, k, v, plan.extent, scale=0.1)
         for dtype in DTYPES:
-            case = Case(q.to(dtype), k.to(dtype), v.to(dtype), plan.extent, 0.1)
-            print("random plan", seed, dtype, digest(*cpu.execute(case.q, case.k, case.v, plan, scale=case.scale)))
+            cast = replace(call, q=q.to(dtype), k=k.to(dtype), v=v.to(dtype))
+            print("random plan", seed, dtype, digest(*cpu.attend(cast, plan)))
 
 
 if __name__ == "__main__":
     print(torch.get_num_threads(), "threads")
     conformance()
-    executor()
+    random_plans()

@@ -71,10 +71,7 @@ def blocks_of(call: AttentionCall, matrix: Tensor, block_q: int, block_k: int) -
     return torch.where(inside, every.gather(2, index), 0)
 
 
-@in_every_situation
-@pytest.mark.parametrize("length", [1, 63, 130])
-def test_masses_are_those_of_the_whole_matrix(length: int, situation: str) -> None:
-    call = call_in(situation, length)
+def assert_masses_are_those_of_the_whole_matrix(call: AttentionCall) -> None:
     matrix = softmax_matrix(call)
     got = oracle.exact_masses(call, **BLOCKS)
     positions = by_position(call, matrix)
@@ -85,6 +82,33 @@ def test_masses_are_those_of_the_whole_matrix(length: int, situation: str) -> No
     torch.testing.assert_close(got.diagonals.double(), diagonals[..., : positions.shape[3]], **TOLERANCE)
     torch.testing.assert_close(got.blocks.double(), blocks_of(call, matrix, **BLOCKS), **TOLERANCE)
     assert torch.equal(got.rows, call.extent.query_count)
+
+
+@in_every_situation
+@pytest.mark.parametrize("length", [1, 63, 130])
+def test_masses_are_those_of_the_whole_matrix(length: int, situation: str) -> None:
+    assert_masses_are_those_of_the_whole_matrix(call_in(situation, length))
+
+
+@in_every_situation
+@pytest.mark.usefixtures("smallest_constants")
+def test_masses_in_the_smallest_tiles_are_those_of_the_whole_matrix(situation: str) -> None:
+    assert_masses_are_those_of_the_whole_matrix(call_in(situation, 27))
+
+
+@in_every_situation
+@pytest.mark.usefixtures("smallest_constants")
+def test_block_mass_in_the_smallest_tiles_is_that_of_the_whole_matrix(situation: str) -> None:
+    call = call_in(situation, 27)
+    got = oracle.block_mass(call, oracle.log_sum_exp(call), grid_of(call))
+    torch.testing.assert_close(got.double(), blocks_of(call, softmax_matrix(call), **BLOCKS), **TOLERANCE)
+
+
+@pytest.mark.usefixtures("smallest_constants")
+@pytest.mark.parametrize("situation", ["padded chunk", "bidirectional"])
+def test_recall_in_the_smallest_pieces_is_the_mass_inside_the_plan(situation: str) -> None:
+    call = call_in(situation, 27)
+    check_recall(call, block_plan(call, GROUPS, 0.3))
 
 
 @in_every_situation

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.backends.torch.attend import cleared
+from gossamer.backends.torch.attend import cleared, cleared_queries
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 
@@ -51,9 +51,8 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         widest = max(q.shape[-1], call.values.shape[-1])
         attend_tiles = _compiled()
         options = {"kernel_options": kernel_options(plan.block_q, plan.block_k, widest, q.dtype)}
-    live = call.extent.live_queries(call.query_len)
     out, aux = attend_tiles(
-        q if bool(live.all()) else torch.where(live.to(q.device)[:, None, :, None], q, 0.0),
+        cleared_queries(call),
         cleared(call.k, call),
         cleared(call.values, call),
         score_mod=None if softcap is None else _cap(softcap),

@@ -27,7 +27,7 @@ class PerHead(Method):
     """
 
     name: ClassVar[str] = "per_head"
-    layers: tuple[tuple[Method, ...], ...] = ()
+    layers: Sequence[Sequence[Method]] = ()
 
     def __post_init__(self) -> None:
         layers = tuple(tuple(layer) for layer in self.layers)
@@ -52,7 +52,7 @@ class PerHead(Method):
         owner = {head: number for number, (_, heads) in enumerate(together) for head in heads}
         return merge_plans(plans, [owner[head] for head in range(call.heads)])
 
-    def layer(self, index: int | None, heads: int) -> tuple[Method, ...]:
+    def layer(self, index: int | None, heads: int) -> Sequence[Method]:
         """The methods of one layer's heads.
 
         Raises:

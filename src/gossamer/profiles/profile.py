@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,8 +49,8 @@ class Profile:
             that is no method.
     """
 
-    layers: tuple[tuple[Method, ...], ...]
-    scores: tuple[tuple[float | None, ...], ...] | None = None
+    layers: Sequence[Sequence[Method]]
+    scores: Sequence[Sequence[float | None]] | None = None
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
@@ -119,9 +119,13 @@ class Profile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, to a temporary name first: a profile on disk is always whole."""
         path = Path(path)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(self.to_dict(), file, indent=1)
-        os.replace(file.name, path)
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with open(temporary, "w") as file:
+                json.dump(self.to_dict(), file, indent=1)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -153,7 +157,10 @@ class Profile:
                         f"{', '.join(_PUBLISHED)}, got {entry!r}"
                     )
                 kind, names = _PUBLISHED[entry[0]]
-                row.append(kind.from_fields({name: int(n) for name, n in zip(names, entry[1:], strict=False)}))
+                try:
+                    row.append(kind.from_fields({name: int(n) for name, n in zip(names, entry[1:], strict=False)}))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"layer {i}, head {head}: {error}") from error
             methods.append(tuple(row))
             found = [layer[str(head)] for head in range(len(layer))]
             scores.append(tuple(float(entry[3]) if len(entry) > 3 else None for entry in found))

@@ -12,23 +12,40 @@ class Tensor:
     def __init__(self, data: int, shape: Sequence[int], strides: Sequence[int], dtype: DType) -> None: ...
 
 class Extent:
-    def __init__(
-        self, *, batch: int, query_start: int, key_start: int, key_count: int, causal: bool, limit: int | None
-    ) -> None: ...
+    """Addresses of int64 ``[B]``."""
 
-class Plan:
     def __init__(
         self,
         *,
-        extent: Extent,
+        batch: int,
+        query_start: int,
+        query_count: int,
+        key_start: int,
+        key_count: int,
+        causal: bool,
+        limit: int | None,
+    ) -> None: ...
+
+class Grid:
+    def __init__(self, extent: Extent, *, block_q: int, block_k: int) -> None: ...
+
+class Part:
+    def __init__(self, first: int, stop: int) -> None: ...
+
+class Plan:
+    """Addresses of the plan's tensors; row pointers are int64, all others int32."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
         heads: int,
         query_len: int,
         key_len: int,
-        block_q: int,
-        block_k: int,
+        query_blocks: int,
+        column_group: int,
         block_indptr: int,
         block_indices: int,
-        column_group: int,
         column_indptr: int,
         column_indices: int,
         sink: int,
@@ -38,6 +55,8 @@ class Plan:
     ) -> None: ...
 
 class AttentionCall:
+    """Addresses of fp32: lse ``[B, H, S]``, sinks ``[H]``."""
+
     def __init__(
         self,
         *,
@@ -55,65 +74,65 @@ class AttentionCall:
 class ScoreCall:
     def __init__(self, *, q: Tensor, k: Tensor, extent: Extent, scale: float, threads: int) -> None: ...
 
-class Part:
-    def __init__(self, *, block_q: int, block_k: int, first: int, stop: int) -> None: ...
-
 class Rule(Enum):
     none = 0
     relative_to_max = 1
     top_k = 2
     top_p = 3
-    top_p_forced = 4
+    top_p_forced_first = 4
     top_p_reaching = 5
     top_p_below = 6
     top_p_of_all_rows = 7
 
 class Choice:
+    """Addresses of fp32 scores, int64 counts, fp64 shares, int64 ranges and origins, bool masks as bytes."""
+
     def __init__(
         self,
         *,
         batch: int,
         heads: int,
-        blocks: int,
+        rows: int,
         width: int,
         rule: Rule,
         alpha: float,
         scores: int,
-        budgets: int,
+        counts: int,
         shares: int,
+        seen: int,
+        forced: int,
+        first: int,
+        forcing: int,
         diagonals: int,
         diagonal_count: int,
-        main_diagonal: int,
-        heads_that_force: int,
-        forced: int,
-        forced_everywhere: int,
-        seen: int,
-    ) -> None: ...
-
-class Slashes:
-    def __init__(
-        self,
-        *,
-        extent: Extent,
-        heads: int,
-        key_len: int,
-        first: int,
-        stop: int,
-        distance_indptr: int,
-        distances: int,
-        columns: int,
+        origin: int,
+        mirrored: bool,
     ) -> None: ...
 
 class ChosenBits:
+    """Addresses of int64: bits, ``ceil(width / 64)`` a row, and how many are set."""
+
     def __init__(self, *, bits: int, counts: int) -> None: ...
 
+class Slashes:
+    """Addresses of bool ``[B, heads, width]``, as bytes."""
+
+    def __init__(self, *, extent: Extent, heads: int, width: int, part: Part, columns: int, distances: int) -> None: ...
+
 def attend(isa: str, plan: Plan, call: AttentionCall, /) -> None: ...
-def probe(isa: str, call: ScoreCall, *, last: int, columns: int, diagonals: int) -> None: ...
-def pool(isa: str, x: Tensor, *, block: int, live: int, out: int, threads: int) -> None: ...
-def block_energy(isa: str, call: ScoreCall, part: Part, *, out: int) -> None: ...
-def antidiagonal(isa: str, call: ScoreCall, part: Part, *, stride: int, out: int) -> None: ...
-def choose(choice: Choice, chosen: ChosenBits, *, threads: int) -> None: ...
-def list_bits(*, bits: int, rows: int, width: int, indptr: int, indices: int, threads: int) -> None: ...
+def probe(isa: str, call: ScoreCall, *, last: int, width: int, columns: int, diagonals: int) -> None: ...
+def pool_keys(isa: str, k: Tensor, grid: Grid, *, blocks: int, out: int, threads: int) -> None: ...
+def pool_queries(isa: str, q: Tensor, grid: Grid, *, blocks: int, out: int, threads: int) -> None: ...
+def pooled_products(
+    isa: str, queries: Tensor, keys: Tensor, grid: Grid, part: Part, *, out: int, threads: int
+) -> None: ...
+def block_energy(isa: str, call: ScoreCall, grid: Grid, part: Part, *, out: int) -> None: ...
+def antidiagonal(
+    isa: str, call: ScoreCall, grid: Grid, stride: int, part: Part, *, key_blocks: int, out: int
+) -> None: ...
+def choose(choice: Choice, chosen: ChosenBits, threads: int) -> None: ...
+def list_bits(*, bits: int, rows: int, width: int, starts: int, indices: int, threads: int) -> None: ...
+def place_lists(*, lists: int, counts: int, rows: int, starts: int, indices: int, threads: int) -> None: ...
 def slashes(call: Slashes, *, blocks: ChosenBits, columns: ChosenBits, threads: int) -> None: ...
 def count_pairs(plan: Plan, *, counts: int, threads: int) -> None: ...
 def prefer_huge_pages(begin: int, size: int, /) -> None: ...

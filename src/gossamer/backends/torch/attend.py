@@ -10,7 +10,7 @@ from torch import Tensor
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 
-__all__ = ["attend", "attend_rows", "cleared", "logits", "wide"]
+__all__ = ["attend", "attend_rows", "cleared", "cleared_queries", "logits", "wide"]
 
 _LOGITS = 1 << 26  # held at once
 
@@ -67,6 +67,12 @@ def cleared(x: Tensor, call: AttentionCall) -> Tensor:
     """Zeros in dead key slots, which may hold anything; 0 * NaN is NaN."""
     live = call.extent.live_keys(call.key_len)
     return x if bool(live.all()) else torch.where(live.to(x.device)[:, None, :, None], x, 0.0)
+
+
+def cleared_queries(call: AttentionCall) -> Tensor:
+    """q with zeros in dead rows, which may hold anything."""
+    live = call.extent.live_queries(call.query_len)
+    return call.q if bool(live.all()) else torch.where(live.to(call.device)[:, None, :, None], call.q, 0.0)
 
 
 def _chunks(call: AttentionCall) -> Iterator[Tensor]:

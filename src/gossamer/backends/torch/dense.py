@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gossamer.backends.torch.attend import cleared, cleared_queries
 from gossamer.call import AttentionCall
+from gossamer.plan import Extent
 
 __all__ = ["dense", "sdpa", "under_mask"]
 
@@ -15,25 +19,44 @@ def dense(call: AttentionCall) -> Tensor:
     """Every pair that the call's extent allows: ``[B, H, S, Dv]``, 0 for rows that attend nothing. Differentiable.
 
     torch's scaled_dot_product_attention, or plain torch where there are sinks or a soft-cap, which it lacks. Holds a
-    bool mask ``[B, 1, S, T]`` unless all keys are live and the queries are all or the last of them.
+    bool mask ``[B, 1, S, T]`` unless the same keys are live in all rows and the queries are all or the last of them.
+    Dead rows and slots may hold anything.
     """
+    call = _trimmed(call)
     if not needs_mask(call):
         causal = call.extent.causal and call.query_len > 1
         return sdpa(call.q, call.k, call.values, call.scale, is_causal=causal)
     mask = call.extent.allowed(torch.arange(call.query_len), call.key_len)[:, None].to(call.device)
     some = mask.any(dim=-1, keepdim=True)
     # Rows without any key attend all of them, so that neither they nor their gradients are NaN; then they count as 0.
-    out = under_mask(call.q, call.k, call.values, mask | ~some, call.scale, call.sinks, call.softcap)
+    q, k, v = cleared_queries(call), cleared(call.k, call), cleared(call.values, call)
+    out = under_mask(q, k, v, mask | ~some, call.scale, call.sinks, call.softcap)
     return out if bool(some.all()) else torch.where(some, out, 0.0)
+
+
+def _trimmed(call: AttentionCall) -> AttentionCall:
+    """Without the slots before and behind the live keys of all rows, as a static cache has: views, not copies."""
+    extent = call.extent
+    some = extent.key_count > 0
+    if not bool(some.any()):
+        return call
+    begin, end = int(extent.key_start[some].min()), int((extent.key_start + extent.key_count)[some].max())
+    if end - begin == call.key_len:
+        return call
+    starts = (extent.key_start - begin).clamp(min=0)  # of rows without keys, anywhere
+    counts, keys = extent.query_count, extent.key_count
+    inner = Extent(extent.query_start, counts, starts, keys, causal=extent.causal, limit=extent.limit)
+    return replace(call, k=call.k[:, :, begin:end], v=call.values[:, :, begin:end], extent=inner)
 
 
 def needs_mask(call: AttentionCall) -> bool:
     """Whether SDPA's own causality does not describe the call."""
     extent = call.extent
-    reach = max(call.key_len, call.query_len)
-    if call.sinks is not None or call.softcap is not None or (extent.limit is not None and extent.limit < reach):
+    if call.sinks is not None or call.softcap is not None or not extent.is_trivial(call.query_len, call.key_len):
         return True
-    if not extent.is_trivial(call.query_len, call.key_len):
+    first = extent.query_start  # anywhere, where attention is not causal
+    reach = torch.maximum(first + call.query_len, call.key_len - first)
+    if extent.limit is not None and bool((reach > extent.limit).any()):
         return True
     return extent.causal and call.query_len != 1 and call.query_len != call.key_len
 

@@ -2,6 +2,7 @@
 
 No intermediate grows with S x T, and none exceeds `CHUNK_BYTES` by much, so a million keys fit. Logits of bf16 and fp16
 inputs are kept in fp32. Scores of what a row does not see are 0.
+Sinks and a soft-cap enter none: they change how much a row attends, and its order of keys not at all.
 """
 
 from __future__ import annotations

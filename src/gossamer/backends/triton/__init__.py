@@ -9,8 +9,8 @@ Nothing waits for the device but `finish`, `ListWriter.build` and `count`, once 
 
 from gossamer.backends.triton.availability import interprets, is_available, why_unavailable
 from gossamer.backends.triton.choose import ListWriter, finish
-from gossamer.backends.triton.count import count
 from gossamer.backends.triton.forward import attend, autotune
+from gossamer.backends.triton.pairs import count
 from gossamer.backends.triton.scores import (
     PART_BYTES,
     antidiagonal_scores,

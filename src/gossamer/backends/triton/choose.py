@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gossamer.backends.triton.config import power_of_two
-from gossamer.backends.triton.count import count, count_on_cpu, countable, pairs_of_bits
 from gossamer.backends.triton.device import check_device, fetch, flags_on, integers_on, kernels, run
+from gossamer.backends.triton.pairs import count, count_on_cpu, countable, pairs_of_bits
 from gossamer.plan import SparsePlan, ceil_div, on_device
 from gossamer.rules import Candidates, RelativeToMax, Rule, TopK, per_head
 

@@ -172,7 +172,7 @@ def merge_diagonals(
     head = (program // pieces).to(tl.int64)
     extent = load_extent(extent_ptr, batch, program // pieces // heads)
     distance = (program % pieces) * TILE + tl.arange(0, TILE)
-    after = (distance > 0) & (extent.ahead > 1)  # keys that follow their query
+    after = tl.where(extent.ahead > 1, distance, 0) > 0  # keys that follow their query
     sums = tl.zeros([TILE], dtype=tl.float32)
     for row_tile in range(ROW_TILES):
         first = first_probing(extent, last) + row_tile * ROWS
