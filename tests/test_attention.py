@@ -19,7 +19,7 @@ from gossamer.methods import AShape, Dense
 from gossamer.policy import TOO_DENSE
 
 SINKS = torch.tensor([0.3, -1.0, 2.0, 0.0])
-TOLERANCE: dict[str, float] = {"atol": 2e-5, "rtol": 2e-5}
+TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 2e-5}
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
