@@ -80,7 +80,8 @@ PARTS = [
             "tests/integrations/test_transformers.py",
             "tests/integrations/test_transformers_parity.py",
             "-k",
-            "not Compile and not executors_for_gpus",
+            "not Compile and not executors_for_gpus and not small_budget_changes and "
+            "(not parity_at_full or llama or gemma2 or gpt-oss)",
         ),
     ),
 ]

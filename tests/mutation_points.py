@@ -1,5 +1,8 @@
 """The places where a mutant may stand: cosmic-ray's operators and two of our own, without what no test should see."""
 
+# pyright: reportMissingImports=false
+# `make mutants` alone installs cosmic-ray.
+
 from __future__ import annotations
 
 import difflib
@@ -178,7 +181,8 @@ def _ignored(node: Any, operator: str) -> bool:
 
 
 def _words(node: Any) -> list[str]:
-    return " ".join(child.get_code() for child in node.children[1::2]).split()
+    """The operators of a comparison."""
+    return [word for child in node.children[1::2] for word in str(child.get_code()).split()]
 
 
 def _digest(*what: Any) -> str:

@@ -148,8 +148,9 @@ def test_figures_of_a_gpu_are_shown_under_its_name(two_machines):
     assert table.splitlines()[2:] == ["| whole | `minference` | 131,072 | 0.0123 | 12.30 |  |  |  |  |"]
 
 
-def test_the_benchmarks_page_has_every_table_and_picture():
-    page, hook = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"), script("docs/tables.py")
+def test_the_pages_have_every_table_and_picture():
+    hook = script("docs/tables.py")
+    page = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md")))
     assert not [name for name in hook.TABLES if f"<!-- table: {name} -->" not in page]
     assert not [name for name in hook.PICTURES if f"<!-- picture: {name} -->" not in page]
     filled = hook.on_page_markdown(page)

@@ -3,16 +3,12 @@
 #include <algorithm>
 
 #include "attend/packed_worker.h"
+#include "runtime/budgets.h"
 #include "runtime/parallel.h"
 #include "runtime/workspace.h"
 
 namespace gossamer {
 namespace {
-
-// Packed tiles held at once: heads are worked off in passes that fit, or one by one.
-constexpr int64_t kPackBudget = int64_t{1} << 29;
-// Of them, tiles of columns that the query blocks of a batch row share.
-constexpr int64_t kColumnBudget = int64_t{192} << 20;
 
 // Where queries are as many as keys, some query block lists nearly every key; where they are fewer, as in a chunk of a
 // long prompt, it pays to look which chunks are needed at all.
@@ -52,7 +48,7 @@ bool PackedKeys::shares_columns(int64_t b, int64_t packed_heads) const {
   int64_t tiles = 0;
   for (int64_t h = 0; h < plan.heads; ++h)
     for (int64_t m = 0; m < blocks; m += plan.column_group) tiles += column_tiles(plan.column_list(b, h, m));
-  return tiles <= packed_heads * operands.chunks(b) && tiles * operands.tile_bytes() <= kColumnBudget;
+  return tiles <= packed_heads * operands.chunks(b) && tiles * operands.tile_bytes() <= kColumnBytes;
 }
 
 void PackedKeys::place_columns(PackedHead& head) {
@@ -106,7 +102,7 @@ void PackedExecution::run() {
 }
 
 void PackedExecution::divide_into_passes() {
-  const int64_t most_tiles = kPackBudget / o_.tile_bytes();
+  const int64_t most_tiles = kPackBytes / o_.tile_bytes();
   const int64_t heads = static_cast<int64_t>(keys_.heads.size());
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t tiles = keys_.heads[head].tiles();

@@ -7,14 +7,13 @@
 #include <vector>
 
 #include "kernels/half.h"
+#include "runtime/budgets.h"
 #include "runtime/parallel.h"
 #include "runtime/workspace.h"
 
 namespace gossamer {
 namespace {
 
-// Packed tiles of a stretch: a share of the L2 cache.
-constexpr int64_t kStretchBytes = 256 << 10;
 constexpr int64_t kCacheLine = 64;
 // Rows of a head of the plan that are streamed though they lie in two query blocks.
 constexpr int64_t kFewRows = 64;

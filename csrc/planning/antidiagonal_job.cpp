@@ -2,14 +2,13 @@
 
 #include <cmath>
 
+#include "runtime/budgets.h"
+
 namespace gossamer {
 namespace {
 
-constexpr int64_t kRowsAJob = 256;  // rows of cells against which a tile of keys is packed once
-constexpr int64_t kQueryBytesAJob = 4 << 20;
-
 int64_t blocks_that_fit(int64_t rows_a_block, int64_t row_bytes) {
-  return std::max<int64_t>(1, std::min(kRowsAJob / rows_a_block, kQueryBytesAJob / (rows_a_block * row_bytes)));
+  return std::max<int64_t>(1, std::min(kCellRows / rows_a_block, kCellBytes / (rows_a_block * row_bytes)));
 }
 
 }  // namespace

@@ -7,12 +7,12 @@
 
 #include "planning/panels.h"
 #include "planning/planning.h"
+#include "runtime/budgets.h"
 #include "runtime/parallel.h"
 
 namespace gossamer {
 namespace {
 
-constexpr int64_t kProbeTiles = 32;  // tiles of 64 keys that are summed before partial sums are combined
 constexpr int64_t kProbeKeys = kProbeTiles * kChunk;
 // Sums by diagonal of a chunk of keys under a panel of rows.
 constexpr int64_t kDiagonals = kProbeKeys + kScoreRows + kDiagonalSlack;

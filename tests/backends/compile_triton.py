@@ -1,6 +1,8 @@
 """Compiles the Triton kernels to PTX for a GPU that need not be there: ``compile_triton.py CAPABILITY``.
 
-Prints one line a variant of the forward kernel: its name, and which of the instructions below it has.
+Each kernel once or twice, with constants that stand for all; products for Hopper, the rest for Ampere. Prints a line for
+each that multiplies matrices: its name, the registers of a thread, the bytes of its stack, and which of the instructions
+below it has.
 """
 
 import re
@@ -8,32 +10,26 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gossamer.backends.triton.kernels.attend import attend
-from gossamer.backends.triton.kernels.columns import mark_blocks
+from gossamer.backends.triton import config, kernels, scores
+from gossamer.backends.triton.config import power_of_two
 
-POINTERS = {
-    "block_indptr": "*i64",
-    "block_indices": "*i32",
-    "column_indptr": "*i64",
-    "column_indices": "*i32",
-    "sink_ptr": "*i32",
-    "window_ptr": "*i32",
-    "q_order": "*i32",
-    "k_order": "*i32",
-    "k_rank": "*i32",
-    "selected_bits": "*i32",
-    "extent_ptr": "*i32",
-    "sinks_ptr": "*fp32",
-    "lse_ptr": "*fp32",
-}
-TENSORS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr")
-FLOATS = ("scale_log2", "softcap_log2", "softcap_slope")
-FLAGS = ("HAS_BLOCKS", "HAS_COLUMNS", "Q_ORDER", "K_ORDER", "CAUSAL", "LIMITED", "SOFTCAP", "SINKS")
+INTEGERS = dict.fromkeys(("block_indices", "column_indices", "q_order", "k_order", "k_rank", "selected_bits"), "*i32")
+FLOATS = (
+    "lse", "top", "total", "columns", "partial", "diagonals", "energy", "reference", "scores", "sinks", "queries",
+    "keys",
+)  # fmt: skip
+TYPES = INTEGERS | {f"{name}_ptr": "*fp32" for name in FLOATS}
+TYPES |= dict.fromkeys(("block_indptr", "column_indptr", "indptr_ptr", "pairs_ptr"), "*i64")
+TYPES |= dict.fromkeys(("flags_ptr", "forcing_ptr"), "*u8")
+TYPES |= dict.fromkeys(("scale_log2", "softcap_log2", "softcap_slope", "slope", "alpha"), "fp32")
+FLAGS = ("HAS_BLOCKS", "HAS_COLUMNS", "Q_ORDER", "K_ORDER", "SOFTCAP", "SINKS")
 INSTRUCTIONS = {
     "asynchronous-copy": "cp.async.c",
     "tensor-copy": "cp.async.bulk.tensor",
@@ -42,9 +38,17 @@ INSTRUCTIONS = {
 }
 
 
-def compile_kernel(kernel, types: dict[str, str], constants: dict, capability: int, warps: int, stages: int):
+def compile_kernel(
+    kernel: Any, capability: int, constants: dict, *, warps: int = 4, stages: int = 2, **types: str
+) -> Any:
     """With every pointer and stride divisible by 16, as those of ordinary tensors are."""
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        return (TYPES | types).get(name, "*i32" if name.endswith("_ptr") else "i32")
+
+    signature = {name: kind(name) for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     aligned = [name for name, kind in signature.items() if kind[0] == "*" or (kind == "i32" and "stride" in name)]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -53,7 +57,79 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, capability: i
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
 
 
-def resources(compiled) -> tuple[int, int]:
+def compile_attend(
+    capability: int,
+    dtype: str,
+    dim: int,
+    tile: tuple[int, int],
+    flags: set[str],
+    *,
+    block: int = 64,
+    share: int = 4,
+    descriptors: bool = False,
+    **options: int,
+) -> Any:
+    block_d = power_of_two(dim)
+    halves = 2 if capability < 90 and tile[0] < block_d <= 2 * tile[0] else 1
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*" + dtype)
+    for name, width in (("k_descriptor", block_d), ("v_descriptor", block_d // halves)):
+        types[name] = f"tensordesc<{dtype}[1, 1, {tile[1]}, {width}]>" if descriptors else "*" + dtype
+    constants: dict[str, Any] = dict(SHARE=share, DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d // halves)
+    constants |= dict(HALVES=halves, BLOCK_Q=block, BLOCK_K=block, TILE_M=tile[0], TILE_N=tile[1])
+    constants |= {name: name in flags for name in FLAGS} | dict(DESCRIPTORS=descriptors)
+    return compile_kernel(kernels.attend, capability, constants, **options, **types)
+
+
+def compile_products(capability: int, dtype: str, dim: int, share: int, only: str | None = None) -> dict[str, Any]:
+    """The planning kernels that multiply queries with keys, in the tiles of `gossamer.backends.triton.scores`."""
+    like_q = torch.empty(1, 1, 1, dim, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    rows, keys, mass_keys = scores._probe_tiles(like_q)
+    operands = dict(SHARE=share, DIM=dim, BLOCK_D=power_of_two(dim))
+    probe = operands | dict(ROW_TILES=64 // rows, ROWS=rows)
+    sums, mass = probe | dict(KEYS=keys, STEPS=2048 // keys), probe | dict(KEYS=mass_keys, STEPS=8)
+    tile_m, tile_n, warps = scores._energy_tiles(like_q, 64 * share)
+    energy = operands | dict(BLOCK_Q=64, BLOCK_K=128, TILE_M=tile_m, PARTS=64 * share // tile_m, TILE_N=tile_n)
+    blocks = scores._cells(like_q) // 16
+    cells = operands | dict(STRIDE=8, ROW_CELLS=8, ROW_BLOCKS=2 * blocks, ROW_LANES=8)
+    cells |= dict(KEY_CELLS=16, KEY_BLOCKS=blocks, KEY_LANES=16)
+    stages = 1 if dtype == "fp32" or dim > 128 else 3
+    types = dict.fromkeys(("q_ptr", "k_ptr", "keys_ptr"), "*" + dtype) | {"out_ptr": "*fp32"}
+    variants = {
+        "probe_sums": (sums, 4, stages),
+        "probe_mass": (mass, 4, min(stages, 2)),
+        "row_energies": (energy | dict(CAUSAL=True), warps, stages),
+        "antidiagonal_mass": (cells, 4, min(stages, 2)),
+    }
+    return {
+        name: compile_kernel(getattr(kernels, name), capability, constants, warps=warps, stages=stages, **types)
+        for name, (constants, warps, stages) in variants.items()
+        if only in (None, name)
+    }
+
+
+def compile_others(capability: int) -> None:
+    """The kernels that multiply nothing, or means."""
+    means = dict(DIM=128, BLOCK_D=128)
+    compile_kernel(kernels.merge_sums, capability, dict(TILE=64))
+    compile_kernel(kernels.merge_diagonals, capability, dict(ROW_TILES=1, ROWS=64, KEYS=64, TILE=1024))
+    compile_kernel(kernels.block_means, capability, means | dict(TILE=64), x_ptr="*bf16", out_ptr="*fp32")
+    tiles = means | dict(SHARE=4, TILE_M=32, TILE_N=32)
+    compile_kernel(kernels.mean_products, capability, tiles, stages=1, out_ptr="*fp32")
+    compile_kernel(kernels.merge_energies, capability, dict(PARTS=2, TILE_N=64, TILE=1024), out_ptr="*fp32")
+    compile_kernel(kernels.mark_blocks, capability, dict(TILE=128))
+    compile_kernel(kernels.list_bits, capability, dict(TILE=32))
+    choices = kernels.choices
+    for rule, one, tile in ((choices.BEST, False, 4096), (choices.BEST, True, 1024), (choices.RELATIVE, True, 32)):
+        constants = dict(RULE=rule.value, DIAGONALS=not one, MIRRORED=not one, ONE=one, TILE=tile)
+        compile_kernel(kernels.choose_rows, capability, constants, diagonals_ptr="*u8")
+    compile_kernel(kernels.count_columns, capability, dict(BLOCK_K=64, TILE=128))
+    lists = dict(HAS_BLOCKS=True, HAS_COLUMNS=True)
+    compile_kernel(
+        kernels.count_pairs, capability, lists | dict(BLOCK_Q=64, BLOCK_K=128, TILE=128, EDGE_M=64, EDGE_N=64)
+    )
+
+
+def resources(compiled: Any) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack: what did not fit them."""
     disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -66,48 +142,27 @@ def resources(compiled) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compile_attend(
-    capability: int,
-    dtype: str,
-    dim: int,
-    tile: tuple[int, int],
-    flags: set[str],
-    *,
-    warps: int = 4,
-    stages: int = 2,
-    block: int = 64,
-    share: int = 4,
-    descriptors: bool = False,
-):
-    types = POINTERS | dict.fromkeys(TENSORS, "*" + dtype) | dict.fromkeys(FLOATS, "fp32")
-    block_d = max(16, 1 << (dim - 1).bit_length())
-    halves = 2 if capability < 90 and tile[0] < block_d <= 2 * tile[0] else 1
-    for name, width in (("k_descriptor", block_d), ("v_descriptor", block_d // halves)):
-        types[name] = f"tensordesc<{dtype}[1, 1, {tile[1]}, {width}]>" if descriptors else "*" + dtype
-    constants = dict(SHARE=share, BLOCK_Q=block, BLOCK_K=block)
-    constants |= dict(
-        DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d // halves, TILE_M=tile[0], TILE_N=tile[1]
-    )
-    constants |= dict(HALVES=halves, DESCRIPTORS=descriptors)
-    constants |= {name: name in flags for name in FLAGS}
-    return compile_kernel(attend, types, constants, capability, warps, stages)
+def compile_chosen(dtype: str, dim: int, rows: int, flags: set[str]) -> Any:
+    """For Hopper, in the tile that the table chooses for ``rows`` rows of a query block and the heads that share it."""
+    parts = {"blocks": "HAS_BLOCKS" in flags, "columns": "HAS_COLUMNS" in flags}
+    chosen = config.choose(config.Problem((9, 0), dim, 4 if dtype == "fp32" else 2, rows, 128, 17, **parts))
+    options: dict[str, Any] = dict(warps=chosen.warps, stages=chosen.stages, descriptors=chosen.descriptors)
+    options |= dict(share=max(1, rows // 64), block=128)
+    return compile_attend(90, dtype, dim, (chosen.tile_m, chosen.tile_n), flags, **options)
 
 
 def main(capability: int) -> None:
-    everything: set[str] = set(FLAGS)
-    unpermuted = everything - {"Q_ORDER", "K_ORDER"}
-    usual = {"HAS_BLOCKS", "HAS_COLUMNS", "CAUSAL"}
-    variants = {
-        "bf16": (("bf16", 128, (64, 64), usual), {"stages": 3}),
-        "everything": (("fp16", 80, (64, 32), everything), {}),
-        "fp32": (("fp32", 64, (64, 32), unpermuted - {"CAUSAL"}), {}),
-    }
-    if capability >= 90:
-        variants["descriptors"] = (("bf16", 128, (64, 64), usual), {"stages": 3, "descriptors": True})
-    for name, (arguments, options) in variants.items():
-        ptx = compile_attend(capability, *arguments, **options).asm["ptx"]
-        print(name, *(word for word, instruction in INSTRUCTIONS.items() if instruction in ptx))
-    compile_kernel(mark_blocks, POINTERS, {"TILE": 128}, capability, 4, 2)
+    if capability < 90:
+        compile_others(capability)
+        compiled = {"attend": compile_attend(capability, "fp16", 80, (64, 32), set(FLAGS))}
+    else:
+        compiled = {"attend": compile_chosen("bf16", 128, 64, {"HAS_BLOCKS", "HAS_COLUMNS"})}
+        compiled |= {"attend-fp32": compile_chosen("fp32", 128, 64, set())}
+        compiled |= {"sums-fp32": compile_products(90, "fp32", 128, 1, only="probe_sums")["probe_sums"]}
+        compiled |= compile_products(90, "bf16", 128, 4)
+    for name, kernel in compiled.items():
+        found = [word for word, instruction in INSTRUCTIONS.items() if instruction in kernel.asm["ptx"]]
+        print(name, *resources(kernel), *found)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton_interpreter
 from torch import Tensor
 
 from gossamer import Extent, SparsePlan
@@ -34,6 +35,7 @@ pytestmark = [
     pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
+triton_interpreter.hasten()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -211,6 +211,15 @@ def test_one_query_with_a_hole_has_no_extent() -> None:
     assert extent_of_one_query(mask.float(), 2, 6) is None
 
 
+def test_one_query_without_keys_is_padding() -> None:
+    mask = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    mask[0] = False
+    found = extent_of_one_query(mask, 2, 6)
+    assert found is not None
+    extent, used = found
+    assert (extent.query_count.tolist(), extent.key_count.tolist(), used) == ([0, 1], [0, 6], 6)
+
+
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("kind", ["none", "right"])
 @pytest.mark.parametrize(("q_length", "kv_length"), [(12, 12), (5, 12)])

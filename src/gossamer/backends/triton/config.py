@@ -1,7 +1,7 @@
 """Tile shapes, warps and stages: a table by architecture and head dimension, and measured choices by length bucket.
 
-The table follows from what fits a multiprocessor's shared memory and registers, by the compiler's own account. It is
-not yet measured on a GPU.
+The table follows from what fits a multiprocessor's shared memory and registers, by the compiler's own account:
+``tests/backends/compile_triton_table.py`` asks for it. It is not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ _TABLE: dict[tuple[int, int], tuple[Config, Config]] = {
 # Exact fp32 products have no tensor cores: they are unrolled, and of a tile whose operands overflow the registers the
 # assembler puts everything into local memory.
 _FP32 = {64: Config(64, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(32, 16, 8, 1)}
+_INTERPRETED = Config(128, 64, 4, 1)  # the fewer steps, the sooner; capability (0, 0)
 _SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # 100 KiB of shared memory, unlike others of their generation
 _MOST_WITH_COLUMNS = 64  # keys of a tile: what finds columns takes the registers of more
 _FEWEST_REGISTERS, _MOST_REGISTERS = 40, 160  # of a candidate's scores and output, a thread
@@ -141,6 +142,8 @@ def forget() -> None:
 
 def _from_table(problem: Problem) -> Config:
     major = problem.capability[0]
+    if major == 0:
+        return _INTERPRETED
     if problem.element_size > 2:
         return next(config for dim, config in _FP32.items() if problem.dim <= dim)
     level = _HOPPER if major in (9, 10) else _AMPERE if major >= 8 else _TURING

@@ -1,0 +1,249 @@
+// Random calls with random plans, and what the definition says of them in double precision. All tensors are allocated to
+// the byte, so that an access beyond one is seen; dead tokens are NaN.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "attend/executor.h"
+#include "kernels/half.h"
+#include "planning/planning.h"
+
+namespace gossamer {
+
+struct Random {
+  explicit Random(unsigned seed) : engine(seed) {}
+  int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(engine); }
+  int64_t one_of(std::initializer_list<int64_t> values) { return *(values.begin() + below(values.size())); }
+  bool chance(double p) { return std::bernoulli_distribution(p)(engine); }
+  float normal() { return std::normal_distribution<float>()(engine); }
+  std::mt19937 engine;
+};
+
+constexpr int64_t kBatch = 2, kQueryHeads = 4, kGroups = 2;
+constexpr float kScale = 0.2f;
+
+class Problem {
+ public:
+  explicit Problem(unsigned seed, bool bf16_alone) : random(seed) {
+    heads = random.chance(0.5) ? kGroups : kQueryHeads;
+    query_len = random.one_of({1, 3, 70, 130});
+    key_len = query_len + random.one_of({0, 1, 60, 900});
+    dim = static_cast<int>(random.one_of({64, 16, 40}));
+    dtype = bf16_alone ? DType::kBFloat16 : static_cast<DType>(random.below(3));
+    offset = random.below(2);
+    causal = !random.chance(0.25);
+    limit = random.chance(0.25) ? 50 : kUnlimited;
+    block_q = random.chance(0.5) ? 64 : 40;
+    block_k = random.chance(0.5) ? 64 : 48;
+    place_tokens();
+    permute_queries = random.chance(0.2);
+    permute_keys = random.chance(0.2);
+    draw_lists();
+    if (permute_queries) q_order = orders(query_len);
+    if (permute_keys) k_order = orders(key_len);
+    if (random.chance(0.3))
+      for (int64_t h = 0; h < kQueryHeads; ++h) sinks.push_back(random.normal());
+    fill(q, kQueryHeads, query_len, [&](int64_t b, int64_t row) { return is_live_query(b, row); });
+    for (auto* keys : {&k, &v})
+      fill(*keys, kGroups, key_len, [&](int64_t b, int64_t slot) { return is_live_key(b, slot - key_start[b]); });
+    out.resize(q.size());
+    lse.resize(kBatch * kQueryHeads * query_len);
+  }
+
+  TensorView view(std::vector<char>& tensor, int64_t tensor_heads, int64_t tokens) const {
+    const int64_t row = dim * element();
+    return {tensor.data() + offset * element(), kBatch, tensor_heads, tokens, dim, tensor_heads * tokens * row,
+            tokens * row, row, dtype};
+  }
+  Extent extent() const {
+    return {kBatch, query_start.data(), query_count.data(), key_start.data(), key_count.data(), causal, limit};
+  }
+  Grid grid() const { return {extent(), block_q, block_k}; }
+  Plan plan() const {
+    return {grid(), heads, query_len, key_len, query_blocks, column_group,
+            {block_indptr.data(), block_indices.data()}, {column_indptr.data(), column_indices.data()}, sink.data(),
+            window.data(), q_order.empty() ? nullptr : q_order.data(), k_order.empty() ? nullptr : k_order.data()};
+  }
+  ScoreCall score_call(int threads) {
+    return {view(q, kQueryHeads, query_len), view(k, kGroups, key_len), extent(), kScale, threads};
+  }
+  void attend(const Kernels& kernels, int threads) {
+    const AttentionCall call{view(q, kQueryHeads, query_len), view(k, kGroups, key_len), view(v, kGroups, key_len),
+                             view(out, kQueryHeads, query_len), lse.data(), sinks.empty() ? nullptr : sinks.data(),
+                             kScale, 0.0f, threads};
+    execute(kernels, plan(), call);
+  }
+
+  // The largest error of a sample of rows; dead ones attend nothing.
+  double error() const {
+    double worst = 0.0;
+    for (int64_t b = 0; b < kBatch; ++b)
+      for (int64_t h = 0; h < kQueryHeads; ++h)
+        for (int64_t row = 0; row < query_len; row += 1 + query_len / 8) worst = std::max(worst, row_error(b, h, row));
+    return worst;
+  }
+
+  // Pairs of a head of a plan without orders.
+  int64_t pairs(int64_t b, int64_t head) const {
+    int64_t count = 0;
+    for (int64_t row = 0; row < query_len; ++row)
+      for (int64_t key = 0; is_live_query(b, row) && key < key_count[b]; ++key)
+        count += attends(b, head, query_start[b] + row, key);
+    return count;
+  }
+
+  int64_t longest() const { return *std::max_element(key_count.begin(), key_count.end()); }
+  bool is_permuted() const { return permute_queries || permute_keys; }
+
+  Random random;
+  int64_t heads, query_len, key_len, block_q, block_k, column_group, query_blocks;
+  int64_t offset;  // of the tensors in their storage, in elements: bf16 may lie at any even address
+  int dim;
+  DType dtype;
+  bool causal, permute_queries, permute_keys;
+  int64_t limit;
+  std::vector<int64_t> query_start, query_count, key_start, key_count;
+  std::vector<int64_t> block_indptr{0}, column_indptr{0};
+  std::vector<int32_t> block_indices, column_indices, sink, window, q_order, k_order;
+  std::vector<float> sinks;
+  std::vector<char> q, k, v, out;
+  std::vector<float> lse;
+
+ private:
+  int64_t element() const { return element_size(dtype); }
+
+  // Padding on both sides of both, and queries that start anywhere.
+  void place_tokens() {
+    for (int64_t b = 0; b < kBatch; ++b) {
+      key_start.push_back(random.chance(0.5) ? random.below(key_len) : 0);
+      key_count.push_back(random.chance(0.5) ? random.below(key_len - key_start[b] + 1) : key_len - key_start[b]);
+      query_start.push_back(random.chance(0.7) ? key_count[b] - query_len : random.below(key_len + 1) - query_len / 2);
+      const int64_t room = query_len - std::min(query_len, std::max<int64_t>(-query_start[b], 0));
+      query_count.push_back(random.chance(0.5) ? random.below(room + 1) : room);
+    }
+  }
+
+  void draw_lists() {
+    query_blocks = permute_queries ? ceil_div(query_len, block_q) : 0;
+    for (int64_t b = 0; b < kBatch && !permute_queries; ++b)
+      query_blocks = std::max(query_blocks, grid().row_blocks(b));
+    column_group = random.chance(0.5) ? 1 : std::max<int64_t>(1, query_blocks);
+    lists(query_blocks, ceil_div(permute_keys ? key_len : longest(), block_k), 0.3, block_indptr, block_indices);
+    lists(ceil_div(query_blocks, column_group), longest(), random.chance(0.5) ? 0.2 : 0.0, column_indptr,
+          column_indices);
+    for (int64_t h = 0; h < heads; ++h) {
+      sink.push_back(static_cast<int32_t>(random.chance(0.5) ? random.below(70) : 0));
+      window.push_back(static_cast<int32_t>(random.chance(0.5) ? random.below(150) : 0));
+    }
+  }
+
+  void lists(int64_t rows, int64_t width, double share, std::vector<int64_t>& indptr, std::vector<int32_t>& indices) {
+    for (int64_t r = 0; r < kBatch * heads * rows; ++r) {
+      for (int64_t n = 0; n < width; ++n)
+        if (random.chance(share)) indices.push_back(static_cast<int32_t>(n));
+      indptr.push_back(static_cast<int64_t>(indices.size()));
+    }
+  }
+
+  std::vector<int32_t> orders(int64_t length) {
+    std::vector<int32_t> all;
+    for (int64_t n = 0; n < kBatch * heads; ++n) {
+      std::vector<int32_t> one(length);
+      std::iota(one.begin(), one.end(), 0);
+      std::shuffle(one.begin(), one.end(), random.engine);
+      all.insert(all.end(), one.begin(), one.end());
+    }
+    return all;
+  }
+
+  template <class IsLive>
+  void fill(std::vector<char>& tensor, int64_t tensor_heads, int64_t tokens, const IsLive& is_live) {
+    tensor.resize((kBatch * tensor_heads * tokens * dim + offset) * element());
+    for (int64_t row = 0; row < kBatch * tensor_heads * tokens; ++row)
+      for (int64_t d = 0; d < dim; ++d) {
+        const bool live = is_live(row / tokens / tensor_heads, row % tokens);
+        write(tensor, row * dim + d, live ? random.normal() : std::numeric_limits<float>::quiet_NaN());
+      }
+    tensor.shrink_to_fit();
+  }
+
+ public:
+  void write(std::vector<char>& tensor, size_t n, float x) const {
+    const uint16_t half = dtype == DType::kBFloat16 ? float_to_bf16(x) : float_to_fp16(x);
+    if (dtype == DType::kFloat32)
+      std::memcpy(&tensor[(n + offset) * 4], &x, 4);
+    else
+      std::memcpy(&tensor[(n + offset) * 2], &half, 2);
+  }
+
+ private:
+  double read(const std::vector<char>& tensor, int64_t row, int64_t d) const {
+    const char* p = &tensor[(row * dim + d + offset) * element()];
+    float wide;
+    uint16_t half;
+    if (dtype == DType::kFloat32) {
+      std::memcpy(&wide, p, 4);
+      return wide;
+    }
+    std::memcpy(&half, p, 2);
+    return dtype == DType::kBFloat16 ? bf16_to_float(half) : fp16_to_float(half);
+  }
+
+  bool is_live_query(int64_t b, int64_t row) const {
+    const int64_t query = row - extent().first_query(b);
+    return query >= 0 && query < query_count[b];
+  }
+  bool is_live_key(int64_t b, int64_t position) const { return position >= 0 && position < key_count[b]; }
+
+  static int64_t rank(const std::vector<int32_t>& order, int64_t head, int64_t length, int64_t n) {
+    const auto begin = order.begin() + head * length;
+    return std::find(begin, begin + length, static_cast<int32_t>(n)) - begin;
+  }
+
+  // Of live positions.
+  bool attends(int64_t b, int64_t head, int64_t query, int64_t key) const {
+    const int64_t distance = std::abs(query - key), plan_head = b * heads + head;
+    if ((causal && key > query) || distance >= limit) return false;
+    if (key < sink[head] || distance < window[head]) return true;
+    const int64_t ordinal = query - extent().first_position(b);
+    const int64_t m = permute_queries ? rank(q_order, plan_head, query_len, ordinal) / block_q
+                                      : query / block_q - grid().first_block(b);
+    const int64_t key_rank = permute_keys ? rank(k_order, plan_head, key_len, key) : key;
+    const Plan own = plan();
+    const int64_t list = own.block_list(b, head, m), columns = own.column_list(b, head, m);
+    return std::binary_search(own.blocks.begin(list), own.blocks.end(list), static_cast<int32_t>(key_rank / block_k)) ||
+           std::binary_search(own.columns.begin(columns), own.columns.end(columns), static_cast<int32_t>(key));
+  }
+
+  double row_error(int64_t b, int64_t h, int64_t row) const {
+    const int64_t plan_head = h * heads / kQueryHeads, group = h * kGroups / kQueryHeads;
+    const int64_t query_row = (b * kQueryHeads + h) * query_len + row;
+    std::vector<double> sums(dim);
+    const double sink_mass = sinks.empty() ? 0.0 : std::exp(double{sinks[h]});
+    double total = sink_mass;
+    for (int64_t key = 0; is_live_query(b, row) && key < key_count[b]; ++key) {
+      if (!attends(b, plan_head, query_start[b] + row, key)) continue;
+      const int64_t key_row = (b * kGroups + group) * key_len + key_start[b] + key;
+      double logit = 0.0;
+      for (int d = 0; d < dim; ++d) logit += read(q, query_row, d) * read(k, key_row, d) * kScale;
+      total += std::exp(logit);
+      for (int d = 0; d < dim; ++d) sums[d] += std::exp(logit) * read(v, key_row, d);
+    }
+    if (total == 0.0) {
+      bool nothing = lse[query_row] == -std::numeric_limits<float>::infinity();
+      for (int d = 0; d < dim; ++d) nothing = nothing && read(out, query_row, d) == 0.0;
+      return nothing ? 0.0 : 1e9;
+    }
+    double worst = std::abs(lse[query_row] - std::log(total));
+    for (int d = 0; d < dim; ++d) worst = std::max(worst, std::abs(read(out, query_row, d) - sums[d] / total));
+    return worst == worst ? worst : 1e9;
+  }
+};
+
+}  // namespace gossamer
