@@ -61,8 +61,9 @@ class Row:
 
 
 def rows_of(extent: Extent) -> list[Row]:
-    fields = (extent.query_start, extent.query_count, extent.key_start, extent.key_count)
-    return [Row(*numbers, extent.causal, extent.limit) for numbers in zip(*(f.tolist() for f in fields), strict=True)]
+    starts, counts = extent.query_start.tolist(), extent.query_count.tolist()
+    slots, keys = extent.key_start.tolist(), extent.key_count.tolist()
+    return [Row(*row, extent.causal, extent.limit) for row in zip(starts, counts, slots, keys, strict=True)]
 
 
 def allowed_pairs(extent: Extent, query_len: int, key_len: int) -> Tensor:
