@@ -100,7 +100,7 @@ def test_a_choice_is_the_rule_on_what_is_seen_and_what_is_forced(on, rule: Rule,
 @every_planner
 @pytest.mark.parametrize("kept", [{"first": 2}, {"own": 3}, {"last_rows": 20}, {"first": 1, "own": 2, "last_rows": 1}])
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_what_is_kept(on, situation: str, kept: dict[str, int]) -> None:
+def test_what_is_kept(on, situation: str, kept: dict[str, Any]) -> None:
     call = call_in(situation)
     assert torch.equal(chosen(call, TopK(1), [3], **kept), naive(call, TopK(1), **kept))
 
