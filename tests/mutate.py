@@ -312,9 +312,16 @@ def preload(names: list[str]) -> None:
 def result_of(
     possible: dict[str, list[Mutant]], samples: dict[str, list[Mutant]], outcomes: Outcomes, *, keep_killed: bool
 ) -> dict[str, Any]:
-    """What tests/mutants.json holds: counts by part, and the survivors with the explanations of the last result."""
-    before = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"survivors": []}
-    explained = {(s["file"], s["was"], s["now"]): s["explanation"] for s in before["survivors"]}
+    """What tests/mutants.json holds: counts by part, and the survivors with the explanations of the last result.
+
+    An explanation waits aside while its mutant is not tested again.
+    """
+    before = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"survivors": [], "waiting": []}
+    explained = {
+        (s["file"], s["was"], s["now"]): s["explanation"]
+        for s in [*before["waiting"], *before["survivors"]]
+        if s["explanation"]
+    }
     parts, survivors = {}, []
     for part in PARTS:
         tests = digest_of_tests(part)
@@ -335,11 +342,13 @@ def result_of(
                 "line": mutant.line,
                 "was": row["was"],
                 "now": row["now"],
-                "explanation": explained.get((mutant.file, row["was"], row["now"]), ""),
+                "explanation": explained.pop((mutant.file, row["was"], row["now"]), ""),
             }
             for mutant, row in done
             if row["outcome"] == "survived"
         ]
+        for mutant, row in done:
+            explained.pop((mutant.file, row["was"], row["now"]), "")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     return {
         "tool": "cosmic-ray",
@@ -348,6 +357,10 @@ def result_of(
         "commit": commit.stdout.strip(),
         "parts": parts,
         "survivors": sorted(survivors, key=lambda s: (s["part"], s["file"], s["line"])),
+        "waiting": [
+            {"file": file, "was": was, "now": now, "explanation": text}
+            for (file, was, now), text in sorted(explained.items())
+        ],
     }
 
 
