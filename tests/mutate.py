@@ -135,14 +135,8 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        listed = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard", "src", "tests", "pyproject.toml"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        for name in listed.stdout.splitlines():
+        listed = git("ls-files", "-co", "--exclude-standard", "src", "tests", "pyproject.toml")
+        for name in listed.splitlines():
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, folder / name)
@@ -232,6 +226,10 @@ class Outcomes:
     @staticmethod
     def key(mutant: Mutant) -> str:
         return digest((ROOT / mutant.file).read_bytes(), mutant.operator.encode(), str(mutant.occurrence).encode())
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def digest(*parts: bytes) -> str:
@@ -349,12 +347,11 @@ def result_of(
         ]
         for mutant, row in done:
             explained.pop((mutant.file, row["was"], row["now"]), "")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     return {
         "tool": "cosmic-ray",
         "version": importlib.metadata.version("cosmic-ray"),
         "seed": SEED,
-        "commit": commit.stdout.strip(),
+        "commit": git("rev-parse", "HEAD").strip(),
         "parts": parts,
         "survivors": sorted(survivors, key=lambda s: (s["part"], s["file"], s["line"])),
         "waiting": [
