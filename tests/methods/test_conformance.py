@@ -197,6 +197,26 @@ def test_bad_configurations_are_named(name: str, fields: dict, message: str) -> 
         methods.create(name, **fields)
 
 
+LEAST = {
+    "a_shape": {"sink": 0, "window": 1},
+    "tri_shape": {"sink": 0, "window": 1, "last": 0, "block": 1},
+    "vertical_slash": {"vertical_size": 0, "slash_size": 0, "last": 1},
+    "minference": {"vertical_size": 0, "slash_size": 0, "last": 1},
+    "block_sparse": {"blocks": 1, "block": 1},
+    "max_relative": {"sink_blocks": 0, "window_blocks": 1, "last_rows": 0, "block_q": 1, "block_k": 1},
+}
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_every_number_has_a_least_value(name: str) -> None:
+    defaults = methods.create(name).to_dict()
+    assert {field for field, value in defaults.items() if type(value) is int} == set(LEAST[name])
+    for field, least in LEAST[name].items():
+        assert methods.create(name, **{field: least}).to_dict() == defaults | {field: least}
+        with pytest.raises(ValueError, match=f"{name}.{field} must be at least {least}, got {least - 1}"):
+            methods.create(name, **{field: least - 1})
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
