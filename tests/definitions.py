@@ -137,8 +137,7 @@ def attention(call: AttentionCall, pairs: Tensor) -> tuple[Tensor, Tensor]:
                 total = sum(weights) + (0.0 if call.sinks is None else math.exp(float(call.sinks[h])))
                 if total:
                     lse[b, h, i] = math.log(total)
-                for j, weight in zip(keys, weights, strict=True):
-                    out[b, h, i] += weight / total * values[j]
+                    out[b, h, i] = torch.tensor(weights, dtype=torch.float64) @ values[keys] / total
     return out, lse
 
 

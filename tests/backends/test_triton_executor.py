@@ -1,129 +1,28 @@
-"""The Triton executor against the definition: on a CUDA device where there is one, else interpreted on the CPU."""
+"""Attention in Triton against the definition: on a CUDA device where there is one, else interpreted on the CPU."""
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-import triton_interpreter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_checks import check, draw, plan_for, run
+from triton_support import DTYPES, FULL_SIZE, MARKS, ON_GPU, moved
 
 from gossamer import Extent, SparsePlan
-from gossamer.backends import torch as definition
 from gossamer.backends import triton
 from gossamer.backends.triton import config, forward
 from gossamer.call import AttentionCall
-from gossamer.plan import Grid, ceil_div
+from gossamer.plan import ceil_div
 from gossamer.testing import SITUATIONS, assert_accurate, make_call, random_plan
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),  # the interpreter's NumPy
-    pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}"),
-    pytest.mark.usefixtures("poisoned_memory"),
-]
-launch: Any = pytest.importorskip("gossamer.backends.triton.launch", reason="Triton is not installed")
-triton_interpreter.hasten()
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-FULL_SIZE = 16 if ON_GPU else 1  # the interpreter is slow
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+pytestmark = MARKS
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-DESCRIPTORS = config.Config(32, 32, 4, 2, descriptors=True)
 SMALL = config.Config(32, 16, 4, 1)  # several tiles in each block
-
-
-def draw(
-    plan: SparsePlan,
-    *,
-    heads: int,
-    groups: int,
-    dim: int,
-    value_dim: int | None = None,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    **fields: Any,
-) -> AttentionCall:
-    """A call for a plan; what is dead holds NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(plan.batch, heads, plan.query_len, dim, generator=generator)
-    k = torch.randn(plan.batch, groups, plan.key_len, dim, generator=generator)
-    v = torch.randn(plan.batch, groups, plan.key_len, value_dim or dim, generator=generator)
-    q.masked_fill_(~plan.extent.live_queries(plan.query_len)[:, None, :, None], math.nan)
-    for tensor in (k, v):
-        tensor.masked_fill_(~plan.extent.live_keys(plan.key_len)[:, None, :, None], math.nan)
-    return AttentionCall(q.to(dtype), k.to(dtype), v.to(dtype), plan.extent, **fields)
-
-
-def plan_for(
-    call: AttentionCall, seed: int, *, heads: int, block_q: int = 32, block_k: int = 32, orders: str = ""
-) -> SparsePlan:
-    """Blocks, columns and bands of a call by chance, rows without any, and overlaps; ``orders`` may have q and k."""
-    generator = torch.Generator().manual_seed(seed)
-    grid = Grid(call.extent, block_q, block_k)
-    rows = ceil_div(call.query_len, block_q) if "q" in orders else grid.query_blocks
-    width = ceil_div(call.key_len, block_k) if "k" in orders else grid.key_blocks
-    group = [1, 2, max(1, rows)][seed % 3]
-
-    def chance(share: float, *shape: int) -> Tensor:
-        return torch.rand(call.batch, heads, *shape, generator=generator) < share
-
-    def order(length: int) -> Tensor:
-        return torch.rand(call.batch, heads, length, generator=generator).argsort(-1).int()
-
-    listed = chance(0.2, ceil_div(rows, group), call.extent.longest) & chance(0.8, ceil_div(rows, group), 1)
-    return SparsePlan.from_block_mask(
-        chance(0.5, rows, width) & chance(0.8, rows, 1),
-        call.query_len,
-        call.key_len,
-        extent=call.extent,
-        block_q=block_q,
-        block_k=block_k,
-        column_group=group,
-        column_indptr=F.pad(listed.sum(-1).flatten().cumsum(0), (1, 0)),
-        column_indices=listed.flatten(0, 2).nonzero()[:, 1].int(),
-        sink=[5, 0, 40, 0, 1, 2][:heads],
-        window=[20, 0, 3, 45, 1, 0][:heads],
-        q_order=order(call.query_len) if "q" in orders else None,
-        k_order=order(call.key_len) if "k" in orders else None,
-    )
-
-
-def moved(call: AttentionCall) -> AttentionCall:
-    sinks = None if call.sinks is None else call.sinks.to(DEVICE)
-    return replace(call, q=call.q.to(DEVICE), k=call.k.to(DEVICE), v=call.values.to(DEVICE), sinks=sinks)
-
-
-def given(call: AttentionCall, plan: SparsePlan) -> Any:
-    return launch.Arguments(*forward._arguments(call, plan))
-
-
-def run(call: AttentionCall, plan: SparsePlan, chosen: config.Config | None = None) -> tuple[Tensor, Tensor]:
-    """``chosen`` overrides the table's configuration."""
-    call = moved(call)
-    out, lse = triton.attend(call, plan) if chosen is None else launch.launch(given(call, plan), config=chosen)
-    return out.cpu(), lse.cpu()
-
-
-def check(call: AttentionCall, plan: SparsePlan, chosen: config.Config | None = None) -> None:
-    out, lse = run(call, plan, chosen)
-    q, k, v = (torch.where(t.isnan(), 0.0, t.double()) for t in (call.q, call.k, call.values))
-    expected, expected_lse = definition.attend(replace(call, q=q, k=k, v=v), plan)
-    assert out.dtype == call.q.dtype
-    assert lse.dtype == torch.float32
-    # Of the largest output: fp32 rounding; P and an output in fp16, in bf16.
-    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}[call.q.dtype]
-    assert bool(out.isfinite().all())
-    worst = float((out.double() - expected).abs().max()) / float(expected.abs().max().clamp_min(1e-30))
-    assert worst <= tolerance, f"error {worst:.2e} of the largest output"
-    empty = expected_lse == -math.inf
-    assert torch.equal(lse == -math.inf, empty)
-    assert bool(((lse.double() - expected_lse)[~empty].abs() <= 2e-5).all())
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
@@ -217,58 +116,6 @@ def test_more_key_blocks_than_a_word_has_bits() -> None:
         column_indices=torch.arange(length, dtype=torch.int32),
     )
     check(draw(plan, heads=1, groups=1, dim=16), plan)
-
-
-@pytest.mark.parametrize(
-    ("part", "dim"), [("blocks", 80), ("bands", 64), ("columns", 80), ("left padding", 128), ("static cache", 64)]
-)
-def test_descriptors(part: str, dim: int) -> None:
-    """Runs of keys loaded through tensor descriptors: odd lengths, dead slots full of NaN, head dimensions that a tile
-    pads, and columns, which never use them."""
-    situation = part if part in SITUATIONS else "no padding"
-    dtype = torch.float16 if part in ("blocks", "left padding") else torch.bfloat16
-    call = make_call(situation, length=121 * FULL_SIZE, heads=4, groups=2, dim=dim, dtype=dtype)
-    plan = plan_for(call, dim, heads=2)
-    nothing = torch.zeros(1, dtype=torch.int32)[:0]
-    if part == "bands":
-        plan = replace(plan, block_indptr=None, block_indices=nothing, sink=[7, 40], window=[130, 30])
-    if part != "columns":
-        plan = replace(plan, column_indptr=None, column_indices=nothing)
-    with mock.patch.object(launch, "_descriptor", wraps=launch._descriptor) as made:
-        check(call, plan, DESCRIPTORS)
-    assert made.call_count == (2 if not ON_GPU or torch.cuda.get_device_capability() >= (9, 0) else 0)
-
-
-def test_tensors_that_no_descriptor_describes() -> None:
-    """Rows whose distance is no multiple of 16 bytes, a base off that grid, four-byte elements: plain loads."""
-    plan = random_plan(5, batch=1, heads=2, query_len=70, key_len=70, block_q=32, block_k=32)
-    call = draw(plan, heads=2, groups=2, dim=64, dtype=torch.float16)
-    k, v = (F.pad(t, (3, 5))[..., 3:-5] for t in (call.k, call.values))
-    uneven = draw(plan, heads=2, groups=2, dim=60, dtype=torch.float16)
-    for other in (uneven, replace(call, k=k, v=v), draw(plan, heads=2, groups=2, dim=64)):
-        assert not launch.describable(other.k)
-        check(other, plan, DESCRIPTORS)
-    assert launch.describable(torch.zeros(1, 2, 5, 64, dtype=torch.bfloat16))
-    assert not launch.describable(torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16).expand(1, 2, 5, 64))
-
-
-def test_a_small_bitmap_at_a_time(monkeypatch) -> None:
-    """Heads take turns with the bitmap of selected blocks when it would be large."""
-    call = make_call("left padding", length=70, heads=6, groups=2, dim=16)
-    plan = plan_for(call, 8, heads=6)
-    expected = run(call, plan)
-    for rows in (0, 2, 5):
-        monkeypatch.setattr(launch, "_MOST_BITMAP_BYTES", rows * plan.num_query_blocks * 4)
-        for got, wanted in zip(run(call, plan), expected, strict=True):
-            assert torch.equal(got, wanted)
-
-
-@pytest.mark.parametrize(
-    ("heads_that_fit", "expected"), [(1, (1, 1)), (3, (3, 3)), (5, (3, 3)), (7, (6, 6)), (12, (12, 6))]
-)
-def test_heads_of_a_group_share_a_launch(heads_that_fit: int, expected: tuple[int, int]) -> None:
-    """Of 12 rows of the plan, 6 a key/value head."""
-    assert launch._rows_at_once(12, 6, launch._MOST_BITMAP_BYTES // heads_that_fit) == expected
 
 
 @pytest.mark.parametrize(("softcap", "dtype"), [(0.5, "fp32"), (0.5, "bf16"), (50.0, "fp16")])
@@ -406,29 +253,6 @@ def test_a_cpu_tensor_without_the_interpreter_is_refused(monkeypatch) -> None:
     plan = SparsePlan.dense(1, 4, 4, Extent.full(1, 4, 4))
     with pytest.raises(ValueError, match="set TRITON_INTERPRET=1"):
         triton.attend(draw(plan, heads=1, groups=1, dim=8), plan)
-
-
-@pytest.mark.parametrize("part", ["dense", "bands", "columns"])
-def test_tiles_larger_than_a_block(part: str) -> None:
-    """The configuration of the table for Hopper, on a plan of smaller blocks that lists none."""
-    length = 200
-    plan = SparsePlan.dense(1, length, length, Extent.full(1, length, length))
-    if part == "bands":
-        plan = replace(plan, sink=9, window=70)
-    elif part == "columns":
-        listed = torch.arange(0, length, 3, dtype=torch.int32)
-        plan = replace(
-            plan,
-            window=5,
-            column_group=plan.num_query_blocks,
-            column_indptr=torch.tensor([0, listed.numel()]),
-            column_indices=listed,
-        )
-    chosen = config.choose(
-        config.Problem((9, 0), 128, 2, 128, plan.block_k, 17, blocks=False, columns=part == "columns")
-    )
-    assert chosen.tile_n == (64 if part == "columns" else 128)
-    check(draw(plan, heads=2, groups=1, dim=32, dtype=torch.float16), plan, chosen)
 
 
 class BlockingCopies(TorchDispatchMode):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import triton_interpreter
 from torch import Tensor
+from triton_support import DEVICE, MARKS
 
 from gossamer import Extent, SparsePlan
 from gossamer.backends import torch as definition
@@ -28,15 +28,7 @@ from gossamer.rules import (
 )
 from gossamer.testing import random_plan
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),  # the interpreter's NumPy
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-    pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}"),
-    pytest.mark.usefixtures("poisoned_memory"),
-]
-triton_interpreter.hasten()
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = MARKS
 
 
 class Even(Rule):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import triton_interpreter
 from torch import Tensor
+from triton_support import MARKS, ON_GPU, moved
 
 from gossamer import Extent, SparsePlan, methods
 from gossamer.backends import PLAN, backend_of, triton
@@ -16,16 +16,7 @@ from gossamer.call import AttentionCall
 from gossamer.methods import Method
 from gossamer.testing import SITUATIONS, assert_keeps_diagonal, make_call
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),  # the interpreter's NumPy
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-    pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}"),
-    pytest.mark.usefixtures("poisoned_memory"),
-]
-triton_interpreter.hasten()
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+pytestmark = MARKS
 PLAN_PARTS = ("block_indptr", "block_indices", "column_indptr", "column_indices", "sink", "window")
 PLANNERS = [
     ("vertical_slash", {"vertical_size": 30, "slash_size": 90}),
@@ -38,11 +29,6 @@ every_planner = pytest.mark.parametrize(("name", "fields"), PLANNERS, ids=[name 
 @pytest.fixture(autouse=True)
 def planned_in_triton(monkeypatch) -> None:
     monkeypatch.setenv(PLAN, "triton")
-
-
-def moved(call: AttentionCall) -> AttentionCall:
-    sinks = None if call.sinks is None else call.sinks.to(DEVICE)
-    return replace(call, q=call.q.to(DEVICE), k=call.k.to(DEVICE), v=call.values.to(DEVICE), sinks=sinks)
 
 
 def in_torch(monkeypatch, method: Method, call: AttentionCall) -> SparsePlan:

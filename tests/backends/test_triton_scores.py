@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import triton_interpreter
 from torch import Tensor
+from triton_support import DEVICE, DTYPES, FULL_SIZE, MARKS, moved
 
 from gossamer import Extent
 from gossamer.backends import torch as definition
@@ -17,25 +17,9 @@ from gossamer.call import AttentionCall
 from gossamer.plan import Grid
 from gossamer.testing import SITUATIONS, make_call
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),  # the interpreter's NumPy
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-    pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}"),
-    pytest.mark.usefixtures("poisoned_memory"),
-]
-triton_interpreter.hasten()
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-FULL_SIZE = 16 if ON_GPU else 1  # the interpreter is slow
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+pytestmark = MARKS
 every_situation = pytest.mark.parametrize("situation", SITUATIONS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-
-
-def moved(call: AttentionCall) -> AttentionCall:
-    sinks = None if call.sinks is None else call.sinks.to(DEVICE)
-    return replace(call, q=call.q.to(DEVICE), k=call.k.to(DEVICE), v=call.values.to(DEVICE), sinks=sinks)
 
 
 def wide(call: AttentionCall) -> AttentionCall:

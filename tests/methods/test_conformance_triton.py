@@ -6,36 +6,19 @@ method's head dimensions share out the situations.
 """
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
-import triton_interpreter
 from listed import LISTED, Listed
+from triton_support import DTYPES, MARKS, ON_GPU, moved
 
 from gossamer.backends import PLAN, triton
-from gossamer.call import AttentionCall
 from gossamer.testing import SITUATIONS, assert_accurate, make_call
 
-triton_interpreter.hasten()
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = MARKS
 LENGTHS = (1, 63, 64, 65, 1000, 4097) if ON_GPU else (97,)
 DIMS = (64, 80, 96, 128, 256)
 SHARES = (1, 4, 8)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # the interpreter's NumPy
-    pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}"),
-    pytest.mark.usefixtures("poisoned_memory"),
-]
-
-
-def moved(call: AttentionCall) -> AttentionCall:
-    sinks = None if call.sinks is None else call.sinks.to(DEVICE)
-    return replace(call, q=call.q.to(DEVICE), k=call.k.to(DEVICE), v=call.values.to(DEVICE), sinks=sinks)
 
 
 def matrix() -> list:
