@@ -165,10 +165,10 @@ def test_no_plan_by_block_depends_on_a_later_block(listed: Listed) -> None:
     method = listed.create(4)
     out, _ = cpu.attend(call, method.plan(call))
     j = 640
-    changed = [t.clone() for t in (call.q, call.k, call.values)]
-    for tensor in changed:
+    q, k, v = call.q.clone(), call.k.clone(), call.values.clone()
+    for tensor in (q, k, v):
         tensor[:, :, j:] += 2.0
-    other = AttentionCall(*changed, call.extent)
+    other = AttentionCall(q, k, v, call.extent)
     again, _ = cpu.attend(other, method.plan(other))
     assert torch.equal(again[:, :, :j], out[:, :, :j])
     assert not torch.equal(again[:, :, j:], out[:, :, j:])
