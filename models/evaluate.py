@@ -18,8 +18,7 @@ import torch
 from train import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gossamer import methods
-from gossamer.attention import Policy
+from gossamer import Policy, methods
 from gossamer.cli.specs import parse_task, split_specs
 from gossamer.evaluate import runner
 from gossamer.evaluate.haystack import Haystack

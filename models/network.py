@@ -8,9 +8,8 @@ from tokenizer import BOS, EOS, PAD, VOCABULARY
 from torch import Tensor
 from transformers import LlamaConfig
 
-from gossamer.backends import execute
+from gossamer import AttentionCall, backends
 from gossamer.methods import Dense
-from gossamer.plan import Extent
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 6, 256, 4, 2, 64, 768
 THETA = 5e8
@@ -80,10 +79,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
     query: [B, HEADS, S, HEAD_DIM]. key, value: [B, KV_HEADS, T, HEAD_DIM].
     """
-    extent = Extent.full(query.shape[0], query.shape[2], key.shape[2])
-    scale = HEAD_DIM**-0.5
-    plan = Dense().plan(query, key, scale=scale, extent=extent)
-    return execute(query, key, value, plan, scale=scale)
+    call = AttentionCall(query, key, value)
+    return backends.attend(call, Dense().plan(call))
 
 
 @attend.register_fake

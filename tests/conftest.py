@@ -2,9 +2,15 @@
 
 import importlib
 import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+
+BENCHMARKS = str(Path(__file__).resolve().parent.parent / "benchmarks")
 
 # Triton reads it once, when it is imported.
 if not torch.cuda.is_available():
@@ -69,3 +75,12 @@ def constants(request: pytest.FixtureRequest) -> None:
     """Runs a test twice: as things are, and under `smallest_constants`."""
     if request.param == "smallest constants":
         request.getfixturevalue("smallest_constants")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of benchmarks/, where its neighbours can be imported; all of them are forgotten afterwards."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module
+    for name in [n for n, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(BENCHMARKS)]:
+        sys.modules.pop(name)

@@ -61,8 +61,9 @@ class Row:
 
 
 def rows_of(extent: Extent) -> list[Row]:
-    fields = (extent.query_start, extent.query_count, extent.key_start, extent.key_count)
-    return [Row(*numbers, extent.causal, extent.limit) for numbers in zip(*(f.tolist() for f in fields), strict=True)]
+    starts, counts = extent.query_start.tolist(), extent.query_count.tolist()
+    slots, keys = extent.key_start.tolist(), extent.key_count.tolist()
+    return [Row(*row, extent.causal, extent.limit) for row in zip(starts, counts, slots, keys, strict=True)]
 
 
 def allowed_pairs(extent: Extent, query_len: int, key_len: int) -> Tensor:
@@ -136,8 +137,7 @@ def attention(call: AttentionCall, pairs: Tensor) -> tuple[Tensor, Tensor]:
                 total = sum(weights) + (0.0 if call.sinks is None else math.exp(float(call.sinks[h])))
                 if total:
                     lse[b, h, i] = math.log(total)
-                for j, weight in zip(keys, weights, strict=True):
-                    out[b, h, i] += weight / total * values[j]
+                    out[b, h, i] = torch.tensor(weights, dtype=torch.float64) @ values[keys] / total
     return out, lse
 
 

@@ -60,7 +60,7 @@ def test_a_call_of_keywords_keeps_every_field() -> None:
 @pytest.mark.parametrize("changed", ["q", "k", "v", *OTHERS])
 def test_a_replaced_field_changes_no_other(changed: str) -> None:
     q, k, v = tensors()
-    given = {"q": q, "k": k, "v": v} | OTHERS
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, **OTHERS}
     other = {"scale": 0.1, "softcap": 2.0, "layer": 9, "layout": "text", "step": 5, "state": None, "store": None}
     value = given[changed].clone() if isinstance(given[changed], Tensor) else other.get(changed)
     again = replace(AttentionCall(**given), **{changed: value})
@@ -145,7 +145,7 @@ def test_a_call_lacks_what_it_was_not_given(need: str) -> None:
     q, k, v = tensors()
     bare = AttentionCall(q, k, extent=Extent.full(1, 5, 9, causal=False))
     assert bare.lacks({need}) == need
-    full = AttentionCall(q, k, v, **OTHERS | {"extent": Extent.full(1, 5, 9)})
+    full = replace(AttentionCall(q, k, v, **OTHERS), extent=Extent.full(1, 5, 9))
     assert full.lacks({need}) is None
 
 
@@ -240,10 +240,12 @@ def test_more_causal_queries_than_keys_are_an_error() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.complex64])
 def test_tensors_that_are_no_floats_of_16_bits_are_named(dtype: torch.dtype) -> None:
+    q, k, v = (t.to(dtype) for t in tensors())
     with pytest.raises(TypeError, match=f"floating point of at least 16 bits, got {dtype}"):
-        AttentionCall(*(t.to(dtype) for t in tensors()))
+        AttentionCall(q, k, v)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_floats_of_16_bits_and_more_pass(dtype: torch.dtype) -> None:
-    assert AttentionCall(*(t.to(dtype) for t in tensors())).q.dtype == dtype
+    q, k, v = (t.to(dtype) for t in tensors())
+    assert AttentionCall(q, k, v).q.dtype == dtype

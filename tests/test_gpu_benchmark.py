@@ -1,29 +1,17 @@
 """benchmarks/gpu.py keeps to its time, loses nothing that it measured, and times sparse kernels, not dense ones."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from gossamer.backends import triton
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 pytestmark = [
     pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="sizes and clocks here are those of the interpreter"),
 ]
-
-
-@pytest.fixture
-def modules(monkeypatch):
-    """The modules of benchmarks/ by name, forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for name in [n for n, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(str(FOLDER))]:
-        sys.modules.pop(name)
 
 
 class Clock:
@@ -49,9 +37,9 @@ def clock():
 
 
 @pytest.fixture
-def timed(modules, clock):
+def timed(script, clock):
     """`alternate` on a made-up clock: budget seconds, contenders, length."""
-    timing = modules("gpu_timing")
+    timing = script("gpu_timing")
 
     def timer(call):
         before = clock.now
@@ -64,8 +52,8 @@ def timed(modules, clock):
     return run
 
 
-def test_a_call_that_would_not_fit_is_skipped_with_the_reason(modules, clock, timed):
-    budget = modules("gpu_timing").Budget(100, clock)
+def test_a_call_that_would_not_fit_is_skipped_with_the_reason(script, clock, timed):
+    budget = script("gpu_timing").Budget(100, clock)
     quadratic = timed(budget, {"dense": clock.takes(1.0)}, 1000, rounds=3)
     assert quadratic["dense"].median == 1.0
     assert clock.now == 4.0
@@ -77,16 +65,16 @@ def test_a_call_that_would_not_fit_is_skipped_with_the_reason(modules, clock, ti
     assert longest["dense"].skipped == "64 s expected, 32 s left"
 
 
-def test_calls_whose_cost_is_linear_are_expected_to_be_so(modules, clock, timed):
-    budget = modules("gpu_timing").Budget(100, clock)
+def test_calls_whose_cost_is_linear_are_expected_to_be_so(script, clock, timed):
+    budget = script("gpu_timing").Budget(100, clock)
     timed(budget, {"minference": clock.takes(0.1)}, 1000, powers={"minference": 1})
     series = timed(budget, {"minference": clock.takes(1.0)}, 10_000, powers={"minference": 1})
     assert series["minference"].skipped is None
     assert budget.expected("minference", 100_000, 1) == pytest.approx(10.0)
 
 
-def test_the_cheap_contenders_are_timed_where_not_all_of_them_fit(modules, clock, timed):
-    budget = modules("gpu_timing").Budget(60, clock)
+def test_the_cheap_contenders_are_timed_where_not_all_of_them_fit(script, clock, timed):
+    budget = script("gpu_timing").Budget(60, clock)
     both = {"dense": clock.takes(1.0), "sparse": clock.takes(0.1)}
     timed(budget, both, 1000, rounds=2, powers={"sparse": 1})
     slow = {"dense": clock.takes(100.0), "sparse": clock.takes(1.0)}
@@ -95,8 +83,8 @@ def test_the_cheap_contenders_are_timed_where_not_all_of_them_fit(modules, clock
     assert series["dense"].skipped is not None
 
 
-def test_rounds_end_with_the_time(modules, clock, timed):
-    budget = modules("gpu_timing").Budget(10, clock)
+def test_rounds_end_with_the_time(script, clock, timed):
+    budget = script("gpu_timing").Budget(10, clock)
     series = timed(budget, {"new": clock.takes(1.5)}, 1000, rounds=7)
     assert len(series["new"].seconds) == 5
     assert clock.now <= 10
@@ -112,11 +100,11 @@ def test_a_contender_without_memory_is_a_row_with_the_reason(timed):
 
 
 @pytest.fixture
-def report_of(modules, tmp_path):
+def report_of(script, tmp_path):
     about = {"machine": {"device": "H", "source": "a"}, "quick": False}
 
     def make(**changes):
-        return modules("gpu_report").Report(tmp_path / "gpu.json", about | changes)
+        return script("gpu_report").Report(tmp_path / "gpu.json", about | changes)
 
     return make
 
@@ -164,11 +152,11 @@ def test_figures_of_other_code_or_another_request_are_not_mixed_in(report_of, ch
 
 
 @pytest.fixture
-def run_quick(modules, monkeypatch, tmp_path):
+def run_quick(script, monkeypatch, tmp_path):
     """benchmarks/gpu.py --quick for some sections, unverified: the exit status and the report."""
 
     def run(*sections, **checks):
-        benchmark = modules("gpu")
+        benchmark = script("gpu")
         monkeypatch.setattr(benchmark, "verified", lambda *_args, **_options: {"checks": 1, "left_out": []})
         out = tmp_path / "gpu.json"
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--only", ",".join(sections), "--out", str(out)])
@@ -237,13 +225,13 @@ def test_dense_plans_are_timed_beside_others(run_quick):
 
 
 @pytest.mark.slow
-def test_tuning_runs_the_very_plans_that_are_timed_and_leaves_the_table_in_place(run_quick, modules):
+def test_tuning_runs_the_very_plans_that_are_timed_and_leaves_the_table_in_place(run_quick, script):
     status, sections = run_quick("tune")
     rows = sections["tune"]["rows"]
     assert status == 0
     assert all(row["tried"] == 2 and row["median_s"] > 0 for row in rows)
     assert "tune minference(vertical_size=50,slash_size=192)" in [row["what"] for row in rows]
-    assert not modules("gossamer.backends.triton.config")._tuned
+    assert not script("gossamer.backends.triton.config")._tuned
 
 
 SERIES = {"median_s": 12.34567891, "seconds": [0.1] * 7, "peak_gib": 121.34}
@@ -269,27 +257,27 @@ FIGURES = {
 }
 
 
-def made_up_rows(modules):
+def made_up_rows(script):
     """As many rows as a full run has, with all figures of their kind."""
-    setting = modules("gpu_setting")
+    setting = script("gpu_setting")
     names = {
         "roofline": ["bf16 product", "copy"],
         "whole": ["sdpa", *setting.SPARSE],
         "dense": ["dense"],
-        "blocks": ["dense in 128x128", *(f"{share:.0%} in 128x128" for share in modules("gpu_sections").DENSITIES)],
+        "blocks": ["dense in 128x128", *(f"{share:.0%} in 128x128" for share in script("gpu_sections").DENSITIES)],
         "model": ["dense", "minference"],
     }
     full = setting.Setting(torch.device("meta"), False, None, None)
-    for section, cells in modules("gpu_sections").SECTIONS.items():
+    for section, cells in script("gpu_sections").SECTIONS.items():
         for cell in cells(full) if section in names else ():
             for what in names[section]:
                 row = {"what": what, "length": 1048576, **FIGURES[section]}
                 yield section, cell.name, row
 
 
-def test_a_full_run_prints_at_most_sixty_lines_that_do_not_wrap(modules, monkeypatch, tmp_path, capsys):
-    benchmark, gpu_setting = modules("gpu"), modules("gpu_setting")
-    rows = list(made_up_rows(modules))
+def test_a_full_run_prints_at_most_sixty_lines_that_do_not_wrap(script, monkeypatch, tmp_path, capsys):
+    benchmark, gpu_setting = script("gpu"), script("gpu_setting")
+    rows = list(made_up_rows(script))
     sections = dict.fromkeys(section for section, _, _ in rows)
     for section in sections:
 
@@ -310,11 +298,11 @@ def test_a_full_run_prints_at_most_sixty_lines_that_do_not_wrap(modules, monkeyp
     assert not [line for line in lines if "{" in line or line.endswith("...")]
 
 
-def test_a_second_command_does_not_verify_the_same_code_again(run_quick, modules, monkeypatch):
+def test_a_second_command_does_not_verify_the_same_code_again(run_quick, script, monkeypatch):
     run_quick("roofline")
     verified = []
-    monkeypatch.setattr(modules("gpu"), "verified", lambda *_args, **_options: verified.append(1))
-    assert modules("gpu").main() == 0
+    monkeypatch.setattr(script("gpu"), "verified", lambda *_args, **_options: verified.append(1))
+    assert script("gpu").main() == 0
     assert verified == []
 
 
@@ -324,12 +312,12 @@ def test_what_was_not_verified_whole_is_verified_again(report_of, found):
     assert not report_of().verified
 
 
-def test_tuning_comes_after_the_figures_of_the_table(modules):
-    assert list(modules("gpu_sections").SECTIONS)[-1] == "tune"
+def test_tuning_comes_after_the_figures_of_the_table(script):
+    assert list(script("gpu_sections").SECTIONS)[-1] == "tune"
 
 
-def test_a_section_without_memory_leaves_the_others_their_rows(modules, monkeypatch, tmp_path):
-    benchmark, setting, timing = modules("gpu"), modules("gpu_setting"), modules("gpu_timing")
+def test_a_section_without_memory_leaves_the_others_their_rows(script, monkeypatch, tmp_path):
+    benchmark, setting, timing = script("gpu"), script("gpu_setting"), script("gpu_timing")
 
     def hungry():
         yield {"what": "small"}
@@ -341,7 +329,7 @@ def test_a_section_without_memory_leaves_the_others_their_rows(modules, monkeypa
 
     monkeypatch.setitem(benchmark.SECTIONS, "whole", cells)
     device = torch.device("cpu")
-    report = modules("gpu_report").Report(tmp_path / "gpu.json", {})
+    report = script("gpu_report").Report(tmp_path / "gpu.json", {})
     where = setting.Setting(device, True, timing.Timer(device), timing.Budget(60))
     assert benchmark.measure(where, ["whole"], report) == []
     rows = report.rows("whole")
@@ -350,11 +338,11 @@ def test_a_section_without_memory_leaves_the_others_their_rows(modules, monkeypa
     assert report.has("whole", "1M")
 
 
-def test_no_cell_begins_when_the_time_is_over(modules, clock, tmp_path):
-    setting, timing = modules("gpu_setting"), modules("gpu_timing")
-    report = modules("gpu_report").Report(tmp_path / "gpu.json", {})
+def test_no_cell_begins_when_the_time_is_over(script, clock, tmp_path):
+    setting, timing = script("gpu_setting"), script("gpu_timing")
+    report = script("gpu_report").Report(tmp_path / "gpu.json", {})
     device = torch.device("cpu")
     where = setting.Setting(device, True, timing.Timer(device), timing.Budget(1, clock))
-    modules("gpu").measure(where, ["roofline"], report)
+    script("gpu").measure(where, ["roofline"], report)
     assert "left" in report.rows("roofline")[0]["skipped"]
     assert not report.has("roofline", "device")

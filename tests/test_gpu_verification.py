@@ -1,9 +1,6 @@
 """What benchmarks/gpu.py verifies before it times: the list of checks, and that each kind finds what is wrong."""
 
-import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ from gossamer.backends import torch as definition
 from gossamer.backends import triton
 from gossamer.testing import random_plan
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 pytestmark = [
     pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="sizes and clocks here are those of the interpreter"),
@@ -20,44 +16,35 @@ pytestmark = [
 
 
 @pytest.fixture
-def modules(monkeypatch):
-    """The modules of benchmarks/ by name, forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for name in [n for n, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(str(FOLDER))]:
-        sys.modules.pop(name)
-
-
-@pytest.fixture
-def checks(modules):
+def checks(script):
     """The small checks of benchmarks/gpu.py --verify, by name."""
-    found = list(modules("gpu_verify")._checks(torch.device("cpu"), True, True))
+    found = list(script("gpu_verify")._checks(torch.device("cpu"), True, True))
     assert len({check.name for check in found}) == len(found)
     return {check.name: check for check in found}
 
 
-def test_exact_slashes_mixed_methods_and_every_option_are_verified(checks, modules):
+def test_exact_slashes_mixed_methods_and_every_option_are_verified(checks, script):
     names = "\n".join(checks)
     for part in ("vertical_slash exact", "per_head of mixed methods", "the future does not leak"):
         assert part in names
-    for option in modules("gpu_verify").OPTIONS:
+    for option in script("gpu_verify").OPTIONS:
         assert f"{option}: max_relative" in names
-    assert {check.group for check in checks.values()} == set(modules("gpu_verify").GROUPS)
+    assert {check.group for check in checks.values()} == set(script("gpu_verify").GROUPS)
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_the_timed_methods_are_verified_at_the_longest_lengths(modules, whole):
-    every = modules("gpu_verify")._checks(torch.device("cuda"), whole, False)
+def test_the_timed_methods_are_verified_at_the_longest_lengths(script, whole):
+    every = script("gpu_verify")._checks(torch.device("cuda"), whole, False)
     names = [check.name for check in every if check.group == "sizes"]
     for length in (131072, 1048576):
-        for method in ("dense", *modules("gpu_setting").SPARSE):
+        for method in ("dense", *script("gpu_setting").SPARSE):
             assert f"{method} at {length} tokens" in names
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", ["output", "lse", "later keys"])
-def test_a_wrong_kernel_is_found_at_the_timed_sizes(modules, monkeypatch, broken):
-    sizes, attend = modules("gpu_verify_sizes"), definition.attend
+def test_a_wrong_kernel_is_found_at_the_timed_sizes(script, monkeypatch, broken):
+    sizes, attend = script("gpu_verify_sizes"), definition.attend
 
     def wrong(call, plan):
         if broken == "later keys":  # as if an offset had overflowed
@@ -77,8 +64,8 @@ def test_a_wrong_kernel_is_found_at_the_timed_sizes(modules, monkeypatch, broken
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["minference", "max_relative"])
-def test_a_plan_of_other_choices_is_found_at_the_timed_sizes(modules, monkeypatch, spec):
-    sizes, setting = modules("gpu_verify_sizes"), modules("gpu_setting")
+def test_a_plan_of_other_choices_is_found_at_the_timed_sizes(script, monkeypatch, spec):
+    sizes, setting = script("gpu_verify_sizes"), script("gpu_setting")
     name = next(method for method in setting.SPARSE_SHORT if method.startswith(spec))
     check = dict(sizes.size_checks(torch.device("cpu"), True))[f"{name} at 512 tokens"]
     monkeypatch.setattr(triton, "attend", definition.attend)
@@ -93,23 +80,23 @@ def test_a_plan_of_other_choices_is_found_at_the_timed_sizes(modules, monkeypatc
         check()
 
 
-def test_the_sampled_rows_hold_the_first_the_last_and_the_edges_of_blocks(modules):
-    rows = modules("gpu_verify_sizes").sampled_rows(1048576, 64)
+def test_the_sampled_rows_hold_the_first_the_last_and_the_edges_of_blocks(script):
+    rows = script("gpu_verify_sizes").sampled_rows(1048576, 64)
     assert {0, 63, 64, 524287, 524288, 1048511, 1048512, 1048575} <= set(rows.tolist())
-    assert 50 < len(rows) <= modules("gpu_verify_sizes").SAMPLED_ROWS
+    assert 50 < len(rows) <= script("gpu_verify_sizes").SAMPLED_ROWS
 
 
-def test_one_head_of_a_plan_names_the_pairs_of_that_head(modules):
+def test_one_head_of_a_plan_names_the_pairs_of_that_head(script):
     plan = random_plan(7, batch=1, heads=3, query_len=300, key_len=300)
     rows = torch.arange(300)
     for head in range(3):
-        own = modules("gpu_verify_sizes").plan_of_head(plan, head)
+        own = script("gpu_verify_sizes").plan_of_head(plan, head)
         assert torch.equal(own.rows_mask(rows)[:, 0], plan.rows_mask(rows)[:, head])
 
 
 @pytest.mark.slow
-def test_checks_run_in_processes_of_their_own_where_kernels_compile(modules, monkeypatch):
-    verification = modules("gpu_verify")
+def test_checks_run_in_processes_of_their_own_where_kernels_compile(script, monkeypatch):
+    verification = script("gpu_verify")
     every = verification._checks
     wanted = ("plan of block_sparse, no padding", "sinks: vertical_slash, torch.float32")
 
@@ -121,8 +108,8 @@ def test_checks_run_in_processes_of_their_own_where_kernels_compile(modules, mon
     assert found == (2, [], [])
 
 
-def test_checks_without_time_are_named_and_do_not_count(modules):
-    verification, timing = modules("gpu_verify"), modules("gpu_timing")
+def test_checks_without_time_are_named_and_do_not_count(script):
+    verification, timing = script("gpu_verify"), script("gpu_timing")
     budget = timing.Budget(-1)
     count, failures, left_out = verification.verify(
         torch.device("cpu"), whole=False, small=True, groups=("plans",), budget=budget
@@ -132,8 +119,8 @@ def test_checks_without_time_are_named_and_do_not_count(modules):
 
 
 @pytest.mark.slow
-def test_a_leak_from_the_future_is_found(modules, monkeypatch):
-    verification, attend = modules("gpu_verify"), definition.attend
+def test_a_leak_from_the_future_is_found(script, monkeypatch):
+    verification, attend = script("gpu_verify"), definition.attend
 
     def leaking(call, plan):
         return attend(replace(call, v=call.v + 1e-3 * call.v[:, :, -1:]), plan)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gossamer.rules import (
+    Candidates,
     PerHead,
     RelativeToMax,
     Rule,
@@ -238,3 +239,15 @@ def test_a_share_outside_zero_and_one_is_named(rule: Callable[[Any], Rule], p: A
 def test_a_count_by_a_share_outside_zero_and_one_is_named() -> None:
     with pytest.raises(ValueError, match=r"p must lie in \[0, 1\], got 1.5"):
         count_top_p(torch.ones(1, 2, 3, 4), 1.5)
+
+
+@pytest.mark.parametrize("rule", [RelativeToMax, TopK, TopP, TopPReaching, TopPBelow, TopPOfAllRows])
+def test_a_rule_is_itself_alone(rule: Callable[[Any], Rule]) -> None:
+    """Values by head may be lists and tensors, which neither hash nor compare to one truth."""
+    one, other = rule([0, 1]), rule(torch.tensor([0, 1]))
+    assert len({one, other, rule([0, 1])}) == 3
+
+
+def test_candidates_are_themselves_alone() -> None:
+    seen = torch.zeros(1, 2, 2, dtype=torch.int64)
+    assert Candidates(seen, seen) != Candidates(seen, seen)

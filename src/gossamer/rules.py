@@ -211,7 +211,7 @@ def top_k(scores: Tensor, k: Tensor | int) -> Tensor:
     equal = scores == threshold
     room = budget[..., None] - above.sum(dim=-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(dim=-1) <= room))
-    return chosen & (scores > float("-inf")) & (budget[..., None] > 0)
+    return chosen & (scores > float("-inf"))
 
 
 def shares(p: PerHead, heads: int, device: torch.device | str) -> Tensor:

@@ -52,7 +52,7 @@ def test_blocks_bands_sinks_and_soft_cap_everywhere(situation: str) -> None:
     empty = SparsePlan(2, call.query_len, call.key_len, call.extent, block_q=16, block_k=16)
     chosen = torch.rand(empty.block_mask().shape, generator=torch.Generator().manual_seed(0)) < 0.4
     lengths = {"query_len": call.query_len, "key_len": call.key_len, "extent": call.extent}
-    bands = {"sink": [1, 0], "window": [0, 2]}
+    bands: dict[str, Any] = {"sink": [1, 0], "window": [0, 2]}
     assert_attends(call, SparsePlan.from_block_mask(chosen, **lengths, **bands, block_q=16, block_k=16))
 
 

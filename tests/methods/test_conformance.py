@@ -165,10 +165,10 @@ def test_no_plan_by_block_depends_on_a_later_block(listed: Listed) -> None:
     method = listed.create(4)
     out, _ = cpu.attend(call, method.plan(call))
     j = 640
-    changed = [t.clone() for t in (call.q, call.k, call.values)]
-    for tensor in changed:
+    q, k, v = call.q.clone(), call.k.clone(), call.values.clone()
+    for tensor in (q, k, v):
         tensor[:, :, j:] += 2.0
-    other = AttentionCall(*changed, call.extent)
+    other = AttentionCall(q, k, v, call.extent)
     again, _ = cpu.attend(other, method.plan(other))
     assert torch.equal(again[:, :, :j], out[:, :, :j])
     assert not torch.equal(again[:, :, j:], out[:, :, j:])
@@ -195,6 +195,26 @@ def test_round_trip_through_a_dictionary(listed: Listed) -> None:
 def test_bad_configurations_are_named(name: str, fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         methods.create(name, **fields)
+
+
+LEAST = {
+    "a_shape": {"sink": 0, "window": 1},
+    "tri_shape": {"sink": 0, "window": 1, "last": 0, "block": 1},
+    "vertical_slash": {"vertical_size": 0, "slash_size": 0, "last": 1},
+    "minference": {"vertical_size": 0, "slash_size": 0, "last": 1},
+    "block_sparse": {"blocks": 1, "block": 1},
+    "max_relative": {"sink_blocks": 0, "window_blocks": 1, "last_rows": 0, "block_q": 1, "block_k": 1},
+}
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_every_number_has_a_least_value(name: str) -> None:
+    defaults = methods.create(name).to_dict()
+    assert {field for field, value in defaults.items() if type(value) is int} == set(LEAST[name])
+    for field, least in LEAST[name].items():
+        assert methods.create(name, **{field: least}).to_dict() == defaults | {field: least}
+        with pytest.raises(ValueError, match=f"{name}.{field} must be at least {least}, got {least - 1}"):
+            methods.create(name, **{field: least - 1})
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,23 @@ def test_vertical_slash_bands(situation: str, vertical: int, slash: int) -> None
                 assert attended(mask[b, h], row, i) == expected
 
 
+def test_the_exact_form_forces_the_first_hundred_diagonals(monkeypatch) -> None:
+    call = make_call("no padding", length=450, heads=2, groups=1, dim=8)
+    chosen: list[Tensor] = []
+
+    def watched(columns: Tensor, slashes: Tensor, grid: Grid, part: range) -> Any:
+        chosen.append(slashes)
+        return exact_slashes(columns, slashes, grid, part)
+
+    monkeypatch.setenv("GOSSAMER_PLANNER", "torch")
+    monkeypatch.setattr("gossamer.backends.torch.exact_slashes", watched)
+    VerticalSlash(30, 101, exact=True).plan(call)
+    best = last_query_probe(call)[1][0, :, 100:].argmax(dim=-1) + 100
+    assert bool((best > 100).all())
+    for h in range(2):
+        assert chosen[0][0, h].nonzero().flatten().tolist() == [*range(100), int(best[h])]
+
+
 def test_vertical_slash_cost_equals_its_budget_on_scattered_slashes() -> None:
     call = make_call("no padding", length=4096, heads=1, groups=1, dim=8)
     budget, exact = VerticalSlash(100, 640).plan(call), VerticalSlash(100, 640, exact=True).plan(call)

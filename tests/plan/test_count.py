@@ -61,11 +61,13 @@ def test_each_part_of_the_union_by_itself(situation: str) -> None:
     rows = SparsePlan(1, call.query_len, call.key_len, call.extent, block_q=8, block_k=6).num_query_blocks
     every_third = torch.arange(0, call.extent.longest, 3, dtype=torch.int32)
     many = call.batch * rows
-    columns = {
+    columns: dict[str, Any] = {
         "column_indptr": torch.arange(many + 1) * every_third.numel(),
         "column_indices": every_third.repeat(many),
     }
-    for part in ({"sink": 4}, {"window": 7}, {"sink": 10, "window": 9}, columns, columns | {"window": 3}):
+    bands: list[dict[str, Any]] = [{"sink": 4}, {"window": 7}, {"sink": 10, "window": 9}]
+    narrow: dict[str, Any] = {**columns, "window": 3}
+    for part in (*bands, columns, narrow):
         plan = SparsePlan(1, call.query_len, call.key_len, call.extent, block_q=8, block_k=6, **part)
         assert torch.equal(count_pairs(plan), plan_pairs(plan).sum(dim=(2, 3)))
 
@@ -73,7 +75,10 @@ def test_each_part_of_the_union_by_itself(situation: str) -> None:
 @pytest.mark.parametrize("position", range(0, 16))
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_a_column_that_a_narrow_window_crosses_between_the_rows_of_a_tile(window: int, position: int) -> None:
-    columns = {"column_indptr": torch.tensor([0, 1]), "column_indices": torch.tensor([position], dtype=torch.int32)}
+    columns: dict[str, Any] = {
+        "column_indptr": torch.tensor([0, 1]),
+        "column_indices": torch.tensor([position], dtype=torch.int32),
+    }
     extent = Extent.full(1, 16, 16, causal=False)
     assert_counts(SparsePlan(1, 16, 16, extent, block_q=16, block_k=4, window=window, **columns))
 

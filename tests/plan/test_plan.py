@@ -93,7 +93,8 @@ def test_rows_of_the_mask_come_in_any_order() -> None:
 
 @pytest.mark.parametrize(("band", "pairs"), [("window", 8 + 7 + 6), ("sink", 3 * 8 - 3)])
 def test_bands_of_three_tokens_hold_three(band: str, pairs: int) -> None:
-    assert int(SparsePlan(1, 8, 8, Extent.full(1, 8, 8), **{band: 3}).to_mask().sum()) == pairs
+    bands: dict[str, Any] = {band: 3}
+    assert int(SparsePlan(1, 8, 8, Extent.full(1, 8, 8), **bands).to_mask().sum()) == pairs
 
 
 def test_a_window_reaches_both_ways_where_attention_is_not_causal() -> None:
@@ -255,8 +256,9 @@ def test_an_unchecked_plan_takes_bands_as_numbers_and_tensors(band: Tensor | int
 
 @pytest.mark.parametrize("name", ["windw", "grid", "_pairs"])
 def test_an_unchecked_plan_takes_fields_alone(name: str) -> None:
+    given: dict[str, Any] = {"heads": 1, "query_len": 5, "key_len": 5, "extent": Extent.full(1, 5, 5), name: 3}
     with pytest.raises(TypeError, match=f"SparsePlan has no field {name}"):
-        SparsePlan.unchecked(heads=1, query_len=5, key_len=5, extent=Extent.full(1, 5, 5), **{name: 3})
+        SparsePlan.unchecked(**given)
 
 
 def test_a_plan_on_another_device_keeps_every_field() -> None:
@@ -288,8 +290,10 @@ def test_a_changed_plan_forgets_what_a_backend_counted() -> None:
 
 def test_tensors_are_copied() -> None:
     plan = full_plan()
-    given = {name: value.clone() for name, value in all_fields(plan).items() if isinstance(value, Tensor)}
-    again = SparsePlan(**(all_fields(plan) | given))
+    given: dict[str, Any] = {
+        name: value.clone() for name, value in all_fields(plan).items() if isinstance(value, Tensor)
+    }
+    again = SparsePlan(**all_fields(plan) | given)
     for tensor in given.values():
         tensor.zero_()
     assert_same_fields(again, plan)
@@ -328,7 +332,7 @@ def test_lists_may_fall_between_rows_and_be_empty() -> None:
 def test_bad_lists_are_named(kind: str, indptr: list[int], indices: list[int], message: str) -> None:
     pointers, entries = csr(indptr, indices)
     sizes = (4, 1) if kind == "block" else (4, 64)
-    lists = {f"{kind}_indptr": pointers, f"{kind}_indices": entries}
+    lists: dict[str, Any] = {f"{kind}_indptr": pointers, f"{kind}_indices": entries}
     with pytest.raises(ValueError, match=f"SparsePlan.{kind}_.*{message}"):
         SparsePlan(1, 8, 8, Extent.full(1, 8, 8), *sizes, **lists)
 
@@ -356,8 +360,9 @@ def test_bad_lists_are_named(kind: str, indptr: list[int], indices: list[int], m
 )
 def test_bad_fields_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
     good: dict[str, Any] = {"heads": 1, "query_len": 8, "key_len": 8, "extent": Extent.full(1, 8, 8)}
+    good |= {"block_q": 4, "block_k": 4} | change
     with pytest.raises(error, match=message):
-        SparsePlan(**good | {"block_q": 4, "block_k": 4} | change)
+        SparsePlan(**good)
 
 
 def test_an_extent_beyond_the_lengths_is_named() -> None:

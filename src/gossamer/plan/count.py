@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.plan.plan import SparsePlan
+from gossamer.plan.plan import WHOLE, SparsePlan
 
 _ROW_BUDGET = 1 << 22  # rows expanded at once
 _MASK_BUDGET = 1 << 26  # entries of a permuted plan's mask
@@ -19,6 +19,8 @@ _MASK_BUDGET = 1 << 26  # entries of a permuted plan's mask
 
 def count_pairs(plan: SparsePlan) -> Tensor:
     """Pairs computed by each head, int64 ``[B, heads]``, on the CPU."""
+    if bool((torch.as_tensor(plan.window) >= WHOLE).all()):
+        return plan.extent.count_allowed()[:, None].expand(-1, plan.heads).contiguous()
     counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64)
     if plan.permuted:
         chunk = max(1, _MASK_BUDGET // max(1, plan.batch * plan.heads * plan.key_len))

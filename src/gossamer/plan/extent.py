@@ -151,17 +151,18 @@ class Extent:
         Raises:
             ValueError: live queries or keys lie outside them.
         """
-        for name, first, count, length in (
-            ("queries", self.first_query, self.query_count, query_len),
-            ("keys", self.key_start, self.key_count, key_len),
-        ):
-            last = torch.where(count > 0, first + count, 0)
-            if self.batch and int(last.max()) > length:
-                row = int(last.argmax())
-                raise ValueError(
-                    f"the extent names {int(last[row])} {name} in batch row {row}, dead ones before them included, "
-                    f"but there are {length}"
-                )
+        # In Python's integers: of few rows, as in decoding, tensors' operations would take longer.
+        fields = (self.query_start, self.query_count, self.key_start, self.key_count)
+        for row, (start, queries, first, keys) in enumerate(zip(*(field.tolist() for field in fields), strict=True)):
+            for name, last, length in (
+                ("queries", max(-start, 0) + queries if queries else 0, query_len),
+                ("keys", first + keys if keys else 0, key_len),
+            ):
+                if last > length:
+                    raise ValueError(
+                        f"the extent names {last} {name} in batch row {row}, dead ones before them included, "
+                        f"but there are {length}"
+                    )
 
     def key_positions(self, key_len: int, device: torch.device | str = "cpu") -> Tensor:
         """Position of each key slot, int64 ``[B, T]``. Does not wait for the device."""

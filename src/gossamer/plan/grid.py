@@ -44,7 +44,12 @@ class Grid:
     @cached_property
     def query_blocks(self) -> int:
         """M: the largest number of query blocks of any batch row. Surplus rows of the others are empty."""
-        return int(self.row_blocks.max()) if self.extent.batch else 0
+        # In Python's integers: every plan asks, and of few rows tensors' operations would take longer.
+        most, block = 0, self.block_q
+        for start, count in zip(self.extent.query_start.tolist(), self.extent.query_count.tolist(), strict=True):
+            first = max(start, 0)
+            most = max(most, (first + count - 1) // block - first // block + 1 if count else 0)
+        return most
 
     @cached_property
     def key_blocks(self) -> int:

@@ -191,9 +191,7 @@ class SparsePlan:
     def dense(cls, heads: int, query_len: int, key_len: int, extent: Extent) -> SparsePlan:
         """The plan that computes every pair that the extent allows."""
         extent.check(query_len, key_len)
-        pairs = extent.count_allowed()[:, None].expand(-1, heads).contiguous()
-        lengths = {"heads": heads, "query_len": query_len, "key_len": key_len}
-        return cls.unchecked(**lengths, extent=extent, window=WHOLE, pairs=pairs)
+        return cls.unchecked(heads=heads, query_len=query_len, key_len=key_len, extent=extent, window=WHOLE)
 
     @classmethod
     def from_block_mask(
