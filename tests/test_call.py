@@ -71,6 +71,11 @@ def test_a_replaced_field_changes_no_other(changed: str) -> None:
     assert_keeps(again, {name: kept for name, kept in given.items() if name != changed})
 
 
+def test_a_call_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        AttentionCall(*tensors()).scale = 1.0  # type: ignore[misc]
+
+
 def test_without_an_extent_causal_queries_are_the_last_tokens() -> None:
     call = AttentionCall(*tensors(batch=2))
     extent = call.extent
