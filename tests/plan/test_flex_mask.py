@@ -99,6 +99,15 @@ def test_a_limit_leaves_whole_what_it_does_not_cut(limit: int, whole: list) -> N
     assert tiles(plan.to_block_mask())[1][0, 0].nonzero().tolist() == whole
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_mask_may_be_asked_up_to_the_end_of_the_last_tiles(seed: int) -> None:
+    """As compiled kernels do, which round lengths up; what it says there is clipped."""
+    plan = random_plan(seed, batch=2, heads=1, query_len=21, key_len=26, block_q=8, block_k=8, padded=True)
+    index = torch.meshgrid(torch.arange(2), torch.arange(1), torch.arange(24), torch.arange(32), indexing="ij")
+    mask = plan.to_block_mask().mask_mod(*index)
+    assert torch.equal(mask[:, :, :21, :26], plan_pairs(plan))
+
+
 def test_the_mask_is_for_as_many_heads_as_the_plan_unless_told_otherwise() -> None:
     mask = random_plan(0, batch=1, heads=3, query_len=16, key_len=16).to_block_mask()
     assert mask.kv_num_blocks.shape[1] == 3

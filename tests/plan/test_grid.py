@@ -129,3 +129,8 @@ def test_chunks_that_end_at_blocks_have_the_blocks_of_one_piece() -> None:
     for name in ("queries", "seen"):
         assert torch.equal(torch.cat([getattr(chunk, name) for chunk in chunks], dim=1), getattr(whole, name))
     assert [int(chunk.first_block) for chunk in chunks] == [0, 2, 4]
+
+
+def test_a_grid_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        Grid(Extent.full(1, 4, 4), 4, 4).block_q = 8  # type: ignore[misc]
