@@ -71,7 +71,7 @@ def naive_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
                 weights = {j - row.key_start: math.exp(raw[b][h][i][j] * call.scale) for j in seen}
                 for key, weight in weights.items():
                     columns[b, h, key] += weight / sum(weights.values())
-                    if abs(query - key) < width:
+                    if abs(query - key) < row.key_count:
                         diagonals[b, h, abs(query - key)] += weight / sum(weights.values())
     return columns, diagonals
 
@@ -91,6 +91,14 @@ def test_the_probe_takes_the_last_64_queries_unless_told_otherwise() -> None:
     call = call_in("no padding", length=80)
     for given, default in zip(scores.last_query_probe(call, 64), scores.last_query_probe(call), strict=True):
         assert torch.equal(given, default)
+
+
+def test_distances_beyond_a_rows_own_keys_count_for_no_row() -> None:
+    rows = Extent([0, 0], [9, 9], [0, 2], [7, 3], causal=False)
+    call = AttentionCall(torch.randn(2, 2, 9, 4), torch.randn(2, 1, 7, 4), extent=rows)
+    _, diagonals = scores.last_query_probe(call, 9)
+    assert (diagonals[0] > 0).all() and (diagonals[1, :, :3] > 0).all()
+    assert not diagonals[1, :, 3:].any()
 
 
 # Means

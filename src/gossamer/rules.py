@@ -134,8 +134,8 @@ class TopP(Rule):
 class TopPReaching(Rule):
     """The best candidates up to the first whose running sum is at least ``p``; none where none reaches it.
 
-    p is compared with the sum itself, for rows that sum to 1 (PBS-Attn); a row that holds nothing reaches no p, not
-    even 0.
+    p is compared with the sum itself, for rows that sum to 1 (PBS-Attn, 2510.21270); a row that holds nothing reaches
+    no p, not even 0.
     """
 
     p: PerHead
@@ -220,11 +220,11 @@ def shares(p: PerHead, heads: int, device: torch.device | str) -> Tensor:
     Raises:
         ValueError: one lies outside [0, 1].
     """
-    numbers = per_head(p, heads, torch.float64, device)
+    numbers = per_head(p, heads, torch.float64, "cpu")
     outside = ~((numbers >= 0) & (numbers <= 1))
     if bool(outside.any()):
         raise ValueError(f"p must lie in [0, 1], got {numbers[outside].tolist()[0]}")
-    return numbers
+    return numbers.to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 def _shares(p: PerHead, scores: Tensor) -> Tensor:

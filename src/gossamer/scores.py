@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from gossamer.backends import backend_of
@@ -22,9 +23,15 @@ def last_query_probe(call: AttentionCall, last: int = 64) -> tuple[Tensor, Tenso
     """Attention mass of each key position and each distance under the last ``last`` live queries (2407.02490, Alg. 2).
 
     Returns:
-        columns, diagonals: fp32 ``[B, H, positions]``.
+        columns, diagonals: fp32 ``[B, H, positions]``; 0 from a row's own number of keys on. Queries that lie beyond
+        the keys, as in cross-attention, may have mass at larger distances: it is in the columns alone.
     """
-    return backend_of(call, "last_query_probe").last_query_probe(call, last)
+    columns, diagonals = backend_of(call, "last_query_probe").last_query_probe(call, last)
+    keys = call.extent.key_count
+    if bool((keys != call.extent.longest).any()):
+        beyond = torch.arange(call.extent.longest) >= keys[:, None]
+        diagonals = diagonals.masked_fill(beyond[:, None].to(call.device, non_blocking=True), 0.0)
+    return columns, diagonals
 
 
 def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:

@@ -179,7 +179,7 @@ def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range)
         keys_t = _wide(keys[b]).transpose(-1, -2)
         for m in part:
             first, last = (int(n) for n in grid.queries[b, m])
-            if first == last:
+            if first == last or grid.key_blocks == 0:
                 continue
             row = int(call.extent.first_query[b] - call.extent.first_position[b])  # of position 0
             q = _wide(call.q[b, :, row + first : row + last]).reshape(call.groups, -1, call.q.shape[-1])
