@@ -18,20 +18,22 @@ from gossamer.profiles import Profile
 
 if TYPE_CHECKING:
     from gossamer.integrations.transformers import enable as enable
+    from gossamer.integrations.transformers import verify as verify
 
 __version__ = "0.1.0"
-# Without "enable": a star import must not import transformers.
+# Of these `import gossamer` needs torch alone; transformers is imported when one of them is first used.
+_OF_TRANSFORMERS = ("enable", "verify")
+# Without them: a star import must not import transformers.
 __all__ = ["AttentionCall", "Extent", "Method", "Policy", "Profile", "SparsePlan", "methods", "sparse_attention"]
 
 
 def __getattr__(name: str) -> Any:
-    # `import gossamer` needs torch alone; transformers is imported when `enable` is first used.
-    if name == "enable":
-        from gossamer.integrations.transformers import enable
+    if name in _OF_TRANSFORMERS:
+        from gossamer.integrations import transformers
 
-        return enable
+        return getattr(transformers, name)
     raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "enable"])
+    return sorted([*globals(), *_OF_TRANSFORMERS])

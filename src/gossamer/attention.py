@@ -17,7 +17,7 @@ from gossamer.backends.torch import dense
 from gossamer.call import AttentionCall, CallFields
 from gossamer.methods import Method
 from gossamer.plan import SparsePlan
-from gossamer.policy import Policy
+from gossamer.policy import Decision, Policy
 from gossamer.profiles import Profile
 
 __all__ = ["CallRecord", "attend", "sparse_attention"]
@@ -104,14 +104,22 @@ def attend(
     call: AttentionCall,
     policy: Policy,
     *,
+    because: str | None = None,
     record: Callable[[CallRecord], None] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`sparse_attention` for a call that is made already."""
+    """`sparse_attention` for a call that is made already.
+
+    Args:
+        because: a reason to run dense whatever the policy; then by torch, so that what is computed again under a
+            gradient is computed in the same way.
+    """
     started = time.perf_counter()
-    decision = policy.decide(call)
+    decision = policy.decide(call) if because is None else Decision(None, reason=because)
     planned = time.perf_counter()
-    if decision.plan is None:
+    if decision.plan is None and because is not None:
+        out, lse, executor = dense.dense(call), None, "sdpa" if call.sinks is None and call.softcap is None else "torch"
+    elif decision.plan is None:
         on_kernel = return_lse or policy.attends_on_kernel(call, decision.reason)
         out, lse, executor = _dense(call, on_kernel)
     else:

@@ -12,13 +12,15 @@ from gossamer.methods import Dense, Method
 from gossamer.plan import SparsePlan
 from gossamer.profiles import Profile
 
-__all__ = ["TOO_DENSE", "Decision", "Policy"]
+__all__ = ["TOO_DENSE", "TRAINING", "Decision", "Policy"]
 
 # With fewer queries than this a plan costs more than it saves, whatever the keys.
 FEW_QUERIES = 32
 # With fewer keys than this torch's SDPA decodes faster than our kernel (measured on AMD Zen 5): what a call costs by
 # itself decides. By bytes of an element; SDPA is slow at decoding in 16 bits.
 STREAMED_KEYS = {2: 512, 4: 4096}
+# The reason of a call in training; of a layer in training mode too, whose own tensors may need no gradient.
+TRAINING = "training: sparse backends have no backward"
 # The reason of a call whose plan would compute nearly every pair: our own kernel then runs dense.
 TOO_DENSE = "plan too dense to pay"
 
@@ -77,6 +79,7 @@ class Policy:
         reason = self.why_dense(call)
         if reason is not None or isinstance(self.method, Dense):
             return Decision(None, reason=reason)
+        backends.refuse_transforms(call)
         plan = self.method.plan(call)
         density = plan.density()
         return Decision(None, reason=TOO_DENSE) if density > self.max_density else Decision(plan, density)
@@ -86,7 +89,7 @@ class Policy:
         if isinstance(self.method, Dense):
             return None
         if call.needs_gradient:
-            return "training: sparse backends have no backward"
+            return TRAINING
         if call.query_len == 1 and call.extent.causal:
             return "decode"
         limit, keys = call.extent.limit, call.extent.longest

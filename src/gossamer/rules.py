@@ -77,7 +77,7 @@ class Rule(ABC):
 
 def per_head(value: PerHead, heads: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """One number for each head, ``[heads]``."""
-    numbers = torch.as_tensor(value, dtype=dtype)
+    numbers = value.to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
     if numbers.ndim > 1 or (numbers.ndim == 1 and numbers.numel() != heads):
         raise ValueError(f"a rule needs one number, or one for each of {heads} heads, got {tuple(numbers.shape)}")
     return numbers.expand(heads).to(device, non_blocking=torch.device(device).type != "cpu")
@@ -198,7 +198,7 @@ def top_k(scores: Tensor, k: Tensor | int) -> Tensor:
     that broadcasts to the leading dimensions (heads may have different budgets). Budgets on the CPU spare scores on a
     device a wait.
     """
-    budget = torch.as_tensor(k).clamp(max=scores.shape[-1])
+    budget = (k if isinstance(k, Tensor) else torch.tensor(k, device="cpu")).clamp(max=scores.shape[-1])
     most = int(budget.max()) if budget.numel() else 0
     budget = budget.to(scores.device, non_blocking=True)
     if most <= 0:

@@ -29,7 +29,7 @@ def last_query_probe(call: AttentionCall, last: int = 64) -> tuple[Tensor, Tenso
     columns, diagonals = backend_of(call, "last_query_probe").last_query_probe(call, last)
     keys = call.extent.key_count
     if bool((keys != call.extent.longest).any()):
-        beyond = torch.arange(call.extent.longest) >= keys[:, None]
+        beyond = torch.arange(call.extent.longest, device="cpu") >= keys[:, None]
         diagonals = diagonals.masked_fill(beyond[:, None].to(call.device, non_blocking=True), 0.0)
     return columns, diagonals
 

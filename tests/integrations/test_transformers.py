@@ -12,38 +12,26 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tiny_transformers import LENGTH, WINDOW, forward, generate, padding, pair, prompt
+from tiny_transformers import ALWAYS_SPARSE, FULL, LENGTH, WINDOW, forward, generate, padding, pair, prompt, tiny_llama
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
-    CompileConfig,
     DeepseekV32Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    StaticCache,
 )
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from gossamer import methods
 from gossamer.attention import sparse_attention
-from gossamer.integrations.transformers import NAME, enable, hf_attention, register
-from gossamer.integrations.transformers.attention import owner_of
+from gossamer.integrations.transformers import NAME, compact_mask, enable, hf_attention, register
+from gossamer.integrations.transformers.owners import owner_of
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
-
-ALWAYS_SPARSE: dict[str, Any] = {"min_tokens": 0, "max_density": 2.0}
-FULL: dict[str, Any] = {"sink": 1, "window": 1024} | ALWAYS_SPARSE
-
-
-def tiny_llama(**changes: Any) -> Any:
-    torch.manual_seed(0)
-    config = copy.deepcopy(pair("llama")[0].config)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
 class TestHandle:
@@ -257,82 +245,6 @@ class TestEnable:
         assert model.config._attn_implementation == NAME
 
 
-class TestTraining:
-    def test_gradients_run_dense_and_agree(self) -> None:
-        stock, model = (copy.deepcopy(model) for model in pair("llama"))
-        mask = padding(left=(0, 9))
-        stock(input_ids=prompt(), attention_mask=mask).logits[mask.bool()].square().mean().backward()
-        with enable(model, "a_shape", sink=1, window=3, **ALWAYS_SPARSE) as handle:
-            model(input_ids=prompt(), attention_mask=mask).logits[mask.bool()].square().mean().backward()
-            assert all(row.dense_calls == 1 for row in handle.stats())
-            assert all(reason.startswith("training") for reason in handle.stats().fallbacks())
-        for (name, one), (_, two) in zip(stock.named_parameters(), model.named_parameters(), strict=True):
-            assert one.grad is not None, name
-            torch.testing.assert_close(two.grad, one.grad, atol=1e-5, rtol=1e-3)
-
-    def test_dropout_runs_dense_and_drops_what_stock_attention_drops(self) -> None:
-        model = tiny_llama(attention_dropout=0.5).train()
-        stock = copy.deepcopy(model)
-
-        def logits(of: Any, seed: int) -> torch.Tensor:
-            torch.manual_seed(seed)
-            return of(input_ids=prompt()).logits
-
-        with enable(model, "a_shape", **FULL) as handle:
-            got, other = logits(model, 1), logits(model, 2)
-            assert handle.stats().fallbacks() == {"training: dropout": 4}
-        torch.testing.assert_close(got, logits(stock, 1), atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(got, other, atol=1e-2)
-
-    def test_dropout_with_sinks_is_an_error(self) -> None:
-        model = copy.deepcopy(pair("gpt-oss-sinks")[1]).train()
-        model.model.layers[0].self_attn.attention_dropout = 0.5
-        with enable(model), pytest.raises(ValueError, match="dropout"):
-            model(input_ids=prompt())
-
-
-class TestCompile:
-    @pytest.mark.parametrize("family", ["llama", "gpt-oss-sinks"])
-    def test_generate_with_a_compiled_decode_step(self, family: str) -> None:
-        stock, model = pair(family)
-        mask = padding(left=(0, 9))
-        expected = generate(stock, prompt(), mask, new=6, cache_implementation="static")
-        compiled: Any = CompileConfig(backend="eager", fullgraph=True)
-        compiled.mode = None
-        compiled._compile_all_devices = True
-        torch.compiler.reset()
-        with enable(model, "a_shape", **FULL) as handle:
-            got = generate(model, prompt(), mask, new=6, cache_implementation="static", compile_config=compiled)
-            rows = list(handle.stats())
-        torch.compiler.reset()
-        assert torch.equal(got.tokens, expected.tokens)
-        # The prefill is sparse and counted; the decode steps are in a graph, which holds no clocks and counters.
-        assert all(row.sparse_calls == 1 for row in rows)
-        assert all(row.dense_calls < 5 for row in rows)
-
-    def test_one_decode_step_is_one_graph(self) -> None:
-        model = tiny_llama(num_hidden_layers=1)
-        with enable(model, "a_shape", **FULL), torch.no_grad():
-            cache = StaticCache(config=model.config, max_cache_len=64)
-            model(input_ids=prompt(), past_key_values=cache)
-            step = torch.compile(model.forward, fullgraph=True, backend="eager")
-            token = prompt(length=1, seed=9)
-            got = step(input_ids=token, past_key_values=cache).logits
-        torch.compiler.reset()
-        expected = forward(model, torch.cat([prompt(), token], dim=1)).logits[:, -1:]
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-
-    def test_a_compiled_prefill_leaves_the_graph_and_is_still_sparse(self) -> None:
-        model = tiny_llama(num_hidden_layers=1)
-        expected = forward(model, prompt(), padding(left=(0, 9)), use_cache=False)
-        with enable(model, "a_shape", **FULL) as handle:
-            compiled = torch.compile(model, backend="eager")
-            got = forward(compiled, prompt(), padding(left=(0, 9)), use_cache=False)
-            assert all(row.sparse_calls == 1 for row in handle.stats())
-        torch.compiler.reset()
-        torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-4)
-
-
 class TestUnusualArguments:
     @pytest.mark.parametrize("additive", [False, True])
     def test_a_mask_of_the_callers_own(self, additive: bool) -> None:
@@ -423,21 +335,29 @@ class TestUnusualArguments:
         with pytest.raises(NotImplementedError, match="MiniMax"):
             hf_attention(nn.Module(), q, q, q, None, block_indices=torch.zeros(1))
 
-    def test_unknown_keywords_are_named_once(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_unknown_keywords_are_refused(self) -> None:
         q = torch.randn(1, 2, 4, 8)
-        with caplog.at_level(logging.WARNING, logger="gossamer"):
-            for _ in range(2):
-                hf_attention(nn.Module(), q, q, q, None, wavelength=3, nothing=None, position_ids=q)
-        assert [record.getMessage().split(",")[0] for record in caplog.records if "wavelength" in record.message] == [
-            "attention was called with wavelength"
-        ]
+        module = nn.Module()
+        module.layer_idx = 3
+        with pytest.raises(NotImplementedError, match="Module of layer 3 gives its attention sinks, wavelength"):
+            hf_attention(module, q, q, q, None, wavelength=3, sinks=q, nothing=None, position_ids=q)
+        hf_attention(module, q, q, q, None, nothing=None, position_ids=q)
 
     def test_the_window_of_the_mask_comes_before_the_keyword(self) -> None:
         length = 3 * WINDOW
         q, k, v = (torch.randn(1, 2, length, 8) for _ in range(3))
-        mask = torch.full((1, length), WINDOW, dtype=torch.int32)
+        mask = compact_mask(1, length, length, mask_function=sliding_window_causal_mask_function(WINDOW))
         pairs = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - WINDOW)
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=pairs).transpose(1, 2)
         for given in (mask, None):
             out, _ = hf_attention(nn.Module(), q, k, v, given, sliding_window=WINDOW if given is None else 7)
             torch.testing.assert_close(out, expected)
+
+    def test_weights_are_asked_for_in_vain_and_said_so(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = tiny_llama()
+        with enable(model, "a_shape", **FULL), caplog.at_level(logging.WARNING, logger="gossamer"), torch.no_grad():
+            model(input_ids=prompt(), output_attentions=False)
+            assert not caplog.records
+            for _ in range(2):
+                model(input_ids=prompt(), output_attentions=True)
+        assert [record.getMessage().split(":")[0] for record in caplog.records] == ["output_attentions=True"]

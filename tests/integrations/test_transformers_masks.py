@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
+    blockwise_overlay,
     causal_mask_function,
     chunked_causal_mask_function,
     or_masks,
@@ -23,10 +24,13 @@ from transformers.masking_utils import (
 from gossamer.integrations.transformers.masks import (
     compact_mask,
     compact_mask_bidirectional,
+    compact_of,
     extent_of,
     extent_of_one_query,
-    is_bidirectional,
+    is_compact,
+    pairs_of,
     plain_window,
+    read,
 )
 from gossamer.plan import Extent
 
@@ -35,12 +39,19 @@ BATCH = 3
 
 def assert_means(mask: Tensor | None, expected: Tensor) -> None:
     """A compact mask gives the pairs that are expected of live queries; a query of padding has none."""
-    if mask is not None and mask.ndim == 4:
-        assert torch.equal(mask, expected)
-        return
     q_length, kv_length = expected.shape[2:]
+    attends = expected.any(dim=-1, keepdim=True)
+    if mask is not None:
+        assert is_compact(mask)
+        pairs = pairs_of(mask, q_length, kv_length)
+        assert torch.equal(pairs & attends, expected)
+        assert bool((pairs | attends).all())
     extent, used = extent_of(mask, BATCH, q_length, kv_length)
-    assert extent is not None
+    if extent is None:
+        assert mask is not None
+        live = read(mask, BATCH, kv_length).live
+        assert bool((live[:, 1:] & ~live[:, :-1]).sum(dim=1).add(live[:, 0]).gt(1).any())
+        return
     assert used <= kv_length
     pairs = extent.allowed(torch.arange(q_length), used)
     live = extent.live_queries(q_length)
@@ -90,11 +101,9 @@ def test_compact_mask_means_what_sdpa_mask_means(
         "attention_mask": attention_mask,
     }
     mask = compact_mask(**arguments)
-    if kind in ("every", "hole"):
-        assert mask is not None
-        assert mask.ndim == 4
-    else:
-        assert mask is None or mask.ndim == 2
+    # Layers that are not causal by themselves rely on a mask wherever sdpa gives them one.
+    window_matters = window is not None and (keys or past + q_length) >= window
+    assert (mask is None) == (kind == "none" and past == 0 and keys is None and not window_matters)
     assert_means(mask, whole(**arguments))
 
 
@@ -115,16 +124,51 @@ def test_rolling_caches_keep_their_offset(kind: str, again: bool) -> None:
     mask = compact_mask(**arguments)
     if again and mask is not None:
         mask = compact_mask(**{**arguments, "attention_mask": mask.bool()})
-    assert mask is not None
-    assert mask.ndim == 2
+    assert is_compact(mask)
     assert_means(mask, expected)
 
 
 def test_nothing_to_say_is_none() -> None:
     assert compact_mask(2, 8, 8) is None
     assert compact_mask(2, 8, 8, attention_mask=torch.ones(2, 8, dtype=torch.bool)) is None
-    assert compact_mask(2, 8, 30, q_offset=22) is None
-    assert compact_mask(2, 8, 30, q_offset=torch.tensor(22)) is None
+    assert is_compact(compact_mask(2, 8, 30, q_offset=22))
+    assert is_compact(compact_mask(2, 8, 30, q_offset=torch.tensor(22)))
+
+
+@pytest.mark.parametrize("keys", [12, 20])
+@pytest.mark.parametrize("window", [None, 4])
+def test_none_is_what_sdpa_makes_none(window: int | None, keys: int) -> None:
+    """A layer that is not causal by itself takes None for every pair, so that it must not stand for anything else."""
+    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    arguments: dict[str, Any] = {
+        "batch_size": 1,
+        "q_length": 12,
+        "kv_length": keys,
+        "mask_function": function,
+        "local_size": window,
+    }
+    if compact_mask(**arguments) is None:
+        assert sdpa_mask(**arguments) is None
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_blocks_without_a_token_change_nothing(window: int | None) -> None:
+    ids = torch.full((BATCH, 12), -1)
+    overlay = blockwise_overlay(ids)
+    function = or_masks(causal_mask_function, overlay)
+    if window is not None:
+        function = and_masks(function, sliding_window_overlay(window))
+    assert plain_window(function) == (True, window)
+    arguments: dict[str, Any] = {"batch_size": BATCH, "q_length": 12, "kv_length": 12, "mask_function": function}
+    arguments["attention_mask"] = padded(12, "left")
+    mask = compact_mask(**arguments, allow_is_causal_skip=False, use_vmap=True)
+    assert is_compact(mask)
+    assert_means(mask, whole(**arguments))
+    ids[1, 3:6] = 0  # an image
+    assert plain_window(function) == (False, None)
+    mask = compact_mask(**arguments, allow_is_causal_skip=False, use_vmap=True)
+    assert mask is not None
+    assert torch.equal(mask, whole(**arguments, use_vmap=True))
 
 
 def test_a_caller_that_wants_the_whole_mask_gets_it() -> None:
@@ -190,8 +234,10 @@ def test_an_overlay_falls_to_the_whole_mask(start: int, stop: int) -> None:
 
 
 def test_a_mask_for_other_keys_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 9\).*\(2, 12\)"):
-        extent_of(torch.ones(2, 9, dtype=torch.bool), 2, 4, 12)
+    mask = compact_mask(2, 4, 9, q_offset=5)
+    for keys in (12, 8):
+        with pytest.raises(ValueError, match=rf"\(2, 9\).*\(2, {keys}\)"):
+            extent_of(mask, 2, 4, keys)
 
 
 def test_one_query_with_a_hole_has_no_extent() -> None:
@@ -237,7 +283,7 @@ def test_bidirectional_masks_mean_what_sdpa_masks_mean(
         "attention_mask": padded(kv_length, kind),
     }
     mask = compact_mask_bidirectional(**arguments, allow_is_causal_skip=False)
-    assert is_bidirectional(mask)
+    assert is_compact(mask)
     extent, used = extent_of(mask, BATCH, q_length, kv_length)
     assert extent is not None
     assert not extent.causal
@@ -271,3 +317,42 @@ def test_full_extents_are_those_without_a_mask() -> None:
     expected = Extent.full(2, 3, 9, limit=4)
     assert torch.equal(extent.allowed(torch.arange(3), 9), expected.allowed(torch.arange(3), 9))
     assert extent_of(None, 2, 3, 9, window=9)[0].limit is None  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("kind", ["none", "left", "right", "both", "every", "hole"])
+@pytest.mark.parametrize(("q_length", "past", "keys"), SHAPES)
+def test_a_plain_mask_is_recognized_pair_by_pair(
+    q_length: int, past: int, keys: int | None, kind: str, window: int | None
+) -> None:
+    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    arguments: dict[str, Any] = {
+        "batch_size": BATCH,
+        "q_length": q_length,
+        "kv_length": keys or past + q_length,
+        "q_offset": past,
+        "mask_function": function,
+        "attention_mask": padded(past + q_length, kind),
+    }
+    expected = whole(**arguments).contiguous()
+    mask = compact_of(expected)
+    assert mask is not None
+    attends = expected.any(dim=-1, keepdim=True)
+    assert torch.equal(pairs_of(mask, q_length, expected.shape[3]) & attends, expected)
+    assert compact_of(expected) is mask
+    for row, key in ((q_length - 1, past + q_length - 2), (1, past + 1)):
+        other = expected.clone()
+        other[2, 0, row, key] ^= True
+        if (found := compact_of(other)) is not None:  # a window of other keys, or one key less
+            assert torch.equal(pairs_of(found, q_length, other.shape[3]) & other.any(dim=-1, keepdim=True), other)
+
+
+def test_other_masks_pair_by_pair_are_not_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gossamer.integrations.transformers.masks.COMPARED_BYTES", 1)
+    causal = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    assert compact_of(causal) is not None
+    prefix = causal.clone()
+    prefix[..., :3] = True
+    chunks = causal & (torch.arange(9)[:, None] // 4 == torch.arange(9) // 4)
+    for mask in (prefix, chunks, causal.float(), causal.expand(1, 2, 9, 9), torch.zeros_like(causal)):
+        assert compact_of(mask) is None

@@ -49,8 +49,9 @@ def test_parity_at_full_budget(family: str, situation: str) -> None:
     for row in stats:
         assert row.density == pytest.approx(1.0)
         if row.layer in FAMILIES[family].dense_layers:
-            assert row.sparse_calls == 0
-            assert row.fallbacks["mask is not plain"] >= 1
+            # Within one chunk of attention, as chunks of the prompt are, chunked attention is plain.
+            assert row.sparse_calls == 0 or situation.startswith("chunked")
+            assert row.sparse_calls + row.fallbacks.get("mask is not plain", 0) >= 1
         else:
             assert row.sparse_calls >= 1
             assert set(row.fallbacks) <= {"decode"}

@@ -250,4 +250,17 @@ SITUATIONS: dict[str, Callable[[Any], Run]] = {
     "packed": _packed,
 }
 # What these describe cannot be planned for; they run dense, and say so.
-DENSE_SITUATIONS = {"right padding of every row", "hole", "packed"}
+DENSE_SITUATIONS = {"hole", "packed"}
+
+
+# Every pair of every call, by the sparse path.
+ALWAYS_SPARSE: dict[str, Any] = {"min_tokens": 0, "max_density": 2.0}
+FULL: dict[str, Any] = {"sink": 1, "window": 1024} | ALWAYS_SPARSE
+
+
+def tiny_llama(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = copy.deepcopy(pair("llama")[0].config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()

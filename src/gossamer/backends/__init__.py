@@ -15,10 +15,11 @@ from types import ModuleType
 from torch import Tensor, bfloat16, compiler, device, float16, float32
 
 from gossamer.backends import cpu, triton
+from gossamer.backends.gradient import refuse_transforms
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 
-__all__ = ["attend", "backend_of", "name_of", "why_slow"]
+__all__ = ["attend", "backend_of", "name_of", "refuse_transforms", "why_slow"]
 
 ATTEND = "GOSSAMER_BACKEND"
 PLAN = "GOSSAMER_PLANNER"
@@ -86,5 +87,10 @@ def why_slow(call: AttentionCall) -> str:
 
 
 def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
-    """Run the plan on the best backend for the call. See `gossamer.backends.torch.attend`, the definition."""
+    """Run the plan on the best backend for the call. See `gossamer.backends.torch.attend`, the definition.
+
+    Raises:
+        NotImplementedError: tensors that carry tangents, or belong to ``torch.func``.
+    """
+    refuse_transforms(call)
     return backend_of(call, "attend").attend(call, plan)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
+import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
 
-__all__ = ["refuse"]
+from gossamer.call import AttentionCall
+
+__all__ = ["refuse", "refuse_transforms"]
 
 
 def refuse(_context: Any, *_gradients: Tensor | None) -> NoReturn:
@@ -15,3 +19,23 @@ def refuse(_context: Any, *_gradients: Tensor | None) -> NoReturn:
         "a gradient was asked of a sparse executor, which has no backward; train with gossamer.sparse_attention, which "
         "runs dense attention where gradients are needed, or call the executor under torch.no_grad()"
     )
+
+
+def refuse_transforms(call: AttentionCall) -> None:
+    """Raise for tensors that carry tangents or belong to ``torch.func``: kernels read plain numbers and would lose them.
+
+    Raises:
+        NotImplementedError: forward-mode derivatives, or vmap and the like.
+    """
+    for tensor in (call.q, call.k, call.v, call.sinks):
+        if tensor is None:
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise NotImplementedError(
+                "sparse attention does not work under torch.func (vmap, jvp, grad); put the extra dimension into the "
+                "batch, or use gossamer.methods.create('dense')"
+            )
+        if forward_mode.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "sparse attention has no forward-mode derivative; use gossamer.methods.create('dense') outside of it"
+            )

@@ -75,7 +75,9 @@ def _local_rows(plan: SparsePlan, block_q: int, rows: int) -> Tensor:
     """The plan's row that covers each row of blocks of ``block_q``, int64 ``[B, rows]``; it may lie beyond the last."""
     first = plan.extent.first_position // block_q
     ratio = plan.block_q // block_q
-    return ((first[:, None] + torch.arange(rows)) // ratio - plan.grid.first_block[:, None]).to(plan.device)
+    return ((first[:, None] + torch.arange(rows, device="cpu")) // ratio - plan.grid.first_block[:, None]).to(
+        plan.device
+    )
 
 
 def _taken(plan: SparsePlan, indptr: Tensor, indices: Tensor, many: int, rows: Tensor) -> _Lists:

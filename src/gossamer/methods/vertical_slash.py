@@ -92,4 +92,5 @@ def band_mass(mass: Tensor) -> Tensor:
 
 def at_least(size: PerHead, minimum: int, unit: int = 1) -> Tensor:
     """Budgets of each head in ``unit`` tokens, with the authors' minimum. On the CPU, where selecting needs them."""
-    return -(-torch.as_tensor(size).clamp(min=minimum) // unit)
+    sizes = size if isinstance(size, Tensor) else torch.tensor(size, device="cpu")
+    return -(-sizes.clamp(min=minimum) // unit)

@@ -125,7 +125,7 @@ def exact_masses(
     columns = torch.zeros(call.batch, call.heads, call.extent.longest, device=call.device)
     diagonals = torch.zeros_like(columns)
     blocks = torch.zeros(call.batch, call.heads, len(chosen), grid.key_blocks, device=call.device)
-    rows = torch.zeros(call.batch, dtype=torch.int64)
+    rows = torch.zeros(call.batch, dtype=torch.int64, device="cpu")
     for row in range(call.batch):
         tiles = RowMass(call, lse, row)
         for queries in query_pieces(grid, row, chosen, tiles.most_queries):
@@ -176,5 +176,7 @@ def plan_recall(call: AttentionCall, plan: SparsePlan, lse: Tensor) -> Tensor:
         lse: of dense attention with the same sinks, ``[B, H, S]``, from `log_sum_exp`.
     """
     lost = 1 - (_plan_lse(call, plan) - lse).exp()
-    live = call.extent.allowed(torch.arange(call.query_len), call.key_len).any(-1).to(call.device)[:, None]
+    live = (
+        call.extent.allowed(torch.arange(call.query_len, device="cpu"), call.key_len).any(-1).to(call.device)[:, None]
+    )
     return 1 - (lost.masked_fill_(~live, 0.0).sum(dim=-1) / live.sum(dim=-1).clamp(min=1)).float()

@@ -20,10 +20,10 @@ def visible_pairs(grid: Grid, query_blocks: range | None = None, *, limit: int |
     extent, window = grid.extent, grid.extent.limit if limit is None else limit
     chosen = range(grid.query_blocks) if query_blocks is None else query_blocks
     low, high = grid.key_block_ends()
-    pairs = torch.zeros(extent.batch, len(chosen), grid.key_blocks, dtype=torch.int64)
+    pairs = torch.zeros(extent.batch, len(chosen), grid.key_blocks, dtype=torch.int64, device="cpu")
     for index, m in enumerate(chosen):
         for row in range(extent.batch):
-            position = torch.arange(*grid.queries[row, m].tolist())[:, None]
+            position = torch.arange(*grid.queries[row, m].tolist(), device="cpu")[:, None]
             first, last = low[row], high[row]
             if extent.causal:
                 last = last.minimum(position + 1)

@@ -21,11 +21,15 @@ def count_pairs(plan: SparsePlan) -> Tensor:
     """Pairs computed by each head, int64 ``[B, heads]``, on the CPU."""
     if bool((torch.as_tensor(plan.window) >= WHOLE).all()):
         return plan.extent.count_allowed()[:, None].expand(-1, plan.heads).contiguous()
-    counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64)
+    counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64, device="cpu")
     if plan.permuted:
         chunk = max(1, _MASK_BUDGET // max(1, plan.batch * plan.heads * plan.key_len))
         for start in range(0, plan.query_len, chunk):
-            counts += plan.rows_mask(torch.arange(start, min(start + chunk, plan.query_len))).sum(dim=(2, 3)).cpu()
+            counts += (
+                plan.rows_mask(torch.arange(start, min(start + chunk, plan.query_len), device="cpu"))
+                .sum(dim=(2, 3))
+                .cpu()
+            )
         return counts
     if plan.num_query_blocks == 0 or plan.num_key_blocks == 0:
         return counts
@@ -53,7 +57,7 @@ class _Head:
         row = batch_row * plan.heads + head
         blocks, block_lengths = _csr_rows(plan.block_indptr, plan.block_indices, row, plan.num_query_blocks)
         columns, column_lengths = _csr_rows(plan.column_indptr, plan.column_indices, row, plan.num_column_groups)
-        selected = torch.zeros(plan.num_query_blocks, plan.num_key_blocks, dtype=torch.bool)
+        selected = torch.zeros(plan.num_query_blocks, plan.num_key_blocks, dtype=torch.bool, device="cpu")
         selected[torch.repeat_interleave(block_lengths), blocks] = True
         return cls(
             plan,
@@ -69,7 +73,7 @@ class _Head:
     def count(self) -> int:
         plan = self.plan
         first, last = self.queries[:, 0], self.queries[:, 1] - 1
-        low = torch.arange(plan.num_key_blocks) * plan.block_k
+        low = torch.arange(plan.num_key_blocks, device="cpu") * plan.block_k
         low, high = self._live(low), self._live(low + plan.block_k)
         total = 0
         for selected, kind in ((self.selected, "selected"), (~self.selected, "band")):
@@ -83,7 +87,7 @@ class _Head:
 
     def _count_columns(self, first: Tensor, last: Tensor) -> int:
         plan = self.plan
-        offsets = torch.arange(min(plan.column_group, plan.num_query_blocks))
+        offsets = torch.arange(min(plan.column_group, plan.num_query_blocks), device="cpu")
         total = 0
         step = max(1, _ROW_BUDGET // len(offsets))
         for start in range(0, self.columns.numel(), step):
@@ -119,7 +123,7 @@ class _Head:
             whole &= _nearest(first, last, low, high) >= self.window
         total = int(((last - first + 1) * width)[whole].sum())
         first, last, low, high = (t[~whole] for t in (first, last, low, high))
-        offsets = torch.arange(self.plan.block_q)
+        offsets = torch.arange(self.plan.block_q, device="cpu")
         step = max(1, _ROW_BUDGET // self.plan.block_q)
         for start in range(0, first.numel(), step):
             part = slice(start, start + step)

@@ -77,7 +77,7 @@ class Extent:
                 f"Extent.full: {query_len} queries cannot be the last tokens of {key_len} keys; "
                 "give query_start, query_count, key_start and key_count explicitly, or causal=False for cross-attention"
             )
-        row = torch.ones(batch, dtype=torch.int64)
+        row = torch.ones(batch, dtype=torch.int64, device="cpu")
         start = key_len - query_len if causal else 0
         return cls(row * start, row * query_len, row * 0, row * key_len, causal=causal, limit=limit)
 
@@ -114,7 +114,7 @@ class Extent:
         mask = mask.cpu()
         count = mask.sum(dim=1)
         start = mask.int().argmax(dim=1) if mask.shape[1] else count
-        slots = torch.arange(mask.shape[1])
+        slots = torch.arange(mask.shape[1], device="cpu")
         contiguous = (mask == ((slots >= start[:, None]) & (slots < (start + count)[:, None]))).all(dim=1)
         if not bool(contiguous.all()):
             row = int((~contiguous).nonzero()[0])

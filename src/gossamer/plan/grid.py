@@ -59,7 +59,7 @@ class Grid:
     @cached_property
     def queries(self) -> Tensor:
         """Positions of the live queries of each block, half-open, ``[B, M, 2]``; empty in surplus rows."""
-        begin = (self.first_block[:, None] + torch.arange(self.query_blocks)) * self.block_q
+        begin = (self.first_block[:, None] + torch.arange(self.query_blocks, device="cpu")) * self.block_q
         first = self.extent.first_position[:, None]
         last = first + self.extent.query_count[:, None]
         low, high = begin.maximum(first), (begin + self.block_q).minimum(last)
@@ -106,6 +106,6 @@ class Grid:
 
     def key_block_ends(self) -> tuple[Tensor, Tensor]:
         """First and one past the last live position of each key block, ``[B, N]`` each; equal where none is live."""
-        low = (torch.arange(self.key_blocks) * self.block_k).expand(self.extent.batch, -1)
+        low = (torch.arange(self.key_blocks, device="cpu") * self.block_k).expand(self.extent.batch, -1)
         low = low.minimum(self.extent.key_count[:, None])
         return low, (low + self.block_k).minimum(self.extent.key_count[:, None])

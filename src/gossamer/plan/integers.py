@@ -35,7 +35,7 @@ def integer(value: int, name: str, least: int = 0) -> int:
 def bounded(value: Integers, name: str, least: int) -> Tensor:
     """A copy as int64 on the CPU, every value in ``least .. MOST``."""
     try:
-        tensor = torch.as_tensor(value)
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name} must hold integers of at most {MOST}, got {value!r}") from error
     if not tensor.numel():  # of an empty list, torch makes floats

@@ -33,7 +33,7 @@ def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _empty_indices() -> Tensor:
-    return torch.empty(0, dtype=torch.int32)
+    return torch.empty(0, dtype=torch.int32, device="cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -304,7 +304,7 @@ class SparsePlan:
 
     def to_mask(self) -> Tensor:
         """Dense bool mask ``[B, heads, S, T]``. For tests and pictures: it has S * T entries a head."""
-        return self.rows_mask(torch.arange(self.query_len))
+        return self.rows_mask(torch.arange(self.query_len, device="cpu"))
 
     def count_pairs(self) -> Tensor:
         """Number of pairs that the plan computes, int64 ``[B, heads]`` on the CPU. Exact.

@@ -49,7 +49,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
 
 
 def _sinks(call: AttentionCall) -> Tensor:
-    return torch.empty(0) if call.sinks is None else call.sinks.float()
+    return torch.empty(0, device="cpu") if call.sinks is None else call.sinks.float()
 
 
 # Defined by schema, not by torch.library.custom_op: that imports the whole of torch._dynamo on the first call.
@@ -75,8 +75,8 @@ def _cpu_attend(
     # Held by name until the kernel is done: only their addresses are handed over.
     q, k, v = (dense_rows(x) for x in (q, k, v))
     plan, sinks = [x.contiguous() for x in plan], sinks.contiguous()
-    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device="cpu")
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
     native.prefer_huge_pages(out.data_ptr(), out.nbytes)
     call = native.AttentionCall(
         q=tensor_view(q),

@@ -60,19 +60,19 @@ class ListWriter(TorchListWriter):
                 f"one list of all rows takes less than 2^32 scores a head, got {len(part)} x {self.width}; "
                 "widen the blocks"
             )
-        bits = torch.empty(batch, heads, len(part), ceil_div(self.width, 64), dtype=torch.int64)
-        counts = torch.empty(batch, heads, len(part), dtype=torch.int64)
+        bits = torch.empty(batch, heads, len(part), ceil_div(self.width, 64), dtype=torch.int64, device="cpu")
+        counts = torch.empty(batch, heads, len(part), dtype=torch.int64, device="cpu")
         _choose(candidates, scores if fields else None, fields, shape, bits, counts)
         self.take(part, counts, bits)
 
     def build(self) -> tuple[Tensor, Tensor]:
         """Row pointers int64 and ascending indices int32 of all rows."""
-        counts = torch.zeros(self.shape, dtype=torch.int64)
+        counts = torch.zeros(self.shape, dtype=torch.int64, device="cpu")
         for start, (part, _) in self._parts.items():
             counts[:, :, start : start + part.shape[2]] = part
-        indptr = torch.zeros(counts.numel() + 1, dtype=torch.int64)
+        indptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(counts.flatten(), 0, out=indptr[1:])
-        indices = torch.empty(int(indptr[-1]), dtype=torch.int32)
+        indices = torch.empty(int(indptr[-1]), dtype=torch.int32, device="cpu")
         starts = indptr[:-1].view(self.shape)
         for start, (part, chosen) in self._parts.items():
             row_starts = starts[:, :, start : start + part.shape[2]].contiguous()
@@ -181,7 +181,7 @@ def count(plan: SparsePlan) -> Tensor:
         return count_pairs(plan)
     if plan.device.type != "cpu":
         raise ValueError(f"the C++ kernels count plans on the CPU, got one on {plan.device}; move it")
-    counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64)
+    counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64, device="cpu")
     tensors, sizes = plan_parts(plan)
     tensors = [x.contiguous() for x in tensors]  # held by name until the kernel is done
     kernels().count_pairs(plan_view(tensors, sizes), counts=counts.data_ptr(), threads=torch.get_num_threads())

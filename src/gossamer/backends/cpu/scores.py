@@ -35,7 +35,7 @@ def last_query_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
     if last < 1:
         raise ValueError(f"the probe needs at least one row, got last={last}")
     width = call.extent.longest
-    columns = torch.zeros(call.batch, call.heads, width)
+    columns = torch.zeros(call.batch, call.heads, width, device="cpu")
     diagonals = torch.zeros_like(columns)
     q, k = dense_rows(call.q), dense_rows(call.k)
     kernels().probe(
@@ -53,7 +53,7 @@ def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     """See `gossamer.backends.torch.pool_keys`."""
     check_tensors(call.k)
     grid = _of_call(grid, call)
-    means = torch.empty(call.batch, call.groups, grid.key_blocks, call.k.shape[-1])
+    means = torch.empty(call.batch, call.groups, grid.key_blocks, call.k.shape[-1], device="cpu")
     k = dense_rows(call.k)
     kernels().pool_keys(
         active_isa(k.dtype),
@@ -70,7 +70,7 @@ def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
     """See `gossamer.backends.torch.pool_queries`."""
     check_tensors(call.q)
     grid = _of_call(grid, call)
-    means = torch.empty(call.batch, call.heads, grid.query_blocks, call.q.shape[-1])
+    means = torch.empty(call.batch, call.heads, grid.query_blocks, call.q.shape[-1], device="cpu")
     q = dense_rows(call.q)
     kernels().pool_queries(
         active_isa(q.dtype),
@@ -90,7 +90,7 @@ def pooled_scores(call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor
     _check_part(part, grid)
     _check_pooled(queries, "queries", (call.batch, call.heads, grid.query_blocks, call.q.shape[-1]), torch.float32)
     _check_pooled(keys, "keys", (call.batch, call.groups, grid.key_blocks, call.q.shape[-1]), torch.float32)
-    scores = torch.empty(call.batch, call.heads, len(part), grid.key_blocks)
+    scores = torch.empty(call.batch, call.heads, len(part), grid.key_blocks, device="cpu")
     queries, keys = queries.contiguous(), keys.contiguous()
     kernels().pooled_products(
         active_isa(torch.float32),
@@ -110,7 +110,7 @@ def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range)
     grid = _of_call(grid, call)
     _check_part(part, grid)
     _check_pooled(keys, "keys", (call.batch, call.groups, grid.key_blocks, call.q.shape[-1]), call.q.dtype)
-    energies = torch.empty(call.batch, call.groups, len(part), grid.key_blocks)
+    energies = torch.empty(call.batch, call.groups, len(part), grid.key_blocks, device="cpu")
     q, keys = dense_rows(call.q), keys.contiguous()
     kernels().block_energy(
         active_isa(q.dtype), score_view(q, keys, call), grid_view(grid), part_view(part), out=energies.data_ptr()
@@ -130,7 +130,7 @@ def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: rang
         )
     grid = _of_call(grid, call)
     _check_part(part, grid)
-    scores = torch.empty(call.batch, call.heads, len(part), grid.key_blocks)
+    scores = torch.empty(call.batch, call.heads, len(part), grid.key_blocks, device="cpu")
     if scores.numel() == 0:
         return scores
     q, k = dense_rows(call.q), dense_rows(call.k)

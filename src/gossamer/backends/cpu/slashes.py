@@ -31,9 +31,12 @@ def exact_slashes(
     columns, slashes = columns.contiguous(), slashes.to(torch.bool).contiguous()
     words = ceil_div(width, 64)
     rows = (batch, heads, len(part))
-    block_bits = torch.empty(*rows, ceil_div(words, 64), dtype=torch.int64)
-    column_bits = torch.empty(*rows, words, dtype=torch.int64)
-    block_counts, column_counts = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
+    block_bits = torch.empty(*rows, ceil_div(words, 64), dtype=torch.int64, device="cpu")
+    column_bits = torch.empty(*rows, words, dtype=torch.int64, device="cpu")
+    block_counts, column_counts = (
+        torch.empty(rows, dtype=torch.int64, device="cpu"),
+        torch.empty(rows, dtype=torch.int64, device="cpu"),
+    )
     native = kernels()
     call = native.Slashes(
         extent=extent_view(grid.extent),
@@ -54,6 +57,6 @@ def exact_slashes(
 
 def _listed(bits: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
     ends = counts.flatten().cumsum(0)
-    indices = torch.empty(int(counts.sum()), dtype=torch.int32)
+    indices = torch.empty(int(counts.sum()), dtype=torch.int32, device="cpu")
     list_bits(bits, width, ends - counts.flatten(), indices)
     return counts, indices

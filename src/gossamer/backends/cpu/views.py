@@ -78,7 +78,7 @@ def score_view(q: Tensor, k: Tensor, call: AttentionCall) -> Any:
 
 def plan_parts(plan: SparsePlan) -> tuple[list[Tensor], list[int]]:
     """A plan on the CPU as an operator can take it, for `plan_view`."""
-    extent, absent = plan.extent, torch.empty(0, dtype=torch.int32)
+    extent, absent = plan.extent, torch.empty(0, dtype=torch.int32, device="cpu")
     tensors = [
         extent.query_start,
         extent.query_count,

@@ -78,4 +78,4 @@ def cleared_queries(call: AttentionCall) -> Tensor:
 def _chunks(call: AttentionCall) -> Iterator[Tensor]:
     step = max(1, _LOGITS // max(1, call.batch * call.heads * call.key_len))
     for start in range(0, call.query_len, step):
-        yield torch.arange(start, min(start + step, call.query_len))
+        yield torch.arange(start, min(start + step, call.query_len), device="cpu")

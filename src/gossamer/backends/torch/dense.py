@@ -26,7 +26,7 @@ def dense(call: AttentionCall) -> Tensor:
     if not needs_mask(call):
         causal = call.extent.causal and call.query_len > 1
         return sdpa(call.q, call.k, call.values, call.scale, is_causal=causal)
-    mask = call.extent.allowed(torch.arange(call.query_len), call.key_len)[:, None].to(call.device)
+    mask = call.extent.allowed(torch.arange(call.query_len, device="cpu"), call.key_len)[:, None].to(call.device)
     some = mask.any(dim=-1, keepdim=True)
     # Rows without any key attend all of them, so that neither they nor their gradients are NaN; then they count as 0.
     q, k, v = cleared_queries(call), cleared(call.k, call), cleared(call.values, call)
@@ -93,6 +93,8 @@ def under_mask(
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
+    # Sizes are tensors while torch.jit traces.
+    grouped = bool(q.shape[1] != k.shape[1])
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
     )

@@ -132,7 +132,7 @@ def _pool(x: Tensor, first: Tensor, count: Tensor, offset: Tensor, block: int, b
             part = tokens[:, low - skip : high - skip]
             part = F.pad(part, (0, 0, low - m * block, -high % block)).unflatten(1, (-1, block))
             means[b, :, m : m + part.shape[1]] = part.sum(dim=2, dtype=torch.float32)
-        begin = torch.arange(blocks) * block
+        begin = torch.arange(blocks, device="cpu") * block
         live = ((begin + block).clamp(max=skip + total) - begin.clamp(min=skip)).clamp(min=1)
         means[b] /= live.to(x.device)[:, None]
     return means

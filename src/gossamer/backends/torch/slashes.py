@@ -71,7 +71,7 @@ def exact_slashes(
     """
     batch, heads, width = columns.shape
     device, rows = columns.device, batch * heads
-    end = (grid.first_block[:, None] + torch.tensor(part) + 1) * BLOCK
+    end = (grid.first_block[:, None] + torch.tensor(part, device="cpu") + 1) * BLOCK
     end = torch.where(grid.queries[:, part.start : part.stop].diff(dim=-1)[..., 0] > 0, end, 0).to(device)
     ends = end[:, None].expand(batch, heads, len(part))
     low, high = merged_ranges(slashes.view(rows, width), ends.reshape(rows, len(part)))

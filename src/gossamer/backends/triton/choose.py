@@ -164,5 +164,7 @@ def finish(blocks: ListWriter | None, columns: ListWriter | None, **fields: Any)
     lists.setdefault("block_indices", nothing)  # a plan lies where its blocks lie
     plan = SparsePlan.unchecked(**fields, **lists)
     counted = found[len(writers) :]
-    pairs = torch.tensor(counted, dtype=torch.int64).view(plan.batch, plan.heads) if counted else count(plan)
+    pairs = (
+        torch.tensor(counted, dtype=torch.int64, device="cpu").view(plan.batch, plan.heads) if counted else count(plan)
+    )
     return SparsePlan.unchecked(**fields, **lists, pairs=pairs)

@@ -35,7 +35,7 @@ def count(plan: SparsePlan) -> Tensor:
     if plan.column_indices.numel():
         columns = _marked(plan.column_indptr, plan.column_indices, plan.extent.longest)
     pairs = pairs_of_bits(plan, plan.device, blocks=blocks, columns=columns)
-    return torch.tensor(fetch(pairs.flatten()), dtype=torch.int64).view(plan.batch, plan.heads)
+    return torch.tensor(fetch(pairs.flatten()), dtype=torch.int64, device="cpu").view(plan.batch, plan.heads)
 
 
 def countable(plan: SparsePlan) -> bool:

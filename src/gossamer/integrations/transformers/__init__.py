@@ -1,4 +1,4 @@
-"""Sparse prefill inside unmodified transformers models: `enable`, `Handle`, `register`.
+"""Sparse prefill inside unmodified transformers models: `enable`, `Handle`, `verify`, `register`.
 
     handle = gossamer.enable(model, method="minference")    # also a context manager
     model.generate(...)                                     # prefill sparse, decode dense
@@ -10,9 +10,11 @@ policy belongs to the model object. ``from_pretrained(..., attn_implementation="
 module is imported (`register` was called); such a model uses the default policy until it is enabled.
 """
 
-from gossamer.integrations.transformers.attention import NAME, Observation, hf_attention, register
+from gossamer.integrations.transformers.attention import hf_attention, register
 from gossamer.integrations.transformers.handle import Handle, LayerStats, Stats, enable
 from gossamer.integrations.transformers.masks import compact_mask
+from gossamer.integrations.transformers.owners import NAME, Observation
+from gossamer.integrations.transformers.verify import Verification, verify
 
 __all__ = [
     "NAME",
@@ -20,10 +22,12 @@ __all__ = [
     "LayerStats",
     "Observation",
     "Stats",
+    "Verification",
     "compact_mask",
     "enable",
     "hf_attention",
     "register",
+    "verify",
 ]
 
 register()

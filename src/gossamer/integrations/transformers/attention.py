@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from gossamer.attention import CallRecord, attend
+from gossamer.backends.torch.dense import sdpa
 from gossamer.call import AttentionCall
 from gossamer.integrations.transformers.fallback import (
-    allowed_pairs,
+    causal_pairs,
     dense_attention,
     listed_pairs,
     pairs_of_sequences,
@@ -26,19 +26,22 @@ from gossamer.integrations.transformers.fallback import (
 from gossamer.integrations.transformers.masks import (
     compact_mask,
     compact_mask_bidirectional,
+    compact_of,
     extent_of,
     extent_of_one_query,
-    is_bidirectional,
-    two_sided_pairs,
+    is_compact,
+    pairs_of,
+    read,
 )
+from gossamer.integrations.transformers.operator import named, operator
+from gossamer.integrations.transformers.owners import NAME, Observation, Owner, owner_for
 from gossamer.plan import Extent
-from gossamer.policy import Policy
+from gossamer.policy import TRAINING
 
-__all__ = ["BIDIRECTIONAL", "NAME", "Observation", "hf_attention", "owner_of", "register", "set_owner"]
+__all__ = ["BIDIRECTIONAL", "hf_attention", "register"]
 
 logger = logging.getLogger("gossamer")
 
-NAME = "gossamer"
 BIDIRECTIONAL = "gossamer_bidirectional"
 
 # Keywords that models pass along and that do not change the result of attention.
@@ -46,6 +49,7 @@ IGNORED = frozenset(
     {
         "cache_position",
         "cu_seq_lens_k",
+        "deterministic",
         "labels",
         "logits_to_keep",
         "max_length_k",
@@ -62,53 +66,6 @@ IGNORED = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """What went into and came out of one call with several queries, for `Handle.observe`. Read, do not write.
-
-    Fields:
-        call: with ``layer``, the model's index of it.
-        out: ``[B, H, S, Dv]``.
-    """
-
-    call: AttentionCall
-    out: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """Who decides for an attention module: the policy, and where its calls are recorded."""
-
-    policy: Policy
-    record: Callable[[CallRecord], None] | None
-    observe: Callable[[Observation], None] | None = None
-
-
-# Which model object a module belongs to; the one piece of process-wide state, written by `Handle` alone.
-_owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
-
-
-def owner_of(module: nn.Module) -> Owner | None:
-    return _owners.get(module)
-
-
-def set_owner(module: nn.Module, owner: Owner | None) -> None:
-    if owner is None:
-        _owners.pop(module, None)
-    else:
-        _owners[module] = owner
-
-
-@functools.cache
-def _default_owner() -> Owner:
-    logger.warning(
-        "a model uses attn_implementation=%r without gossamer.enable(model): it runs the default policy, unrecorded. "
-        "(Two models built from one config object share it; copy.deepcopy the config to keep them apart.)",
-        NAME,
-    )
-    return Owner(Policy.of("minference"), None)
-
-
 def register() -> None:
     """Register the attention function and the mask functions. Idempotent."""
     for name, mask in ((NAME, compact_mask), (BIDIRECTIONAL, compact_mask_bidirectional)):
@@ -116,15 +73,44 @@ def register() -> None:
         AttentionMaskInterface.register(name, mask)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """What a layer asks for: tensors as `AttentionCall` has them, the mask as it came, and what describes it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    softcap: float | None
+    window: int | None
+    causal: bool
+    layer: int | None
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def query_len(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def key_len(self) -> int:
+        return self.key.shape[2]
+
+
 def hf_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention for one layer, as transformers calls it.
 
-    Dense, and counted with the reason: a mask that is not plain, packed sequences, bidirectional attention that was not
-    asked for, dropout, a position bias, and keys that the model itself was trained to choose; and whatever the policy
-    finds not worth a plan (decoding, short prompts, training). Under ``torch.compile`` a decode step stays one graph
-    and is not counted; a prefill leaves the graph.
+    Dense, and counted with the reason: a module in training, a mask that is not plain, packed sequences, bidirectional
+    attention that was not asked for, dropout, a position bias, and keys that the model itself was trained to choose;
+    and whatever the policy finds not worth a plan (decoding, short prompts). Under autocast all is done in its dtype.
+    Under ``torch.compile`` and ``torch.export`` a prefill is one operator, which counts when it runs; a decode step
+    and training are plain torch there, and are not counted.
 
     Args:
         query: ``[B, H, S, D]``; key: ``[B, G, T, D]``; value: ``[B, G, T, Dv]``.
@@ -135,18 +121,17 @@ def hf_attention(
         dropout, is_causal, position_bias: as for transformers' ``sdpa``.
         indices: int ``[B, S, n]``, the keys that each query attends (DeepSeek sparse attention), below 0 for none.
         cu_seq_lens_q: where each of several sequences in one row starts and ends.
-        **kwargs: others are ignored, with a warning if they may matter.
+        **kwargs: those that change no result are ignored.
 
     Returns:
         out ``[B, S, H, Dv]``, and None: weights are never formed.
 
     Raises:
-        NotImplementedError: a paged cache, or trained block indices.
+        NotImplementedError: a paged cache, trained block indices, or a keyword that is not known here.
+        TypeError: dtypes differ, outside autocast.
         ValueError: sinks or a soft-cap with dropout, a position bias or an additive mask; or shapes that do not fit.
     """
-    # Not only while compiling: of a frame that leaves the graph, the functions it calls are compiled on their own.
-    run = _attend if query.shape[2] == 1 else cast(Any, _attend_outside_graph)
-    return run(module, query, key, value, attention_mask, **kwargs)
+    return _attend(module, query, key, value, attention_mask, **kwargs), None
 
 
 def _attend(
@@ -168,99 +153,181 @@ def _attend(
     cu_seq_lens_q: Tensor | None = None,
     cache: Any = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> Tensor:
+    _refuse_unknown(module, cache, block_indices, kwargs)
+    query, key, value = _of_one_dtype(module, query, key, value)
+    asked = _Asked(
+        query,
+        key,
+        value,
+        attention_mask,
+        s_aux,
+        scaling if scaling is not None else query.shape[-1] ** -0.5,
+        softcap,
+        sliding_window,
+        bool(is_causal if is_causal is not None else getattr(module, "is_causal", True)),
+        getattr(module, "layer_idx", None),
+    )
+    packed = cu_seq_lens_q if cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2 else None
+    extras = _Extras(dropout, position_bias, indices, packed)
+    if torch.jit.is_tracing():
+        return _densely(module, asked, extras)
+    if torch.compiler.is_compiling():
+        training = module.training or (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)))
+        if training or extras.reason is not None or asked.query_len == 1:
+            return _densely(module, asked, extras)
+        fields = asked.mask, s_aux, asked.scale, softcap, asked.window, asked.causal, asked.layer
+        return _operator(query, key, value, *fields, *named(module))
+    owner = owner_for(module)
+    owner.reached.add(id(module) if asked.layer is None else asked.layer)
+    if extras.reason is not None:
+        return _counted(owner, asked, extras.reason, lambda: _densely(module, asked, extras))
+    return _by_policy(owner, asked, TRAINING if module.training else None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Extras:
+    """What only a dense call can have."""
+
+    dropout: float = 0.0
+    position_bias: Tensor | None = None
+    indices: Tensor | None = None
+    packed: Tensor | None = None
+
+    @property
+    def reason(self) -> str | None:
+        if self.position_bias is not None:
+            return "position bias"
+        if self.dropout > 0:
+            return "training: dropout"
+        if self.indices is not None:
+            return "keys chosen by the model"
+        return "packed sequences" if self.packed is not None else None
+
+
+def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
+    """``[B, S, H, Dv]``: by the owner's policy, where the mask can be described to it."""
+    extent, used, reason = _described(asked, owner)
+    if extent is None or reason is not None:
+        return _counted(owner, asked, reason, lambda: _densely(None, asked, _Extras()))
+    keys, values = asked.key[:, :, :used], asked.value[:, :, :used]
+    call = AttentionCall(asked.query, keys, values, extent, asked.scale, asked.sinks, asked.softcap, asked.layer)
+    out = attend(call, owner.policy, because=training, record=owner.record)
+    assert isinstance(out, Tensor)
+    if owner.observe is not None and asked.query_len > 1:
+        owner.observe(Observation(call, out))
+    return out.transpose(1, 2).contiguous()
+
+
+def _run_operator(owner: Owner, *tensors_and_fields: Any) -> Tensor:
+    asked = _Asked(*tensors_and_fields)
+    owner.reached.add(asked.layer)
+    return _by_policy(owner, asked, None)
+
+
+_operator = operator(_run_operator)
+
+
+def _described(asked: _Asked, owner: Owner) -> tuple[Extent | None, int, str | None]:
+    """The pairs that are asked for as an extent, as far as they are one; the key slots that it is for; why dense."""
+    mask, batch, keys = asked.mask, asked.batch, asked.key_len
+    if mask is not None and mask.ndim == 4 and asked.query_len > 1:
+        mask = compact_of(mask)
+        if mask is None or mask.shape[0] != batch:
+            return None, keys, "mask is not plain" if asked.causal else "not causal"
+    if is_compact(mask):
+        extent, used = extent_of(mask, batch, asked.query_len, keys, asked.window)
+        if extent is not None:
+            return extent, used, None
+        two_sided = read(cast(Tensor, mask), batch, keys).end is None
+        return None, used, "left padding without causality" if two_sided else "mask is not plain"
+    if asked.query_len == 1:
+        # A single query sees every key that its mask leaves; positions matter from the second one on.
+        found = extent_of_one_query(mask, batch, keys) if owner.policy.decodes_on_kernel(asked.query, keys) else None
+        return (None, keys, "decode") if found is None else (*found, None)
+    if not asked.causal:
+        return None, keys, "not causal"
+    return *extent_of(None, batch, asked.query_len, keys, asked.window), None
+
+
+def _counted(owner: Owner, asked: _Asked, reason: str | None, run: Callable[[], Tensor]) -> Tensor:
+    """A dense call, recorded with its reason."""
+    started = time.perf_counter()
+    out = run()
+    if reason is not None:
+        _log_once(reason)
+        if owner.record is not None:
+            seconds = time.perf_counter() - started
+            executor = "sdpa" if asked.sinks is None and asked.softcap is None else "torch"
+            sizes = asked.query_len, asked.key_len
+            owner.record(CallRecord(asked.layer, "dense", reason, 1.0, 0.0, seconds, executor, *sizes))
+    return out
+
+
+def _densely(module: nn.Module | None, asked: _Asked, extras: _Extras) -> Tensor:
+    """``[B, S, H, Dv]`` in plain torch, pair by pair where the mask says anything; differentiable, and fit for graphs."""
+    mask, length = asked.mask, asked.key_len
+    plain = asked.sinks is None and asked.softcap is None and extras.reason is None
+    if mask is None and asked.causal and 1 < length == asked.query_len <= (asked.window or length) and plain:
+        out = sdpa(asked.query, asked.key, asked.value, asked.scale, is_causal=True)
+        return out.transpose(1, 2).contiguous()
+    if is_compact(mask):
+        mask = pairs_of(cast(Tensor, mask), asked.query_len, asked.key_len, asked.window)
+    elif mask is None and asked.causal and asked.query_len > 1:
+        mask = causal_pairs(asked.query_len, asked.key_len, asked.window, asked.query.device)
+    if extras.packed is not None:
+        mask = restricted(mask, pairs_of_sequences(extras.packed, asked.query, asked.key))
+    if extras.indices is not None:
+        mask = restricted(mask, listed_pairs(extras.indices, asked.key_len))
+    return dense_attention(
+        module,
+        asked.query,
+        asked.key,
+        asked.value,
+        mask,
+        scale=asked.scale,
+        dropout=extras.dropout,
+        position_bias=extras.position_bias,
+        sinks=asked.sinks,
+        softcap=asked.softcap,
+    )
+
+
+def _of_one_dtype(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As stock attention sees them under autocast: norms and rotations leave queries and keys in float32 there.
+
+    Raises:
+        TypeError: dtypes differ, and there is no autocast.
+    """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+    if query.dtype == key.dtype == value.dtype:
+        return query, key, value
+    raise TypeError(
+        f"{_name(module)} gives query, key and value of {query.dtype}, {key.dtype} and {value.dtype}; they must share a "
+        "dtype: load the model in one dtype (dtype=...), or run it under torch.autocast"
+    )
+
+
+def _refuse_unknown(module: nn.Module, cache: Any, block_indices: Tensor | None, others: dict[str, Any]) -> None:
     if cache is not None or block_indices is not None:
         what = "a paged cache (generate_batch)" if cache is not None else "trained block indices (MiniMax-M3)"
         raise NotImplementedError(f"gossamer does not support {what}; use attn_implementation='sdpa' for this model")
-    # Nothing is looked up, timed or counted inside a compiled decode step: its graph must stay whole.
-    owner = None
-    if not torch.compiler.is_compiling():
-        _warn_unknown(frozenset(name for name, given in kwargs.items() if given is not None) - IGNORED)
-        owner = owner_of(module) or _default_owner()
-    packed = cu_seq_lens_q if cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2 else None
-    extras = (position_bias is not None, dropout > 0, indices is not None, packed is not None)
-    reason = next((why for given, why in zip(extras, _EXTRAS, strict=True) if given), None)
-    causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
-    layer, scale = getattr(module, "layer_idx", None), scaling if scaling is not None else query.shape[-1] ** -0.5
-    asked = _asked(query, key, owner, attention_mask, causal, sliding_window)
-
-    if reason is None and asked.reason is None and asked.extent is not None and owner is not None:
-        keys, values = key[:, :, : asked.used], value[:, :, : asked.used]
-        call = AttentionCall(query, keys, values, asked.extent, scale, s_aux, softcap, layer)
-        out = attend(call, owner.policy, record=owner.record)
-        assert isinstance(out, Tensor)
-        if owner.observe is not None and query.shape[2] > 1:
-            owner.observe(Observation(call, out))
-        return out.transpose(1, 2).contiguous(), None
-
-    started = 0.0 if owner is None else time.perf_counter()
-    mask = _mask_of(asked, attention_mask, query, key)
-    if packed is not None:
-        mask = restricted(mask, pairs_of_sequences(packed, query, key))
-    if indices is not None:
-        mask = restricted(mask, listed_pairs(indices, key.shape[2]))
-    softening = {"sinks": s_aux, "softcap": softcap}
-    out = dense_attention(
-        module, query, key, value, mask, scale=scale, dropout=dropout, position_bias=position_bias, **softening
-    )
-    reason = reason or asked.reason
-    if owner is not None and reason is not None:
-        _log_once(reason)
-        if owner.record is not None:
-            seconds, executor = time.perf_counter() - started, "sdpa" if s_aux is None and softcap is None else "torch"
-            sizes = query.shape[2], key.shape[2]
-            owner.record(CallRecord(layer, "dense", reason, 1.0, 0.0, seconds, executor, *sizes))
-    return out, None
+    unknown = sorted(name for name, given in others.items() if name not in IGNORED and given is not None)
+    if unknown:
+        raise NotImplementedError(
+            f"{_name(module)} gives its attention {', '.join(unknown)}, which gossamer does not know and which may "
+            "change the result; use attn_implementation='eager' for this model, and report it"
+        )
+    if others.get("output_attentions") and not torch.compiler.is_compiling():
+        _warn_of_weights()
 
 
-_attend_outside_graph = torch.compiler.disable(_attend)
-_EXTRAS = ("position bias", "training: dropout", "keys chosen by the model", "packed sequences")
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What a mask and a layer ask for: the pairs as an extent, as far as they are one, and why not sparse.
-
-    ``used`` are the key slots that the extent is for.
-    """
-
-    extent: Extent | None
-    used: int
-    reason: str | None = None
-
-
-def _asked(
-    query: Tensor, key: Tensor, owner: Owner | None, mask: Tensor | None, causal: bool, window: int | None
-) -> _Asked:
-    batch, query_len, key_len = query.shape[0], query.shape[2], key.shape[2]
-    pairwise = mask is not None and mask.ndim == 4
-    if is_bidirectional(mask):
-        extent, used = extent_of(mask, batch, query_len, key_len)
-        return _Asked(extent, used, "left padding without causality" if extent is None else None)
-    if not causal:
-        return _Asked(None, key_len, "not causal")
-    if query_len == 1:
-        if owner is not None and owner.policy.decodes_on_kernel(query, key_len):
-            found = extent_of_one_query(mask, batch, key_len)
-            if found is not None:
-                return _Asked(*found)
-        # A single query sees every key that its mask leaves; positions matter from the second one on.
-        if mask is None or pairwise:
-            return _Asked(None, key_len, "decode")
-        return _Asked(*extent_of(mask, batch, 1, key_len, window), "decode")
-    if pairwise:
-        return _Asked(None, key_len, "mask is not plain")
-    return _Asked(*extent_of(mask, batch, query_len, key_len, window))
-
-
-def _mask_of(asked: _Asked, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """What is asked for as a mask over all key slots, the unused ones included."""
-    if mask is not None and mask.ndim == 4:
-        return mask
-    if asked.extent is not None:
-        pairs = allowed_pairs(asked.extent, query.shape[2], asked.used, query.device)
-        return torch.nn.functional.pad(pairs, (0, key.shape[2] - asked.used))
-    return two_sided_pairs(mask, query.shape[2]) if mask is not None and is_bidirectional(mask) else mask
+def _name(module: nn.Module) -> str:
+    layer = getattr(module, "layer_idx", None)
+    return type(module).__name__ + ("" if layer is None else f" of layer {layer}")
 
 
 @functools.cache
@@ -269,10 +336,8 @@ def _log_once(reason: str) -> None:
 
 
 @functools.cache
-def _warn_unknown(names: frozenset[str]) -> None:
-    if names:
-        logger.warning(
-            "attention was called with %s, which gossamer does not know and ignores; if it changes the result, "
-            "use attn_implementation='sdpa' and report it",
-            ", ".join(sorted(names)),
-        )
+def _warn_of_weights() -> None:
+    logger.warning(
+        "output_attentions=True: gossamer, as sdpa, never forms attention weights, and returns none; "
+        "use attn_implementation='eager' to get them"
+    )

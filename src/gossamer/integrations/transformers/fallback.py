@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gossamer.backends.torch.dense import under_mask
-from gossamer.plan import Extent
 
-__all__ = ["allowed_pairs", "dense_attention", "listed_pairs", "pairs_of_sequences", "restricted"]
+__all__ = ["causal_pairs", "dense_attention", "listed_pairs", "pairs_of_sequences", "restricted"]
 
 
 def dense_attention(
-    module: nn.Module,
+    module: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -27,6 +29,8 @@ def dense_attention(
 ) -> Tensor:
     """Under a mask ``[B, 1, S, T]``, bool or to be added; None means no mask. Returns ``[B, S, H, Dv]``.
 
+    The module is needed with a position bias alone.
+
     Raises:
         ValueError: sinks or a soft-cap with dropout, a position bias or an additive mask.
     """
@@ -38,18 +42,32 @@ def dense_attention(
             f"attention sinks or a logit soft-cap cannot be combined with {what} here; "
             "call model.eval(), pass a boolean mask, or use attn_implementation='eager'"
         )
-    if dropout > 0 or additive:
+    if position_bias is not None:
         return sdpa_attention_forward(
-            module, query, key, value, mask, dropout, scale, is_causal=False, position_bias=position_bias
+            cast(nn.Module, module),
+            query,
+            key,
+            value,
+            mask,
+            dropout,
+            scale,
+            is_causal=False,
+            position_bias=position_bias,
         )[0]
+    if dropout > 0 or additive:
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, scale=scale, enable_gqa=bool(query.shape[1] != key.shape[1])
+        )
+        return out.transpose(1, 2).contiguous()
     return under_mask(query, key, value, mask, scale, sinks, softcap).transpose(1, 2).contiguous()
 
 
-def allowed_pairs(extent: Extent, query_len: int, key_len: int, device: torch.device) -> Tensor:
-    """The pairs of an extent, bool ``[B, 1, S, T]``; everything for queries that would attend nothing, which are
-    padding and must not become NaN."""
-    pairs = extent.allowed(torch.arange(query_len), key_len)[:, None]
-    return (pairs | ~pairs.any(dim=-1, keepdim=True)).to(device)
+def causal_pairs(query_len: int, key_len: int, window: int | None, device: torch.device) -> Tensor:
+    """The pairs of the last queries with all keys, bool ``[1, 1, S, T]``."""
+    query = torch.arange(query_len, device=device)[:, None] + (key_len - query_len)
+    key = torch.arange(key_len, device=device)
+    pairs = key <= query
+    return (pairs if window is None else pairs & (query - key < window))[None, None]
 
 
 def restricted(mask: Tensor | None, pairs: Tensor) -> Tensor:

@@ -6,24 +6,18 @@ import copy
 import dataclasses
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from gossamer import methods
 from gossamer.attention import CallRecord
-from gossamer.integrations.transformers.attention import (
-    BIDIRECTIONAL,
-    NAME,
-    Observation,
-    Owner,
-    owner_of,
-    register,
-    set_owner,
-)
+from gossamer.integrations.transformers.attention import BIDIRECTIONAL, register
+from gossamer.integrations.transformers.owners import NAME, Observation, Owner, lend, owner_of, set_owner
 from gossamer.methods import Method
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
@@ -119,19 +113,23 @@ class Handle:
     It holds the model weakly: a handle that is kept does not keep the model in memory.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, previous: str | dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, policy: Policy, lent: dict[int, tuple[Any, str]], layers: int) -> None:
         self.policy = policy
         self._model = weakref.ref(model)
-        self._previous = previous
+        self._lent = lent
         self._layers: dict[int | None, LayerStats] = {}
-        owner = Owner(policy, self._record)
-        for module in model.modules():
-            set_owner(module, owner)
+        self._reached: set[Any] = set()
+        self._own(model, None)
         self._enabled = True
+        for config, previous in lent.values():
+            lend(config, previous, 1)
+        self._expected = layers
+        self._first_forward = model.register_forward_hook(_FirstForward(self))
 
     @property
     def enabled(self) -> bool:
-        return self._enabled
+        """Whether the model's attention comes here: not after `disable`, nor while the model was told otherwise."""
+        return self._enabled and any(_is_ours(config) for config, _ in self._lent.values())
 
     def stats(self) -> Stats:
         """What each layer did until now. Layers that were not called are absent."""
@@ -151,20 +149,42 @@ class Handle:
         model = self._model()
         if not self._enabled or model is None:
             raise ValueError("this handle is disabled; call gossamer.enable(model) again")
-        owner = Owner(self.policy, self._record, visit)
-        for module in model.modules():
-            set_owner(module, owner)
+        self._own(model, visit)
 
     def disable(self) -> None:
-        """Give the model its previous attention implementation back. A second call does nothing."""
+        """Give the model its previous attention implementation back. A second call does nothing.
+
+        What the user has chosen since with ``set_attn_implementation`` stays. A config that other enabled models share
+        is given back by the last of them.
+        """
         model = self._model()
         if not self._enabled or model is None:
             self._enabled = False
             return
         self._enabled = False
+        self._first_forward.remove()
+        self._own(model, None, enabled=False)
+        returned = {key: lend(config, previous, -1) for key, (config, previous) in self._lent.items()}
+        wanted = {key: former for key, former in returned.items() if former and _is_ours(self._lent[key][0])}
+        if wanted:
+            cast(Any, model).set_attn_implementation(_implementations(cast(Any, model).config, wanted))
+
+    def _own(self, model: nn.Module, visit: Callable[[Observation], None] | None, enabled: bool = True) -> None:
+        owner = Owner(self.policy, self._record, visit, self._reached) if enabled else None
         for module in model.modules():
-            set_owner(module, None)
-        cast(Any, model).set_attn_implementation(self._previous)
+            set_owner(module, owner)
+
+    def check_reached(self, model: nn.Module) -> None:
+        """After a first whole forward: every attention layer must have come here, or the results are not ours."""
+        if not self.enabled:
+            return
+        self._first_forward.remove()
+        if len(self._reached) < self._expected:
+            raise RuntimeError(
+                f"of the {self._expected} attention layers of {type(model).__name__}, {len(self._reached)} reached "
+                "gossamer in a forward pass: this model computes attention by itself, and under another mask than it "
+                "expects. Its results are wrong; disable the handle and leave the model as it is"
+            )
 
     def _record(self, call: CallRecord) -> None:
         self._layers.setdefault(call.layer, LayerStats(call.layer)).add(call)
@@ -180,7 +200,29 @@ class Handle:
     def __repr__(self) -> str:
         model = self._model()
         name = type(model).__name__ if model is not None else "a model that is gone"
-        return f"<gossamer {self.policy.method.name} on {name}, {'enabled' if self._enabled else 'disabled'}>"
+        state = "enabled" if self.enabled else "disabled"
+        if self._enabled and not self.enabled:
+            state = "switched off by set_attn_implementation"
+        return f"<gossamer {self.policy.method.name} on {name}, {state}>"
+
+
+class _FirstForward:
+    """A forward hook that has the handle check, once, what a forward pass did. Copies of the model have an idle one."""
+
+    def __init__(self, handle: Handle | None = None) -> None:
+        self._handle = handle
+
+    def __call__(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
+        # Graphs count when they run, and layers may be dropped in training.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or model.training or self._handle is None:
+            return
+        self._handle.check_reached(model)
+
+    def __deepcopy__(self, memo: Any) -> _FirstForward:
+        return _FirstForward()
+
+    def __reduce__(self) -> tuple[type[_FirstForward], tuple[()]]:
+        return _FirstForward, ()
 
 
 def enable(
@@ -210,8 +252,9 @@ def enable(
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: an unknown method or field, a model that is enabled already, or one that cannot switch its
-            attention implementation.
+        ValueError: an unknown method or field, a model that is enabled already, one that cannot switch its attention
+            implementation, or one that shares its config with a model that is enabled otherwise.
+        RuntimeError: later, after the first forward pass: some attention layers did not come here.
     """
     policy = _policy(method, profile, min_tokens, max_density, fields)
     modules = getattr(model, "modules", None)
@@ -227,6 +270,8 @@ def enable(
     register()
     text = model.config if bidirectional else model.config.get_text_config(decoder=True)
     name = BIDIRECTIONAL if bidirectional else NAME
+    _refuse(model, text, name)
+    before = {id(config): (config, config._attn_implementation) for config in _configs(model)}
     previous = _implementations(model.config)
     model.set_attn_implementation(name if bidirectional else _request(model.config, text))
     reached = text if _path(model.config, text) is not None else model.config
@@ -236,7 +281,47 @@ def enable(
             f"{type(model).__name__} does not let its attention implementation be changed: its modelling code does "
             "not go through transformers' AttentionInterface. gossamer cannot run it"
         )
-    return Handle(model, policy, previous)
+    lent = {key: (config, former) for key, (config, former) in before.items() if _is_ours(config)}
+    return Handle(model, policy, lent, 1 if bidirectional else _attention_layers(text))
+
+
+def _refuse(model: Any, text: Any, name: str) -> None:
+    """Raise for what declares that it cannot be served, and for a config that another model uses otherwise."""
+    parts = [part for part in model.modules() if hasattr(part, "_supports_sdpa")]
+    for part in [part for part in parts if part.config is text] or [model]:
+        if not part._supports_sdpa and not part._supports_attention_backend:
+            raise ValueError(
+                f"{type(part).__name__} declares that its attention can't be replaced (_supports_sdpa and "
+                "_supports_attention_backend are both False): it would compute something else. Leave it as it is"
+            )
+    if _is_ours(text) and text._attn_implementation != name:
+        raise ValueError(
+            f"this {type(model).__name__} shares its config with a model that is enabled as "
+            f"{text._attn_implementation!r}, not {name!r}; give it one of its own: copy.deepcopy(config)"
+        )
+
+
+def _attention_layers(config: Any) -> int:
+    """How many layers of a model attend, as far as its config says; at least 1."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if kinds:
+        return max(1, sum("attention" in kind and "linear" not in kind for kind in kinds))
+    return max(1, getattr(config, "num_hidden_layers", None) or 1)
+
+
+def _is_ours(config: Any) -> bool:
+    return config._attn_implementation in (NAME, BIDIRECTIONAL)
+
+
+def _configs(model: Any) -> list[Any]:
+    """The configs of a model and of its parts, each once."""
+    found, waiting = {}, [model.config, *(part.config for part in model.modules() if hasattr(part, "_supports_sdpa"))]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            waiting.extend(_children(config).values())
+    return list(found.values())
 
 
 def _policy(
@@ -280,12 +365,17 @@ def _children(config: Any) -> dict[str, Any]:
     return {name: child for name, child in named.items() if child is not None}
 
 
-def _implementations(config: Any) -> str | dict[str, Any]:
-    """The attention implementations of a config and its sub-configs, as ``set_attn_implementation`` takes them."""
+def _implementations(config: Any, instead: Mapping[int, str] | None = None) -> str | dict[str, Any]:
+    """The attention implementations of a config and its sub-configs, as ``set_attn_implementation`` takes them.
+
+    Args:
+        instead: others, by the ``id`` of a config.
+    """
+    own = (instead or {}).get(id(config), config._attn_implementation)
     children = _children(config)
     if not children:
-        return config._attn_implementation
-    return {"": config._attn_implementation} | {name: _implementations(child) for name, child in children.items()}
+        return own
+    return {"": own} | {name: _implementations(child, instead) for name, child in children.items()}
 
 
 def _path(config: Any, target: Any) -> tuple[str, ...] | None:

@@ -1,0 +1,124 @@
+"""Who decides for an attention module: the one piece of process-wide state, written by `Handle` alone."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gossamer.attention import CallRecord
+from gossamer.call import AttentionCall
+from gossamer.policy import Policy
+
+__all__ = ["NAME", "Observation", "Owner", "key_of", "lend", "module_of", "owner_for", "owner_of", "set_owner"]
+
+logger = logging.getLogger("gossamer")
+
+NAME = "gossamer"
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What went into and came out of one call with several queries, for `Handle.observe`. Read, do not write.
+
+    Fields:
+        call: with ``layer``, the model's index of it.
+        out: ``[B, H, S, Dv]``.
+    """
+
+    call: AttentionCall
+    out: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Owner:
+    """Who decides for an attention module: the policy, and where its calls are recorded.
+
+    Fields:
+        reached: layers whose attention came here, whatever became of the call.
+    """
+
+    policy: Policy
+    record: Callable[[CallRecord], None] | None
+    observe: Callable[[Observation], None] | None = None
+    reached: set[Any] = field(default_factory=set)
+
+
+_owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
+# Compiled graphs name a module by a number: drawn, so that a program from another process meets none of ours.
+_keys: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_draw = random.SystemRandom()
+# What configs asked for before they were lent, and how many models use each. Two models may share a config object.
+_lent: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def owner_of(module: nn.Module) -> Owner | None:
+    return _owners.get(module)
+
+
+def set_owner(module: nn.Module, owner: Owner | None) -> None:
+    if owner is None:
+        _owners.pop(module, None)
+    else:
+        _owners[module] = owner
+
+
+def owner_for(module: nn.Module) -> Owner:
+    """Who decides for a module that asks for our attention: its own owner, else one that does as the situation wants.
+
+    A model that is not enabled but shares its config with one that is stays as it was: dense.
+    """
+    owner = _owners.get(module)
+    if owner is not None:
+        return owner
+    return _bystander() if getattr(module, "config", None) in _lent else _default_owner()
+
+
+def lend(config: Any, previous: str, models: int) -> str | None:
+    """Count a model more (1) or less (-1) that uses a config under our name.
+
+    Returns:
+        What the config asked for before the first of them, once no model uses it any more; else None.
+    """
+    first, count = _lent.get(config, (previous, 0))
+    _lent[config] = (first, count + models)
+    if count + models > 0:
+        return None
+    del _lent[config]
+    return first
+
+
+def key_of(module: nn.Module) -> int:
+    """The number by which `module_of` finds a module, as long as it lives."""
+    key = _keys.get(module)
+    if key is None:
+        key = _keys[module] = _draw.getrandbits(62)
+        _modules[key] = module
+    return key
+
+
+def module_of(key: int) -> nn.Module | None:
+    return _modules.get(key)
+
+
+@functools.cache
+def _bystander() -> Owner:
+    return Owner(Policy.of("dense"), None)
+
+
+@functools.cache
+def _default_owner() -> Owner:
+    logger.warning(
+        "a model uses attn_implementation=%r without gossamer.enable(model): it runs the default policy, unrecorded. "
+        "A deep copy of an enabled model is such a one; enable it too.",
+        NAME,
+    )
+    return Owner(Policy.of("minference"), None)
