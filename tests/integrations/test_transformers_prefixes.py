@@ -1,4 +1,4 @@
-"""Models whose layers are not causal by themselves and rely on masks: prefix language models, and text beside images."""
+"""Models whose layers are not causal by themselves and rely on masks: of prefixes, and of text beside images."""
 
 from __future__ import annotations
 

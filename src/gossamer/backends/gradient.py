@@ -22,7 +22,7 @@ def refuse(_context: Any, *_gradients: Tensor | None) -> NoReturn:
 
 
 def refuse_transforms(call: AttentionCall) -> None:
-    """Raise for tensors that carry tangents or belong to ``torch.func``: kernels read plain numbers and would lose them.
+    """Raise for tensors with tangents, or of ``torch.func``: kernels read plain numbers and would lose the rest.
 
     Raises:
         NotImplementedError: forward-mode derivatives, or vmap and the like.

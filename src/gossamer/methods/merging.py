@@ -56,8 +56,12 @@ def merge_plans(plans: Sequence[SparsePlan], owner: Sequence[int]) -> SparsePlan
         column_group=group,
         column_indptr=column_indptr,
         column_indices=column_indices,
-        sink=torch.stack([torch.as_tensor(plans[n].sink)[h] for n, h in zip(owner, source, strict=True)]),
-        window=torch.stack([torch.as_tensor(plans[n].window)[h] for n, h in zip(owner, source, strict=True)]),
+        sink=torch.stack(
+            [torch.as_tensor(plans[n].sink, device=plans[n].device)[h] for n, h in zip(owner, source, strict=True)]
+        ),
+        window=torch.stack(
+            [torch.as_tensor(plans[n].window, device=plans[n].device)[h] for n, h in zip(owner, source, strict=True)]
+        ),
         pairs=None
         if len(known) < len(plans)
         else torch.stack([known[n][:, h] for n, h in zip(owner, source, strict=True)], dim=1),

@@ -40,7 +40,9 @@ def block_counts(plan: SparsePlan) -> Tensor:
     and as many full ones as its further pairs would fill, rounded down.
     """
     pairs = visible_pairs(plan.grid)
-    bands = int(torch.as_tensor(plan.sink).sum()) + int(torch.as_tensor(plan.window).sum())
+    bands = int(torch.as_tensor(plan.sink, device=plan.device).sum()) + int(
+        torch.as_tensor(plan.window, device=plan.device).sum()
+    )
     if not plan.column_indices.numel() and not bands and not plan.permuted:
         return (plan.block_mask().cpu() & (pairs > 0)[:, None]).sum(dim=(2, 3))
     own = visible_pairs(plan.grid, limit=1) > 0

@@ -19,7 +19,7 @@ _MASK_BUDGET = 1 << 26  # entries of a permuted plan's mask
 
 def count_pairs(plan: SparsePlan) -> Tensor:
     """Pairs computed by each head, int64 ``[B, heads]``, on the CPU."""
-    if bool((torch.as_tensor(plan.window) >= WHOLE).all()):
+    if bool((torch.as_tensor(plan.window, device=plan.device) >= WHOLE).all()):
         return plan.extent.count_allowed()[:, None].expand(-1, plan.heads).contiguous()
     counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64, device="cpu")
     if plan.permuted:
@@ -66,8 +66,8 @@ class _Head:
             torch.repeat_interleave(column_lengths),
             plan.grid.queries[batch_row],
             int(plan.extent.key_count[batch_row]),
-            int(torch.as_tensor(plan.sink)[head]),
-            int(torch.as_tensor(plan.window)[head]),
+            int(torch.as_tensor(plan.sink, device=plan.device)[head]),
+            int(torch.as_tensor(plan.window, device=plan.device)[head]),
         )
 
     def count(self) -> int:

@@ -33,7 +33,7 @@ def to_block_mask(plan: SparsePlan, num_heads: int) -> BlockMask:
         return counts.repeat_interleave(share, dim=1), order.repeat_interleave(share, dim=1)
 
     selected, columns = plan.block_mask(), plan.column_mask()
-    sink, window = torch.as_tensor(plan.sink), torch.as_tensor(plan.window)
+    sink, window = torch.as_tensor(plan.sink, device=plan.device), torch.as_tensor(plan.window, device=plan.device)
     query_start, key_start = extent.query_start.to(device), extent.key_start.to(device)
     first_block = plan.grid.first_block.to(device)
     live_query = extent.live_queries(plan.query_len, device)
@@ -95,8 +95,8 @@ class _Tiles:
         touched = self._over_two(listed, rows, 2, self.q_pos % plan.block_q != 0)
         touched = self._over_two(touched, self.k_pos // plan.block_k, 3, self.k_pos % plan.block_k != 0)
         q_pos, k_pos = self.q_pos[:, None, :, None], self.k_pos[:, None, None]
-        sink = torch.as_tensor(plan.sink).view(1, -1, 1, 1)
-        window = torch.as_tensor(plan.window).view(1, -1, 1, 1)
+        sink = torch.as_tensor(plan.sink, device=plan.device).view(1, -1, 1, 1)
+        window = torch.as_tensor(plan.window, device=plan.device).view(1, -1, 1, 1)
         distance = torch.maximum(q_pos - (k_pos + plan.block_k - 1), k_pos - (q_pos + plan.block_q - 1))
         touched = touched | (k_pos < sink) | (distance.clamp(min=0) < window)
         if plan.extent.causal:

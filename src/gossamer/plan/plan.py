@@ -281,8 +281,8 @@ class SparsePlan:
             columns = self.column_mask()
             group = (q_block // self.column_group)[..., None].expand(-1, -1, -1, columns.shape[-1])
             selected |= columns.gather(2, group).gather(3, key.clamp(0, columns.shape[-1] - 1).expand(shape))
-        selected |= key < torch.as_tensor(self.sink).view(1, -1, 1, 1)
-        selected |= (query - key).abs() < torch.as_tensor(self.window).view(1, -1, 1, 1)
+        selected |= key < torch.as_tensor(self.sink, device=self.device).view(1, -1, 1, 1)
+        selected |= (query - key).abs() < torch.as_tensor(self.window, device=self.device).view(1, -1, 1, 1)
         return selected & allowed
 
     def _query_blocks(self, rows: Tensor) -> Tensor:

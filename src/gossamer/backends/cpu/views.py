@@ -88,8 +88,8 @@ def plan_parts(plan: SparsePlan) -> tuple[list[Tensor], list[int]]:
         plan.block_indices,
         plan.column_indptr,
         plan.column_indices,
-        torch.as_tensor(plan.sink),
-        torch.as_tensor(plan.window),
+        torch.as_tensor(plan.sink, device=plan.device),
+        torch.as_tensor(plan.window, device=plan.device),
         absent if plan.q_order is None else plan.q_order,
         absent if plan.k_order is None else plan.k_order,
     ]

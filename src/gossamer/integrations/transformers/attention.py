@@ -265,7 +265,7 @@ def _counted(owner: Owner, asked: _Asked, reason: str | None, run: Callable[[], 
 
 
 def _densely(module: nn.Module | None, asked: _Asked, extras: _Extras) -> Tensor:
-    """``[B, S, H, Dv]`` in plain torch, pair by pair where the mask says anything; differentiable, and fit for graphs."""
+    """``[B, S, H, Dv]`` in plain torch, pair by pair where there is a mask; differentiable, and fit for graphs."""
     mask, length = asked.mask, asked.key_len
     plain = asked.sinks is None and asked.softcap is None and extras.reason is None
     if mask is None and asked.causal and 1 < length == asked.query_len <= (asked.window or length) and plain:
@@ -306,8 +306,8 @@ def _of_one_dtype(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) 
     if query.dtype == key.dtype == value.dtype:
         return query, key, value
     raise TypeError(
-        f"{_name(module)} gives query, key and value of {query.dtype}, {key.dtype} and {value.dtype}; they must share a "
-        "dtype: load the model in one dtype (dtype=...), or run it under torch.autocast"
+        f"{_name(module)} gives query, key and value of {query.dtype}, {key.dtype} and {value.dtype}; they must "
+        "share a dtype: load the model in one dtype (dtype=...), or run it under torch.autocast"
     )
 
 

@@ -73,7 +73,8 @@ class Verification:
             why = check.failure or ", ".join(f"{reason} x{count}" for reason, count in check.reasons.items())
             difference = "-" if check.difference is None else f"{check.difference:.1e}"
             lines.append(
-                f"{check.situation:<28} {state:<5} {difference:>10} {check.largest:>8.2f} {check.sparse_calls:>6}  {why}".rstrip()
+                f"{check.situation:<28} {state:<5} {difference:>10} {check.largest:>8.2f} {check.sparse_calls:>6}  "
+                f"{why}".rstrip()
             )
         return "\n".join(lines)
 
