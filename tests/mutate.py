@@ -83,6 +83,10 @@ PARTS = [
             "tests/integrations/test_transformers_masks.py",
             "tests/integrations/test_transformers_encoders.py",
             "tests/integrations/test_transformers.py",
+            "tests/integrations/test_transformers_state.py",
+            "tests/integrations/test_transformers_prefixes.py",
+            "tests/integrations/test_transformers_training.py",
+            "tests/integrations/test_verify.py",
             "tests/integrations/test_transformers_parity.py",
             "-k",
             "not Compile and not executors_for_gpus and not small_budget_changes and "

@@ -37,6 +37,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from gossamer.integrations.transformers.owners import former_of
 from gossamer.plan import Extent
 from gossamer.plan.integers import MOST
 
@@ -187,7 +188,9 @@ def compact_mask(
         end = int(end)
         if not q_length <= end <= kv_length:
             return sdpa_mask(**mask, allow_is_causal_skip=False)
-        if _says_nothing(q_length, kv_length, window, attention_mask):
+        # Where eager attention was replaced, layers that are not causal by themselves had a mask even then.
+        eager = former_of(kwargs.get("config")) == "eager"
+        if not eager and _says_nothing(q_length, kv_length, window, attention_mask):
             return None
     device = mask.get("device", "cpu")
     live = (torch.arange(kv_length, device=device) < end).expand(batch_size, -1)

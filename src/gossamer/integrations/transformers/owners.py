@@ -17,7 +17,18 @@ from gossamer.attention import CallRecord
 from gossamer.call import AttentionCall
 from gossamer.policy import Policy
 
-__all__ = ["NAME", "Observation", "Owner", "key_of", "lend", "module_of", "owner_for", "owner_of", "set_owner"]
+__all__ = [
+    "NAME",
+    "Observation",
+    "Owner",
+    "former_of",
+    "key_of",
+    "lend",
+    "module_of",
+    "owner_for",
+    "owner_of",
+    "set_owner",
+]
 
 logger = logging.getLogger("gossamer")
 
@@ -79,7 +90,7 @@ def owner_for(module: nn.Module) -> Owner:
     owner = _owners.get(module)
     if owner is not None:
         return owner
-    return _bystander() if getattr(module, "config", None) in _lent else _default_owner()
+    return _default_owner() if former_of(getattr(module, "config", None)) is None else _bystander()
 
 
 def lend(config: Any, previous: str, models: int) -> str | None:
@@ -94,6 +105,11 @@ def lend(config: Any, previous: str, models: int) -> str | None:
         return None
     del _lent[config]
     return first
+
+
+def former_of(config: Any) -> str | None:
+    """What a config asked for before it was lent; None for one that is not."""
+    return None if config is None else _lent.get(config, (None, 0))[0]
 
 
 def key_of(module: nn.Module) -> int:

@@ -1,0 +1,86 @@
+"""`verify` finds what differs, and nothing where nothing does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_transformers import pair, tiny_llama
+from torch import Tensor
+
+import gossamer
+from gossamer.integrations.transformers import owners, verify
+from gossamer.integrations.transformers.verify import SITUATIONS
+
+pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2-softcap", "gpt-oss-sinks", "qwen3-next-hybrid", "llama4-chunked"])
+def test_supported_families_are_the_same(family: str) -> None:
+    _, model = pair(family)
+    before = model.config._attn_implementation
+    found = gossamer.verify(model)
+    assert found.ok, str(found)
+    assert [check.situation for check in found.checks] == list(SITUATIONS)
+    assert all(check.ok for check in found.checks), str(found)
+    prefills = [check for check in found.checks if check.situation != "one token on a cache"]
+    assert all(check.sparse_calls > 0 for check in prefills), str(found)
+    assert model.config._attn_implementation == before
+    assert all(owners.owner_of(module) is None for module in model.modules())
+
+
+def test_a_mask_that_is_not_followed_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: padding is ignored."""
+    monkeypatch.setattr("gossamer.integrations.transformers.masks._says_nothing", lambda *_: True)
+    found = verify(tiny_llama())
+    by_name = {check.situation: check.ok for check in found.checks}
+    assert by_name["a prompt"]
+    assert by_name["left padding"] is False
+    assert not found.ok
+    assert "NOT the same" in str(found)
+    assert "WRONG" in str(found)
+    assert found.to_dict()["ok"] is False
+
+
+def test_an_error_of_ours_is_a_difference_and_one_of_the_models_is_not() -> None:
+    model = tiny_llama()
+    forward = model.forward
+
+    def without_padding(input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Any:
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise RuntimeError("no padding here")
+        if model.config._attn_implementation == "gossamer" and "past_key_values" in more:
+            raise RuntimeError("no cache\nunder gossamer")
+        return forward(input_ids=input_ids, attention_mask=attention_mask, **more)
+
+    model.forward = without_padding
+    found = verify(model)
+    checks = {check.situation: check for check in found.checks}
+    assert checks["a prompt"].ok
+    assert (checks["left padding"].ok, checks["left padding"].failure) == (None, "stock: RuntimeError: no padding here")
+    assert (checks["a second chunk"].ok, checks["a second chunk"].failure) == (False, "RuntimeError: no cache")
+    assert not found.ok
+
+
+def test_a_model_in_training_is_given_back_so() -> None:
+    model = tiny_llama().train()
+    assert verify(model).ok
+    assert model.training
+
+
+def test_weights_that_are_no_numbers_are_no_agreement() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    assert not verify(model).ok
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="at least 16 tokens"):
+        verify(tiny_llama(), length=15)
+    with pytest.raises(TypeError, match="got Linear"):
+        verify(torch.nn.Linear(2, 2))
+    model = tiny_llama()
+    with gossamer.enable(model), pytest.raises(ValueError, match="enabled already"):
+        verify(model)
