@@ -337,7 +337,7 @@ class TestUnusualArguments:
 
     def test_unknown_keywords_are_refused(self) -> None:
         q = torch.randn(1, 2, 4, 8)
-        module = nn.Module()
+        module: Any = nn.Module()
         module.layer_idx = 3
         with pytest.raises(NotImplementedError, match="Module of layer 3 gives its attention sinks, wavelength"):
             hf_attention(module, q, q, q, None, wavelength=3, sinks=q, nothing=None, position_ids=q)

@@ -134,5 +134,5 @@ def test_jit_traces_what_it_traces_without() -> None:
 
     expected = forward(model, prompt(), use_cache=False).logits
     with enable(model, "a_shape", **FULL), torch.no_grad():
-        traced = torch.jit.trace(Logits(), (prompt(),), check_trace=False)
+        traced: Any = torch.jit.trace(Logits(), (prompt(),), check_trace=False)
     torch.testing.assert_close(traced(prompt()), expected, atol=1e-5, rtol=1e-4)

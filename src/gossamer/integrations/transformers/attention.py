@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from gossamer.attention import CallRecord, attend
@@ -170,7 +171,7 @@ def _attend(
     )
     packed = cu_seq_lens_q if cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2 else None
     extras = _Extras(dropout, position_bias, indices, packed)
-    if torch.jit.is_tracing():
+    if is_tracing():
         return _densely(module, asked, extras)
     if torch.compiler.is_compiling():
         training = module.training or (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)))

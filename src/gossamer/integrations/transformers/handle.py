@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from gossamer import methods
 from gossamer.attention import CallRecord
@@ -214,7 +215,7 @@ class _FirstForward:
 
     def __call__(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
         # Graphs count when they run, and layers may be dropped in training.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or model.training or self._handle is None:
+        if torch.compiler.is_compiling() or is_tracing() or model.training or self._handle is None:
             return
         self._handle.check_reached(model)
 
@@ -371,7 +372,7 @@ def _implementations(config: Any, instead: Mapping[int, str] | None = None) -> s
     Args:
         instead: others, by the ``id`` of a config.
     """
-    own = (instead or {}).get(id(config), config._attn_implementation)
+    own: str = (instead or {}).get(id(config)) or config._attn_implementation
     children = _children(config)
     if not children:
         return own

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import (
     and_masks,
@@ -177,7 +178,7 @@ def compact_mask(
     compiling = torch.compiler.is_compiling()
     # An overlay asks for the whole mask by itself, even where it turns out to hold nothing.
     asked = not allow_is_causal_skip and (compiling or _window_on(mask_function, causal_mask_function, _WINDOW)[0])
-    whole = bool(q_length == 1) or asked or torch.jit.is_tracing()
+    whole = bool(q_length == 1) or asked or is_tracing()
     plain, window = False, None
     if not whole:
         plain, window = _window_in_graph(mask_function, mask) if compiling else plain_window(mask_function)

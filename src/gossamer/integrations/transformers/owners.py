@@ -68,7 +68,7 @@ _keys: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 _draw = random.SystemRandom()
 # What configs asked for before they were lent, and how many models use each. Two models may share a config object.
-_lent: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_lent: Any = WeakIdKeyDictionary()
 
 
 def owner_of(module: nn.Module) -> Owner | None:
