@@ -297,6 +297,12 @@ def test_sizes_and_dtypes_of_an_unchecked_plan_are_checked(
         SparsePlan.unchecked(**{**SIZES, "extent": Extent.full(1, 8, 8), "block_indices": nothing} | on)
 
 
+def test_tensors_of_an_unchecked_plan_lie_on_one_device() -> None:
+    indptr = torch.zeros(5, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"SparsePlan.column_indptr must lie on cpu as the others, got meta"):
+        SparsePlan.unchecked(**SIZES, extent=Extent.full(1, 8, 8), column_indptr=indptr)
+
+
 def test_bands_of_an_unchecked_plan_that_lie_on_a_device_are_not_read() -> None:
     for band in (torch.tensor(1 << 40, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")):
         nothing = torch.empty(0, dtype=torch.int32, device="meta")

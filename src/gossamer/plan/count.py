@@ -21,7 +21,7 @@ def count_pairs(plan: SparsePlan) -> Tensor:
     """Pairs computed by each head, int64 ``[B, heads]``, on the CPU."""
     if bool((torch.as_tensor(plan.window) >= WHOLE).all()):
         return plan.extent.count_allowed()[:, None].expand(-1, plan.heads).contiguous()
-    # What is built here is as large as the plan's numbers say, and they may have been written since they were validated.
+    # What is built here is as large as the plan's numbers say, which may have been written since they were validated.
     plan.check()
     counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64)
     if plan.permuted:

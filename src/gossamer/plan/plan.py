@@ -24,6 +24,7 @@ __all__ = ["WHOLE", "SparsePlan", "on_device"]
 
 # A window that holds every pair: positions lie below it.
 WHOLE = MOST
+_LISTS = ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order")
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -95,7 +96,7 @@ class SparsePlan:
     def __post_init__(self) -> None:
         self._check_integers()
         device = self.device
-        for name in ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order"):
+        for name in _LISTS:
             given = getattr(self, name)
             if given is not None:
                 object.__setattr__(self, name, given.to(device, copy=True).contiguous())
@@ -139,7 +140,7 @@ class SparsePlan:
         return on_device(integers_per_head(given, name, self.heads), self.device)
 
     def check_sizes(self) -> None:
-        """Validate the shapes and dtypes of all tensors. Waits for no device.
+        """Validate the shapes, dtypes and devices of all tensors. Waits for no device.
 
         Raises:
             ValueError, TypeError: one does not fit the plan's other fields.
@@ -153,6 +154,10 @@ class SparsePlan:
             order = getattr(self, name)
             if order is not None:
                 check_order_sizes(order, (self.batch, self.heads, length), name)
+        for name in (*_LISTS, "sink", "window"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.numel() and tensor.device != self.device:
+                raise ValueError(f"SparsePlan.{name} must lie on {self.device} as the others, got {tensor.device}")
 
     def check(self) -> None:
         """Validate everything, every number in the plan's tensors too; waits for their device.
@@ -197,7 +202,7 @@ class SparsePlan:
             ValueError, TypeError: a number out of range, or a tensor of another shape or dtype.
         """
         plan, given_values = object.__new__(cls), list(given.values())
-        for part in fields(cls):
+        for part in cls.__dataclass_fields__.values():  # not by fields(), which takes longer than all of this
             value = part.default_factory() if part.default_factory is not MISSING else part.default
             value = given.pop(part.name, value) if part.init else None
             object.__setattr__(plan, part.name, None if value is MISSING else value)

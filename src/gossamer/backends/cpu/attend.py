@@ -38,7 +38,6 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         NotImplementedError: from ``backward()``, where an input requires a gradient.
     """
     call.check_plan(plan)
-    check_tensors(call.q, call.k, call.values)
     if plan.device.type != "cpu":
         raise ValueError(f"the cpu backend takes plans on the CPU, got one on {plan.device}; move it")
     tensors, sizes = plan_parts(plan)
@@ -72,6 +71,7 @@ def _cpu_attend(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
+    check_tensors(q, k, v)
     native, isa = kernels(), active_isa(q.dtype)
     # Held by name until the kernel is done: only their addresses are handed over.
     q, k, v = (dense_rows(x) for x in (q, k, v))

@@ -6,13 +6,14 @@ and `dense_rows` and ``contiguous`` come first.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gossamer.backends.cpu.native import kernels
+from gossamer.backends.cpu.native import DTYPES, kernels
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent, Grid, SparsePlan
 
@@ -49,23 +50,23 @@ def arrays(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[tup
     """Address and number of elements of contiguous tensors: the kernels check the numbers against what they read.
 
     Raises:
-        ValueError, TypeError: a tensor on another device or of another dtype.
+        TypeError: a tensor of another dtype.
     """
     # All at once: in decoding, a call has no time for a check of each.
     if [x.dtype for x in tensors] != list(dtypes):
         given = ", ".join(str(x.dtype) for x in tensors)
         raise TypeError(f"tensors must be {', '.join(map(str, dtypes))} in this order, got {given}; make a new plan")
-    if False in [x.is_cpu for x in tensors]:
-        where = ", ".join(str(x.device) for x in tensors)
-        raise ValueError(f"the cpu backend takes plans and extents on the CPU, got {where}; move all of the plan")
     return [(x.data_ptr(), x.numel()) for x in tensors]
 
 
 def tensor_view(x: Tensor) -> Any:
     """Of `dense_rows`, ``[B, heads, tokens, dim]``."""
-    native = kernels()
-    dtypes = {torch.float32: native.DType.float32, torch.bfloat16: native.DType.bfloat16}
-    return native.Tensor(x.data_ptr(), x.shape, x.stride(), dtypes.get(x.dtype, native.DType.float16))
+    return kernels().Tensor(x.data_ptr(), x.shape, x.stride(), _dtypes()[x.dtype])
+
+
+@functools.cache
+def _dtypes() -> dict[torch.dtype, Any]:
+    return {dtype: getattr(kernels().DType, str(dtype).removeprefix("torch.")) for dtype in DTYPES}
 
 
 def extent_view(extent: Extent) -> Any:
