@@ -196,6 +196,36 @@ def test_a_plan_for_another_call_is_named(size: tuple[int, int, int, int], messa
         AttentionCall(*tensors()).check_plan(plan)
 
 
+def plan_written_to() -> SparsePlan:
+    plan = SparsePlan.from_block_mask(torch.ones(1, 2, 1, 1, dtype=torch.bool), 5, 9)
+    plan.block_indices.numpy()[1] = 7
+    return plan
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_a_plan_is_not_read_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("GOSSAMER_CHECK", raising=False)
+    if value is not None:
+        monkeypatch.setenv("GOSSAMER_CHECK", value)
+    AttentionCall(*tensors()).check_plan(plan_written_to())
+
+
+def test_every_number_of_a_plan_is_checked_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = AttentionCall(*tensors())
+    monkeypatch.setenv("GOSSAMER_CHECK", "1")
+    call.check_plan(SparsePlan(2, 5, 9, call.extent))
+    with pytest.raises(ValueError, match=r"SparsePlan.block_indices must lie in \[0, 1\) .* got 7"):
+        call.check_plan(plan_written_to())
+
+
+@pytest.mark.parametrize("value", ["2", "yes", " 1"])
+def test_an_unknown_wish_for_checks_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    call = AttentionCall(*tensors())
+    monkeypatch.setenv("GOSSAMER_CHECK", value)
+    with pytest.raises(ValueError, match=f"GOSSAMER_CHECK='{value}' is not known; use one of: 0, 1"):
+        call.check_plan(SparsePlan(2, 5, 9, call.extent))
+
+
 # Refusals
 
 

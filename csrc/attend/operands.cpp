@@ -32,8 +32,8 @@ void Operands::pack(int64_t b, int64_t group, const int32_t* positions, int coun
   const void* key_rows[kChunk];
   const void* value_rows[kChunk];
   for (int t = 0; t < kChunk; ++t) {
-    // A dead slot may hold anything, NaN too, and is never read.
-    const bool live = t < count && positions[t] < extent.key_count[b];
+    // A dead slot may hold anything, NaN too, and is never read; nor is what no position can be.
+    const bool live = t < count && positions[t] >= 0 && positions[t] < extent.key_count[b];
     const int64_t slot = live ? extent.key_slot(b, positions[t]) : 0;
     key_rows[t] = live ? call.k.row(b, group, slot) : nullptr;
     value_rows[t] = live ? call.v.row(b, group, slot) : nullptr;

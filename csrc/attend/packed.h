@@ -45,7 +45,7 @@ class PackedKeys {
   PackedTiles tiles_from(int64_t tile) const { return base.from(tile - first_tile); }
 
  private:
-  int64_t column_tiles(int64_t list) const { return ceil_div(operands.plan.columns.size(list), kChunk); }
+  int64_t column_tiles(int64_t list) const { return ceil_div(operands.plan.columns.row(list).size(), kChunk); }
   bool shares_columns(int64_t b, int64_t packed_heads) const;
   void place_columns(PackedHead& head);
 

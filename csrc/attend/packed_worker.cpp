@@ -47,8 +47,9 @@ void PackedWorker::pack_chunk(const PackedHead& head, int64_t chunk, const Packe
 
 void PackedWorker::pack_columns(const PackedHead& head, int64_t column_tile, const PackedTiles& to) {
   const auto [list, tile] = keys_.list_of_column_tile(head, column_tile);
-  const int32_t* first = o_.plan.columns.begin(list) + tile * kChunk;
-  const int count = static_cast<int>(std::min<int64_t>(kChunk, o_.plan.columns.end(list) - first));
+  const Row columns = o_.plan.columns.row(list);
+  const int32_t* first = columns.begin() + tile * kChunk;
+  const int count = static_cast<int>(std::min<int64_t>(kChunk, columns.end() - first));
   o_.pack(head.b, o_.group_of(head.first_plan_head), first, count, to.keys(0), to.values(0));
 }
 

@@ -199,11 +199,14 @@ class Streamed {
       if (!(lse <= top) && top == top) top = lse;  // a NaN stays
     }
     double total = 0.0;
-    for (int64_t s = begin; s < end; ++s) total += std::exp(double{*partial_lse(s, row)} - top);
+    for (int64_t s = begin; s < end; ++s) {
+      const float lse = *partial_lse(s, row);
+      total += lse == top ? 1.0 : std::exp(double{lse} - top);
+    }
     const double lse = top == kNothing ? double{kNothing} : top + std::log(total);
     std::fill(sums.begin(), sums.end(), 0.0);
     for (int64_t s = begin; s < end; ++s) {
-      if (*partial_lse(s, row) == kNothing) continue;
+      if (*partial_lse(s, row) == kNothing || std::isinf(lse)) continue;  // a sink of infinity takes all
       const double weight = std::exp(*partial_lse(s, row) - lse);
       const float* out = partial_out(s, row);
       for (size_t d = 0; d < sums.size(); ++d) sums[d] += weight * out[d];

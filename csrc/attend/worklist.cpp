@@ -31,8 +31,8 @@ bool all_allowed(const QueryBlock& block, int64_t first, int64_t last) {
 
 int64_t listed_keys(const Plan& plan, int64_t b, int64_t plan_head, int64_t m) {
   const Extent& extent = plan.extent();
-  const int64_t blocks = plan.blocks.size(plan.block_list(b, plan_head, m));
-  const int64_t columns = plan.columns.size(plan.column_list(b, plan_head, m));
+  const int64_t blocks = plan.blocks.row(plan.block_list(b, plan_head, m)).size();
+  const int64_t columns = plan.columns.row(plan.column_list(b, plan_head, m)).size();
   const bool up_to_own = extent.causal && plan.q_order == nullptr;
   const int64_t most = up_to_own ? plan.grid.queries(b, m).end : extent.key_count[b];
   return blocks * plan.grid.block_k + columns + std::min(plan.sink[plan_head] + int64_t{plan.window[plan_head]}, most);
@@ -59,8 +59,8 @@ void Worklist::list_in_order(const QueryBlock& block, const PackedTiles& packed,
   std::fill(touched_.begin() + first_chunk, touched_.begin() + last_chunk + 1, 0);
 
   const int64_t list = plan_.block_list(block.b, block.plan_head, block.block), block_k = plan_.grid.block_k;
-  for (const int32_t* selected = plan_.blocks.begin(list); selected < plan_.blocks.end(list); ++selected) {
-    const int64_t begin = *selected * block_k;
+  for (const int32_t selected : plan_.blocks.row(list)) {
+    const int64_t begin = selected * block_k;
     if (begin >= high) break;
     select(std::max(low, begin), std::min(high, begin + block_k));
   }
@@ -83,8 +83,7 @@ void Worklist::list_in_order(const QueryBlock& block, const PackedTiles& packed,
 // A column inside a listed chunk becomes a bit of it, so that no pair counts twice; the others have tiles of their own.
 void Worklist::add_columns(const QueryBlock& block, int64_t low, int64_t high, const PackedTiles* columns) {
   const int64_t list = plan_.column_list(block.b, block.plan_head, block.block);
-  const int32_t* begin = plan_.columns.begin(list);
-  const int32_t* end = plan_.columns.end(list);
+  const auto [begin, end] = plan_.columns.row(list);
   const int32_t* column = std::lower_bound(begin, end, low);
   const int32_t* past = std::lower_bound(column, end, high);
   if (columns != nullptr) column = begin + (column - begin) / kChunk * kChunk;
@@ -93,7 +92,7 @@ void Worklist::add_columns(const QueryBlock& block, int64_t low, int64_t high, c
     uint64_t bits = 0;
     for (int t = 0; t < count && column + t < past; ++t) {
       const int64_t position = column[t], chunk = position / kChunk;
-      if (position < low) continue;
+      if (position < low || position >= high) continue;  // the latter where columns do not ascend
       if (touched_[chunk])
         selected_[chunk] |= uint64_t{1} << (position % kChunk);
       else if (columns != nullptr)
@@ -129,14 +128,13 @@ void Worklist::list_permuted(const QueryBlock& block, const PackedTiles& packed)
   if (low >= high) return;
   const int64_t list = plan_.block_list(block.b, block.plan_head, block.block), block_k = plan_.grid.block_k;
   const int64_t column_list = plan_.column_list(block.b, block.plan_head, block.block);
-  const int32_t* columns = plan_.columns.begin(column_list);
-  const int32_t* columns_end = plan_.columns.end(column_list);
+  const Row columns = plan_.columns.row(column_list);
   const int32_t* order = plan_.key_ranks(block.b, block.plan_head);
   const int64_t chunks = ceil_div(plan_.key_len, kChunk);
   std::fill(selected_.begin(), selected_.begin() + chunks, 0);
-  for (const int32_t* selected = plan_.blocks.begin(list); selected < plan_.blocks.end(list); ++selected) {
-    const int64_t begin = *selected * block_k;
-    select(begin, std::min(plan_.key_len, begin + block_k));
+  for (const int32_t selected : plan_.blocks.row(list)) {
+    const int64_t begin = selected * block_k;
+    select(std::max<int64_t>(0, begin), std::min(plan_.key_len, begin + block_k));
   }
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int count = static_cast<int>(std::min<int64_t>(kChunk, plan_.key_len - chunk * kChunk));
@@ -145,7 +143,7 @@ void Worklist::list_permuted(const QueryBlock& block, const PackedTiles& packed)
     for (int t = 0; t < count; ++t) {
       const int64_t key = positions[t];
       if (key < low || key >= high) continue;
-      if (std::binary_search(columns, columns_end, positions[t])) selected_[chunk] |= uint64_t{1} << t;
+      if (std::binary_search(columns.begin(), columns.end(), positions[t])) selected_[chunk] |= uint64_t{1} << t;
       const int64_t nearest = std::max<int64_t>({0, block.lowest - key, key - block.highest});
       needed = needed || (selected_[chunk] >> t & 1) || key < block.rules.sink || nearest < block.rules.window;
     }

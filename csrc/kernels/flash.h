@@ -211,7 +211,7 @@ class PanelKernel {
       factor = lse = total;
     } else if (top != -double{kInfinity}) {
       const double own = total > 0 ? total * std::exp2(maximum_[r] - top) : 0.0;
-      const double all = own + std::exp2(sink - top);
+      const double all = own + (sink == top ? 1.0 : std::exp2(sink - top));  // a sink of infinity takes all
       factor = total > 0 ? static_cast<float>(own / all / total) : 0.0f;
       lse = static_cast<float>((top + std::log2(all)) * kLn2);
     }

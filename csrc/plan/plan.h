@@ -1,20 +1,35 @@
 // A plan in plain pointers; see plan/plan.py.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "plan/extent.h"
 
 namespace gossamer {
 
+// Ascending numbers.
+struct Row {
+  const int32_t *first, *past;
+
+  const int32_t* begin() const { return first; }
+  const int32_t* end() const { return past; }
+  int64_t size() const { return past - first; }
+};
+
 // Rows of ascending numbers, one behind the other.
 struct Lists {
   const int64_t* indptr;
   const int32_t* indices;
+  int64_t count;  // of all indices
+  int64_t most;   // of a row's
 
-  const int32_t* begin(int64_t row) const { return indices + indptr[row]; }
-  const int32_t* end(int64_t row) const { return indices + indptr[row + 1]; }
-  int64_t size(int64_t row) const { return indptr[row + 1] - indptr[row]; }
+  // Within the indices and no longer than a row can be, whatever the row pointers say; see plan/checks.h.
+  Row row(int64_t n) const {
+    const int64_t begin = std::clamp<int64_t>(indptr[n], 0, count);
+    const int64_t end = std::clamp<int64_t>(indptr[n + 1], begin, count);
+    return {indices + begin, indices + std::min(end, begin + most)};
+  }
 };
 
 struct Plan {

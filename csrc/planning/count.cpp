@@ -30,21 +30,19 @@ class Counter {
     if (queries.empty()) return 0;
     const int64_t list = plan_.block_list(b_, head_, m), block_k = plan_.grid.block_k;
     const int64_t first = queries.begin, last = queries.end - 1;
-    const int32_t* blocks = plan_.blocks.begin(list);
-    const int32_t* blocks_end = plan_.blocks.end(list);
+    const Row blocks = plan_.blocks.row(list);
     int64_t total = 0;
     if (sink_ > 0 || window_ > 0)
       for (int64_t p = first; p <= last; ++p) total += band_pairs(p, 0, count_);
-    for (const int32_t* block = blocks; block < blocks_end; ++block)
-      total += tile_pairs(first, last, *block * block_k, std::min((*block + 1) * block_k, count_));
+    for (const int64_t block : blocks)
+      total += tile_pairs(first, last, std::max<int64_t>(0, block * block_k), std::min((block + 1) * block_k, count_));
 
-    const int64_t columns = plan_.column_list(b_, head_, m);
-    const int32_t* covering = blocks;
-    for (const int32_t* column = plan_.columns.begin(columns); column < plan_.columns.end(columns); ++column) {
-      if (extent_.causal && *column > last) break;
-      while (covering < blocks_end && (*covering + 1) * block_k <= *column) ++covering;
-      if (covering < blocks_end && *covering * block_k <= *column) continue;
-      total += column_pairs(first, last, *column);
+    const int32_t* covering = blocks.begin();
+    for (const int64_t column : plan_.columns.row(plan_.column_list(b_, head_, m))) {
+      if (extent_.causal && column > last) break;
+      while (covering < blocks.end() && (*covering + int64_t{1}) * block_k <= column) ++covering;
+      if (covering < blocks.end() && *covering * block_k <= column) continue;
+      total += column_pairs(first, last, column);
     }
     return total;
   }

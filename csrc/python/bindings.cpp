@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "attend/executor.h"
+#include "plan/checks.h"
 #include "runtime/workspace.h"
 
 namespace nb = nanobind;
@@ -16,7 +17,13 @@ void attend(const std::string& isa, const Plan& plan, const AttentionCall& call)
   const Kernels& kernels = kernels_for(isa);
   if (kernels.bf16_tiles && call.q.dtype != DType::kBFloat16)
     throw std::invalid_argument(isa + " computes in bf16 and takes nothing else");
+  check_count("the plan's batch", plan.batch(), call.q.batch);
+  check_count("the plan's queries", plan.query_len, call.q.tokens);
+  check_count("the plan's keys", plan.key_len, call.k.tokens);
+  if (plan.heads != call.q.heads && plan.heads != call.k.heads)
+    throw std::invalid_argument("the plan's heads must be q's or k's, got " + std::to_string(plan.heads));
   nb::gil_scoped_release release;
+  check_orders(plan, call.threads);
   execute(kernels, plan, call);
 }
 

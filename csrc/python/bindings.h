@@ -2,11 +2,13 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "runtime/cpu_features.h"
 
@@ -19,6 +21,14 @@ namespace gossamer {
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// An array: its address, and how many elements it has.
+using Given = std::pair<uintptr_t, int64_t>;
+
+template <class T>
+T* pointer(const Given& array) {
+  return array.second == 0 ? nullptr : pointer<T>(array.first);
 }
 
 inline const Kernels& kernels_for(const std::string& isa) {

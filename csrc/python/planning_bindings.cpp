@@ -3,6 +3,7 @@
 
 #include <new>
 
+#include "plan/checks.h"
 #include "planning/planning.h"
 #include "python/bindings.h"
 
@@ -12,8 +13,17 @@ using namespace gossamer;
 
 namespace {
 
+// Live queries of a grid lie within a tensor of them, and its batch rows are the tensor's.
+void check_grid(const Grid& grid, const TensorView& q) {
+  check_count("the extent's batch", grid.extent.batch, q.batch);
+  check_queries(grid.extent, q.tokens);
+}
+
 void make_score_call(ScoreCall* self, const TensorView& q, const TensorView& k, const Extent& extent, float scale,
                      int threads) {
+  check_heads(q, k);
+  check_count("the extent's batch", extent.batch, q.batch);
+  check_queries(extent, q.tokens);
   new (self) ScoreCall{q, k, extent, scale, threads};
 }
 
@@ -79,18 +89,23 @@ void bind_scores(nb::module_& m) {
       "probe",
       [](const std::string& isa, const ScoreCall& call, int64_t last, int64_t width, uintptr_t columns,
          uintptr_t diagonals) {
+        check_keys(call.extent, call.k.tokens);
+        check_key_blocks({call.extent, 1, 1}, width);
         probe(kernels_for(isa), call, last, width, pointer<float>(columns), pointer<float>(diagonals));
       },
       "isa"_a, "call"_a, nb::kw_only(), "last"_a, "width"_a, "columns"_a, "diagonals"_a, Release());
   m.def(
       "pool_keys",
       [](const std::string& isa, const TensorView& k, const Grid& grid, int64_t blocks, uintptr_t out, int threads) {
+        check_count("the extent's batch", grid.extent.batch, k.batch);
+        check_keys(grid.extent, k.tokens);
         pool_keys(kernels_for(isa), k, grid, blocks, pointer<float>(out), threads);
       },
       "isa"_a, "k"_a, "grid"_a, nb::kw_only(), "blocks"_a, "out"_a, "threads"_a, Release());
   m.def(
       "pool_queries",
       [](const std::string& isa, const TensorView& q, const Grid& grid, int64_t blocks, uintptr_t out, int threads) {
+        check_grid(grid, q);
         pool_queries(kernels_for(isa), q, grid, blocks, pointer<float>(out), threads);
       },
       "isa"_a, "q"_a, "grid"_a, nb::kw_only(), "blocks"_a, "out"_a, "threads"_a, Release());
@@ -98,12 +113,17 @@ void bind_scores(nb::module_& m) {
       "pooled_products",
       [](const std::string& isa, const TensorView& queries, const TensorView& keys, const Grid& grid, const Part& part,
          uintptr_t out, int threads) {
+        check_heads(queries, keys);
+        check_count("the extent's batch", grid.extent.batch, queries.batch);
+        check_range("the part's end", part.stop, part.first, queries.tokens);
         pooled_products(kernels_for(isa), queries, keys, grid, part, pointer<float>(out), threads);
       },
       "isa"_a, "queries"_a, "keys"_a, "grid"_a, "part"_a, nb::kw_only(), "out"_a, "threads"_a, Release());
   m.def(
       "block_energy",
       [](const std::string& isa, const ScoreCall& call, const Grid& grid, const Part& part, uintptr_t out) {
+        check_grid(grid, call.q);
+        check_key_blocks(grid, call.k.tokens);
         block_energy(kernels_for(isa), call, grid, part, pointer<float>(out));
       },
       "isa"_a, "call"_a, "grid"_a, "part"_a, nb::kw_only(), "out"_a, Release());
@@ -111,6 +131,9 @@ void bind_scores(nb::module_& m) {
       "antidiagonal",
       [](const std::string& isa, const ScoreCall& call, const Grid& grid, int64_t stride, const Part& part,
          int64_t key_blocks, uintptr_t out) {
+        check_grid(grid, call.q);
+        check_keys(call.extent, call.k.tokens);
+        check_key_blocks(grid, key_blocks);
         antidiagonal(kernels_for(isa), call, grid, stride, part, key_blocks, pointer<float>(out));
       },
       "isa"_a, "call"_a, "grid"_a, "stride"_a, "part"_a, nb::kw_only(), "key_blocks"_a, "out"_a, Release());

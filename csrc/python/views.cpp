@@ -1,11 +1,14 @@
-// Tensors, extents, plans and calls as Python makes them: of addresses and sizes, all by name.
+// Tensors, extents, plans and calls as Python makes them: of addresses and sizes, all by name. Each is checked as it is
+// made, so that no kernel sees one that does not fit together.
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 
+#include <algorithm>
 #include <array>
 #include <new>
 
 #include "attend/executor.h"
+#include "plan/checks.h"
 #include "plan/plan.h"
 #include "python/bindings.h"
 
@@ -20,6 +23,7 @@ using Four = std::array<int64_t, 4>;
 void make_tensor(TensorView* self, uintptr_t data, const Four& shape, const Four& strides, DType dtype) {
   // Where a dimension has one element, torch gives it any stride.
   if (strides[3] != 1 && shape[3] > 1) throw std::invalid_argument("the last dimension must be contiguous");
+  check_range("the head dimension", shape[3], 1, kMaxHeadDim);
   const int64_t element = element_size(dtype);
   new (self) TensorView{pointer<char>(data),  shape[0],
                         shape[1],             shape[2],
@@ -28,8 +32,13 @@ void make_tensor(TensorView* self, uintptr_t data, const Four& shape, const Four
                         dtype};
 }
 
-void make_extent(Extent* self, int64_t batch, uintptr_t query_start, uintptr_t query_count, uintptr_t key_start,
-                 uintptr_t key_count, bool causal, std::optional<int64_t> limit) {
+void make_extent(Extent* self, const Given& query_start, const Given& query_count, const Given& key_start,
+                 const Given& key_count, bool causal, std::optional<int64_t> limit) {
+  const int64_t batch = query_start.second;
+  check_count("Extent.query_count", query_count.second, batch);
+  check_count("Extent.key_start", key_start.second, batch);
+  check_count("Extent.key_count", key_count.second, batch);
+  if (limit) check_range("Extent.limit", *limit, 1, kMostTokens);
   new (self) Extent{batch,
                     pointer<int64_t>(query_start),
                     pointer<int64_t>(query_count),
@@ -37,32 +46,57 @@ void make_extent(Extent* self, int64_t batch, uintptr_t query_start, uintptr_t q
                     pointer<int64_t>(key_count),
                     causal,
                     limit.value_or(kUnlimited)};
+  check_numbers(*self);
 }
 
 void make_grid(Grid* self, const Extent& extent, int64_t block_q, int64_t block_k) {
+  check_range("block_q", block_q, 1, kMostTokens);
+  check_range("block_k", block_k, 1, kMostTokens);
   new (self) Grid{extent, block_q, block_k};
 }
 
+Lists lists_of(const Given& indptr, const Given& indices, int64_t most) {
+  return {pointer<int64_t>(indptr), pointer<int32_t>(indices), indices.second, most};
+}
+
 void make_plan(Plan* self, const Grid& grid, int64_t heads, int64_t query_len, int64_t key_len, int64_t query_blocks,
-               int64_t column_group, uintptr_t block_indptr, uintptr_t block_indices, uintptr_t column_indptr,
-               uintptr_t column_indices, uintptr_t sink, uintptr_t window, uintptr_t q_order, uintptr_t k_order) {
+               int64_t column_group, const Given& block_indptr, const Given& block_indices, const Given& column_indptr,
+               const Given& column_indices, const Given& sink, const Given& window, const Given& q_order,
+               const Given& k_order) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < grid.extent.batch; ++b) longest = std::max(longest, grid.extent.key_count[b]);
+  const int64_t key_blocks = ceil_div(k_order.second != 0 ? key_len : longest, grid.block_k);
   new (self) Plan{grid,
                   heads,
                   query_len,
                   key_len,
                   query_blocks,
                   column_group,
-                  {pointer<int64_t>(block_indptr), pointer<int32_t>(block_indices)},
-                  {pointer<int64_t>(column_indptr), pointer<int32_t>(column_indices)},
+                  lists_of(block_indptr, block_indices, key_blocks),
+                  lists_of(column_indptr, column_indices, longest),
                   pointer<int32_t>(sink),
                   pointer<int32_t>(window),
                   pointer<int32_t>(q_order),
                   pointer<int32_t>(k_order)};
+  check_plan(*self, {block_indptr.second, column_indptr.second, sink.second, window.second, q_order.second,
+                     k_order.second});
 }
 
 void make_attention_call(AttentionCall* self, const TensorView& q, const TensorView& k, const TensorView& v,
-                         const TensorView& out, uintptr_t lse, uintptr_t sinks, float scale, float softcap,
+                         const TensorView& out, const Given& lse, const Given& sinks, float scale, float softcap,
                          int threads) {
+  check_heads(q, k);
+  check_count("v's batch", v.batch, k.batch);
+  check_count("v's heads", v.heads, k.heads);
+  check_count("v's tokens", v.tokens, k.tokens);
+  check_count("the output's batch", out.batch, q.batch);
+  check_count("the output's heads", out.heads, q.heads);
+  check_count("the output's tokens", out.tokens, q.tokens);
+  check_count("the output's dimensions", out.dim, v.dim);
+  if (v.dtype != q.dtype || out.dtype != q.dtype)
+    throw std::invalid_argument("v and the output must have q's dtype; convert them");
+  check_count("lse", lse.second, checked_product({q.batch, q.heads, q.tokens}));
+  if (sinks.second != 0) check_count("sinks", sinks.second, q.heads);
   new (self) AttentionCall{q, k, v, out, pointer<float>(lse), pointer<float>(sinks), scale, softcap, threads};
 }
 
@@ -76,8 +110,8 @@ void bind_views(nb::module_& m) {
   nb::class_<TensorView>(m, "Tensor")
       .def("__init__", &make_tensor, "data"_a, "shape"_a, "strides"_a, "dtype"_a);
   nb::class_<Extent>(m, "Extent")
-      .def("__init__", &make_extent, nb::kw_only(), "batch"_a, "query_start"_a, "query_count"_a, "key_start"_a,
-           "key_count"_a, "causal"_a, "limit"_a.none());
+      .def("__init__", &make_extent, nb::kw_only(), "query_start"_a, "query_count"_a, "key_start"_a, "key_count"_a,
+           "causal"_a, "limit"_a.none());
   nb::class_<Grid>(m, "Grid").def("__init__", &make_grid, "extent"_a, nb::kw_only(), "block_q"_a, "block_k"_a);
   nb::class_<Plan>(m, "Plan")
       .def("__init__", &make_plan, "grid"_a, nb::kw_only(), "heads"_a, "query_len"_a, "key_len"_a, "query_blocks"_a,

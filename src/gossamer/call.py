@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.plan import Extent, SparsePlan
+from gossamer.plan.checks import checks_numbers
 
 __all__ = ["AttentionCall", "CallFields", "Store"]
 
@@ -191,10 +192,10 @@ class AttentionCall:
         return None
 
     def check_plan(self, plan: SparsePlan) -> None:
-        """Validate that a plan is for this call.
+        """Validate that a plan is for this call; with ``GOSSAMER_CHECK=1``, all of the plan too.
 
         Raises:
-            ValueError: another batch, length or number of heads.
+            ValueError: another batch, length or number of heads; what `SparsePlan.check` finds.
         """
         if (plan.batch, plan.query_len, plan.key_len) != (self.batch, self.query_len, self.key_len):
             raise ValueError(
@@ -206,6 +207,8 @@ class AttentionCall:
                 f"the plan has {plan.heads} heads; q has {self.heads} and k has {self.groups}: plan for either of "
                 "these numbers"
             )
+        if checks_numbers():
+            plan.check()
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:

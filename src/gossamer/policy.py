@@ -75,11 +75,20 @@ class Policy:
         return cls(methods.create(method) if isinstance(method, str) else method)
 
     def decide(self, call: AttentionCall) -> Decision:
-        """Plan a call, or say why it runs dense. Dense or sparse holds for the call as a whole."""
+        """Plan a call, or say why it runs dense. Dense or sparse holds for the call as a whole.
+
+        Raises:
+            ValueError: there is something to plan, on the meta device.
+        """
         reason = self.why_dense(call)
         if reason is not None or isinstance(self.method, Dense):
             return Decision(None, reason=reason)
         backends.refuse_transforms(call)
+        if call.device.type == "meta":
+            raise ValueError(
+                f"{self.method.name} chooses by values, but tensors on the meta device hold no values; give tensors "
+                "with values, or the method 'dense', which needs shapes alone"
+            )
         plan = self.method.plan(call)
         density = plan.density()
         return Decision(None, reason=TOO_DENSE) if density > self.max_density else Decision(plan, density)

@@ -90,6 +90,25 @@ def test_a_row_that_attends_nothing_is_zero(sinks: Tensor | None) -> None:
     torch.testing.assert_close(lse, expected)
 
 
+def test_infinite_sinks_take_all_or_nothing() -> None:
+    call, sinks = call_in("no padding", dim=16), torch.tensor([math.inf, -math.inf, math.inf, -math.inf])
+    plan = SparsePlan(2, 20, 20, call.extent, block_q=16, block_k=16, sink=[0, 5])
+    (out, lse), (plain, plain_lse) = run(replace(call, sinks=sinks), plan), run(call, plan)
+    assert bool((out[:, ::2] == 0).all())
+    assert bool((lse[:, ::2] == math.inf).all())
+    assert torch.equal(out[:, 1::2], plain[:, 1::2])
+    assert torch.equal(lse[:, 1::2], plain_lse[:, 1::2])
+
+
+@pytest.mark.parametrize("name", ["block_indptr", "sink"])
+def test_a_plan_that_was_resized_is_named(name: str) -> None:
+    call = call_in("no padding", dim=16)
+    plan = SparsePlan(2, 20, 20, call.extent, block_q=16, block_k=16, window=3)
+    getattr(plan, name).resize_(1)
+    with pytest.raises(ValueError, match=rf"SparsePlan.{name} must .* got .*\(1,\)"):
+        run(call, plan)
+
+
 @pytest.mark.parametrize("sinks", [None, SINKS])
 @pytest.mark.parametrize(("batch", "query_len", "key_len"), [(0, 3, 3), (1, 3, 0), (1, 0, 3)])
 def test_nothing_gives_zeros(batch: int, query_len: int, key_len: int, sinks: Tensor | None) -> None:

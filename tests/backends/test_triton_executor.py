@@ -146,6 +146,17 @@ def test_sinks() -> None:
     torch.testing.assert_close(lse[0, :, 57], sinks)
 
 
+def test_a_sink_of_infinity_takes_all() -> None:
+    call = make_call("no padding", length=60, heads=4, groups=2, dim=32)
+    plan, sinks = plan_for(call, 1, heads=4), torch.tensor([math.inf, 0.0, 5.0, math.inf])
+    out, lse = run(replace(call, sinks=sinks), plan)
+    expected, expected_lse = run(replace(call, sinks=sinks.clamp(max=5.0)), plan)
+    assert bool((out[:, [0, 3]] == 0).all())
+    assert bool((lse[:, [0, 3]] == math.inf).all())
+    assert torch.equal(out[:, 1:3], expected[:, 1:3])
+    assert torch.equal(lse[:, 1:3], expected_lse[:, 1:3])
+
+
 @pytest.mark.parametrize("situation", ["no padding", "right padding"])
 def test_rows_that_attend_nothing(situation: str) -> None:
     call = make_call(situation, length=70, heads=2, groups=1, dim=64, dtype=torch.bfloat16)
@@ -238,6 +249,26 @@ def test_bad_inputs_are_named(change, error, message: str) -> None:
     plan = SparsePlan.dense(1, 4, 4, Extent.full(1, 4, 4))
     call = resized(moved(draw(plan, heads=1, groups=1, dim=8)), change)
     with pytest.raises(error, match=message):
+        triton.attend(call, plan)
+
+
+@pytest.mark.parametrize("name", ["block_indptr", "sink", "q_order"])
+def test_a_plan_that_was_resized_is_named(name: str) -> None:
+    plan = random_plan(2, batch=1, heads=2, query_len=70, key_len=70, permuted=True)
+    call = moved(draw(plan, heads=2, groups=1, dim=8))
+    getattr(plan, name).resize_(1)
+    with pytest.raises(ValueError, match=rf"SparsePlan.{name} must .* \(1,\)"):
+        triton.attend(call, plan)
+
+
+@pytest.mark.parametrize("of", ["the plan", "the call"])
+def test_an_extent_that_was_written_is_named(of: str) -> None:
+    plan = random_plan(2, batch=1, heads=2, query_len=70, key_len=70)
+    call = moved(draw(plan, heads=2, groups=1, dim=8))
+    if of == "the plan":
+        plan = replace(plan, extent=Extent.full(1, 70, 70))
+    (plan if of == "the plan" else call).extent.key_count.add_(1)
+    with pytest.raises(ValueError, match=r"names 71 keys in batch row 0, .* but there are 70"):
         triton.attend(call, plan)
 
 

@@ -25,10 +25,12 @@ def test_doctor_json_names_a_backend_for_each_dtype(capsys):
 
 def test_doctor_tells_the_backend_that_is_forced(capsys, monkeypatch):
     monkeypatch.setenv("GOSSAMER_BACKEND", "torch")
+    monkeypatch.setenv("GOSSAMER_CHECK", "1")
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report["backend"].values()) == {"torch"}
     assert report["environment"]["GOSSAMER_BACKEND"] == "torch"
+    assert report["environment"]["GOSSAMER_CHECK"] == "1"
 
 
 def test_doctor_says_why_the_kernels_are_off(capsys, monkeypatch):

@@ -67,8 +67,8 @@ class Problem {
   Grid grid() const { return {extent(), block_q, block_k}; }
   Plan plan() const {
     return {grid(), heads, query_len, key_len, query_blocks, column_group,
-            {block_indptr.data(), block_indices.data()}, {column_indptr.data(), column_indices.data()}, sink.data(),
-            window.data(), q_order.empty() ? nullptr : q_order.data(), k_order.empty() ? nullptr : k_order.data()};
+            lists_of(block_indptr, block_indices, key_blocks()), lists_of(column_indptr, column_indices, longest()),
+            sink.data(), window.data(), q_order.empty() ? nullptr : q_order.data(), k_order.empty() ? nullptr : k_order.data()};
   }
   ScoreCall score_call(int threads) {
     return {view(q, kQueryHeads, query_len), view(k, kGroups, key_len), extent(), kScale, threads};
@@ -78,6 +78,27 @@ class Problem {
                              view(out, kQueryHeads, query_len), lse.data(), sinks.empty() ? nullptr : sinks.data(),
                              kScale, 0.0f, threads};
     execute(kernels, plan(), call);
+  }
+
+  // Writes numbers into the lists that no valid plan has there, but for the ends of the row pointers.
+  void spoil_lists() {
+    const auto wrong = [&](int64_t some) {
+      return random.one_of({-1, 0, some, random.below(2 * some + 2), (int64_t{1} << 31) - 1, -(int64_t{1} << 31)});
+    };
+    for (auto* indptr : {&block_indptr, &column_indptr}) {
+      const int64_t entries = static_cast<int64_t>(indptr->size()), count = indptr->back();
+      for (int64_t n = 0; n < 3 && entries > 2; ++n) (*indptr)[1 + random.below(entries - 2)] = wrong(count);
+      if (random.chance(0.3))
+        for (int64_t n = 1; n < entries - 1; ++n) (*indptr)[n] = random.below(count + 1);
+      if (entries > 2 && random.chance(0.3)) (*indptr)[1] = std::numeric_limits<int64_t>::min();
+      if (entries > 2 && random.chance(0.3)) (*indptr)[1] = std::numeric_limits<int64_t>::max();
+    }
+    for (auto* indices : {&block_indices, &column_indices}) {
+      const int64_t count = static_cast<int64_t>(indices->size());
+      for (int64_t n = 0; n < 3 && count > 0; ++n)
+        (*indices)[random.below(count)] = static_cast<int32_t>(wrong(key_len));
+      if (random.chance(0.3)) std::shuffle(indices->begin(), indices->end(), random.engine);
+    }
   }
 
   // The largest error of a sample of rows; dead ones attend nothing.
@@ -98,6 +119,7 @@ class Problem {
     return count;
   }
 
+  int64_t key_blocks() const { return ceil_div(permute_keys ? key_len : longest(), block_k); }
   int64_t longest() const { return *std::max_element(key_count.begin(), key_count.end()); }
   bool is_permuted() const { return permute_queries || permute_keys; }
 
@@ -118,6 +140,10 @@ class Problem {
  private:
   int64_t element() const { return element_size(dtype); }
 
+  static Lists lists_of(const std::vector<int64_t>& indptr, const std::vector<int32_t>& indices, int64_t most) {
+    return {indptr.data(), indices.data(), static_cast<int64_t>(indices.size()), most};
+  }
+
   // Padding on both sides of both, and queries that start anywhere.
   void place_tokens() {
     for (int64_t b = 0; b < kBatch; ++b) {
@@ -134,7 +160,7 @@ class Problem {
     for (int64_t b = 0; b < kBatch && !permute_queries; ++b)
       query_blocks = std::max(query_blocks, grid().row_blocks(b));
     column_group = random.chance(0.5) ? 1 : std::max<int64_t>(1, query_blocks);
-    lists(query_blocks, ceil_div(permute_keys ? key_len : longest(), block_k), 0.3, block_indptr, block_indices);
+    lists(query_blocks, key_blocks(), 0.3, block_indptr, block_indices);
     lists(ceil_div(query_blocks, column_group), longest(), random.chance(0.5) ? 0.2 : 0.0, column_indptr,
           column_indices);
     for (int64_t h = 0; h < heads; ++h) {
@@ -216,9 +242,10 @@ class Problem {
                                       : query / block_q - grid().first_block(b);
     const int64_t key_rank = permute_keys ? rank(k_order, plan_head, key_len, key) : key;
     const Plan own = plan();
-    const int64_t list = own.block_list(b, head, m), columns = own.column_list(b, head, m);
-    return std::binary_search(own.blocks.begin(list), own.blocks.end(list), static_cast<int32_t>(key_rank / block_k)) ||
-           std::binary_search(own.columns.begin(columns), own.columns.end(columns), static_cast<int32_t>(key));
+    const Row blocks = own.blocks.row(own.block_list(b, head, m));
+    const Row columns = own.columns.row(own.column_list(b, head, m));
+    return std::binary_search(blocks.begin(), blocks.end(), static_cast<int32_t>(key_rank / block_k)) ||
+           std::binary_search(columns.begin(), columns.end(), static_cast<int32_t>(key));
   }
 
   double row_error(int64_t b, int64_t h, int64_t row) const {

@@ -254,6 +254,120 @@ def test_an_unchecked_plan_takes_bands_as_numbers_and_tensors(band: Tensor | int
         assert same(got, torch.tensor([7, 7], dtype=torch.int32))
 
 
+SIZES: dict[str, Any] = {"heads": 2, "query_len": 8, "key_len": 8, "block_q": 4, "block_k": 4}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"heads": 0}, ValueError, "heads must be at least 1 .* got 0"),
+        ({"query_len": 7}, ValueError, "names 8 queries in batch row 0, .* but there are 7"),
+        ({"key_len": 7}, ValueError, "names 8 keys in batch row 0, .* but there are 7"),
+        (
+            {"block_indptr": torch.zeros(6, dtype=torch.int64)},
+            ValueError,
+            r"block_indptr must have shape \(5,\) .* \(6,\)",
+        ),
+        ({"block_indptr": torch.zeros(5, dtype=torch.int32)}, TypeError, r"block_indptr must be int64 .* torch\.int32"),
+        ({"block_indices": torch.zeros(3, dtype=torch.int64)}, TypeError, r"block_indices int32, got .* torch\.int64"),
+        ({"column_indptr": torch.zeros(4, dtype=torch.int64)}, ValueError, r"column_indptr must have shape \(5,\)"),
+        ({"column_indices": torch.zeros(1, 3, dtype=torch.int32)}, ValueError, r"one-dimensional, got \(1, 3\)"),
+        ({"sink": torch.zeros(3, dtype=torch.int64)}, ValueError, r"sink must hold one integer .* 2 heads, got .*3"),
+        (
+            {"window": torch.zeros(3, dtype=torch.int32)},
+            ValueError,
+            r"window must hold one integer .* 2 heads, got .*3",
+        ),
+        ({"window": torch.zeros(2)}, (TypeError, ValueError), r"window must hold .*integer.*, got torch\.float32"),
+        (
+            {"q_order": torch.zeros(1, 2, 7, dtype=torch.int32)},
+            ValueError,
+            r"q_order must be int32 of shape \(1, 2, 8\)",
+        ),
+        ({"k_order": torch.zeros(1, 2, 8, dtype=torch.int64)}, ValueError, "k_order must be int32 .* got torch.int64"),
+    ],
+)
+def test_sizes_and_dtypes_of_an_unchecked_plan_are_checked(
+    change: dict[str, Any], error: Any, message: str, device: str
+) -> None:
+    nothing = torch.empty(0, dtype=torch.int32, device=device)
+    on = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in change.items()}
+    with pytest.raises(error, match=message):
+        SparsePlan.unchecked(**{**SIZES, "extent": Extent.full(1, 8, 8), "block_indices": nothing} | on)
+
+
+def test_tensors_of_an_unchecked_plan_lie_on_one_device() -> None:
+    indptr = torch.zeros(5, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"SparsePlan.column_indptr must lie on cpu as the others, got meta"):
+        SparsePlan.unchecked(**SIZES, extent=Extent.full(1, 8, 8), column_indptr=indptr)
+
+
+def test_bands_of_an_unchecked_plan_that_lie_on_a_device_are_not_read() -> None:
+    for band in (torch.tensor(1 << 40, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")):
+        nothing = torch.empty(0, dtype=torch.int32, device="meta")
+        plan = SparsePlan.unchecked(**SIZES, extent=Extent.full(1, 8, 8), block_indices=nothing, window=band)
+        assert isinstance(plan.window, Tensor)
+        assert (plan.window.dtype, plan.window.shape, plan.window.device.type) == (torch.int32, (2,), "meta")
+
+
+# After it was made
+
+
+def written(name: str, at: int, value: int, *, permuted: bool = False) -> SparsePlan:
+    """A plan of which one entry was written by an alias, which leaves no trace in the tensor."""
+    plan = random_plan(11, batch=2, heads=2, query_len=14, key_len=20, block_q=4, block_k=5, permuted=permuted)
+    tensor = getattr(plan.extent if hasattr(plan.extent, name) else plan, name)
+    assert tensor.numel() > 3 or name in ("sink", "window") or hasattr(plan.extent, name)
+    tensor.numpy().reshape(-1)[at] = value
+    return plan
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_a_plan_that_nobody_wrote_to_passes(permuted: bool) -> None:
+    random_plan(11, batch=2, heads=2, query_len=14, key_len=20, block_q=4, block_k=5, permuted=permuted).check()
+
+
+WRITTEN = [
+    ("block_indptr", 1, 99, "block_indptr must rise"),
+    ("block_indptr", 1, -1, "block_indptr must rise .* smallest step -1"),
+    ("block_indptr", 0, 1, "block_indptr must rise .* got first 1"),
+    ("block_indices", 2, 4, r"block_indices must lie in \[0, 4\) .* got 4"),
+    ("block_indices", -1, -2, r"block_indices must lie in \[0, 4\) .* got -2"),
+    ("column_indptr", -1, 0, "column_indptr must rise .* last 0"),
+    ("column_indices", 0, 20, r"column_indices must lie in \[0, 20\) .* got 20"),
+    ("sink", 1, -1, "sink must not be negative .* got -1"),
+    ("window", 0, -7, "window must not be negative .* got -7"),
+    ("query_start", 0, -15, r"names 29 queries in batch row 0"),
+    ("query_start", 1, 1 << 40, "batch row 1 of the extent has query_start 1099511627776"),
+    ("query_count", 1, -1, "batch row 1 of the extent has .* query_count -1"),
+    ("key_start", 0, -1, "batch row 0 of the extent has .* key_start -1"),
+    ("key_count", 0, -1, "batch row 0 of the extent has .* key_count -1"),
+    ("key_count", 0, 21, "names 21 keys in batch row 0"),
+    ("query_start", 0, 3, "made for 4 x 4 blocks, but its extent now has 5 x 4"),
+]
+
+
+@pytest.mark.parametrize(("name", "at", "value", "message"), WRITTEN)
+def test_what_was_written_is_named(name: str, at: int, value: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        written(name, at, value).check()
+
+
+@pytest.mark.parametrize("order", ["q_order", "k_order"])
+@pytest.mark.parametrize("value", [-1, 30])
+def test_an_order_that_was_written_is_named(order: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{order} must be a permutation"):
+        written(order, 3, value, permuted=True).check()
+
+
+def test_a_tensor_that_was_resized_is_named() -> None:
+    plan = full_plan()
+    plan.column_indptr.resize_(3)
+    with pytest.raises(ValueError, match=r"column_indptr must have shape \(9,\) .* got \(3,\)"):
+        plan.check()
+
+
 @pytest.mark.parametrize("name", ["windw", "grid", "_pairs"])
 def test_an_unchecked_plan_takes_fields_alone(name: str) -> None:
     given: dict[str, Any] = {"heads": 1, "query_len": 5, "key_len": 5, "extent": Extent.full(1, 5, 5), name: 3}

@@ -40,6 +40,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest
 
     call.check_plan(plan)
+    plan.check()  # making a mask waits for the device anyway
     q, sinks, softcap = call.q, call.sinks, call.softcap
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"FlexAttention takes float32, bfloat16 or float16, got {q.dtype}; convert q, k and v")
@@ -70,7 +71,8 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     if sinks is None:
         return out, lse
     with_sinks = _add_sinks(lse, sinks)
-    return (out * torch.exp(lse - with_sinks)[..., None]).to(q.dtype), with_sinks
+    share = torch.exp(lse - with_sinks.masked_fill(with_sinks == float("-inf"), 0.0))
+    return (out * share[..., None]).to(q.dtype), with_sinks
 
 
 def kernel_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -24,6 +24,7 @@ __all__ = ["add_parser", "examine", "examine_cpu"]
 _FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512(f|bw|vl|dq|_bf16|_fp16|_vnni)|amx_\w+|asimd|sve2?|bf16|i8mm")
 _ENVIRONMENT = (
     "GOSSAMER_BACKEND",
+    "GOSSAMER_CHECK",
     "GOSSAMER_CPU_ISA",
     "GOSSAMER_PLANNER",
     "TRITON_INTERPRET",

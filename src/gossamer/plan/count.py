@@ -21,6 +21,8 @@ def count_pairs(plan: SparsePlan) -> Tensor:
     """Pairs computed by each head, int64 ``[B, heads]``, on the CPU."""
     if bool((torch.as_tensor(plan.window, device=plan.device) >= WHOLE).all()):
         return plan.extent.count_allowed()[:, None].expand(-1, plan.heads).contiguous()
+    # What is built here is as large as the plan's numbers say, which may have been written since they were validated.
+    plan.check()
     counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64, device="cpu")
     if plan.permuted:
         chunk = max(1, _MASK_BUDGET // max(1, plan.batch * plan.heads * plan.key_len))

@@ -36,7 +36,8 @@ class Extent:
         limit: the model's own sliding window in tokens, or None.
 
     Raises:
-        ValueError: shapes differ, a count or ``key_start`` is negative, a limit is below 1, a number is 2^31 or more.
+        ValueError: shapes differ, a count or ``key_start`` is negative, a limit is below 1, a number or the position of
+            a query is 2^31 or more.
         TypeError: something is no integer.
     """
 
@@ -62,6 +63,8 @@ class Extent:
         object.__setattr__(self, "query_start", starts)
         for name, value in given.items():
             object.__setattr__(self, name, integers_per_row(value, f"Extent.{name}", starts.numel()))
+        if starts.numel() and int(starts.max()) + int(self.query_count.max()) > MOST:
+            self._check_positions()
         object.__setattr__(self, "causal", bool(causal))
         object.__setattr__(self, "limit", None if limit is None else integer(limit, "Extent.limit", least=1))
 
@@ -126,6 +129,15 @@ class Extent:
         live = torch.minimum(count, first + query_len) - first.clamp(min=0)
         return cls(first, live.clamp(min=0), start, count, causal=causal, limit=limit)
 
+    def _check_positions(self) -> None:
+        past = self.query_start.clamp(min=0) + self.query_count
+        if int(past.max()) > MOST:
+            row = int(past.argmax())
+            raise ValueError(
+                f"Extent: positions of queries must lie below {MOST}, got {int(self.query_count[row])} queries from "
+                f"query_start {int(self.query_start[row])} on in batch row {row}"
+            )
+
     @property
     def batch(self) -> int:
         return self.query_start.numel()
@@ -149,11 +161,18 @@ class Extent:
         """Validate against the lengths of a call.
 
         Raises:
-            ValueError: live queries or keys lie outside them.
+            ValueError: live queries or keys lie outside them, or a number is out of range (which only writing to the
+                tensors of an extent can bring about).
         """
         # In Python's integers: of few rows, as in decoding, tensors' operations would take longer.
         fields = (self.query_start, self.query_count, self.key_start, self.key_count)
         for row, (start, queries, first, keys) in enumerate(zip(*(field.tolist() for field in fields), strict=True)):
+            if start < -MOST or max(start, 0) + queries > MOST or min(queries, first, keys) < 0:
+                raise ValueError(
+                    f"batch row {row} of the extent has query_start {start}, query_count {queries}, key_start {first} "
+                    f"and key_count {keys}: counts and key_start must not be negative, and positions must lie within "
+                    f"{MOST} of 0; make a new extent instead of writing to the tensors of one"
+                )
             for name, last, length in (
                 ("queries", max(-start, 0) + queries if queries else 0, query_len),
                 ("keys", first + keys if keys else 0, key_len),

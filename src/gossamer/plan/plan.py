@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gossamer.plan.checks import check_csr, check_order
+from gossamer.plan.checks import check_band, check_csr, check_csr_sizes, check_order, check_order_sizes
 from gossamer.plan.extent import Extent
 from gossamer.plan.grid import Grid
-from gossamer.plan.integers import Integers, ceil_div, integer, integers_per_head
+from gossamer.plan.integers import MOST, Integers, bounded, ceil_div, integer, integers_per_head
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["WHOLE", "SparsePlan", "on_device"]
 
-# A window that holds every pair: above any length, and sums of it with positions stay below 2^31.
-WHOLE = 1 << 29
+# A window that holds every pair: positions lie below it.
+WHOLE = MOST
+_LISTS = ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order")
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -66,7 +67,9 @@ class SparsePlan:
         k_order: int32 ``[B, heads, T]``, key positions by permuted rank, likewise. Causality, columns and bands go by
             the original positions.
 
-    Tensors are copied, and never written afterwards.
+    Tensors are copied, and must not be written afterwards. Where one is nevertheless, kernels on the CPU refuse the
+    plan or compute something else, but read nothing outside its lists and the call's tensors; ``GOSSAMER_CHECK=1`` has
+    every call `check` its plan.
 
     Raises:
         ValueError, TypeError: at construction, naming the value that does not fit.
@@ -91,73 +94,124 @@ class SparsePlan:
     _pairs: Tensor | None = field(default=None, init=False, repr=False)  # count_pairs, where a backend counted
 
     def __post_init__(self) -> None:
+        self._check_integers()
+        device = self.device
+        for name in _LISTS:
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, given.to(device, copy=True).contiguous())
+        for name in ("sink", "window"):
+            value = integers_per_head(getattr(self, name), f"SparsePlan.{name}", self.heads)
+            object.__setattr__(self, name, value.to(device))
+        self._complete()
+        self.check()
+
+    def _check_integers(self) -> None:
         for name in ("heads", "block_q", "block_k", "column_group"):
             integer(getattr(self, name), f"SparsePlan.{name}", least=1)
         for name in ("query_len", "key_len"):
             integer(getattr(self, name), f"SparsePlan.{name}")
         self.extent.check(self.query_len, self.key_len)
-        device = self.device
-        for name in ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order"):
-            given = getattr(self, name)
-            if given is not None:
-                object.__setattr__(self, name, given.to(device, copy=True).contiguous())
-        self._complete()
-        rows = self.batch * self.heads
-        check_csr(
-            self.block_indptr,
-            self.block_indices,
-            rows * self.num_query_blocks,
-            self.num_key_blocks,
-            "block",
-            "key blocks",
-        )
-        check_csr(
-            self.column_indptr,
-            self.column_indices,
-            rows * self.num_column_groups,
-            self.extent.longest,
-            "column",
-            "key positions",
-        )
-        for name in ("sink", "window"):
-            value = integers_per_head(getattr(self, name), f"SparsePlan.{name}", self.heads)
-            object.__setattr__(self, name, value.to(device))
-        for name, length in (("q_order", self.query_len), ("k_order", self.key_len)):
-            order = getattr(self, name)
-            if order is not None:
-                check_order(order, (self.batch, self.heads, length), name)
 
     def _complete(self) -> None:
-        """Sets the grid, and row pointers of lists that are absent."""
+        """Sets the grid, row pointers of lists that are absent, and bands as tensors."""
         object.__setattr__(self, "grid", Grid(self.extent, self.block_q, self.block_k))
         for name, rows in (("block_indptr", self.num_query_blocks), ("column_indptr", self.num_column_groups)):
             if getattr(self, name) is None:
                 indptr = torch.zeros(self.batch * self.heads * rows + 1, dtype=torch.int64, device=self.device)
                 object.__setattr__(self, name, indptr)
+        for name in ("sink", "window"):
+            object.__setattr__(self, name, self._band(getattr(self, name), f"SparsePlan.{name}"))
+
+    def _band(self, given: Integers, name: str) -> Tensor:
+        """int32 ``[heads]`` on the plan's device; values that lie on a device are not read."""
+        if type(given) is int and 0 <= given <= MOST:
+            return torch.full((self.heads,), given, dtype=torch.int32, device=self.device)
+        if isinstance(given, Tensor) and given.dtype == torch.int32 and given.shape == (self.heads,):
+            return on_device(given, self.device).contiguous()
+        if isinstance(given, Tensor) and given.device.type != "cpu":
+            if given.is_floating_point() or given.shape not in ((), (self.heads,)):
+                raise ValueError(
+                    f"{name} must hold one integer for each of the plan's {self.heads} heads, got {given.dtype} of "
+                    f"shape {tuple(given.shape)}"
+                )
+            # A band beyond MOST is as wide as one of MOST.
+            return on_device(given.clamp(max=MOST).to(torch.int32), self.device).expand(self.heads).contiguous()
+        return on_device(integers_per_head(given, name, self.heads), self.device)
+
+    def check_sizes(self) -> None:
+        """Validate the shapes, dtypes and devices of all tensors. Waits for no device.
+
+        Raises:
+            ValueError, TypeError: one does not fit the plan's other fields.
+        """
+        rows = self.batch * self.heads
+        check_csr_sizes(self.block_indptr, self.block_indices, rows * self.num_query_blocks, "block")
+        check_csr_sizes(self.column_indptr, self.column_indices, rows * self.num_column_groups, "column")
+        check_band(torch.as_tensor(self.sink), self.heads, "sink")
+        check_band(torch.as_tensor(self.window), self.heads, "window")
+        for name, length in (("q_order", self.query_len), ("k_order", self.key_len)):
+            order = getattr(self, name)
+            if order is not None:
+                check_order_sizes(order, (self.batch, self.heads, length), name)
+        for name in (*_LISTS, "sink", "window"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.numel() and tensor.device != self.device:
+                raise ValueError(f"SparsePlan.{name} must lie on {self.device} as the others, got {tensor.device}")
+
+    def check(self) -> None:
+        """Validate everything, every number in the plan's tensors too; waits for their device.
+
+        A plan was checked when it was made, but whoever holds its tensors can write to them. With ``GOSSAMER_CHECK=1``
+        in the environment every call that attends checks its plan.
+
+        Raises:
+            ValueError, TypeError: naming the value that does not fit.
+        """
+        self.extent.check(self.query_len, self.key_len)
+        self.check_sizes()
+        grid = Grid(self.extent, self.block_q, self.block_k)
+        if (grid.query_blocks, grid.key_blocks) != (self.grid.query_blocks, self.grid.key_blocks):
+            raise ValueError(
+                f"the plan was made for {self.grid.query_blocks} x {self.grid.key_blocks} blocks, but its extent now "
+                f"has {grid.query_blocks} x {grid.key_blocks}; make a new plan instead of writing to the tensors of one"
+            )
+        rows = self.batch * self.heads
+        block_rows, column_rows = rows * self.num_query_blocks, rows * self.num_column_groups
+        width, longest = self.num_key_blocks, self.extent.longest
+        check_csr(self.block_indptr, self.block_indices, block_rows, width, "block", "key blocks")
+        check_csr(self.column_indptr, self.column_indices, column_rows, longest, "column", "key positions")
+        for name in ("sink", "window"):
+            bounded(getattr(self, name), f"SparsePlan.{name}", 0)
+        for name in ("q_order", "k_order"):
+            order = getattr(self, name)
+            if order is not None:
+                check_order(order, name)
 
     @classmethod
     def unchecked(cls, *, pairs: Tensor | None = None, **given: Any) -> SparsePlan:
-        """A plan from fields that a backend knows to be right. Reads no values, so it does not wait for a device.
+        """A plan from fields whose numbers a backend knows to be right: sizes and dtypes alone are checked.
+
+        Reads no values that lie on a device, so it does not wait for one; copies no tensors.
 
         Args:
             pairs: what `count_pairs` would give, int64 ``[B, heads]`` on the CPU, where it is known.
-            given: the constructor's arguments, each of the right shape and dtype; absent ones take their defaults.
+            given: the constructor's arguments; absent ones take their defaults.
+
+        Raises:
+            ValueError, TypeError: a number out of range, or a tensor of another shape or dtype.
         """
-        plan = object.__new__(cls)
-        for part in fields(cls):
+        plan, given_values = object.__new__(cls), list(given.values())
+        for part in cls.__dataclass_fields__.values():  # not by fields(), which takes longer than all of this
             value = part.default_factory() if part.default_factory is not MISSING else part.default
             value = given.pop(part.name, value) if part.init else None
             object.__setattr__(plan, part.name, None if value is MISSING else value)
         if given:
             raise TypeError(f"SparsePlan has no field {', '.join(sorted(given))}")
+        plan._check_integers()
         plan._complete()
-        for name in ("sink", "window"):
-            value = getattr(plan, name)
-            if isinstance(value, Tensor):
-                value = on_device(value.to(torch.int32), plan.device).expand(plan.heads).contiguous()
-            else:
-                value = torch.full((plan.heads,), int(value), dtype=torch.int32, device=plan.device)
-            object.__setattr__(plan, name, value)
+        if any(isinstance(value, Tensor) for value in given_values):  # those that it made fit
+            plan.check_sizes()
         object.__setattr__(plan, "_pairs", pairs)
         return plan
 
@@ -190,7 +244,6 @@ class SparsePlan:
     @classmethod
     def dense(cls, heads: int, query_len: int, key_len: int, extent: Extent) -> SparsePlan:
         """The plan that computes every pair that the extent allows."""
-        extent.check(query_len, key_len)
         return cls.unchecked(heads=heads, query_len=query_len, key_len=key_len, extent=extent, window=WHOLE)
 
     @classmethod

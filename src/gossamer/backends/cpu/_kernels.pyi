@@ -1,7 +1,12 @@
-"""Addresses are of contiguous CPU tensors of the stated dtype, 0 for none; the caller keeps them alive for the call."""
+"""Addresses are of contiguous CPU tensors of the stated dtype, 0 for none; the caller keeps them alive for the call.
+
+An `Array` is an address with the number of elements there. What is made of them is checked as it is made: ValueError.
+"""
 
 from collections.abc import Sequence
 from enum import Enum
+
+Array = tuple[int, int]
 
 class DType(Enum):
     float32 = 0
@@ -12,16 +17,15 @@ class Tensor:
     def __init__(self, data: int, shape: Sequence[int], strides: Sequence[int], dtype: DType) -> None: ...
 
 class Extent:
-    """Addresses of int64 ``[B]``."""
+    """Of int64 ``[B]``."""
 
     def __init__(
         self,
         *,
-        batch: int,
-        query_start: int,
-        query_count: int,
-        key_start: int,
-        key_count: int,
+        query_start: Array,
+        query_count: Array,
+        key_start: Array,
+        key_count: Array,
         causal: bool,
         limit: int | None,
     ) -> None: ...
@@ -33,7 +37,7 @@ class Part:
     def __init__(self, first: int, stop: int) -> None: ...
 
 class Plan:
-    """Addresses of the plan's tensors; row pointers are int64, all others int32."""
+    """Of the plan's tensors; row pointers are int64, all others int32. Orders that are absent have no elements."""
 
     def __init__(
         self,
@@ -44,18 +48,18 @@ class Plan:
         key_len: int,
         query_blocks: int,
         column_group: int,
-        block_indptr: int,
-        block_indices: int,
-        column_indptr: int,
-        column_indices: int,
-        sink: int,
-        window: int,
-        q_order: int,
-        k_order: int,
+        block_indptr: Array,
+        block_indices: Array,
+        column_indptr: Array,
+        column_indices: Array,
+        sink: Array,
+        window: Array,
+        q_order: Array,
+        k_order: Array,
     ) -> None: ...
 
 class AttentionCall:
-    """Addresses of fp32: lse ``[B, H, S]``, sinks ``[H]``."""
+    """Of fp32: lse ``[B, H, S]``, sinks ``[H]`` or none."""
 
     def __init__(
         self,
@@ -64,8 +68,8 @@ class AttentionCall:
         k: Tensor,
         v: Tensor,
         out: Tensor,
-        lse: int,
-        sinks: int,
+        lse: Array,
+        sinks: Array,
         scale: float,
         softcap: float,
         threads: int,

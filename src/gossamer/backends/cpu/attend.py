@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
-from gossamer.backends.cpu.views import address, dense_rows, plan_parts, plan_view, tensor_view
+from gossamer.backends.cpu.views import arrays, dense_rows, plan_parts, plan_view, tensor_view
 from gossamer.backends.gradient import refuse
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
@@ -33,11 +33,11 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
 
     Raises:
         RuntimeError: the kernels are not built.
-        ValueError, TypeError: a plan of another call or device; another device, dtype or head dimension.
+        ValueError, TypeError: a plan of another call or device, or one whose tensors were written; another device,
+            dtype or head dimension.
         NotImplementedError: from ``backward()``, where an input requires a gradient.
     """
     call.check_plan(plan)
-    check_tensors(call.q, call.k, call.values)
     if plan.device.type != "cpu":
         raise ValueError(f"the cpu backend takes plans on the CPU, got one on {plan.device}; move it")
     tensors, sizes = plan_parts(plan)
@@ -71,20 +71,22 @@ def _cpu_attend(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
+    check_tensors(q, k, v)
     native, isa = kernels(), active_isa(q.dtype)
     # Held by name until the kernel is done: only their addresses are handed over.
     q, k, v = (dense_rows(x) for x in (q, k, v))
     plan, sinks = [x.contiguous() for x in plan], sinks.contiguous()
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device="cpu")
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
+    lse_array, sinks_array = arrays((lse, sinks), (torch.float32, torch.float32))
     native.prefer_huge_pages(out.data_ptr(), out.nbytes)
     call = native.AttentionCall(
         q=tensor_view(q),
         k=tensor_view(k),
         v=tensor_view(v),
         out=tensor_view(out),
-        lse=lse.data_ptr(),
-        sinks=address(sinks) if sinks.numel() else 0,
+        lse=lse_array,
+        sinks=sinks_array,
         scale=scale,
         softcap=softcap,
         threads=torch.get_num_threads(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -48,7 +49,12 @@ def why_unavailable() -> str | None:
 
 def supported_isas() -> list[str]:
     """Instruction sets that this build has and this machine runs; any of them can be forced."""
-    return list(_kernels.supported()) if _kernels is not None else []
+    return list(_supported())
+
+
+@functools.cache
+def _supported() -> tuple[str, ...]:
+    return tuple(_kernels.supported()) if _kernels is not None else ()
 
 
 def has_openmp() -> bool:
@@ -64,7 +70,7 @@ def active_isa(dtype: torch.dtype) -> str:
         ValueError: ``GOSSAMER_CPU_ISA`` names none of `supported_isas`.
     """
     prefers_bf16_dot = kernels().prefers_bf16_dot
-    known = supported_isas()
+    known = _supported()
     forced = os.environ.get(ENVIRONMENT, "")
     if forced:
         if forced not in known:

@@ -31,7 +31,7 @@ PART_BYTES = 64 << 20
 
 def last_query_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
     """See `gossamer.backends.torch.last_query_probe`."""
-    check_tensors(call.q, call.k)
+    _check(call, call.q, call.k)
     if last < 1:
         raise ValueError(f"the probe needs at least one row, got last={last}")
     width = call.extent.longest
@@ -51,7 +51,7 @@ def last_query_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
 
 def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     """See `gossamer.backends.torch.pool_keys`."""
-    check_tensors(call.k)
+    _check(call, call.k)
     grid = _of_call(grid, call)
     means = torch.empty(call.batch, call.groups, grid.key_blocks, call.k.shape[-1], device="cpu")
     k = dense_rows(call.k)
@@ -68,7 +68,7 @@ def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
 
 def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
     """See `gossamer.backends.torch.pool_queries`."""
-    check_tensors(call.q)
+    _check(call, call.q)
     grid = _of_call(grid, call)
     means = torch.empty(call.batch, call.heads, grid.query_blocks, call.q.shape[-1], device="cpu")
     q = dense_rows(call.q)
@@ -85,7 +85,7 @@ def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
 
 def pooled_scores(call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor, part: range) -> Tensor:
     """See `gossamer.backends.torch.pooled_scores`. ``queries`` and ``keys`` are fp32."""
-    check_tensors(queries, keys)
+    _check(call, queries, keys)
     grid = _of_call(grid, call)
     _check_part(part, grid)
     _check_pooled(queries, "queries", (call.batch, call.heads, grid.query_blocks, call.q.shape[-1]), torch.float32)
@@ -106,7 +106,7 @@ def pooled_scores(call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor
 
 def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range) -> Tensor:
     """See `gossamer.backends.torch.row_block_energy`. ``keys`` have q's dtype."""
-    check_tensors(call.q, keys)
+    _check(call, call.q, keys)
     grid = _of_call(grid, call)
     _check_part(part, grid)
     _check_pooled(keys, "keys", (call.batch, call.groups, grid.key_blocks, call.q.shape[-1]), call.q.dtype)
@@ -123,7 +123,7 @@ def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: rang
 
     Working memory of a thread: some MiB, and some KiB a key block.
     """
-    check_tensors(call.q, call.k)
+    _check(call, call.q, call.k)
     if stride < 1 or grid.block_q % stride or grid.block_k % stride:
         raise ValueError(
             f"stride must divide block_q and block_k, got {stride} for blocks {grid.block_q} and {grid.block_k}"
@@ -144,6 +144,12 @@ def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: rang
         out=scores.data_ptr(),
     )
     return scores
+
+
+def _check(call: AttentionCall, *tensors: Tensor) -> None:
+    """That kernels take the tensors, and that the extent still fits the call: outputs are as large as it says."""
+    check_tensors(*tensors)
+    call.extent.check(call.query_len, call.key_len)
 
 
 def _of_call(grid: Grid, call: AttentionCall) -> Grid:

@@ -6,17 +6,20 @@ and `dense_rows` and ``contiguous`` come first.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gossamer.backends.cpu.native import kernels
+from gossamer.backends.cpu.native import DTYPES, kernels
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent, Grid, SparsePlan
 
 __all__ = [
     "address",
+    "arrays",
     "dense_rows",
     "extent_view",
     "grid_view",
@@ -26,6 +29,11 @@ __all__ = [
     "score_view",
     "tensor_view",
 ]
+
+
+_EXTENT_DTYPES = (torch.int64,) * 4
+# Of the tensors of `plan_parts`.
+_PLAN_DTYPES = (*_EXTENT_DTYPES, torch.int64, torch.int32, torch.int64, *[torch.int32] * 5)
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -38,22 +46,43 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def arrays(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[tuple[int, int]]:
+    """Address and number of elements of contiguous tensors: the kernels check the numbers against what they read.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+    """
+    # All at once: in decoding, a call has no time for a check of each.
+    if [x.dtype for x in tensors] != list(dtypes):
+        given = ", ".join(str(x.dtype) for x in tensors)
+        raise TypeError(f"tensors must be {', '.join(map(str, dtypes))} in this order, got {given}; make a new plan")
+    return [(x.data_ptr(), x.numel()) for x in tensors]
+
+
 def tensor_view(x: Tensor) -> Any:
     """Of `dense_rows`, ``[B, heads, tokens, dim]``."""
-    native = kernels()
-    dtypes = {torch.float32: native.DType.float32, torch.bfloat16: native.DType.bfloat16}
-    return native.Tensor(x.data_ptr(), x.shape, x.stride(), dtypes.get(x.dtype, native.DType.float16))
+    return kernels().Tensor(x.data_ptr(), x.shape, x.stride(), _dtypes()[x.dtype])
+
+
+@functools.cache
+def _dtypes() -> dict[torch.dtype, Any]:
+    return {dtype: getattr(kernels().DType, str(dtype).removeprefix("torch.")) for dtype in DTYPES}
 
 
 def extent_view(extent: Extent) -> Any:
+    fields = (extent.query_start, extent.query_count, extent.key_start, extent.key_count)
+    return _extent(arrays(fields, _EXTENT_DTYPES), extent.causal, extent.limit)
+
+
+def _extent(fields: Sequence[tuple[int, int]], causal: bool, limit: int | None) -> Any:
+    query_start, query_count, key_start, key_count = fields
     return kernels().Extent(
-        batch=extent.batch,
-        query_start=extent.query_start.data_ptr(),
-        query_count=extent.query_count.data_ptr(),
-        key_start=extent.key_start.data_ptr(),
-        key_count=extent.key_count.data_ptr(),
-        causal=extent.causal,
-        limit=extent.limit,
+        query_start=query_start,
+        query_count=query_count,
+        key_start=key_start,
+        key_count=key_count,
+        causal=causal,
+        limit=limit,
     )
 
 
@@ -99,20 +128,17 @@ def plan_parts(plan: SparsePlan) -> tuple[list[Tensor], list[int]]:
 
 
 def plan_view(tensors: list[Tensor], sizes: list[int]) -> Any:
-    """Of `plan_parts`, contiguous."""
+    """Of `plan_parts`, contiguous.
+
+    Raises:
+        ValueError, TypeError: tensors and sizes that do not fit each other, as after a write to a plan's tensors.
+    """
     native = kernels()
-    addresses = [x.data_ptr() for x in tensors]
-    query_start, query_count, key_start, key_count, *lists, sink, window, q_order, k_order = addresses
     heads, query_len, key_len, query_blocks, column_group, block_q, block_k, causal, limit = sizes
-    extent = native.Extent(
-        batch=tensors[0].numel(),
-        query_start=query_start,
-        query_count=query_count,
-        key_start=key_start,
-        key_count=key_count,
-        causal=bool(causal),
-        limit=None if limit < 0 else limit,
+    *fields, block_indptr, block_indices, column_indptr, column_indices, sink, window, q_order, k_order = arrays(
+        tensors, _PLAN_DTYPES
     )
+    extent = _extent(fields, bool(causal), None if limit < 0 else limit)
     return native.Plan(
         native.Grid(extent, block_q=block_q, block_k=block_k),
         heads=heads,
@@ -120,12 +146,12 @@ def plan_view(tensors: list[Tensor], sizes: list[int]) -> Any:
         key_len=key_len,
         query_blocks=query_blocks,
         column_group=column_group,
-        block_indptr=lists[0],
-        block_indices=lists[1],
-        column_indptr=lists[2],
-        column_indices=lists[3],
+        block_indptr=block_indptr,
+        block_indices=block_indices,
+        column_indptr=column_indptr,
+        column_indices=column_indices,
         sink=sink,
         window=window,
-        q_order=q_order if tensors[-2].numel() else 0,
-        k_order=k_order if tensors[-1].numel() else 0,
+        q_order=q_order,
+        k_order=k_order,
     )

@@ -24,9 +24,10 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         ``out = 0`` and ``lse = -inf`` (or the sink's logit).
 
     Raises:
-        ValueError: the plan is for another call, or the call has no values.
+        ValueError: the plan is for another call, its tensors were written since, or the call has no values.
     """
     call.check_plan(plan)
+    plan.check()  # masks are as large as its numbers say; in kernels that would take too long
     out = torch.empty(*call.q.shape[:3], call.values.shape[-1], dtype=call.q.dtype, device=call.device)
     lse = torch.empty(call.q.shape[:3], dtype=wide(call.q[:0]).dtype, device=call.device)
     for rows in _chunks(call):

@@ -82,7 +82,8 @@ def under_mask(
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     if sinks is not None:
-        extra = sinks.float().view(1, heads, 1, 1).expand(batch, heads, query_len, 1)
+        extra = sinks.float().clamp(max=torch.finfo(torch.float32).max)  # infinity takes all, and is not subtracted
+        extra = extra.view(1, heads, 1, 1).expand(batch, heads, query_len, 1)
         weights = torch.cat([logits, extra], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = logits.softmax(dim=-1)

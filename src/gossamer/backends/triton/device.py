@@ -35,6 +35,7 @@ def check_call(call: AttentionCall) -> None:
             "use gossamer.backends.torch"
         )
     extent = call.extent
+    extent.check(call.query_len, call.key_len)  # it may have been written since
     last = int((extent.first_position + extent.query_count).max()) if extent.batch else 0
     if max(call.query_len, call.key_len, last) >= UNLIMITED:
         raise ValueError(

@@ -88,6 +88,8 @@ def _arguments(call: AttentionCall, plan: SparsePlan) -> tuple:
     """Of the operator ``gossamer::triton_attend``; see `gossamer.backends.triton.launch.Arguments`."""
     check_call(call)
     call.check_plan(plan)
+    plan.extent.check(plan.query_len, plan.key_len)
+    plan.check_sizes()
     device = call.device
     empty = torch.empty(0, dtype=torch.int32, device=device)
     shape = [plan.heads, plan.block_q, plan.block_k, plan.column_group, plan.num_query_blocks, plan.num_key_blocks]

@@ -154,5 +154,6 @@ def with_sinks(state, sinks):
     top = tl.maximum(state.top, sinks)
     base = tl.where(top == float("-inf"), 0.0, top)
     shrink = tl.exp2(state.top - base)
-    total = state.total * shrink + tl.exp2(sinks - base)
+    own = tl.where(sinks == base, 1.0, tl.exp2(sinks - base))  # a sink of infinity takes all
+    total = state.total * shrink + own
     return Softmax(state.out * shrink[:, None], state.out_high * shrink[:, None], total, top)
