@@ -175,5 +175,5 @@ def test_the_report_in_the_documentation_is_drawn_from_the_committed_results(tmp
     assert page.read_text(encoding="utf-8") == committed, "run `gossamer report` again, see docs/benchmarks.md"
     assert len(committed) < 1_000_000
     for picture in ("needles", "density", "recall", "latency", "logits", "heads", "attention", "maps"):
-        assert f"<section id='{picture}'>" in committed
+        assert f'<section id="{picture}">' in committed
         assert (ROOT / "docs" / "reports" / "reference_eval_csv" / f"{picture}.csv").stat().st_size > 0

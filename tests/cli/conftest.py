@@ -1,9 +1,12 @@
 """A tiny random Llama with a word tokenizer, saved as transformers saves a model."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from gossamer import cli
 
 WORDS = [f"w{i}" for i in range(100)]
 
@@ -41,3 +44,26 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompt") / "prompt.txt"
     path.write_text(" ".join(WORDS[i * i % 100] for i in range(300)))
     return path
+
+
+@pytest.fixture
+def one_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the parser of the command line once: a hundred commands take no longer than they need."""
+    parser = cli.make_parser()
+    monkeypatch.setattr(cli, "make_parser", lambda: parser)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must be refused; returns its one line on standard error."""
+
+    def run(*argv: object) -> str:
+        code = cli.main(list(map(str, argv)))
+        captured = capsys.readouterr()
+        assert (code, captured.out) == (2, ""), captured.err
+        assert captured.err.startswith("gossamer: ")
+        assert captured.err.count("\n") == 1
+        assert captured.err.endswith("\n")
+        return captured.err
+
+    return run

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gossamer.cli import main
+from gossamer.report.html import POLICY
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -118,18 +119,21 @@ def test_the_csv_has_the_figures_of_the_record(folder):
 class Page(HTMLParser):
     """Tags that are left open or closed wrongly, identifiers, and every reference."""
 
-    VOID = frozenset({"meta", "img", "br"})
+    VOID = frozenset({"meta", "img", "br", "link"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.ids: list[str] = []
         self.references: list[str] = []
+        self.policies: list[str | None] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         if tag not in self.VOID:
             self.open.append(tag)
+        if ("http-equiv", "Content-Security-Policy") in attrs:
+            self.policies.append(dict(attrs)["content"])
         for name, value in attrs:
             if name == "id":
                 self.ids.append(value or "")
@@ -145,9 +149,10 @@ class Page(HTMLParser):
 def test_the_page_is_whole_and_refers_to_nothing_outside(folder):
     page = Page((folder / "heads.html").read_text(encoding="utf-8"))
     assert page.open == []
+    assert page.policies == [POLICY]
     assert page.ids == [f"l{layer}h{head}" for layer in range(2) for head in range(4)]
     links = [reference for reference in page.references if not reference.startswith("data:image/png;base64,")]
-    assert sorted(links) == sorted(f"#{name}" for name in page.ids)
+    assert sorted(links) == sorted(["data:,", *(f"#{name}" for name in page.ids)])
 
 
 def test_the_pictures_are_the_maps(folder):

@@ -81,6 +81,7 @@ def test_values_are_of_their_fields_types(pair: str, value: Any) -> None:
         ("budget=much", "fields.budget takes float | None, got 'much'"),
         ("sizes=3", "fields.sizes takes tuple[int, ...], got '3'"),
         ("sizes=1;2", "got '1;2' (write it as JSON, such as [1,2])"),
+        (f"sizes={'[' * 3000}{']' * 3000}", "(write it as JSON, such as [1,2])"),
         ('sizes=[1,"a"]', "fields.sizes takes tuple[int, ...]"),
         ("sizes=[true]", "fields.sizes takes tuple[int, ...]"),
         ("pair=[1]", "fields.pair takes tuple[int, float], got '[1]'"),

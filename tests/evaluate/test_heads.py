@@ -214,6 +214,13 @@ def test_what_a_call_does_not_have_is_an_error(arguments: dict[str, Any], messag
         describe_heads(random_call(), **arguments)
 
 
+def test_attention_that_is_not_finite_is_an_error() -> None:
+    call = random_call()
+    call.k[0, 0, 5, 0] = float("nan")
+    with pytest.raises(ValueError, match="is not finite"):
+        describe_heads(call)
+
+
 def test_nothing_but_padding_is_an_error() -> None:
     q, k = torch.zeros(1, 2, 20, 8), torch.zeros(1, 1, 20, 8)
     with pytest.raises(ValueError, match="no live query that sees a key"):

@@ -46,8 +46,9 @@ RECORDS: list[dict[str, Any]] = [
         "length": 100,
         "index": 0,
         "density": 0.4,
+        **{name: [[0.5]] for name in ("head_density", "recall", "oracle_recall", "relative_l2")},
         "mean": {"recall": 0.8, "oracle_recall": 0.9},
-        "logits": {"mean_kl": 0.1, "mean_top1": 0.95},
+        "logits": {"edges": [0, 100], "kl": [0.1], "top1": [0.95], "mean_kl": 0.1, "mean_top1": 0.95},
     },
 ]
 

@@ -68,7 +68,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(json, "dump", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         Profile.uniform(1, 1, Dense()).save(path)
     assert Profile.load(path) == PROFILE
@@ -125,7 +125,7 @@ def test_bad_profiles_are_named(given: dict[str, Any], error: type[Exception], m
     ("change", "message"),
     [
         ({"schema": 99}, "schema 99 is not supported; this version reads schema 2"),
-        ({"schema": None}, "schema None is not supported"),
+        ({"schema": None}, "schema null is not supported"),
         ({"methods": []}, "at least one layer"),
         ({"methods": None}, r"methods must be a list \(layers\) of lists"),
         ({"methods": [{"method": "dense"}]}, r"methods must be a list \(layers\) of lists"),
@@ -136,8 +136,12 @@ def test_bad_profiles_are_named(given: dict[str, Any], error: type[Exception], m
         ({"methods": [["dense"]]}, "layer 0, head 0: a method's dictionary needs the key 'method'"),
         ({"scores": [1.0]}, r"scores must be a list \(layers\) of lists"),
         ({"scores": [[1.0]]}, r"as its methods, \[4, 4\] heads"),
+        ({"scores": [["high"]]}, "layer 0, head 0: a score is a number or null, got 'high'"),
         ({"provenance": "mine"}, "provenance must be an object"),
         ({"provenance": {"lengths": 3}}, "its lengths a list"),
+        ({"provenance": {"lengths": [1.5]}}, "lengths of a profile's provenance must be integers, got 1.5"),
+        ({"provenance": {"model": 3}}, "model of a profile's provenance must be text, got 3"),
+        ({"methods": [[{"method": "dense", "name": 1}]]}, "layer 0, head 0: method 'dense' has no field 'name'"),
     ],
 )
 def test_wrong_dictionaries_are_named(change: dict[str, Any], message: str) -> None:
@@ -187,8 +191,8 @@ def test_published_pattern_files_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ({"1": ["stream_llm", 1, 2, 3]}, "layer 0, head 0: expected .* got None"),
-        ({"0": ["stream_llm", 1, 2, 3], "2": ["stream_llm", 1, 2, 3]}, "layer 0, head 1: .* got None"),
+        ({"1": ["stream_llm", 1, 2, 3]}, "layer 0, head 0: expected .* got null"),
+        ({"0": ["stream_llm", 1, 2, 3], "2": ["stream_llm", 1, 2, 3]}, "layer 0, head 1: .* got null"),
         ({"0": ["spiral", 1, 2, 3]}, r"layer 0, head 0: .* vertical_and_slash, .* got \['spiral', 1, 2, 3\]"),
         ({"0": ["stream_llm", 1]}, r"layer 0, head 0: .* got \['stream_llm', 1\]"),
     ],
@@ -199,7 +203,7 @@ def test_wrong_published_files_are_named(layer: dict[str, Any], message: str) ->
 
 
 @pytest.mark.parametrize(
-    ("window", "message"), [(-2, "window must be at least 1, got -2"), ("wide", "'wide'"), (None, "NoneType")]
+    ("window", "message"), [(-2, "window must be at least 1, got -2"), ("wide", "'wide'"), (None, "None")]
 )
 def test_a_wrong_number_in_a_published_file_says_where(window: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"layer 1, head 0: .*{message}"):

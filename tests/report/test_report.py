@@ -265,7 +265,7 @@ def test_heads_that_do_not_tell_their_model_are_warned_of(tmp_path: Path) -> Non
     text = (tmp_path / "r.html").read_text()
     assert "does not tell of which model they are but its name, &lt;i&gt;other&lt;/i&gt;" in text
     write_report(RECORDS, tmp_path / "r.html")
-    assert "class='warning'" not in (tmp_path / "r.html").read_text()
+    assert 'class="warning"' not in (tmp_path / "r.html").read_text()
 
 
 def test_heads_alone_have_a_page_with_their_model(tmp_path: Path) -> None:

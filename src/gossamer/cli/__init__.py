@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input (one line on stderr says what and what to do), 1
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -14,7 +15,7 @@ from typing import NoReturn
 
 from gossamer import __version__
 from gossamer.cli import doctor, eval, inspect, methods, report, run
-from gossamer.cli.common import BadInput
+from gossamer.cli.common import BadInput, one_line
 
 __all__ = ["main"]
 
@@ -35,6 +36,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; ``argv`` without the program's name. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # What their encoding lacks, such as the odd byte of a file's name, is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         arguments = make_parser().parse_args(argv)
         with warnings.catch_warnings():
@@ -42,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_args, **_more: print(f"warning: {message}", file=sys.stderr)
             return arguments.execute(arguments)
     except BadInput as error:
-        print(f"gossamer: {error}", file=sys.stderr)
+        print(f"gossamer: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

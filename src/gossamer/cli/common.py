@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["BadInput", "add_command", "first_line", "print_json", "table"]
+__all__ = ["BadInput", "add_command", "first_line", "one_line", "print_json", "table", "unicode"]
 
 
 class BadInput(Exception):
@@ -35,6 +35,16 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     )
+
+
+def one_line(message: str) -> str:
+    """A message on one line, without characters that a terminal acts on: names of files may hold any."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+
+
+def unicode(name: str) -> str:
+    """A name as UTF-8 can hold it: bytes of a command line that are none become question marks."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def first_line(error: BaseException) -> str:

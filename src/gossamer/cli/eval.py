@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
+from gossamer.cli.common import BadInput, add_command, first_line, print_json, table, unicode
 from gossamer.cli.eval_progress import Progress
 from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile
 from gossamer.cli.specs import parse_method, parse_task, split_specs, task_names
@@ -74,7 +74,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         raise BadInput("name the folder of a model: gossamer eval MODEL (`gossamer eval --tasks list` needs none)")
     _check_numbers(arguments)
-    check_environment()
+    check_environment(arguments.device)
     config, profile = read_model(arguments.model), read_profile(arguments.profile)
     try:
         policies = [_policy(arguments, spec, profile) for spec in split_specs(arguments.methods)]
@@ -119,6 +119,14 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise BadInput(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if abs(arguments.seed) >= 2**63:
+        raise BadInput(f"--seed must fit into 64 bits, got {arguments.seed}")
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError as error:
+        raise BadInput(f"--device {arguments.device}: {first_line(error)}") from error
+    if device.type == "meta":
+        raise BadInput("--device meta: its tensors have a shape and no numbers; use cpu or cuda")
 
 
 def _policy(arguments: argparse.Namespace, spec: str, profile: Profile | None) -> Policy:
@@ -149,7 +157,7 @@ def _job(arguments: argparse.Namespace, policies: list[Policy]) -> Any:
 
 
 def _load(arguments: argparse.Namespace, job: Any) -> Any:
-    from gossamer.cli.generation import load_model, load_tokenizer
+    from gossamer.cli.generation import check_model, load_model, load_tokenizer
     from gossamer.evaluate.subject import Subject
 
     tokenizer = load_tokenizer(arguments.model)
@@ -158,7 +166,9 @@ def _load(arguments: argparse.Namespace, job: Any) -> Any:
     # Samples are cut to their length here; the tokenizer's own limit only makes it warn.
     tokenizer.model_max_length = sys.maxsize
     model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
-    subject = Subject(_to_device(model, arguments.device), tokenizer, arguments.model.name, chat=arguments.chat)
+    model = _to_device(model, arguments.device)
+    check_model(model, arguments.model)
+    subject = Subject(model, tokenizer, unicode(arguments.model.name), chat=arguments.chat)
     longest = max(job.lengths)
     if subject.max_length is not None and longest > subject.max_length:
         raise BadInput(f"this model takes {subject.max_length} tokens, got a length of {longest}; ask for less")

@@ -19,7 +19,16 @@ import gossamer
 from gossamer.cli.common import BadInput, first_line
 from gossamer.policy import Policy
 
-__all__ = ["Generation", "compare_top1", "generate", "layer_progress", "load_model", "load_tokenizer", "tokenize"]
+__all__ = [
+    "Generation",
+    "check_model",
+    "compare_top1",
+    "generate",
+    "layer_progress",
+    "load_model",
+    "load_tokenizer",
+    "tokenize",
+]
 
 _HEAD_ROWS = 512
 
@@ -76,6 +85,17 @@ def load_model(path: Path, dtype: str, progress: bool) -> Any:
     except Exception as error:  # as above
         raise BadInput(f"{path} is no language model that transformers can load: {first_line(error)}") from error
     return model.eval()
+
+
+@torch.inference_mode()
+def check_model(model: Any, path: Path) -> None:
+    """Read one token, so that weights that are not numbers show before anything slow is done."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    if not bool(model(input_ids=token, use_cache=False).logits.isnan().any()):
+        return
+    broken = (name for name, weight in model.named_parameters() if weight.is_floating_point() and weight.isnan().any())
+    why = f"its weights hold NaN, {name} first" if (name := next(broken, None)) else f"it overflows in {model.dtype}"
+    raise BadInput(f"{path} predicts NaN: {why}; get the model again, or try another --dtype")
 
 
 @contextmanager

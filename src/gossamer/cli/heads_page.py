@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import struct
 import zlib
 from collections import Counter
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from gossamer.evaluate.heads import BLOCK, DIFFUSE_BELOW, HeadReport
 from gossamer.report.heads import PATTERNS
+from gossamer.report.html import Html, document, element, join
 
 __all__ = ["make_page"]
 
@@ -61,36 +61,44 @@ def make_page(reports: Sequence[HeadReport], model: str, prompt: str, tokens: in
     """HTML without references to anything outside it. The reports have their maps."""
     counts = Counter(report.pattern for report in reports)
     numbers = {"sink_tokens": reports[0].sink_tokens, "local_tokens": reports[0].local_tokens}
-    legend = "".join(
-        f"<li>{_mark(name)} <b>{name}</b> {counts[name]} <small>{meaning.format(**numbers)}</small></li>"
+    legend = (
+        join((_mark(name), element("b", name), counts[name], element("small", meaning.format(**numbers))), " ")
         for name, meaning in _MEANINGS.items()
     )
     layers = [(layer, list(group)) for layer, group in groupby(reports, key=lambda report: report.layer)]
-    overview = "".join(
-        f"<tr><th scope=row>{_layer(layer)}</th>"
-        + "".join(f"<td>{_mark(report.pattern, report)}</td>" for report in group)
-        + "</tr>"
+    overview = (
+        element(
+            "tr",
+            element("th", _layer(layer), scope="row"),
+            *(element("td", _mark(report.pattern, report)) for report in group),
+        )
         for layer, group in layers
     )
-    cards = "".join(
-        f"<h2>Layer {_layer(layer)}</h2><div class=grid>{''.join(map(_card, group))}</div>" for layer, group in layers
+    caption = element("caption", "Pattern of each head; rows are layers", hidden="")
+    cards = (
+        join((element("h2", f"Layer {_layer(layer)}"), element("div", *map(_card, group), class_="grid")))
+        for layer, group in layers
     )
     source = "standard input" if prompt == "-" else prompt
     looked = "all queries" if rows is None else f"about {rows:,} queries, evenly spaced"
-    title = f"Attention heads of {html.escape(model)}"
-    return f"""<!doctype html>
-<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{_STYLE}</style></head><body>
-<h1>{title}</h1>
-<p>{html.escape(source)}, {tokens:,} tokens; {looked}. Each bar is the share of the head's attention that a
-pattern explains with at most {reports[0].budget:.1%} of the query-key pairs; the name goes to the simplest pattern that
-comes close to the best.</p>
-<ul>{legend}</ul>
-<div class=scroll><table><caption hidden>Pattern of each head; rows are layers</caption>{overview}</table></div>
-<p>In the maps queries run down and keys across; dark is more attention, on a scale of three decades.</p>
-{cards}
-</body></html>
-"""
+    title = f"Attention heads of {model}"
+    return document(
+        title,
+        _STYLE,
+        element("h1", title),
+        element(
+            "p",
+            f"{source}, {tokens:,} tokens; {looked}. Each bar is the share of the head's attention that a pattern "
+            f"explains with at most {reports[0].budget:.1%} of the query-key pairs; the name goes to the simplest "
+            "pattern that comes close to the best.",
+        ),
+        element("ul", *(element("li", entry) for entry in legend)),
+        element("div", element("table", caption, *overview), class_="scroll"),
+        element(
+            "p", "In the maps queries run down and keys across; dark is more attention, on a scale of three decades."
+        ),
+        *cards,
+    )
 
 
 def _layer(layer: int | None) -> str:
@@ -101,38 +109,41 @@ def _identifier(report: HeadReport) -> str:
     return f"l{_layer(report.layer)}h{report.head}"
 
 
-def _mark(pattern: str, report: HeadReport | None = None) -> str:
+def _mark(pattern: str, report: HeadReport | None = None) -> Html:
     letter, colour = PATTERNS[pattern]
+    style = f"background:{colour}"
     if report is None:
-        return f'<span class=mark style="background:{colour}" aria-hidden=true>{letter}</span>'
+        return element("span", letter, class_="mark", style=style, aria_hidden="true")
     name = f"layer {_layer(report.layer)}, head {report.head}: {pattern}"
-    link = f'href="#{_identifier(report)}" title="{name}" aria-label="{name}"'
-    return f'<a class=mark style="background:{colour}" {link}>{letter}</a>'
+    return element("a", letter, class_="mark", style=style, href=f"#{_identifier(report)}", title=name, aria_label=name)
 
 
-def _card(report: HeadReport) -> str:
+def _card(report: HeadReport) -> Html:
     colour = PATTERNS[report.pattern][1]
-    bars = "".join(
-        f'<dt>{name}</dt><div class=bar><i style="width:{share:.1%};background:{PATTERNS[name][1]}"></i></div>'
-        f"<dd>{share:.0%}</dd>"
-        for name, share in report.mass.items()
-    )
     lines = [
+        f"learned sink takes {report.sink_logit:.0%}" if report.sink_logit else "",
         f"90% within {report.window:,} tokens",
         f"first token {report.first_token:.1%}, first {report.sink_tokens} {report.mass['sink']:.1%}",
         _places("columns", [(str(at), mass) for at, mass in report.columns], 0.01),
         _places("distances", [(str(at), mass) for at, mass in report.diagonals], 0.01),
         _places(f"blocks of {BLOCK} (query:key)", [(f"{m}:{n}", mass) for m, n, mass in report.blocks], 0.001),
     ]
-    if report.sink_logit:
-        lines.insert(0, f"learned sink takes {report.sink_logit:.0%}")
-    name = f"layer {_layer(report.layer)}, head {report.head}"
-    picture = "" if report.map is None else f'<img class=map alt="attention map of {name}" src="{_image(report.map)}">'
-    return (
-        f'<article id="{_identifier(report)}" style="--hue:{colour}"><div class=head><b>Head {report.head}</b>'
-        f"<span>{report.pattern} {_mark(report.pattern)}</span></div>{picture}<dl>{bars}</dl>"
-        f"<p class=more>{'<br>'.join(filter(None, lines))}</p></article>"
+    alt = f"attention map of layer {_layer(report.layer)}, head {report.head}"
+    named = element("span", report.pattern, " ", _mark(report.pattern))
+    return element(
+        "article",
+        element("div", element("b", f"Head {report.head}"), named, class_="head"),
+        "" if report.map is None else element("img", class_="map", alt=alt, src=_image(report.map)),
+        element("dl", *(_bar(name, share) for name, share in report.mass.items())),
+        element("p", join(filter(None, lines), element("br")), class_="more"),
+        id=_identifier(report),
+        style=f"--hue:{colour}",
     )
+
+
+def _bar(name: str, share: float) -> Html:
+    drawn = element("i", style=f"width:{share:.1%};background:{PATTERNS[name][1]}")
+    return join((element("dt", name), element("div", drawn, class_="bar"), element("dd", f"{share:.0%}")))
 
 
 def _places(what: str, places: Sequence[tuple[str, float]], least: float) -> str:

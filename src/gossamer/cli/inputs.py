@@ -2,49 +2,95 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gossamer.backends import backend_of, cpu
+from gossamer import AttentionCall
+from gossamer.backends import ATTEND, PLAN, attend, backend_of, cpu
 from gossamer.cli.common import BadInput, first_line
 from gossamer.cli.specs import takes_profile
-from gossamer.methods import PerHead, available
+from gossamer.methods import MaxRelative, PerHead, available
 from gossamer.methods.registry import class_of
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
+from gossamer.profiles.files import parse_json, read_file, read_text, shown
 
-__all__ = ["check_environment", "check_profile", "read_model", "read_profile", "read_prompt"]
+__all__ = ["check_environment", "check_profile", "read_model", "read_profile", "read_prompt", "text_config"]
 
 
-def check_environment() -> None:
+# What is read of a model's config here, and how large it may be at most.
+_SIZES = {"num_hidden_layers": 100_000, "num_attention_heads": 100_000, "max_position_embeddings": 2**40}
+
+
+def check_environment(device: torch.device | str = "cpu") -> None:
+    """That what the environment forces is known, and runs here: a few tokens are planned for and attended."""
+    forced = {name: os.environ[name] for name in (ATTEND, PLAN, cpu.ENVIRONMENT) if os.environ.get(name)}
+    if not forced:
+        return
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        device = torch.device("cpu")  # what is wrong with the device is said where it is used
+    tokens = torch.zeros(1, 1, 64, 64, device=device)
     try:
         for verb in ("attend", "ListWriter"):
-            backend_of(torch.empty(1, 1, 1, 64), verb)
+            backend_of(tokens, verb)
         if cpu.is_available():
             cpu.active_isa(torch.float32)
     except ValueError as error:
         raise BadInput(first_line(error)) from error
+    call = AttentionCall(tokens, tokens, tokens)
+    try:
+        attend(call, MaxRelative(last_rows=0).plan(call))
+    except (ValueError, RuntimeError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in forced.items())
+        raise BadInput(f"{given} cannot be used here: {first_line(error)}") from error
 
 
 def read_model(path: Path) -> dict[str, Any]:
     """The model's config as JSON; the folder is looked at before anything slow is imported."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise BadInput(f"no such model: {path} (give the folder of a transformers model; nothing is downloaded)")
     file = path / "config.json"
-    if not file.is_file():
+    if not os.path.exists(file):
         raise BadInput(f"{path} is not a model: it has no config.json")
     try:
-        config = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{path} is not a model: its config.json cannot be read ({first_line(error)})") from error
+        content = read_file(file)
+    except OSError as error:
+        raise BadInput(f"{path} is not a model: its config.json cannot be read ({error.strerror})") from error
+    try:
+        config = parse_json(content, strict=False)  # transformers itself writes Infinity
+    except ValueError as error:
+        raise BadInput(f"{path} is not a model: its config.json is {error}") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise BadInput(f"{path} is not a transformers model: its config.json names no model_type")
+    _check_config(path, config)
     return config
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model."""
+    return config.get("text_config") or config
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """That what is read of it is of the right type."""
+    what = f"{path} is not a model: its config.json:"
+    if not isinstance(config["model_type"], str):
+        raise BadInput(f"{what} model_type must be text, found {shown(config['model_type'])}")
+    inner = config.get("text_config")
+    if inner is not None and not isinstance(inner, dict):
+        raise BadInput(f"{what} text_config must be an object, found {shown(inner)}")
+    for name, most in _SIZES.items():
+        size = text_config(config).get(name)
+        if size is None:
+            continue
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
+            raise BadInput(f"{what} {name} must be an integer, 1 to {most:,}, found {shown(size)}")
 
 
 def read_profile(path: Path | None) -> Profile | None:
@@ -64,7 +110,7 @@ def check_profile(policies: Sequence[Policy], profile: Profile | None, config: d
     if profile is not None and not per_head:
         names = [method.name for method in map(class_of, available()) if takes_profile(method)]
         raise BadInput(f"--profile is for the methods {', '.join(names)}; name one of them, or leave --profile out")
-    text = config.get("text_config") or config
+    text = text_config(config)
     layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
     for method in per_head:
         if not method.layers and type(method).plan is PerHead.plan:
@@ -78,20 +124,22 @@ def check_profile(policies: Sequence[Policy], profile: Profile | None, config: d
 
 
 def read_prompt(name: str) -> str:
-    if name == "-":
-        if sys.stdin.isatty():
-            print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
-        text, source = sys.stdin.read(), "standard input"
-    else:
-        path, source = Path(name), name
-        if not path.exists():
-            raise BadInput(f"no such prompt file: {name}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise BadInput(f"the prompt file {name} is not UTF-8 text") from error
-        except OSError as error:
-            raise BadInput(f"cannot read the prompt file {name}: {error.strerror}") from error
+    source = "standard input" if name == "-" else f"the prompt file {name}"
+    try:
+        text = _read_input() if name == "-" else read_text(name)
+        text.encode()  # some terminals hand on any bytes
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise BadInput(f"{source} is not UTF-8 text") from error
+    except FileNotFoundError as error:
+        raise BadInput(f"no such prompt file: {name}") from error
+    except OSError as error:
+        raise BadInput(f"cannot read {source}: {error.strerror}") from error
     if not text.strip():
         raise BadInput(f"the prompt is empty ({source})")
     return text
+
+
+def _read_input() -> str:
+    if sys.stdin.isatty():
+        print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
+    return sys.stdin.read()

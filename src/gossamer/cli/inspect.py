@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
-from gossamer.cli.inputs import check_environment, read_model, read_prompt
+from gossamer.cli.common import BadInput, add_command, first_line, print_json, table, unicode
+from gossamer.cli.inputs import check_environment, read_model, read_prompt, text_config
+from gossamer.profiles.files import write_whole
 
 if TYPE_CHECKING:
     from gossamer.evaluate.heads import HeadReport
@@ -24,6 +23,8 @@ __all__ = ["add_parser"]
 _LISTED = 2
 _WORTH_LISTING = 0.01
 _BLOCK_WORTH_LISTING = 0.001
+# More layers or heads than any model has.
+_MOST_NUMBERS = 100_000
 
 
 def add_parser(commands: Any) -> None:
@@ -51,9 +52,9 @@ def execute(arguments: argparse.Namespace) -> int:
             raise BadInput(f"--{name.replace('_', '-')} must be at least 2, got {value}")
     check_environment()
     config = read_model(arguments.model)
-    text_config = config.get("text_config") or config
-    layers = _numbers("layers", arguments.layers, text_config.get("num_hidden_layers"))
-    heads = _numbers("heads", arguments.heads, text_config.get("num_attention_heads"))
+    sizes = text_config(config)
+    layers = _numbers("layers", arguments.layers, sizes.get("num_hidden_layers"))
+    heads = _numbers("heads", arguments.heads, sizes.get("num_attention_heads"))
     if arguments.out is not None:
         _make_folder(arguments.out)
     text = read_prompt(arguments.prompt)
@@ -62,15 +63,17 @@ def execute(arguments: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise BadInput("`gossamer inspect` needs transformers: pip install 'gossamer[cli]'") from error
-    from gossamer.cli.generation import layer_progress, load_model, load_tokenizer, tokenize
+    from gossamer.cli.generation import check_model, layer_progress, load_model, load_tokenizer, tokenize
     from gossamer.evaluate.heads import heads_record, inspect_model
     from gossamer.evaluate.subject import Subject
 
     tokenizer = load_tokenizer(arguments.model)
     tokenizer.model_max_length = sys.maxsize  # its warning comes before the prompt is cut
-    prompt = tokenize(tokenizer, text, chat=False)[:, : arguments.max_tokens]
-    _check_length(text_config, prompt.shape[1])
+    prompt = tokenize(tokenizer, text, chat=False)
+    prompt = prompt[:, : min(arguments.max_tokens or sys.maxsize, sys.maxsize)]
+    _check_length(sizes, prompt.shape[1])
     model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
+    check_model(model, arguments.model)
     rows = arguments.rows if arguments.rows < prompt.shape[1] else None
     map_size = None if arguments.out is None else 64
     try:
@@ -79,15 +82,15 @@ def execute(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise BadInput(first_line(error)) from error
 
-    name = arguments.model.resolve().name
+    name = unicode(arguments.model.resolve().name)
     about = Subject(model, tokenizer, name).to_dict()
     record = heads_record(reports, model=about, task="prompt", length=prompt.shape[1], index=0, rows=rows)
     if arguments.out is not None:
         from gossamer.cli.heads_page import make_page
 
-        _write(arguments.out / "heads.jsonl", lambda: json.dumps(record) + "\n")
-        _write(arguments.out / "heads.csv", lambda: _csv(reports))
-        _write(arguments.out / "heads.html", lambda: make_page(reports, name, arguments.prompt, prompt.shape[1], rows))
+        _write(arguments.out / "heads.jsonl", json.dumps(record, allow_nan=False) + "\n")
+        _write(arguments.out / "heads.csv", _csv(reports))
+        _write(arguments.out / "heads.html", make_page(reports, name, arguments.prompt, prompt.shape[1], rows))
     if arguments.json:
         print_json({key: value for key, value in record.items() if key not in ("kind", "maps", "task", "index")})
         return 0
@@ -105,15 +108,20 @@ def _numbers(option: str, given: str | None, count: int | None) -> list[int] | N
     numbers: set[int] = set()
     for part in given.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        if not _is_number(first) or (dash and not _is_number(last)) or (dash and int(last) < int(first)):
             raise BadInput(f"--{option} takes numbers and ranges such as 0,3-5, got {given!r}")
-        if count is not None and int(last or first) >= count:
-            raise BadInput(f"--{option}: this model has {option} 0 to {count - 1}, got {int(last or first)}")
+        if int(last or first) >= (count or _MOST_NUMBERS):
+            there = f"0 to {count - 1}" if count else f"below {_MOST_NUMBERS:,}"
+            raise BadInput(f"--{option}: this model has {option} {there}, got {int(last or first)}")
         numbers.update(range(int(first), int(last or first) + 1))
     return sorted(numbers)
 
 
-def _check_length(config: dict[str, Any], tokens: int) -> None:
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 20
+
+
+def _check_length(config: Mapping[str, Any], tokens: int) -> None:
     limit = config.get("max_position_embeddings")
     if tokens < 2:
         raise BadInput(f"the prompt has {tokens} token; give one of at least 2")
@@ -130,20 +138,17 @@ def _make_folder(path: Path) -> None:
         raise BadInput(f"--out {path} is a file; give a folder") from error
     except OSError as error:
         raise BadInput(f"cannot make the folder {path}: {error.strerror}") from error
+    except ValueError as error:  # a null byte in the name
+        raise BadInput(f"cannot make the folder {path}: {error}") from error
     if not os.access(path, os.W_OK):
         raise BadInput(f"cannot write into {path}; give another folder")
 
 
-def _write(path: Path, make: Callable[[], str]) -> None:
-    """A whole file or none: under a temporary name first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def _write(path: Path, content: str) -> None:
     try:
-        temporary.write_text(make(), encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _rows(reports: Sequence[HeadReport]) -> list[tuple[str, ...]]:
@@ -182,10 +187,10 @@ def _summary(reports: Sequence[HeadReport], tokens: int, rows: int | None) -> st
 
 
 def _csv(reports: Sequence[HeadReport]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    from gossamer.report.spreadsheet import csv_text
+
     figures = ("budget", "sink_tokens", "local_tokens", "first_token", "first_tokens", "window", "sink_logit")
-    writer.writerow(["layer", "head", "pattern", *reports[0].mass, *figures, "columns", "diagonals", "blocks"])
+    rows: list[list[Any]] = [["layer", "head", "pattern", *reports[0].mass, *figures, "columns", "diagonals", "blocks"]]
     for report in reports:
         lists = (
             [f"{at}:{mass:.6f}" for at, mass in report.columns],
@@ -194,5 +199,5 @@ def _csv(reports: Sequence[HeadReport]) -> str:
         )
         numbers = [*report.mass.values(), *(getattr(report, name) for name in figures)]
         shown = [f"{number:.6f}" if isinstance(number, float) else number for number in numbers]
-        writer.writerow([report.layer, report.head, report.pattern, *shown, *(" ".join(part) for part in lists)])
-    return out.getvalue()
+        rows.append([report.layer, report.head, report.pattern, *shown, *(" ".join(part) for part in lists)])
+    return csv_text(rows)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gossamer.cli.common import BadInput, add_command, first_line, print_json
+from gossamer.cli.common import BadInput, add_command, first_line, one_line, print_json, unicode
 
 __all__ = ["add_parser"]
 
@@ -20,16 +21,24 @@ def add_parser(commands: Any) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
+    from gossamer.evaluate.schema import KINDS
     from gossamer.evaluate.summary import read_results, summary_rows
     from gossamer.report import write_report
+
+    if unicode(arguments.title) != arguments.title:
+        raise BadInput(f"--title must be UTF-8 text, got {arguments.title}")
 
     try:
         records = [record for path in arguments.results for record in read_results(path)]
         written = write_report(records, arguments.out, arguments.title, keep=arguments.results)
     except ValueError as error:
-        raise BadInput(first_line(error)) from error
+        raise BadInput(str(error)) from error
     except OSError as error:
-        raise BadInput(f"cannot write {arguments.out}: {error.strerror or first_line(error)}") from error
+        where = error.filename or arguments.out
+        raise BadInput(f"cannot write {where}: {error.strerror or first_line(error)}") from error
+    if others := Counter(record["kind"] for record in records if record["kind"] not in KINDS):
+        listed = ", ".join(f"{count} of kind {kind}" for kind, count in others.items())
+        print(one_line(f"note: lines that this version does not know are left out: {listed}"), file=sys.stderr)
     if arguments.json:
         print_json({"files": [str(path) for path in written], "rows": [r.to_dict() for r in summary_rows(records)]})
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
-from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile, read_prompt
+from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile, read_prompt, text_config
 from gossamer.cli.specs import make_method
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
@@ -59,12 +59,21 @@ def execute(arguments: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise BadInput("`gossamer run` needs transformers: pip install 'gossamer[cli]'") from error
-    from gossamer.cli.generation import compare_top1, generate, layer_progress, load_model, load_tokenizer, tokenize
+    from gossamer.cli.generation import (
+        check_model,
+        compare_top1,
+        generate,
+        layer_progress,
+        load_model,
+        load_tokenizer,
+        tokenize,
+    )
 
     tokenizer = load_tokenizer(arguments.model)
     prompt = tokenize(tokenizer, text, arguments.chat)
     _check_length(config, prompt.shape[1], arguments.max_new_tokens)
     model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
+    check_model(model, arguments.model)
 
     contenders = {policy.method.name: policy}
     if arguments.compare:
@@ -102,7 +111,7 @@ def _make_policy(arguments: argparse.Namespace, profile: Profile | None) -> Poli
 
 
 def _check_length(config: dict[str, Any], tokens: int, new_tokens: int) -> None:
-    limit = (config.get("text_config") or config).get("max_position_embeddings")
+    limit = text_config(config).get("max_position_embeddings")
     if limit is not None and tokens + new_tokens > limit:
         raise BadInput(
             f"the prompt is too long: {tokens} tokens and {new_tokens} new ones, but this model takes {limit}; "

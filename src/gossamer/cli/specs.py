@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import re
 import types
 import typing
@@ -14,6 +13,7 @@ from typing import Any
 from gossamer import methods
 from gossamer.methods.registry import class_of
 from gossamer.profiles import Profile
+from gossamer.profiles.files import parse_json
 
 __all__ = ["field_values", "make_method", "parse_method", "parse_task", "split_specs", "takes_profile", "task_names"]
 
@@ -162,8 +162,8 @@ def _parse_value(kind: Any, text: str) -> Any:
         except ValueError:
             raise ValueError from None
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError:
+        data = parse_json(text)
+    except ValueError:
         raise ValueError("write it as JSON, such as [1,2]") from None
     return _typed(kind, data)
 

@@ -8,7 +8,8 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
-from pathlib import Path
+
+from gossamer.profiles.files import read_text
 
 __all__ = ["Haystack", "load_haystack", "noise"]
 
@@ -81,7 +82,7 @@ def load_haystack(name: str = "package") -> Haystack:
         data = (resources.files("gossamer.evaluate") / "haystack.txt.gz").read_bytes()
         return Haystack(name, gzip.decompress(data).decode())
     try:
-        return Haystack(name, Path(name).read_text(encoding="utf-8"))
+        return Haystack(name.encode("utf-8", "replace").decode(), read_text(name))
     except UnicodeDecodeError as error:
         raise ValueError(f"the haystack {name} is not UTF-8 text; convert it, or give another file") from error
     except OSError as error:

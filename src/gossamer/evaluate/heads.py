@@ -135,7 +135,8 @@ def describe_heads(
         map_size: also make maps of this size.
 
     Raises:
-        ValueError: a row or head that the call does not have, no live query in the row, or a count below 1.
+        ValueError: a row or head that the call does not have, no live query in the row, a count below 1, or queries
+            and keys that are not finite.
     """
     if top < 0 or (rows is not None and rows < 1):
         raise ValueError(f"describe_heads needs rows >= 1 and top >= 0, got rows={rows}, top={top}")
@@ -150,6 +151,8 @@ def describe_heads(
     explained = {name: _sum(sample.explained[name] for sample in samples) for name in PATTERNS}
     budget = sum(sample.budget for sample in samples) / sum(sample.allowed for sample in samples)
     on_keys = columns.sum(-1)
+    if not bool(on_keys.isfinite().all()):
+        raise ValueError(f"the attention of layer {call.layer} is not finite (NaN): there is nothing to describe")
     within = diagonals.cumsum(-1) >= _COVERED * diagonals.sum(-1, keepdim=True)
     grid = Grid(call.extent, BLOCK, BLOCK)
     rows_of_grid = [block for sample in samples for block in sample.query_blocks]

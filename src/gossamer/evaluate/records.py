@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from gossamer.evaluate.schema import checked
 from gossamer.methods.registry import class_of
 from gossamer.policy import Policy
+from gossamer.profiles.files import parse_json, read_file, shown
 
 __all__ = ["cell_of", "check_out", "label_of", "policy_text", "read_lines", "read_own", "relabel"]
 
@@ -64,7 +67,7 @@ def relabel(record: Record) -> Record:
         return record
     try:
         return record | {"method": _label(record["method_fields"], record["policy"])}
-    except (ValueError, TypeError, KeyError, AttributeError):  # a method that this version does not have
+    except (ValueError, TypeError):  # a method that this version does not have, or whose defaults are not JSON
         return record
 
 
@@ -79,23 +82,27 @@ def cell_of(record: Record) -> tuple[Any, ...]:
 
 
 def read_lines(content: bytes, source: Path) -> list[Record]:
-    """The records of all whole lines; what follows the last line end is left out.
+    """The records of all whole lines, with the fields that this version knows; see `gossamer.evaluate.schema`.
+
+    What follows the last line end is left out. Of lines of an unknown kind the kind alone is kept.
 
     Raises:
-        ValueError: a line is no JSON object with a kind.
+        ValueError: a line is no JSON object with a kind, or a field is not what it must be; the message says where.
     """
     records = []
     # Not splitlines(): an answer may hold U+2028 and its like, which end a line for Python and not in this format.
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        what = f"{source} is not a results file: line {number}"
         try:
-            record = json.loads(line.decode())
-            record["kind"]
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(
-                f"{source} is not a results file: line {number} is not a JSON object with a kind, as `gossamer eval` "
-                "writes them"
-            ) from None
-        records.append(relabel(record))
+            record = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{what} is {error}") from None
+        if not isinstance(record, dict) or "kind" not in record:
+            raise ValueError(f"{what} is not a JSON object with a kind, as `gossamer eval` writes them")
+        try:
+            records.append(relabel(checked(record)))
+        except ValueError as error:
+            raise ValueError(f"{what}, of kind {shown(record['kind'])}: {error}") from None
     return records
 
 
@@ -104,8 +111,9 @@ def read_own(path: Path) -> tuple[list[Record], int]:
 
     Raises:
         ValueError: nothing shows that `gossamer eval` wrote it; it must not be cut or appended to.
+        OSError: it cannot be read, or is a device.
     """
-    content = path.read_bytes()
+    content = read_file(path)
     whole = content.rfind(b"\n") + 1
     try:
         records = read_lines(content, path)
@@ -129,16 +137,25 @@ def check_out(path: Path) -> None:
         ValueError: it cannot be written, or holds something else.
     """
     try:
-        if path.is_dir():
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            _check_folder(path)
+            return
+        if stat.S_ISDIR(mode):
             raise ValueError(f"cannot write {path}: it is a folder; name a file with --out")
-        if path.exists():
-            read_own(path)
-            with path.open("ab"):
-                return
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if not folder.is_dir():
-            raise ValueError(f"cannot write {path}: {folder} is not a folder; choose another --out")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(f"cannot write {path}: you may not write to {folder}; choose another --out")
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"cannot write {path}: it is a device or a pipe, not a file; choose another --out")
+        read_own(path)
+        with path.open("ab"):
+            return
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+
+
+def _check_folder(path: Path) -> None:
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: {folder} is not a folder; choose another --out")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {path}: you may not write to {folder}; choose another --out")

@@ -16,11 +16,11 @@ import transformers
 from gossamer import __version__
 from gossamer.backends import cpu
 from gossamer.evaluate.records import cell_of, read_own
+from gossamer.evaluate.schema import FORMAT, KINDS
 from gossamer.evaluate.subject import Subject
 
-__all__ = ["FORMAT", "ResultsFile", "make_header"]
+__all__ = ["ResultsFile", "make_header"]
 
-FORMAT = 1
 Record = dict[str, Any]
 
 
@@ -47,7 +47,7 @@ class ResultsFile:
             if record["kind"] == "run":
                 self._check(record)
                 self.headers.append(record)
-            else:
+            elif record["kind"] in KINDS:
                 self.records.append(record)
         if whole < self.path.stat().st_size:
             # A run was cut off within a line.

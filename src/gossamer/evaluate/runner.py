@@ -23,6 +23,7 @@ from gossamer.evaluate.results import ResultsFile, make_header
 from gossamer.evaluate.subject import Subject
 from gossamer.evaluate.tasks import Sample, Task
 from gossamer.evaluate.tasks.base import characters_needed
+from gossamer.plan.integers import MOST
 from gossamer.policy import Policy
 
 __all__ = [
@@ -45,6 +46,8 @@ PERPLEXITY = "perplexity"
 FIDELITY = "fidelity"
 Record = dict[str, Any]
 
+# So many lines take a computer days, and their description a gigabyte of memory.
+MOST_CELLS = 1_000_000
 # A prefill that nobody times is as long as this at most: enough for every method to plan.
 _WARM_UP = 2048
 
@@ -93,8 +96,15 @@ class Job:
         for name, least in least_of.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not self.lengths or min(self.lengths) < 64:
-            raise ValueError(f"lengths must be at least 64 tokens, got {list(self.lengths)}")
+        if not self.lengths or min(self.lengths) < 64 or max(self.lengths) > MOST:
+            raise ValueError(f"lengths must be at least 64 tokens and at most {MOST}, got {list(self.lengths)}")
+        samples = self.samples * (len(self.tasks) + (self.perplexity is not None)) + self.fidelity
+        count = samples * len(self.methods) * len(self.lengths)
+        if count > MOST_CELLS:
+            raise ValueError(
+                f"these samples, methods and lengths make {count:,} results, more than {MOST_CELLS:,}; ask for fewer "
+                "samples (--limit)"
+            )
 
     def sample(self, subject: Subject, task: Task, length: int, index: int) -> Sample:
         """The sample, the same for every method and every run.

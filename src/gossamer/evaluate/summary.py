@@ -17,7 +17,9 @@ from gossamer.evaluate.metrics import (
     score_interval,
 )
 from gossamer.evaluate.records import cell_of, read_lines
+from gossamer.evaluate.schema import KINDS
 from gossamer.policy import TOO_DENSE
+from gossamer.profiles.files import read_file, shown
 
 __all__ = [
     "SummaryRow",
@@ -31,6 +33,10 @@ __all__ = [
 ]
 
 Record = dict[str, Any]
+
+# Kinds of lines that measure a method at a length; and all that are of a method.
+_MEASURED = ("sample", "perplexity", "fidelity")
+_OF_METHODS = (*_MEASURED, "lm_eval")
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,14 @@ def read_results(path: Path) -> list[Record]:
         ValueError: the file cannot be read, is empty, or holds something else.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; give a file that `gossamer eval` wrote") from error
     records = read_lines(content, path)
-    if not any(record["kind"] != "run" for record in records):
-        raise ValueError(f"{path} holds no results; run `gossamer eval` with --out {path}")
+    if not any(record["kind"] in KINDS and record["kind"] != "run" for record in records):
+        others = ", ".join(sorted({shown(record["kind"]) for record in records if record["kind"] not in KINDS}))
+        what = f"no results that this version knows, only lines of kind {others}" if others else "no results"
+        raise ValueError(f"{path} holds {what}; run `gossamer eval` with --out {path}")
     return records
 
 
@@ -110,7 +118,7 @@ def warnings_of(records: Sequence[Record]) -> list[str]:
         )
     if len({run.get("chat", False) for run in runs}) > 1:
         lines.append("Some results were made with a chat template and some without.")
-    if again := sum("method" in record for record in records) - len(_different(records)):
+    if again := sum(record["kind"] in _OF_METHODS for record in records) - len(_different(records)):
         lines.append(f"{again:,} results are there more than once and count once.")
     return lines
 
@@ -120,7 +128,7 @@ def _different(records: Sequence[Record]) -> list[Record]:
     runs = {record["run"]: record for record in records if record["kind"] == "run" and "run" in record}
     kept: dict[Any, Record] = {}
     for record in records:
-        if "method" in record:
+        if record["kind"] in _OF_METHODS:
             run = runs.get(record.get("run"), {})
             model, haystack = run.get("model", {}).get("fingerprint"), run.get("haystack", {}).get("sha256")
             origin = model, haystack, run.get("seed"), run.get("chat", False)
@@ -147,7 +155,7 @@ def common_cells(records: Sequence[Record], methods: Sequence[str]) -> list[Reco
 
 def summary_rows(records: Iterable[Record]) -> list[SummaryRow]:
     """A row for each length and method, in order of length; dense first, then in the order of the records."""
-    records = [record for record in _different(list(records)) if "method" in record and "length" in record]
+    records = [record for record in _different(list(records)) if record["kind"] in _MEASURED]
     order: dict[str, int] = {}
     for record in records:
         order.setdefault(record["method"], len(order) + 1)
@@ -217,7 +225,7 @@ def _dense_because(records: list[Record]) -> dict[str, float]:
     for record in records:
         counts.update(record.get("dense_because") or {})
     layers = sum(record["layers"] or 0 for record in records)
-    return {reason: count / max(count, layers) for reason, count in counts.most_common()}
+    return {reason: count / max(count, layers, 1) for reason, count in counts.most_common()}
 
 
 def dense_notes(rows: Sequence[SummaryRow]) -> list[str]:

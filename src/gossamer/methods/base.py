@@ -10,7 +10,7 @@ from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 from gossamer.plan.integers import MOST
 
-__all__ = ["Method", "require_at_least", "require_share"]
+__all__ = ["Method", "require_at_least", "require_flag", "require_share"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,17 @@ def require_at_least(method: Method, minimum: int, *names: str) -> None:
             raise ValueError(f"{method.name}.{name} must be at least {minimum}, got {value}")
         if value > MOST:
             raise ValueError(f"{method.name}.{name} must be at most {MOST}, got {value}")
+
+
+def require_flag(method: Method, *names: str) -> None:
+    """Validate fields of a method that are true or false.
+
+    Raises:
+        TypeError: a field is neither.
+    """
+    for name in names:
+        if not isinstance(getattr(method, name), bool):
+            raise TypeError(f"{method.name}.{name} must be true or false, got {getattr(method, name)!r}")
 
 
 def require_share(method: Method, *names: str) -> None:

@@ -62,7 +62,7 @@ def class_of(name: str) -> type[Method]:
     return method
 
 
-def create(name: str, **fields: Any) -> Method:
+def create(name: str, /, **fields: Any) -> Method:
     """A method by name, with any of its fields.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least
+from gossamer.methods.base import Method, require_at_least, require_flag
 from gossamer.methods.slashes import MINIMUM_DIAGONALS, slash_lists
 from gossamer.plan import SparsePlan
 from gossamer.rules import PerHead, TopK, top_k
@@ -57,6 +57,7 @@ class VerticalSlash(Method):
     def __post_init__(self) -> None:
         require_at_least(self, 0, "vertical_size", "slash_size")
         require_at_least(self, 1, "last")
+        require_flag(self, "exact")
 
     @property
     def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]

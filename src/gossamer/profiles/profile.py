@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gossamer.methods import AShape, BlockSparse, Method, MInference, PerHead, VerticalSlash, from_dict
+from gossamer.plan.integers import MOST
+from gossamer.profiles.files import parse_json, read_file, shown, write_whole
 
 __all__ = ["Profile", "Provenance"]
 
@@ -95,14 +96,16 @@ class Profile:
         """
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             given = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"profile schema {given!r} is not supported; this version reads schema {SCHEMA}")
-        methods, scores, provenance = data.get("methods"), data.get("scores"), data.get("provenance") or {}
+            raise ValueError(f"profile schema {shown(given)} is not supported; this version reads schema {SCHEMA}")
+        methods, scores = data.get("methods"), data.get("scores")
         if not _is_table(methods):
             raise ValueError("a profile's methods must be a list (layers) of lists (heads)")
         if scores is not None and not _is_table(scores):
             raise ValueError("a profile's scores must be a list (layers) of lists (heads)")
-        if not isinstance(provenance, dict) or not isinstance(provenance.get("lengths", []), list):
-            raise ValueError("a profile's provenance must be an object, and its lengths a list")
+        for i, layer in enumerate(scores or []):
+            for j, score in enumerate(layer):
+                if score is not None and not _is_number(score):
+                    raise ValueError(f"profile layer {i}, head {j}: a score is a number or null, got {shown(score)}")
         layers: list[list[Method]] = []
         for i, layer in enumerate(methods or []):
             layers.append([])
@@ -111,21 +114,12 @@ class Profile:
                     layers[-1].append(from_dict(head))
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"profile layer {i}, head {j}: {error}") from error
-        known = {name: provenance[name] for name in Provenance.__slots__ if name in provenance}
-        known["lengths"] = tuple(known.get("lengths", ()))
         rows = None if scores is None else tuple(tuple(layer) for layer in scores)
-        return cls(tuple(tuple(layer) for layer in layers), rows, Provenance(**known))
+        return cls(tuple(tuple(layer) for layer in layers), rows, _provenance(data.get("provenance")))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, to a temporary name first: a profile on disk is always whole."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with open(temporary, "w") as file:
-                json.dump(self.to_dict(), file, indent=1)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, json.dumps(self.to_dict(), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -133,38 +127,80 @@ class Profile:
 
         Raises:
             FileNotFoundError: no such file.
+            OSError: it cannot be read, or is a device.
             ValueError: not JSON, or not a profile.
         """
-        text = Path(path).read_text()
+        content = read_file(path)
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+            data = parse_json(content)
+        except ValueError as error:
+            raise ValueError(f"{path} is {error}") from error
         return cls.from_minference(data) if isinstance(data, list) else cls.from_dict(data)
 
     @classmethod
     def from_minference(cls, layers: Sequence[dict[str, Sequence[Any]]]) -> Profile:
-        """From MInference's published pattern files: a list (layers) of ``{"head": [type, a, b, score]}``."""
+        """From MInference's published pattern files: a list (layers) of ``{"head": [type, a, b, score]}``.
+
+        Raises:
+            ValueError: an entry is something else; the message says of which layer and head.
+        """
         methods: list[tuple[Method, ...]] = []
         scores: list[tuple[float | None, ...]] = []
         for i, layer in enumerate(layers):
-            row: list[Method] = []
-            for head in range(len(layer)):
-                entry = layer.get(str(head))
-                if entry is None or len(entry) < 3 or entry[0] not in _PUBLISHED:
-                    raise ValueError(
-                        f"layer {i}, head {head}: expected [type, number, number, score] with a type of "
-                        f"{', '.join(_PUBLISHED)}, got {entry!r}"
-                    )
-                kind, names = _PUBLISHED[entry[0]]
-                try:
-                    row.append(kind.from_fields({name: int(n) for name, n in zip(names, entry[1:], strict=False)}))
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"layer {i}, head {head}: {error}") from error
-            methods.append(tuple(row))
-            found = [layer[str(head)] for head in range(len(layer))]
-            scores.append(tuple(float(entry[3]) if len(entry) > 3 else None for entry in found))
+            if not isinstance(layer, dict):
+                raise ValueError(f"layer {i}: expected an object of heads, got {shown(layer)}")
+            found = [_published(layer.get(str(head)), f"layer {i}, head {head}") for head in range(len(layer))]
+            methods.append(tuple(method for method, _ in found))
+            scores.append(tuple(score for _, score in found))
         return cls(tuple(methods), tuple(scores), Provenance(samples="a file in MInference's published format"))
+
+
+def _published(entry: Any, where: str) -> tuple[Method, float | None]:
+    """One head of a published file, with its score if it has one."""
+    kinds = list(_PUBLISHED)
+    if (
+        not isinstance(entry, list | tuple)
+        or len(entry) < 3
+        or entry[0] not in kinds
+        or not all(map(_is_number, entry[1:]))
+    ):
+        raise ValueError(
+            f"{where}: expected [type, number, number, score] with a type of {', '.join(kinds)}, got {shown(entry)}"
+        )
+    kind, names = _PUBLISHED[entry[0]]
+    try:
+        method = kind.from_fields({name: int(number) for name, number in zip(names, entry[1:], strict=False)})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    return method, float(entry[3]) if len(entry) > 3 else None
+
+
+def _provenance(data: Any) -> Provenance:
+    """What is known of it; fields of a later version are passed over.
+
+    Raises:
+        ValueError: no object, or a field of another type.
+    """
+    if data is None:
+        return Provenance()
+    if not isinstance(data, dict) or not isinstance(data.get("lengths", []), list):
+        raise ValueError("a profile's provenance must be an object, and its lengths a list")
+    known = {name: data[name] for name in Provenance.__slots__ if name in data}
+    known["lengths"] = tuple(known.get("lengths", ()))
+    for length in known["lengths"]:
+        if not isinstance(length, int) or isinstance(length, bool):
+            raise ValueError(f"the lengths of a profile's provenance must be integers, got {shown(length)}")
+    for name, value in known.items():
+        if name != "lengths" and not isinstance(value, str):
+            raise ValueError(f"{name} of a profile's provenance must be text, got {shown(value)}")
+    return Provenance(**known)
+
+
+def _is_number(value: Any) -> bool:
+    """A number that is neither NaN nor infinite, and that a float can hold."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= MOST
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_table(rows: Any) -> bool:

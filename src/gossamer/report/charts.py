@@ -9,6 +9,7 @@ from itertools import pairwise
 from gossamer.evaluate.summary import SummaryRow
 from gossamer.report.figure import Figure, Record, Table, family, family_styles, label_styles, legend, short_length
 from gossamer.report.heads import attention_maps, head_patterns, plan_maps
+from gossamer.report.html import Html
 from gossamer.report.latency import latency
 from gossamer.report.svg import Panel, colour_of, text_on
 
@@ -39,7 +40,7 @@ def _grid(
     title: str,
     hint: Callable[[Cell], str],
     counts: Mapping[Cell, int] | None = None,
-) -> str:
+) -> Html:
     """A heat map with the number in each cell, and below it of how many answers it is the mean."""
     left, top, wide, high = 46, 8, max(34, min(64, 300 // max(1, len(columns)))), 26 if counts is None else 35
     panel = Panel(left + wide * len(columns) + 8, top + high * len(rows) + 22, title)
@@ -49,7 +50,7 @@ def _grid(
             x, y = left + wide * c, top + high * r
             value = cells.get((r, c))
             if value is None:
-                panel.rect(x, y, wide - 1, high - 1, "none", "nothing was measured", 'stroke="var(--grid)"')
+                panel.rect(x, y, wide - 1, high - 1, "none", "nothing was measured", stroke="var(--grid)")
                 panel.text(x + wide / 2, y + high / 2 + 4, "·")
                 continue
             panel.rect(x, y, wide - 1, high - 1, colour_of(value), hint((r, c)))
@@ -67,7 +68,7 @@ def needle_maps(records: Sequence[Record], bins: int = 5) -> Figure:
     found: dict[tuple[str, str], dict[tuple[int, int], list[float]]] = {}
     for record in records:
         if record["kind"] == "sample":
-            for turn in record["turns"]:
+            for turn in record.get("turns", ()):
                 if turn.get("depth") is not None:
                     cell = (min(bins - 1, int(turn["depth"] * bins)), record["length"])
                     found.setdefault((record["task"], record["method"]), {}).setdefault(cell, []).append(turn["score"])

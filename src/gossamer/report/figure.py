@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
+from gossamer.report.html import Html, breakable, element, join
 from gossamer.report.svg import MARKERS, PALETTE, Panel
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Record",
     "Style",
     "Table",
-    "breakable",
     "family",
     "family_styles",
     "label_styles",
@@ -35,20 +34,20 @@ class Figure:
     Fields:
         name: identifier, and stem of its CSV.
         title, note: what it shows and how to read it; plain text.
-        panels: (caption, HTML) of each.
+        panels: (caption, markup) of each.
         table: header and rows; what the CSV holds.
         layout: of the panels: as they come (""), one of full width ("wide"), or many small ones ("small").
-        legend: HTML that names what is drawn in all panels.
+        legend: names what is drawn in all panels.
         words: a short table to read below the panels, header first; none if empty.
     """
 
     name: str
     title: str
     note: str
-    panels: list[tuple[str, str]] = field(default_factory=list)
+    panels: list[tuple[str, Html]] = field(default_factory=list)
     table: Table = field(default_factory=list)
     layout: str = ""
-    legend: str = ""
+    legend: Html = field(default_factory=Html)
     words: list[list[str]] = field(default_factory=list)
 
 
@@ -92,22 +91,17 @@ def label_styles(labels: Iterable[str]) -> dict[str, Style]:
     return styles
 
 
-def breakable(label: str) -> str:
-    """A label as HTML that may break where a field begins and after its name."""
-    return escape(label).replace("(", "<wbr>(").replace(",", ",<wbr>").replace("=", "=<wbr>")
-
-
-def legend(styles: Mapping[str, Style]) -> str:
-    """HTML that names each style, with its line and marker."""
+def legend(styles: Mapping[str, Style]) -> Html:
+    """Names each style, with its line and marker."""
     entries = []
     for name, style in styles.items():
         sample = Panel(34, 14, "")
         sample.line([(0, 7), (34, 7)], style.colour, 1.8, style.dash)
         if style.marker:
             sample.marker(17, 7, style.marker, style.colour)
-        drawn = sample.render().replace("<svg ", '<svg width="34" height="14" aria-hidden="true" ', 1)
-        entries.append(f"<span>{drawn} <span>{breakable(name)}</span></span>")
-    return f'<div class="legend">{"".join(entries)}</div>'
+        drawn = sample.render(width=34, height=14, aria_hidden="true")
+        entries.append(element("span", drawn, " ", element("span", breakable(name))))
+    return element("div", join(entries), class_="legend")
 
 
 def short_length(tokens: float) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from gossamer.report.figure import Figure, Record, Table, short_length
+from gossamer.report.html import Html, element
 from gossamer.report.png import grey_png
 from gossamer.report.svg import Panel
 
@@ -112,9 +112,9 @@ def plan_maps(records: Sequence[Record]) -> Figure:
     return Figure("maps", "Plans, drawn", note, panels, table, "small")
 
 
-def _image(caption: str, drawn: dict[str, Any]) -> str:
+def _image(caption: str, drawn: dict[str, Any]) -> Html:
     inverted = bytes(255 - level for level in base64.b64decode(drawn["data"]))
-    return f'<img class="map" alt="{escape(caption)}" src="{grey_png(inverted, drawn["size"], drawn["size"])}">'
+    return element("img", class_="map", alt=caption, src=grey_png(inverted, drawn["size"], drawn["size"]))
 
 
 def _levels(drawn: dict[str, Any]) -> list[tuple[int, str]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from gossamer.evaluate.summary import SummaryRow
 from gossamer.report.figure import Figure, Style, Table, family, label_styles, legend, short_length
+from gossamer.report.html import Html
 from gossamer.report.svg import Panel, number
 
 __all__ = ["break_even", "dense_labels", "latency"]
@@ -59,7 +60,7 @@ def latency(rows: Sequence[SummaryRow]) -> Figure:
     return Figure("latency", "Latency against length", note, panels, table, "wide", legend(styles), words)
 
 
-def _drawn(seconds: Mapping[str, Seconds], lengths: Sequence[int], styles: Mapping[str, Style]) -> str:
+def _drawn(seconds: Mapping[str, Seconds], lengths: Sequence[int], styles: Mapping[str, Style]) -> Html:
     panel = Panel(380, 320, "prefill seconds against length")
     values = [value for by in seconds.values() for value in by.values()]
     ticks = [float(length) for length in lengths]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
-import os
+import stat
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from gossamer.evaluate.summary import SummaryRow, main_table, summary_rows, task_table, warnings_of
+from gossamer.profiles.files import write_whole
 from gossamer.report.charts import figures
-from gossamer.report.figure import Figure, Record, breakable, family
+from gossamer.report.figure import Figure, Record, family
+from gossamer.report.html import Html, breakable, document, element, join
 from gossamer.report.latency import dense_labels
+from gossamer.report.spreadsheet import csv_text
 
 __all__ = ["findings", "write_report"]
 
@@ -65,7 +65,7 @@ def write_report(
 ) -> list[Path]:
     """Write the page to ``out`` and a CSV for each picture and table to ``<stem>_csv`` beside it.
 
-    Every file is written under a temporary name first.
+    Every file is written under a temporary name first, and all text is escaped.
 
     Args:
         keep: files that must not be written to, such as those that the records were read from.
@@ -74,8 +74,9 @@ def write_report(
         the files written, the page first.
 
     Raises:
-        ValueError: results of several models, which one page cannot compare; or a file in the place of the page or of
-            a CSV that is one of ``keep``, or that is no page or CSV.
+        ValueError: results of several models, which one page cannot compare; or in the place of the page or of a CSV
+            there is a file that is one of ``keep``, or that is no page or CSV, or something else than a file.
+        OSError: a file cannot be written.
     """
     _check_models(records)
     rows = summary_rows(records)
@@ -88,8 +89,11 @@ def write_report(
     for path, _ in contents:
         _check_place(path, keep, page=False)
     folder.mkdir(parents=True, exist_ok=True)
-    written = [_write(out, _page(title, records, rows, pictures, tables, folder.name))]
-    return written + [_write(path, _csv(table)) for path, table in contents]
+    texts = [(out, _page(title, records, rows, pictures, tables, folder.name))]
+    texts += [(path, csv_text(table)) for path, table in contents]
+    for path, content in texts:
+        write_whole(path, content)
+    return [path for path, _ in texts]
 
 
 def _models(records: Sequence[Record]) -> list[Record]:
@@ -110,8 +114,13 @@ def _check_models(records: Sequence[Record]) -> None:
 
 def _check_place(path: Path, keep: Sequence[Path], *, page: bool) -> None:
     """Refuse to write over results, or over anything else that no report wrote."""
-    if not path.is_file():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
         return
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise ValueError(f"cannot write {path}: it is {what}, not a file; choose another --out")
     if any(other.exists() and path.samefile(other) for other in keep):
         raise ValueError(f"{path} is one of the results that the report is made from; choose another --out")
     with path.open("rb") as file:
@@ -169,44 +178,57 @@ def _page(
     sections = [("summary", "Summary", tables[0][1]), ("tasks", "Accuracy by task", tables[1][1])]
     links = [(name, heading) for name, heading, _ in sections] + [(f.name, f.title) for f in pictures]
     links.append(("circumstances", "Circumstances"))
+    contents = (element("a", heading, href=f"#{name}") for name, heading in links)
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>{escape(title)}</title><link rel='icon' href='data:,'><style>{_STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>",
+        element("h1", title),
         _headline(_models(records)),
-        "<nav aria-label='Contents'>" + "".join(f"<a href='#{n}'>{escape(h)}</a>" for n, h in links) + "</nav>",
+        element("nav", *contents, aria_label="Contents"),
         _warnings(records),
     ]
     for name, heading, table in sections:
-        parts.append(f"<section id='{name}'><h2>{escape(heading)}</h2>")
-        if name == "summary":
-            parts.append("<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(rows)) + "</ul>")
-        parts.append(_html_table(table) + _download(name, table, folder) + "</section>")
-    for figure in pictures:
-        parts.append(
-            f"<section id='{figure.name}'><h2>{escape(figure.title)}</h2><p class='note'>{escape(figure.note)}</p>"
-        )
-        parts.append(f"<div class='panels {figure.layout}'>")
-        for caption, body in figure.panels:
-            parts.append(f"<figure><figcaption>{breakable(caption)}</figcaption>{body}</figure>")
-        parts.append("</div>" + figure.legend + (_html_table(figure.words) if figure.words else ""))
-        parts.append(_download(figure.name, figure.table, folder) + "</section>")
-    parts.append(_circumstances(runs) + "</body></html>\n")
-    return "\n".join(part for part in parts if part)
+        found = findings(rows) if name == "summary" else []
+        said = element("ul", *(element("li", sentence) for sentence in found)) if name == "summary" else ""
+        shown = join((said, _html_table(table)))
+        parts.append(element("section", element("h2", heading), shown, _download(name, table, folder), id=name))
+    parts += [_section(figure, folder) for figure in pictures]
+    parts.append(_circumstances(runs))
+    return document(title, _STYLE, *(part for part in parts if part))
 
 
-def _headline(models: Sequence[Record]) -> str:
-    if not models:
-        return ""
-    model = models[0]
-    return (
-        f"<p>{escape(str(model['name']))}: {escape(str(model['architecture']))}, {model['layers']} layers of "
-        f"{model['heads']} heads, {model['parameters']:,} parameters, {escape(str(model['dtype']))}.</p>"
+def _section(figure: Figure, folder: str) -> Html:
+    panels = (
+        element("figure", element("figcaption", breakable(caption)), drawn, "\n") for caption, drawn in figure.panels
+    )
+    return element(
+        "section",
+        element("h2", figure.title),
+        element("p", figure.note, class_="note"),
+        element("div", *panels, class_=f"panels {figure.layout}".strip()),
+        figure.legend,
+        _html_table(figure.words) if figure.words else "",
+        _download(figure.name, figure.table, folder),
+        id=figure.name,
     )
 
 
-def _warnings(records: Sequence[Record]) -> str:
+def _headline(models: Sequence[Record]) -> Html:
+    if not models:
+        return Html()
+    model = models[0]
+    known = [
+        form.format(**model)
+        for form, needed in (
+            ("{architecture}", ("architecture",)),
+            ("{layers} layers of {heads} heads", ("layers", "heads")),
+            ("{parameters:,} parameters", ("parameters",)),
+            ("{dtype}", ("dtype",)),
+        )
+        if all(name in model for name in needed)
+    ]
+    return element("p", f"{model['name']}{': ' if known else ''}{', '.join(known)}.")
+
+
+def _warnings(records: Sequence[Record]) -> Html:
     runs = [record for record in records if record["kind"] == "run"]
     lines = []
     nameless = [r.get("model") for r in records if r["kind"] == "heads" and not isinstance(r.get("model"), dict)]
@@ -218,57 +240,43 @@ def _warnings(records: Sequence[Record]) -> str:
         )
     if len({str(run.get("machine")) for run in runs}) > 1:
         lines.append("The results come from several machines: do not compare their seconds.")
-    if len({run["haystack"]["sha256"] for run in runs}) > 1:
+    if len({run.get("haystack", {}).get("sha256") for run in runs}) > 1:
         lines.append("The results come from several haystacks.")
     lines += warnings_of(records)
-    return "".join(f"<p class='warning'>{escape(line)}</p>" for line in lines)
+    return join(element("p", line, class_="warning") for line in lines)
 
 
-def _circumstances(runs: Sequence[Record]) -> str:
-    entries: dict[str, str] = {}
+def _circumstances(runs: Sequence[Record]) -> Html:
+    # In the order of the first that says it, each once.
+    entries: dict[tuple[str, str], None] = {}
     for run in runs:
         for name in ("machine", "versions", "haystack"):
-            values = ", ".join(f"{key} {value}" for key, value in run.get(name, {}).items())
-            entries[f"{name} {values}"] = f"<dt>{name}</dt><dd>{escape(values)}</dd>"
-        seed = escape(str(run.get("seed")))
-        entries[f"seed {seed}"] = f"<dt>seed</dt><dd>{seed}</dd>"
-    return f"<section id='circumstances'><h2>Circumstances</h2><dl>{''.join(entries.values())}</dl></section>"
+            entries[name, ", ".join(f"{key} {value}" for key, value in run.get(name, {}).items())] = None
+        entries["seed", str(run.get("seed"))] = None
+    listed = (join((element("dt", name), element("dd", value))) for name, value in entries)
+    return element("section", element("h2", "Circumstances"), element("dl", *listed), id="circumstances")
 
 
-def _html_table(table: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in table[0])
-    body = "".join("<tr>" + "".join(map(_cell, row, range(len(row)))) + "</tr>" for row in table[1:])
+def _html_table(table: Sequence[Sequence[str]]) -> Html:
+    head = (element("th", cell, scope="col") for cell in table[0])
+    body = (element("tr", *(_cell(cell, column) for column, cell in enumerate(row))) for row in table[1:])
     with_interval = sum(any(" [" in row[column] for row in table[1:]) for column in range(1, len(table[0])))
-    tight = " tight" if with_interval > _MOST_WIDE_COLUMNS else ""
-    return f"<div class='scroll{tight}'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    shown = element("table", element("thead", element("tr", *head)), element("tbody", *body))
+    return element("div", shown, class_="scroll tight" if with_interval > _MOST_WIDE_COLUMNS else "scroll")
 
 
-def _cell(text: str, column: int) -> str:
+def _cell(text: str, column: int) -> Html:
     """A cell: a label in the first column; an interval may go below its figure in the others."""
     if column == 0:
-        return f"<td>{breakable(text)}</td>"
-    text = escape(text)
+        return element("td", breakable(text))
     value, bracket, interval = text.partition(" [")
-    return f"<td>{value} <small>[{interval}</small></td>" if bracket else f"<td>{text}</td>"
+    return element("td", value, " ", element("small", f"[{interval}")) if bracket else element("td", text)
 
 
-def _download(name: str, table: Sequence[Sequence[Any]], folder: str) -> str:
+def _download(name: str, table: Sequence[Sequence[Any]], folder: str) -> Html:
     """A link to a table: inside the page, or, where that would make it heavy, to the file beside it."""
-    text = _csv(table).encode()
-    href = f"data:text/csv;base64,{base64.b64encode(text).decode()}"
-    if len(text) > _LARGEST_INLINE_CSV:
+    content = csv_text(table).encode()
+    href = f"data:text/csv;base64,{base64.b64encode(content).decode()}"
+    if len(content) > _LARGEST_INLINE_CSV:
         href = f"{quote(folder)}/{name}.csv"
-    return f"<p class='note'><a download='{name}.csv' href='{href}'>{name}.csv</a></p>"
-
-
-def _csv(table: Sequence[Sequence[Any]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(table)
-    return out.getvalue()
-
-
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return element("p", element("a", f"{name}.csv", download=f"{name}.csv", href=href), class_="note")

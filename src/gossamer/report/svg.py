@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
+
+from gossamer.report.html import Html, element
 
 __all__ = ["MARKERS", "PALETTE", "Panel", "colour_of", "number", "text_on"]
 
@@ -43,31 +44,28 @@ class Panel:
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self.width, self.height, self.title = width, height, title
-        self.parts: list[str] = []
+        self.parts: list[Html] = []
         self.x: _Scale | None = None
         self.y: _Scale | None = None
 
-    def rect(self, x: float, y: float, width: float, height: float, fill: str, hint: str = "", extra: str = "") -> None:
-        inside = f"<title>{escape(hint)}</title>" if hint else ""
-        shape = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}"'
-        self.parts.append(f"<rect {shape} {extra}>{inside}</rect>")
+    def rect(
+        self, x: float, y: float, width: float, height: float, fill: str, hint: str = "", stroke: str | None = None
+    ) -> None:
+        place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{height:.1f}"}
+        self.parts.append(element("rect", *_title(hint), **place, fill=fill, stroke=stroke))
 
     def text(
         self, x: float, y: float, text: str, anchor: str = "middle", fill: str = "currentColor", size: int = 11
     ) -> None:
-        style = f'text-anchor="{anchor}" fill="{fill}" font-size="{size}"'
-        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>')
+        place = {"x": f"{x:.1f}", "y": f"{y:.1f}"}
+        self.parts.append(element("text", text, **place, text_anchor=anchor, fill=fill, font_size=size))
 
     def line(self, points: Sequence[tuple[float, float]], colour: str, width: float = 1.6, dash: str = "") -> None:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        style = f'fill="none" stroke="{colour}" stroke-width="{width}"' + (
-            f' stroke-dasharray="{dash}"' if dash else ""
-        )
-        self.parts.append(f'<polyline points="{path}" {style}/>')
+        style = {"fill": "none", "stroke": colour, "stroke_width": width, "stroke_dasharray": dash or None}
+        self.parts.append(element("polyline", points=_path(points), **style))
 
     def marker(self, x: float, y: float, shape: str, colour: str, hint: str = "") -> None:
         r = 4.5
-        inside = f"<title>{escape(hint)}</title>"
         corners = {
             "square": [(-r, -r), (r, -r), (r, r), (-r, r)],
             "diamond": [(0, -r * 1.3), (r * 1.3, 0), (0, r * 1.3), (-r * 1.3, 0)],
@@ -75,10 +73,11 @@ class Panel:
             "cross": [(a * r, b * r) for a, b in _CROSS],
         }.get(shape)
         if corners is None:
-            self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" fill="{colour}">{inside}</circle>')
+            shown = element("circle", *_title(hint), cx=f"{x:.1f}", cy=f"{y:.1f}", r=r, fill=colour)
         else:
-            path = " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners)
-            self.parts.append(f'<polygon points="{path}" fill="{colour}">{inside}</polygon>')
+            path = _path([(x + a, y + b) for a, b in corners])
+            shown = element("polygon", *_title(hint), points=path, fill=colour)
+        self.parts.append(shown)
 
     def axes(
         self,
@@ -100,10 +99,9 @@ class Panel:
             self.text(self.x(value), bottom + 16, _short(value))
         self.line([(left, top), (left, bottom), (right, bottom)], "var(--axis)", 1)
         self.text((left + right) / 2, self.height - 6, names[0])
-        self.parts.append(
-            f'<text transform="translate(12 {(top + bottom) / 2:.0f}) rotate(-90)" text-anchor="middle" '
-            f'fill="currentColor" font-size="11">{escape(names[1])}</text>'
-        )
+        turned = f"translate(12 {(top + bottom) / 2:.0f}) rotate(-90)"
+        style = {"text_anchor": "middle", "fill": "currentColor", "font_size": 11}
+        self.parts.append(element("text", names[1], transform=turned, **style))
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Data to picture coordinates."""
@@ -111,13 +109,25 @@ class Panel:
         assert self.y is not None
         return self.x(x), self.y(y)
 
-    def render(self, scale: float = 1.0) -> str:
+    def render(self, scale: float = 1.0, **attributes: object) -> Html:
         """The picture, drawn at most ``scale`` times its size where there is room."""
-        body = "".join(self.parts)
-        return (
-            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(self.title)}" '
-            f'style="max-width:{self.width * scale:.0f}px">{body}</svg>'
+        return element(
+            "svg",
+            *self.parts,
+            **attributes,
+            viewBox=f"0 0 {self.width} {self.height}",
+            role="img",
+            aria_label=self.title,
+            style=f"max-width:{self.width * scale:.0f}px",
         )
+
+
+def _title(hint: str) -> list[Html]:
+    return [element("title", hint)] if hint else []
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 class _Scale:

@@ -1,0 +1,192 @@
+"""A results file with a line of every kind and every documented field, and ways to spoil it."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["LINES", "OTHERS", "UNREADABLE", "fields_of", "spoil", "spoilt_everywhere"]
+
+_SPOT = "@spot@"
+_PIXELS = base64.b64encode(bytes(range(4))).decode()
+_MODEL = {
+    "name": "model",
+    "architecture": "LlamaForCausalLM",
+    "fingerprint": "abc",
+    "layers": 1,
+    "heads": 2,
+    "kv_heads": 1,
+    "head_dim": 8,
+    "parameters": 1000,
+    "dtype": "float32",
+}
+_RUN = {
+    "kind": "run",
+    "format": 1,
+    "run": "r1",
+    "started": "2026-01-01T00:00:00+00:00",
+    "model": _MODEL,
+    "machine": {"processor": "a processor", "threads": 2, "kernels": {"float32": "avx2"}},
+    "versions": {"torch": "2"},
+    "haystack": {"name": "package", "sha256": "h", "characters": 500},
+    "seed": 0,
+    "chat": False,
+}
+_TABLE = [[0.5, 0.25]]
+
+
+def _of_method(method: str, length: int) -> dict[str, Any]:
+    return {
+        "run": "r1",
+        "method": method,
+        "method_fields": {"method": method},
+        "policy": "min_tokens=0,max_density=0.9",
+        "task": "needle_single",
+        "task_fields": {"task": "needle_single", "turns": 1},
+        "length": length,
+        "index": 0,
+        "density": 1.0 if method == "dense" else 0.4,
+        "dense_because": {"short prompt": 1},
+    }
+
+
+def _sample(method: str, length: int, seconds: float) -> dict[str, Any]:
+    turn = {"generated": "an answer", "references": ["1"], "score": 0.5, "depth": 0.3}
+    more = {"prompt_tokens": length - 9, "one_line": True, "turns": [turn], "score": 0.5, "decode_s": 0.1}
+    return {"kind": "sample"} | _of_method(method, length) | _seconds(seconds) | more
+
+
+def _seconds(prefill: float) -> dict[str, float]:
+    return {"prefill_s": prefill, "plan_s": 0.01, "attention_s": 0.4}
+
+
+_MAP = {"layer": 0, "head": 1, "size": 2, "data": _PIXELS}
+LINES: list[dict[str, Any]] = [
+    _RUN,
+    _sample("dense", 1024, 1.0),
+    _sample("dense", 2048, 3.0),
+    _sample("fast", 1024, 0.5),
+    _sample("fast", 2048, 1.0),
+    {"kind": "perplexity"}
+    | _of_method("fast", 1024)
+    | _seconds(0.5)
+    | {"task": "perplexity", "tokens": 1023, "nats": 2.5, "text_sha256": "t", "start": 7},
+    {"kind": "fidelity"}
+    | _of_method("fast", 1024)
+    | dict.fromkeys(("head_density", "recall", "oracle_recall", "relative_l2", "cosine"), _TABLE)
+    | {
+        "prompt_tokens": 1015,
+        "mean": dict.fromkeys(("head_density", "recall", "oracle_recall", "relative_l2", "cosine"), 0.5),
+        "logits": {"edges": [0, 64, 1024], "kl": [0.1, 0.2], "top1": [0.9, 0.8], "mean_kl": 0.1, "mean_top1": 0.9},
+        "maps": [_MAP],
+    },
+    {
+        "kind": "heads",
+        "run": "r1",
+        "model": _MODEL,
+        "task": "prompt",
+        "length": 1024,
+        "index": 0,
+        "rows": 512,
+        "heads": [
+            {
+                "layer": 0,
+                "head": 1,
+                "pattern": "sink",
+                "mass": {"sink": 0.5, "local": 0.1},
+                "budget": 0.03,
+                "sink_tokens": 64,
+                "local_tokens": 64,
+                "first_token": 0.2,
+                "first_tokens": 0.4,
+                "window": 100,
+                "sink_logit": 0.0,
+                "columns": [{"position": 0, "mass": 0.2}],
+                "diagonals": [{"distance": 0, "mass": 0.2}],
+                "blocks": [{"query_block": 3, "key_block": 1, "mass": 0.2}],
+            }
+        ],
+        "maps": [_MAP],
+    },
+    {
+        "kind": "lm_eval",
+        "run": "r1",
+        "method": "fast",
+        "method_fields": {"method": "fast"},
+        "policy": "min_tokens=0,max_density=0.9",
+        "task": "ruler_vt",
+        "index": 5,
+        "lengths": [1024],
+        "scores": {"ruler_vt": {"1024,none": 0.5}},
+        "versions": {"ruler_vt": 1},
+        "density": 0.5,
+    },
+]
+
+# JSON to put in the place of a field: of all types,
+OTHERS = {
+    "null": "null",
+    "true": "true",
+    "a list": "[]",
+    "a list in a list": "[[1]]",
+    "an object": "{}",
+    "another object": '{"a": {"b": [1]}}',
+    "text": '"text"',
+    "no text": '""',
+    "zero": "0",
+    "a negative number": "-1",
+    "a fraction": "0.5",
+    "a tiny number": "1e-300",
+    "a huge number": "1e300",
+    "a large integer": str(2**62),
+}
+# and what is refused wherever it stands.
+UNREADABLE = {
+    "half of a character": '"\\ud800"',
+    "an integer beyond 64 bits": str(10**30),
+    "an integer beyond floats": str(10**400),
+    "an integer of many digits": "9" * 5000,
+    "a number beyond floats": "1e999",
+    "NaN": "NaN",
+    "Infinity": "Infinity",
+    "deep lists": "[" * 3000 + "]" * 3000,
+    "deep objects": '{"a":' * 300 + "1" + "}" * 300,
+}
+
+
+def fields_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of all fields and items of a value of JSON, itself included."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from fields_of(item, (*path, name))
+
+
+def spoil(value: Any, path: tuple[Any, ...], spoilt: str | None) -> str:
+    """The value as JSON with something else at one place; None leaves the place out."""
+    if not path:
+        return spoilt or ""
+    changed = copy.deepcopy(value)
+    owner = changed
+    for name in path[:-1]:
+        owner = owner[name]
+    if spoilt is None:
+        del owner[path[-1]]
+    else:
+        owner[path[-1]] = _SPOT
+    return json.dumps(changed).replace(json.dumps(_SPOT), spoilt or "")
+
+
+def spoilt_everywhere(value: Any) -> Iterator[tuple[str, str]]:
+    """Each place of a value with each of `OTHERS`, and left out: what was done, and the JSON.
+
+    The value itself and its own fields with each of `UNREADABLE`, too.
+    """
+    for path in fields_of(value):
+        for name, spoilt in (OTHERS | UNREADABLE if len(path) < 2 else OTHERS).items():
+            yield f"{name} in {path}", spoil(value, path, spoilt)
+        if path:
+            yield f"nothing in {path}", spoil(value, path, None)
