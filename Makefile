@@ -4,6 +4,8 @@
 #   make test     all tests
 #   make lint     ruff and pyright
 #   make docs     the documentation, into site/
+#   make coverage all tests, and which lines of the package none of them runs
+#   make wheel    a wheel into dist/; it fails without the C++ kernels
 #   make mutants  faults put into the package, which its tests must notice; an hour, and goes on where it was stopped
 #   make bench    CPU benchmarks of attention and of planning, into benchmarks/results/; an hour and more
 #   make clean    remove what was built, the environment included
@@ -24,7 +26,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv demo test lint docs mutants bench clean
+.PHONY: venv demo test lint docs coverage wheel mutants bench clean
 
 venv: $(STAMP)
 
@@ -50,6 +52,13 @@ lint: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+coverage: $(STAMP)
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) pytest-cov
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=xml
+
+wheel: $(STAMP)
+	GOSSAMER_REQUIRE_KERNELS=1 $(BIN)/python -m pip wheel $(PIP_FLAGS) --no-deps --wheel-dir dist .
+
 mutants: $(STAMP)
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) cosmic-ray
 	$(BIN)/python tests/mutate.py
@@ -59,5 +68,5 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/planning.py
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site wheelhouse coverage.xml .coverage .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Files beside this one: mkdocs finds them while it loads a hook.
+import choices
+from targets import targets_of
+
 from gossamer.evaluate.summary import SummaryRow, read_results, summary_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,71 +205,7 @@ def beside_vllm(section: dict[str, Any] | None) -> str | None:
 
 def targets_table() -> str:
     """What was aimed at, and what was measured."""
-    return for_each_machine("cpu.json", targets_of)
-
-
-def targets_of(found: dict[str, Any], folder: Path) -> str:
-    sections = found["sections"]
-
-    def prefill(field: str, length: int, what: str, dim: int = 128, dtype: str = "bf16") -> list[float]:
-        return [
-            row[field]
-            for row in sections.get("prefill", {"rows": []})["rows"]
-            if (row["length"], row["dim"], row["dtype"]) == (length, dim, dtype) and row["what"].startswith(what)
-        ]
-
-    def of(section: str, field: str, **wanted: Any) -> list[float]:
-        rows = sections.get(section, {"rows": []})["rows"]
-        return [row[field] for row in rows if field in row and all(row.get(k) == v for k, v in wanted.items())]
-
-    tenth = {"length": 16384, "dtype": "bf16", "dim": 128}
-    flex = [x for k in (64, 128) for x in of("flex", "speedup_over_flex", what=f"10% in 64x{k}", **tenth)]
-    decoding = of("decode", "speedup", length=32768, dim=128, what="decode, dense")
-    shares = planning_shares(folder / "planning.json")
-    targets: list[tuple[str, str, list[float], str]] = [
-        ("dense over SDPA, bf16, 32K, head dimension 128", "2.0", prefill("speedup", 32768, "dense"), "x"),
-        ("the same, head dimension 64", "1.8", prefill("speedup", 32768, "dense", 64), "x"),
-        ("10% of the pairs over SDPA dense, 32K", "16", prefill("speedup", 32768, "10%"), "x"),
-        ("5%, 64K", "28", prefill("speedup", 65536, "5% "), "x"),
-        ("2%, 64K", "60", prefill("speedup", 65536, "2% "), "x"),
-        ("efficiency at 10%, 64K", "0.90", prefill("efficiency", 65536, "10%"), ""),
-        ("efficiency at 5%, 64K", "0.85", prefill("efficiency", 65536, "5% "), ""),
-        ("efficiency at 2%, 64K", "0.75", prefill("efficiency", 65536, "2% "), ""),
-        ("over compiled FlexAttention at 10%, 16K", "2.5", flex, "x"),
-        (
-            "a pair in gathered columns over one in blocks, at most",
-            "1.35",
-            of("parts", "pair_cost_over_blocks", what="1000 columns"),
-            "x",
-        ),
-        (
-            "AVX-512 fp32, dense, over SDPA",
-            "1.1",
-            of("instruction_sets", "speedup", isa="avx512", dtype="fp32", what="dense", length=8192, dim=128),
-            "x",
-        ),
-        ("AVX2 over SDPA held to AVX2", "1.0", of("instruction_sets", "speedup", what="dense, all held to AVX2"), "x"),
-        ("dense decoding at 32K over SDPA", "1.0", decoding, "x"),
-        ("planning of the whole, minference, 64K, at most", "12%", shares.get("minference", []), "%"),
-        ("planning of the whole, max_relative, 64K, at most", "12%", shares.get("max_relative", []), "%"),
-        (
-            "memory beyond packed keys and values, 128K, 32 heads, at most",
-            "256 MiB",
-            of("memory", "beyond_packed_mib"),
-            " MiB",
-        ),
-        ("exponent of cost against length, fixed budgets, at most", "1.15", of("growth", "exponent"), ""),
-    ]
-    rows = [
-        (name, target, ", ".join(f"{v:.3g}{unit}" for v in values) or "-") for name, target, values, unit in targets
-    ]
-    return markdown("", ("figure", "aimed at", "measured"), rows)
-
-
-def planning_shares(file: Path) -> dict[str, list[float]]:
-    """Planning's share of a call at 64K in percent, by method."""
-    rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    return {row["method"]: [100 * row["cpp_share"]] for row in rows if row["length"] == 65536}
+    return for_each_machine("cpu.json", lambda found, folder: markdown(*targets_of(found, folder)))
 
 
 def gpu_table() -> str:
@@ -368,6 +308,22 @@ def methods_table() -> str:
     )
 
 
+def kept_table() -> str:
+    """What each method keeps of the reference model's answers, and what it gains, a table a length."""
+    records = read_results(RESULTS / "reference_eval.jsonl")
+    return "\n\n".join(markdown(*table) for table in choices.kept_tables(records))
+
+
+def chosen(file: str, make: Callable[[dict[str, Any]], choices.Cells | None]) -> str:
+    """A table of `choices` for each machine that has the file."""
+
+    def made(found: dict[str, Any], _: Path) -> str | None:
+        cells = make(found)
+        return None if cells is None else markdown(*cells)
+
+    return for_each_machine(file, made)
+
+
 def mutants_table() -> str:
     """What became of the mutants of each part, and what the survivors are."""
     result = json.loads((ROOT / "tests" / "mutants.json").read_text(encoding="utf-8"))
@@ -393,5 +349,9 @@ TABLES = {
     "demo": demo_table,
     "methods": methods_table,
     "mutants": mutants_table,
+    "kept": kept_table,
+    "lengths": lambda: chosen("cpu.json", lambda found: choices.lengths_table(found["sections"].get("prefill"))),
+    "planning": lambda: chosen("planning.json", choices.planning_table),
+    "gains": lambda: chosen("end_to_end.json", choices.gains_table),
 }
 PICTURES = {"cpu_latency": "Seconds against length", "cpu_roofline": "Roofline"}

@@ -1,6 +1,5 @@
 """The documentation is true: its code runs, its figures are those of the committed files, its lists are complete."""
 
-import functools
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import script
 
 import gossamer
 
@@ -39,21 +39,6 @@ def test_code_blocks_run(page, monkeypatch):
     module = type(sys)(name)
     monkeypatch.setitem(sys.modules, name, module)
     exec(compile(code_of(page), str(page), "exec"), module.__dict__)
-
-
-@functools.cache
-def script(path):
-    """A file outside the package as a module."""
-    import importlib.util
-
-    name = Path(path).stem
-    spec = importlib.util.spec_from_file_location(name, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def demo():
