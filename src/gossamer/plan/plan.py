@@ -148,8 +148,8 @@ class SparsePlan:
         rows = self.batch * self.heads
         check_csr_sizes(self.block_indptr, self.block_indices, rows * self.num_query_blocks, "block")
         check_csr_sizes(self.column_indptr, self.column_indices, rows * self.num_column_groups, "column")
-        check_band(torch.as_tensor(self.sink), self.heads, "sink")
-        check_band(torch.as_tensor(self.window), self.heads, "window")
+        check_band(torch.as_tensor(self.sink, device=self.device), self.heads, "sink")
+        check_band(torch.as_tensor(self.window, device=self.device), self.heads, "window")
         for name, length in (("q_order", self.query_len), ("k_order", self.key_len)):
             order = getattr(self, name)
             if order is not None:
