@@ -9,7 +9,7 @@ import torch
 
 from gossamer import AttentionCall, Extent, Method, Policy, Profile, SparsePlan, backends, methods
 from gossamer.methods import AShape, Dense
-from gossamer.policy import FEW_QUERIES, STREAMED_KEYS, TOO_DENSE
+from gossamer.policy import FEW_QUERIES, STREAMED_KEYS, TOO_DENSE, Decision
 
 
 @dataclass(frozen=True)
@@ -235,3 +235,7 @@ def test_long_caches_are_decoded_on_our_own_kernel(dtype: torch.dtype, key_len: 
 def test_a_dense_method_decodes_on_its_kernel(kernel: str, ours: bool) -> None:
     method = methods.create("dense", kernel=kernel)
     assert Policy(method).decodes_on_kernel(torch.zeros(1, 2, 1, 4), 1 << 20) is ours
+
+
+def test_decisions_are_compared_by_identity_as_their_plans_are() -> None:
+    assert Decision(None) != Decision(None)

@@ -251,3 +251,4 @@ def test_a_rule_is_itself_alone(rule: Callable[[Any], Rule]) -> None:
 def test_candidates_are_themselves_alone() -> None:
     seen = torch.zeros(1, 2, 2, dtype=torch.int64)
     assert Candidates(seen, seen) != Candidates(seen, seen)
+    assert Candidates(seen, seen).first == 0

@@ -99,6 +99,16 @@ def test_a_limit_leaves_whole_what_it_does_not_cut(limit: int, whole: list) -> N
     assert tiles(plan.to_block_mask())[1][0, 0].nonzero().tolist() == whole
 
 
+@pytest.mark.parametrize("limit", [4, 5, 7, 8, 9])
+def test_whole_tiles_are_those_all_of_whose_pairs_are_allowed(limit: int) -> None:
+    extent = Extent.full(1, 12, 12, causal=False, limit=limit)
+    plan = SparsePlan.from_block_mask(
+        torch.ones(1, 1, 3, 3, dtype=torch.bool), 12, 12, extent=extent, block_q=4, block_k=4
+    )
+    allowed = extent.allowed(torch.arange(12), 12)[0].view(3, 4, 3, 4).all(dim=3).all(dim=1)
+    assert torch.equal(tiles(plan.to_block_mask())[1][0, 0], allowed)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_mask_may_be_asked_up_to_the_end_of_the_last_tiles(seed: int) -> None:
     """As compiled kernels do, which round lengths up; what it says there is clipped."""

@@ -159,6 +159,11 @@ def test_a_plan_made_of_its_own_blocks_is_the_same_in_every_field(plan: SparsePl
     assert_same_fields(SparsePlan.from_block_mask(plan.block_mask(), **given), plan)
 
 
+def test_blocks_have_64_tokens_unless_told_otherwise() -> None:
+    plan = SparsePlan(1, 200, 200, Extent.full(1, 200, 200), window=1)
+    assert (plan.block_q, plan.block_k, plan.num_query_blocks, plan.num_key_blocks) == (64, 64, 4, 4)
+
+
 def test_without_an_extent_the_queries_are_the_last_tokens() -> None:
     plan = SparsePlan.from_block_mask(torch.ones(2, 1, 2, 3, dtype=torch.bool), 7, 12, block_q=4, block_k=4)
     assert torch.equal(plan.to_mask()[:, 0], allowed_pairs(Extent.full(2, 7, 12), 7, 12))

@@ -72,7 +72,7 @@ def check_order_sizes(order: Tensor, shape: tuple[int, int, int], name: str) -> 
 def check_order(order: Tensor, name: str) -> None:
     """Validate that every row of ``[B, heads, length]`` is a permutation."""
     shape = order.shape
-    expected = torch.arange(shape[-1], dtype=torch.int32, device=order.device)
+    expected = torch.arange(shape[-1], device=order.device)
     if not torch.equal(order.sort(dim=-1).values, expected.expand(shape)):
         raise ValueError(f"SparsePlan.{name} must be a permutation of 0..{shape[-1] - 1} in every row")
 

@@ -29,7 +29,7 @@ def to_block_mask(plan: SparsePlan, num_heads: int) -> BlockMask:
     def listed(flags: Tensor) -> tuple[Tensor, Tensor]:
         counts = flags.sum(dim=-1).to(torch.int32)
         # A stable descending sort of the flags lists the flagged key tiles first, ascending.
-        order = flags.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
+        order = flags.to(torch.int8).sort(descending=True, stable=True).indices.to(torch.int32)
         return counts.repeat_interleave(share, dim=1), order.repeat_interleave(share, dim=1)
 
     selected, columns = plan.block_mask(), plan.column_mask()

@@ -74,7 +74,10 @@ def pairs_of_bits(
             kernels().count_columns, in_block.shape[0] * pieces, columns, in_block, columns.shape[-1], key_blocks,
             pieces, BLOCK_K=plan.block_k, TILE=_KEY_BLOCKS,
         )  # fmt: skip
-    bands = [integers_on(torch.as_tensor(band, device=plan.device).clamp(max=UNLIMITED), device) for band in (plan.sink, plan.window)]
+    bands = [
+        integers_on(torch.as_tensor(band, device=plan.device).clamp(max=UNLIMITED), device)
+        for band in (plan.sink, plan.window)
+    ]
     run(
         kernels().count_pairs, pairs.numel(), nothing if blocks is None else blocks,
         nothing if columns is None else columns, in_block, *bands, extent_on(plan.extent, device), pairs,
