@@ -1,4 +1,4 @@
-"""``gossamer doctor``: what runs here, and why anything is off."""
+"""``gossamer doctor``: what runs here, and why anything is off; and whether a model is the same with gossamer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from gossamer import AttentionCall, __version__, backends
 from gossamer.backends import cpu
 from gossamer.backends import torch as definition
-from gossamer.cli.common import add_command, first_line, print_json
+from gossamer.cli.common import BadInput, add_command, first_line, print_json
 from gossamer.methods import AShape
 
 __all__ = ["add_parser", "examine", "examine_cpu"]
@@ -40,16 +41,37 @@ _PACKAGES = {
 
 
 def add_parser(commands: Any) -> None:
-    add_command(commands, "doctor", execute, "say what runs on this machine, and why anything is off")
+    parser = add_command(commands, "doctor", execute, "say what runs on this machine, and why anything is off")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        help="folder of a model: run a short random prompt through it with gossamer and without, nothing left out, and "
+        "compare; the exit code is 1 if they differ",
+    )
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     report = examine()
+    verification = None if arguments.model is None else _verify(arguments.model, arguments.dtype)
     if arguments.json:
-        print_json(report)
+        print_json(report if verification is None else report | {"model": verification.to_dict()})
     else:
         print(_format(report))
-    return 0
+        if verification is not None:
+            print(f"\n{verification}")
+    return 0 if verification is None or verification.ok else 1
+
+
+def _verify(path: Path, dtype: str) -> Any:
+    from gossamer.cli.generation import load_model
+    from gossamer.integrations.transformers import verify
+
+    try:
+        return verify(load_model(path, dtype, progress=sys.stderr.isatty()))
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{path}: {first_line(error)}") from error
 
 
 def examine() -> dict[str, Any]:
