@@ -171,7 +171,7 @@ def test_files_of_other_models_haystacks_and_seeds_are_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match="another model"):
         run(path, job(), of=changed)
     path.write_text("not json\n")
-    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
+    with pytest.raises(ValueError, match="line 1 is not JSON: "):
         run(path, job())
 
 
