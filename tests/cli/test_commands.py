@@ -58,6 +58,20 @@ def test_doctor_reports_a_backend_that_is_wrong(capsys, monkeypatch):
     assert "backend for float32: WRONG: off by 1.0e+00" in capsys.readouterr().out
 
 
+def test_doctor_verifies_a_model(capsys, model_path, tmp_path, monkeypatch):
+    assert main(["doctor", str(model_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["model"]
+    assert found["ok"]
+    assert all(check["sparse_calls"] for check in found["checks"][:-1])
+    assert main(["doctor", str(model_path)]) == 0
+    assert "LlamaForCausalLM: the same as without gossamer" in capsys.readouterr().out
+    monkeypatch.setattr("gossamer.integrations.transformers.masks._says_nothing", lambda *_: True)
+    assert main(["doctor", str(model_path)]) == 1
+    assert "NOT the same" in capsys.readouterr().out
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "no language model" in capsys.readouterr().err
+
+
 def test_methods_json_rebuilds_every_method(capsys):
     assert main(["methods", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["methods"]
