@@ -37,24 +37,22 @@ def tensors(tokens: int = 90, *, heads: int = 2) -> tuple[Tensor, Tensor, Tensor
 # Bands
 
 
+def plan_with(make: Any, name: str, band: Any) -> SparsePlan:
+    return make(heads=1, query_len=4, key_len=4, extent=Extent.full(1, 4, 4), **{name: band})
+
+
 DOORS: dict[str, Callable[[str, int], Any]] = {
     "a method": lambda name, n: methods.create("a_shape", **{name: n}),
     "a dictionary": lambda name, n: methods.from_dict({"method": "a_shape", name: n}),
     "the command line": lambda name, n: parse_method(f"a_shape({name}={n})"),
-    "a profile": lambda name, n: Profile.from_dict(
-        {"schema": 2, "methods": [[{"method": "a_shape", name: n}]]},
-    ),
+    "a profile": lambda name, n: Profile.from_dict({"schema": 2, "methods": [[{"method": "a_shape", name: n}]]}),
     "a published profile": lambda name, n: Profile.from_minference(
         [{"0": ["stream_llm", *((n, 64) if name == "sink" else (64, n)), 1.0]}]
     ),
-    "a plan": lambda name, n: SparsePlan(1, 4, 4, Extent.full(1, 4, 4), **{name: n}),
-    "a plan, as a tensor": lambda name, n: SparsePlan(1, 4, 4, Extent.full(1, 4, 4), **{name: torch.tensor([n])}),
-    "an unchecked plan": lambda name, n: SparsePlan.unchecked(
-        heads=1, query_len=4, key_len=4, extent=Extent.full(1, 4, 4), **{name: n}
-    ),
-    "an unchecked plan, as a tensor": lambda name, n: SparsePlan.unchecked(
-        heads=1, query_len=4, key_len=4, extent=Extent.full(1, 4, 4), **{name: torch.tensor([n])}
-    ),
+    "a plan": lambda name, n: plan_with(SparsePlan, name, n),
+    "a plan, as a tensor": lambda name, n: plan_with(SparsePlan, name, torch.tensor([n])),
+    "an unchecked plan": lambda name, n: plan_with(SparsePlan.unchecked, name, n),
+    "an unchecked plan, as a tensor": lambda name, n: plan_with(SparsePlan.unchecked, name, torch.tensor([n])),
     "a builder": lambda name, n: Blocks(AttentionCall(*tensors(4))).plan(**{name: n}),
 }
 
@@ -229,7 +227,7 @@ def test_a_log_sum_exp_with_a_gradient_says_what_to_do(method: str) -> None:
 def test_training_with_a_soft_cap_leaves_padding_at_zero(side: str) -> None:
     call = replace(call_in(side, dim=8), softcap=2.0)
     leaves = [x.clone().requires_grad_() for x in (call.q, call.k, call.values)]
-    out = sparse_attention(*leaves, extent=call.extent, softcap=2.0, scale=call.scale)
+    out = sparse_attention(leaves[0], leaves[1], leaves[2], extent=call.extent, softcap=2.0, scale=call.scale)
     dead = ~call.extent.live_queries(call.query_len)[:, None, :, None].expand_as(out)
     assert bool(dead.any())
     assert bool((out[dead] == 0).all())

@@ -128,7 +128,7 @@ if __name__ == "__main__":
         deadline=None,
         database=None,
         phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
     )(fuzz)
     run()
     print(seen)

@@ -211,9 +211,12 @@ def test_planning_refuses_more_key_blocks_than_the_grid_was_made_for(verb: str) 
     grid = Grid(extent, 64, 64)
     rows, means = range(grid.query_blocks), torch.zeros(1, 1, grid.key_blocks, 32)
     extent.key_count.fill_(300)
-    argument, score = (means, cpu.row_block_energy) if verb == "energy" else (16, cpu.antidiagonal_scores)
+    verbs: dict[str, Any] = {
+        "energy": lambda: cpu.row_block_energy(call, grid, means, rows),
+        "antidiagonal": lambda: cpu.antidiagonal_scores(call, grid, 16, rows),
+    }
     with pytest.raises(ValueError, match="300 keys in batch row 0, more than 2 blocks of 64"):
-        score(call, grid, argument, rows)
+        verbs[verb]()
 
 
 def test_an_extent_does_not_see_what_its_maker_writes() -> None:

@@ -172,7 +172,8 @@ def finish(blocks: ListWriter | None, columns: ListWriter | None, **fields: Any)
         if writer is not None:
             lists[f"{name}_indptr"], lists[f"{name}_indices"] = writer.build()
     plan = SparsePlan.unchecked(**lists, **fields)
-    return SparsePlan.unchecked(**lists, **fields, pairs=count(plan))
+    object.__setattr__(plan, "_pairs", count(plan))  # nobody else holds it yet; a second one would be checked again
+    return plan
 
 
 def count(plan: SparsePlan) -> Tensor:
