@@ -11,9 +11,10 @@ module is imported (`register` was called); such a model uses the default policy
 """
 
 from gossamer.integrations.transformers.attention import hf_attention, register
-from gossamer.integrations.transformers.handle import Handle, LayerStats, Stats, enable
+from gossamer.integrations.transformers.handle import Handle, enable
 from gossamer.integrations.transformers.masks import compact_mask
 from gossamer.integrations.transformers.owners import NAME, Observation
+from gossamer.integrations.transformers.stats import LayerStats, Stats
 from gossamer.integrations.transformers.verify import Verification, verify
 
 __all__ = [

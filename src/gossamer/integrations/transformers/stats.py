@@ -1,0 +1,92 @@
+"""What the layers of an enabled model did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from gossamer.attention import CallRecord
+
+__all__ = ["LayerStats", "Stats"]
+
+
+@dataclass(slots=True)
+class LayerStats:
+    """What one layer's attention did since `enable` or `Handle.reset`.
+
+    Fields:
+        layer: the model's index of it; None collects the modules that have no ``layer_idx``.
+        calls, sparse_calls, dense_calls: a batch is one call. A compiled decode step is not counted.
+        density: share of the dense causal pairs that was computed, over all calls with more than one query (so
+            decoding, which is always dense, does not dilute it); 1.0 if there were none.
+        plan_seconds, attention_seconds: wall-clock, estimation and execution.
+        fallbacks: reason of each dense call and how often; a method that is itself dense gives none.
+        executors: what ran, and how often.
+    """
+
+    layer: int | None
+    sparse_calls: int = 0
+    dense_calls: int = 0
+    plan_seconds: float = 0.0
+    attention_seconds: float = 0.0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    executors: dict[str, int] = field(default_factory=dict)
+    _computed: float = 0.0
+    _pairs: float = 0.0
+
+    @property
+    def calls(self) -> int:
+        return self.sparse_calls + self.dense_calls
+
+    @property
+    def density(self) -> float:
+        return self._computed / self._pairs if self._pairs else 1.0
+
+    def add(self, call: CallRecord) -> None:
+        if call.path == "sparse":
+            self.sparse_calls += 1
+        else:
+            self.dense_calls += 1
+        self.plan_seconds += call.plan_seconds
+        self.attention_seconds += call.attention_seconds
+        self.executors[call.executor] = self.executors.get(call.executor, 0) + 1
+        if call.reason is not None:
+            self.fallbacks[call.reason] = self.fallbacks.get(call.reason, 0) + 1
+        if call.query_len > 1:
+            pairs = call.query_len * (call.key_len - (call.query_len - 1) / 2)
+            self._pairs += pairs
+            self._computed += call.density * pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The layers of a model, in order; prints as a table."""
+
+    layers: tuple[LayerStats, ...]
+
+    def __iter__(self) -> Iterator[LayerStats]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def fallbacks(self) -> dict[str, int]:
+        """Reasons of the dense calls of all layers, the most frequent first."""
+        total: dict[str, int] = {}
+        for row in self.layers:
+            for reason, count in row.fallbacks.items():
+                total[reason] = total.get(reason, 0) + count
+        return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no attention calls recorded"
+        lines = [f"{'layer':>5} {'calls':>6} {'sparse':>6} {'density':>7} {'plan s':>8} {'attn s':>8}  dense because"]
+        for row in self.layers:
+            name = "-" if row.layer is None else str(row.layer)
+            why = ", ".join(f"{reason} x{count}" for reason, count in row.fallbacks.items())
+            lines.append(
+                f"{name:>5} {row.calls:>6} {row.sparse_calls:>6} {row.density:>7.3f} {row.plan_seconds:>8.3f} "
+                f"{row.attention_seconds:>8.3f}  {why}".rstrip()
+            )
+        return "\n".join(lines)
