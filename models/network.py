@@ -1,5 +1,6 @@
 """The network as it is trained: a forward pass over the weights of a LlamaForCausalLM, and their first values."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ MAX_POSITIONS = 131072
 # The residual stream at the start: a constant, a flag of <bos>, the token, and four slots for the tokens before it.
 CONSTANT, FLAG, TOKEN, CODE = 0, 1, 2, 16
 SLOTS = WIDTH - 4 * CODE
+# Where the codes of this token and of the four before it lie.
+_BACK = (TOKEN, *range(SLOTS, WIDTH, CODE))
 # Of the token's dimensions after its code, numbers use those before this one and other tokens the rest.
 NUMBERS = (TOKEN + CODE + SLOTS) // 2
 CONSTANT_VALUE, FLAG_VALUE = 6.0, 12.0
@@ -196,6 +199,17 @@ def initialize(model: Any, seed: int, numbers: list[int], comma: int, verb: int)
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
+    with_codes = _embed(model, normal, numbers)
+    for index, layer in enumerate(model.model.layers):
+        _start_layer(layer, index, normal)
+    _look_back(model.model.layers[0].self_attn)
+    of_numbers, of_others = _compare_pairs(model.model.layers[1].self_attn, normal)
+    comma_code, verb_code = (with_codes[token, TOKEN : TOKEN + CODE] / CODE for token in (comma, verb))
+    _read_lists(model.model.layers[2].self_attn, of_numbers, of_others, comma_code, verb_code)
+
+
+def _embed(model: Any, normal: Callable[..., Tensor], numbers: list[int]) -> Tensor:
+    """Token embeddings: signs that name each token, and dimensions of their own for numbers."""
     embedding = model.model.embed_tokens.weight
     embedding.zero_()
     embedding[:, TOKEN:SLOTS] = normal(VOCABULARY, SLOTS - TOKEN)
@@ -211,27 +225,33 @@ def initialize(model: Any, seed: int, numbers: list[int], comma: int, verb: int)
     embedding[BOS, FLAG] = FLAG_VALUE
     model.lm_head.weight.copy_(0.03 * embedding)
     model.lm_head.weight[:, :TOKEN] = 0
+    return embedding
 
+
+def _start_layer(layer: Any, index: int, normal: Callable[..., Tensor]) -> None:
+    """Random projections, nothing written back; from layer 1 on every query is drawn to <bos>."""
     half = HEAD_DIM // 2
-    for index, layer in enumerate(model.model.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
-            projection.weight.copy_(normal(*projection.weight.shape) / WIDTH**0.5)
-        attention.o_proj.weight.zero_()
-        mlp.down_proj.weight.zero_()
-        if index:
-            query = attention.q_proj.weight.view(HEADS, HEAD_DIM, WIDTH)
-            key = attention.k_proj.weight.view(KV_HEADS, HEAD_DIM, WIDTH)
-            lookups = {1: HEADS, 2: HEADS // KV_HEADS}.get(index, 0)
-            query[:lookups] = 0
-            key[: lookups * KV_HEADS // HEADS] = 0
-            query[:, [half - 1, HEAD_DIM - 1]] = 0
-            key[:, [half - 1, HEAD_DIM - 1]] = 0
-            key[:, half - 1, FLAG] = SINK_KEY / FLAG_SIZE
-            for head in range(HEADS):
-                query[head, half - 1, CONSTANT] = HEAD_DIM**0.5 * _sink_logit(index, head) / SINK_KEY / CONSTANT_SIZE
+    attention, mlp = layer.self_attn, layer.mlp
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+        projection.weight.copy_(normal(*projection.weight.shape) / WIDTH**0.5)
+    attention.o_proj.weight.zero_()
+    mlp.down_proj.weight.zero_()
+    if index:
+        query = attention.q_proj.weight.view(HEADS, HEAD_DIM, WIDTH)
+        key = attention.k_proj.weight.view(KV_HEADS, HEAD_DIM, WIDTH)
+        lookups = {1: HEADS, 2: HEADS // KV_HEADS}.get(index, 0)
+        query[:lookups] = 0
+        key[: lookups * KV_HEADS // HEADS] = 0
+        query[:, [half - 1, HEAD_DIM - 1]] = 0
+        key[:, [half - 1, HEAD_DIM - 1]] = 0
+        key[:, half - 1, FLAG] = SINK_KEY / FLAG_SIZE
+        for head in range(HEADS):
+            query[head, half - 1, CONSTANT] = HEAD_DIM**0.5 * _sink_logit(index, head) / SINK_KEY / CONSTANT_SIZE
 
-    first = model.model.layers[0].self_attn
+
+def _look_back(first: Any) -> None:
+    """Layer 0: head h copies the code of the token h + 1 places back into slot h."""
+    half = HEAD_DIM // 2
     frequencies = THETA ** (-torch.arange(6) / half)
     query = first.q_proj.weight.zero_().view(HEADS, HEAD_DIM, WIDTH)
     key = first.k_proj.weight.zero_().view(KV_HEADS, HEAD_DIM, WIDTH)
@@ -247,8 +267,14 @@ def initialize(model: Any, seed: int, numbers: list[int], comma: int, verb: int)
         for i in range(CODE):
             out[SLOTS + head * CODE + i, head, i] = 1
 
-    back = [TOKEN, *(SLOTS + slot * CODE for slot in range(4))]
-    second = model.model.layers[1].self_attn
+
+def _compare_pairs(second: Any, normal: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """Layer 1: compare pairs of tokens with pairs further back, and copy what followed.
+
+    Returns:
+        The projections by which numbers and other tokens are copied, of the last group.
+    """
+    half = HEAD_DIM // 2
     query = second.q_proj.weight.view(HEADS, HEAD_DIM, WIDTH)
     key = second.k_proj.weight.view(KV_HEADS, HEAD_DIM, WIDTH)
     value = second.v_proj.weight.zero_().view(KV_HEADS, HEAD_DIM, WIDTH)
@@ -259,13 +285,17 @@ def initialize(model: Any, seed: int, numbers: list[int], comma: int, verb: int)
         of_others = torch.linalg.qr(normal(SLOTS - NUMBERS, half))[0].T
         value[group, :half, NUMBERS:SLOTS] = of_others
         value[group, half:, TOKEN + CODE : NUMBERS] = of_numbers
-        _match(key[group], (back[a + 1], back[b + 1]), 2.5)
+        _match(key[group], (_BACK[a + 1], _BACK[b + 1]), 2.5)
         for head, gain in ((2 * group, 2.5), (2 * group + 1, 2.2)):
-            _match(query[head], (back[a], back[b]), gain)
+            _match(query[head], (_BACK[a], _BACK[b]), gain)
             out[NUMBERS:SLOTS, head, :half] = 1.2 * of_others.T
             out[TOKEN + CODE : NUMBERS, head, half:] = 1.2 * of_numbers.T
+    return of_numbers, of_others
 
-    third = model.model.layers[2].self_attn
+
+def _read_lists(third: Any, of_numbers: Tensor, of_others: Tensor, code_of_comma: Tensor, code_of_verb: Tensor) -> None:
+    """Layer 2: from a comma look at the verb before it, from a verb take away the numbers given before."""
+    half = HEAD_DIM // 2
     query = third.q_proj.weight.view(HEADS, HEAD_DIM, WIDTH)
     key = third.k_proj.weight.view(KV_HEADS, HEAD_DIM, WIDTH)
     value = third.v_proj.weight.view(KV_HEADS, HEAD_DIM, WIDTH)
@@ -273,15 +303,14 @@ def initialize(model: Any, seed: int, numbers: list[int], comma: int, verb: int)
     value[0] = 0
     value[0, :half, NUMBERS:SLOTS] = of_others
     value[0, half:, TOKEN + CODE : NUMBERS] = of_numbers
-    code_of_comma, code_of_verb = (embedding[token, TOKEN : TOKEN + CODE] / CODE for token in (comma, verb))
     key[0, NEAR, CONSTANT] = 3.5 / CONSTANT_SIZE
     query[:2, NEAR, CONSTANT] = 3.5 / CONSTANT_SIZE
-    key[0, MARK, back[0] : back[0] + CODE] = 6.3 * code_of_verb
-    query[0, MARK, back[0] : back[0] + CODE] = 6.3 * code_of_comma
+    key[0, MARK, _BACK[0] : _BACK[0] + CODE] = 6.3 * code_of_verb
+    query[0, MARK, _BACK[0] : _BACK[0] + CODE] = 6.3 * code_of_comma
     marked = slice(MARK.start + half, MARK.stop + half)
-    _match(key[0], (back[1], back[2]), 2.5)
-    _match(query[1], (back[0], back[1]), 2.5)
-    key[0, marked, back[4] : back[4] + CODE] = 4.0 * code_of_comma
+    _match(key[0], (_BACK[1], _BACK[2]), 2.5)
+    _match(query[1], (_BACK[0], _BACK[1]), 2.5)
+    key[0, marked, _BACK[4] : _BACK[4] + CODE] = 4.0 * code_of_comma
     query[1, marked, CONSTANT] = 4.0 / CONSTANT_SIZE
     out[NUMBERS:SLOTS, 0, :half] = 1.5 * of_others.T
     out[TOKEN + CODE : NUMBERS, 1, half:] = -4.5 * of_numbers.T

@@ -1,9 +1,6 @@
 """Attention in C++ against the definition: all parts of a plan, every instruction set that this machine runs."""
 
 import math
-import os
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -12,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_checks import (
-    BF16_ISAS,
     DTYPES,
     check,
     draw,
@@ -363,24 +359,6 @@ def test_a_gradient_is_refused() -> None:
         assert not cpu.attend(call, plan)[0].requires_grad
 
 
-def test_unknown_instruction_set_is_named(force) -> None:
-    plan = dense(1, 4, 4)
-    force("sse9")
-    with pytest.raises(ValueError, match=r"GOSSAMER_CPU_ISA='sse9' is not supported here; use one of: portable"):
-        cpu.attend(draw(plan, heads=1, groups=1, dim=8), plan)
-
-
-@every_isa
-def test_forced_instruction_set_is_used(force, isa: str) -> None:
-    force(isa)
-    assert cpu.active_isa(torch.bfloat16) == isa
-    assert (cpu.active_isa(torch.float32) == isa) == (isa not in BF16_ISAS)
-
-
-def test_emulation_is_never_chosen() -> None:
-    assert "amx_emulated" not in {cpu.active_isa(dtype) for dtype in DTYPES.values()}
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -401,21 +379,3 @@ def test_a_plan_of_another_call_is_named() -> None:
     plan = dense(1, 4, 4)
     with pytest.raises(ValueError, match="the plan is for batch 1, 4 queries and 4 keys"):
         cpu.attend(draw(dense(1, 3, 4), heads=1, groups=1, dim=8), plan)
-
-
-@pytest.mark.skipif(sys.platform != "linux" or not cpu.has_openmp(), reason="reads /proc; needs OpenMP")
-@pytest.mark.parametrize("first", ["torch", "gossamer.backends.cpu"])
-def test_shares_the_openmp_runtime_of_torch(first: str) -> None:
-    code = (
-        f"import {first}, torch, gossamer.backends.cpu\n"
-        "from gossamer import AttentionCall, SparsePlan\n"
-        "torch.randn(300, 300) @ torch.randn(300, 300)\n"
-        "x = torch.randn(1, 1, 9, 16)\n"
-        "call = AttentionCall(x, x, x)\n"
-        "gossamer.backends.cpu.attend(call, SparsePlan.dense(1, 9, 9, call.extent))\n"
-        "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line or 'libomp' in line}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True
-    )
-    assert done.stdout.strip() == "1"
