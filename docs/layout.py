@@ -53,10 +53,20 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             if node.level:
                 raise ValueError(f"{path} has a relative import, which the layout does not follow")
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            names = {_origin(f"{node.module}.{alias.name}") for alias in node.names}
             modules = {name for name in names if module_path(name) is not None}
             found |= modules | ({node.module} if len(modules) < len(names) else set())
     return {name for name in found if name.split(".")[0] == "gossamer"}
+
+
+def _origin(name: str) -> str:
+    """The module that a public name of ``gossamer`` itself comes from; other names as they are."""
+    if not name.startswith("gossamer.") or name.count(".") != 1 or module_path(name) is not None:
+        return name
+    for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and name.partition(".")[2] in {alias.name for alias in node.names}:
+            return str(node.module)
+    return name
 
 
 def room_of(module: str) -> str:

@@ -72,7 +72,7 @@ struct Choice {
   const Range* seen;          // [batch, rows]: nothing outside is chosen
   const Range* forced;        // [batch, rows]
   int64_t first;              // candidates that are forced in every row
-  const uint8_t* forcing;     // [batch, heads]: heads that force any; null: all
+  const uint8_t* forced_heads;     // [batch, heads]: heads that force any; null: all
   const uint8_t* diagonals;   // null, or [batch, heads, diagonal_count]: chosen ones
   int64_t diagonal_count;
   const int64_t* origin;      // [batch, rows]: the candidate on diagonal 0

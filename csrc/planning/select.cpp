@@ -204,7 +204,7 @@ class Chooser {
   }
 
  private:
-  bool forces(int64_t head) const { return choice_.forcing == nullptr || choice_.forcing[head]; }
+  bool forces(int64_t head) const { return choice_.forced_heads == nullptr || choice_.forced_heads[head]; }
 
   Range seen_by(int64_t place) const {
     const int64_t begin = std::clamp<int64_t>(choice_.seen[place].begin, 0, choice_.width);

@@ -53,13 +53,15 @@ class Blocks:
         self._columns: Any = None
         self._column_group = max(1, self.grid.query_blocks)
         self._first, self._own, self._last_rows = 0, 1, 0
+        self._beyond: Tensor | None = None
         self._diagonals: Tensor | None = None
-        self._forcing: Tensor | None = None
+        self._forced_heads: Tensor | None = None
+        self._kept = self._chose = False
         self._pending: list[tuple[range, Tensor]] = []
         self._pending_rule: Rule | None = None
 
     def keep(self, *, first: int = 0, own: int = 1, last_rows: int = 0, heads: Tensor | None = None) -> None:
-        """Force blocks into every query block's choice, as far as it sees them. Comes before `choose`.
+        """Force blocks into every query block's choice, as far as it sees them. Once, and before `choose`.
 
         Args:
             first: the first key blocks.
@@ -67,14 +69,17 @@ class Blocks:
             last_rows: everything, for query blocks that hold one of the last ``last_rows`` live queries of the call.
             heads: bool ``[B, heads]``, only for these.
         """
-        self._first, self._own, self._last_rows, self._forcing = first, own, last_rows, heads
+        self._once(self._kept, "keep")
+        self._kept = True
+        self._first, self._own, self._last_rows, self._forced_heads = first, own, last_rows, heads
         self._start()
 
     def diagonals(self, chosen: Tensor) -> None:
         """Take whole block diagonals: bool ``[B, heads, n]``, the n-th at n blocks before a query block's own.
 
-        And after it, where attention is not causal. Comes before `choose`.
+        And after it, where attention is not causal. Once, and before `choose`.
         """
+        self._once(self._diagonals is not None, "diagonals")
         self._diagonals = chosen
         self._start()
 
@@ -84,21 +89,27 @@ class Blocks:
         Parts may come in any order, each query block in one of them. A rule that needs all rows of a head is applied
         when the last part is there; the scores are held until then.
 
+        Raises:
+            ValueError: a query block was given before; or parts of one head have different rules that need all rows.
+
         Args:
             part: plan rows, as `gossamer.scores` say them.
             scores: fp32 ``[B, heads, len(part), N]``.
         """
         self._start()
+        self._chose = True
         if rule.all_rows:
-            self._pending.append((part, scores))
-            self._pending_rule = rule
-            self._choose_pending()
+            self._hold(part, scores, rule)
         else:
             self._write(part, scores, rule)
 
     def columns(self, scores: Tensor, rule: Rule) -> None:
         """Choose single keys for all query blocks alike, by a rule on the scores ``[B, heads, positions]``."""
+        if self._columns is not None:
+            raise ValueError("columns are chosen once: unite the scores, or the choices, before")
         width = self.call.extent.longest
+        if self.grid.query_blocks == 0:
+            return
         self._columns = self._backend.ListWriter(self.call.batch, self.heads, 1, width, self.call.device)
         live = torch.stack([torch.zeros_like(self.call.extent.key_count), self.call.extent.key_count], dim=-1)[:, None]
         self._columns.choose(range(1), Candidates(live, live[..., :1].expand_as(live)), scores[:, :, None], rule)
@@ -131,6 +142,7 @@ class Blocks:
                 f"{type(self._pending_rule).__name__} needs all {self.grid.query_blocks} query blocks, "
                 f"got {sum(len(part) for part, _ in self._pending)}"
             )
+        self._reach(sink, window)
         row_bytes = self.call.batch * self.heads * self.grid.key_blocks
         for missing in self._missing:
             for part in self.grid.parts(row_bytes, MASK_BYTES):
@@ -151,6 +163,22 @@ class Blocks:
             window=window,
         )
 
+    def _reach(self, sink: Tensor | int, window: Tensor | int) -> None:
+        """Where bands alone would leave queries beyond the keys without any, they keep the last key block."""
+        extent = self.call.extent
+        if extent.causal or (self._rows is not None and self._own) or self._columns is not None or _least(sink) > 0:
+            return
+        self._own = 0
+        past = self.grid.queries[..., 1] - extent.key_count[:, None]
+        beyond = (past >= _least(window)) & (extent.key_count > 0)[:, None]
+        if bool(beyond.any()):
+            self._beyond = beyond
+            self._start()
+
+    def _once(self, before: bool, name: str) -> None:
+        if before or self._chose:
+            raise ValueError(f"`{name}` is said once, and before `choose`, which takes what is said into account")
+
     def _start(self) -> None:
         if self._rows is None:
             size = (self.call.batch, self.heads, self.grid.query_blocks, self.grid.key_blocks)
@@ -166,6 +194,16 @@ class Blocks:
             if rest
         ]
 
+    def _hold(self, part: range, scores: Tensor, rule: Rule) -> None:
+        """Until all rows are there."""
+        if any(part.start < other.stop and other.start < part.stop for other, _ in self._pending):
+            raise ValueError(f"the query blocks {part.start} to {part.stop - 1} were given before")
+        if self._pending and rule is not self._pending_rule:
+            raise ValueError(f"{type(rule).__name__} chooses for all query blocks at once: give one rule for all parts")
+        self._pending.append((part, scores))
+        self._pending_rule = rule
+        self._choose_pending()
+
     def _choose_pending(self) -> None:
         parts = sorted(self._pending, key=lambda pair: pair[0].start)
         if sum(len(part) for part, _ in parts) == self.grid.query_blocks and self._pending_rule is not None:
@@ -177,10 +215,15 @@ class Blocks:
         rows = slice(part.start, part.stop)
         seen, forced = self.grid.seen[:, rows], self.grid.own(self._own)[:, rows]
         if self._own == 0:
-            forced = torch.zeros_like(forced)
+            keeps = False if self._beyond is None else self._beyond[:, rows, None]
+            forced = torch.where(torch.as_tensor(keeps, device="cpu"), self.grid.own()[:, rows], 0)
         if self._last_rows:
             forced = torch.where(self.grid.holds_last(self._last_rows)[:, rows, None], seen, forced)
         origin = None if self._diagonals is None else (self.grid.queries[:, rows, 1] - 1) // self.grid.block_k
         return Candidates(
-            seen, forced, self._first, self._forcing, self._diagonals, origin, mirrored=not self.call.extent.causal
+            seen, forced, self._first, self._forced_heads, self._diagonals, origin, mirrored=not self.call.extent.causal
         )
+
+
+def _least(band: Tensor | int) -> int:
+    return int(band.min()) if isinstance(band, Tensor) else band

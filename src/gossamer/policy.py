@@ -106,7 +106,7 @@ class Policy:
             return "short prompt" if limit is None or limit >= keys else "short model window"
         if call.query_len < min(FEW_QUERIES, self.min_tokens):
             return "few queries"
-        lacking = call.lacks(self.method.needs)
+        lacking = self.method.lacks(call)
         return None if lacking is None else f"{self.method.name} needs {lacking}"
 
     def attends_on_kernel(self, call: AttentionCall, reason: str | None) -> bool:

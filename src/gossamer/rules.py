@@ -39,7 +39,7 @@ class Candidates:
         seen: half-open range ``[B, rows, 2]``; nothing outside is chosen.
         forced: half-open range ``[B, rows, 2]``, taken by the heads that force any; it may reach outside ``seen``.
         first: this many first candidates are forced in every row, too.
-        forcing: bool ``[B, heads]``, the heads that force any; None: all.
+        forced_heads: bool ``[B, heads]``, the heads that force any; None: all.
         diagonals: bool ``[B, heads, n]``: candidate ``origin - d`` is taken where ``diagonals[d]`` is set.
         origin: ``[B, rows]``, the candidate on diagonal 0.
         mirrored: candidate ``origin + d`` is taken as well.
@@ -48,7 +48,7 @@ class Candidates:
     seen: Tensor
     forced: Tensor
     first: int = 0
-    forcing: Tensor | None = None
+    forced_heads: Tensor | None = None
     diagonals: Tensor | None = None
     origin: Tensor | None = None
     mirrored: bool = False

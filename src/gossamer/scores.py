@@ -45,7 +45,9 @@ def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
 
 
 def pooled_scores(call: AttentionCall, grid: Grid) -> Iterator[tuple[range, Tensor]]:
-    """Mean query times mean key of each block pair (MInference block-sparse, 2407.02490, 3.2): unscaled logits.
+    """Mean query times mean key of each block pair (MInference block-sparse, 2407.02490, 3.2): logits, but for a scale.
+
+    They are not scaled, which changes no order; under a negative scale their sign is turned.
 
     Yields:
         plan rows, and scores fp32 ``[B, H, rows, N]``.
@@ -53,7 +55,8 @@ def pooled_scores(call: AttentionCall, grid: Grid) -> Iterator[tuple[range, Tens
     backend = backend_of(call, "pooled_scores")
     queries, keys = pool_queries(call, grid), pool_keys(call, grid)
     for part in _parts(call, grid, call.heads, backend.PART_BYTES):
-        yield part, backend.pooled_scores(call, grid, queries, keys, part)
+        scores = backend.pooled_scores(call, grid, queries, keys, part)
+        yield part, -scores if call.scale < 0 else scores
 
 
 def row_block_energy(call: AttentionCall, grid: Grid) -> Iterator[tuple[range, Tensor]]:

@@ -28,7 +28,7 @@ FLOATS = (
 )  # fmt: skip
 TYPES = INTEGERS | {f"{name}_ptr": "*fp32" for name in FLOATS}
 TYPES |= dict.fromkeys(("block_indptr", "column_indptr", "indptr_ptr", "pairs_ptr"), "*i64")
-TYPES |= dict.fromkeys(("flags_ptr", "forcing_ptr"), "*u8")
+TYPES |= dict.fromkeys(("flags_ptr", "forced_heads_ptr"), "*u8")
 TYPES |= dict.fromkeys(("scale_log2", "softcap_log2", "softcap_slope", "slope", "alpha"), "fp32")
 FLAGS = ("HAS_BLOCKS", "HAS_COLUMNS", "Q_ORDER", "K_ORDER", "SOFTCAP", "SINKS")
 INSTRUCTIONS = {

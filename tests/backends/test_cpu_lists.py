@@ -82,8 +82,8 @@ def assert_same(width: int, parts: dict[range, tuple[Any, ...]], rows: int = ROW
 @pytest.mark.parametrize("width", [1, 63, 64, 65, 300])
 def test_rules(rule: Rule, kind: str, width: int) -> None:
     generator = torch.Generator().manual_seed(width)
-    forcing = torch.tensor([[True, False, True, False], [True, True, False, True]])
-    chosen = candidates(width, generator, first=2, forcing=forcing)
+    forced_heads = torch.tensor([[True, False, True, False], [True, True, False, True]])
+    chosen = candidates(width, generator, first=2, forced_heads=forced_heads)
     assert_same(width, {range(ROWS): (chosen, draw(kind, width, generator), rule)})
 
 
@@ -101,7 +101,7 @@ def test_diagonals_and_forced_ranges(rule: Rule | None, mirrored: bool) -> None:
     width = 130
     fields = {
         "first": 1,
-        "forcing": torch.tensor([[True, False, True, True]]).expand(BATCH, HEADS),
+        "forced_heads": torch.tensor([[True, False, True, True]]).expand(BATCH, HEADS),
         "diagonals": torch.rand(BATCH, HEADS, 9, generator=generator) < 0.3,
         "origin": torch.randint(-3, width + 3, (BATCH, ROWS), generator=generator),
         "mirrored": mirrored,

@@ -45,7 +45,7 @@ def chosen_of(candidates: Candidates, scores: Tensor | None, b: int, h: int, row
     seen = range(*candidates.seen[b, row].tolist())
     low, high = candidates.forced[b, row].tolist()
     taken: set[int] = set()
-    if candidates.forcing is None or bool(candidates.forcing[b, h]):
+    if candidates.forced_heads is None or bool(candidates.forced_heads[b, h]):
         taken |= {*range(low, high), *range(candidates.first)}
     if candidates.diagonals is not None and candidates.origin is not None:
         distances = candidates.diagonals[b, h].nonzero().flatten().tolist()
@@ -63,10 +63,10 @@ def chosen_of(candidates: Candidates, scores: Tensor | None, b: int, h: int, row
     [
         {},
         {"first": 2},
-        {"first": 1, "forcing": torch.tensor([[True, False, True], [False, False, True]])},
+        {"first": 1, "forced_heads": torch.tensor([[True, False, True], [False, False, True]])},
         diagonals(0, mirrored=False),
         diagonals(1, mirrored=True),
-        diagonals(2, mirrored=True) | {"forcing": torch.zeros(B, H, dtype=torch.bool)},
+        diagonals(2, mirrored=True) | {"forced_heads": torch.zeros(B, H, dtype=torch.bool)},
     ],
 )
 def test_lists_unite_what_is_chosen_forced_and_on_diagonals(more: dict, with_rule: bool, seed: int) -> None:

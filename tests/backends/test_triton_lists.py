@@ -127,7 +127,7 @@ def test_nan_is_not_chosen(rule: Rule) -> None:
 def test_forced_ranges_and_diagonals(width: int, mirrored: bool) -> None:
     generator = torch.Generator().manual_seed(width)
     fields = {
-        "forcing": torch.tensor([[True, False], [False, True]], device=DEVICE),
+        "forced_heads": torch.tensor([[True, False], [False, True]], device=DEVICE),
         "diagonals": (torch.rand(2, 2, 9, generator=generator) < 0.3).to(DEVICE),
         "mirrored": mirrored,
         "first": 3,

@@ -98,8 +98,9 @@ def output(model: Any, given: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", FULL_BUDGETS)
-@pytest.mark.parametrize("padding", ["none", "right"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "padding"), [*((name, kind) for name in MODELS for kind in ("none", "right")), ("bert", "left")]
+)
 def test_full_budget_is_what_stock_computes(name: str, padding: str, method: str) -> None:
     stock, model = pair(name)
     given = inputs(name, padding)
@@ -137,13 +138,33 @@ def test_without_the_flag_only_causal_attention_runs_sparse(name: str) -> None:
         torch.testing.assert_close(got, output(stock, given), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_left_padding_runs_dense_and_right(name: str) -> None:
-    stock, model = pair(name)
-    given = inputs(name, "left")
+def test_left_padding_of_an_encoder_decoder_runs_dense() -> None:
+    """Its masks do not tell encoders from cross-attention, whose queries may lie anywhere."""
+    _, model = pair("bart")
     with enable(model, "a_shape", sink=1, window=2, bidirectional=True, **ALWAYS_SPARSE) as handle:
-        got = output(model, given)
-        stats = handle.stats()
-    assert set(stats.fallbacks()) == {"left padding without causality"}
-    if name != "bart":  # whose decoder has no padding
-        torch.testing.assert_close(got, output(stock, given), atol=2e-4, rtol=1e-4)
+        output(model, inputs("bart", "left"))
+        assert set(handle.stats().fallbacks()) == {"left padding without causality"}
+
+
+SMALL_BUDGETS: dict[str, dict[str, Any]] = {
+    "a_shape": {"sink": 1, "window": 3},
+    "max_relative": {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 1, "last_rows": 9, "block_q": 8, "block_k": 8},
+    "block_sparse": {"blocks": 2, "block": 8},
+    "vertical_slash": {"vertical_size": 8, "slash_size": 64},
+}
+
+
+@pytest.mark.parametrize("method", SMALL_BUDGETS)
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_padding_and_companions_change_nothing(name: str, padding: str, method: str) -> None:
+    _, model = pair(name)
+    given = inputs(name, padding)
+    live = given["attention_mask"][1].bool()
+    alone = {"input_ids": given["input_ids"][1:, live], "attention_mask": given["attention_mask"][1:, live]}
+    if name == "bert":  # whose positions count slots
+        given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with enable(model, method, bidirectional=True, **SMALL_BUDGETS[method], **ALWAYS_SPARSE) as handle:
+        together, by_itself = output(model, given)[1, live], output(model, alone)[0]
+        assert handle.stats().fallbacks() == {}
+    torch.testing.assert_close(together, by_itself, atol=1e-4, rtol=1e-4)

@@ -66,9 +66,12 @@ def test_budgets_differ_between_heads_that_are_planned_together(kind: type) -> N
     assert len({int(mask[:, head].sum()) for head in range(4)}) == 4
 
 
-def test_needs_are_those_of_all_heads() -> None:
-    assert PerHead(((AShape(), VerticalSlash(exact=True)),)).needs == {"causal"}
-    assert PerHead(((AShape(), VerticalSlash()),)).needs == frozenset()
+def test_needs_are_those_of_the_layers_heads() -> None:
+    mixed = PerHead(((AShape(), VerticalSlash(exact=True)), (AShape(), VerticalSlash())))
+    q = torch.randn(1, 2, 9, 8)
+    across = [AttentionCall(q, q, extent=Extent.full(1, 9, 9, causal=False), layer=layer) for layer in (0, 1)]
+    assert [mixed.lacks(call) for call in across] == ["causal", None]
+    assert mixed.lacks(AttentionCall(q, q, layer=0)) is None
 
 
 def test_the_layer_decides() -> None:

@@ -37,6 +37,10 @@ class Method(ABC):
             A plan that leaves no live query without a key; in causal self-attention each attends at least itself.
         """
 
+    def lacks(self, call: AttentionCall) -> str | None:
+        """The first of `needs` that the call does not offer, or None."""
+        return call.lacks(self.needs)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types, with the discriminator ``method``."""
         return {"method": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}

@@ -39,9 +39,9 @@ class PerHead(Method):
         if len(heads) > 1 or 0 in heads:
             raise ValueError(f"{self.name}.layers must have the same number of heads in each, got {sorted(heads)}")
 
-    @property
-    def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return frozenset().union(*(method.needs for layer in self.layers for method in layer))
+    def lacks(self, call: AttentionCall) -> str | None:
+        lacking = (method.lacks(call) for method in self.layer(call.layer, call.heads))
+        return next((need for need in lacking if need is not None), None)
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"layers": [[method.to_dict() for method in layer] for layer in self.layers]}

@@ -84,8 +84,8 @@ def from_dict(data: dict[str, Any]) -> Method:
 
 def _built(value: Any) -> Any:
     """A field's value, with methods where it holds their dictionaries."""
-    if isinstance(value, (list, tuple)):
-        return [_built(item) for item in value]
+    if isinstance(value, (list, tuple)):  # fields are hashable: methods that are equal are planned together
+        return tuple(_built(item) for item in value)
     return from_dict(value) if isinstance(value, dict) and "method" in value else value
 
 

@@ -55,10 +55,10 @@ def check_csr(indptr: Tensor, indices: Tensor, rows: int, limit: int, name: str,
     starts = indptr[1:-1]
     rising[starts[(starts > 0) & (starts < indices.numel())] - 1] = True
     if not bool(rising.all()):
-        at = int((~rising).nonzero()[0])
+        entry = int((~rising).nonzero()[0])
         raise ValueError(
             f"SparsePlan.{name}_indices must rise strictly within each row, "
-            f"got {int(indices[at])} followed by {int(indices[at + 1])} at entry {at}"
+            f"got {int(indices[entry])} followed by {int(indices[entry + 1])} at entry {entry}"
         )
 
 

@@ -22,7 +22,7 @@ def to_block_mask(plan: SparsePlan, num_heads: int) -> BlockMask:
     if num_heads % plan.heads:
         raise ValueError(f"num_heads ({num_heads}) must be a multiple of the plan's heads ({plan.heads})")
     share = num_heads // plan.heads
-    tiles = _Tiles(plan)
+    tiles = _MaskBlocks(plan)
     touched, whole = tiles.touched(), tiles.whole()
     device, extent = plan.device, plan.extent
 
@@ -71,7 +71,7 @@ def to_block_mask(plan: SparsePlan, num_heads: int) -> BlockMask:
     )
 
 
-class _Tiles:
+class _MaskBlocks:
     """FlexAttention's tiles: ``block_q`` query rows by ``block_k`` key slots."""
 
     def __init__(self, plan: SparsePlan) -> None:

@@ -82,9 +82,12 @@ class Grid:
     def own(self, blocks: int = 1) -> Tensor:
         """Key blocks at the positions of the block's queries and the ``blocks - 1`` before, half-open, ``[B, M, 2]``.
 
-        And as many after, where attention is not causal.
+        And as many after, where attention is not causal. Queries beyond the keys have the last key block for their own.
         """
         first, last = self.queries[..., 0] // self.block_k, (self.queries[..., 1] - 1) // self.block_k
+        if not self.extent.causal:
+            nearest = ((self.extent.key_count - 1) // self.block_k)[:, None].clamp(min=0)
+            first, last = first.minimum(nearest), last.minimum(nearest)
         after = 0 if self.extent.causal else blocks - 1
         return torch.stack([first - (blocks - 1), last + 1 + after], dim=-1)
 

@@ -106,7 +106,7 @@ class Choice:
         seen: int,
         forced: int,
         first: int,
-        forcing: int,
+        forced_heads: int,
         diagonals: int,
         diagonal_count: int,
         origin: int,

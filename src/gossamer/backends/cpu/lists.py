@@ -119,9 +119,9 @@ def _choose(
     # Held by name until the kernel is done: only their addresses are handed over.
     scores = None if scores is None else scores.float().contiguous()
     seen, forced = _int64(candidates.seen, (batch, rows, 2)), _int64(candidates.forced, (batch, rows, 2))
-    forcing, diagonals, origin = candidates.forcing, candidates.diagonals, None
-    if forcing is not None:
-        forcing = forcing.expand(batch, heads).to(torch.uint8).contiguous()
+    forced_heads, diagonals, origin = candidates.forced_heads, candidates.diagonals, None
+    if forced_heads is not None:
+        forced_heads = forced_heads.expand(batch, heads).to(torch.uint8).contiguous()
     if diagonals is not None:
         diagonals = diagonals.expand(batch, heads, -1).to(torch.uint8).contiguous()
         origin = _int64(candidates.origin, (batch, rows))
@@ -138,7 +138,7 @@ def _choose(
         seen=seen.data_ptr(),
         forced=forced.data_ptr(),
         first=candidates.first,
-        forcing=address(forcing),
+        forced_heads=address(forced_heads),
         diagonals=address(diagonals),
         diagonal_count=0 if diagonals is None else diagonals.shape[2],
         origin=address(origin),

@@ -89,8 +89,8 @@ def members(candidates: Candidates, batch: int, heads: int, width: int, device: 
 
     seen = inside(candidates.seen)
     forced = inside(candidates.forced) | (index < candidates.first)
-    if candidates.forcing is not None:
-        forced = forced & candidates.forcing.to(device)[:, :, None, None]
+    if candidates.forced_heads is not None:
+        forced = forced & candidates.forced_heads.to(device)[:, :, None, None]
     return seen, forced & seen
 
 

@@ -233,9 +233,9 @@ def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: rang
             offset = int(grid.first_block[b]) * per_block - int(cells.first_block[b])
             seen = torch.zeros(per_block, key_cells, dtype=torch.bool, device=call.device)
             for cell in range(per_block):
-                at = offset + m * per_block + cell
-                if 0 <= at < int(cells.row_blocks[b]):
-                    low, high = (int(n) for n in cells.seen[b, at])
+                row_of_cells = offset + m * per_block + cell
+                if 0 <= row_of_cells < int(cells.row_blocks[b]):
+                    low, high = (int(n) for n in cells.seen[b, row_of_cells])
                     seen[cell, low:high] = True
             share = logits.masked_fill_(~seen, float("-inf")).softmax(dim=-1)
             share = share.masked_fill_(~seen.any(dim=-1)[:, None], 0.0).sum(dim=1)

@@ -67,13 +67,13 @@ class ListWriter:
         diagonals, origin = candidates.diagonals, candidates.origin
         ranges = [candidates.seen, candidates.forced]
         ranges.append(torch.zeros_like(candidates.seen[..., :1]) if origin is None else origin[..., None])
-        forcing = candidates.forcing
-        if forcing is None:
-            forcing = torch.ones(batch, heads, dtype=torch.bool, device=self.device)
+        forced_heads = candidates.forced_heads
+        if forced_heads is None:
+            forced_heads = torch.ones(batch, heads, dtype=torch.bool, device=self.device)
         tile = min(_ROW_TILE, max(32, power_of_two(self.width)))
         run(
             every.choose_rows, batch * heads * len(part), given.get("scores", nothing), given.get("flags", nothing),
-            integers_on(torch.cat(ranges, dim=-1), self.device), flags_on(forcing, self.device),
+            integers_on(torch.cat(ranges, dim=-1), self.device), flags_on(forced_heads, self.device),
             given.get("budgets", nothing), nothing if diagonals is None else flags_on(diagonals, self.device),
             self.bits, self.counts, heads, len(part), self.width, part.start, rows, candidates.first,
             0 if diagonals is None else diagonals.shape[-1], self.bits.shape[3], given.get("alpha", 0.0),
@@ -115,8 +115,8 @@ class ListWriter:
 
         seen = inside(candidates.seen)
         forced = inside(candidates.forced) | (index < candidates.first)
-        if candidates.forcing is not None:
-            forced = forced & on_device(candidates.forcing, self.device)[:, :, None, None]
+        if candidates.forced_heads is not None:
+            forced = forced & on_device(candidates.forced_heads, self.device)[:, :, None, None]
         return seen, forced & seen
 
     def indptr(self) -> Tensor:

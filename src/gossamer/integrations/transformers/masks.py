@@ -61,8 +61,10 @@ _WINDOW = sliding_window_overlay(1).__code__
 _TWO_SIDED_WINDOW = sliding_window_bidirectional_overlay(1).__code__
 _BLOCKS = blockwise_overlay(torch.zeros(0, device="cpu")).__code__
 
-# A live key holds `end * _END + window`; a window of `MOST` tokens is none.
+# A live key holds `end * _END + window`; a window of `MOST` tokens is none. `_OWN` more says that attention is not
+# causal and that the queries are the keys' own tokens.
 _END = MOST + 1
+_OWN = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +73,16 @@ class Compact:
 
     Fields:
         live: bool ``[B, T]`` on the CPU, the keys that are live.
-        end: the slot after the last query's own; None where attention is not causal, and nothing says where queries
-            lie among the keys.
+        end: the slot after the last query's own; None where attention is not causal.
         window: tokens that a query sees on a side, its own included; None for all.
+        own: without causality, whether each query is the token of the key slot of its number (encoders); else nothing
+            says which queries are padding (cross-attention).
     """
 
     live: Tensor
     end: int | None
     window: int | None
+    own: bool = False
 
 
 def plain_window(mask_function: Callable[..., Any]) -> tuple[bool, int | None]:
@@ -232,11 +236,19 @@ def compact_mask_bidirectional(
         )
     device = kwargs.get("device", "cpu")
     # transformers' window of this kind counts the distance, ours the tokens.
-    says = torch.full((batch_size, kv_length), MOST if window is None else window + 1, dtype=torch.int64, device=device)
+    says = (MOST if window is None else window + 1) + _OWN * _is_of_encoder(kwargs.get("config"))
+    holds = torch.full((batch_size, kv_length), says, dtype=torch.int64, device=device)
     if attention_mask is None:
-        return says
+        return holds
     seen = torch.nn.functional.pad(attention_mask.bool(), (0, max(0, kv_length - attention_mask.shape[1])), value=True)
-    return says * seen[:, :kv_length].to(device)
+    return holds * seen[:, :kv_length].to(device)
+
+
+def _is_of_encoder(config: Any) -> bool:
+    """Whether a model has no cross-attention, so that keys are the queries' own. Masks are made for both alike."""
+    return config is not None and not any(
+        getattr(config, name, False) for name in ("is_encoder_decoder", "add_cross_attention", "is_decoder")
+    )
 
 
 def is_compact(mask: Tensor | None) -> bool:
@@ -250,7 +262,7 @@ def pairs_of(mask: Tensor, query_len: int, key_len: int, window: int | None = No
     become NaN: they attend everything.
     """
     mask = mask[:, mask.shape[1] - key_len :]
-    says = mask.amax() if mask.numel() else mask.sum()
+    says = (mask.amax() if mask.numel() else mask.sum()) % _OWN
     end, width = says // _END, says % _END
     if window is not None:
         width = torch.where((width == MOST) & (end > 0), window, width)
@@ -319,15 +331,16 @@ def read(mask: Tensor, batch: int, key_len: int) -> Compact:
     found = _read.get(mask)
     if found is None:
         held = mask.cpu()
-        says = int(held.max()) if held.numel() else MOST
-        found = _read[mask] = Compact(held > 0, says // _END or None, says % _END if says % _END < MOST else None)
+        own, says = divmod(int(held.max()) if held.numel() else MOST, _OWN)
+        window = says % _END if says % _END < MOST else None
+        found = _read[mask] = Compact(held > 0, says // _END or None, window, bool(own))
     dropped = found.live.shape[1] - key_len
     if found.live.shape[0] != batch or dropped < 0 or (dropped and found.window is None):
         raise ValueError(
             f"the mask is for batch and keys {tuple(mask.shape)}, but the attention has {(batch, key_len)}: "
             "this model builds its keys after its mask; use attn_implementation='sdpa' for it"
         )
-    return Compact(found.live[:, dropped:], found.end, found.window)
+    return Compact(found.live[:, dropped:], found.end, found.window, found.own)
 
 
 def extent_of(
@@ -336,8 +349,8 @@ def extent_of(
     """What a compact mask, or none, describes to a causal layer, and the number of key slots in use.
 
     The slots after those are a static cache's empty tail; the extent holds for the keys without them. A window that
-    the mask carries comes before ``window``. None for keys with a hole, and for queries without causality whose
-    positions are unknown: they are all taken to be live, so where keys have left padding there is no telling.
+    the mask carries comes before ``window``. None for keys with a hole, and for queries of cross-attention where the
+    keys have left padding: all of them are taken to be live, and nothing says at which positions.
 
     Raises:
         ValueError: the mask is for other keys than these.
@@ -347,16 +360,22 @@ def extent_of(
     said = read(mask, batch, key_len)
     if said.end is None:
         count, rows = said.live.sum(dim=1), torch.ones(batch, dtype=torch.int64, device="cpu")
+        limit = _below(said.window, max(query_len, key_len))
+        if said.own and query_len == key_len and not _has_hole(said.live):
+            return Extent.from_key_mask(said.live, query_len, causal=False, limit=limit), key_len
         if not torch.equal(said.live, torch.arange(key_len, device="cpu") < count[:, None]):
             return None, key_len
-        limit = _below(said.window, max(query_len, key_len))
         return Extent(rows * 0, rows * query_len, rows * 0, count, causal=False, limit=limit), key_len
     live = said.live[:, : said.end]
-    runs = (live[:, 1:] & ~live[:, :-1]).sum(dim=1) + live[:, :1].sum(dim=1)
-    if not query_len <= said.end <= key_len or bool((runs > 1).any()):
+    if not query_len <= said.end <= key_len or _has_hole(live):
         return None, key_len
     limit = _below(window if said.window is None else said.window, said.end)
     return Extent.from_key_mask(live, query_len, limit=limit), said.end
+
+
+def _has_hole(live: Tensor) -> bool:
+    runs = (live[:, 1:] & ~live[:, :-1]).sum(dim=1) + live[:, :1].sum(dim=1)
+    return bool((runs > 1).any())
 
 
 def _below(window: int | None, keys: int) -> int | None:

@@ -108,7 +108,7 @@ def best_threshold(row, budget, ONE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "rows", "width", "start", "all_rows", "first", "diagonals", "words"])
 def choose_rows(
-    scores_ptr, flags_ptr, ranges_ptr, forcing_ptr, budgets_ptr, diagonals_ptr, bits_ptr, counts_ptr,
+    scores_ptr, flags_ptr, ranges_ptr, forced_heads_ptr, budgets_ptr, diagonals_ptr, bits_ptr, counts_ptr,
     heads, rows, width, start, all_rows, first, diagonals, words, alpha,
     RULE: tl.constexpr, DIAGONALS: tl.constexpr, MIRRORED: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def choose_rows(
     low = tl.maximum(tl.load(ranges), 0)
     row = Row(scores_ptr + program.to(tl.int64) * width, low, tl.maximum(tl.minimum(tl.load(ranges + 1), width), low))
     forced_low, forced_high, origin = tl.load(ranges + 2), tl.load(ranges + 3), tl.load(ranges + 4)
-    forcing = tl.load(forcing_ptr + bh) != 0
+    forced_heads = tl.load(forced_heads_ptr + bh) != 0
     threshold = 0.0
     least = tl.full([], _LEAST, dtype=tl.int32)
     room = 0
@@ -139,7 +139,7 @@ def choose_rows(
     for n in range(ceil_div(words * 32, TILE)):
         j = n * TILE + tl.arange(0, TILE)
         inside = (j >= row.low) & (j < row.high)
-        chosen = (((j >= forced_low) & (j < forced_high)) | (j < first)) & forcing
+        chosen = (((j >= forced_low) & (j < forced_high)) | (j < first)) & forced_heads
         if RULE == RELATIVE:
             x = tl.load(row.scores + j, mask=inside, other=0.0)
             chosen = chosen | ((x >= threshold) & (x > 0.0))
