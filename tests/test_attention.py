@@ -311,3 +311,19 @@ def test_the_torch_backend_warns_of_its_cost_once(monkeypatch: pytest.MonkeyPatc
         warnings.simplefilter("error")
         run(call, sparse())
     module._warn_slow.cache_clear()
+
+
+@pytest.mark.parametrize("planner", ["torch", "cpu"])
+def test_autocast_changes_nothing_inside(planner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if planner == "cpu" and not backends.cpu.is_available():
+        pytest.skip("no C++ kernels")
+    monkeypatch.setenv("GOSSAMER_PLANNER", planner)
+    monkeypatch.setenv("GOSSAMER_BACKEND", planner)
+    q, k, v = torch.randn(3, 1, 2, 200, 16).unbind(0)
+    for method in ("max_relative", "vertical_slash", "dense"):
+        policy = Policy(methods.create(method), min_tokens=1, max_density=2.0)
+        expected = sparse_attention(q, k, v, policy)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = sparse_attention(q, k, v, policy)
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected)

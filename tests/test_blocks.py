@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:Run
 RULES: list[Rule] = [
     RelativeToMax(0.6),
     RelativeToMax(0.0),
+    RelativeToMax([0.3, 0.9]),
     TopK(2),
     TopK([1, 3]),
     TopP(0.5),
@@ -250,3 +251,65 @@ def test_the_plan_knows_the_call(causal: bool) -> None:
     assert plan.extent is call.extent
     assert (plan.query_len, plan.key_len, plan.block_q, plan.block_k) == (150, 150, 16, 24)
     assert (int(plan.to_mask()[0, 0, 75].sum()), plan.density() < 1) == (9 if causal else 17, True)
+
+
+@every_planner
+def test_parts_of_one_choice_for_all_rows_fit_each_other(on) -> None:
+    call = call_in("no padding", 256)
+    blocks = Blocks(call)
+    scores = block_scores(blocks)
+    rule = TopPOfAllRows(0.3)
+    blocks.choose(range(2), scores[:, :, :2], rule)
+    with pytest.raises(ValueError, match="query blocks 1 to 2 were given before"):
+        blocks.choose(range(1, 3), scores[:, :, 1:3], rule)
+    with pytest.raises(ValueError, match="give one rule for all parts"):
+        blocks.choose(range(2, 4), scores[:, :, 2:], TopPOfAllRows(0.9))
+    blocks.choose(range(2, 4), scores[:, :, 2:], rule)
+    assert blocks.plan().block_indices.numel()
+
+
+def test_what_is_said_twice_or_too_late_is_an_error() -> None:
+    call = call_in("no padding", 256)
+    columns, diagonals = torch.rand(1, 2, 256), torch.zeros(1, 2, 4, dtype=torch.bool)
+    blocks = Blocks(call)
+    blocks.keep(first=1)
+    blocks.diagonals(diagonals)
+    blocks.columns(columns, TopK(1))
+    with pytest.raises(ValueError, match="`keep` is said once, and before `choose`"):
+        blocks.keep(first=2)
+    with pytest.raises(ValueError, match="`diagonals` is said once"):
+        blocks.diagonals(diagonals)
+    with pytest.raises(ValueError, match="columns are chosen once"):
+        blocks.columns(columns, TopK(1))
+    late = Blocks(call)
+    late.choose(range(4), block_scores(late), TopK(1))
+    with pytest.raises(ValueError, match="`keep` is said once, and before `choose`"):
+        late.keep()
+
+
+@every_planner
+@pytest.mark.parametrize(("queries", "live"), [(0, 0), (70, 0)])
+def test_columns_for_no_query_are_none(on, queries: int, live: int) -> None:
+    extent = Extent([0, 0], [live, live], [0, 0], [70, 70])
+    call = AttentionCall(torch.randn(2, 2, queries, 16), torch.randn(2, 1, 70, 16), extent=extent)
+    blocks = Blocks(call)
+    blocks.columns(torch.rand(2, 2, 70), TopK(3))
+    plan = blocks.plan(window=3)
+    assert plan.column_indices.numel() == 0
+    assert int(plan.count_pairs().sum()) == 0
+
+
+@every_planner
+@pytest.mark.parametrize("limit", [None, 90])
+@pytest.mark.parametrize("last_rows", [None, 3])
+def test_bands_leave_no_query_beyond_the_keys_without_one(on, last_rows: int | None, limit: int | None) -> None:
+    extent = Extent([0, 0], [200, 150], [0, 3], [130, 40], causal=False, limit=limit)
+    call = AttentionCall(torch.randn(2, 2, 200, 16), torch.randn(2, 1, 130, 16), extent=extent)
+    blocks = Blocks(call, 16, 16)
+    if last_rows is not None:
+        blocks.keep(own=0, last_rows=last_rows)
+    mask = blocks.plan(window=5).to_mask()
+    allowed = extent.allowed(torch.arange(200), 130)[:, None]
+    assert torch.equal(mask.any(-1), allowed.any(-1).expand_as(mask.any(-1)))
+    within = Blocks(AttentionCall(call.q[:, :, :130], call.k, extent=Extent.full(2, 130, 130, causal=False)), 16, 16)
+    assert within.plan(window=5).block_indices.numel() == 0  # a window alone, exact to the token

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Unpack, overload
 
+import torch
 from torch import Tensor
 
 from gossamer import backends
@@ -108,12 +109,15 @@ def attend(
     record: Callable[[CallRecord], None] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`sparse_attention` for a call that is made already.
+    """`sparse_attention` for a call that is made already, in its dtype: autocast does not reach inside.
 
     Args:
         because: a reason to run dense whatever the policy; then by torch, so that what is computed again under a
             gradient is computed in the same way.
     """
+    if torch.is_autocast_enabled(call.device.type):
+        with torch.autocast(call.device.type, enabled=False):
+            return attend(call, policy, because=because, record=record, return_lse=return_lse)
     started = time.perf_counter()
     decision = policy.decide(call) if because is None else Decision(None, reason=because)
     planned = time.perf_counter()

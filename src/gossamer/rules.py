@@ -90,14 +90,13 @@ class RelativeToMax(Rule):
     Scores are non-negative; one of 0 is chosen only by ``alpha == 0``, which chooses all that a row sees.
     """
 
-    alpha: float
+    alpha: PerHead
 
     def select(self, scores: Tensor, forced: Tensor) -> Tensor:
-        if self.alpha == 0:
-            return torch.ones_like(scores, dtype=torch.bool)
         if scores.shape[-1] == 0:
             return scores.bool()
-        return (scores >= self.alpha * scores.amax(dim=-1, keepdim=True)) & (scores > 0)
+        alpha = per_head(self.alpha, scores.shape[1], torch.float32, scores.device)[:, None, None]
+        return ((scores >= alpha * scores.amax(dim=-1, keepdim=True)) & (scores > 0)) | (alpha == 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,7 +94,7 @@ class ListWriter(TorchListWriter):
 def _rule_fields(rule: Rule, heads: int) -> dict[str, Any] | None:
     """Of a rule that the kernels know: its name and its numbers. None for others, and for what inherits from them."""
     kind = type(rule)
-    if isinstance(rule, RelativeToMax) and kind is RelativeToMax:
+    if isinstance(rule, RelativeToMax) and kind is RelativeToMax and isinstance(rule.alpha, (int, float)):
         return {"rule": "relative_to_max", "alpha": float(rule.alpha)}
     if isinstance(rule, TopK) and kind is TopK:
         return {"rule": "top_k", "counts": per_head(rule.count, heads, torch.int64, "cpu").contiguous()}

@@ -97,7 +97,7 @@ class ListWriter:
         if scores is None or rule is None:
             return "FORCED", {}
         scores = scores.float().contiguous()
-        if type(rule) is RelativeToMax:
+        if type(rule) is RelativeToMax and isinstance(rule.alpha, (int, float)):
             return ("ALL", {}) if rule.alpha == 0 else ("RELATIVE", {"scores": scores, "alpha": float(rule.alpha)})
         if type(rule) is TopK and self.width <= _WIDEST_ROW:
             budgets = per_head(rule.count, self.shape[1], torch.int64, "cpu")
