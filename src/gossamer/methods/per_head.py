@@ -40,6 +40,8 @@ class PerHead(Method):
             raise ValueError(f"{self.name}.layers must have the same number of heads in each, got {sorted(heads)}")
 
     def lacks(self, call: AttentionCall) -> str | None:
+        if not self.layers:
+            return None
         lacking = (method.lacks(call) for method in self.layer(call.layer, call.heads))
         return next((need for need in lacking if need is not None), None)
 
