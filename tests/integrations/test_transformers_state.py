@@ -149,6 +149,14 @@ class TestRefused:
             forward(model, prompt(), use_cache=False)
         assert len(handle.stats()) == 2
 
+    def test_layers_that_attend_to_images_alone_are_not_expected(self) -> None:
+        model = tiny_llama()
+        model.config.cross_attention_layers = [1]  # as Mllama names them, which a prompt of text leaves out
+        model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+        with enable(model, "a_shape", **FULL) as handle:
+            forward(model, prompt(), use_cache=False)
+        assert len(handle.stats()) == 1
+
     @pytest.mark.parametrize("missing", [1, 2])
     def test_layers_that_do_not_come_here(self, missing: int) -> None:
         model = tiny_llama()

@@ -34,15 +34,17 @@ def refuse(model: Any, text: Any, name: str) -> None:
 def attention_layers(model: Any, config: Any) -> int:
     """How many layers of a model attend, as far as its config and its modules say; at least 1."""
     # Models that run their layers several times count each time (HRM-Text).
-    numbers = {module.layer_idx for module in model.modules() if hasattr(module, "layer_idx")}
+    numbers = {getattr(module, "layer_idx", None) for module in model.modules()} - {None}
     return max(1, min(_layers_of(config), len(numbers) or _layers_of(config)))
 
 
 def _layers_of(config: Any) -> int:
+    """Layers that attend to the prompt; those that attend to images alone are left out of prompts without (Mllama)."""
+    of_images = len(getattr(config, "cross_attention_layers", None) or ())
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds:
         return sum("attention" in kind and "linear" not in kind for kind in kinds)
-    return getattr(config, "num_hidden_layers", None) or 1
+    return (getattr(config, "num_hidden_layers", None) or 1) - of_images
 
 
 def is_ours(config: Any) -> bool:
