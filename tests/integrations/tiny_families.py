@@ -277,6 +277,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
     "step3p7": {"text_config": _WINDOWED},
     "starcoder2": {"sliding_window": 20},
+    "vibevoice_asr": {f"{part}_tokenizer_encoder_config": {"num_filters": 1} for part in ("acoustic", "semantic")},
     "vaultgemma": {"attn_logit_softcapping": 5.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": _HYBRID | {"attention_hidden_size": 64},
