@@ -7,6 +7,7 @@
 #   make coverage all tests, and which lines of the package none of them runs
 #   make wheel    a wheel into dist/; it fails without the C++ kernels
 #   make mutants  faults put into the package, which its tests must notice; an hour, and goes on where it was stopped
+#   make families which model families run under gossamer, into tests/integrations/families.json; some minutes
 #   make bench    CPU benchmarks of attention and of planning, into benchmarks/results/; an hour and more
 #   make clean    remove what was built, the environment included
 #
@@ -26,7 +27,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv demo test lint docs coverage wheel mutants bench clean
+.PHONY: venv demo test lint docs coverage wheel mutants families bench clean
 
 venv: $(STAMP)
 
@@ -62,6 +63,9 @@ wheel: $(STAMP)
 mutants: $(STAMP)
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) cosmic-ray
 	$(BIN)/python tests/mutate.py
+
+families: $(STAMP)
+	$(BIN)/python tests/integrations/families.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu.py

@@ -10,6 +10,7 @@ from typing import Any
 
 # Files beside this one: mkdocs finds them while it loads a hook.
 import choices
+import family_tables
 from targets import targets_of
 
 from gossamer.evaluate.summary import SummaryRow, read_results, summary_rows
@@ -353,5 +354,12 @@ TABLES = {
     "lengths": lambda: chosen("cpu.json", lambda found: choices.lengths_table(found["sections"].get("prefill"))),
     "planning": lambda: chosen("planning.json", choices.planning_table),
     "gains": lambda: chosen("end_to_end.json", choices.gains_table),
+    "families": lambda: markdown(*family_tables.counts_table()),
+    "families_sparse": lambda: markdown(*family_tables.sparse_table()),
+    "families_partly": lambda: markdown(*family_tables.partly_table()),
+    "families_dense": lambda: markdown(*family_tables.dense_table()),
+    "families_refused": lambda: markdown(*family_tables.refused_table()),
+    "families_cannot": lambda: markdown(*family_tables.cannot_table()),
+    "families_unverified": lambda: markdown(*family_tables.unverified_table()),
 }
 PICTURES = {"cpu_latency": "Seconds against length", "cpu_roofline": "Roofline"}

@@ -144,6 +144,16 @@ def test_the_pages_have_every_table_and_picture():
         assert filled.count(f"(`{machine.parent.name}`)") >= 2
 
 
+def test_every_reason_of_a_model_family_has_words():
+    tables = script("docs/family_tables.py")
+    _, families = tables.read()
+    reasons = {why for found in families.values() for layer in found.get("dense_layers", {}).values() for why in layer}
+    assert reasons <= set(tables.REASONS)
+    refused = [found["why"] for found in families.values() if found["outcome"] in ("refused", "unsupported")]
+    assert refused
+    assert not [why for why in refused if tables.worded(why) == why]
+
+
 def test_changelog_has_this_version():
     assert f"\n## {gossamer.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 

@@ -310,6 +310,16 @@ def test_other_masks_are_the_same_under_both_names() -> None:
     assert mask.ndim == 4
 
 
+def test_a_bidirectional_mask_that_is_joined_with_another_is_whole() -> None:
+    """T5Gemma 2 joins it to the mask of its own keys."""
+    arguments: dict[str, Any] = {"mask_function": bidirectional_mask_function, "allow_is_causal_skip": False}
+    mask = compact_mask_bidirectional(BATCH, 12, 9, **arguments, allow_is_bidirectional_skip=False)
+    assert mask is not None
+    assert mask.dtype == torch.bool
+    assert mask.shape == (BATCH, 1, 12, 9)
+    assert is_compact(compact_mask_bidirectional(BATCH, 12, 9, **arguments, allow_is_bidirectional_skip=True))
+
+
 def test_full_extents_are_those_without_a_mask() -> None:
     extent, used = extent_of(None, 2, 3, 9, window=4)
     assert extent is not None

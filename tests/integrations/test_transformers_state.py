@@ -135,6 +135,28 @@ class TestRefused:
                 enable(model)
             assert model.config._attn_implementation == before
 
+    def test_a_model_that_adds_compressed_keys(self) -> None:
+        model = tiny_llama()
+        model.config.layer_types = ["sliding_attention", "compressed_sparse_attention"]
+        with pytest.raises(ValueError, match="LlamaForCausalLM adds compressed keys"):
+            enable(model)
+        assert model.config._attn_implementation == "sdpa"
+
+    def test_layers_that_run_several_times_are_counted_once(self) -> None:
+        model = tiny_llama()
+        model.config.num_hidden_layers = 8  # of its 2 layers, as HRM-Text counts them
+        with enable(model, "a_shape", **FULL) as handle:
+            forward(model, prompt(), use_cache=False)
+        assert len(handle.stats()) == 2
+
+    def test_layers_that_attend_to_images_alone_are_not_expected(self) -> None:
+        model = tiny_llama()
+        model.config.cross_attention_layers = [1]  # as Mllama names them, which a prompt of text leaves out
+        model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+        with enable(model, "a_shape", **FULL) as handle:
+            forward(model, prompt(), use_cache=False)
+        assert len(handle.stats()) == 1
+
     @pytest.mark.parametrize("missing", [1, 2])
     def test_layers_that_do_not_come_here(self, missing: int) -> None:
         model = tiny_llama()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_transformers import pair, tiny_llama
 from torch import Tensor
+from transformers import BartConfig, BartForConditionalGeneration
 
 import gossamer
 from gossamer.integrations.transformers import owners, verify
@@ -28,6 +29,16 @@ def test_supported_families_are_the_same(family: str) -> None:
     assert all(check.sparse_calls > 0 for check in prefills), str(found)
     assert model.config._attn_implementation == before
     assert all(owners.owner_of(module) is None for module in model.modules())
+
+
+def test_an_encoder_decoder_keeps_what_it_encoded() -> None:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, init_std=0.2,
+    )  # fmt: skip
+    found = verify(BartForConditionalGeneration._from_config(config, attn_implementation="sdpa"))
+    assert all(check.ok for check in found.checks), str(found)
 
 
 def test_a_mask_that_is_not_followed_shows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from gossamer.attention import CallRecord
 from gossamer.integrations.transformers.attention import BIDIRECTIONAL, register
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, lend, owner_of, set_owner
 from gossamer.integrations.transformers.stats import LayerStats, Stats
+from gossamer.integrations.transformers.supported import attention_layers, is_ours, refuse
 from gossamer.methods import Method
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
@@ -48,7 +49,7 @@ class Handle:
     @property
     def enabled(self) -> bool:
         """Whether the model's attention comes here: not after `disable`, nor while the model was told otherwise."""
-        return self._enabled and any(_is_ours(config) for config, _ in self._lent.values())
+        return self._enabled and any(is_ours(config) for config, _ in self._lent.values())
 
     def stats(self) -> Stats:
         """What each layer did until now. Layers that were not called are absent."""
@@ -84,7 +85,7 @@ class Handle:
         self._first_forward.remove()
         self._own(model, None, enabled=False)
         returned = {key: lend(config, previous, -1) for key, (config, previous) in self._lent.items()}
-        wanted = {key: former for key, former in returned.items() if former and _is_ours(self._lent[key][0])}
+        wanted = {key: former for key, former in returned.items() if former and is_ours(self._lent[key][0])}
         if wanted:
             cast(Any, model).set_attn_implementation(_implementations(cast(Any, model).config, wanted))
 
@@ -189,7 +190,7 @@ def enable(
     register()
     text = model.config if bidirectional else model.config.get_text_config(decoder=True)
     name = BIDIRECTIONAL if bidirectional else NAME
-    _refuse(model, text, name)
+    refuse(model, text, name)
     before = {id(config): (config, config._attn_implementation) for config in _configs(model)}
     previous = _implementations(model.config)
     model.set_attn_implementation(name if bidirectional else _request(model.config, text))
@@ -200,36 +201,8 @@ def enable(
             f"{type(model).__name__} does not let its attention implementation be changed: its modelling code does "
             "not go through transformers' AttentionInterface. gossamer cannot run it"
         )
-    lent = {key: (config, former) for key, (config, former) in before.items() if _is_ours(config)}
-    return Handle(model, policy, lent, 1 if bidirectional else _attention_layers(text))
-
-
-def _refuse(model: Any, text: Any, name: str) -> None:
-    """Raise for what declares that it cannot be served, and for a config that another model uses otherwise."""
-    parts = [part for part in model.modules() if hasattr(part, "_supports_sdpa")]
-    for part in [part for part in parts if part.config is text] or [model]:
-        if not part._supports_sdpa and not part._supports_attention_backend:
-            raise ValueError(
-                f"{type(part).__name__} declares that its attention can't be replaced (_supports_sdpa and "
-                "_supports_attention_backend are both False): it would compute something else. Leave it as it is"
-            )
-    if _is_ours(text) and text._attn_implementation != name:
-        raise ValueError(
-            f"this {type(model).__name__} shares its config with a model that is enabled as "
-            f"{text._attn_implementation!r}, not {name!r}; give it one of its own: copy.deepcopy(config)"
-        )
-
-
-def _attention_layers(config: Any) -> int:
-    """How many layers of a model attend, as far as its config says; at least 1."""
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    if kinds:
-        return max(1, sum("attention" in kind and "linear" not in kind for kind in kinds))
-    return max(1, getattr(config, "num_hidden_layers", None) or 1)
-
-
-def _is_ours(config: Any) -> bool:
-    return config._attn_implementation in (NAME, BIDIRECTIONAL)
+    lent = {key: (config, former) for key, (config, former) in before.items() if is_ours(config)}
+    return Handle(model, policy, lent, 1 if bidirectional else attention_layers(model, text))
 
 
 def _configs(model: Any) -> list[Any]:

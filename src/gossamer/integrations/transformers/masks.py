@@ -227,10 +227,11 @@ def compact_mask_bidirectional(
 ) -> Tensor | None:
     """`compact_mask`, for models whose plainly bidirectional attention may run sparse too.
 
-    Arguments are those of `compact_mask`.
+    Arguments are those of `compact_mask`. ``allow_is_bidirectional_skip=False`` asks for a whole mask, to be joined.
     """
     plain, window = _window_on(mask_function, bidirectional_mask_function, _TWO_SIDED_WINDOW)
-    if not plain or kv_offset or (attention_mask is not None and attention_mask.ndim != 2):
+    joined = kwargs.get("allow_is_bidirectional_skip") is False
+    if not plain or joined or kv_offset or (attention_mask is not None and attention_mask.ndim != 2):
         return compact_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
         )

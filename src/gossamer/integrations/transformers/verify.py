@@ -148,10 +148,14 @@ def _token_ids(config: Any) -> Iterator[int]:
             yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
 
 
-def _logits(model: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Any:
-    """A forward pass; of an encoder-decoder the prompt is the decoder's, and its first tokens the encoder's."""
+def _logits(model: Any, ids: Tensor, mask: Tensor | None = None, source: Tensor | None = None, **more: Any) -> Any:
+    """A forward pass; of an encoder-decoder the prompt is the decoder's, and a source's first tokens the encoder's.
+
+    A cache keeps what was encoded: all calls on it need the same source.
+    """
     if getattr(model.config, "is_encoder_decoder", False):
-        return model(input_ids=ids[:, :16], decoder_input_ids=ids, decoder_attention_mask=mask, **more)
+        source = (ids if source is None else source)[:, :16]
+        return model(input_ids=source, decoder_input_ids=ids, decoder_attention_mask=mask, **more)
     return model(input_ids=ids, attention_mask=mask, **more)
 
 
@@ -187,8 +191,8 @@ def _on_cache(first: int, left: int) -> Callable[[Any, Tensor], Tensor]:
 
     def run(model: Any, ids: Tensor) -> Tensor:
         mask = _padded(ids, left, 0)
-        begin = _logits(model, ids[:, :first], mask[:, :first], use_cache=True)
-        output = _logits(model, ids[:, first:], mask, past_key_values=begin.past_key_values, use_cache=True)
+        begin = _logits(model, ids[:, :first], mask[:, :first], ids, use_cache=True)
+        output = _logits(model, ids[:, first:], mask, ids, past_key_values=begin.past_key_values, use_cache=True)
         return _live(output, mask)
 
     return run
