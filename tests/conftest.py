@@ -34,6 +34,8 @@ _SMALLEST = {
     "gossamer.backends.triton.choose": {"_ROW_TILE": 32, "_WIDEST_ROW": 32},
     "gossamer.backends.triton.pairs": {"_BITMAP_BYTES": 1},
     "gossamer.backends.triton.launch": {"_MOST_BITMAP_BYTES": 1},
+    "gossamer.integrations.transformers.masks": {"COMPARED_BYTES": 1},
+    "gossamer.evaluate._attention_map": {"_BYTES": 1},
 }
 
 

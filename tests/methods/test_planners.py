@@ -18,6 +18,8 @@ from gossamer.scores import last_query_probe, pool_keys, pool_queries, row_block
 from gossamer.testing import SITUATIONS, make_call
 
 in_every_situation = pytest.mark.parametrize("situation", SITUATIONS)
+# Work is cut into as many parts as it can be: what is lost or taken twice between them shows.
+pytestmark = pytest.mark.usefixtures("smallest_constants")
 
 
 class Row:
