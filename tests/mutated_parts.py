@@ -45,6 +45,7 @@ PARTS = [
         ("integrations/transformers/*.py",),
         (
             "tests/integrations/test_transformers_masks.py",
+            "tests/integrations/test_transformers_fallback.py",
             "tests/integrations/test_transformers_encoders.py",
             "tests/integrations/test_transformers.py",
             "tests/integrations/test_transformers_state.py",

@@ -26,7 +26,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 
 from gossamer import methods
 from gossamer.attention import sparse_attention
-from gossamer.integrations.transformers import NAME, compact_mask, enable, hf_attention, register
+from gossamer.integrations.transformers import NAME, LayerStats, compact_mask, enable, hf_attention, register
 from gossamer.integrations.transformers.owners import owner_of
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
@@ -90,6 +90,10 @@ class TestHandle:
             assert len(handle.stats()) == 0
             assert len(stats) == 2
             assert "no attention" in str(handle.stats())
+
+    def test_a_layer_begins_with_nothing(self) -> None:
+        row = LayerStats(3)
+        assert (row.calls, row.plan_seconds, row.attention_seconds, row.density) == (0, 0.0, 0.0, 1.0)
 
     def test_short_prompts_run_dense_by_default(self) -> None:
         model = tiny_llama()

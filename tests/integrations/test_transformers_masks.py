@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from transformers.masking_utils import (
 )
 
 from gossamer.integrations.transformers.masks import (
+    _window_in_graph,
     compact_mask,
     compact_mask_bidirectional,
     compact_of,
@@ -364,5 +366,18 @@ def test_other_masks_pair_by_pair_are_not_recognized(monkeypatch: pytest.MonkeyP
     prefix = causal.clone()
     prefix[..., :3] = True
     chunks = causal & (torch.arange(9)[:, None] // 4 == torch.arange(9) // 4)
-    for mask in (prefix, chunks, causal.float(), causal.expand(1, 2, 9, 9), torch.zeros_like(causal)):
+    for mask in (prefix, chunks, causal.float(), causal.expand(1, 2, 9, 9), torch.zeros_like(causal), causal[..., :0]):
         assert compact_of(mask) is None
+
+
+def test_windows_in_graphs_go_by_what_transformers_says() -> None:
+    """Closures can't be looked into while a graph is made."""
+    sliding, chunked = sliding_window_causal_mask_function(5), chunked_causal_mask_function(5, torch.zeros(1).long())
+    assert _window_in_graph(causal_mask_function, {}) == (True, None)
+    assert _window_in_graph(sliding, {"local_size": 5, "config": SimpleNamespace()}) == (True, 5)
+    assert _window_in_graph(sliding, {"config": SimpleNamespace()}) == (False, None)
+    assert _window_in_graph(chunked, {"local_size": 5, "config": SimpleNamespace(attention_chunk_size=5)}) == (
+        False,
+        None,
+    )
+    assert _window_in_graph(or_masks(causal_mask_function, sliding), {"local_size": 5}) == (False, None)
