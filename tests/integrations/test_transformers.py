@@ -80,6 +80,7 @@ class TestHandle:
             assert [(row.calls, row.sparse_calls, row.dense_calls) for row in rows] == [(4, 1, 3)] * 2
             assert [row.fallbacks for row in rows] == [{"decode": 3}] * 2
             assert stats.fallbacks() == {"decode": 6}
+            assert sum(rows[0].executors.values()) == 4
             assert rows[0].plan_seconds > 0
             assert rows[0].attention_seconds > 0
             length = prompt().shape[1]

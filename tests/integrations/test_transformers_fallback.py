@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from gossamer.integrations.transformers.fallback import (
     causal_pairs,
@@ -65,3 +66,10 @@ def test_pairs_that_are_listed_or_of_one_sequence() -> None:
     assert restricted(torch.ones_like(listed), listed).equal(listed)
     added = restricted(torch.zeros(1, 1, 2, 3), listed)
     assert added.equal(torch.where(listed, 0.0, torch.finfo(torch.float32).min))
+
+
+def test_the_operator_says_its_shape_beforehand() -> None:
+    with FakeTensorMode():
+        q, k, v = torch.empty(2, 4, 9, 8), torch.empty(2, 2, 9, 8), torch.empty(2, 2, 9, 6)
+        out = torch.ops.gossamer.attention(q, k, v, None, None, 0.5, None, None, True, 0, 1, "")
+    assert out.shape == (2, 9, 4, 6)

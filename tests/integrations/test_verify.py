@@ -12,7 +12,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 import gossamer
 from gossamer.integrations.transformers import owners, verify
-from gossamer.integrations.transformers.verify import SITUATIONS
+from gossamer.integrations.transformers.verify import SITUATIONS, _prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -72,6 +72,27 @@ def test_an_error_of_ours_is_a_difference_and_one_of_the_models_is_not() -> None
     assert (checks["left padding"].ok, checks["left padding"].failure) == (None, "stock: RuntimeError: no padding here")
     assert (checks["a second chunk"].ok, checks["a second chunk"].failure) == (False, "RuntimeError: no cache")
     assert not found.ok
+    table = str(found)
+    assert "stock: RuntimeError: no padding here" in table
+    assert "  RuntimeError: no cache" in table
+
+
+def test_what_was_found_does_not_change_and_says_what_ran_dense() -> None:
+    found = verify(tiny_llama())
+    assert "decode x2" in str(found).splitlines()[-1]
+    with pytest.raises(AttributeError):
+        found.checks[0].difference = 0.0  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        found.model = "another"  # type: ignore[misc]
+
+
+def test_the_prompt_holds_no_token_that_means_something() -> None:
+    model = tiny_llama()
+    model.config.image_token_id, model.config.eos_token_id = 5, [6, 7]
+    ids = _prompt(model, 4000, seed=0)
+    assert ids.shape == (2, 4000)
+    assert not set(ids.flatten().tolist()) & {model.config.pad_token_id, model.config.bos_token_id, 5, 6, 7}
+    assert len(ids.unique()) == model.config.vocab_size - 5
 
 
 def test_a_model_in_training_is_given_back_so() -> None:
