@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 import logging
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,10 +22,12 @@ from transformers import (
 )
 
 from gossamer import Policy, backends, methods, sparse_attention
+from gossamer.integrations import transformers as transformers_room
 from gossamer.integrations.transformers import NAME, enable
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
+ROOMS = ("attention", "fallback", "handle", "masks", "operator", "owners", "stats", "supported", "verify")
 SMALL: dict[str, Any] = {"sink": 1, "window": 3} | ALWAYS_SPARSE
 
 
@@ -214,3 +218,14 @@ def test_llama_has_a_config_of_its_own() -> None:
     """Parity passes vacuously where two models share one."""
     assert isinstance(tiny_llama().config, LlamaConfig)
     assert tiny_llama().config is not tiny_llama().config
+
+
+def test_what_is_handed_on_is_frozen() -> None:
+    """But for the statistics that layers count in."""
+    rooms = [importlib.import_module(f"{transformers_room.__name__}.{name}") for name in ROOMS]
+    classes = {value for room in rooms for value in vars(room).values() if dataclasses.is_dataclass(value)}
+    loose = {kind.__name__ for kind in classes if not cast(Any, kind).__dataclass_params__.frozen}
+    assert loose == {"LayerStats"}
+    assert {"Observation", "Owner", "Compact", "Check", "Verification", "Stats", "_Asked"} <= {
+        c.__name__ for c in classes
+    }

@@ -95,6 +95,27 @@ def test_the_prompt_holds_no_token_that_means_something() -> None:
     assert len(ids.unique()) == model.config.vocab_size - 5
 
 
+def test_situations_are_padded_as_they_say() -> None:
+    model = tiny_llama()
+    seen: list[Tensor | None] = []
+    model.register_forward_pre_hook(lambda module, args, given: seen.append(given["attention_mask"]), with_kwargs=True)
+    ids = _prompt(model, 20, seed=0)
+    edges: dict[str, list[list[int]]] = {}
+    for name, run in SITUATIONS.items():
+        seen.clear()
+        run(model, ids)
+        edges[name] = [] if seen[-1] is None else [[int(row[0]), int(row[-1])] for row in seen[-1]]
+    assert edges == {
+        "a prompt": [],
+        "left padding": [[1, 1], [0, 1]],
+        "right padding": [[1, 1], [1, 0]],
+        "right padding of all rows": [[1, 0], [1, 0]],
+        "a second chunk": [[1, 1], [1, 1]],
+        "a second turn, left padding": [[1, 1], [0, 1]],
+        "one token on a cache": [[1, 1], [0, 1]],
+    }
+
+
 def test_a_model_in_training_is_given_back_so() -> None:
     model = tiny_llama().train()
     assert verify(model).ok
