@@ -84,8 +84,8 @@ def parse_json(content: bytes | str, *, strict: bool = True) -> Any:
     """JSON of at most 64 levels.
 
     Args:
-        strict: refuse what only Python's JSON has or what others could not read back: NaN, infinite numbers, integers
-            beyond 64 bits, and text that is not Unicode.
+        strict: refuse numbers that only Python's JSON has or that others could not read back: NaN, infinite ones,
+            integers beyond 64 bits.
 
     Raises:
         ValueError: it is none. The message follows the words "the file is".
@@ -105,9 +105,10 @@ def parse_json(content: bytes | str, *, strict: bool = True) -> Any:
         depth += 1
         if depth > MOST_NESTED:
             raise ValueError(f"nested too deeply, more than {MOST_NESTED} levels")
-        if strict:
-            for value in level:
-                _check_value(value)
+        for value in level:
+            _check_text(value)
+            if strict:
+                _check_number(value)
         level = [item for value in level if isinstance(value, dict | list) for item in _items(value)]
     return data
 
@@ -116,11 +117,15 @@ def _items(value: dict[str, Any] | list[Any]) -> list[Any]:
     return value if isinstance(value, list) else [*value, *value.values()]
 
 
-def _check_value(value: Any) -> None:
+def _check_number(value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"not JSON: a number in it is {value}")
     if isinstance(value, int) and abs(value) > _MOST_INTEGER:
         raise ValueError("not usable: an integer in it does not fit into 64 bits")
+
+
+def _check_text(value: Any) -> None:
+    """Half a character can be printed nowhere, and by others is printed all the same."""
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode()
