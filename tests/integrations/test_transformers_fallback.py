@@ -51,7 +51,7 @@ def test_an_additive_mask_is_added_to_grouped_heads(groups: int, queries: int) -
 @pytest.mark.parametrize("softening", [{"sinks": torch.zeros(2)}, {"softcap": 3.0}])
 def test_what_cannot_be_combined_is_named(change: dict[str, Any], what: str, softening: dict[str, Any]) -> None:
     q = torch.randn(1, 2, 3, 4)
-    given = {"mask": None} | PLAIN | softening | change
+    given: dict[str, Any] = {"mask": None} | PLAIN | softening | change
     with pytest.raises(ValueError, match=what):
         dense_attention(nn.Module(), q, q, q, given.pop("mask"), **given)
 

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import logging
 import pickle
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -223,8 +223,8 @@ def test_llama_has_a_config_of_its_own() -> None:
 def test_what_is_handed_on_is_frozen() -> None:
     """But for the statistics that layers count in."""
     rooms = [importlib.import_module(f"{transformers_room.__name__}.{name}") for name in ROOMS]
-    classes = {value for room in rooms for value in vars(room).values() if dataclasses.is_dataclass(value)}
-    loose = {kind.__name__ for kind in classes if not cast(Any, kind).__dataclass_params__.frozen}
+    classes: set[Any] = {v for room in rooms for v in vars(room).values() if dataclasses.is_dataclass(v)}
+    loose = {kind.__name__ for kind in classes if not kind.__dataclass_params__.frozen}
     assert loose == {"LayerStats"}
     assert {"Observation", "Owner", "Compact", "Check", "Verification", "Stats", "_Asked"} <= {
         c.__name__ for c in classes
