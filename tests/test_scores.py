@@ -307,3 +307,14 @@ def test_nothing_has_no_scores(batch: int, query_len: int, key_len: int) -> None
         assert torch.equal(mass, torch.zeros(batch, 4, extent.longest))
     for score in BY_BLOCK.values():
         assert all(part_scores.numel() == 0 for _, part_scores in score(call, grid_of(call)))
+
+
+def test_a_negative_scale_turns_the_sign_of_products_of_means() -> None:
+    """The order of logits is what methods choose by."""
+    call = call_in("no padding", length=37)
+    turned = AttentionCall(-call.q, call.k, extent=call.extent, scale=-0.25)
+    for (part, expected), (same, got) in zip(
+        scores.pooled_scores(call, grid_of(call)), scores.pooled_scores(turned, grid_of(call)), strict=True
+    ):
+        assert part == same
+        assert torch.equal(got, expected)
