@@ -115,8 +115,9 @@ def attend(
         because: a reason to run dense whatever the policy; then by torch, so that what is computed again under a
             gradient is computed in the same way.
     """
-    if torch.is_autocast_enabled(call.device.type):
-        with torch.autocast(call.device.type, enabled=False):
+    kind = call.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return attend(call, policy, because=because, record=record, return_lse=return_lse)
     started = time.perf_counter()
     decision = policy.decide(call) if because is None else Decision(None, reason=because)

@@ -165,7 +165,8 @@ def _published(entry: Any, where: str) -> tuple[Method, float | None]:
         or not all(map(_is_number, entry[1:]))
     ):
         raise ValueError(
-            f"{where}: expected [type, number, number, score] with a type of {', '.join(kinds)}, got {shown(entry)}"
+            f"{where}: expected [type, number, number, score] with a type of {', '.join(kinds)} and numbers of at most "
+            f"{MOST}, got {shown(entry)}"
         )
     kind, names = _PUBLISHED[entry[0]]
     try:

@@ -301,7 +301,7 @@ def _of_one_dtype(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) 
         TypeError: dtypes differ, and there is no autocast.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
     if query.dtype == key.dtype == value.dtype:
