@@ -311,5 +311,7 @@ def test_bands_leave_no_query_beyond_the_keys_without_one(on, last_rows: int | N
     mask = blocks.plan(window=5).to_mask()
     allowed = extent.allowed(torch.arange(200), 130)[:, None]
     assert torch.equal(mask.any(-1), allowed.any(-1).expand_as(mask.any(-1)))
+    if last_rows is None and limit is None:
+        assert Blocks(call, 16, 16).plan(window=5, sink=1).block_indices.numel() == 0  # one key is enough
     within = Blocks(AttentionCall(call.q[:, :, :130], call.k, extent=Extent.full(2, 130, 130, causal=False)), 16, 16)
     assert within.plan(window=5).block_indices.numel() == 0  # a window alone, exact to the token

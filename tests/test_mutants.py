@@ -25,6 +25,17 @@ def test_counts_add_up() -> None:
         assert counts["killed"] + counts["timed_out"] + counts["survived"] == counts["sampled"] <= counts["possible"]
 
 
+def test_every_part_has_its_share() -> None:
+    for counts in RESULT["parts"].values():
+        assert counts["sampled"] >= min(mutate.LEAST, counts["possible"])
+    assert sum(counts["sampled"] for counts in RESULT["parts"].values()) >= 300
+
+
+def test_few_survive() -> None:
+    counts = RESULT["parts"].values()
+    assert sum(part["survived"] for part in counts) <= 0.05 * sum(part["sampled"] for part in counts)
+
+
 def test_every_survivor_is_listed() -> None:
     listed = [survivor["part"] for survivor in RESULT["survivors"]]
     assert {name: listed.count(name) for name in RESULT["parts"]} == {
