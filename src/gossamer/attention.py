@@ -122,11 +122,9 @@ def attend(
     started = time.perf_counter()
     decision = policy.decide(call) if because is None else Decision(None, reason=because)
     planned = time.perf_counter()
-    if decision.plan is None and because is not None:
-        out, lse, executor = dense.dense(call), None, "sdpa" if call.sinks is None and call.softcap is None else "torch"
-    elif decision.plan is None:
+    if decision.plan is None:
         on_kernel = return_lse or policy.attends_on_kernel(call, decision.reason)
-        out, lse, executor = _dense(call, on_kernel)
+        out, lse, executor = _dense(call, on_kernel, by_torch=because is not None or call.needs_gradient)
     else:
         executor = backends.name_of(call)
         if executor == "torch":
@@ -155,11 +153,11 @@ def attend(
     return out, lse
 
 
-def _dense(call: AttentionCall, on_kernel: bool) -> tuple[Tensor, Tensor | None, str]:
-    """Every allowed pair: by torch's SDPA where it needs no S x T mask, else by a backend on a dense plan."""
+def _dense(call: AttentionCall, on_kernel: bool, by_torch: bool) -> tuple[Tensor, Tensor | None, str]:
+    """Every allowed pair: by torch's SDPA where it needs no S x T mask or must, else by a backend on a dense plan."""
     plain = call.sinks is None and call.softcap is None
     short = call.query_len == 1 or backends.name_of(call) == "torch"
-    if call.needs_gradient or (not on_kernel and (not dense.needs_mask(call) or (plain and short))):
+    if by_torch or (not on_kernel and (not dense.needs_mask(call) or (plain and short))):
         return dense.dense(call), None, "sdpa" if plain else "torch"
     plan = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
     return *backends.attend(call, plan), backends.name_of(call)

@@ -89,12 +89,12 @@ class Blocks:
         Parts may come in any order, each query block in one of them. A rule that needs all rows of a head is applied
         when the last part is there; the scores are held until then.
 
-        Raises:
-            ValueError: a query block was given before; or parts of one head have different rules that need all rows.
-
         Args:
             part: plan rows, as `gossamer.scores` say them.
             scores: fp32 ``[B, heads, len(part), N]``.
+
+        Raises:
+            ValueError: a query block was given before; or parts have different rules that need all rows.
         """
         self._start()
         self._chose = True
@@ -104,7 +104,11 @@ class Blocks:
             self._write(part, scores, rule)
 
     def columns(self, scores: Tensor, rule: Rule) -> None:
-        """Choose single keys for all query blocks alike, by a rule on the scores ``[B, heads, positions]``."""
+        """Choose single keys for all query blocks alike, by a rule on the scores ``[B, heads, positions]``.
+
+        Raises:
+            ValueError: they were chosen before.
+        """
         if self._columns is not None:
             raise ValueError("columns are chosen once: unite the scores, or the choices, before")
         width = self.call.extent.longest
@@ -168,11 +172,10 @@ class Blocks:
         extent = self.call.extent
         if extent.causal or (self._rows is not None and self._own) or self._columns is not None or _least(sink) > 0:
             return
-        self._own = 0
         past = self.grid.queries[..., 1] - extent.key_count[:, None]
         beyond = (past >= _least(window)) & (extent.key_count > 0)[:, None]
         if bool(beyond.any()):
-            self._beyond = beyond
+            self._own, self._beyond = 0, beyond
             self._start()
 
     def _once(self, before: bool, name: str) -> None:

@@ -82,6 +82,18 @@ def padded(seen: int, kind: str) -> Tensor | None:
     return mask
 
 
+def arguments_of(q_length: int, past: int, keys: int | None, kind: str, window: int | None) -> dict[str, Any]:
+    """What transformers hands a mask function, for one of `SHAPES`."""
+    return {
+        "batch_size": BATCH,
+        "q_length": q_length,
+        "kv_length": keys or past + q_length,
+        "q_offset": past,
+        "mask_function": causal_mask_function if window is None else sliding_window_causal_mask_function(window),
+        "attention_mask": padded(past + q_length, kind),
+    }
+
+
 # (queries, past tokens, keys or None for past + queries): one-shot, chunk, static prefill, static chunk.
 SHAPES = [(12, 0, None), (5, 9, None), (12, 0, 20), (5, 9, 20), (2, 30, 32)]
 
@@ -92,16 +104,7 @@ SHAPES = [(12, 0, None), (5, 9, None), (12, 0, 20), (5, 9, 20), (2, 30, 32)]
 def test_compact_mask_means_what_sdpa_mask_means(
     q_length: int, past: int, keys: int | None, kind: str, window: int | None
 ) -> None:
-    attention_mask = padded(past + q_length, kind)
-    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    arguments: dict[str, Any] = {
-        "batch_size": BATCH,
-        "q_length": q_length,
-        "kv_length": keys or past + q_length,
-        "q_offset": past,
-        "mask_function": function,
-        "attention_mask": attention_mask,
-    }
+    arguments = arguments_of(q_length, past, keys, kind, window)
     mask = compact_mask(**arguments)
     # Layers that are not causal by themselves rely on a mask wherever sdpa gives them one.
     window_matters = window is not None and (keys or past + q_length) >= window
@@ -149,7 +152,9 @@ def test_none_is_what_sdpa_makes_none(window: int | None, keys: int) -> None:
         "mask_function": function,
         "local_size": window,
     }
-    if compact_mask(**arguments) is None:
+    ours = compact_mask(**arguments)
+    assert (ours is None) == (window is None and keys == 12)
+    if ours is None:
         assert sdpa_mask(**arguments) is None
 
 
@@ -337,15 +342,7 @@ def test_full_extents_are_those_without_a_mask() -> None:
 def test_a_plain_mask_is_recognized_pair_by_pair(
     q_length: int, past: int, keys: int | None, kind: str, window: int | None
 ) -> None:
-    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    arguments: dict[str, Any] = {
-        "batch_size": BATCH,
-        "q_length": q_length,
-        "kv_length": keys or past + q_length,
-        "q_offset": past,
-        "mask_function": function,
-        "attention_mask": padded(past + q_length, kind),
-    }
+    arguments = arguments_of(q_length, past, keys, kind, window)
     expected = whole(**arguments).contiguous()
     mask = compact_of(expected)
     assert mask is not None

@@ -76,7 +76,7 @@ def register() -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Asked:
-    """What a layer asks for: tensors as `AttentionCall` has them, the mask as it came, and what describes it."""
+    """What a layer asks for: tensors as `AttentionCall` has them, and the mask as it came."""
 
     query: Tensor
     key: Tensor

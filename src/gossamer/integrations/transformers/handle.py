@@ -166,8 +166,8 @@ def enable(
         profile: methods per layer and head instead: a `Profile`, or the path of one. `method` may be left out, or name
             what the profile holds (``minference``, ``per_head``).
         min_tokens, max_density: thresholds of the policy; see `Policy`.
-        bidirectional: also run encoders and cross-attention sparse, where the method can; else they run dense. Queries
-            of a row with left padding run dense all the same.
+        bidirectional: also run encoders and cross-attention sparse, where the method can; else they run dense. Of
+            encoder-decoders, keys with left padding run dense all the same.
         **fields: hyperparameters of the method, where `method` is a name.
 
     Raises:

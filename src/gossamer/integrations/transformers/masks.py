@@ -4,7 +4,7 @@
 |---|---|
 | None | nothing to say, where ``sdpa`` says nothing either: causal if the layer is, else every pair; S = T |
 | int64 ``[B, T]`` | the live keys; every live one holds the same number, which says the rest (`Compact`) |
-| bool ``[B, 1, S, T]`` | anything else, pair by pair; attention then runs dense |
+| bool ``[B, 1, S, T]`` | anything else, pair by pair; attention runs dense unless `compact_of` reads it |
 
 A compact mask names its own causality: layers that are not causal by themselves (prefix language models) rely on the
 mask where ``sdpa`` gets one. Its numbers are never below 0 and 0 where a key is dead, because ``generate`` hands a mask
@@ -65,6 +65,8 @@ _BLOCKS = blockwise_overlay(torch.zeros(0, device="cpu")).__code__
 # causal and that the queries are the keys' own tokens.
 _END = MOST + 1
 _OWN = 1 << 62
+# What configs say where there is cross-attention, or may be.
+_OF_CROSS_ATTENTION = ["is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_frequency"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +249,7 @@ def compact_mask_bidirectional(
 
 def _is_of_encoder(config: Any) -> bool:
     """Whether a model has no cross-attention, so that keys are the queries' own. Masks are made for both alike."""
-    return config is not None and not any(
-        getattr(config, name, False) for name in ("is_encoder_decoder", "add_cross_attention", "is_decoder")
-    )
+    return config is not None and not any(getattr(config, name, False) for name in _OF_CROSS_ATTENTION)
 
 
 def is_compact(mask: Tensor | None) -> bool:
