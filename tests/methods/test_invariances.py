@@ -119,14 +119,15 @@ def compare_with_alone(method: Method, rows: list[Row], tail: int, queries: int,
 def test_nothing_depends_on_padding_or_companions(
     monkeypatch, listed: Listed, dtype: str, isa: str, causal: bool
 ) -> None:
+    # How work is cut is the same for all instruction sets; those that are not chosen here meet less of it.
+    few = bool(isa) and isa != cpu.active_isa(DTYPES[dtype])
     monkeypatch.setenv("GOSSAMER_CPU_ISA", isa)
     for name, (rows, tail) in BATCHES.items():
-        queries = 300
-        if not causal and name == "everything":
-            continue
-        compare_with_alone(listed.create(HEADS), rows, tail, queries, dtype=DTYPES[dtype], causal=causal)
-    for rows, tail in CHUNKS.values():
-        compare_with_alone(listed.create(HEADS), rows, tail, 130, dtype=DTYPES[dtype], causal=causal)
+        if not (few and name != "shorter companions") and (causal or name != "everything"):
+            compare_with_alone(listed.create(HEADS), rows, tail, 300, dtype=DTYPES[dtype], causal=causal)
+    for name, (rows, tail) in CHUNKS.items():
+        if not (few and name != "companions"):
+            compare_with_alone(listed.create(HEADS), rows, tail, 130, dtype=DTYPES[dtype], causal=causal)
 
 
 @pytest.mark.parametrize("queries", [1, 5, 64])
