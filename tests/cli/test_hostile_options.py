@@ -36,7 +36,7 @@ def results(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("one_parser")
-@pytest.mark.parametrize("command", ["run", "inspect", "eval"])
+@pytest.mark.parametrize("command", ["run", "inspect", "eval", "compare"])
 def test_any_change_of_a_config_is_read_or_refused_in_one_line(
     command, refused, monkeypatch, model_path, prompt_file, tmp_path
 ) -> None:
@@ -45,7 +45,7 @@ def test_any_change_of_a_config_is_read_or_refused_in_one_line(
     whole = json.loads((model_path / "config.json").read_text())
     names = ("model_type", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     config = {"text_config": {name: whole[name] for name in names}} | {name: whole[name] for name in names}
-    argv = [command, tmp_path, *([] if command == "eval" else [prompt_file])]
+    argv = [command, tmp_path, *([] if command in ("eval", "compare") else [prompt_file])]
     argv += ["--layers", "0", "--heads", "0"] if command == "inspect" else []
     refusals = 0
     for what, content in spoilt_everywhere(config):
@@ -62,7 +62,7 @@ def test_a_config_may_hold_infinity(refused, tmp_path, prompt_file) -> None:
     assert "no tokenizer" in refused("run", tmp_path, prompt_file)
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "eval"])
+@pytest.mark.parametrize("command", ["run", "inspect", "eval", "compare"])
 def test_models_with_names_that_are_none(command, refused, tmp_path) -> None:
     for name in (LONG, f"{LONG}/y", "a\0b"):
         assert "no such model" in refused(command, tmp_path / name)
@@ -99,10 +99,11 @@ def broken_model(capsys: pytest.CaptureFixture[str], model_path: Path, tmp_path:
     return path
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "eval"])
+@pytest.mark.parametrize("command", ["run", "inspect", "eval", "compare"])
 def test_weights_that_are_not_numbers_are_said(command, refused, broken_model, prompt_file, tmp_path) -> None:
     more = {"run": [prompt_file], "inspect": [prompt_file, "--out", tmp_path / "heads"]}
     more["eval"] = ["--tasks", "perplexity", "--lengths", "64", "--limit", 1, "--out", tmp_path / "r.jsonl"]
+    more["compare"] = ["--prompts", "text", "--lengths", "64", "--out", tmp_path / "r.jsonl"]
     err = refused(command, broken_model, *more[command])
     assert "predicts NaN: its weights hold NaN, model.layers.1.mlp.up_proj.weight first" in err
     assert not (tmp_path / "r.jsonl").exists()
@@ -112,7 +113,7 @@ def test_weights_that_are_not_numbers_are_said(command, refused, broken_model, p
 # Environment and options
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "eval"])
+@pytest.mark.parametrize("command", ["run", "inspect", "eval", "compare"])
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
@@ -133,7 +134,7 @@ def test_what_the_environment_forces_must_run_here(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv(variable, value)
-    assert message in refused(command, model_path, *([] if command == "eval" else [prompt_file]))
+    assert message in refused(command, model_path, *([] if command in ("eval", "compare") else [prompt_file]))
 
 
 @pytest.mark.parametrize(

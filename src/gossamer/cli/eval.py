@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gossamer.cli.common import BadInput, add_command, first_line, print_json, table, unicode
+from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.eval_progress import Progress
 from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile
 from gossamer.cli.specs import parse_method, parse_task, split_specs, task_names
+from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
 
@@ -92,7 +91,7 @@ def execute(arguments: argparse.Namespace) -> int:
     try:
         check_out(arguments.out)
         job = _job(arguments, policies)
-        subject = _load(arguments, job)
+        subject = load_subject(arguments, max(job.lengths))
         if arguments.lm_eval:
             from gossamer.evaluate import harness
 
@@ -114,19 +113,8 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
-    least_of = {"limit": 1, "batch": 1, "turns": 1, "fidelity": 0, "min_tokens": 0}
-    for name, least in least_of.items():
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise BadInput(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if abs(arguments.seed) >= 2**63:
-        raise BadInput(f"--seed must fit into 64 bits, got {arguments.seed}")
-    try:
-        device = torch.device(arguments.device)
-    except RuntimeError as error:
-        raise BadInput(f"--device {arguments.device}: {first_line(error)}") from error
-    if device.type == "meta":
-        raise BadInput("--device meta: its tensors have a shape and no numbers; use cpu or cuda")
+    check_numbers(arguments, {"limit": 1, "batch": 1, "turns": 1, "fidelity": 0, "min_tokens": 0})
+    check_device(arguments.device)
 
 
 def _policy(arguments: argparse.Namespace, spec: str, profile: Profile | None) -> Policy:
@@ -154,32 +142,6 @@ def _job(arguments: argparse.Namespace, policies: list[Policy]) -> Any:
         seed=arguments.seed,
         batch=arguments.batch,
     )
-
-
-def _load(arguments: argparse.Namespace, job: Any) -> Any:
-    from gossamer.cli.generation import check_model, load_model, load_tokenizer
-    from gossamer.evaluate.subject import Subject
-
-    tokenizer = load_tokenizer(arguments.model)
-    if arguments.chat and not tokenizer.chat_template:
-        raise BadInput("--chat: this model's tokenizer has no chat template; leave --chat out")
-    # Samples are cut to their length here; the tokenizer's own limit only makes it warn.
-    tokenizer.model_max_length = sys.maxsize
-    model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
-    model = _to_device(model, arguments.device)
-    check_model(model, arguments.model)
-    subject = Subject(model, tokenizer, unicode(arguments.model.name), chat=arguments.chat)
-    longest = max(job.lengths)
-    if subject.max_length is not None and longest > subject.max_length:
-        raise BadInput(f"this model takes {subject.max_length} tokens, got a length of {longest}; ask for less")
-    return subject
-
-
-def _to_device(model: Any, device: str) -> Any:
-    try:
-        return model.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {device}: {first_line(error)}") from error
 
 
 def _run(subject: Any, job: Any, results: Any, windows: Any) -> ValueError | None:

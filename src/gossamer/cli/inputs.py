@@ -20,11 +20,21 @@ from gossamer.policy import Policy
 from gossamer.profiles import Profile
 from gossamer.profiles.files import parse_json, read_file, read_text, shown
 
-__all__ = ["check_environment", "check_profile", "read_model", "read_profile", "read_prompt", "text_config"]
+__all__ = [
+    "check_environment",
+    "check_profile",
+    "number_list",
+    "read_model",
+    "read_profile",
+    "read_prompt",
+    "text_config",
+]
 
 
 # What is read of a model's config here, and how large it may be at most.
 _SIZES = {"num_hidden_layers": 100_000, "num_attention_heads": 100_000, "max_position_embeddings": 2**40}
+# More layers or heads than any model has.
+_MOST_NUMBERS = 100_000
 
 
 def check_environment(device: torch.device | str = "cpu") -> None:
@@ -143,3 +153,23 @@ def _read_input() -> str:
     if sys.stdin.isatty():
         print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
     return sys.stdin.read()
+
+
+def number_list(option: str, given: str | None, count: int | None) -> list[int] | None:
+    """``0,3-5`` as [0, 3, 4, 5]; None for all."""
+    if given is None:
+        return None
+    numbers: set[int] = set()
+    for part in given.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not _is_number(first) or (dash and not _is_number(last)) or (dash and int(last) < int(first)):
+            raise BadInput(f"--{option} takes numbers and ranges such as 0,3-5, got {given!r}")
+        if int(last or first) >= (count or _MOST_NUMBERS):
+            there = f"0 to {count - 1}" if count else f"below {_MOST_NUMBERS:,}"
+            raise BadInput(f"--{option}: this model has {option} {there}, got {int(last or first)}")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return sorted(numbers)
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 20

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table, unicode
-from gossamer.cli.inputs import check_environment, read_model, read_prompt, text_config
+from gossamer.cli.inputs import check_environment, number_list, read_model, read_prompt, text_config
 from gossamer.profiles.files import write_whole
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ __all__ = ["add_parser"]
 _LISTED = 2
 _WORTH_LISTING = 0.01
 _BLOCK_WORTH_LISTING = 0.001
-# More layers or heads than any model has.
-_MOST_NUMBERS = 100_000
 
 
 def add_parser(commands: Any) -> None:
@@ -53,8 +51,8 @@ def execute(arguments: argparse.Namespace) -> int:
     check_environment()
     config = read_model(arguments.model)
     sizes = text_config(config)
-    layers = _numbers("layers", arguments.layers, sizes.get("num_hidden_layers"))
-    heads = _numbers("heads", arguments.heads, sizes.get("num_attention_heads"))
+    layers = number_list("layers", arguments.layers, sizes.get("num_hidden_layers"))
+    heads = number_list("heads", arguments.heads, sizes.get("num_attention_heads"))
     if arguments.out is not None:
         _make_folder(arguments.out)
     text = read_prompt(arguments.prompt)
@@ -99,26 +97,6 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         print(f"wrote {arguments.out}/heads.html, heads.csv, heads.jsonl", file=sys.stderr)
     return 0
-
-
-def _numbers(option: str, given: str | None, count: int | None) -> list[int] | None:
-    """``0,3-5`` as [0, 3, 4, 5]; None for all."""
-    if given is None:
-        return None
-    numbers: set[int] = set()
-    for part in given.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not _is_number(first) or (dash and not _is_number(last)) or (dash and int(last) < int(first)):
-            raise BadInput(f"--{option} takes numbers and ranges such as 0,3-5, got {given!r}")
-        if int(last or first) >= (count or _MOST_NUMBERS):
-            there = f"0 to {count - 1}" if count else f"below {_MOST_NUMBERS:,}"
-            raise BadInput(f"--{option}: this model has {option} {there}, got {int(last or first)}")
-        numbers.update(range(int(first), int(last or first) + 1))
-    return sorted(numbers)
-
-
-def _is_number(text: str) -> bool:
-    return text.isdecimal() and len(text) < 20
 
 
 def _check_length(config: Mapping[str, Any], tokens: int) -> None:

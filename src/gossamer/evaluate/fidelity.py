@@ -24,7 +24,7 @@ from gossamer.oracle import block_counts, block_mass, log_sum_exp, oracle_blocks
 from gossamer.plan import SparsePlan
 from gossamer.policy import Policy
 
-__all__ = ["FIGURES", "compare", "compare_layer", "compare_logits", "plan_map"]
+__all__ = ["FIGURES", "compare", "compare_layer", "compare_logits", "plan_map", "relative_l2"]
 
 FIGURES = ("head_density", "recall", "oracle_recall", "relative_l2", "cosine")
 _MAP_SIZE = 64
@@ -110,9 +110,15 @@ def compare_layer(
         "head_density": density.repeat_interleave(call.heads // plan.heads).tolist(),
         "recall": recall.tolist(),
         "oracle_recall": oracle.tolist(),
-        "relative_l2": ((sparse - dense).norm(dim=(1, 2)) / dense.norm(dim=(1, 2)).clamp(min=1e-20)).tolist(),
+        "relative_l2": relative_l2(sparse, dense).tolist(),
         "cosine": F.cosine_similarity(sparse, dense, dim=-1).mean(dim=-1).tolist(),
     }
+
+
+def relative_l2(sparse: Tensor, dense: Tensor) -> Tensor:
+    """``|sparse - dense| / |dense|`` over rows and channels, fp32 ``[H]`` of outputs ``[H, rows, Dv]``."""
+    difference = (sparse.float() - dense.float()).norm(dim=(1, 2))
+    return difference / dense.float().norm(dim=(1, 2)).clamp(min=1e-20)
 
 
 @torch.inference_mode()

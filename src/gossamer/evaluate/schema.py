@@ -125,6 +125,7 @@ _AMOUNT = _number("a number, 0 or more", lambda value: value >= 0)
 _NATS = _number("nats, 0 to 1e9", lambda value: 0 <= value <= 1e9)
 # Ratios and logarithms of them stay finite.
 _SECONDS = _number("seconds, 0 to 1e9", lambda value: value == 0 or 1e-15 <= value <= 1e9)
+_POSITIVE_SECONDS = _number("seconds, above 0 to 1e9", lambda value: 1e-15 <= value <= 1e9)
 _FORMAT = _leaf(f"{FORMAT}, which is all that this version reads", lambda value: _is_integer(value) and value == FORMAT)
 
 
@@ -266,6 +267,34 @@ _LM_EVAL = _Object(
         "density": _or_null(_SHARE),
     },
 )
+_PROMPT = {"task": _TEXT, "length": _LENGTH, "index": _COUNT}
+_OF_A_PROMPT = {"run": _TEXT, "task_fields": _OBJECT, "text_sha256": _TEXT, "start": _COUNT}
+_LISTS = {"density": _list(_SHARE, 1), "recall": _list(_SHARE, 1), "error": _list(_AMOUNT, 1)}
+_POINT = _Object(
+    {
+        "method": _TEXT,
+        **_PROMPT,
+        "density": _SHARE,
+        "recall": _SHARE,
+        "error": _AMOUNT,
+        "plan_s": _SECONDS,
+        "attend_s": _SECONDS,
+        "dense_s": _POSITIVE_SECONDS,
+        "sdpa_s": _SECONDS,
+    },
+    {
+        **_OF_A_PROMPT,
+        **{name: _MORE_OF_A_METHOD[name] for name in ("method_fields", "policy", "dense_because")},
+        "layers": _Object(_LISTS),
+        "observed": _list(_COUNT),
+        "rounds": _COUNT,
+    },
+)
+_BOUNDS = _Object({**_PROMPT, "blocks": _Object(_LISTS), "columns": _Object(_LISTS)}, _OF_A_PROMPT)
+_LOGITS = _Object(
+    {"method": _TEXT, **_PROMPT, "density": _SHARE, "kl": _NATS, "top1": _SHARE, "prefill_s": _SECONDS},
+    {**_OF_A_PROMPT, **_MORE_OF_A_METHOD, **_MORE_SECONDS},
+)
 # By ``kind``. Others are those of later versions.
 KINDS: Mapping[str, _Object] = {
     "run": _RUN,
@@ -274,6 +303,9 @@ KINDS: Mapping[str, _Object] = {
     "fidelity": _FIDELITY,
     "heads": _HEADS,
     "lm_eval": _LM_EVAL,
+    "point": _POINT,
+    "bounds": _BOUNDS,
+    "logits": _LOGITS,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -10,7 +11,10 @@ from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 from gossamer.plan.integers import MOST
 
-__all__ = ["Method", "require_at_least", "require_flag", "require_share"]
+__all__ = ["Method", "Settings", "require_at_least", "require_flag", "require_share"]
+
+
+Settings = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,13 @@ class Method(ABC):
             ``state``, ``whole prompt``. A call that lacks one runs dense, and the reason is counted.
         per_head: fields that may differ between heads that are planned together (`gossamer.methods.PerHead`). Where
             they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
+        settings: fields that `gossamer compare` tries, from the sparsest to the densest; empty: the defaults alone.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     per_head: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[Settings] = ()
 
     @abstractmethod
     def plan(self, call: AttentionCall) -> SparsePlan:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least
+from gossamer.methods.base import Method, Settings, require_at_least
 from gossamer.plan import SparsePlan
 from gossamer.rules import TopK
 
@@ -28,6 +28,7 @@ class BlockSparse(Method):
 
     name: ClassVar[str] = "block_sparse"
     per_head: ClassVar[tuple[str, ...]] = ("blocks",)
+    settings: ClassVar[Settings] = tuple({"blocks": blocks} for blocks in (8, 16, 32, 64))
     blocks: int = 100
     block: int = 64
 

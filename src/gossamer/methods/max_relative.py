@@ -8,7 +8,7 @@ from typing import ClassVar
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least, require_share
+from gossamer.methods.base import Method, Settings, require_at_least, require_share
 from gossamer.plan import SparsePlan, ceil_div
 from gossamer.rules import RelativeToMax
 
@@ -33,6 +33,7 @@ class MaxRelative(Method):
     """
 
     name: ClassVar[str] = "max_relative"
+    settings: ClassVar[Settings] = tuple({"alpha": alpha} for alpha in (0.5, 0.2, 0.1, 0.05, 0.02))
     alpha: float = 0.1
     sink_blocks: int = 2
     window_blocks: int = 4

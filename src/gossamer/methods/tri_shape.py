@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least
+from gossamer.methods.base import Method, Settings, require_at_least
 from gossamer.plan import SparsePlan
 
 __all__ = ["TriShape"]
@@ -23,6 +23,7 @@ class TriShape(Method):
     """
 
     name: ClassVar[str] = "tri_shape"
+    settings: ClassVar[Settings] = tuple({"sink": 64, "window": window} for window in (256, 1024, 4096))
     sink: int = 128
     window: int = 3968
     last: int = 100

@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least, require_flag
+from gossamer.methods.base import Method, Settings, require_at_least, require_flag
 from gossamer.methods.slashes import MINIMUM_DIAGONALS, slash_lists
 from gossamer.plan import SparsePlan
 from gossamer.rules import PerHead, TopK, top_k
@@ -49,6 +49,10 @@ class VerticalSlash(Method):
 
     name: ClassVar[str] = "vertical_slash"
     per_head: ClassVar[tuple[str, ...]] = ("vertical_size", "slash_size")
+    settings: ClassVar[Settings] = tuple(
+        {"vertical_size": columns, "slash_size": slashes}
+        for columns, slashes in ((128, 512), (256, 1024), (512, 2048), (1000, 4096))
+    )
     vertical_size: int = 1000
     slash_size: int = 6096
     last: int = 64

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from gossamer.evaluate.summary import SummaryRow
 from gossamer.report.figure import Figure, Record, Table, family, family_styles, label_styles, legend, short_length
+from gossamer.report.frontier import frontier
 from gossamer.report.heads import attention_maps, head_patterns, plan_maps
 from gossamer.report.html import Html
 from gossamer.report.latency import latency
@@ -21,6 +22,7 @@ Cell = tuple[int, int]
 def figures(records: Sequence[Record], rows: Sequence[SummaryRow]) -> list[Figure]:
     """All pictures that there is data for."""
     made = [
+        frontier(records),
         needle_maps(records),
         accuracy_by_density(records, rows),
         recall_maps(records),

@@ -175,7 +175,8 @@ def _page(
     folder: str,
 ) -> str:
     runs = [record for record in records if record["kind"] == "run"]
-    sections = [("summary", "Summary", tables[0][1]), ("tasks", "Accuracy by task", tables[1][1])]
+    named = [("summary", "Summary", tables[0][1]), ("tasks", "Accuracy by task", tables[1][1])]
+    sections = [section for section in named if len(section[2]) > 1]
     links = [(name, heading) for name, heading, _ in sections] + [(f.name, f.title) for f in pictures]
     links.append(("circumstances", "Circumstances"))
     contents = (element("a", heading, href=f"#{name}") for name, heading in links)

@@ -64,8 +64,8 @@ class Panel:
         style = {"fill": "none", "stroke": colour, "stroke_width": width, "stroke_dasharray": dash or None}
         self.parts.append(element("polyline", points=_path(points), **style))
 
-    def marker(self, x: float, y: float, shape: str, colour: str, hint: str = "") -> None:
-        r = 4.5
+    def marker(self, x: float, y: float, shape: str, colour: str, hint: str = "", scale: float = 1.0) -> None:
+        r = 4.5 * scale
         corners = {
             "square": [(-r, -r), (r, -r), (r, r), (-r, r)],
             "diamond": [(0, -r * 1.3), (r * 1.3, 0), (0, r * 1.3), (-r * 1.3, 0)],
