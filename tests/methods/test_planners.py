@@ -12,7 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends.torch.slashes import exact_slashes, merged_ranges
-from gossamer.methods import AShape, BlockSparse, MaxRelative, Method, MInference, TriShape, VerticalSlash
+from gossamer.methods import (
+    AShape,
+    BlockSparse,
+    MaxRelative,
+    Method,
+    MInference,
+    TriShape,
+    VerticalSlash,
+    XAttention,
+)
 from gossamer.plan import Grid
 from gossamer.scores import last_query_probe, pool_keys, pool_queries, row_block_energy
 from gossamer.testing import SITUATIONS, make_call
@@ -75,6 +84,7 @@ PUBLISHED = [
         MaxRelative(),
         {"alpha": 0.1, "sink_blocks": 2, "window_blocks": 4, "last_rows": 1024, "block_q": 64, "block_k": 128},
     ),
+    (XAttention(), {"threshold": 0.9, "stride": 16, "block": 128}),
 ]
 
 

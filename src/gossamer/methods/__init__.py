@@ -10,6 +10,7 @@ from gossamer.methods.per_head import PerHead
 from gossamer.methods.registry import available, create, from_dict
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.vertical_slash import VerticalSlash
+from gossamer.methods.xattention import XAttention
 
 __all__ = [
     "AShape",
@@ -21,6 +22,7 @@ __all__ = [
     "PerHead",
     "TriShape",
     "VerticalSlash",
+    "XAttention",
     "available",
     "create",
     "from_dict",

@@ -15,6 +15,7 @@ from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.vertical_slash import VerticalSlash
+from gossamer.methods.xattention import XAttention
 
 __all__ = ["GROUP", "available", "class_of", "create", "from_dict"]
 
@@ -28,6 +29,7 @@ _METHODS: tuple[type[Method], ...] = (
     BlockSparse,
     MInference,
     MaxRelative,
+    XAttention,
     PerHead,
 )
 
