@@ -174,6 +174,34 @@ def test_diagonals_count_from_the_own_block(on, situation: str) -> None:
 
 @every_planner
 @pytest.mark.parametrize("situation", SITUATIONS)
+def test_block_columns_are_taken_as_far_as_they_are_seen(on, situation: str) -> None:
+    call = call_in(situation)
+    blocks = Blocks(call, 16, 16)
+    flags = torch.arange(2 * blocks.grid.key_blocks).view(1, 2, -1).expand(call.batch, -1, -1) % 3 == 0
+    blocks.block_columns(flags)
+    mask = blocks.plan().block_mask()
+    for b in range(call.batch):
+        for h in range(2):
+            for m in range(mask.shape[2]):
+                seen, own = (range(*ends[b, m].tolist()) for ends in (blocks.grid.seen, blocks.grid.own()))
+                expected = {n for n in seen if bool(flags[b, h, n]) or n in own}
+                assert set(mask[b, h, m].nonzero().flatten().tolist()) == expected
+
+
+@every_planner
+@pytest.mark.parametrize("rule", [TopK(3), TopPOfAllRows(0.5)], ids=repr)
+def test_a_rule_may_be_for_some_heads_alone(on, rule: Rule) -> None:
+    call = call_in("left padding")
+    blocks, heads = Blocks(call, 16, 24), torch.tensor([[True, False], [False, True]])
+    scores = block_scores(blocks)
+    blocks.choose(range(3), scores[:, :, :3], rule, heads=heads)
+    blocks.choose(range(3, blocks.grid.query_blocks), scores[:, :, 3:], rule, heads=heads)
+    everywhere, nowhere = naive(call, rule), naive(call, TopK(0))
+    assert torch.equal(blocks.plan().block_mask(), torch.where(heads[:, :, None, None], everywhere, nowhere))
+
+
+@every_planner
+@pytest.mark.parametrize("situation", SITUATIONS)
 def test_columns_are_live_positions_for_all_rows(on, situation: str) -> None:
     call = call_in(situation)
     blocks = Blocks(call, 16, 16)
@@ -279,6 +307,9 @@ def test_what_is_said_twice_or_too_late_is_an_error() -> None:
         blocks.keep(first=2)
     with pytest.raises(ValueError, match="`diagonals` is said once"):
         blocks.diagonals(diagonals)
+    blocks.block_columns(diagonals)
+    with pytest.raises(ValueError, match="`block_columns` is said once"):
+        blocks.block_columns(diagonals)
     with pytest.raises(ValueError, match="columns are chosen once"):
         blocks.columns(columns, TopK(1))
     late = Blocks(call)

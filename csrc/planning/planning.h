@@ -77,6 +77,8 @@ struct Choice {
   int64_t diagonal_count;
   const int64_t* origin;      // [batch, rows]: the candidate on diagonal 0
   bool mirrored;              // diagonals lie on both sides of it
+  const uint8_t* everywhere;  // null, or [batch, heads, width]: candidates that every row takes
+  const uint8_t* ruled_heads;  // [batch, heads]: heads for which the rule chooses; null: all
 };
 
 inline int64_t words_of(int64_t width) { return ceil_div(width, 64); }

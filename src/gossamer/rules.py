@@ -43,6 +43,8 @@ class Candidates:
         diagonals: bool ``[B, heads, n]``: candidate ``origin - d`` is taken where ``diagonals[d]`` is set.
         origin: ``[B, rows]``, the candidate on diagonal 0.
         mirrored: candidate ``origin + d`` is taken as well.
+        everywhere: bool ``[B, heads, candidates]``, taken in every row.
+        ruled_heads: bool ``[B, heads]``, the heads for which a rule chooses; None: all.
     """
 
     seen: Tensor
@@ -52,6 +54,8 @@ class Candidates:
     diagonals: Tensor | None = None
     origin: Tensor | None = None
     mirrored: bool = False
+    everywhere: Tensor | None = None
+    ruled_heads: Tensor | None = None
 
 
 class Rule(ABC):

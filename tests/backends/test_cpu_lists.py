@@ -110,6 +110,18 @@ def test_diagonals_and_forced_ranges(rule: Rule | None, mirrored: bool) -> None:
     assert_same(width, {range(ROWS): (candidates(width, generator, **fields), scores, rule)})
 
 
+@every_rule
+@pytest.mark.parametrize("width", [1, 64, 130])
+def test_candidates_everywhere_and_heads_without_a_rule(rule: Rule, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    fields = {
+        "everywhere": torch.rand(BATCH, HEADS, width, generator=generator) < 0.3,
+        "ruled_heads": torch.tensor([[True, False, True, False], [False, True, True, True]]),
+    }
+    scores = draw("softmax", width, generator)
+    assert_same(width, {range(ROWS): (candidates(width, generator, **fields), scores, rule)})
+
+
 class Odd(Rule):
     """A third party's."""
 

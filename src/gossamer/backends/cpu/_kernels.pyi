@@ -111,6 +111,8 @@ class Choice:
         diagonal_count: int,
         origin: int,
         mirrored: bool,
+        everywhere: int,
+        ruled_heads: int,
     ) -> None: ...
 
 class ChosenBits:

@@ -125,6 +125,11 @@ def _choose(
     if diagonals is not None:
         diagonals = diagonals.expand(batch, heads, -1).to(torch.uint8).contiguous()
         origin = _int64(candidates.origin, (batch, rows))
+    everywhere, ruled_heads = candidates.everywhere, candidates.ruled_heads
+    if everywhere is not None:
+        everywhere = everywhere.expand(batch, heads, width).to(torch.uint8).contiguous()
+    if ruled_heads is not None:
+        ruled_heads = ruled_heads.expand(batch, heads).to(torch.uint8).contiguous()
     choice = native.Choice(
         batch=batch,
         heads=heads,
@@ -143,6 +148,8 @@ def _choose(
         diagonal_count=0 if diagonals is None else diagonals.shape[2],
         origin=address(origin),
         mirrored=candidates.mirrored,
+        everywhere=address(everywhere),
+        ruled_heads=address(ruled_heads),
     )
     native.choose(choice, native.ChosenBits(bits=bits.data_ptr(), counts=counts.data_ptr()), torch.get_num_threads())
 

@@ -149,14 +149,7 @@ def pooled_scores(call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor
     """
     rows = queries[:, :, part.start : part.stop].unflatten(1, (call.groups, call.share))
     scores = rows @ keys[:, :, None].transpose(-1, -2)
-    return scores.flatten(1, 2).masked_fill_(~_seen(grid, part, call.device)[:, None], 0.0)
-
-
-def _seen(grid: Grid, part: range, device: torch.device) -> Tensor:
-    """Key blocks that some query of a block may attend, bool ``[B, len(part), N]``."""
-    low, high = grid.seen[:, part.start : part.stop].to(device)[..., None, :].unbind(-1)
-    block = torch.arange(grid.key_blocks, device=device)
-    return (block >= low) & (block < high)
+    return scores.flatten(1, 2).masked_fill_(~grid.sees(part, call.device)[:, None], 0.0)
 
 
 def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range) -> Tensor:
