@@ -55,6 +55,7 @@ LISTED = [
     Listed("block_sparse", {"blocks": 4}, {"blocks": 1000}, by_block=True),
     Listed("minference", _SLASHES, {"vertical_size": 10_000}, by_block=False),
     Listed("max_relative", _RELATIVE, {"alpha": 0.0}, True, lambda share: -(-256 // share)),
+    Listed("flexprefill", {"gamma": 0.4, "tau": 0.3, "min_budget": 32, "block": 32}, {"gamma": 1.0}, by_block=False),
     Listed("xattention", {"threshold": 0.5, "stride": 8, "block": 32}, {"threshold": 1.0}, by_block=True),
     Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
 ]

@@ -15,6 +15,7 @@ from gossamer.backends.torch.slashes import exact_slashes, merged_ranges
 from gossamer.methods import (
     AShape,
     BlockSparse,
+    FlexPrefill,
     MaxRelative,
     Method,
     MInference,
@@ -83,6 +84,10 @@ PUBLISHED = [
     (
         MaxRelative(),
         {"alpha": 0.1, "sink_blocks": 2, "window_blocks": 4, "last_rows": 1024, "block_q": 64, "block_k": 128},
+    ),
+    (
+        FlexPrefill(),
+        {"gamma": 0.9, "tau": 0.1, "min_budget": 512, "max_budget": None, "block": 128, "faithful": False},
     ),
     (XAttention(), {"threshold": 0.9, "stride": 16, "block": 128}),
 ]

@@ -4,6 +4,7 @@ from gossamer.methods.a_shape import AShape
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.dense import Dense
+from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
@@ -16,6 +17,7 @@ __all__ = [
     "AShape",
     "BlockSparse",
     "Dense",
+    "FlexPrefill",
     "MInference",
     "MaxRelative",
     "Method",

@@ -10,6 +10,7 @@ from gossamer.methods.a_shape import AShape
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.dense import Dense
+from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
@@ -29,6 +30,7 @@ _METHODS: tuple[type[Method], ...] = (
     BlockSparse,
     MInference,
     MaxRelative,
+    FlexPrefill,
     XAttention,
     PerHead,
 )
