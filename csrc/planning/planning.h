@@ -58,6 +58,7 @@ enum class Rule : int {
   kTopPReaching = 5,
   kTopPBelow = 6,
   kTopPOfAllRows = 7,
+  kAtLeast = 8,
 };
 
 // What rows [batch, heads, rows] of a plan's lists may take and must take among `width` candidates; see Candidates in
@@ -68,7 +69,7 @@ struct Choice {
   float alpha;                // kRelativeToMax
   const float* scores;        // a row's candidates, contiguous
   const int64_t* counts;      // kTopK: one a head
-  const double* shares;       // kTopP and its kin: one a head
+  const double* shares;       // kTopP and its kin: one a head; kAtLeast: bars
   const Range* seen;          // [batch, rows]: nothing outside is chosen
   const Range* forced;        // [batch, rows]
   int64_t first;              // candidates that are forced in every row

@@ -33,6 +33,11 @@ void choose_relative(const float* scores, float alpha, Range seen, uint64_t* bit
     if (scores[j] >= threshold && scores[j] > 0) set_bit(bits, j);
 }
 
+void choose_at_least(const float* scores, float bar, Range seen, uint64_t* bits) {
+  for (int64_t j = seen.begin; j < seen.end; ++j)
+    if (scores[j] >= bar && scores[j] > kNothing) set_bit(bits, j);
+}
+
 // NaN counts as the largest: nth_element needs an order of all values.
 bool before(float a, float b) { return a > b || (a != a && b == b); }
 
@@ -239,6 +244,7 @@ class Chooser {
     const int64_t head = row / choice_.rows;
     const float* scores = choice_.scores + row * choice_.width;
     if (choice_.rule == Rule::kRelativeToMax) choose_relative(scores, choice_.alpha, seen, bits);
+    if (choice_.rule == Rule::kAtLeast) choose_at_least(scores, static_cast<float>(choice_.shares[head % choice_.heads]), seen, bits);
     if (choice_.rule == Rule::kTopK)
       choose_top(scores, choice_.counts[head % choice_.heads], seen.begin, seen.end, workspace.sorted, bits);
     if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, place, head, seen, workspace.ranking, bits);

@@ -72,7 +72,8 @@ void bind_views_of_planning(nb::module_& m) {
       .value("top_p_forced_first", Rule::kTopPForced)
       .value("top_p_reaching", Rule::kTopPReaching)
       .value("top_p_below", Rule::kTopPBelow)
-      .value("top_p_of_all_rows", Rule::kTopPOfAllRows);
+      .value("top_p_of_all_rows", Rule::kTopPOfAllRows)
+      .value("at_least", Rule::kAtLeast);
   nb::class_<ScoreCall>(m, "ScoreCall")
       .def("__init__", &make_score_call, nb::kw_only(), "q"_a, "k"_a, "extent"_a, "scale"_a, "threads"_a);
   nb::class_<Part>(m, "Part").def("__init__", &make_part, "first"_a, "stop"_a);

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.backends import backend_of
 from gossamer.call import AttentionCall
-from gossamer.plan import Grid, SparsePlan
+from gossamer.plan import Grid, SparsePlan, ceil_div
 from gossamer.rules import Candidates, Rule
 
 __all__ = ["Blocks"]
@@ -52,7 +52,7 @@ class Blocks:
         self._missing: list[range] = []
         self._columns: Any = None
         self._column_group = max(1, self.grid.query_blocks)
-        self._first, self._own, self._last_rows = 0, 1, 0
+        self._first, self._own, self._last_rows, self._group = 0, 1, 0, 1
         self._beyond: Tensor | None = None
         self._diagonals: Tensor | None = None
         self._block_columns: Tensor | None = None
@@ -62,18 +62,22 @@ class Blocks:
         self._pending_rule: Rule | None = None
         self._pending_heads: Tensor | None = None
 
-    def keep(self, *, first: int = 0, own: int = 1, last_rows: int = 0, heads: Tensor | None = None) -> None:
+    def keep(
+        self, *, first: int = 0, own: int = 1, last_rows: int = 0, group: int = 1, heads: Tensor | None = None
+    ) -> None:
         """Force blocks into every query block's choice, as far as it sees them. Once, and before `choose`.
 
         Args:
             first: the first key blocks.
             own: the query block's own key blocks and the ``own - 1`` before (and after, where attention is not causal).
             last_rows: everything, for query blocks that hold one of the last ``last_rows`` live queries of the call.
+            group: the key blocks of all ``group`` query blocks that it is grouped with, see `Grid.group`.
             heads: bool ``[B, heads]``, only for these.
         """
         self._once(self._kept, "keep")
         self._kept = True
-        self._first, self._own, self._last_rows, self._forced_heads = first, own, last_rows, heads
+        self._first, self._own, self._last_rows, self._group = first, own, last_rows, group
+        self._forced_heads = heads
         self._start()
 
     def diagonals(self, chosen: Tensor) -> None:
@@ -123,12 +127,30 @@ class Blocks:
         """
         if self._columns is not None:
             raise ValueError("columns are chosen once: unite the scores, or the choices, before")
-        width = self.call.extent.longest
-        if self.grid.query_blocks == 0:
-            return
-        self._columns = self._backend.ListWriter(self.call.batch, self.heads, 1, width, self.call.device)
-        live = torch.stack([torch.zeros_like(self.call.extent.key_count), self.call.extent.key_count], dim=-1)[:, None]
-        self._columns.choose(range(1), Candidates(live, live[..., :1].expand_as(live)), scores[:, :, None], rule)
+        if self.grid.query_blocks:
+            self.group_columns(range(1), scores[:, :, None], rule, group=self.grid.query_blocks)
+
+    def group_columns(self, part: range, scores: Tensor, rule: Rule, *, group: int) -> None:
+        """Choose single keys for each ``group`` of consecutive query blocks, by a rule on their scores.
+
+        Parts may come in any order, each group in one of them; a group that never comes has no columns.
+
+        Args:
+            part: of the ``ceil(M / group)`` groups, from the plan's row 0 on.
+            scores: fp32 ``[B, heads, len(part), positions]``; the keys that a group does not see do not count.
+            group: the same for all parts.
+
+        Raises:
+            ValueError: a group was given before, or parts have groups of other sizes.
+        """
+        if self._columns is None:
+            lists, width = ceil_div(self.grid.query_blocks, group), self.call.extent.longest
+            self._columns = self._backend.ListWriter(self.call.batch, self.heads, lists, width, self.call.device)
+            self._column_group = group
+        if group != self._column_group:
+            raise ValueError(f"columns are for groups of {self._column_group} query blocks, got others of {group}")
+        seen = self.grid.keys_of_groups(group)[:, part.start : part.stop]
+        self._columns.choose(part, Candidates(seen, seen[..., :1].expand_as(seen)), scores, rule)
 
     def lists(self, parts: Iterator[tuple[range, Any, Any]]) -> None:
         """Blocks and columns of each query block as lists: ``part, (counts, indices), (counts, indices)``.
@@ -232,6 +254,10 @@ class Blocks:
         if self._own == 0:
             keeps = False if self._beyond is None else self._beyond[:, rows, None]
             forced = torch.where(torch.as_tensor(keeps, device="cpu"), self.grid.own()[:, rows], 0)
+        if self._group > 1:
+            begin, end = self.grid.group(self._group)[:, rows].unbind(-1)
+            first, last = begin // self.grid.block_k, -(-end // self.grid.block_k)
+            forced = torch.stack([forced[..., 0].minimum(first), forced[..., 1].maximum(last)], dim=-1)
         if self._last_rows:
             forced = torch.where(self.grid.holds_last(self._last_rows)[:, rows, None], seen, forced)
         origin = None if self._diagonals is None else (self.grid.queries[:, rows, 1] - 1) // self.grid.block_k

@@ -14,6 +14,7 @@ from gossamer.backends import torch as reference
 from gossamer.plan import Grid
 from gossamer.plan.count import count_pairs
 from gossamer.rules import (
+    AtLeast,
     Candidates,
     RelativeToMax,
     Rule,
@@ -38,6 +39,9 @@ RULES: dict[str, Rule] = {
     "reaching": TopPReaching(SHARES),
     "below": TopPBelow(SHARES),
     "of all rows": TopPOfAllRows(SHARES),
+    "at least": AtLeast(0.02),
+    "all but -inf": AtLeast(-math.inf),
+    "at least, by head": AtLeast([0.0, 0.5, math.inf, -1.0]),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 

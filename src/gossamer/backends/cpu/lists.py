@@ -16,6 +16,7 @@ from gossamer.backends.torch.choose import ListWriter as TorchListWriter
 from gossamer.plan import SparsePlan, ceil_div
 from gossamer.plan.count import count_pairs
 from gossamer.rules import (
+    AtLeast,
     Candidates,
     RelativeToMax,
     Rule,
@@ -96,6 +97,8 @@ def _rule_fields(rule: Rule, heads: int) -> dict[str, Any] | None:
     kind = type(rule)
     if isinstance(rule, RelativeToMax) and kind is RelativeToMax and isinstance(rule.alpha, (int, float)):
         return {"rule": "relative_to_max", "alpha": float(rule.alpha)}
+    if isinstance(rule, AtLeast) and kind is AtLeast:
+        return {"rule": "at_least", "shares": per_head(rule.bar, heads, torch.float64, "cpu").contiguous()}
     if isinstance(rule, TopK) and kind is TopK:
         return {"rule": "top_k", "counts": per_head(rule.count, heads, torch.int64, "cpu").contiguous()}
     if isinstance(rule, TopP) and kind is TopP:
