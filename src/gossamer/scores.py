@@ -15,12 +15,14 @@ from torch import Tensor
 
 from gossamer.backends import backend_of
 from gossamer.call import AttentionCall
-from gossamer.plan import Grid
+from gossamer.plan import Grid, ceil_div
 
 __all__ = [
     "antidiagonal_scores",
     "block_sums",
+    "group_differences",
     "last_query_probe",
+    "mean_row_maxima",
     "pool_keys",
     "pool_queries",
     "pooled_mass",
@@ -152,6 +154,38 @@ def row_block_energy(call: AttentionCall, grid: Grid) -> Iterator[tuple[range, T
     keys = pool_keys(call, grid).to(call.q.dtype)
     for part in _parts(call, grid, call.groups, backend.PART_BYTES):
         yield part, backend.row_block_energy(call, grid, keys, part)
+
+
+def mean_row_maxima(call: AttentionCall, grid: Grid, regions: Tensor) -> Tensor:
+    """Mean over a query block's rows of the largest logit in some regions (2505.23520): fp32 ``[B, H, M]``.
+
+    -inf for a block of which no row sees a key there.
+
+    Args:
+        regions: int64 ``[B, M, R, 2]``, half-open ranges of positions.
+    """
+    backend = backend_of(call, "mean_row_maxima")
+    return backend.mean_row_maxima(call, grid, regions, range(grid.query_blocks))
+
+
+def group_differences(call: AttentionCall, grid: Grid, anchors: Tensor, group: int) -> Iterator[tuple[range, Tensor]]:
+    """How far each key's logit rises above the anchor in the best block of a group of query blocks (2505.23520).
+
+    Logits are of mean queries, ``scale * mean query . key``.
+
+    Args:
+        anchors: ``[B, H, M]``, as `mean_row_maxima` has them.
+        group: consecutive plan rows.
+
+    Yields:
+        groups, and differences fp32 ``[B, H, groups, positions]``; -inf where no block of a group sees a key.
+    """
+    backend = backend_of(call, "group_differences")
+    queries, groups = pool_queries(call, grid), ceil_div(grid.query_blocks, group)
+    step = max(1, backend.PART_BYTES // max(1, 4 * call.batch * call.heads * call.extent.longest))
+    for first in range(0, groups, step):
+        part = range(first, min(first + step, groups))
+        yield part, backend.group_differences(call, grid, queries, anchors, group, part)
 
 
 def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int = 8) -> Iterator[tuple[range, Tensor]]:

@@ -15,6 +15,9 @@ from gossamer.methods import FlexPrefill, PerHead
 from gossamer.scores import probed_blocks
 from gossamer.testing import SITUATIONS, make_call
 
+# Work is cut into as many parts as it can be.
+pytestmark = pytest.mark.usefixtures("smallest_constants")
+
 Method = FlexPrefill
 SMALL = FlexPrefill(0.43, 0.2, min_budget=16, block=16)
 

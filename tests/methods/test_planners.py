@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends.torch.slashes import exact_slashes, merged_ranges
 from gossamer.methods import (
+    AnchorAttention,
     AShape,
     BlockSparse,
     FlexPrefill,
@@ -89,6 +90,7 @@ PUBLISHED = [
         FlexPrefill(),
         {"gamma": 0.9, "tau": 0.1, "min_budget": 512, "max_budget": None, "block": 128, "faithful": False},
     ),
+    (AnchorAttention(), {"theta": 12.0, "step": 16, "first_blocks": 16, "block": 128}),
     (XAttention(), {"threshold": 0.9, "stride": 16, "block": 128}),
 ]
 

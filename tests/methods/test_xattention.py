@@ -13,6 +13,9 @@ from gossamer import AttentionCall, methods
 from gossamer.methods import PerHead, XAttention
 from gossamer.testing import SITUATIONS, make_call
 
+# Work is cut into as many parts as it can be.
+pytestmark = pytest.mark.usefixtures("smallest_constants")
+
 Method = XAttention
 
 

@@ -1,6 +1,7 @@
 """Methods: from a call to a plan. One file a paper; a new one joins by one line in ``registry``."""
 
 from gossamer.methods.a_shape import AShape
+from gossamer.methods.anchor_attention import AnchorAttention
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.dense import Dense
@@ -15,6 +16,7 @@ from gossamer.methods.xattention import XAttention
 
 __all__ = [
     "AShape",
+    "AnchorAttention",
     "BlockSparse",
     "Dense",
     "FlexPrefill",

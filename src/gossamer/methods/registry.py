@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from gossamer.methods.a_shape import AShape
+from gossamer.methods.anchor_attention import AnchorAttention
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.dense import Dense
@@ -32,6 +33,7 @@ _METHODS: tuple[type[Method], ...] = (
     MaxRelative,
     FlexPrefill,
     XAttention,
+    AnchorAttention,
     PerHead,
 )
 
