@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gossamer.rules import (
+    AtLeast,
     Candidates,
     PerHead,
     RelativeToMax,
@@ -63,6 +64,12 @@ def while_running(row: list[float], order: list[int], keeps: Callable[[float, fl
 def test_relative_to_max_keeps_what_reaches_the_share_of_the_largest(row: list[float], alpha: int) -> None:
     expected = {i for i, score in enumerate(row) if 8 * score >= alpha * max(row) and (score > 0 or alpha == 0)}
     assert select(RelativeToMax(alpha / 8), row) == expected
+
+
+@given_often
+@given(st.lists(st.sampled_from([-math.inf, -1.0, 0.0, 0.5, math.inf]), min_size=1), st.sampled_from([-math.inf, 0.5]))
+def test_at_least_takes_what_reaches_the_bar(row: list[float], bar: float) -> None:
+    assert select(AtLeast(bar), row) == {i for i, score in enumerate(row) if score >= bar and score > -math.inf}
 
 
 @given_often
@@ -132,7 +139,8 @@ def test_only_top_p_of_all_rows_needs_them() -> None:
     ]
 
 
-def test_top_k_alone_takes_minus_infinity_for_what_is_not_seen() -> None:
+def test_rules_by_order_and_by_a_bar_take_minus_infinity_for_what_is_not_seen() -> None:
+    assert AtLeast.unseen == -math.inf
     assert [rule.unseen for rule in (TopK, TopP, TopPBelow, TopPReaching, TopPOfAllRows, RelativeToMax)] == [
         -math.inf,
         *[0.0] * 5,
@@ -142,6 +150,7 @@ def test_top_k_alone_takes_minus_infinity_for_what_is_not_seen() -> None:
 # Batches, heads and rows
 
 BY_HEAD: list[tuple[Callable[[Any], Rule], list[float]]] = [
+    (AtLeast, [0.0, 0.5, math.inf]),
     (TopK, [0, 2, 5]),
     (TopP, [0.0, 0.5, 1.0]),
     (lambda p: TopP(p, forced_first=True), [0.25, 0.5, 1.0]),
@@ -241,7 +250,7 @@ def test_a_count_by_a_share_outside_zero_and_one_is_named() -> None:
         count_top_p(torch.ones(1, 2, 3, 4), 1.5)
 
 
-@pytest.mark.parametrize("rule", [RelativeToMax, TopK, TopP, TopPReaching, TopPBelow, TopPOfAllRows])
+@pytest.mark.parametrize("rule", [AtLeast, RelativeToMax, TopK, TopP, TopPReaching, TopPBelow, TopPOfAllRows])
 def test_a_rule_is_itself_alone(rule: Callable[[Any], Rule]) -> None:
     """Values by head may be lists and tensors, which neither hash nor compare to one truth."""
     one, other = rule([0, 1]), rule(torch.tensor([0, 1]))

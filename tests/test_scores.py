@@ -165,6 +165,55 @@ def test_pooled_scores_are_products_of_means(situation: str) -> None:
     torch.testing.assert_close(got.double(), naive_pooled_scores(call, grid), **TOLERANCE)
 
 
+@everywhere
+def test_pooled_mass_is_their_softmax_over_what_is_seen(situation: str) -> None:
+    call = call_in(situation, length=37)
+    grid = grid_of(call)
+    products, got = naive_pooled_scores(call, grid) * call.scale, joined(scores.pooled_mass(call, grid))
+    for b, row in enumerate(rows_of(call.extent)):
+        for m in range(grid.query_blocks):
+            queries = local_blocks(row).get(m, [])
+            seen = sorted({key // 4 for key in range(row.key_count) if any(row.allows(q, key) for q in queries)})
+            expected = torch.zeros_like(products[b, :, m])
+            expected[:, seen] = products[b, :, m, seen].softmax(dim=-1)
+            torch.testing.assert_close(got[b, :, m].double(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("before", [None, [0, 3]])
+def test_block_sums_are_of_positions_in_blocks(before: list[int] | None) -> None:
+    mass = torch.arange(2 * 2 * 10).view(2, 2, 10).float()
+    got = scores.block_sums(mass, 4, None if before is None else torch.tensor(before))
+    for b in range(2):
+        for n in range(got.shape[-1]):
+            own = [j for j in range(10) if (j + (before or [0, 0])[b]) // 4 == n]
+            assert got[b, :, n].tolist() == mass[b, :, own].sum(dim=-1).tolist()
+    assert torch.equal(got.sum(dim=-1), mass.sum(dim=-1))
+
+
+@everywhere
+@pytest.mark.parametrize("last", [3, 64])
+def test_probed_blocks_are_shares_of_the_last_queries(situation: str, last: int) -> None:
+    call = call_in(situation, length=37)
+    grid = grid_of(call)
+    exact, by_means = scores.probed_blocks(call, grid, scores.last_query_probe(call, last)[0], last)
+    columns = scores.last_query_probe(call, last)[0].double()
+    for b, row in enumerate(rows_of(call.extent)):
+        queries = row.positions()[-last:]
+        for n in range(grid.key_blocks):
+            own = columns[b, :, 4 * n : 4 * n + 4].sum(dim=-1) / columns[b].sum(dim=-1).clamp(min=1e-9)
+            torch.testing.assert_close(exact[b, :, n].double(), own, **TOLERANCE)
+        logits = {}
+        for n, keys in by_block(list(range(row.key_count)), 4).items():
+            if any(row.allows(query, key) for query in queries for key in keys):
+                q = means(call.q, b, [query - row.query_start for query in queries])
+                k = means(call.k, b, [key + row.key_start for key in keys])
+                logits[n] = (q * k.repeat_interleave(call.share, dim=0)).sum(dim=-1) * call.scale
+        expected = torch.zeros(call.heads, grid.key_blocks, dtype=torch.float64)
+        if logits:
+            expected[:, list(logits)] = torch.stack(list(logits.values()), dim=-1).softmax(dim=-1)
+        torch.testing.assert_close(by_means[b].double(), expected, **TOLERANCE)
+
+
 def naive_energy(call: AttentionCall, grid: Grid) -> Tensor:
     expected = torch.zeros(call.batch, call.groups, grid.query_blocks, grid.key_blocks, dtype=torch.float64)
     for b, row in enumerate(rows_of(call.extent)):

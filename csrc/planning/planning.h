@@ -58,6 +58,7 @@ enum class Rule : int {
   kTopPReaching = 5,
   kTopPBelow = 6,
   kTopPOfAllRows = 7,
+  kAtLeast = 8,
 };
 
 // What rows [batch, heads, rows] of a plan's lists may take and must take among `width` candidates; see Candidates in
@@ -68,7 +69,7 @@ struct Choice {
   float alpha;                // kRelativeToMax
   const float* scores;        // a row's candidates, contiguous
   const int64_t* counts;      // kTopK: one a head
-  const double* shares;       // kTopP and its kin: one a head
+  const double* shares;       // kTopP and its kin: one a head; kAtLeast: bars
   const Range* seen;          // [batch, rows]: nothing outside is chosen
   const Range* forced;        // [batch, rows]
   int64_t first;              // candidates that are forced in every row
@@ -77,6 +78,8 @@ struct Choice {
   int64_t diagonal_count;
   const int64_t* origin;      // [batch, rows]: the candidate on diagonal 0
   bool mirrored;              // diagonals lie on both sides of it
+  const uint8_t* everywhere;  // null, or [batch, heads, width]: candidates that every row takes
+  const uint8_t* ruled_heads;  // [batch, heads]: heads for which the rule chooses; null: all
 };
 
 inline int64_t words_of(int64_t width) { return ceil_div(width, 64); }

@@ -33,6 +33,11 @@ void choose_relative(const float* scores, float alpha, Range seen, uint64_t* bit
     if (scores[j] >= threshold && scores[j] > 0) set_bit(bits, j);
 }
 
+void choose_at_least(const float* scores, float bar, Range seen, uint64_t* bits) {
+  for (int64_t j = seen.begin; j < seen.end; ++j)
+    if (scores[j] >= bar && scores[j] > kNothing) set_bit(bits, j);
+}
+
 // NaN counts as the largest: nth_element needs an order of all values.
 bool before(float a, float b) { return a > b || (a != a && b == b); }
 
@@ -162,14 +167,21 @@ class Chooser {
         words_(words_of(choice.width)),
         diagonals_of_(choice.batch * choice.heads),
         past_(choice.batch * choice.heads) {
-    if (choice.diagonals == nullptr) return;
+    if (choice.diagonals != nullptr)
+      for (size_t head = 0; head < diagonals_of_.size(); ++head)
+        for (int64_t n = 0; n < choice.diagonal_count; ++n)
+          if (choice.diagonals[static_cast<int64_t>(head) * choice.diagonal_count + n])
+            diagonals_of_[head].push_back(n);
+    if (choice.everywhere == nullptr) return;
+    everywhere_.resize(diagonals_of_.size() * words_);
     for (size_t head = 0; head < diagonals_of_.size(); ++head)
-      for (int64_t n = 0; n < choice.diagonal_count; ++n)
-        if (choice.diagonals[static_cast<int64_t>(head) * choice.diagonal_count + n]) diagonals_of_[head].push_back(n);
+      for (int64_t n = 0; n < choice.width; ++n)
+        if (choice.everywhere[static_cast<int64_t>(head) * choice.width + n]) set_bit(&everywhere_[head * words_], n);
   }
 
   // Before rows are chosen, of each head.
   void share_out(int64_t head, Ranking& ranking) {
+    if (!is_ruled(head)) return;
     const int64_t rows = choice_.rows, b = head / choice_.heads;
     const float* scores = choice_.scores + head * rows * choice_.width;
     ranking.clear();
@@ -188,7 +200,8 @@ class Chooser {
     const int64_t head = row / choice_.rows, b = head / choice_.heads, place = b * choice_.rows + row % choice_.rows;
     std::fill(bits, bits + words_, uint64_t{0});
     const Range seen = seen_by(place);
-    if (choice_.scores != nullptr) choose_by_rule(row, place, seen, workspace, bits);
+    if (choice_.scores != nullptr && is_ruled(head)) choose_by_rule(row, place, seen, workspace, bits);
+    if (!everywhere_.empty()) set_everywhere(head, seen, bits);
     for (const int64_t diagonal : diagonals_of_[static_cast<size_t>(head)]) {
       set_if_seen(choice_.origin[place] - diagonal, seen, bits);
       if (choice_.mirrored) set_if_seen(choice_.origin[place] + diagonal, seen, bits);
@@ -206,6 +219,18 @@ class Chooser {
  private:
   bool forces(int64_t head) const { return choice_.forced_heads == nullptr || choice_.forced_heads[head]; }
 
+  bool is_ruled(int64_t head) const { return choice_.ruled_heads == nullptr || choice_.ruled_heads[head]; }
+
+  void set_everywhere(int64_t head, Range seen, uint64_t* bits) const {
+    const uint64_t* taken = &everywhere_[static_cast<size_t>(head * words_)];
+    for (int64_t n = seen.begin / 64; n * 64 < seen.end; ++n) {
+      uint64_t word = taken[n];
+      if (n * 64 < seen.begin) word &= ~uint64_t{0} << (seen.begin - n * 64);
+      if (seen.end - n * 64 < 64) word &= ~(~uint64_t{0} << (seen.end - n * 64));
+      bits[n] |= word;
+    }
+  }
+
   Range seen_by(int64_t place) const {
     const int64_t begin = std::clamp<int64_t>(choice_.seen[place].begin, 0, choice_.width);
     return {begin, std::clamp<int64_t>(choice_.seen[place].end, begin, choice_.width)};
@@ -219,6 +244,7 @@ class Chooser {
     const int64_t head = row / choice_.rows;
     const float* scores = choice_.scores + row * choice_.width;
     if (choice_.rule == Rule::kRelativeToMax) choose_relative(scores, choice_.alpha, seen, bits);
+    if (choice_.rule == Rule::kAtLeast) choose_at_least(scores, static_cast<float>(choice_.shares[head % choice_.heads]), seen, bits);
     if (choice_.rule == Rule::kTopK)
       choose_top(scores, choice_.counts[head % choice_.heads], seen.begin, seen.end, workspace.sorted, bits);
     if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, place, head, seen, workspace.ranking, bits);
@@ -243,6 +269,7 @@ class Chooser {
   const Choice& choice_;
   const int64_t words_;
   std::vector<std::vector<int64_t>> diagonals_of_;
+  std::vector<uint64_t> everywhere_;  // bits [batch, heads, words]; empty: none
   std::vector<uint64_t> past_;  // kTopPOfAllRows: of each head, the entry after the last that is chosen
 };
 

@@ -31,7 +31,8 @@ void make_part(Part* self, int64_t first, int64_t stop) { new (self) Part{first,
 
 void make_choice(Choice* self, int64_t batch, int64_t heads, int64_t rows, int64_t width, Rule rule, float alpha,
                  uintptr_t scores, uintptr_t counts, uintptr_t shares, uintptr_t seen, uintptr_t forced, int64_t first,
-                 uintptr_t forced_heads, uintptr_t diagonals, int64_t diagonal_count, uintptr_t origin, bool mirrored) {
+                 uintptr_t forced_heads, uintptr_t diagonals, int64_t diagonal_count, uintptr_t origin, bool mirrored,
+                 uintptr_t everywhere, uintptr_t ruled_heads) {
   new (self) Choice{batch,
                     heads,
                     rows,
@@ -48,7 +49,9 @@ void make_choice(Choice* self, int64_t batch, int64_t heads, int64_t rows, int64
                     pointer<uint8_t>(diagonals),
                     diagonal_count,
                     pointer<int64_t>(origin),
-                    mirrored};
+                    mirrored,
+                    pointer<uint8_t>(everywhere),
+                    pointer<uint8_t>(ruled_heads)};
 }
 
 void make_slashes(Slashes* self, const Extent& extent, int64_t heads, int64_t width, const Part& part,
@@ -69,14 +72,15 @@ void bind_views_of_planning(nb::module_& m) {
       .value("top_p_forced_first", Rule::kTopPForced)
       .value("top_p_reaching", Rule::kTopPReaching)
       .value("top_p_below", Rule::kTopPBelow)
-      .value("top_p_of_all_rows", Rule::kTopPOfAllRows);
+      .value("top_p_of_all_rows", Rule::kTopPOfAllRows)
+      .value("at_least", Rule::kAtLeast);
   nb::class_<ScoreCall>(m, "ScoreCall")
       .def("__init__", &make_score_call, nb::kw_only(), "q"_a, "k"_a, "extent"_a, "scale"_a, "threads"_a);
   nb::class_<Part>(m, "Part").def("__init__", &make_part, "first"_a, "stop"_a);
   nb::class_<Choice>(m, "Choice")
       .def("__init__", &make_choice, nb::kw_only(), "batch"_a, "heads"_a, "rows"_a, "width"_a, "rule"_a, "alpha"_a,
            "scores"_a, "counts"_a, "shares"_a, "seen"_a, "forced"_a, "first"_a, "forced_heads"_a, "diagonals"_a,
-           "diagonal_count"_a, "origin"_a, "mirrored"_a);
+           "diagonal_count"_a, "origin"_a, "mirrored"_a, "everywhere"_a, "ruled_heads"_a);
   nb::class_<Slashes>(m, "Slashes")
       .def("__init__", &make_slashes, nb::kw_only(), "extent"_a, "heads"_a, "width"_a, "part"_a, "columns"_a,
            "distances"_a);

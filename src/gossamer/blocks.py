@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.backends import backend_of
 from gossamer.call import AttentionCall
-from gossamer.plan import Grid, SparsePlan
+from gossamer.plan import Grid, SparsePlan, ceil_div
 from gossamer.rules import Candidates, Rule
 
 __all__ = ["Blocks"]
@@ -22,9 +22,9 @@ MASK_BYTES = 64 << 20
 class Blocks:
     """Builds the plan of one call: a method says what to keep and by which rule to choose, and never sees a list.
 
-    The plan has all that `keep`, `choose`, `diagonals` and `columns` name, and bands; a pair that several name counts
-    once. From the first of these calls but `columns` on, every query block keeps its own key blocks, so that no live
-    query is left without a key; a method of bands alone calls none of them.
+    The plan has all that `keep`, `choose`, `diagonals`, `block_columns` and `columns` name, and bands; a pair that
+    several name counts once. From the first of these calls but `columns` on, every query block keeps its own key
+    blocks, so that no live query is left without a key; a method of bands alone calls none of them.
 
     Args:
         block_q, block_k: tokens of a query block and of a key block.
@@ -52,26 +52,32 @@ class Blocks:
         self._missing: list[range] = []
         self._columns: Any = None
         self._column_group = max(1, self.grid.query_blocks)
-        self._first, self._own, self._last_rows = 0, 1, 0
+        self._first, self._own, self._last_rows, self._group = 0, 1, 0, 1
         self._beyond: Tensor | None = None
         self._diagonals: Tensor | None = None
+        self._block_columns: Tensor | None = None
         self._forced_heads: Tensor | None = None
         self._kept = self._chose = False
         self._pending: list[tuple[range, Tensor]] = []
         self._pending_rule: Rule | None = None
+        self._pending_heads: Tensor | None = None
 
-    def keep(self, *, first: int = 0, own: int = 1, last_rows: int = 0, heads: Tensor | None = None) -> None:
+    def keep(
+        self, *, first: int = 0, own: int = 1, last_rows: int = 0, group: int = 1, heads: Tensor | None = None
+    ) -> None:
         """Force blocks into every query block's choice, as far as it sees them. Once, and before `choose`.
 
         Args:
             first: the first key blocks.
             own: the query block's own key blocks and the ``own - 1`` before (and after, where attention is not causal).
             last_rows: everything, for query blocks that hold one of the last ``last_rows`` live queries of the call.
+            group: the key blocks of all ``group`` query blocks that it is grouped with, see `Grid.group`.
             heads: bool ``[B, heads]``, only for these.
         """
         self._once(self._kept, "keep")
         self._kept = True
-        self._first, self._own, self._last_rows, self._forced_heads = first, own, last_rows, heads
+        self._first, self._own, self._last_rows, self._group = first, own, last_rows, group
+        self._forced_heads = heads
         self._start()
 
     def diagonals(self, chosen: Tensor) -> None:
@@ -83,7 +89,16 @@ class Blocks:
         self._diagonals = chosen
         self._start()
 
-    def choose(self, part: range, scores: Tensor, rule: Rule) -> None:
+    def block_columns(self, chosen: Tensor) -> None:
+        """Take key blocks for all query blocks alike, as far as they see them: bool ``[B, heads, N]``.
+
+        Once, and before `choose`.
+        """
+        self._once(self._block_columns is not None, "block_columns")
+        self._block_columns = chosen
+        self._start()
+
+    def choose(self, part: range, scores: Tensor, rule: Rule, *, heads: Tensor | None = None) -> None:
         """Choose the key blocks of some query blocks, by a rule on their scores.
 
         Parts may come in any order, each query block in one of them. A rule that needs all rows of a head is applied
@@ -92,6 +107,7 @@ class Blocks:
         Args:
             part: plan rows, as `gossamer.scores` say them.
             scores: fp32 ``[B, heads, len(part), N]``.
+            heads: bool ``[B, heads]``, only for these; the others have what is named otherwise.
 
         Raises:
             ValueError: a query block was given before; or parts have different rules that need all rows.
@@ -99,9 +115,9 @@ class Blocks:
         self._start()
         self._chose = True
         if rule.all_rows:
-            self._hold(part, scores, rule)
+            self._hold(part, scores, rule, heads)
         else:
-            self._write(part, scores, rule)
+            self._write(part, scores, rule, heads)
 
     def columns(self, scores: Tensor, rule: Rule) -> None:
         """Choose single keys for all query blocks alike, by a rule on the scores ``[B, heads, positions]``.
@@ -111,12 +127,30 @@ class Blocks:
         """
         if self._columns is not None:
             raise ValueError("columns are chosen once: unite the scores, or the choices, before")
-        width = self.call.extent.longest
-        if self.grid.query_blocks == 0:
-            return
-        self._columns = self._backend.ListWriter(self.call.batch, self.heads, 1, width, self.call.device)
-        live = torch.stack([torch.zeros_like(self.call.extent.key_count), self.call.extent.key_count], dim=-1)[:, None]
-        self._columns.choose(range(1), Candidates(live, live[..., :1].expand_as(live)), scores[:, :, None], rule)
+        if self.grid.query_blocks:
+            self.group_columns(range(1), scores[:, :, None], rule, group=self.grid.query_blocks)
+
+    def group_columns(self, part: range, scores: Tensor, rule: Rule, *, group: int) -> None:
+        """Choose single keys for each ``group`` of consecutive query blocks, by a rule on their scores.
+
+        Parts may come in any order, each group in one of them; a group that never comes has no columns.
+
+        Args:
+            part: of the ``ceil(M / group)`` groups, from the plan's row 0 on.
+            scores: fp32 ``[B, heads, len(part), positions]``; the keys that a group does not see do not count.
+            group: the same for all parts.
+
+        Raises:
+            ValueError: a group was given before, or parts have groups of other sizes.
+        """
+        if self._columns is None:
+            lists, width = ceil_div(self.grid.query_blocks, group), self.call.extent.longest
+            self._columns = self._backend.ListWriter(self.call.batch, self.heads, lists, width, self.call.device)
+            self._column_group = group
+        if group != self._column_group:
+            raise ValueError(f"columns are for groups of {self._column_group} query blocks, got others of {group}")
+        seen = self.grid.keys_of_groups(group)[:, part.start : part.stop]
+        self._columns.choose(part, Candidates(seen, seen[..., :1].expand_as(seen)), scores, rule)
 
     def lists(self, parts: Iterator[tuple[range, Any, Any]]) -> None:
         """Blocks and columns of each query block as lists: ``part, (counts, indices), (counts, indices)``.
@@ -188,8 +222,8 @@ class Blocks:
             self._rows = self._backend.ListWriter(*size, self.call.device)
             self._missing = [range(self.grid.query_blocks)]
 
-    def _write(self, part: range, scores: Tensor, rule: Rule) -> None:
-        self._rows.choose(part, self._candidates(part), scores, rule)
+    def _write(self, part: range, scores: Tensor, rule: Rule, heads: Tensor | None) -> None:
+        self._rows.choose(part, self._candidates(part, heads), scores, rule)
         self._missing = [
             rest
             for gap in self._missing
@@ -197,14 +231,14 @@ class Blocks:
             if rest
         ]
 
-    def _hold(self, part: range, scores: Tensor, rule: Rule) -> None:
+    def _hold(self, part: range, scores: Tensor, rule: Rule, heads: Tensor | None) -> None:
         """Until all rows are there."""
         if any(part.start < other.stop and other.start < part.stop for other, _ in self._pending):
             raise ValueError(f"the query blocks {part.start} to {part.stop - 1} were given before")
-        if self._pending and rule is not self._pending_rule:
+        if self._pending and (rule is not self._pending_rule or heads is not self._pending_heads):
             raise ValueError(f"{type(rule).__name__} chooses for all query blocks at once: give one rule for all parts")
         self._pending.append((part, scores))
-        self._pending_rule = rule
+        self._pending_rule, self._pending_heads = rule, heads
         self._choose_pending()
 
     def _choose_pending(self) -> None:
@@ -212,19 +246,31 @@ class Blocks:
         if sum(len(part) for part, _ in parts) == self.grid.query_blocks and self._pending_rule is not None:
             scores = parts[0][1] if len(parts) == 1 else torch.cat([scores for _, scores in parts], dim=2)
             self._pending = []
-            self._write(range(self.grid.query_blocks), scores, self._pending_rule)
+            self._write(range(self.grid.query_blocks), scores, self._pending_rule, self._pending_heads)
 
-    def _candidates(self, part: range) -> Candidates:
+    def _candidates(self, part: range, ruled_heads: Tensor | None = None) -> Candidates:
         rows = slice(part.start, part.stop)
         seen, forced = self.grid.seen[:, rows], self.grid.own(self._own)[:, rows]
         if self._own == 0:
             keeps = False if self._beyond is None else self._beyond[:, rows, None]
             forced = torch.where(torch.as_tensor(keeps, device="cpu"), self.grid.own()[:, rows], 0)
+        if self._group > 1:
+            begin, end = self.grid.group(self._group)[:, rows].unbind(-1)
+            first, last = begin // self.grid.block_k, -(-end // self.grid.block_k)
+            forced = torch.stack([forced[..., 0].minimum(first), forced[..., 1].maximum(last)], dim=-1)
         if self._last_rows:
             forced = torch.where(self.grid.holds_last(self._last_rows)[:, rows, None], seen, forced)
         origin = None if self._diagonals is None else (self.grid.queries[:, rows, 1] - 1) // self.grid.block_k
         return Candidates(
-            seen, forced, self._first, self._forced_heads, self._diagonals, origin, mirrored=not self.call.extent.causal
+            seen,
+            forced,
+            self._first,
+            self._forced_heads,
+            self._diagonals,
+            origin,
+            mirrored=not self.call.extent.causal,
+            everywhere=self._block_columns,
+            ruled_heads=ruled_heads,
         )
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "AtLeast",
     "Candidates",
     "RelativeToMax",
     "Rule",
@@ -43,6 +44,8 @@ class Candidates:
         diagonals: bool ``[B, heads, n]``: candidate ``origin - d`` is taken where ``diagonals[d]`` is set.
         origin: ``[B, rows]``, the candidate on diagonal 0.
         mirrored: candidate ``origin + d`` is taken as well.
+        everywhere: bool ``[B, heads, candidates]``, taken in every row.
+        ruled_heads: bool ``[B, heads]``, the heads for which a rule chooses; None: all.
     """
 
     seen: Tensor
@@ -52,6 +55,8 @@ class Candidates:
     diagonals: Tensor | None = None
     origin: Tensor | None = None
     mirrored: bool = False
+    everywhere: Tensor | None = None
+    ruled_heads: Tensor | None = None
 
 
 class Rule(ABC):
@@ -97,6 +102,21 @@ class RelativeToMax(Rule):
             return scores.bool()
         alpha = per_head(self.alpha, scores.shape[1], torch.float32, scores.device)[:, None, None]
         return ((scores >= alpha * scores.amax(dim=-1, keepdim=True)) & (scores > 0)) | (alpha == 0)
+
+
+@dataclass(frozen=True, eq=False)
+class AtLeast(Rule):
+    """Candidates whose score is at least ``bar``, whatever the others' (AnchorAttention, 2505.23520).
+
+    A score of -inf is never chosen, not even by a bar of -inf, which chooses all others.
+    """
+
+    unseen: ClassVar[float] = float("-inf")
+    bar: PerHead
+
+    def select(self, scores: Tensor, forced: Tensor) -> Tensor:
+        bar = per_head(self.bar, scores.shape[1], torch.float32, scores.device)[:, None, None]
+        return (scores >= bar) & (scores > float("-inf"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from gossamer.backends import torch as reference
 from gossamer.plan import Grid
 from gossamer.plan.count import count_pairs
 from gossamer.rules import (
+    AtLeast,
     Candidates,
     RelativeToMax,
     Rule,
@@ -38,6 +39,9 @@ RULES: dict[str, Rule] = {
     "reaching": TopPReaching(SHARES),
     "below": TopPBelow(SHARES),
     "of all rows": TopPOfAllRows(SHARES),
+    "at least": AtLeast(0.02),
+    "all but -inf": AtLeast(-math.inf),
+    "at least, by head": AtLeast([0.0, 0.5, math.inf, -1.0]),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
@@ -107,6 +111,18 @@ def test_diagonals_and_forced_ranges(rule: Rule | None, mirrored: bool) -> None:
         "mirrored": mirrored,
     }
     scores = None if rule is None else draw("softmax", width, generator)
+    assert_same(width, {range(ROWS): (candidates(width, generator, **fields), scores, rule)})
+
+
+@every_rule
+@pytest.mark.parametrize("width", [1, 64, 130])
+def test_candidates_everywhere_and_heads_without_a_rule(rule: Rule, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    fields = {
+        "everywhere": torch.rand(BATCH, HEADS, width, generator=generator) < 0.3,
+        "ruled_heads": torch.tensor([[True, False, True, False], [False, True, True, True]]),
+    }
+    scores = draw("softmax", width, generator)
     assert_same(width, {range(ROWS): (candidates(width, generator, **fields), scores, rule)})
 
 

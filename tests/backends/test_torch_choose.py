@@ -51,7 +51,9 @@ def chosen_of(candidates: Candidates, scores: Tensor | None, b: int, h: int, row
         distances = candidates.diagonals[b, h].nonzero().flatten().tolist()
         origin = int(candidates.origin[b, row])
         taken |= {origin - d for d in distances} | ({origin + d for d in distances} if candidates.mirrored else set())
-    if scores is not None:
+    if candidates.everywhere is not None:
+        taken |= set(candidates.everywhere[b, h].nonzero().flatten().tolist())
+    if scores is not None and (candidates.ruled_heads is None or bool(candidates.ruled_heads[b, h])):
         taken |= set(sorted(seen, key=lambda n: (-float(scores[b, h, row, n]), n))[:2])
     return sorted(taken & set(seen))
 
@@ -67,6 +69,8 @@ def chosen_of(candidates: Candidates, scores: Tensor | None, b: int, h: int, row
         diagonals(0, mirrored=False),
         diagonals(1, mirrored=True),
         diagonals(2, mirrored=True) | {"forced_heads": torch.zeros(B, H, dtype=torch.bool)},
+        {"everywhere": torch.arange(B * H * WIDTH).view(B, H, WIDTH) % 5 == 0},
+        {"ruled_heads": torch.tensor([[True, False, True], [False, False, True]])},
     ],
 )
 def test_lists_unite_what_is_chosen_forced_and_on_diagonals(more: dict, with_rule: bool, seed: int) -> None:

@@ -139,6 +139,15 @@ def test_forced_ranges_and_diagonals(width: int, mirrored: bool) -> None:
     assert_same_lists((2, 2, 5, width), parts, candidates)
 
 
+@pytest.mark.parametrize("rule", [None, TopK(3), RelativeToMax(0.5)], ids=["forced", "best", "relative"])
+def test_candidates_everywhere_and_heads_without_a_rule(rule: Rule | None) -> None:
+    everywhere = (torch.rand(2, 2, 40, generator=torch.Generator().manual_seed(0)) < 0.3).to(DEVICE)
+    ruled = torch.tensor([[True, False], [False, True]], device=DEVICE)
+    candidates = candidates_of(2, 3, 40, 0, everywhere=everywhere, ruled_heads=ruled)
+    scores = None if rule is None else [scores_of(2, 2, 3, 40, 0)]
+    assert_same_lists((2, 2, 3, 40), [range(3)], [candidates], scores, rule)
+
+
 def test_parts_in_any_order_and_rows_that_never_come() -> None:
     parts = [range(5, 7), range(0, 2), range(3, 3), range(3, 4)]
     candidates = [candidates_of(2, len(part), 70, part.start) for part in parts]

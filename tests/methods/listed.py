@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,7 @@ _ALL = [VerticalSlash(10_000, 64), AShape(1, 10_000), BlockSparse(1000, 32), Den
 _NONE: dict[str, Any] = {}
 _SLASHES = {"vertical_size": 60, "slash_size": 300}
 _RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
+_ANCHOR = {"theta": 1.0, "step": 2, "first_blocks": 1, "block": 32}
 
 LISTED = [
     Listed("dense", _NONE, _NONE, by_block=True),
@@ -55,5 +57,8 @@ LISTED = [
     Listed("block_sparse", {"blocks": 4}, {"blocks": 1000}, by_block=True),
     Listed("minference", _SLASHES, {"vertical_size": 10_000}, by_block=False),
     Listed("max_relative", _RELATIVE, {"alpha": 0.0}, True, lambda share: -(-256 // share)),
+    Listed("flexprefill", {"gamma": 0.4, "tau": 0.3, "min_budget": 32, "block": 32}, {"gamma": 1.0}, by_block=False),
+    Listed("xattention", {"threshold": 0.5, "stride": 8, "block": 32}, {"threshold": 1.0}, by_block=True),
+    Listed("anchor_attention", _ANCHOR, {"theta": math.inf}, by_block=True),
     Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
 ]

@@ -12,7 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends.torch.slashes import exact_slashes, merged_ranges
-from gossamer.methods import AShape, BlockSparse, MaxRelative, Method, MInference, TriShape, VerticalSlash
+from gossamer.methods import (
+    AnchorAttention,
+    AShape,
+    BlockSparse,
+    FlexPrefill,
+    MaxRelative,
+    Method,
+    MInference,
+    TriShape,
+    VerticalSlash,
+    XAttention,
+)
 from gossamer.plan import Grid
 from gossamer.scores import last_query_probe, pool_keys, pool_queries, row_block_energy
 from gossamer.testing import SITUATIONS, make_call
@@ -75,6 +86,12 @@ PUBLISHED = [
         MaxRelative(),
         {"alpha": 0.1, "sink_blocks": 2, "window_blocks": 4, "last_rows": 1024, "block_q": 64, "block_k": 128},
     ),
+    (
+        FlexPrefill(),
+        {"gamma": 0.9, "tau": 0.1, "min_budget": 512, "max_budget": None, "block": 128, "faithful": False},
+    ),
+    (AnchorAttention(), {"theta": 12.0, "step": 16, "first_blocks": 16, "block": 128}),
+    (XAttention(), {"threshold": 0.9, "stride": 16, "block": 128}),
 ]
 
 

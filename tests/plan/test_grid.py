@@ -42,6 +42,24 @@ def assert_lies_as_defined(grid: Grid) -> None:
                 if any(row.allows(query, key) for query in positions)
             }
             assert list(range(*grid.seen[b, m].tolist())) == sorted(seen)
+            visible = [key for key in range(row.key_count) if any(row.allows(query, key) for query in positions)]
+            assert list(range(*grid.keys[b, m].tolist())) == visible
+            assert grid.sees(range(m, m + 1))[b, 0].nonzero().flatten().tolist() == sorted(seen)
+
+
+@everywhere
+@pytest.mark.parametrize("size", [1, 2, 5, 40])
+def test_groups_are_consecutive_rows_of_the_plan(situation: str, size: int) -> None:
+    grid = Grid(call_in(situation, length=37).extent, 4, 8)
+    together = grid.keys_of_groups(size)
+    assert together.shape[1] == -(-grid.query_blocks // size)
+    for b in range(grid.extent.batch):
+        for m in range(grid.query_blocks):
+            first = m // size * size
+            begin = 4 * (int(grid.first_block[b]) + first)
+            assert grid.group(size)[b, m].tolist() == [begin, begin + 4 * size]
+            each = [range(*grid.keys[b, n].tolist()) for n in range(first, min(first + size, grid.query_blocks))]
+            assert set(range(*together[b, m // size].tolist())) == {key for keys in each for key in keys}
 
 
 def test_blocks_of_random_extents_lie_as_defined() -> None:

@@ -7,14 +7,17 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from gossamer.methods.a_shape import AShape
+from gossamer.methods.anchor_attention import AnchorAttention
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.dense import Dense
+from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.vertical_slash import VerticalSlash
+from gossamer.methods.xattention import XAttention
 
 __all__ = ["GROUP", "available", "class_of", "create", "from_dict"]
 
@@ -28,6 +31,9 @@ _METHODS: tuple[type[Method], ...] = (
     BlockSparse,
     MInference,
     MaxRelative,
+    FlexPrefill,
+    XAttention,
+    AnchorAttention,
     PerHead,
 )
 

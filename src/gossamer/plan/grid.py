@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer.plan.extent import Extent
-from gossamer.plan.integers import ceil_div
+from gossamer.plan.integers import MOST, ceil_div
 
 __all__ = ["Grid"]
 
@@ -66,8 +67,8 @@ class Grid:
         return torch.stack([low, high.maximum(low)], dim=-1)
 
     @cached_property
-    def seen(self) -> Tensor:
-        """Key blocks of which some query of the block may attend some key, half-open, ``[B, M, 2]``."""
+    def keys(self) -> Tensor:
+        """Key positions that some query of the block may attend, half-open, ``[B, M, 2]``; ``[0, 0)`` for none."""
         first, last = self.queries[..., 0], self.queries[..., 1] - 1
         low, high = torch.zeros_like(first), self.extent.key_count[:, None].expand_as(last)
         limit = self.extent.limit
@@ -76,8 +77,18 @@ class Grid:
         if limit is not None:
             low, high = (first - limit + 1).clamp(min=0), high.minimum(last + limit)
         some = (last >= first) & (high > low)
-        low = torch.where(some, low // self.block_k, 0)
-        return torch.stack([low, torch.where(some, -(-high // self.block_k), low)], dim=-1)
+        return torch.stack([low, high], dim=-1) * some[..., None]
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Key blocks of which some query of the block may attend some key, half-open, ``[B, M, 2]``."""
+        return torch.stack([self.keys[..., 0] // self.block_k, -(-self.keys[..., 1] // self.block_k)], dim=-1)
+
+    def sees(self, part: range, device: torch.device | str = "cpu") -> Tensor:
+        """Whether some query of a block may attend some key of a block, bool ``[B, len(part), N]``."""
+        low, high = self.seen[:, part.start : part.stop].to(device)[..., None, :].unbind(-1)
+        block = torch.arange(self.key_blocks, device=device)
+        return (block >= low) & (block < high)
 
     def own(self, blocks: int = 1) -> Tensor:
         """Key blocks at the positions of the block's queries and the ``blocks - 1`` before, half-open, ``[B, M, 2]``.
@@ -90,6 +101,21 @@ class Grid:
             first, last = first.minimum(nearest), last.minimum(nearest)
         after = 0 if self.extent.causal else blocks - 1
         return torch.stack([first - (blocks - 1), last + 1 + after], dim=-1)
+
+    def group(self, size: int) -> Tensor:
+        """Positions of the ``size`` query blocks that a block is grouped with, half-open, ``[B, M, 2]``.
+
+        Groups are consecutive rows of the plan, from row 0 of each batch row on.
+        """
+        first = torch.arange(self.query_blocks, device="cpu") // size * size
+        begin = (self.first_block[:, None] + first) * self.block_q
+        return torch.stack([begin, begin + size * self.block_q], dim=-1)
+
+    def keys_of_groups(self, size: int) -> Tensor:
+        """Key positions that some query of a group of ``size`` blocks may attend, ``[B, ceil(M / size), 2]``."""
+        low, high = F.pad(self.keys, (0, 0, 0, -self.query_blocks % size)).unflatten(1, (-1, size)).unbind(-1)
+        low = torch.where(high > low, low, MOST).amin(dim=-1)
+        return torch.stack([low.minimum(high.amax(dim=-1)), high.amax(dim=-1)], dim=-1)
 
     def holds_last(self, queries: int) -> Tensor:
         """Query blocks that hold one of the last ``queries`` live queries of each row, bool ``[B, M]``."""

@@ -87,6 +87,7 @@ class Rule(Enum):
     top_p_reaching = 5
     top_p_below = 6
     top_p_of_all_rows = 7
+    at_least = 8
 
 class Choice:
     """Addresses of fp32 scores, int64 counts, fp64 shares, int64 ranges and origins, bool masks as bytes."""
@@ -111,6 +112,8 @@ class Choice:
         diagonal_count: int,
         origin: int,
         mirrored: bool,
+        everywhere: int,
+        ruled_heads: int,
     ) -> None: ...
 
 class ChosenBits:

@@ -16,6 +16,7 @@ from gossamer.backends.torch.choose import ListWriter as TorchListWriter
 from gossamer.plan import SparsePlan, ceil_div
 from gossamer.plan.count import count_pairs
 from gossamer.rules import (
+    AtLeast,
     Candidates,
     RelativeToMax,
     Rule,
@@ -96,6 +97,8 @@ def _rule_fields(rule: Rule, heads: int) -> dict[str, Any] | None:
     kind = type(rule)
     if isinstance(rule, RelativeToMax) and kind is RelativeToMax and isinstance(rule.alpha, (int, float)):
         return {"rule": "relative_to_max", "alpha": float(rule.alpha)}
+    if isinstance(rule, AtLeast) and kind is AtLeast:
+        return {"rule": "at_least", "shares": per_head(rule.bar, heads, torch.float64, "cpu").contiguous()}
     if isinstance(rule, TopK) and kind is TopK:
         return {"rule": "top_k", "counts": per_head(rule.count, heads, torch.int64, "cpu").contiguous()}
     if isinstance(rule, TopP) and kind is TopP:
@@ -125,6 +128,11 @@ def _choose(
     if diagonals is not None:
         diagonals = diagonals.expand(batch, heads, -1).to(torch.uint8).contiguous()
         origin = _int64(candidates.origin, (batch, rows))
+    everywhere, ruled_heads = candidates.everywhere, candidates.ruled_heads
+    if everywhere is not None:
+        everywhere = everywhere.expand(batch, heads, width).to(torch.uint8).contiguous()
+    if ruled_heads is not None:
+        ruled_heads = ruled_heads.expand(batch, heads).to(torch.uint8).contiguous()
     choice = native.Choice(
         batch=batch,
         heads=heads,
@@ -143,6 +151,8 @@ def _choose(
         diagonal_count=0 if diagonals is None else diagonals.shape[2],
         origin=address(origin),
         mirrored=candidates.mirrored,
+        everywhere=address(everywhere),
+        ruled_heads=address(ruled_heads),
     )
     native.choose(choice, native.ChosenBits(bits=bits.data_ptr(), counts=counts.data_ptr()), torch.get_num_threads())
 

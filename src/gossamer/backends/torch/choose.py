@@ -29,19 +29,24 @@ class ListWriter:
     def choose(
         self, part: range, candidates: Candidates, scores: Tensor | None = None, rule: Rule | None = None
     ) -> None:
-        """Lists of the rows ``part``: by a rule on scores, on diagonals, and forced; their union, of what is seen.
+        """Lists of the rows ``part``: by a rule on scores, forced, on diagonals, everywhere; their union, of the seen.
 
         Args:
             candidates: for B batch rows and the rows of the part.
-            scores: fp32 ``[B, heads, len(part), width]``, with a rule; without, what is forced and on diagonals alone.
+            scores: fp32 ``[B, heads, len(part), width]``, with a rule; without, all but what a rule chooses.
         """
         batch, heads, _ = self.shape
         seen, forced = members(candidates, batch, heads, self.width, self.device)
         chosen = forced
         if scores is not None and rule is not None:
-            chosen = chosen | rule.select(scores.masked_fill(~seen, rule.unseen), forced)
+            picked = rule.select(scores.masked_fill(~seen, rule.unseen), forced)
+            if candidates.ruled_heads is not None:
+                picked = picked & candidates.ruled_heads.to(self.device)[:, :, None, None]
+            chosen = chosen | picked
         if candidates.diagonals is not None:
             chosen = chosen | _on_diagonals(candidates, self.width, self.device)
+        if candidates.everywhere is not None:
+            chosen = chosen | candidates.everywhere.to(self.device)[:, :, None]
         chosen = (chosen & seen).expand(batch, heads, len(part), self.width)
         self.take(part, chosen.sum(dim=-1), chosen.flatten(0, 2).nonzero()[:, 1].to(torch.int32))
 

@@ -43,11 +43,11 @@ class ListWriter:
     def choose(
         self, part: range, candidates: Candidates, scores: Tensor | None = None, rule: Rule | None = None
     ) -> None:
-        """Lists of the rows ``part``: by a rule on scores, on diagonals, and forced; their union, of what is seen.
+        """Lists of the rows ``part``: by a rule on scores, forced, on diagonals, everywhere; their union, of the seen.
 
         Args:
             candidates: for B batch rows and the rows of the part.
-            scores: fp32 ``[B, heads, len(part), width]``, with a rule; without, what is forced and on diagonals alone.
+            scores: fp32 ``[B, heads, len(part), width]``, with a rule; without, all but what a rule chooses.
 
         Raises:
             ValueError: another part has written one of these rows, there are no such rows, or the scores have another
@@ -64,7 +64,7 @@ class ListWriter:
             return
         every, nothing = kernels(), self.counts
         name, given = self._rule(candidates, scores, rule)
-        diagonals, origin = candidates.diagonals, candidates.origin
+        diagonals, origin, everywhere = candidates.diagonals, candidates.origin, candidates.everywhere
         ranges = [candidates.seen, candidates.forced]
         ranges.append(torch.zeros_like(candidates.seen[..., :1]) if origin is None else origin[..., None])
         forced_heads = candidates.forced_heads
@@ -75,10 +75,11 @@ class ListWriter:
             every.choose_rows, batch * heads * len(part), given.get("scores", nothing), given.get("flags", nothing),
             integers_on(torch.cat(ranges, dim=-1), self.device), flags_on(forced_heads, self.device),
             given.get("budgets", nothing), nothing if diagonals is None else flags_on(diagonals, self.device),
-            self.bits, self.counts, heads, len(part), self.width, part.start, rows, candidates.first,
+            nothing if everywhere is None else flags_on(everywhere, self.device), self.bits, self.counts, heads,
+            len(part), self.width, part.start, rows, candidates.first,
             0 if diagonals is None else diagonals.shape[-1], self.bits.shape[3], given.get("alpha", 0.0),
             RULE=getattr(every.choices, name).value, DIAGONALS=diagonals is not None, MIRRORED=candidates.mirrored,
-            ONE=self.width <= tile, TILE=tile, num_warps=4 if tile > 512 else 1,
+            EVERYWHERE=everywhere is not None, ONE=self.width <= tile, TILE=tile, num_warps=4 if tile > 512 else 1,
         )  # fmt: skip
 
     def _take(self, part: range) -> None:
@@ -97,13 +98,17 @@ class ListWriter:
         if scores is None or rule is None:
             return "FORCED", {}
         scores = scores.float().contiguous()
-        if type(rule) is RelativeToMax and isinstance(rule.alpha, (int, float)):
+        every = candidates.ruled_heads is None
+        if every and type(rule) is RelativeToMax and isinstance(rule.alpha, (int, float)):
             return ("ALL", {}) if rule.alpha == 0 else ("RELATIVE", {"scores": scores, "alpha": float(rule.alpha)})
-        if type(rule) is TopK and self.width <= _WIDEST_ROW:
+        if every and type(rule) is TopK and self.width <= _WIDEST_ROW:
             budgets = per_head(rule.count, self.shape[1], torch.int64, "cpu")
             return "BEST", {"scores": scores, "budgets": integers_on(budgets, self.device)}
         seen, forced = self._members(candidates)
-        return "FLAGGED", {"flags": flags_on(rule.select(scores.masked_fill(~seen, rule.unseen), forced), self.device)}
+        picked = rule.select(scores.masked_fill(~seen, rule.unseen), forced)
+        if candidates.ruled_heads is not None:
+            picked = picked & on_device(candidates.ruled_heads, self.device)[:, :, None, None]
+        return "FLAGGED", {"flags": flags_on(picked, self.device)}
 
     def _members(self, candidates: Candidates) -> tuple[Tensor, Tensor]:
         """What rows see, bool ``[B, 1, rows, width]``, and what is forced, ``[B, heads or 1, rows, width]``."""

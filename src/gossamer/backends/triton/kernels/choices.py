@@ -108,9 +108,10 @@ def best_threshold(row, budget, ONE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "rows", "width", "start", "all_rows", "first", "diagonals", "words"])
 def choose_rows(
-    scores_ptr, flags_ptr, ranges_ptr, forced_heads_ptr, budgets_ptr, diagonals_ptr, bits_ptr, counts_ptr,
-    heads, rows, width, start, all_rows, first, diagonals, words, alpha,
-    RULE: tl.constexpr, DIAGONALS: tl.constexpr, MIRRORED: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr,
+    scores_ptr, flags_ptr, ranges_ptr, forced_heads_ptr, budgets_ptr, diagonals_ptr, everywhere_ptr, bits_ptr,
+    counts_ptr, heads, rows, width, start, all_rows, first, diagonals, words, alpha,
+    RULE: tl.constexpr, DIAGONALS: tl.constexpr, MIRRORED: tl.constexpr, EVERYWHERE: tl.constexpr, ONE: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """The choice of one row as bits, and how many they are. Grid: ``B * heads * rows``.
 
@@ -161,6 +162,9 @@ def choose_rows(
                 diagonal = tl.abs(diagonal)
             crossed = inside & (diagonal >= 0) & (diagonal < diagonals)
             flags = tl.load(diagonals_ptr + bh.to(tl.int64) * diagonals + diagonal, mask=crossed, other=0)
+            chosen = chosen | (flags != 0)
+        if EVERYWHERE:
+            flags = tl.load(everywhere_ptr + bh.to(tl.int64) * width + j, mask=inside, other=0)
             chosen = chosen | (flags != 0)
         chosen = chosen & inside
         word = n * (TILE // 32) + tl.arange(0, TILE // 32)

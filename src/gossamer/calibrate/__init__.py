@@ -1,0 +1,1 @@
+"""Searches for what the heads of a model need, from calls that were captured in it."""
