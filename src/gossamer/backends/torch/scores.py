@@ -16,6 +16,7 @@ from gossamer.plan import Grid, ceil_div
 
 __all__ = [
     "antidiagonal_scores",
+    "block_means",
     "diagonal_sums",
     "last_query_probe",
     "pool_keys",
@@ -107,22 +108,27 @@ def diagonal_sums(mass: Tensor) -> Tensor:
 
 def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     """Mean of the live keys of each key block: fp32 ``[B, G, N, D]``; 0 for a block without live keys."""
-    extent = call.extent
-    return _pool(call.k, extent.key_start, extent.key_count, extent.key_count * 0, grid.block_k, grid.key_blocks)
+    return block_means(call.k, grid).float()
+
+
+def block_means(x: Tensor, grid: Grid) -> Tensor:
+    """Mean of the live rows of each key block of keys or values ``[B, G, T, D]``: ``[B, G, N, D]``, at least fp32."""
+    extent = grid.extent
+    return _pool(x, extent.key_start, extent.key_count, extent.key_count * 0, grid.block_k, grid.key_blocks)
 
 
 def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
     """Mean of the live queries of each query block: fp32 ``[B, H, M, D]``; 0 in surplus rows."""
     extent = call.extent
     offset = extent.first_position - grid.first_block * grid.block_q
-    return _pool(call.q, extent.first_query, extent.query_count, offset, grid.block_q, grid.query_blocks)
+    return _pool(call.q, extent.first_query, extent.query_count, offset, grid.block_q, grid.query_blocks).float()
 
 
 def _pool(x: Tensor, first: Tensor, count: Tensor, offset: Tensor, block: int, blocks: int) -> Tensor:
-    """Means in fp32 over the tokens ``first .. first + count - 1`` of each batch row, in blocks that begin ``offset``
-    tokens before ``first``."""
+    """Means over the tokens ``first .. first + count - 1`` of each batch row, in blocks that begin ``offset`` tokens
+    before ``first``; in fp32 or wider."""
     batch, heads, _, dim = x.shape
-    means = torch.zeros(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
+    means = torch.zeros(batch, heads, blocks, dim, dtype=_wide(x[:0]).dtype, device=x.device)
     step = max(1, CHUNK_BYTES // max(1, 4 * heads * block * dim))
     for b in range(batch):
         skip, total = int(offset[b]), int(count[b])
@@ -131,7 +137,7 @@ def _pool(x: Tensor, first: Tensor, count: Tensor, offset: Tensor, block: int, b
             low, high = max(m * block, skip), min((m + step) * block, skip + total)
             part = tokens[:, low - skip : high - skip]
             part = F.pad(part, (0, 0, low - m * block, -high % block)).unflatten(1, (-1, block))
-            means[b, :, m : m + part.shape[1]] = part.sum(dim=2, dtype=torch.float32)
+            means[b, :, m : m + part.shape[1]] = part.sum(dim=2, dtype=means.dtype)
         begin = torch.arange(blocks, device="cpu") * block
         live = ((begin + block).clamp(max=skip + total) - begin.clamp(min=skip)).clamp(min=1)
         means[b] /= live.to(x.device)[:, None]
