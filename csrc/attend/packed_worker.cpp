@@ -29,8 +29,10 @@ void PackedWorker::pack_tile(int64_t tile) {
   const int64_t n = tile - head.first_tile;
   if (n < head.chunks)
     pack_chunk(head, n, keys_.tiles_from(tile));
-  else
+  else if (n < head.chunks + head.column_tiles)
     pack_columns(head, n - head.chunks, keys_.tiles_from(tile));
+  else
+    pack_means(head, n - head.chunks - head.column_tiles, keys_.tiles_from(tile));
 }
 
 void PackedWorker::pack_chunk(const PackedHead& head, int64_t chunk, const PackedTiles& to) {
@@ -53,6 +55,11 @@ void PackedWorker::pack_columns(const PackedHead& head, int64_t column_tile, con
   o_.pack(head.b, o_.group_of(head.first_plan_head), first, count, to.keys(0), to.values(0));
 }
 
+void PackedWorker::pack_means(const PackedHead& head, int64_t mean_tile, const PackedTiles& to) {
+  float* scratch = reinterpret_cast<float*>(means_buffer_.reserve(o_.means_scratch() * int64_t{sizeof(float)}));
+  o_.pack_means(head.b, o_.group_of(head.first_plan_head), mean_tile * kChunk, scratch, to.keys(0), to.values(0));
+}
+
 void PackedWorker::attend(const RowRange& range) {
   rows_.collect(o_, range);
   if (rows_.size() == 0) return;
@@ -65,6 +72,8 @@ void PackedWorker::attend(const RowRange& range) {
   }
   worklist_.build(rows_.block(), chunks, head.shares_columns ? &columns : nullptr);
   gather();
+  if (o_.plan.pruned_mean)
+    worklist_.add_means(rows_.block(), keys_.tiles_from(head.first_mean_tile()), keys_.log_lengths(range.b));
   Panel panel = rows_.panel(o_);
   panel.tiles = worklist_.tiles().data();
   panel.tile_count = static_cast<int64_t>(worklist_.tiles().size());

@@ -35,11 +35,15 @@ int64_t listed_keys(const Plan& plan, int64_t b, int64_t plan_head, int64_t m) {
   const int64_t columns = plan.columns.row(plan.column_list(b, plan_head, m)).size();
   const bool up_to_own = extent.causal && plan.q_order == nullptr;
   const int64_t most = up_to_own ? plan.grid.queries(b, m).end : extent.key_count[b];
-  return blocks * plan.grid.block_k + columns + std::min(plan.sink[plan_head] + int64_t{plan.window[plan_head]}, most);
+  const int64_t means = plan.pruned_mean ? plan.grid.wholly_seen(b, m).size() : 0;
+  return blocks * plan.grid.block_k + columns + means + std::min(plan.sink[plan_head] + int64_t{plan.window[plan_head]}, most);
 }
 
 Worklist::Worklist(const Plan& plan, int64_t most_chunks)
-    : plan_(plan), selected_(most_chunks), touched_(most_chunks) {}
+    : plan_(plan),
+      selected_(most_chunks),
+      touched_(most_chunks),
+      pruned_(plan.pruned_mean ? most_chunks : 0) {}  // there are no more blocks than keys
 
 void Worklist::build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns) {
   tiles_.clear();
@@ -113,6 +117,20 @@ void Worklist::add_gathered(const QueryBlock& block, const PackedTiles& packed, 
     add_column_tile(block, positions + tile * kChunk, count, bit_range(0, count), packed.keys(tile),
                     packed.values(tile));
   }
+}
+
+void Worklist::add_means(const QueryBlock& block, const PackedTiles& means, const float* log_lengths) {
+  const auto [begin, end] = plan_.grid.wholly_seen(block.b, block.block);
+  if (begin >= end) return;
+  const int64_t first_tile = begin / kChunk, last_tile = (end - 1) / kChunk;
+  for (int64_t tile = first_tile; tile <= last_tile; ++tile)
+    pruned_[tile] = bit_range(begin - tile * kChunk, end - tile * kChunk);
+  for (const int32_t selected : plan_.blocks.row(plan_.block_list(block.b, block.plan_head, block.block)))
+    if (selected >= begin && selected < end) pruned_[selected / kChunk] &= ~(uint64_t{1} << (selected % kChunk));
+  for (int64_t tile = first_tile; tile <= last_tile; ++tile)
+    if (pruned_[tile] != 0)
+      tiles_.push_back({means.keys(tile), means.values(tile), nullptr, 0, pruned_[tile], kChunk, TileKind::kMeans, 0,
+                        log_lengths + tile * kChunk});
 }
 
 void Worklist::add_column_tile(const QueryBlock& block, const int32_t* positions, int count, uint64_t bits,

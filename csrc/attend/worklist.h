@@ -38,6 +38,9 @@ class Worklist {
   // `positions` is gathered(), or a copy of it that lives longer.
   void add_gathered(const QueryBlock& block, const PackedTiles& packed, const int32_t* positions);
 
+  // The tiles of means, of which the query block attends those of blocks that it sees whole and does not select.
+  void add_means(const QueryBlock& block, const PackedTiles& means, const float* log_lengths);
+
   const std::vector<Tile>& tiles() const { return tiles_; }
   const std::vector<int32_t>& gathered() const { return gathered_; }
 
@@ -53,6 +56,7 @@ class Worklist {
   const Plan& plan_;
   std::vector<uint64_t> selected_;  // by chunk: keys that a block or a column selects
   std::vector<char> touched_;       // by chunk: listed
+  std::vector<uint64_t> pruned_;    // by tile of means: key blocks that count by their mean
   std::vector<int32_t> gathered_;
   std::vector<Tile> tiles_;
 };

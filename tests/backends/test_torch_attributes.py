@@ -138,6 +138,14 @@ def test_nothing_selected_and_all_pruned_is_attention_to_means() -> None:
     assert_attends(call, plan)
 
 
+def test_without_live_queries_there_is_nothing() -> None:
+    extent = Extent([0], [0], [0], [20])
+    call = AttentionCall(torch.ones(1, 2, 3, 4), torch.ones(1, 1, 20, 4), torch.ones(1, 1, 20, 2), extent)
+    out, lse = attend(call, SparsePlan(1, 3, 20, extent, pruned_mean=True, skip=1.0))
+    assert bool((out == 0).all())
+    assert bool((lse == -math.inf).all())
+
+
 def test_selected_blocks_have_no_mean() -> None:
     call = call_in("no padding")
     everything = blocks_by_chance(call, 4, share=1.1, pruned_mean=True)

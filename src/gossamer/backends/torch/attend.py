@@ -49,7 +49,7 @@ def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Te
     values = wide(cleared(call.values, call))
     if plan.skip is not None:
         scores = scores.masked_fill(_left_out(scores, call, plan.skip), float("-inf"))
-    if plan.pruned_mean:
+    if plan.pruned_mean and plan.num_query_blocks:
         means = _logits(call, rows, block_means(call.k, plan.grid)) + _log_lengths(plan).to(scores)[:, None, None]
         pruned = _for_query_heads(_pruned(plan, rows), call)
         scores = torch.cat([scores, means.masked_fill(~pruned, float("-inf"))], dim=-1)
