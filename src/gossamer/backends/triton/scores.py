@@ -97,7 +97,7 @@ def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     check_call(call)
     extent = call.extent
     tokens = torch.stack([extent.key_start, extent.key_count, torch.zeros_like(extent.key_count)], dim=1)
-    return _pool(call.k, tokens, grid.block_k, grid.key_blocks)
+    return block_means(call.k, tokens, grid.block_k, grid.key_blocks)
 
 
 def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
@@ -106,11 +106,11 @@ def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
     extent = call.extent
     offset = extent.first_position - grid.first_block * grid.block_q
     tokens = torch.stack([extent.first_query, extent.query_count, offset], dim=1)
-    return _pool(call.q, tokens, grid.block_q, grid.query_blocks)
+    return block_means(call.q, tokens, grid.block_q, grid.query_blocks)
 
 
-def _pool(x: Tensor, tokens: Tensor, block: int, blocks: int) -> Tensor:
-    """Means over blocks; ``tokens`` as `gossamer.backends.triton.kernels.block_means` reads them."""
+def block_means(x: Tensor, tokens: Tensor, block: int, blocks: int) -> Tensor:
+    """Means over blocks, fp32 ``[B, heads, blocks, dim]``; ``tokens`` as the kernel of this name reads them."""
     batch, heads, _, dim = x.shape
     means = torch.empty(batch, heads, blocks, dim, device=x.device)
     x, block_d = _dense_rows(x), power_of_two(dim)
