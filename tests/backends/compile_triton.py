@@ -101,7 +101,7 @@ def compile_products(capability: int, dtype: str, dim: int, share: int, only: st
     variants = {
         "probe_sums": (sums, 4, stages),
         "probe_mass": (mass, 4, min(stages, 2)),
-        "row_energies": (energy | dict(CAUSAL=True), warps, stages),
+        "row_energies": (energy | dict(CAUSAL=True, ENDED=False, LISTS=1), warps, stages),
         "antidiagonal_mass": (cells, 4, min(stages, 2)),
     }
     return {

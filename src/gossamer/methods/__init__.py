@@ -3,7 +3,9 @@
 from gossamer.methods.a_shape import AShape
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
+from gossamer.methods.corrected import Corrected
 from gossamer.methods.dense import Dense
+from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
@@ -14,7 +16,9 @@ from gossamer.methods.vertical_slash import VerticalSlash
 __all__ = [
     "AShape",
     "BlockSparse",
+    "Corrected",
     "Dense",
+    "FlashPrefill",
     "MInference",
     "MaxRelative",
     "Method",

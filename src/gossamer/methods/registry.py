@@ -9,7 +9,9 @@ from typing import Any
 from gossamer.methods.a_shape import AShape
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
+from gossamer.methods.corrected import Corrected
 from gossamer.methods.dense import Dense
+from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
@@ -28,6 +30,8 @@ _METHODS: tuple[type[Method], ...] = (
     BlockSparse,
     MInference,
     MaxRelative,
+    FlashPrefill,
+    Corrected,
     PerHead,
 )
 

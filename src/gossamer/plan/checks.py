@@ -46,18 +46,18 @@ def checks_numbers() -> bool:
     return value == "1"
 
 
-def check_attributes(pruned_mean: bool, skip: float | None, block_k: int) -> None:
-    """Validate a plan's attributes by themselves."""
+def check_attributes(pruned_mean: bool, skip: float | None, block_k: int, owner: str = "SparsePlan") -> None:
+    """Validate a plan's attributes by themselves; ``owner`` has them in a message."""
     if not isinstance(pruned_mean, bool):
-        raise TypeError(f"SparsePlan.pruned_mean must be true or false, got {pruned_mean!r}")
+        raise TypeError(f"{owner}.pruned_mean must be true or false, got {pruned_mean!r}")
     if skip is None:
         return
     if isinstance(skip, bool) or not isinstance(skip, (int, float)):
-        raise TypeError(f"SparsePlan.skip must be a number of nats, or None, got {skip!r}")
+        raise TypeError(f"{owner}.skip must be a number of nats, or None, got {skip!r}")
     if not 0 <= skip < math.inf:
-        raise ValueError(f"SparsePlan.skip must be at least 0 and finite, or None for no skipping, got {skip}")
+        raise ValueError(f"{owner}.skip must be at least 0 and finite, or None for no skipping, got {skip}")
     if block_k % SKIP_TILE:
-        raise ValueError(f"SparsePlan.skip needs a block_k that is a multiple of {SKIP_TILE}, got {block_k}")
+        raise ValueError(f"{owner}.skip needs a block_k that is a multiple of {SKIP_TILE}, got {block_k}")
 
 
 def check_blocks_alone(plan: Any, *, wait: bool = False) -> None:

@@ -165,7 +165,9 @@ def _seen(grid: Grid, part: range, device: torch.device) -> Tensor:
     return (block >= low) & (block < high)
 
 
-def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range) -> Tensor:
+def row_block_energy(
+    call: AttentionCall, grid: Grid, keys: Tensor, part: range, *, per_head: bool = False, ended: bool = False
+) -> Tensor:
     """Every query row against mean-pooled keys, summed over a query block and a GQA group.
 
     FlashPrefill V2 (2608.19758): with ``x[r, j] = scale * q_r . kbar_j`` where row r may attend some key of block j,
@@ -175,11 +177,16 @@ def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range)
 
     Args:
         keys: of `pool_keys`, in q's dtype; part: rows of the plan.
+        per_head: a tile is the query block in one head (FlashPrefill V1, 2603.06199).
+        ended: in causal attention a row takes part for the blocks alone that end, if they are full, at or before it.
 
     Returns:
-        fp32 ``[B, G, len(part), N]``, at most the number of rows; 0 where a block is not scored.
+        fp32 ``[B, G, len(part), N]``, or ``[B, H, len(part), N]`` per head; at most the number of rows; 0 where a block
+        is not scored.
     """
-    energy = torch.zeros(call.batch, call.groups, len(part), grid.key_blocks, device=call.device)
+    heads = call.heads if per_head else call.groups
+    energy = torch.zeros(call.batch, heads, len(part), grid.key_blocks, device=call.device)
+    block = torch.arange(grid.key_blocks, device=call.device)
     low, high = (ends.to(call.device) for ends in grid.key_block_ends())  # [B, N]
     for b in range(call.batch):
         keys_t = _wide(keys[b]).transpose(-1, -2)
@@ -193,12 +200,12 @@ def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range)
             sees = (high[b] > low[b]).expand(last - first, -1)
             scored = high[b] > low[b]
             if call.extent.causal:
-                sees = sees & (low[b] <= position)
-                scored = (torch.arange(grid.key_blocks, device=call.device) + 1) * grid.block_k <= last
+                sees = sees & ((block * grid.block_k + (grid.block_k - 1 if ended else 0)) <= position)
+                scored = (block + 1) * grid.block_k <= last
             if call.extent.limit is not None:
                 sees = sees & (position - (high[b] - 1) < call.extent.limit) & (low[b] - position < call.extent.limit)
             x = (q @ keys_t).float().mul_(call.scale).unflatten(1, (call.share, last - first))
-            x = x.masked_fill_(~(sees & scored), float("-inf"))
+            x = x.masked_fill_(~(sees & scored), float("-inf")).view(heads, -1, last - first, grid.key_blocks)
             top = x.amax(dim=(1, 2, 3), keepdim=True)
             top = top.masked_fill_(top == float("-inf"), 0.0)
             energy[b, :, m - part.start] = x.sub_(top).exp_().sum(dim=(1, 2))
