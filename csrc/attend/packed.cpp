@@ -34,6 +34,20 @@ PackedKeys::PackedKeys(const Operands& operands, const std::vector<int64_t>& bat
       tiles += heads.back().tiles();
     }
   }
+  if (plan.k_order != nullptr) bound_chunks();
+}
+
+void PackedKeys::bound_chunks() {
+  const Plan& plan = operands.plan;
+  bounds_.resize(heads.size());
+  run_parallel(operands.call.threads, static_cast<int64_t>(heads.size()), [&](int, int64_t n) {
+    const int32_t* positions = plan.key_ranks(heads[n].b, heads[n].first_plan_head);
+    for (int64_t first = 0; first < plan.key_len; first += kChunk) {
+      const auto [lowest, highest] =
+          std::minmax_element(positions + first, positions + std::min(plan.key_len, first + kChunk));
+      bounds_[n].push_back({*lowest, *highest});
+    }
+  });
 }
 
 int64_t PackedKeys::head_of(int64_t b, int64_t plan_head) const {

@@ -38,6 +38,10 @@ class PackedKeys {
   int64_t head_of(int64_t b, int64_t plan_head) const;
   // Tile of a column list, counted over all packed heads.
   int64_t first_column_tile(const PackedHead& head, int64_t list) const;
+  // Of a packed head's chunks; null where the plan does not order keys.
+  const ChunkBounds* bounds(const PackedHead& head) const {
+    return bounds_.empty() ? nullptr : bounds_[&head - heads.data()].data();
+  }
   // Logs, to the base 2, of the numbers of keys of a batch row's key blocks; one for each place in its tiles of means.
   const float* log_lengths(int64_t b) const { return log_lengths_[b].data(); }
   // The list of which a column tile is a part, and the number of the tile in it.
@@ -53,9 +57,11 @@ class PackedKeys {
   bool shares_columns(int64_t b, int64_t packed_heads) const;
   void place_columns(PackedHead& head);
   int64_t measure_blocks(int64_t b);
+  void bound_chunks();
 
   std::vector<int64_t> first_heads_;    // by batch row
   std::vector<std::vector<float>> log_lengths_;
+  std::vector<std::vector<ChunkBounds>> bounds_;  // by packed head
   std::vector<int64_t> column_starts_;  // by column list: its first tile, counted from its packed head's first
 };
 

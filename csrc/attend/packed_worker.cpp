@@ -14,7 +14,7 @@ void PackedWorker::mark_chunks(const PackedHead& head, char* marks) {
       const Range rows = o_.plan.rows(head.b, m);
       rows_.collect(o_, {int32_t(head.b), int32_t(h), int32_t(m), int32_t(h * o_.heads_a_plan_head), 1,
                          int32_t(rows.begin), int32_t(rows.size())});
-      worklist_.build(rows_.block(), offsets, head.shares_columns ? &offsets : nullptr);
+      worklist_.build(rows_.block(), offsets, head.shares_columns ? &offsets : nullptr, keys_.bounds(head));
       for (const Tile& tile : worklist_.tiles()) {
         if (tile.positions != nullptr && o_.plan.k_order == nullptr) continue;  // columns
         marks[(static_cast<const char*>(tile.keys) - offsets.base) / offsets.tile_bytes()] = 1;
@@ -70,7 +70,7 @@ void PackedWorker::attend(const RowRange& range) {
     const int64_t list = o_.plan.column_list(range.b, range.plan_head, range.block);
     columns = keys_.tiles_from(keys_.first_column_tile(head, list));
   }
-  worklist_.build(rows_.block(), chunks, head.shares_columns ? &columns : nullptr);
+  worklist_.build(rows_.block(), chunks, head.shares_columns ? &columns : nullptr, keys_.bounds(head));
   gather();
   if (o_.plan.pruned_mean)
     worklist_.add_means(rows_.block(), keys_.tiles_from(head.first_mean_tile()), keys_.log_lengths(range.b));

@@ -82,7 +82,7 @@ class Streamed {
     PanelRows rows;
     rows.collect(o_, item.range);
     Worklist worklist(o_.plan, o_.chunks(item.range.b));
-    worklist.build(rows.block(), o_.tiles(nullptr), nullptr);
+    worklist.build(rows.block(), o_.tiles(nullptr), nullptr, nullptr);
     item.gathered = worklist.gathered();
     worklist.add_gathered(rows.block(), o_.tiles(nullptr), item.gathered.data());
     item.tiles = worklist.tiles();

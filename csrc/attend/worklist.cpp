@@ -45,11 +45,12 @@ Worklist::Worklist(const Plan& plan, int64_t most_chunks)
       touched_(most_chunks),
       pruned_(plan.pruned_mean ? most_chunks : 0) {}  // there are no more blocks than keys
 
-void Worklist::build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns) {
+void Worklist::build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns,
+                     const ChunkBounds* bounds) {
   tiles_.clear();
   gathered_.clear();
   if (plan_.k_order != nullptr)
-    list_permuted(block, packed);
+    list_permuted(block, packed, bounds);
   else
     list_in_order(block, packed, columns);
 }
@@ -140,35 +141,47 @@ void Worklist::add_column_tile(const QueryBlock& block, const int32_t* positions
   tiles_.push_back({keys, values, positions, positions[0], bits, count, kind});
 }
 
-// Permuted keys: every packed chunk that any part may touch, each pair tested by its original position.
-void Worklist::list_permuted(const QueryBlock& block, const PackedTiles& packed) {
+// Permuted keys: every packed chunk that any part may touch. Pairs are tested by their original positions, but in chunks
+// that every row may attend whole, as are most before the query block where keys change places nearby.
+void Worklist::list_permuted(const QueryBlock& block, const PackedTiles& packed, const ChunkBounds* bounds) {
   const auto [low, high] = reachable(block);
   if (low >= high) return;
   const int64_t list = plan_.block_list(block.b, block.plan_head, block.block), block_k = plan_.grid.block_k;
-  const int64_t column_list = plan_.column_list(block.b, block.plan_head, block.block);
-  const Row columns = plan_.columns.row(column_list);
+  const Row columns = plan_.columns.row(plan_.column_list(block.b, block.plan_head, block.block));
   const int32_t* order = plan_.key_ranks(block.b, block.plan_head);
   const int64_t chunks = ceil_div(plan_.key_len, kChunk);
   std::fill(selected_.begin(), selected_.begin() + chunks, 0);
+  std::fill(touched_.begin(), touched_.begin() + chunks, 0);
   for (const int32_t selected : plan_.blocks.row(list)) {
     const int64_t begin = selected * block_k;
     select(std::max<int64_t>(0, begin), std::min(plan_.key_len, begin + block_k));
   }
+  const bool more = columns.size() > 0 || block.rules.sink > 0 || block.rules.window > 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    if (!touched_[chunk] && !more) continue;
+    const auto [lowest, highest] = bounds[chunk];
+    if (lowest >= high || highest < low) continue;
     const int count = static_cast<int>(std::min<int64_t>(kChunk, plan_.key_len - chunk * kChunk));
     const int32_t* positions = order + chunk * kChunk;
-    bool needed = false;
-    for (int t = 0; t < count; ++t) {
-      const int64_t key = positions[t];
-      if (key < low || key >= high) continue;
-      if (std::binary_search(columns.begin(), columns.end(), positions[t])) selected_[chunk] |= uint64_t{1} << t;
-      const int64_t nearest = std::max<int64_t>({0, block.lowest - key, key - block.highest});
-      needed = needed || (selected_[chunk] >> t & 1) || key < block.rules.sink || nearest < block.rules.window;
-    }
-    if (!needed) continue;
+    const bool scattered = more && add_scattered(block, columns, positions, chunk, count);
+    if (!touched_[chunk] && !scattered) continue;
+    const bool full = selected_[chunk] == ~uint64_t{0} && all_allowed(block, lowest, highest);
     tiles_.push_back({packed.keys(chunk), packed.values(chunk), positions, 0, selected_[chunk], count,
-                      TileKind::kScattered});
+                      full ? TileKind::kFull : TileKind::kScattered});
   }
+}
+
+bool Worklist::add_scattered(const QueryBlock& block, const Row& columns, const int32_t* positions, int64_t chunk,
+                             int count) {
+  bool any = false;
+  for (int t = 0; t < count; ++t) {
+    const int64_t key = positions[t];
+    const bool column = std::binary_search(columns.begin(), columns.end(), positions[t]);
+    if (column) selected_[chunk] |= uint64_t{1} << t;
+    const int64_t nearest = std::max<int64_t>({0, block.lowest - key, key - block.highest});
+    any = any || column || key < block.rules.sink || nearest < block.rules.window;
+  }
+  return any;
 }
 
 // Keys, or ranks of keys.

@@ -191,7 +191,10 @@ class Problem {
     for (int64_t n = 0; n < kBatch * heads; ++n) {
       std::vector<int32_t> one(length);
       std::iota(one.begin(), one.end(), 0);
-      std::shuffle(one.begin(), one.end(), random.engine);
+      // Everywhere, or nearby: then some chunks are attended whole.
+      const int64_t segment = random.chance(0.5) ? std::max<int64_t>(1, length) : 100;
+      for (int64_t begin = 0; begin < length; begin += segment)
+        std::shuffle(one.begin() + begin, one.begin() + std::min(length, begin + segment), random.engine);
       all.insert(all.end(), one.begin(), one.end());
     }
     return all;
