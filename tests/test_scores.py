@@ -214,23 +214,27 @@ def test_probed_blocks_are_shares_of_the_last_queries(situation: str, last: int)
         torch.testing.assert_close(by_means[b].double(), expected, **TOLERANCE)
 
 
-def naive_energy(call: AttentionCall, grid: Grid) -> Tensor:
-    expected = torch.zeros(call.batch, call.groups, grid.query_blocks, grid.key_blocks, dtype=torch.float64)
+def naive_energy(call: AttentionCall, grid: Grid, together: int, ended: bool = False) -> Tensor:
+    """Of tiles of ``together`` heads."""
+    lists = call.heads // together
+    expected = torch.zeros(call.batch, lists, grid.query_blocks, grid.key_blocks, dtype=torch.float64)
     for b, row in enumerate(rows_of(call.extent)):
         for m, queries in local_blocks(row).items():
-            for g in range(call.groups):
+            for g in range(lists):
+                heads = slice(g * together, (g + 1) * together)
                 x: dict[int, list[float]] = {}
                 for n, keys in by_block(list(range(row.key_count)), 4).items():
                     if row.causal and (n + 1) * 4 - 1 > max(queries):
                         continue
-                    pooled = means(call.k, b, [key + row.key_start for key in keys])[g].to(call.q.dtype).double()
-                    heads = slice(g * call.share, (g + 1) * call.share)
+                    pooled = means(call.k, b, [key + row.key_start for key in keys])[heads.start // call.share]
+                    pooled = pooled.to(call.q.dtype).double()
                     dots = (call.q[b, heads].double() @ pooled).tolist()
                     x[n] = [
                         dot[query - row.query_start] * call.scale
                         for dot in dots
                         for query in queries
                         if any(row.allows(query, key) for key in keys)
+                        and not (ended and row.causal and (n + 1) * 4 - 1 > query)
                     ]
                 top = max((value for values in x.values() for value in values), default=0.0)
                 for n, values in x.items():
@@ -246,7 +250,18 @@ def test_row_block_energy_sums_all_rows_of_a_group(situation: str, dtype: torch.
     got = joined(scores.row_block_energy(call, grid))
     # A mean that lies between two numbers of 16 bits may be rounded to either.
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(got.double(), naive_energy(call, grid), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(got.double(), naive_energy(call, grid, 2), atol=tolerance, rtol=tolerance)
+
+
+@everywhere
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("per", ["head", "kv_head"])
+def test_row_block_energy_of_one_head_and_of_blocks_that_ended(situation: str, per: Any, ended: bool) -> None:
+    call = call_in(situation, length=25, heads=4, groups=2)
+    grid = grid_of(call)
+    got = joined(scores.row_block_energy(call, grid, per=per, ended=ended))
+    expected = naive_energy(call, grid, 1 if per == "head" else 2, ended)
+    torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=2e-5)
 
 
 def naive_antidiagonals(call: AttentionCall, grid: Grid, stride: int) -> Tensor:

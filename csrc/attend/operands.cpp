@@ -4,7 +4,9 @@
 #include <cstring>
 #include <limits>
 
+#include "kernels/half.h"
 #include "kernels/integers.h"
+#include "kernels/score_job.h"
 
 namespace gossamer {
 
@@ -40,6 +42,26 @@ void Operands::pack(int64_t b, int64_t group, const int32_t* positions, int coun
   }
   kernels.pack({call.k.dtype, key_rows, value_rows, call.k.dim, call.v.dim, padded_dim, padded_value_dim, keys,
                 values});
+}
+
+void Operands::pack_means(int64_t b, int64_t group, int64_t block, float* scratch, char* keys, char* values) const {
+  const void* rows[2][kChunk] = {};
+  const TensorView* tensors[2] = {&call.k, &call.v};
+  const DType dtype = kernels.bf16_tiles ? DType::kBFloat16 : DType::kFloat32;
+  for (int n = 0; n < 2; ++n)
+    for (int t = 0; t < kChunk; ++t) {
+      const int64_t begin = (block + t) * plan.grid.block_k;
+      const int64_t end = std::min(begin + plan.grid.block_k, plan.extent().key_count[b]);
+      if (begin >= end) break;
+      const TensorView& x = *tensors[n];
+      kernels.scores->mean(x.row(b, group, plan.extent().key_slot(b, begin)), x.token_stride, end - begin, x.dim,
+                           x.dtype, scratch);
+      uint16_t* narrow = reinterpret_cast<uint16_t*>(scratch);
+      for (int d = 0; dtype == DType::kBFloat16 && d < x.dim; ++d) narrow[d] = float_to_bf16(scratch[d]);
+      rows[n][t] = scratch;
+      scratch += x.dim;
+    }
+  kernels.pack({dtype, rows[0], rows[1], call.k.dim, call.v.dim, padded_dim, padded_value_dim, keys, values});
 }
 
 void Operands::clear_row(int64_t b, int64_t head, int64_t row) const {
@@ -93,6 +115,7 @@ Panel PanelRows::panel(const Operands& operands) const {
   panel.sink_logits = call.sinks != nullptr ? sinks_.data() : nullptr;
   panel.scale = call.scale;
   panel.softcap = call.softcap;
+  panel.skip = operands.plan.skip * kLog2E;
   panel.rules = block_.rules;
   return panel;
 }

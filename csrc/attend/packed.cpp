@@ -1,6 +1,7 @@
 #include "attend/packed.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "attend/packed_worker.h"
 #include "runtime/budgets.h"
@@ -17,7 +18,7 @@ bool few_queries(const Extent& extent, int64_t b) { return extent.query_count[b]
 }  // namespace
 
 PackedKeys::PackedKeys(const Operands& operands, const std::vector<int64_t>& batch_rows)
-    : operands(operands), first_heads_(operands.plan.batch()) {
+    : operands(operands), first_heads_(operands.plan.batch()), log_lengths_(operands.plan.batch()) {
   const Plan& plan = operands.plan;
   // A permutation of the keys belongs to a head of the plan; else keys are packed once for each key/value head.
   const int64_t packed_heads = plan.k_order != nullptr ? plan.heads : operands.call.k.heads;
@@ -26,12 +27,27 @@ PackedKeys::PackedKeys(const Operands& operands, const std::vector<int64_t>& bat
   for (const int64_t b : batch_rows) {
     first_heads_[b] = static_cast<int64_t>(heads.size());
     const bool shares = shares_columns(b, packed_heads);
+    const int64_t mean_tiles = plan.pruned_mean ? measure_blocks(b) : 0;
     for (int64_t head = 0; head < packed_heads; ++head) {
-      heads.push_back({b, head * share, share, tiles, operands.chunks(b), 0, shares});
+      heads.push_back({b, head * share, share, tiles, operands.chunks(b), 0, shares, mean_tiles});
       if (shares) place_columns(heads.back());
       tiles += heads.back().tiles();
     }
   }
+  if (plan.k_order != nullptr) bound_chunks();
+}
+
+void PackedKeys::bound_chunks() {
+  const Plan& plan = operands.plan;
+  bounds_.resize(heads.size());
+  run_parallel(operands.call.threads, static_cast<int64_t>(heads.size()), [&](int, int64_t n) {
+    const int32_t* positions = plan.key_ranks(heads[n].b, heads[n].first_plan_head);
+    for (int64_t first = 0; first < plan.key_len; first += kChunk) {
+      const auto [lowest, highest] =
+          std::minmax_element(positions + first, positions + std::min(plan.key_len, first + kChunk));
+      bounds_[n].push_back({*lowest, *highest});
+    }
+  });
 }
 
 int64_t PackedKeys::head_of(int64_t b, int64_t plan_head) const {
@@ -61,6 +77,16 @@ void PackedKeys::place_columns(PackedHead& head) {
       column_starts_[list] = head.column_tiles;
       if (group < live) head.column_tiles += column_tiles(list);
     }
+}
+
+// Returns how many tiles of means there are.
+int64_t PackedKeys::measure_blocks(int64_t b) {
+  const int64_t keys = operands.plan.extent().key_count[b], block_k = operands.plan.grid.block_k;
+  const int64_t blocks = ceil_div(keys, block_k), tiles = ceil_div(blocks, kChunk);
+  log_lengths_[b].assign(static_cast<size_t>(tiles * kChunk), 0.0f);
+  for (int64_t n = 0; n < blocks; ++n)
+    log_lengths_[b][static_cast<size_t>(n)] = std::log2(static_cast<float>(std::min(block_k, keys - n * block_k)));
+  return tiles;
 }
 
 int64_t PackedKeys::first_column_tile(const PackedHead& head, int64_t list) const {
@@ -145,7 +171,7 @@ int64_t PackedExecution::most_jobs() const {
   return most;
 }
 
-// Column tiles, and the chunks that some query block lists.
+// Tiles of columns and means, and the chunks that some query block lists.
 void PackedExecution::pack(const Pass& pass) {
   list_needed(pass);
   run_parallel(static_cast<int>(workers_.size()), static_cast<int64_t>(needed_.size()),

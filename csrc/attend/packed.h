@@ -14,14 +14,16 @@ namespace gossamer {
 class PackedWorker;
 
 // A packed head: the keys that some heads of the plan read. Its tiles lie one after the other, first its chunks of 64
-// keys, then its column lists.
+// keys, then its column lists, then the means of its key blocks.
 struct PackedHead {
   int64_t b, first_plan_head, plan_heads;
   int64_t first_tile;  // counted over all packed heads
   int64_t chunks, column_tiles;
   bool shares_columns;  // its column lists are packed once; else each query block gathers its own
+  int64_t mean_tiles;
 
-  int64_t tiles() const { return chunks + column_tiles; }
+  int64_t tiles() const { return chunks + column_tiles + mean_tiles; }
+  int64_t first_mean_tile() const { return first_tile + chunks + column_tiles; }
 };
 
 // What the query blocks of a pass share: which tiles there are, and where they lie.
@@ -36,6 +38,12 @@ class PackedKeys {
   int64_t head_of(int64_t b, int64_t plan_head) const;
   // Tile of a column list, counted over all packed heads.
   int64_t first_column_tile(const PackedHead& head, int64_t list) const;
+  // Of a packed head's chunks; null where the plan does not order keys.
+  const ChunkBounds* bounds(const PackedHead& head) const {
+    return bounds_.empty() ? nullptr : bounds_[&head - heads.data()].data();
+  }
+  // Logs, to the base 2, of the numbers of keys of a batch row's key blocks; one for each place in its tiles of means.
+  const float* log_lengths(int64_t b) const { return log_lengths_[b].data(); }
   // The list of which a column tile is a part, and the number of the tile in it.
   std::pair<int64_t, int64_t> list_of_column_tile(const PackedHead& head, int64_t column_tile) const;
 
@@ -48,8 +56,12 @@ class PackedKeys {
   int64_t column_tiles(int64_t list) const { return ceil_div(operands.plan.columns.row(list).size(), kChunk); }
   bool shares_columns(int64_t b, int64_t packed_heads) const;
   void place_columns(PackedHead& head);
+  int64_t measure_blocks(int64_t b);
+  void bound_chunks();
 
   std::vector<int64_t> first_heads_;    // by batch row
+  std::vector<std::vector<float>> log_lengths_;
+  std::vector<std::vector<ChunkBounds>> bounds_;  // by packed head
   std::vector<int64_t> column_starts_;  // by column list: its first tile, counted from its packed head's first
 };
 

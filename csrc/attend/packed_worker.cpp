@@ -14,7 +14,7 @@ void PackedWorker::mark_chunks(const PackedHead& head, char* marks) {
       const Range rows = o_.plan.rows(head.b, m);
       rows_.collect(o_, {int32_t(head.b), int32_t(h), int32_t(m), int32_t(h * o_.heads_a_plan_head), 1,
                          int32_t(rows.begin), int32_t(rows.size())});
-      worklist_.build(rows_.block(), offsets, head.shares_columns ? &offsets : nullptr);
+      worklist_.build(rows_.block(), offsets, head.shares_columns ? &offsets : nullptr, keys_.bounds(head));
       for (const Tile& tile : worklist_.tiles()) {
         if (tile.positions != nullptr && o_.plan.k_order == nullptr) continue;  // columns
         marks[(static_cast<const char*>(tile.keys) - offsets.base) / offsets.tile_bytes()] = 1;
@@ -29,8 +29,10 @@ void PackedWorker::pack_tile(int64_t tile) {
   const int64_t n = tile - head.first_tile;
   if (n < head.chunks)
     pack_chunk(head, n, keys_.tiles_from(tile));
-  else
+  else if (n < head.chunks + head.column_tiles)
     pack_columns(head, n - head.chunks, keys_.tiles_from(tile));
+  else
+    pack_means(head, n - head.chunks - head.column_tiles, keys_.tiles_from(tile));
 }
 
 void PackedWorker::pack_chunk(const PackedHead& head, int64_t chunk, const PackedTiles& to) {
@@ -53,6 +55,11 @@ void PackedWorker::pack_columns(const PackedHead& head, int64_t column_tile, con
   o_.pack(head.b, o_.group_of(head.first_plan_head), first, count, to.keys(0), to.values(0));
 }
 
+void PackedWorker::pack_means(const PackedHead& head, int64_t mean_tile, const PackedTiles& to) {
+  float* scratch = reinterpret_cast<float*>(means_buffer_.reserve(o_.means_scratch() * int64_t{sizeof(float)}));
+  o_.pack_means(head.b, o_.group_of(head.first_plan_head), mean_tile * kChunk, scratch, to.keys(0), to.values(0));
+}
+
 void PackedWorker::attend(const RowRange& range) {
   rows_.collect(o_, range);
   if (rows_.size() == 0) return;
@@ -63,8 +70,10 @@ void PackedWorker::attend(const RowRange& range) {
     const int64_t list = o_.plan.column_list(range.b, range.plan_head, range.block);
     columns = keys_.tiles_from(keys_.first_column_tile(head, list));
   }
-  worklist_.build(rows_.block(), chunks, head.shares_columns ? &columns : nullptr);
+  worklist_.build(rows_.block(), chunks, head.shares_columns ? &columns : nullptr, keys_.bounds(head));
   gather();
+  if (o_.plan.pruned_mean)
+    worklist_.add_means(rows_.block(), keys_.tiles_from(head.first_mean_tile()), keys_.log_lengths(range.b));
   Panel panel = rows_.panel(o_);
   panel.tiles = worklist_.tiles().data();
   panel.tile_count = static_cast<int64_t>(worklist_.tiles().size());

@@ -21,6 +21,7 @@ class PackedWorker {
  private:
   void pack_chunk(const PackedHead& head, int64_t chunk, const PackedTiles& to);
   void pack_columns(const PackedHead& head, int64_t column_tile, const PackedTiles& to);
+  void pack_means(const PackedHead& head, int64_t mean_tile, const PackedTiles& to);
   void gather();
 
   const PackedKeys& keys_;
@@ -28,7 +29,7 @@ class PackedWorker {
   Worklist worklist_;
   PanelRows rows_;
   char* scratch_;
-  Buffer gather_buffer_;
+  Buffer gather_buffer_, means_buffer_;
 };
 
 }  // namespace gossamer

@@ -82,7 +82,7 @@ class Streamed {
     PanelRows rows;
     rows.collect(o_, item.range);
     Worklist worklist(o_.plan, o_.chunks(item.range.b));
-    worklist.build(rows.block(), o_.tiles(nullptr), nullptr);
+    worklist.build(rows.block(), o_.tiles(nullptr), nullptr, nullptr);
     item.gathered = worklist.gathered();
     worklist.add_gathered(rows.block(), o_.tiles(nullptr), item.gathered.data());
     item.tiles = worklist.tiles();
@@ -231,7 +231,8 @@ bool fits_streamed(const Operands& operands, int64_t b) {
   const Plan& plan = operands.plan;
   const Extent& extent = plan.extent();
   const int64_t rows = extent.query_count[b] * operands.heads_a_plan_head, blocks = plan.grid.row_blocks(b);
-  if (plan.permuted() || rows > kMaxRows) return false;
+  // Stretches would begin anew with what a row leaves out, and means are packed for all query blocks.
+  if (plan.permuted() || plan.pruned_mean || plan.skips() || rows > kMaxRows) return false;
   // Two blocks read the keys twice: a few tokens that happen to lie across the border of blocks.
   if (blocks > 1 && (blocks > 2 || rows > kFewRows)) return false;
   // Heads of the plan that share a key/value head pack it again, which pays where they need little of it.

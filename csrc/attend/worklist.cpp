@@ -35,17 +35,22 @@ int64_t listed_keys(const Plan& plan, int64_t b, int64_t plan_head, int64_t m) {
   const int64_t columns = plan.columns.row(plan.column_list(b, plan_head, m)).size();
   const bool up_to_own = extent.causal && plan.q_order == nullptr;
   const int64_t most = up_to_own ? plan.grid.queries(b, m).end : extent.key_count[b];
-  return blocks * plan.grid.block_k + columns + std::min(plan.sink[plan_head] + int64_t{plan.window[plan_head]}, most);
+  const int64_t means = plan.pruned_mean ? plan.grid.wholly_seen(b, m).size() : 0;
+  return blocks * plan.grid.block_k + columns + means + std::min(plan.sink[plan_head] + int64_t{plan.window[plan_head]}, most);
 }
 
 Worklist::Worklist(const Plan& plan, int64_t most_chunks)
-    : plan_(plan), selected_(most_chunks), touched_(most_chunks) {}
+    : plan_(plan),
+      selected_(most_chunks),
+      touched_(most_chunks),
+      pruned_(plan.pruned_mean ? most_chunks : 0) {}  // there are no more blocks than keys
 
-void Worklist::build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns) {
+void Worklist::build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns,
+                     const ChunkBounds* bounds) {
   tiles_.clear();
   gathered_.clear();
   if (plan_.k_order != nullptr)
-    list_permuted(block, packed);
+    list_permuted(block, packed, bounds);
   else
     list_in_order(block, packed, columns);
 }
@@ -115,6 +120,20 @@ void Worklist::add_gathered(const QueryBlock& block, const PackedTiles& packed, 
   }
 }
 
+void Worklist::add_means(const QueryBlock& block, const PackedTiles& means, const float* log_lengths) {
+  const auto [begin, end] = plan_.grid.wholly_seen(block.b, block.block);
+  if (begin >= end) return;
+  const int64_t first_tile = begin / kChunk, last_tile = (end - 1) / kChunk;
+  for (int64_t tile = first_tile; tile <= last_tile; ++tile)
+    pruned_[tile] = bit_range(begin - tile * kChunk, end - tile * kChunk);
+  for (const int32_t selected : plan_.blocks.row(plan_.block_list(block.b, block.plan_head, block.block)))
+    if (selected >= begin && selected < end) pruned_[selected / kChunk] &= ~(uint64_t{1} << (selected % kChunk));
+  for (int64_t tile = first_tile; tile <= last_tile; ++tile)
+    if (pruned_[tile] != 0)
+      tiles_.push_back({means.keys(tile), means.values(tile), nullptr, 0, pruned_[tile], kChunk, TileKind::kMeans, 0,
+                        log_lengths + tile * kChunk});
+}
+
 void Worklist::add_column_tile(const QueryBlock& block, const int32_t* positions, int count, uint64_t bits,
                                const char* keys, const char* values) {
   const bool full = bits == ~uint64_t{0} && all_allowed(block, positions[0], positions[count - 1]);
@@ -122,35 +141,47 @@ void Worklist::add_column_tile(const QueryBlock& block, const int32_t* positions
   tiles_.push_back({keys, values, positions, positions[0], bits, count, kind});
 }
 
-// Permuted keys: every packed chunk that any part may touch, each pair tested by its original position.
-void Worklist::list_permuted(const QueryBlock& block, const PackedTiles& packed) {
+// Permuted keys: every packed chunk that any part may touch. Pairs are tested by their original positions, but in chunks
+// that every row may attend whole, as are most before the query block where keys change places nearby.
+void Worklist::list_permuted(const QueryBlock& block, const PackedTiles& packed, const ChunkBounds* bounds) {
   const auto [low, high] = reachable(block);
   if (low >= high) return;
   const int64_t list = plan_.block_list(block.b, block.plan_head, block.block), block_k = plan_.grid.block_k;
-  const int64_t column_list = plan_.column_list(block.b, block.plan_head, block.block);
-  const Row columns = plan_.columns.row(column_list);
+  const Row columns = plan_.columns.row(plan_.column_list(block.b, block.plan_head, block.block));
   const int32_t* order = plan_.key_ranks(block.b, block.plan_head);
   const int64_t chunks = ceil_div(plan_.key_len, kChunk);
   std::fill(selected_.begin(), selected_.begin() + chunks, 0);
+  std::fill(touched_.begin(), touched_.begin() + chunks, 0);
   for (const int32_t selected : plan_.blocks.row(list)) {
     const int64_t begin = selected * block_k;
     select(std::max<int64_t>(0, begin), std::min(plan_.key_len, begin + block_k));
   }
+  const bool more = columns.size() > 0 || block.rules.sink > 0 || block.rules.window > 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    if (!touched_[chunk] && !more) continue;
+    const auto [lowest, highest] = bounds[chunk];
+    if (lowest >= high || highest < low) continue;
     const int count = static_cast<int>(std::min<int64_t>(kChunk, plan_.key_len - chunk * kChunk));
     const int32_t* positions = order + chunk * kChunk;
-    bool needed = false;
-    for (int t = 0; t < count; ++t) {
-      const int64_t key = positions[t];
-      if (key < low || key >= high) continue;
-      if (std::binary_search(columns.begin(), columns.end(), positions[t])) selected_[chunk] |= uint64_t{1} << t;
-      const int64_t nearest = std::max<int64_t>({0, block.lowest - key, key - block.highest});
-      needed = needed || (selected_[chunk] >> t & 1) || key < block.rules.sink || nearest < block.rules.window;
-    }
-    if (!needed) continue;
+    const bool scattered = more && add_scattered(block, columns, positions, chunk, count);
+    if (!touched_[chunk] && !scattered) continue;
+    const bool full = selected_[chunk] == ~uint64_t{0} && all_allowed(block, lowest, highest);
     tiles_.push_back({packed.keys(chunk), packed.values(chunk), positions, 0, selected_[chunk], count,
-                      TileKind::kScattered});
+                      full ? TileKind::kFull : TileKind::kScattered});
   }
+}
+
+bool Worklist::add_scattered(const QueryBlock& block, const Row& columns, const int32_t* positions, int64_t chunk,
+                             int count) {
+  bool any = false;
+  for (int t = 0; t < count; ++t) {
+    const int64_t key = positions[t];
+    const bool column = std::binary_search(columns.begin(), columns.end(), positions[t]);
+    if (column) selected_[chunk] |= uint64_t{1} << t;
+    const int64_t nearest = std::max<int64_t>({0, block.lowest - key, key - block.highest});
+    any = any || column || key < block.rules.sink || nearest < block.rules.window;
+  }
+  return any;
 }
 
 // Keys, or ranks of keys.

@@ -20,6 +20,11 @@ struct PackedTiles {
   PackedTiles from(int64_t tile) const { return {keys(tile), key_bytes, value_bytes}; }
 };
 
+// The least and the greatest position among the keys of a packed chunk, where the plan orders them.
+struct ChunkBounds {
+  int32_t lowest, highest;
+};
+
 // A query block of one head of the plan, with queries at positions in [lowest, highest].
 struct QueryBlock {
   int64_t b, plan_head, block;
@@ -34,16 +39,22 @@ class Worklist {
 
   // Lists the tiles for a query block. `packed` holds the chunks of its head; `columns` the tiles of its column list,
   // or null: then the columns that no listed chunk covers are left in gathered(), for the caller to pack and add.
-  void build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns);
+  // `bounds` are of its head's chunks, null where the plan does not order keys.
+  void build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns, const ChunkBounds* bounds);
   // `positions` is gathered(), or a copy of it that lives longer.
   void add_gathered(const QueryBlock& block, const PackedTiles& packed, const int32_t* positions);
+
+  // The tiles of means, of which the query block attends those of blocks that it sees whole and does not select.
+  void add_means(const QueryBlock& block, const PackedTiles& means, const float* log_lengths);
 
   const std::vector<Tile>& tiles() const { return tiles_; }
   const std::vector<int32_t>& gathered() const { return gathered_; }
 
  private:
   void list_in_order(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns);
-  void list_permuted(const QueryBlock& block, const PackedTiles& packed);
+  void list_permuted(const QueryBlock& block, const PackedTiles& packed, const ChunkBounds* bounds);
+  // Adds to a chunk's selected keys those that are columns. Returns whether a column or band holds any of them.
+  bool add_scattered(const QueryBlock& block, const Row& columns, const int32_t* positions, int64_t chunk, int count);
   void add_columns(const QueryBlock& block, int64_t low, int64_t high, const PackedTiles* columns);
   void add_column_tile(const QueryBlock& block, const int32_t* positions, int count, uint64_t bits, const char* keys,
                        const char* values);
@@ -53,6 +64,7 @@ class Worklist {
   const Plan& plan_;
   std::vector<uint64_t> selected_;  // by chunk: keys that a block or a column selects
   std::vector<char> touched_;       // by chunk: listed
+  std::vector<uint64_t> pruned_;    // by tile of means: key blocks that count by their mean
   std::vector<int32_t> gathered_;
   std::vector<Tile> tiles_;
 };

@@ -74,6 +74,7 @@ class PanelKernel {
     logits_ = take(int64_t{kMaxRows} * kChunk);
     sums_ = take(int64_t{kMaxRows} * V::kWidth);
     maximum_ = take(kMaxRows);
+    largest_ = take(kMaxRows);
     masks_ = reinterpret_cast<uint64_t*>(take(int64_t{kMaxRows} * 2));
   }
 
@@ -96,7 +97,7 @@ class PanelKernel {
       } else {
         widen_row<V>(panel_.queries[r], panel_.dtype, panel_.head_dim, dim_, query_factor_, query);
       }
-      maximum_[r] = -kInfinity;
+      maximum_[r] = largest_[r] = -kInfinity;
       masks_[r] = ~uint64_t{0};
     }
     std::memset(sums_, 0, sizeof(float) * panel_.rows * V::kWidth);
@@ -119,13 +120,18 @@ class PanelKernel {
       Isa::multiply(rows, kChunk, depth_ - d < part_ ? depth_ - d : part_, queries + d, depth_, keys + d * kChunk,
                     kChunk, logits, kChunk, d > 0);
     if (panel_.softcap > 0) cap(logits, rows);
-    for (int r = first; r < last; ++r) weigh_row(r);
+    if (panel_.skip < kInfinity && tile.kind != TileKind::kMeans) leave_out(first, last);
+    if (first < last) add_values(tile, first, last);
+  }
+
+  void add_values(const Tile& tile, int first, int last) {
+    for (int r = first; r < last; ++r) weigh_row(r, tile.added);
     // The first tile writes the sums, unless it leaves rows out.
-    if (!out_written_ && rows < panel_.rows) clear_out();
-    Isa::multiply(rows, value_dim_, Isa::kPairs ? kChunk / 2 : kChunk, reinterpret_cast<const uint32_t*>(logits),
-                  kChunk, static_cast<const uint32_t*>(tile.values),
-                  tile.value_stride != 0 ? tile.value_stride : value_dim_, out_ + int64_t{first} * value_dim_,
-                  value_dim_, out_written_);
+    if (!out_written_ && last - first < panel_.rows) clear_out();
+    Isa::multiply(last - first, value_dim_, Isa::kPairs ? kChunk / 2 : kChunk,
+                  reinterpret_cast<const uint32_t*>(logits_ + int64_t{first} * kChunk), kChunk,
+                  static_cast<const uint32_t*>(tile.values), tile.value_stride != 0 ? tile.value_stride : value_dim_,
+                  out_ + int64_t{first} * value_dim_, value_dim_, out_written_);
     out_written_ = true;
   }
 
@@ -134,12 +140,33 @@ class PanelKernel {
     out_written_ = true;
   }
 
-  // Narrows [first, last) to the rows that attend anything, in the steps in which rows are multiplied.
   void mask_rows(const Tile& tile, int& first, int& last) {
-    first = panel_.rows;
-    last = 0;
-    for (int r = 0; r < panel_.rows; ++r) {
-      masks_[r] = row_mask(panel_.rules, tile, panel_.positions[r]);
+    for (int r = 0; r < panel_.rows; ++r) masks_[r] = row_mask(panel_.rules, tile, panel_.positions[r]);
+    narrow(first, last);
+  }
+
+  // Rows whose largest logit of the tile lies more than the threshold below that of the tiles before leave it out.
+  void leave_out(int& first, int& last) {
+    for (int r = first; r < last; ++r) {
+      if (masks_[r] == 0) continue;
+      typename V::Reg z[kVectors];
+      const float top = V::reduce_max(load_row(r, nullptr, z));
+      if (top < largest_[r] - panel_.skip) {
+        masks_[r] = 0;
+        masked_ = true;
+      } else if (top > largest_[r]) {
+        largest_[r] = top;
+      }
+    }
+    narrow(first, last);
+  }
+
+  // Narrows [first, last) to the rows that attend anything, in the steps in which rows are multiplied.
+  void narrow(int& first, int& last) {
+    const int begin = first, end = last;
+    first = end;
+    last = begin;
+    for (int r = begin; r < end; ++r) {
       if (masks_[r] == 0) continue;
       if (r < first) first = r;
       last = r + 1;
@@ -155,14 +182,17 @@ class PanelKernel {
       V::store(logits + i, soft_cap<V>(V::mul(V::load(logits + i), factor), panel_.softcap));
   }
 
-  // 64 logits become probabilities relative to the row's reference logit, in place, as fp32 or bf16.
-  inline void weigh_row(int r) {
-    float* row = logits_ + int64_t{r} * kChunk;
+  // A row's 64 logits in powers of two, -inf where it is masked. Returns the largest of each lane.
+  inline typename V::Reg load_row(int r, const float* added, typename V::Reg* z) {
+    const float* row = logits_ + int64_t{r} * kChunk;
     const uint64_t mask = masks_[r];
     const auto factor = V::set1(logit_factor_);
-    typename V::Reg z[kVectors];
 #pragma GCC unroll 16
     for (int t = 0; t < kVectors; ++t) z[t] = V::mul(V::load(row + t * V::kWidth), factor);
+    if (added != nullptr) {
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t) z[t] = V::add(z[t], V::load(added + t * V::kWidth));
+    }
     if (mask != ~uint64_t{0}) {
 #pragma GCC unroll 16
       for (int t = 0; t < kVectors; ++t) z[t] = V::select(mask >> (t * V::kWidth), z[t], V::set1(-kInfinity));
@@ -170,6 +200,14 @@ class PanelKernel {
     auto top = z[0];
 #pragma GCC unroll 16
     for (int t = 1; t < kVectors; ++t) top = V::max(top, z[t]);
+    return top;
+  }
+
+  // 64 logits become probabilities relative to the row's reference logit, in place, as fp32 or bf16.
+  inline void weigh_row(int r, const float* added) {
+    float* row = logits_ + int64_t{r} * kChunk;
+    typename V::Reg z[kVectors];
+    const auto top = load_row(r, added, z);
     if (V::any_greater(top, V::set1(maximum_[r] + kSlack))) raise_maximum(r, V::reduce_max(top));
 
     const auto shift = V::set1(maximum_[r] == -kInfinity ? 0.0f : -maximum_[r]);
@@ -231,6 +269,7 @@ class PanelKernel {
   float *queries_, *out_, *logits_;
   float* sums_;  // a vector of partial sums a row
   float* maximum_;  // the reference logit: at most kSlack below the largest
+  float* largest_;  // the largest logit so far, where tiles are left out
   uint64_t* masks_;
 };
 

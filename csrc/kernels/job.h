@@ -31,6 +31,7 @@ enum class TileKind : int {
   kConsecutive,  // key t has position first_position + t
   kGathered,     // key t has positions[t], ascending; nothing but key_bits selects
   kScattered,    // key t has positions[t], any order, count of them
+  kMeans,        // means of key blocks: key_bits says which every row attends
 };
 
 // 64 packed keys and values. Values that need no packing may lie where they are, value_stride floats from row to row
@@ -44,6 +45,7 @@ struct Tile {
   int count;
   TileKind kind;
   int64_t value_stride = 0;
+  const float* added = nullptr;  // to the logits of each key, in powers of two; null: nothing
 };
 
 // Up to kMaxRows query rows against a list of tiles.
@@ -62,6 +64,7 @@ struct Panel {
   const float* sink_logits;    // one a row, or null
   float scale;
   float softcap;               // 0: none
+  float skip;                  // in powers of two; infinite: none
   Rules rules;
   const Tile* tiles;
   int64_t tile_count;
@@ -92,7 +95,7 @@ struct Kernels {
   const ScoreKernels* scores;
 };
 
-// Layout of a panel's scratch: Q, O, S (P overwrites it), per-row state.
+// Layout of a panel's scratch: Q, O, S (P overwrites it), per-row state (sums, two maxima, a mask).
 constexpr int64_t panel_scratch_bytes(int padded_head_dim, int padded_value_dim) {
   return int64_t{kMaxRows} * (padded_head_dim + padded_value_dim + kChunk + 16 + 4) * 4 + 4096;
 }

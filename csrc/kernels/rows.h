@@ -50,6 +50,8 @@ inline uint64_t row_mask(const Rules& rules, const Tile& tile, int64_t query) {
     case TileKind::kGathered:
       return tile.key_bits & bit_range(positions_before(tile.positions, tile.count, begin),
                                        positions_before(tile.positions, tile.count, end));
+    case TileKind::kMeans:
+      return tile.key_bits;
     case TileKind::kScattered: {
       uint64_t mask = 0;
       for (int t = 0; t < tile.count; ++t) {

@@ -43,6 +43,19 @@ void check_order(const char* name, const int32_t* order, int64_t rows, int64_t l
   });
 }
 
+// Attributes are for plans of blocks alone.
+void check_attributes(const Plan& plan) {
+  const std::string name = plan.pruned_mean ? "SparsePlan.pruned_mean" : "SparsePlan.skip";
+  if (!plan.pruned_mean && !plan.skips()) return;
+  if (!(plan.skip >= 0)) refuse("SparsePlan.skip must be at least 0, got " + std::to_string(plan.skip));
+  if (plan.skips() && plan.grid.block_k % kChunk != 0)
+    refuse("SparsePlan.skip needs a block_k that is a multiple of " + std::to_string(kChunk) + ", got " +
+           std::to_string(plan.grid.block_k));
+  bool alone = !plan.permuted() && plan.columns.count == 0;
+  for (int64_t h = 0; h < plan.heads; ++h) alone = alone && plan.sink[h] == 0 && plan.window[h] == 0;
+  if (!alone) refuse(name + " is for plans of blocks alone, and this one has columns, bands or an order" + kRemedy);
+}
+
 }  // namespace
 
 int64_t checked_product(std::initializer_list<int64_t> sizes) {
@@ -129,6 +142,7 @@ void check_plan(const Plan& plan, const PlanSizes& sizes) {
   if (plan.q_order != nullptr)
     check_count("SparsePlan.q_order", sizes.q_order, checked_product({rows, plan.query_len}));
   if (plan.k_order != nullptr) check_count("SparsePlan.k_order", sizes.k_order, checked_product({rows, plan.key_len}));
+  check_attributes(plan);
 }
 
 void check_orders(const Plan& plan, int threads) {

@@ -59,6 +59,15 @@ struct Grid {
     const int64_t begin = (first_block(b) + m) * block_q, first = extent.first_position(b);
     return {std::max(begin, first), std::min(begin + block_q, first + extent.query_count[b])};
   }
+  // Key blocks of which every query of the block may attend every live key.
+  Range wholly_seen(int64_t b, int64_t m) const {
+    const Range of_block = queries(b, m);
+    if (of_block.empty()) return {0, 0};
+    const int64_t keys = extent.key_count[b];
+    const int64_t low = std::max<int64_t>(of_block.end - extent.limit, 0);
+    const int64_t high = std::min(keys, of_block.begin + (extent.causal ? 1 : extent.limit));
+    return {ceil_div(low, block_k), high == keys ? ceil_div(keys, block_k) : high / block_k};  // the last ends early
+  }
   // Key blocks that hold keys of a range of positions.
   Range blocks_of(Range keys) const {
     if (keys.empty()) return {0, 0};

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "plan/extent.h"
 
@@ -42,10 +43,14 @@ struct Plan {
   const int32_t* window;
   const int32_t* q_order;  // null: not permuted
   const int32_t* k_order;
+  bool pruned_mean = false;
+  float skip = std::numeric_limits<float>::infinity();  // infinite: none
 
   const Extent& extent() const { return grid.extent; }
   int64_t batch() const { return grid.extent.batch; }
   bool permuted() const { return q_order != nullptr || k_order != nullptr; }
+
+  bool skips() const { return skip < std::numeric_limits<float>::infinity(); }
 
   // Query blocks of a batch row that may hold live queries.
   int64_t row_blocks(int64_t b) const { return q_order != nullptr ? query_blocks : grid.row_blocks(b); }

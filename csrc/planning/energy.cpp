@@ -1,4 +1,4 @@
-// Energies: every query against the means of key blocks, summed over a query block and the heads of a group.
+// Energies: every query against the means of key blocks, summed over a query block and the heads of a group, or one.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -12,13 +12,15 @@ namespace {
 
 class Energies {
  public:
-  Energies(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part)
+  Energies(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part, EnergyTiles of)
       : call_(call),
         grid_(grid),
         part_(part),
+        of_(of),
         kernels_(*kernels.scores),
         padded_(padded(kernels, call.q.dim)),
         share_(call.q.heads / call.k.heads),
+        together_(of.per_head ? 1 : share_),
         width_(call.k.tokens),
         tiles_(ceil_div(width_, kChunk)),
         scratch_(scratch_for(call.threads, padded_)),
@@ -32,9 +34,10 @@ class Energies {
       kernels_.pack_keys(
           list_pooled(call_.k, b, group % call_.k.heads, n % tiles_ * kChunk, width_, padded_, rows), keys(n));
     });
-    run_parallel(call_.threads, groups * part_.size(), [&](int thread, int64_t n) {
-      const int64_t m = part_.stop - 1 - n / groups;  // the longest rows first
-      score(scratch_[thread], n % groups, m, out + (n % groups * part_.size() + m - part_.first) * width_);
+    const int64_t lists = call_.q.batch * call_.q.heads / together_;
+    run_parallel(call_.threads, lists * part_.size(), [&](int thread, int64_t n) {
+      const int64_t m = part_.stop - 1 - n / lists;  // the longest rows first
+      score(scratch_[thread], n % lists, m, out + (n % lists * part_.size() + m - part_.first) * width_);
     });
   }
 
@@ -56,16 +59,24 @@ class Energies {
     return blocks;
   }
 
-  void score(PanelScratch& scratch, int64_t group, int64_t m, float* out) {
-    const int64_t b = group / call_.k.heads, g = group % call_.k.heads;
+  // Key blocks that take part for the query at a position.
+  Range seen_by(int64_t b, int64_t query) const {
+    Range blocks = grid_.blocks_of(grid_.extent.keys_of(b, {query, query + 1}));
+    if (of_.ended && grid_.extent.causal) blocks.end = std::min(blocks.end, (query + 1) / grid_.block_k);
+    return blocks;
+  }
+
+  // A list is of a batch row, and of the heads that make a tile together.
+  void score(PanelScratch& scratch, int64_t list, int64_t m, float* out) {
+    const int64_t lists_a_row = call_.q.heads / together_, b = list / lists_a_row;
+    const int64_t first_head = list % lists_a_row * together_, group = b * call_.k.heads + first_head / share_;
     std::fill(out, out + width_, 0.0f);
     const Range queries = grid_.queries(b, m), blocks = scored(b, m);
     if (blocks.empty()) return;
     std::vector<Range> seen;  // key blocks of which a query may attend any key
-    for (int64_t query = queries.begin; query < queries.end; ++query)
-      seen.push_back(grid_.blocks_of(grid_.extent.keys_of(b, {query, query + 1})));
+    for (int64_t query = queries.begin; query < queries.end; ++query) seen.push_back(seen_by(b, query));
     std::vector<TileSums> found;
-    for (int64_t h = g * share_; h < (g + 1) * share_; ++h)
+    for (int64_t h = first_head; h < first_head + together_; ++h)
       for (int64_t first = queries.begin; first < queries.end; first += kScoreRows) {
         const int64_t count = std::min<int64_t>(kScoreRows, queries.end - first);
         const void* rows[kScoreRows];
@@ -101,17 +112,19 @@ class Energies {
   const ScoreCall& call_;
   const Grid& grid_;
   const Part& part_;
+  const EnergyTiles of_;
   const ScoreKernels& kernels_;
   const int padded_;
-  const int64_t share_, width_, tiles_;
+  const int64_t share_, together_, width_, tiles_;
   std::vector<PanelScratch> scratch_;
   Aligned keys_;
 };
 
 }  // namespace
 
-void block_energy(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part, float* out) {
-  Energies(kernels, call, grid, part).run(out);
+void block_energy(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part, EnergyTiles of,
+                  float* out) {
+  Energies(kernels, call, grid, part, of).run(out);
 }
 
 }  // namespace gossamer

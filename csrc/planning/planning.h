@@ -39,9 +39,15 @@ void pool_queries(const Kernels& kernels, const TensorView& q, const Grid& grid,
 void pooled_products(const Kernels& kernels, const TensorView& queries, const TensorView& keys, const Grid& grid,
                      const Part& part, float* out, int threads);
 
-// Energies of the queries of a part against pooled keys, call.k [batch, groups, key blocks, dim]: out [batch, groups,
-// part, key blocks].
-void block_energy(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part, float* out);
+struct EnergyTiles {
+  bool per_head;  // of the query block in one head; else in all heads of a group
+  bool ended;     // in causal attention a row takes part for blocks that end at or before it; else for all that begin
+};
+
+// Energies of the queries of a part against pooled keys, call.k [batch, groups, key blocks, dim]: out [batch, groups or
+// heads, part, key blocks].
+void block_energy(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part, EnergyTiles of,
+                  float* out);
 
 // Mass of a part by the antidiagonals of cells of stride x stride, where the stride divides both blocks: out
 // [batch, heads, part, key_blocks].

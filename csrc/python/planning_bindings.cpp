@@ -125,12 +125,13 @@ void bind_scores(nb::module_& m) {
       "isa"_a, "queries"_a, "keys"_a, "grid"_a, "part"_a, nb::kw_only(), "out"_a, "threads"_a, Release());
   m.def(
       "block_energy",
-      [](const std::string& isa, const ScoreCall& call, const Grid& grid, const Part& part, uintptr_t out) {
+      [](const std::string& isa, const ScoreCall& call, const Grid& grid, const Part& part, bool per_head, bool ended,
+         uintptr_t out) {
         check_grid(grid, call.q);
         check_key_blocks(grid, call.k.tokens);
-        block_energy(kernels_for(isa), call, grid, part, pointer<float>(out));
+        block_energy(kernels_for(isa), call, grid, part, {per_head, ended}, pointer<float>(out));
       },
-      "isa"_a, "call"_a, "grid"_a, "part"_a, nb::kw_only(), "out"_a, Release());
+      "isa"_a, "call"_a, "grid"_a, "part"_a, nb::kw_only(), "per_head"_a, "ended"_a, "out"_a, Release());
   m.def(
       "antidiagonal",
       [](const std::string& isa, const ScoreCall& call, const Grid& grid, int64_t stride, const Part& part,

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <new>
 
 #include "attend/executor.h"
@@ -62,7 +63,7 @@ Lists lists_of(const Given& indptr, const Given& indices, int64_t most) {
 void make_plan(Plan* self, const Grid& grid, int64_t heads, int64_t query_len, int64_t key_len, int64_t query_blocks,
                int64_t column_group, const Given& block_indptr, const Given& block_indices, const Given& column_indptr,
                const Given& column_indices, const Given& sink, const Given& window, const Given& q_order,
-               const Given& k_order) {
+               const Given& k_order, bool pruned_mean, std::optional<float> skip) {
   int64_t longest = 0;
   for (int64_t b = 0; b < grid.extent.batch; ++b) longest = std::max(longest, grid.extent.key_count[b]);
   const int64_t key_blocks = ceil_div(k_order.second != 0 ? key_len : longest, grid.block_k);
@@ -77,7 +78,9 @@ void make_plan(Plan* self, const Grid& grid, int64_t heads, int64_t query_len, i
                   pointer<int32_t>(sink),
                   pointer<int32_t>(window),
                   pointer<int32_t>(q_order),
-                  pointer<int32_t>(k_order)};
+                  pointer<int32_t>(k_order),
+                  pruned_mean,
+                  skip.value_or(std::numeric_limits<float>::infinity())};
   check_plan(*self, {block_indptr.second, column_indptr.second, sink.second, window.second, q_order.second,
                      k_order.second});
 }
@@ -116,7 +119,7 @@ void bind_views(nb::module_& m) {
   nb::class_<Plan>(m, "Plan")
       .def("__init__", &make_plan, "grid"_a, nb::kw_only(), "heads"_a, "query_len"_a, "key_len"_a, "query_blocks"_a,
            "column_group"_a, "block_indptr"_a, "block_indices"_a, "column_indptr"_a, "column_indices"_a, "sink"_a,
-           "window"_a, "q_order"_a, "k_order"_a);
+           "window"_a, "q_order"_a, "k_order"_a, "pruned_mean"_a, "skip"_a.none());
   nb::class_<AttentionCall>(m, "AttentionCall")
       .def("__init__", &make_attention_call, nb::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "sinks"_a,
            "scale"_a, "softcap"_a, "threads"_a);

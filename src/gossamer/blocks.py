@@ -167,13 +167,23 @@ class Blocks:
             self._rows.take(part, *blocks)
             self._columns.take(part, *columns)
 
-    def plan(self, *, sink: Tensor | int = 0, window: Tensor | int = 0) -> SparsePlan:
-        """The plan, its pairs counted. ``sink`` and ``window`` are its bands in tokens, one number or ``[heads]``.
+    def plan(
+        self,
+        *,
+        sink: Tensor | int = 0,
+        window: Tensor | int = 0,
+        pruned_mean: bool = False,
+        skip: float | None = None,
+    ) -> SparsePlan:
+        """The plan, its pairs counted. On a device this waits once, for the numbers of blocks, columns and pairs.
 
-        On a device this waits once, for the numbers of blocks, columns and pairs.
+        Args:
+            sink, window: its bands in tokens, one number or ``[heads]``.
+            pruned_mean, skip: its attributes, for blocks alone; `gossamer.methods.Corrected` gives them to the plans of
+                any method.
 
         Raises:
-            ValueError: a rule needed all rows, and some never came.
+            ValueError: a rule needed all rows, and some never came; an attribute beside columns or bands.
         """
         if self._pending:
             raise ValueError(
@@ -199,6 +209,8 @@ class Blocks:
             column_group=self._column_group,
             sink=sink,
             window=window,
+            pruned_mean=pruned_mean,
+            skip=skip,
         )
 
     def _reach(self, sink: Tensor | int, window: Tensor | int) -> None:

@@ -8,6 +8,7 @@ does not see has score 0. The definitions, with their formulas, are in `gossamer
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -144,16 +145,22 @@ def pooled_mass(call: AttentionCall, grid: Grid) -> Iterator[tuple[range, Tensor
         yield part, _softmax(products * abs(call.scale), grid.sees(part, call.device)[:, None])
 
 
-def row_block_energy(call: AttentionCall, grid: Grid) -> Iterator[tuple[range, Tensor]]:
+def row_block_energy(
+    call: AttentionCall, grid: Grid, *, per: Literal["head", "kv_head"] = "kv_head", ended: bool = False
+) -> Iterator[tuple[range, Tensor]]:
     """Every query row against mean-pooled keys, summed over a query block and a GQA group (2608.19758).
 
+    Args:
+        per: ``"head"`` sums over the query block alone (2603.06199).
+        ended: in causal attention a row sees the blocks that end at or before it, not all that begin there.
+
     Yields:
-        plan rows, and energies fp32 ``[B, G, rows, N]``.
+        plan rows, and energies fp32 ``[B, G, rows, N]``; ``[B, H, rows, N]`` per head.
     """
     backend = backend_of(call, "row_block_energy")
     keys = pool_keys(call, grid).to(call.q.dtype)
-    for part in _parts(call, grid, call.groups, backend.PART_BYTES):
-        yield part, backend.row_block_energy(call, grid, keys, part)
+    for part in _parts(call, grid, call.groups if per == "kv_head" else call.heads, backend.PART_BYTES):
+        yield part, backend.row_block_energy(call, grid, keys, part, per_head=per == "head", ended=ended)
 
 
 def mean_row_maxima(call: AttentionCall, grid: Grid, regions: Tensor) -> Tensor:

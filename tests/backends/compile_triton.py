@@ -29,8 +29,9 @@ FLOATS = (
 TYPES = INTEGERS | {f"{name}_ptr": "*fp32" for name in FLOATS}
 TYPES |= dict.fromkeys(("block_indptr", "column_indptr", "indptr_ptr", "pairs_ptr"), "*i64")
 TYPES |= dict.fromkeys(("flags_ptr", "forced_heads_ptr"), "*u8")
-TYPES |= dict.fromkeys(("scale_log2", "softcap_log2", "softcap_slope", "slope", "alpha"), "fp32")
+TYPES |= dict.fromkeys(("scale_log2", "softcap_log2", "softcap_slope", "skip_log2", "slope", "alpha"), "fp32")
 FLAGS = ("HAS_BLOCKS", "HAS_COLUMNS", "Q_ORDER", "K_ORDER", "SOFTCAP", "SINKS")
+ATTRIBUTES = ("MEANS", "SKIP")  # of plans of blocks alone
 INSTRUCTIONS = {
     "asynchronous-copy": "cp.async.c",
     "tensor-copy": "cp.async.bulk.tensor",
@@ -73,12 +74,13 @@ def compile_attend(
 ) -> Any:
     block_d = power_of_two(dim)
     halves = 2 if capability < 90 and tile[0] < block_d <= 2 * tile[0] else 1
-    types: dict[str, str] = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*" + dtype)
+    like_q = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_means", "v_means")
+    types: dict[str, str] = dict.fromkeys(like_q, "*" + dtype)
     for name, width in (("k_descriptor", block_d), ("v_descriptor", block_d // halves)):
         types[name] = f"tensordesc<{dtype}[1, 1, {tile[1]}, {width}]>" if descriptors else "*" + dtype
     constants: dict[str, Any] = dict(SHARE=share, DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d // halves)
     constants |= dict(HALVES=halves, BLOCK_Q=block, BLOCK_K=block, TILE_M=tile[0], TILE_N=tile[1])
-    constants |= {name: name in flags for name in FLAGS} | dict(DESCRIPTORS=descriptors)
+    constants |= {name: name in flags for name in (*FLAGS, *ATTRIBUTES)} | dict(DESCRIPTORS=descriptors)
     return compile_kernel(kernels.attend, capability, constants, warps=warps, stages=stages, **types)
 
 
@@ -99,7 +101,7 @@ def compile_products(capability: int, dtype: str, dim: int, share: int, only: st
     variants = {
         "probe_sums": (sums, 4, stages),
         "probe_mass": (mass, 4, min(stages, 2)),
-        "row_energies": (energy | dict(CAUSAL=True), warps, stages),
+        "row_energies": (energy | dict(CAUSAL=True, ENDED=False, LISTS=1), warps, stages),
         "antidiagonal_mass": (cells, 4, min(stages, 2)),
     }
     return {
@@ -156,8 +158,12 @@ def main(capability: int) -> None:
     if capability < 90:
         compile_others(capability)
         compiled = {"attend": compile_attend(capability, "fp16", 80, (64, 32), set(FLAGS))}
+        compiled |= {
+            "attend-attributes": compile_attend(capability, "fp16", 128, (64, 64), {"HAS_BLOCKS", *ATTRIBUTES})
+        }
     else:
         compiled = {"attend": compile_chosen("bf16", 128, 64, {"HAS_BLOCKS", "HAS_COLUMNS"})}
+        compiled |= {"attend-attributes": compile_chosen("bf16", 128, 64, {"HAS_BLOCKS", *ATTRIBUTES})}
         compiled |= {"attend-fp32": compile_chosen("fp32", 128, 64, set())}
         compiled |= {"sums-fp32": compile_products(90, "fp32", 128, 1, only="probe_sums")["probe_sums"]}
         compiled |= compile_products(90, "bf16", 128, 4)

@@ -103,4 +103,7 @@ def check(call: AttentionCall, plan: SparsePlan, *, tolerance: float | None = No
     assert torch.equal(lse == -math.inf, empty)
     assert bool((out[empty] == 0).all())
     off = (lse.double() - expected_lse)[~empty].abs()
-    assert bool((off <= (1e-3 if call.q.dtype == torch.bfloat16 else 2e-5)).all()), float(off.max())
+    allowed = 1e-3 if call.q.dtype == torch.bfloat16 else 2e-5
+    if call.q.dtype == torch.bfloat16 and plan.pruned_mean:
+        allowed = 1e-2  # means of keys are rounded too
+    assert bool((off <= allowed).all()), float(off.max())

@@ -102,6 +102,22 @@ def test_permuted_plans(force, isa: str, seed: int) -> None:
 
 
 @every_isa
+@pytest.mark.parametrize("queries", [600, 200], ids=["prompt", "chunk"])
+def test_keys_that_change_places_nearby(force, isa: str, queries: int) -> None:
+    """Chunks before a query block are then whole, unless the model's window, a dead key or no block cuts into them."""
+    force(isa)
+    for limit, dtype, more in ((None, torch.float32, {}), (330, torch.bfloat16, {"sink": 3, "window": 9})):
+        call = make_call("no padding", length=600, heads=4, groups=2, dim=32, dtype=dtype)
+        extent = Extent([600 - queries], [queries], [5], [590 if limit else 595], limit=limit)
+        call = replace(call, q=call.q[:, :, :queries], extent=extent)
+        generator = torch.Generator().manual_seed(queries)
+        order = torch.rand(1, 2, 5, 120, generator=generator).argsort(-1) + 120 * torch.arange(5)[:, None]
+        given: dict[str, Any] = {"extent": extent, "k_order": order.flatten(2).int(), "block_k": 128, **more}
+        mask = torch.rand(1, 2, Grid(extent, 64, 64).query_blocks, 5, generator=generator) < 0.7
+        check(call, SparsePlan.from_block_mask(mask, queries, 600, **given))
+
+
+@every_isa
 @pytest.mark.parametrize("seed", range(4))
 def test_fewer_queries_than_keys(force, isa: str, seed: int) -> None:
     """Only listed keys are packed then; the buffer holds NaN from the call before wherever they are not."""

@@ -77,8 +77,10 @@ def make_batch(rows: list[Row], spare: int, dtype: torch.dtype, **rules: Any) ->
     return AttentionCall(q, k, v, Extent(starts, *counts, **rules))
 
 
-def plan_of(call: AttentionCall, rows: list[Row], *, heads: int, shared_columns: bool, share: float) -> SparsePlan:
-    """Blocks, columns and a narrow band: each row's are drawn for it alone."""
+def plan_of(
+    call: AttentionCall, rows: list[Row], *, heads: int, shared_columns: bool, share: float, alone: bool = False
+) -> SparsePlan:
+    """Blocks, columns and a narrow band: each row's are drawn for it alone. Or blocks alone, with both attributes."""
     grid = Grid(call.extent, BLOCK_Q, BLOCK_K)
     many = grid.query_blocks
     group = max(1, many) if shared_columns else 1
@@ -100,7 +102,9 @@ def plan_of(call: AttentionCall, rows: list[Row], *, heads: int, shared_columns:
         column_group=group,
         column_indptr=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
         column_indices=columns.flatten(0, 2).nonzero()[:, 1].to(torch.int32),
-        window=7,
+        window=0 if alone else 7,
+        pruned_mean=alone,
+        skip=0.5 if alone else None,
     )
 
 
@@ -120,14 +124,15 @@ def live(call: AttentionCall, x: Tensor) -> Tensor:
 
 
 @every_kernel
-@pytest.mark.parametrize("kind", ["shared columns", "many shared columns", "own columns", "per kv head"])
+@pytest.mark.parametrize("kind", ["shared columns", "many shared columns", "own columns", "per kv head", "attributes"])
 @pytest.mark.parametrize(("length", "queries"), QUERIES)
 def test_attention(isa: str, dtype: torch.dtype, length: int, queries: int, kind: str) -> None:
     """Many shared columns take more room than the keys, and are gathered by each block."""
     options: dict[str, Any] = {
         "heads": GROUPS if kind == "per kv head" else HEADS,
         "shared_columns": kind != "own columns",
-        "share": 0.9 if kind == "many shared columns" else 0.3,
+        "share": {"many shared columns": 0.9, "attributes": 0.0}.get(kind, 0.3),
+        "alone": kind == "attributes",
     }
     expected: list[Tensor] = []
     for rows, call in situations(length, queries, dtype):

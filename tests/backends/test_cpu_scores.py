@@ -55,7 +55,10 @@ def scores_of(backend, verb: str, call: AttentionCall, shape: str, whole: bool =
     keys = reference.pool_keys(call, grid)
     if verb == "energies":
         keys = keys.to(call.q.dtype)
-        return [torch.cat([backend.row_block_energy(call, grid, keys, part) for part in parts], dim=2)]
+        return [
+            torch.cat([backend.row_block_energy(call, grid, keys, part, **tiles) for part in parts], dim=2)
+            for tiles in ({}, {"per_head": True, "ended": True})
+        ]
     queries = reference.pool_queries(call, grid)
     return [torch.cat([backend.pooled_scores(call, grid, queries, keys, part) for part in parts], dim=2)]
 

@@ -32,10 +32,11 @@ def test_products_are_of_tensor_cores_and_loads_asynchronous(compiled) -> None:
     """By descriptors where consecutive keys are loaded; gathered columns stay copies by pointers. fp32 is exact."""
     capability, kernels = compiled
     usual = {"asynchronous-copy", "warpgroup-matrix" if capability >= 90 else "warp-matrix"}
-    expected = {"attend": usual}
+    expected = {"attend": usual, "attend-attributes": usual}
     if capability >= 90:
         expected |= dict.fromkeys(("probe_sums", "probe_mass", "row_energies", "antidiagonal_mass"), usual)
-        expected |= {"attend": usual | {"tensor-copy"}, "attend-fp32": set(), "sums-fp32": set()}
+        expected |= dict.fromkeys(("attend", "attend-attributes"), usual | {"tensor-copy"})
+        expected |= {"attend-fp32": set(), "sums-fp32": set()}
     assert {name: set(words[2:]) for name, words in kernels.items()} == expected
 
 

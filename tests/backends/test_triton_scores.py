@@ -101,6 +101,19 @@ def test_row_block_energy(situation: str, length: int, block_q: int, block_k: in
     torch.testing.assert_close(*in_parts("row_block_energy", call, grid, keys), atol=1e-6, rtol=2e-5)
 
 
+@every_situation
+def test_energies_of_one_head_and_of_blocks_that_ended(situation: str) -> None:
+    call = moved(make_call(situation, length=90, heads=4, groups=2, dim=24))
+    grid = Grid(call.extent, 32, 16)
+    keys = triton.pool_keys(call, grid)
+    for tiles in ({"per_head": True}, {"ended": True}, {"per_head": True, "ended": True}):
+        ours, defined = (
+            backend.row_block_energy(call, grid, keys, range(grid.query_blocks), **tiles)
+            for backend in (triton, definition)
+        )
+        torch.testing.assert_close(ours, defined, atol=1e-6, rtol=2e-5)
+
+
 def test_energies_of_more_blocks_than_a_tile_and_more_rows() -> None:
     """The largest logit changes from tile to tile, of keys and of rows."""
     call = moved(make_call("no padding", length=200, heads=8, groups=1, dim=16))

@@ -100,4 +100,7 @@ def check(call: AttentionCall, plan: SparsePlan, chosen: config.Config | None = 
     assert worst <= tolerance, f"error {worst:.2e} of the largest output"
     empty = expected_lse == -math.inf
     assert torch.equal(lse == -math.inf, empty)
-    assert bool(((lse.double() - expected_lse)[~empty].abs() <= 2e-5).all())
+    allowed = 2e-5
+    if plan.pruned_mean:  # means of keys are rounded
+        allowed = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[call.q.dtype]
+    assert bool(((lse.double() - expected_lse)[~empty].abs() <= allowed).all())

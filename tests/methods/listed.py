@@ -48,6 +48,13 @@ _SLASHES = {"vertical_size": 60, "slash_size": 300}
 _RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
 _ANCHOR = {"theta": 1.0, "step": 2, "first_blocks": 1, "block": 32}
 
+_FLASH = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_tiles": 2, "block_k": 64}
+
+
+def _tail(share: int) -> int:
+    return -(-256 // share)
+
+
 LISTED = [
     Listed("dense", _NONE, _NONE, by_block=True),
     Listed("a_shape", {"sink": 9, "window": 150}, {"window": 10_000}, by_block=True),
@@ -56,9 +63,11 @@ LISTED = [
     Listed("vertical_slash", _SLASHES | {"exact": True}, {"slash_size": 10_000, "exact": True}, by_block=False),
     Listed("block_sparse", {"blocks": 4}, {"blocks": 1000}, by_block=True),
     Listed("minference", _SLASHES, {"vertical_size": 10_000}, by_block=False),
-    Listed("max_relative", _RELATIVE, {"alpha": 0.0}, True, lambda share: -(-256 // share)),
     Listed("flexprefill", {"gamma": 0.4, "tau": 0.3, "min_budget": 32, "block": 32}, {"gamma": 1.0}, by_block=False),
     Listed("xattention", {"threshold": 0.5, "stride": 8, "block": 32}, {"threshold": 1.0}, by_block=True),
     Listed("anchor_attention", _ANCHOR, {"theta": math.inf}, by_block=True),
+    Listed("max_relative", _RELATIVE, {"alpha": 0.0}, True, _tail),
+    Listed("flash_prefill", _FLASH, _FLASH | {"alpha": 0.0}, True, _tail),
+    Listed("corrected", {"base": MaxRelative(**_RELATIVE), "skip": 1.0}, {"base": MaxRelative(0.0)}, True, _tail),
     Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
 ]

@@ -27,6 +27,7 @@ struct Random {
 
 constexpr int64_t kBatch = 2, kQueryHeads = 4, kGroups = 2;
 constexpr float kScale = 0.2f;
+constexpr float kNoSkip = std::numeric_limits<float>::infinity();
 
 class Problem {
  public:
@@ -44,6 +45,10 @@ class Problem {
     place_tokens();
     permute_queries = random.chance(0.2);
     permute_keys = random.chance(0.2);
+    if (!is_permuted() && random.chance(0.4)) {
+      pruned_mean = random.chance(0.7);
+      if (block_k == kChunk && (!pruned_mean || random.chance(0.5))) skip = 0.5f;
+    }
     draw_lists();
     if (permute_queries) q_order = orders(query_len);
     if (permute_keys) k_order = orders(key_len);
@@ -68,7 +73,8 @@ class Problem {
   Plan plan() const {
     return {grid(), heads, query_len, key_len, query_blocks, column_group,
             lists_of(block_indptr, block_indices, key_blocks()), lists_of(column_indptr, column_indices, longest()),
-            sink.data(), window.data(), q_order.empty() ? nullptr : q_order.data(), k_order.empty() ? nullptr : k_order.data()};
+            sink.data(), window.data(), q_order.empty() ? nullptr : q_order.data(), k_order.empty() ? nullptr : k_order.data(),
+            pruned_mean, skip};
   }
   ScoreCall score_call(int threads) {
     return {view(q, kQueryHeads, query_len), view(k, kGroups, key_len), extent(), kScale, threads};
@@ -122,13 +128,15 @@ class Problem {
   int64_t key_blocks() const { return ceil_div(permute_keys ? key_len : longest(), block_k); }
   int64_t longest() const { return *std::max_element(key_count.begin(), key_count.end()); }
   bool is_permuted() const { return permute_queries || permute_keys; }
+  bool has_blocks_alone() const { return pruned_mean || skip < kNoSkip; }
 
   Random random;
   int64_t heads, query_len, key_len, block_q, block_k, column_group, query_blocks;
   int64_t offset;  // of the tensors in their storage, in elements: bf16 may lie at any even address
   int dim;
   DType dtype;
-  bool causal, permute_queries, permute_keys;
+  bool causal, permute_queries, permute_keys, pruned_mean = false;
+  float skip = kNoSkip;
   int64_t limit;
   std::vector<int64_t> query_start, query_count, key_start, key_count;
   std::vector<int64_t> block_indptr{0}, column_indptr{0};
@@ -161,11 +169,12 @@ class Problem {
       query_blocks = std::max(query_blocks, grid().row_blocks(b));
     column_group = random.chance(0.5) ? 1 : std::max<int64_t>(1, query_blocks);
     lists(query_blocks, key_blocks(), 0.3, block_indptr, block_indices);
-    lists(ceil_div(query_blocks, column_group), longest(), random.chance(0.5) ? 0.2 : 0.0, column_indptr,
+    const bool more = !has_blocks_alone();
+    lists(ceil_div(query_blocks, column_group), longest(), more && random.chance(0.5) ? 0.2 : 0.0, column_indptr,
           column_indices);
     for (int64_t h = 0; h < heads; ++h) {
-      sink.push_back(static_cast<int32_t>(random.chance(0.5) ? random.below(70) : 0));
-      window.push_back(static_cast<int32_t>(random.chance(0.5) ? random.below(150) : 0));
+      sink.push_back(static_cast<int32_t>(more && random.chance(0.5) ? random.below(70) : 0));
+      window.push_back(static_cast<int32_t>(more && random.chance(0.5) ? random.below(150) : 0));
     }
   }
 
@@ -182,7 +191,10 @@ class Problem {
     for (int64_t n = 0; n < kBatch * heads; ++n) {
       std::vector<int32_t> one(length);
       std::iota(one.begin(), one.end(), 0);
-      std::shuffle(one.begin(), one.end(), random.engine);
+      // Everywhere, or nearby: then some chunks are attended whole.
+      const int64_t segment = random.chance(0.5) ? std::max<int64_t>(1, length) : 100;
+      for (int64_t begin = 0; begin < length; begin += segment)
+        std::shuffle(one.begin() + begin, one.begin() + std::min(length, begin + segment), random.engine);
       all.insert(all.end(), one.begin(), one.end());
     }
     return all;
@@ -248,19 +260,78 @@ class Problem {
            std::binary_search(columns.begin(), columns.end(), static_cast<int32_t>(key));
   }
 
+  // Whether each query of a query block may attend each live key of a block: its first and last query, and the first
+  // and last key, decide for all.
+  bool sees_whole(int64_t b, int64_t query, int64_t block) const {
+    const int64_t first_position = extent().first_position(b), begin = query / block_q * block_q;
+    const int64_t first = std::max(begin, first_position);
+    const int64_t last = std::min(begin + block_q, first_position + query_count[b]) - 1;
+    const int64_t low = block * block_k, high = std::min(low + block_k, key_count[b]) - 1;
+    const int64_t farthest = std::max(last - low, high - first);
+    return farthest < limit && (!causal || high <= first);
+  }
+
+  double logit(int64_t query_row, const std::vector<double>& key) const {
+    double sum = 0.0;
+    for (int d = 0; d < dim; ++d) sum += read(q, query_row, d) * key[d] * kScale;
+    return sum;
+  }
+
+  // Mean of the rows [first, first + count) of keys or values.
+  std::vector<double> mean(const std::vector<char>& tensor, int64_t first, int64_t count) const {
+    std::vector<double> sums(dim);
+    for (int64_t n = 0; n < count; ++n)
+      for (int d = 0; d < dim; ++d) sums[d] += read(tensor, first + n, d) / static_cast<double>(count);
+    return sums;
+  }
+
+  // Logits of a live query and the rows of keys and values that they are for, some of which are means.
+  struct Term {
+    double logit;
+    int64_t first_row, count;
+  };
+
+  // False where rounding decides whether a tile is left out.
+  bool list_terms(int64_t b, int64_t plan_head, int64_t query_row, int64_t query, int64_t first_row,
+                  std::vector<Term>& terms) const {
+    double running = -std::numeric_limits<double>::infinity();
+    for (int64_t tile = 0; tile * kChunk < key_count[b]; ++tile) {
+      std::vector<Term> own;
+      double largest = -std::numeric_limits<double>::infinity();
+      for (int64_t key = tile * kChunk; key < std::min((tile + 1) * kChunk, key_count[b]); ++key) {
+        if (!attends(b, plan_head, query, key)) continue;
+        own.push_back({logit(query_row, mean(k, first_row + key, 1)), first_row + key, 1});
+        largest = std::max(largest, own.back().logit);
+      }
+      if (skip < kNoSkip && std::abs(largest - (running - skip)) < 1e-3) return false;
+      if (largest < running - skip) continue;
+      running = std::max(running, largest);
+      terms.insert(terms.end(), own.begin(), own.end());
+    }
+    const Plan own = plan();
+    const Row listed = own.blocks.row(own.block_list(b, plan_head, query / block_q - grid().first_block(b)));
+    for (int64_t block = 0; pruned_mean && block * block_k < key_count[b]; ++block) {
+      if (std::binary_search(listed.begin(), listed.end(), static_cast<int32_t>(block)) || !sees_whole(b, query, block))
+        continue;
+      const int64_t first = first_row + block * block_k, count = std::min(block_k, key_count[b] - block * block_k);
+      terms.push_back({logit(query_row, mean(k, first, count)) + std::log(static_cast<double>(count)), first, count});
+    }
+    return true;
+  }
+
   double row_error(int64_t b, int64_t h, int64_t row) const {
     const int64_t plan_head = h * heads / kQueryHeads, group = h * kGroups / kQueryHeads;
     const int64_t query_row = (b * kQueryHeads + h) * query_len + row;
+    const int64_t first_row = (b * kGroups + group) * key_len + key_start[b];
+    std::vector<Term> terms;
+    if (is_live_query(b, row) && !list_terms(b, plan_head, query_row, query_start[b] + row, first_row, terms))
+      return 0.0;
     std::vector<double> sums(dim);
-    const double sink_mass = sinks.empty() ? 0.0 : std::exp(double{sinks[h]});
-    double total = sink_mass;
-    for (int64_t key = 0; is_live_query(b, row) && key < key_count[b]; ++key) {
-      if (!attends(b, plan_head, query_start[b] + row, key)) continue;
-      const int64_t key_row = (b * kGroups + group) * key_len + key_start[b] + key;
-      double logit = 0.0;
-      for (int d = 0; d < dim; ++d) logit += read(q, query_row, d) * read(k, key_row, d) * kScale;
-      total += std::exp(logit);
-      for (int d = 0; d < dim; ++d) sums[d] += std::exp(logit) * read(v, key_row, d);
+    double total = sinks.empty() ? 0.0 : std::exp(double{sinks[h]});
+    for (const Term& term : terms) {
+      total += std::exp(term.logit);
+      const std::vector<double> value = mean(v, term.first_row, term.count);
+      for (int d = 0; d < dim; ++d) sums[d] += std::exp(term.logit) * value[d];
     }
     if (total == 0.0) {
       bool nothing = lse[query_row] == -std::numeric_limits<float>::infinity();

@@ -66,7 +66,7 @@ bool pooled_scores_are_right(Problem& problem, const Kernels& kernels, int threa
   for (size_t n = 0; n < keys.size(); ++n) problem.write(pooled, n, keys[n]);
   call.k = problem.view(pooled, kGroups, blocks);
   std::vector<float> energies(kBatch * kGroups * part.size() * blocks);
-  block_energy(kernels, call, grid, part, energies.data());
+  block_energy(kernels, call, grid, part, {false, false}, energies.data());
   const float most = 1.001f * static_cast<float>(grid.block_q * kQueryHeads / kGroups);
   return std::all_of(products.begin(), products.end(), [](float x) { return std::abs(x) < 1e3f; }) &&
          std::all_of(energies.begin(), energies.end(), [&](float x) { return x >= 0 && x <= most; });

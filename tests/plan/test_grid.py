@@ -45,6 +45,17 @@ def assert_lies_as_defined(grid: Grid) -> None:
             visible = [key for key in range(row.key_count) if any(row.allows(query, key) for query in positions)]
             assert list(range(*grid.keys[b, m].tolist())) == visible
             assert grid.sees(range(m, m + 1))[b, 0].nonzero().flatten().tolist() == sorted(seen)
+            wholly = {
+                j
+                for j in range(-(-row.key_count // grid.block_k))
+                if positions and all(row.allows(query, key) for query in positions for key in keys_of(row, grid, j))
+            }
+            assert list(range(*grid.wholly_seen[b, m].tolist())) == sorted(wholly)
+
+
+def keys_of(row: Row, grid: Grid, block: int) -> range:
+    """Positions of a key block's live keys."""
+    return range(block * grid.block_k, min((block + 1) * grid.block_k, row.key_count))
 
 
 @everywhere

@@ -226,7 +226,7 @@ def all_fields(plan: SparsePlan) -> dict[str, Any]:
 
 
 def full_plan() -> SparsePlan:
-    """No field has its default."""
+    """No field has its default, but the attributes, which are for plans of blocks alone."""
     plan = random_plan(5, batch=2, heads=2, query_len=11, key_len=16, block_q=4, block_k=3, permuted=True, padded=True)
     rows = 2 * 2 * 3
     lists = {"block_indptr": torch.arange(rows + 1), "block_indices": torch.arange(rows).int() % 6}
@@ -236,15 +236,16 @@ def full_plan() -> SparsePlan:
 
 def test_a_full_plan_has_no_default() -> None:
     default = SparsePlan(2, 11, 16, full_plan().extent)
-    always_given = ("heads", "query_len", "key_len", "extent")
+    always_given = ("heads", "query_len", "key_len", "extent", "pruned_mean", "skip")
     for name, value in all_fields(full_plan()).items():
         if name not in always_given:
             assert not same(value, getattr(default, name)), name
 
 
 def test_an_unchecked_plan_keeps_every_field() -> None:
-    plan = full_plan()
-    assert_same_fields(SparsePlan.unchecked(**all_fields(plan)), plan)
+    attributed = SparsePlan(2, 5, 70, Extent.full(1, 5, 70), pruned_mean=True, skip=1.5)
+    for plan in (full_plan(), attributed):
+        assert_same_fields(SparsePlan.unchecked(**all_fields(plan)), plan)
 
 
 def test_an_unchecked_plan_has_the_defaults_of_a_checked_one() -> None:

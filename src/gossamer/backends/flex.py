@@ -34,8 +34,8 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         out ``[B, H, S, Dv]`` in q's dtype and lse fp32 ``[B, H, S]``.
 
     Raises:
-        ValueError, TypeError: a plan for another call; a permuted plan; fp64; on CUDA, blocks that `kernel_options`
-            refuses.
+        ValueError, TypeError: a plan for another call; one that is permuted, or has ``pruned_mean`` or ``skip``; fp64;
+            on CUDA, blocks that `kernel_options` refuses.
     """
     from torch.nn.attention.flex_attention import AuxRequest
 

@@ -46,7 +46,7 @@ def _entry(name: str) -> dict[str, Any]:
     return {
         "method": name,
         "summary": " ".join((inspect.getdoc(known) or "").split("\n\n")[0].split()),
-        "fields": json.loads(json.dumps(given, default=str)),
+        "fields": json.loads(json.dumps(given, default=_plain)),
         "required": [name for name in defaults if name not in given],
         "profile": takes_profile(known),
         "package": None if known.__module__.partition(".")[0] == "gossamer" else _package(name),
@@ -55,6 +55,10 @@ def _entry(name: str) -> dict[str, Any]:
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, methods.Method) else str(value)
 
 
 def _package(name: str) -> str | None:
@@ -66,11 +70,13 @@ def _package(name: str) -> str | None:
 def _fields(entry: dict[str, Any]) -> str:
     """As they are given on a command line."""
     by_profile = {"layers"} if entry["profile"] else set()
-    shown = [
-        f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
-        for name, value in entry["fields"].items()
-        if name not in by_profile
-    ]
+    shown = [f"{name}={_shown(value)}" for name, value in entry["fields"].items() if name not in by_profile]
     shown += [f"{name} (required)" for name in entry["required"]]
     shown += [f"{name} by --profile" for name in by_profile]
     return " ".join(shown) or "no fields"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "method" in value:  # with its defaults
+        return value["method"]
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.evaluate.schema import checked
+from gossamer.methods import Method
 from gossamer.methods.registry import class_of
 from gossamer.policy import Policy
 from gossamer.profiles.files import parse_json, read_file, shown
@@ -44,7 +45,8 @@ def label_of(policy: Policy) -> str:
 def _label(given: Mapping[str, Any], thresholds: str) -> str:
     method = given["method"]
     usual = {f.name: f.default for f in fields(class_of(method)) if f.default is not MISSING}
-    given, usual = (json.loads(json.dumps(values)) for values in (dict(given), usual))
+    # A field may hold a method.
+    given, usual = (json.loads(json.dumps(values, default=Method.to_dict)) for values in (dict(given), usual))
     changed = [
         f"{name}={_shown(value)}" for name, value in given.items() if name != "method" and value != usual.get(name)
     ]

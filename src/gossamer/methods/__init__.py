@@ -4,7 +4,9 @@ from gossamer.methods.a_shape import AShape
 from gossamer.methods.anchor_attention import AnchorAttention
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
+from gossamer.methods.corrected import Corrected
 from gossamer.methods.dense import Dense
+from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
@@ -18,7 +20,9 @@ __all__ = [
     "AShape",
     "AnchorAttention",
     "BlockSparse",
+    "Corrected",
     "Dense",
+    "FlashPrefill",
     "FlexPrefill",
     "MInference",
     "MaxRelative",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from gossamer import scores
 from gossamer.blocks import Blocks
@@ -12,12 +13,34 @@ from gossamer.methods.base import Method, Settings, require_at_least, require_sh
 from gossamer.plan import SparsePlan, ceil_div
 from gossamer.rules import RelativeToMax
 
-__all__ = ["MaxRelative"]
+__all__ = ["MaxRelative", "blocks_of_energy"]
+
+
+def blocks_of_energy(
+    call: AttentionCall,
+    alpha: float,
+    *,
+    blocks: tuple[int, int],
+    keep: Mapping[str, Any],
+    per: Literal["head", "kv_head"] = "kv_head",
+    ended: bool = False,
+) -> Blocks:
+    """Key blocks whose energy is at least ``alpha`` times the largest of their query block, and those that it keeps.
+
+    Args:
+        blocks: tokens of a query block and of a key block.
+        keep: of `Blocks.keep`; per, ended: of `gossamer.scores.row_block_energy`.
+    """
+    chosen = Blocks(call, *blocks, per=per)
+    chosen.keep(**keep)
+    for part, energy in scores.row_block_energy(call, chosen.grid, per=per, ended=ended):
+        chosen.choose(part, energy, RelativeToMax(alpha))
+    return chosen
 
 
 @dataclass(frozen=True)
 class MaxRelative(Method):
-    """FlashPrefill V2's selection (2608.19758), planned per key/value head, without its mean correction.
+    """FlashPrefill V2's selection (2608.19758), planned per key/value head: the plain form of `FlashPrefill`.
 
     A query block and the heads of a GQA group form one tile. Its energy for key block j is
     ``E[j] = sum over rows r that see j of exp(scale * q_r . mean(k in j))``; the tile keeps every j with
@@ -29,7 +52,7 @@ class MaxRelative(Method):
 
     Deviations: a tile is ``block_q`` tokens times the group's heads (the authors pack 128 rows and may straddle a
     group); the dense tail is widened to whole query blocks; the pruned blocks are dropped, not replaced by their
-    means.
+    means (which `FlashPrefill` does, and `Corrected` for any method).
     """
 
     name: ClassVar[str] = "max_relative"
@@ -47,9 +70,7 @@ class MaxRelative(Method):
         require_share(self, "alpha")
 
     def plan(self, call: AttentionCall) -> SparsePlan:
-        blocks = Blocks(call, self.block_q, self.block_k, per="kv_head")
         tail = ceil_div(self.last_rows, call.share)
-        blocks.keep(first=self.sink_blocks, own=self.window_blocks, last_rows=tail)
-        for part, energy in scores.row_block_energy(call, blocks.grid):
-            blocks.choose(part, energy, RelativeToMax(self.alpha))
+        keep = {"first": self.sink_blocks, "own": self.window_blocks, "last_rows": tail}
+        blocks = blocks_of_energy(call, self.alpha, blocks=(self.block_q, self.block_k), keep=keep)
         return blocks.plan()

@@ -19,7 +19,8 @@ def merge_plans(plans: Sequence[SparsePlan], owner: Sequence[int]) -> SparsePlan
     Blocks are refined to the common divisor; heads of a plan per key/value head stand for their query heads.
 
     Raises:
-        ValueError: a plan is permuted, or the plans are for other calls.
+        ValueError: a plan is permuted, or the plans are for other calls; they differ in their attributes, or in blocks
+            whose means count, which finer blocks would change.
     """
     first, heads = plans[0], len(owner)
     for plan in plans:
@@ -29,6 +30,7 @@ def merge_plans(plans: Sequence[SparsePlan], owner: Sequence[int]) -> SparsePlan
             raise ValueError(f"a plan of {plan.heads} heads cannot stand for {heads} query heads")
     if len(plans) == 1:
         return first
+    _check_attributes(plans)
     block_q, block_k = math.gcd(*(p.block_q for p in plans)), math.gcd(*(p.block_k for p in plans))
     merged = SparsePlan.unchecked(
         heads=heads, query_len=first.query_len, key_len=first.key_len, extent=first.extent,
@@ -62,10 +64,28 @@ def merge_plans(plans: Sequence[SparsePlan], owner: Sequence[int]) -> SparsePlan
         window=torch.stack(
             [torch.as_tensor(plans[n].window, device=plans[n].device)[h] for n, h in zip(owner, source, strict=True)]
         ),
+        pruned_mean=first.pruned_mean,
+        skip=first.skip,
         pairs=None
         if len(known) < len(plans)
         else torch.stack([known[n][:, h] for n, h in zip(owner, source, strict=True)], dim=1),
     )
+
+
+def _check_attributes(plans: Sequence[SparsePlan]) -> None:
+    different = {(plan.pruned_mean, plan.skip) for plan in plans}
+    if len(different) > 1:
+        raise ValueError(
+            "heads of one layer must share pruned_mean and skip, got "
+            + " and ".join(f"pruned_mean={mean}, skip={skip}" for mean, skip in sorted(different, key=str))
+            + "; give the methods of all its heads the same"
+        )
+    blocks = {(plan.block_q, plan.block_k) for plan in plans}
+    if plans[0].pruned_mean and len(blocks) > 1:
+        raise ValueError(
+            f"heads of one layer with pruned_mean must have the same blocks, got {sorted(blocks)} (queries, keys): "
+            "means of finer blocks are others"
+        )
 
 
 class _Lists:

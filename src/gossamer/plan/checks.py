@@ -3,14 +3,35 @@ device is waited for. The messages name the first offending value."""
 
 from __future__ import annotations
 
+import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["CHECK", "check_band", "check_csr", "check_csr_sizes", "check_order", "check_order_sizes", "checks_numbers"]
+from gossamer.plan.integers import bounded
+
+__all__ = [
+    "CHECK",
+    "LISTS",
+    "SKIP_TILE",
+    "check_attributes",
+    "check_band",
+    "check_blocks_alone",
+    "check_csr",
+    "check_csr_sizes",
+    "check_numbers",
+    "check_order",
+    "check_order_sizes",
+    "check_sizes",
+    "checks_numbers",
+]
 
 CHECK = "GOSSAMER_CHECK"
+LISTS = ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order")
+# Keys of a tile that `SparsePlan.skip` leaves out: consecutive positions, the first a multiple of it.
+SKIP_TILE = 64
 
 
 def checks_numbers() -> bool:
@@ -23,6 +44,69 @@ def checks_numbers() -> bool:
     if value not in ("", "0", "1"):
         raise ValueError(f"{CHECK}={value!r} is not known; use one of: 0, 1")
     return value == "1"
+
+
+def check_attributes(pruned_mean: bool, skip: float | None, block_k: int, owner: str = "SparsePlan") -> None:
+    """Validate a plan's attributes by themselves; ``owner`` has them in a message."""
+    if not isinstance(pruned_mean, bool):
+        raise TypeError(f"{owner}.pruned_mean must be true or false, got {pruned_mean!r}")
+    if skip is None:
+        return
+    if isinstance(skip, bool) or not isinstance(skip, (int, float)):
+        raise TypeError(f"{owner}.skip must be a number of nats, or None, got {skip!r}")
+    if not 0 <= skip < math.inf:
+        raise ValueError(f"{owner}.skip must be at least 0 and finite, or None for no skipping, got {skip}")
+    if block_k % SKIP_TILE:
+        raise ValueError(f"{owner}.skip needs a block_k that is a multiple of {SKIP_TILE}, got {block_k}")
+
+
+def check_blocks_alone(plan: Any, *, wait: bool = False) -> None:
+    """Validate that a plan with an attribute has nothing but blocks; bands on a device only if it may be waited for."""
+    name = "pruned_mean" if plan.pruned_mean else "skip" if plan.skip is not None else None
+    if name is None:
+        return
+    parts = {"columns": plan.column_indices.numel() > 0, "an order": plan.permuted}
+    if wait or plan.device.type == "cpu":
+        parts |= {band: bool((getattr(plan, band) != 0).any()) for band in ("sink", "window")}
+    for part, present in parts.items():
+        if present:
+            raise ValueError(
+                f"SparsePlan.{name} is for plans of blocks alone, and this one has {part}; choose blocks in its place, "
+                f"or leave {name} out"
+            )
+
+
+def check_sizes(plan: Any) -> None:
+    """Validate the shapes, dtypes and devices of a plan's tensors."""
+    rows = plan.batch * plan.heads
+    check_csr_sizes(plan.block_indptr, plan.block_indices, rows * plan.num_query_blocks, "block")
+    check_csr_sizes(plan.column_indptr, plan.column_indices, rows * plan.num_column_groups, "column")
+    for name in ("sink", "window"):
+        check_band(torch.as_tensor(getattr(plan, name), device=plan.device), plan.heads, name)
+    for name, length in (("q_order", plan.query_len), ("k_order", plan.key_len)):
+        order = getattr(plan, name)
+        if order is not None:
+            check_order_sizes(order, (plan.batch, plan.heads, length), name)
+    for name in (*LISTS, "sink", "window"):
+        tensor = getattr(plan, name)
+        if tensor is not None and tensor.numel() and tensor.device != plan.device:
+            raise ValueError(f"SparsePlan.{name} must lie on {plan.device} as the others, got {tensor.device}")
+
+
+def check_numbers(plan: Any) -> None:
+    """Validate the numbers of a plan's tensors, whose sizes were checked."""
+    rows = plan.batch * plan.heads
+    block_rows, column_rows = rows * plan.num_query_blocks, rows * plan.num_column_groups
+    width, longest = plan.num_key_blocks, plan.extent.longest
+    check_csr(plan.block_indptr, plan.block_indices, block_rows, width, "block", "key blocks")
+    check_csr(plan.column_indptr, plan.column_indices, column_rows, longest, "column", "key positions")
+    for name in ("sink", "window"):
+        bounded(getattr(plan, name), f"SparsePlan.{name}", 0)
+    for name in ("q_order", "k_order"):
+        order = getattr(plan, name)
+        if order is not None:
+            check_order(order, name)
+    check_blocks_alone(plan, wait=True)
 
 
 def check_csr_sizes(indptr: Tensor, indices: Tensor, rows: int, name: str) -> None:

@@ -19,6 +19,11 @@ def to_block_mask(plan: SparsePlan, num_heads: int) -> BlockMask:
     """
     if plan.permuted:
         raise ValueError("FlexAttention cannot express a permuted plan; permute q, k and v and plan without an order")
+    if plan.pruned_mean or plan.skip is not None:
+        raise ValueError(
+            "FlexAttention knows neither pruned_mean nor skip; make the plan without (SparsePlan.with_attributes()), "
+            "or attend by another backend"
+        )
     if num_heads % plan.heads:
         raise ValueError(f"num_heads ({num_heads}) must be a multiple of the plan's heads ({plan.heads})")
     share = num_heads // plan.heads

@@ -90,6 +90,20 @@ class Grid:
         block = torch.arange(self.key_blocks, device=device)
         return (block >= low) & (block < high)
 
+    @cached_property
+    def wholly_seen(self) -> Tensor:
+        """Key blocks of which every live query of the block may attend every live key, half-open, ``[B, M, 2]``."""
+        first, past = self.queries[..., 0], self.queries[..., 1]
+        keys, limit = self.extent.key_count[:, None].expand_as(first), self.extent.limit
+        low, high = torch.zeros_like(first), keys
+        if self.extent.causal:
+            high = high.minimum(first + 1)
+        if limit is not None:
+            low, high = (past - limit).clamp(min=0), high.minimum(first + limit)
+        # The last block ends where the keys do.
+        low, high = -(-low // self.block_k), torch.where(high >= keys, -(-keys // self.block_k), high // self.block_k)
+        return torch.stack([low, torch.where(past > first, high.maximum(low), low)], dim=-1)
+
     def own(self, blocks: int = 1) -> Tensor:
         """Key blocks at the positions of the block's queries and the ``blocks - 1`` before, half-open, ``[B, M, 2]``.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["MOST", "Integers", "bounded", "ceil_div", "integer", "integers_per_head", "integers_per_row"]
+__all__ = ["MOST", "Integers", "band", "bounded", "ceil_div", "integer", "integers_per_head", "integers_per_row"]
 
 # Positions, lengths, bands and their sums are int32 in kernels; tensors of more tokens than this do not exist.
 MOST = (1 << 31) - 1
@@ -71,3 +71,22 @@ def integers_per_head(value: Integers, name: str, heads: int) -> Tensor:
             f"{name} must hold one integer for each of the plan's {heads} heads, got shape {tuple(tensor.shape)}"
         )
     return tensor.to(torch.int32).contiguous()
+
+
+def band(given: Integers, name: str, heads: int, device: torch.device) -> Tensor:
+    """int32 ``[heads]`` on a plan's device; values that lie on a device are not read, nor is it waited for."""
+    wait = device.type == "cpu"
+    if type(given) is int and 0 <= given <= MOST:
+        return torch.full((heads,), given, dtype=torch.int32, device=device)
+    if isinstance(given, Tensor) and given.dtype == torch.int32 and given.shape == (heads,):
+        return given.to(device, non_blocking=not wait).contiguous()
+    if isinstance(given, Tensor) and given.device.type != "cpu":
+        if given.is_floating_point() or given.shape not in ((), (heads,)):
+            raise ValueError(
+                f"{name} must hold one integer for each of the plan's {heads} heads, got {given.dtype} of "
+                f"shape {tuple(given.shape)}"
+            )
+        # A band beyond MOST is as wide as one of MOST.
+        given = given.clamp(max=MOST).to(torch.int32)
+        return given.to(device, non_blocking=not wait).expand(heads).contiguous()
+    return integers_per_head(given, name, heads).to(device, non_blocking=not wait)

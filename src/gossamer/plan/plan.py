@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gossamer.plan.checks import check_band, check_csr, check_csr_sizes, check_order, check_order_sizes
+from gossamer.plan.checks import LISTS, SKIP_TILE, check_attributes, check_blocks_alone, check_numbers, check_sizes
 from gossamer.plan.extent import Extent
 from gossamer.plan.grid import Grid
-from gossamer.plan.integers import MOST, Integers, bounded, ceil_div, integer, integers_per_head
+from gossamer.plan.integers import MOST, Integers, band, ceil_div, integer, integers_per_head
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = ["WHOLE", "SparsePlan", "on_device"]
+__all__ = ["SKIP_TILE", "WHOLE", "SparsePlan", "on_device"]
 
 # A window that holds every pair: positions lie below it.
 WHOLE = MOST
-_LISTS = ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order")
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -52,6 +51,19 @@ class SparsePlan:
     ``pos(j) // block_k``; row m of a batch row's lists is its query block ``first_block + m``. Rows that a batch row
     does not need are empty.
 
+    Two attributes change how a plan of blocks alone (no columns, bands or orders) is computed. Neither changes its
+    pairs, as `to_mask`, `count_pairs` and `density` have them.
+
+    - ``pruned_mean`` (FlashPrefill V2's zero-order correction, 2608.19758): a key block that is not selected, though
+      every live query of the query block may attend every live key of it (`Grid.wholly_seen`), counts as if each of its
+      keys were their mean, with the mean of their values. To row i it is one more key with the logit
+      ``ln(n) + logit(q_i, mean of k)`` and the value ``mean of v``, n being its live keys. Blocks of which the model
+      allows a part alone, as on the diagonal, count as selected or not at all.
+    - ``skip`` (BLASST, 2512.12087), in nats: a row leaves the tiles of its selected blocks out, `SKIP_TILE` keys each
+      and in ascending order, whose largest logit lies more than this below the largest of the tiles before. A tile that
+      all rows of a kernel's tile leave out is not multiplied with values. Each row decides by itself, so that nothing
+      depends on which rows a kernel takes together. Sinks' logits and means take no part, and are never left out.
+
     Fields:
         heads: H for a plan per query head, or G for one per key/value head that its query heads share.
         query_len, key_len: S and T.
@@ -66,6 +78,8 @@ class SparsePlan:
             of S that it has no live query for stand anywhere. The query blocks then count ranks from 0.
         k_order: int32 ``[B, heads, T]``, key positions by permuted rank, likewise. Causality, columns and bands go by
             the original positions.
+        pruned_mean: whether blocks that are not selected count by their mean.
+        skip: of tiles far below a row's maximum, in nats; None: none. ``block_k`` is then a multiple of `SKIP_TILE`.
 
     Tensors are copied, and must not be written afterwards. Where one is nevertheless, kernels on the CPU refuse the
     plan or compute something else, but read nothing outside its lists and the call's tensors; ``GOSSAMER_CHECK=1`` has
@@ -90,13 +104,15 @@ class SparsePlan:
     window: Integers = 0
     q_order: Tensor | None = None
     k_order: Tensor | None = None
+    pruned_mean: bool = False
+    skip: float | None = None
     grid: Grid = field(init=False, repr=False)
     _pairs: Tensor | None = field(default=None, init=False, repr=False)  # count_pairs, where a backend counted
 
     def __post_init__(self) -> None:
         self._check_integers()
         device = self.device
-        for name in _LISTS:
+        for name in LISTS:
             given = getattr(self, name)
             if given is not None:
                 object.__setattr__(self, name, given.to(device, copy=True).contiguous())
@@ -112,6 +128,7 @@ class SparsePlan:
         for name in ("query_len", "key_len"):
             integer(getattr(self, name), f"SparsePlan.{name}")
         self.extent.check(self.query_len, self.key_len)
+        check_attributes(self.pruned_mean, self.skip, self.block_k)
 
     def _complete(self) -> None:
         """Sets the grid, row pointers of lists that are absent, and bands as tensors."""
@@ -121,23 +138,9 @@ class SparsePlan:
                 indptr = torch.zeros(self.batch * self.heads * rows + 1, dtype=torch.int64, device=self.device)
                 object.__setattr__(self, name, indptr)
         for name in ("sink", "window"):
-            object.__setattr__(self, name, self._band(getattr(self, name), f"SparsePlan.{name}"))
-
-    def _band(self, given: Integers, name: str) -> Tensor:
-        """int32 ``[heads]`` on the plan's device; values that lie on a device are not read."""
-        if type(given) is int and 0 <= given <= MOST:
-            return torch.full((self.heads,), given, dtype=torch.int32, device=self.device)
-        if isinstance(given, Tensor) and given.dtype == torch.int32 and given.shape == (self.heads,):
-            return on_device(given, self.device).contiguous()
-        if isinstance(given, Tensor) and given.device.type != "cpu":
-            if given.is_floating_point() or given.shape not in ((), (self.heads,)):
-                raise ValueError(
-                    f"{name} must hold one integer for each of the plan's {self.heads} heads, got {given.dtype} of "
-                    f"shape {tuple(given.shape)}"
-                )
-            # A band beyond MOST is as wide as one of MOST.
-            return on_device(given.clamp(max=MOST).to(torch.int32), self.device).expand(self.heads).contiguous()
-        return on_device(integers_per_head(given, name, self.heads), self.device)
+            given = getattr(self, name)
+            object.__setattr__(self, name, band(given, f"SparsePlan.{name}", self.heads, self.device))
+        check_blocks_alone(self)
 
     def check_sizes(self) -> None:
         """Validate the shapes, dtypes and devices of all tensors. Waits for no device.
@@ -145,19 +148,7 @@ class SparsePlan:
         Raises:
             ValueError, TypeError: one does not fit the plan's other fields.
         """
-        rows = self.batch * self.heads
-        check_csr_sizes(self.block_indptr, self.block_indices, rows * self.num_query_blocks, "block")
-        check_csr_sizes(self.column_indptr, self.column_indices, rows * self.num_column_groups, "column")
-        check_band(torch.as_tensor(self.sink, device=self.device), self.heads, "sink")
-        check_band(torch.as_tensor(self.window, device=self.device), self.heads, "window")
-        for name, length in (("q_order", self.query_len), ("k_order", self.key_len)):
-            order = getattr(self, name)
-            if order is not None:
-                check_order_sizes(order, (self.batch, self.heads, length), name)
-        for name in (*_LISTS, "sink", "window"):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.numel() and tensor.device != self.device:
-                raise ValueError(f"SparsePlan.{name} must lie on {self.device} as the others, got {tensor.device}")
+        check_sizes(self)
 
     def check(self) -> None:
         """Validate everything, every number in the plan's tensors too; waits for their device.
@@ -176,17 +167,7 @@ class SparsePlan:
                 f"the plan was made for {self.grid.query_blocks} x {self.grid.key_blocks} blocks, but its extent now "
                 f"has {grid.query_blocks} x {grid.key_blocks}; make a new plan instead of writing to the tensors of one"
             )
-        rows = self.batch * self.heads
-        block_rows, column_rows = rows * self.num_query_blocks, rows * self.num_column_groups
-        width, longest = self.num_key_blocks, self.extent.longest
-        check_csr(self.block_indptr, self.block_indices, block_rows, width, "block", "key blocks")
-        check_csr(self.column_indptr, self.column_indices, column_rows, longest, "column", "key positions")
-        for name in ("sink", "window"):
-            bounded(getattr(self, name), f"SparsePlan.{name}", 0)
-        for name in ("q_order", "k_order"):
-            order = getattr(self, name)
-            if order is not None:
-                check_order(order, name)
+        check_numbers(self)
 
     @classmethod
     def unchecked(cls, *, pairs: Tensor | None = None, **given: Any) -> SparsePlan:
@@ -295,6 +276,15 @@ class SparsePlan:
             **fields,
         )
 
+    def with_attributes(self, *, pruned_mean: bool = False, skip: float | None = None) -> SparsePlan:
+        """The same pairs, computed with these attributes in place of the plan's own. Nothing is copied.
+
+        Raises:
+            ValueError, TypeError: the plan is not one of blocks alone, or a value does not fit.
+        """
+        given = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
+        return SparsePlan.unchecked(**(given | {"pruned_mean": pruned_mean, "skip": skip}), pairs=self._pairs)
+
     def to(self, device: torch.device | str) -> SparsePlan:
         """The same plan with its tensors on ``device``; the extent stays on the CPU."""
         if torch.device(device) == self.device:
@@ -306,6 +296,14 @@ class SparsePlan:
     def block_mask(self) -> Tensor:
         """The selected blocks as bool ``[B, heads, M, N]``; columns and bands are not in it."""
         return self._listed(self.block_indptr, self.block_indices, self.num_query_blocks, self.num_key_blocks)
+
+    def pruned_blocks(self) -> Tensor:
+        """Blocks that `pruned_mean` has count by their mean, bool ``[B, heads, M, N]``."""
+        if not self.pruned_mean:
+            return torch.zeros_like(self.block_mask())
+        low, high = self.grid.wholly_seen.to(self.device)[:, None, :, None].unbind(-1)
+        block = torch.arange(self.num_key_blocks, device=self.device)
+        return ~self.block_mask() & (block >= low) & (block < high)
 
     def column_mask(self) -> Tensor:
         """The column lists as bool ``[B, heads, groups, positions]``."""
@@ -326,7 +324,7 @@ class SparsePlan:
         query = self.extent.query_positions(self.query_len, device)[:, rows][:, None, :, None]
         shape = (self.batch, self.heads, len(rows), self.key_len)
         selected = torch.zeros(shape, dtype=torch.bool, device=device)
-        q_block, k_block = self._query_blocks(rows), self._key_blocks()
+        q_block, k_block = self.row_blocks(rows), self._key_blocks()
         if self.block_indices.numel():
             blocks = self.block_mask().gather(2, q_block[..., None].expand(-1, -1, -1, self.num_key_blocks))
             selected |= blocks.gather(3, k_block[:, :, None].expand(shape))
@@ -338,7 +336,7 @@ class SparsePlan:
         selected |= (query - key).abs() < torch.as_tensor(self.window, device=self.device).view(1, -1, 1, 1)
         return selected & allowed
 
-    def _query_blocks(self, rows: Tensor) -> Tensor:
+    def row_blocks(self, rows: Tensor) -> Tensor:
         """Row of the plan's lists of each query row, int64 ``[B, heads, R]``; anything for dead queries."""
         extent, most = self.extent, max(0, self.num_query_blocks - 1)
         if self.q_order is None:
@@ -387,7 +385,7 @@ class SparsePlan:
         """FlexAttention's ``BlockMask`` for the same pairs, for ``num_heads`` query heads (default: ``heads``).
 
         Raises:
-            ValueError: the plan is permuted, or ``num_heads`` is no multiple of ``heads``.
+            ValueError: the plan is permuted or has an attribute, or ``num_heads`` is no multiple of ``heads``.
         """
         from gossamer.plan.flex_mask import to_block_mask
 

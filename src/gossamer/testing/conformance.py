@@ -90,7 +90,7 @@ def assert_accurate(call: AttentionCall, plan: SparsePlan, out: Tensor, lse: Ten
     """A backend's result against the definition in fp64, on all rows or an even sample with the block edges.
 
     fp32: at most 1e-5 of the largest output. bf16 and fp16: at most 1.5 times the error that torch's dense attention
-    makes under the same mask and dtype, both against fp64.
+    makes under the same mask and dtype, both against fp64; 1% where the plan has attributes, which torch has not.
     """
     rows = torch.arange(call.query_len)
     if call.query_len > most_rows:
@@ -101,13 +101,16 @@ def assert_accurate(call: AttentionCall, plan: SparsePlan, out: Tensor, lse: Ten
     expected, expected_lse = attend_rows(exact, plan, rows)
     got, got_lse = out[:, :, rows].double(), lse[:, :, rows].double()
     mask = plan.rows_mask(rows).repeat_interleave(call.heads // plan.heads, dim=1)
-    empty = ~mask.any(dim=-1)
+    empty = ~mask.any(dim=-1) & (expected == 0).all(dim=-1)  # one without pairs may have means
     assert torch.equal(got_lse == float("-inf"), expected_lse == float("-inf")), "lse is -inf where nothing is attended"
     assert bool((got[empty] == 0).all()), "rows that attend nothing must have out = 0"
     assert bool(got.isfinite().all()), "the output has NaN or infinity"
     if call.q.dtype == torch.float32:
         worst = float((got - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
         assert worst <= 1e-5, f"relative error {worst:.2e} exceeds 1e-5"
+    elif plan.pruned_mean or plan.skip is not None:
+        own = float((got - expected).norm()) / max(float(expected.norm()), 1e-30)
+        assert own <= 1e-2, f"relative error {own:.2e} exceeds 1e-2"
     else:
         q, k, v = (torch.where(t.isnan(), 0.0, t) for t in (call.q[:, :, rows], call.k, call.values))
         theirs = under_mask(q, k, v, mask | empty[..., None], call.scale, call.sinks, call.softcap).double()

@@ -39,12 +39,15 @@ def random_plan(
     causal: bool = True,
     limit: int | None = None,
     padded: bool = False,
+    pruned_mean: bool = False,
+    skip: float | None = None,
 ) -> SparsePlan:
     """A plan whose parts are present or absent by chance.
 
     Args:
         padded: an extent from `random_extent`; else all is live, and causal queries are the last ones.
         permuted: gives it random query and key orders.
+        pruned_mean, skip: its attributes; a plan with one has blocks alone.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +61,9 @@ def random_plan(
     def bits(*shape: int, share: float) -> Tensor:
         return torch.rand(*shape, generator=generator) < share
 
-    listed = bits(batch, heads, ceil_div(rows, group), extent.longest, share=rng.choice([0.0, 0.02, 0.3]))
+    alone = pruned_mean or skip is not None
+    share = 0.0 if alone else rng.choice([0.0, 0.02, 0.3])
+    listed = bits(batch, heads, ceil_div(rows, group), extent.longest, share=share)
     counts = listed.sum(dim=-1).flatten()
 
     def order(length: int) -> Tensor:
@@ -75,10 +80,12 @@ def random_plan(
         column_group=group,
         column_indptr=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
         column_indices=listed.flatten(0, 2).nonzero()[:, 1].to(torch.int32),
-        sink=[rng.choice([0, 0, 1, 5, 70]) for _ in range(heads)],
-        window=[rng.choice([0, 0, 1, 3, 40, 150]) for _ in range(heads)],
+        sink=0 if alone else [rng.choice([0, 0, 1, 5, 70]) for _ in range(heads)],
+        window=0 if alone else [rng.choice([0, 0, 1, 3, 40, 150]) for _ in range(heads)],
         q_order=order(query_len) if permuted else None,
         k_order=order(key_len) if permuted else None,
+        pruned_mean=pruned_mean,
+        skip=skip,
     )
 
 

@@ -22,8 +22,8 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     without the GIL. On each instruction set a batch row's result depends, bit for bit, on nothing but its own live
     tokens and lists: not on padding, the rest of the batch or the number of threads. Few queries (one block of them, as
     in decoding) run split over the keys. A value that is not finite also spoils rows that do not attend it, where they
-    attend another key of the same 64 (0 * inf; torch's SDPA does so for all keys); dead tokens are never read. There is
-    no backward.
+    attend another key of the same 64 (0 * inf; torch's SDPA does so for all keys), or the mean of one of 64 key blocks
+    that have means of their own; dead tokens are never read. There is no backward.
 
     On ``avx512_bf16`` and ``amx`` the hardware takes bf16 values below the smallest normal number (1.2e-38) as 0, and
     sums below it.
@@ -45,7 +45,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     # An operator's dispatch would take as long as all the rest of a short call.
     plain = not call.needs_gradient and not torch.compiler.is_compiling() and type(call.q) in (Tensor, Parameter)
     operator = _cpu_attend if plain else torch.ops.gossamer.cpu_attend
-    return operator(call.q, call.k, call.values, _sinks(call), tensors, sizes, call.scale, softcap)
+    return operator(call.q, call.k, call.values, _sinks(call), tensors, sizes, call.scale, softcap, plan.skip)
 
 
 def _sinks(call: AttentionCall) -> Tensor:
@@ -55,8 +55,8 @@ def _sinks(call: AttentionCall) -> Tensor:
 # Defined by schema, not by torch.library.custom_op: that imports the whole of torch._dynamo on the first call.
 _library = torch.library.Library("gossamer", "FRAGMENT")
 _library.define(
-    "cpu_attend(Tensor q, Tensor k, Tensor v, Tensor sinks, Tensor[] plan, int[] sizes, float scale, float softcap) "
-    "-> (Tensor, Tensor)"
+    "cpu_attend(Tensor q, Tensor k, Tensor v, Tensor sinks, Tensor[] plan, int[] sizes, float scale, float softcap, "
+    "float? skip=None) -> (Tensor, Tensor)"
 )
 
 
@@ -70,6 +70,7 @@ def _cpu_attend(
     sizes: list[int],
     scale: float,
     softcap: float,
+    skip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_tensors(q, k, v)
     native, isa = kernels(), active_isa(q.dtype)
@@ -91,7 +92,7 @@ def _cpu_attend(
         softcap=softcap,
         threads=torch.get_num_threads(),
     )
-    native.attend(isa, plan_view(plan, sizes), call)
+    native.attend(isa, plan_view(plan, sizes, skip), call)
     return out, lse
 
 

@@ -104,16 +104,25 @@ def pooled_scores(call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor
     return scores
 
 
-def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range) -> Tensor:
+def row_block_energy(
+    call: AttentionCall, grid: Grid, keys: Tensor, part: range, *, per_head: bool = False, ended: bool = False
+) -> Tensor:
     """See `gossamer.backends.torch.row_block_energy`. ``keys`` have q's dtype."""
     _check(call, call.q, keys)
     grid = _of_call(grid, call)
     _check_part(part, grid)
     _check_pooled(keys, "keys", (call.batch, call.groups, grid.key_blocks, call.q.shape[-1]), call.q.dtype)
-    energies = torch.empty(call.batch, call.groups, len(part), grid.key_blocks, device="cpu")
+    heads = call.heads if per_head else call.groups
+    energies = torch.empty(call.batch, heads, len(part), grid.key_blocks, device="cpu")
     q, keys = dense_rows(call.q), keys.contiguous()
     kernels().block_energy(
-        active_isa(q.dtype), score_view(q, keys, call), grid_view(grid), part_view(part), out=energies.data_ptr()
+        active_isa(q.dtype),
+        score_view(q, keys, call),
+        grid_view(grid),
+        part_view(part),
+        per_head=per_head,
+        ended=ended,
+        out=energies.data_ptr(),
     )
     return energies
 

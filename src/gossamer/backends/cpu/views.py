@@ -124,17 +124,17 @@ def plan_parts(plan: SparsePlan) -> tuple[list[Tensor], list[int]]:
     ]
     sizes = [plan.heads, plan.query_len, plan.key_len, plan.num_query_blocks, plan.column_group]
     limit = -1 if extent.limit is None else extent.limit
-    return tensors, [*sizes, plan.block_q, plan.block_k, int(extent.causal), limit]
+    return tensors, [*sizes, plan.block_q, plan.block_k, int(extent.causal), limit, int(plan.pruned_mean)]
 
 
-def plan_view(tensors: list[Tensor], sizes: list[int]) -> Any:
+def plan_view(tensors: list[Tensor], sizes: list[int], skip: float | None = None) -> Any:
     """Of `plan_parts`, contiguous.
 
     Raises:
         ValueError, TypeError: tensors and sizes that do not fit each other, as after a write to a plan's tensors.
     """
     native = kernels()
-    heads, query_len, key_len, query_blocks, column_group, block_q, block_k, causal, limit = sizes
+    heads, query_len, key_len, query_blocks, column_group, block_q, block_k, causal, limit, means = sizes
     *fields, block_indptr, block_indices, column_indptr, column_indices, sink, window, q_order, k_order = arrays(
         tensors, _PLAN_DTYPES
     )
@@ -154,4 +154,6 @@ def plan_view(tensors: list[Tensor], sizes: list[int]) -> Any:
         window=window,
         q_order=q_order,
         k_order=k_order,
+        pruned_mean=bool(means),
+        skip=skip,
     )

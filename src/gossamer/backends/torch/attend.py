@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from gossamer.backends.torch.scores import block_means
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
+from gossamer.plan.checks import SKIP_TILE
 
 __all__ = ["attend", "attend_rows", "cleared", "cleared_queries", "logits", "wide"]
 
@@ -16,7 +19,7 @@ _LOGITS = 1 << 26  # held at once
 
 
 def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
-    """Attention over exactly the pairs that the plan names.
+    """Attention over exactly the pairs that the plan names, and its attributes, as `SparsePlan` says.
 
     Returns:
         out ``[B, H, S, Dv]`` in q's dtype, and lse ``[B, H, S]``: the natural log of the softmax denominator, the sink
@@ -24,9 +27,12 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         ``out = 0`` and ``lse = -inf`` (or the sink's logit).
 
     Raises:
-        ValueError: the plan is for another call, its tensors were written since, or the call has no values.
+        ValueError: the plan is for another call, its tensors were written since, or the call has no values; a gradient
+            is needed through a plan with `SparsePlan.skip`.
     """
     call.check_plan(plan)
+    if plan.skip is not None and call.needs_gradient:
+        raise ValueError("a plan with skip has no gradient; make the plan without, or attend under torch.no_grad()")
     plan.check()  # masks are as large as its numbers say; in kernels that would take too long
     out = torch.empty(*call.q.shape[:3], call.values.shape[-1], dtype=call.q.dtype, device=call.device)
     lse = torch.empty(call.q.shape[:3], dtype=wide(call.q[:0]).dtype, device=call.device)
@@ -38,23 +44,68 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
 
 def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
     """`attend` for the query rows ``int64 [R]``, at once and in the dtype of all arithmetic."""
-    mask = plan.rows_mask(rows).to(call.device).repeat_interleave(call.heads // plan.heads, dim=1)
+    mask = _for_query_heads(plan.rows_mask(rows), call)
     scores = logits(call, rows).masked_fill(~mask, float("-inf"))
+    values = wide(cleared(call.values, call))
+    if plan.skip is not None:
+        scores = scores.masked_fill(_left_out(scores, call, plan.skip), float("-inf"))
+    if plan.pruned_mean and plan.num_query_blocks:
+        means = _logits(call, rows, block_means(call.k, plan.grid)) + _log_lengths(plan).to(scores)[:, None, None]
+        pruned = _for_query_heads(_pruned(plan, rows), call)
+        scores = torch.cat([scores, means.masked_fill(~pruned, float("-inf"))], dim=-1)
+        values = torch.cat([values, block_means(call.values, plan.grid)], dim=-2)
     lse = torch.logsumexp(scores, dim=-1)
     if call.sinks is not None:
         lse = torch.logaddexp(lse, call.sinks.to(lse).view(1, -1, 1))
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    weights = weights.view(call.batch, call.groups, call.share * len(rows), call.key_len)
-    out = weights @ wide(cleared(call.values, call))
+    weights = weights.view(call.batch, call.groups, call.share * len(rows), values.shape[-2])
+    out = weights @ values
     return out.view(call.batch, call.heads, len(rows), out.shape[-1]), lse
+
+
+def _for_query_heads(mask: Tensor, call: AttentionCall) -> Tensor:
+    """A plan's ``[B, heads, ..]`` as ``[B, H, ..]`` on the call's device."""
+    return mask.to(call.device).repeat_interleave(call.heads // mask.shape[1], dim=1)
+
+
+def _left_out(scores: Tensor, call: AttentionCall, skip: float) -> Tensor:
+    """Which keys each row leaves out, bool ``[B, H, R, T]``, of logits that are -inf where there is no pair."""
+    left = torch.zeros_like(scores, dtype=torch.bool)
+    for b, (start, count) in enumerate(zip(call.extent.key_start, call.extent.key_count, strict=True)):
+        if count == 0:
+            continue
+        live = slice(int(start), int(start) + int(count))
+        tiles = F.pad(scores[b, :, :, live], (0, -int(count) % SKIP_TILE), value=float("-inf"))
+        largest = tiles.unflatten(-1, (-1, SKIP_TILE)).amax(-1)
+        before = F.pad(largest, (1, 0), value=float("-inf")).cummax(-1).values[..., :-1]
+        left[b, :, :, live] = (largest < before - skip).repeat_interleave(SKIP_TILE, dim=-1)[..., : int(count)]
+    return left
+
+
+def _pruned(plan: SparsePlan, rows: Tensor) -> Tensor:
+    """Key blocks whose mean each row attends, bool ``[B, heads, R, N]``."""
+    blocks, row = plan.pruned_blocks(), plan.row_blocks(rows)
+    live = plan.extent.live_queries(plan.query_len, plan.device)[:, None, rows.to(plan.device), None]
+    return blocks.gather(2, row[..., None].expand(-1, -1, -1, blocks.shape[-1])) & live
+
+
+def _log_lengths(plan: SparsePlan) -> Tensor:
+    """Log of the number of live keys of each key block, ``[B, N]``."""
+    low, high = plan.grid.key_block_ends()
+    return (high - low).double().log()
 
 
 def logits(call: AttentionCall, rows: Tensor | slice, keys: slice = slice(None)) -> Tensor:
     """Logits of some query rows against some key slots, before any mask: ``[B, H, rows, keys]``, at least fp32."""
+    return _logits(call, rows, wide(call.k[:, :, keys]))
+
+
+def _logits(call: AttentionCall, rows: Tensor | slice, keys: Tensor) -> Tensor:
+    """Of some query rows and ``[B, G, keys, D]``, in the dtype of all arithmetic."""
     q = wide(call.q[:, :, rows])
     # All heads of a group at once, so that keys are not expanded.
     stacked = q.reshape(call.batch, call.groups, call.share * q.shape[2], q.shape[3])
-    scores = (stacked @ wide(call.k[:, :, keys]).transpose(-1, -2)).mul_(call.scale)
+    scores = (stacked @ keys.transpose(-1, -2)).mul_(call.scale)
     scores = scores.view(call.batch, call.heads, q.shape[2], scores.shape[-1])
     return scores if call.softcap is None else scores.div_(call.softcap).tanh_().mul_(call.softcap)
 

@@ -16,6 +16,7 @@ from gossamer.plan import Grid, ceil_div
 
 __all__ = [
     "antidiagonal_scores",
+    "block_means",
     "diagonal_sums",
     "group_differences",
     "last_query_probe",
@@ -109,22 +110,27 @@ def diagonal_sums(mass: Tensor) -> Tensor:
 
 def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     """Mean of the live keys of each key block: fp32 ``[B, G, N, D]``; 0 for a block without live keys."""
-    extent = call.extent
-    return _pool(call.k, extent.key_start, extent.key_count, extent.key_count * 0, grid.block_k, grid.key_blocks)
+    return block_means(call.k, grid).float()
+
+
+def block_means(x: Tensor, grid: Grid) -> Tensor:
+    """Mean of the live rows of each key block of keys or values ``[B, G, T, D]``: ``[B, G, N, D]``, at least fp32."""
+    extent = grid.extent
+    return _pool(x, extent.key_start, extent.key_count, extent.key_count * 0, grid.block_k, grid.key_blocks)
 
 
 def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
     """Mean of the live queries of each query block: fp32 ``[B, H, M, D]``; 0 in surplus rows."""
     extent = call.extent
     offset = extent.first_position - grid.first_block * grid.block_q
-    return _pool(call.q, extent.first_query, extent.query_count, offset, grid.block_q, grid.query_blocks)
+    return _pool(call.q, extent.first_query, extent.query_count, offset, grid.block_q, grid.query_blocks).float()
 
 
 def _pool(x: Tensor, first: Tensor, count: Tensor, offset: Tensor, block: int, blocks: int) -> Tensor:
-    """Means in fp32 over the tokens ``first .. first + count - 1`` of each batch row, in blocks that begin ``offset``
-    tokens before ``first``."""
+    """Means over the tokens ``first .. first + count - 1`` of each batch row, in blocks that begin ``offset`` tokens
+    before ``first``; in fp32 or wider."""
     batch, heads, _, dim = x.shape
-    means = torch.zeros(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
+    means = torch.zeros(batch, heads, blocks, dim, dtype=_wide(x[:0]).dtype, device=x.device)
     step = max(1, CHUNK_BYTES // max(1, 4 * heads * block * dim))
     for b in range(batch):
         skip, total = int(offset[b]), int(count[b])
@@ -133,7 +139,7 @@ def _pool(x: Tensor, first: Tensor, count: Tensor, offset: Tensor, block: int, b
             low, high = max(m * block, skip), min((m + step) * block, skip + total)
             part = tokens[:, low - skip : high - skip]
             part = F.pad(part, (0, 0, low - m * block, -high % block)).unflatten(1, (-1, block))
-            means[b, :, m : m + part.shape[1]] = part.sum(dim=2, dtype=torch.float32)
+            means[b, :, m : m + part.shape[1]] = part.sum(dim=2, dtype=means.dtype)
         begin = torch.arange(blocks, device="cpu") * block
         live = ((begin + block).clamp(max=skip + total) - begin.clamp(min=skip)).clamp(min=1)
         means[b] /= live.to(x.device)[:, None]
@@ -154,7 +160,9 @@ def pooled_scores(call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor
     return scores.flatten(1, 2).masked_fill_(~grid.sees(part, call.device)[:, None], 0.0)
 
 
-def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range) -> Tensor:
+def row_block_energy(
+    call: AttentionCall, grid: Grid, keys: Tensor, part: range, *, per_head: bool = False, ended: bool = False
+) -> Tensor:
     """Every query row against mean-pooled keys, summed over a query block and a GQA group.
 
     FlashPrefill V2 (2608.19758): with ``x[r, j] = scale * q_r . kbar_j`` where row r may attend some key of block j,
@@ -164,11 +172,16 @@ def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range)
 
     Args:
         keys: of `pool_keys`, in q's dtype; part: rows of the plan.
+        per_head: a tile is the query block in one head (FlashPrefill V1, 2603.06199).
+        ended: in causal attention a row takes part for the blocks alone that end, if they are full, at or before it.
 
     Returns:
-        fp32 ``[B, G, len(part), N]``, at most the number of rows; 0 where a block is not scored.
+        fp32 ``[B, G, len(part), N]``, or ``[B, H, len(part), N]`` per head; at most the number of rows; 0 where a block
+        is not scored.
     """
-    energy = torch.zeros(call.batch, call.groups, len(part), grid.key_blocks, device=call.device)
+    heads = call.heads if per_head else call.groups
+    energy = torch.zeros(call.batch, heads, len(part), grid.key_blocks, device=call.device)
+    block = torch.arange(grid.key_blocks, device=call.device)
     low, high = (ends.to(call.device) for ends in grid.key_block_ends())  # [B, N]
     for b in range(call.batch):
         keys_t = _wide(keys[b]).transpose(-1, -2)
@@ -182,12 +195,12 @@ def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range)
             sees = (high[b] > low[b]).expand(last - first, -1)
             scored = high[b] > low[b]
             if call.extent.causal:
-                sees = sees & (low[b] <= position)
-                scored = (torch.arange(grid.key_blocks, device=call.device) + 1) * grid.block_k <= last
+                sees = sees & ((block * grid.block_k + (grid.block_k - 1 if ended else 0)) <= position)
+                scored = (block + 1) * grid.block_k <= last
             if call.extent.limit is not None:
                 sees = sees & (position - (high[b] - 1) < call.extent.limit) & (low[b] - position < call.extent.limit)
             x = (q @ keys_t).float().mul_(call.scale).unflatten(1, (call.share, last - first))
-            x = x.masked_fill_(~(sees & scored), float("-inf"))
+            x = x.masked_fill_(~(sees & scored), float("-inf")).view(heads, -1, last - first, grid.key_blocks)
             top = x.amax(dim=(1, 2, 3), keepdim=True)
             top = top.masked_fill_(top == float("-inf"), 0.0)
             energy[b, :, m - part.start] = x.sub_(top).exp_().sum(dim=(1, 2))

@@ -93,6 +93,7 @@ def _arguments(call: AttentionCall, plan: SparsePlan) -> tuple:
     device = call.device
     empty = torch.empty(0, dtype=torch.int32, device=device)
     shape = [plan.heads, plan.block_q, plan.block_k, plan.column_group, plan.num_query_blocks, plan.num_key_blocks]
+    shape.append(int(plan.pruned_mean))
     return (
         call.q,
         call.k,
@@ -111,6 +112,7 @@ def _arguments(call: AttentionCall, plan: SparsePlan) -> tuple:
         bool((plan.extent.query_count == plan.query_len).all()),
         call.scale,
         0.0 if call.softcap is None else float(call.softcap),
+        plan.skip,
     )
 
 
@@ -118,7 +120,7 @@ _library = torch.library.Library("gossamer", "FRAGMENT")
 _library.define(
     "triton_attend(Tensor q, Tensor k, Tensor v, Tensor block_indptr, Tensor block_indices, Tensor column_indptr, "
     "Tensor column_indices, Tensor sink, Tensor window, Tensor q_order, Tensor k_order, Tensor extent, Tensor sinks, "
-    "int[] shape, bool all_live, float scale, float softcap) -> (Tensor, Tensor)"
+    "int[] shape, bool all_live, float scale, float softcap, float? skip=None) -> (Tensor, Tensor)"
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,9 @@ from gossamer.backends.triton.config import Config, Problem, choose, power_of_tw
 from gossamer.backends.triton.device import UNLIMITED
 from gossamer.backends.triton.kernels.attend import attend
 from gossamer.backends.triton.kernels.columns import mark_blocks
+from gossamer.backends.triton.scores import block_means
 from gossamer.plan import ceil_div
+from gossamer.plan.checks import SKIP_TILE
 
 __all__ = ["Arguments", "describable", "launch", "offers_descriptors"]
 
@@ -30,8 +33,8 @@ class Arguments(NamedTuple):
     """Of the operator ``gossamer::triton_attend``: inputs, the plan's parts, and numbers.
 
     Absent tensors are empty. ``extent`` is that of `gossamer.backends.triton.device.extent_on`; ``shape`` the plan's
-    heads, block_q, block_k, column_group and numbers of query and key blocks; ``all_live`` says that there is no dead
-    query row; a ``softcap`` of 0 is none.
+    heads, block_q, block_k, column_group, numbers of query and key blocks and pruned_mean; ``all_live`` says that there
+    is no dead query row; a ``softcap`` of 0 is none, as is no ``skip``.
     """
 
     q: Tensor
@@ -51,16 +54,21 @@ class Arguments(NamedTuple):
     all_live: bool
     scale: float
     softcap: float
+    skip: float | None = None
+
+    @property
+    def pruned_mean(self) -> bool:
+        return bool(self.shape[6])
 
     @property
     def needs_bitmap(self) -> bool:
-        """Whether columns have to be told from those that lie in selected blocks."""
-        return self.block_indices.numel() > 0 and self.column_indices.numel() > 0
+        """Whether columns, or means of blocks, have to be told from those that selected blocks hold."""
+        return self.block_indices.numel() > 0 and (self.column_indices.numel() > 0 or self.pruned_mean)
 
 
 def launch(given: Arguments, *, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """Run the forward kernel; ``config`` overrides the table's."""
-    q, (plan_heads, block_q, _, _, blocks, key_blocks) = given.q, given.shape
+    q, (plan_heads, block_q, _, _, blocks, key_blocks, _) = given.q, given.shape
     batch, heads = q.shape[:2]
     # The interpreter rounds fp32 to bf16 otherwise than devices do; torch does it like them.
     out_dtype = torch.float32 if q.dtype == torch.bfloat16 and not q.is_cuda else q.dtype
@@ -73,6 +81,8 @@ def launch(given: Arguments, *, config: Config | None = None) -> tuple[Tensor, T
         return out.to(q.dtype), lse
     given = _prepared(given)
     config = config or choose(_problem(given))
+    if given.skip is not None:
+        config = _with_skip_tiles(config, given)
     share, words = heads // plan_heads, ceil_div(key_blocks, 32)
     rows, together = batch * plan_heads, plan_heads // given.k.shape[1]
     bits = given.block_indices
@@ -103,6 +113,22 @@ def _prepared(given: Arguments) -> Arguments:
     return given._replace(q=q, k=k, v=v, scale=scale, sink=sink, window=window)
 
 
+def _with_skip_tiles(config: Config, given: Arguments) -> Config:
+    """Tiles of the keys that rows leave out together; with wide heads, fewer of them at once in shared memory."""
+    wide = max(given.q.shape[3], given.v.shape[3]) > 128
+    return replace(config, tile_n=SKIP_TILE, stages=min(config.stages, 1 if wide else 2))
+
+
+def _means(given: Arguments) -> tuple[Tensor, Tensor]:
+    """Of the keys and values of each key block, ``[B, G, N, dim]`` in q's dtype; anything where they are not needed."""
+    if not given.pruned_mean:
+        return given.q, given.q
+    block_k, key_blocks = given.shape[2], given.shape[5]
+    tokens = torch.nn.functional.pad(given.extent[:, 2:4], (0, 1))
+    k, v = (block_means(x, tokens, block_k, key_blocks).to(given.q.dtype) for x in (given.k, given.v))
+    return k, v
+
+
 def _problem(given: Arguments) -> Problem:
     heads, block_q, block_k = given.shape[:3]
     parts = {"blocks": given.block_indices.numel() > 0, "columns": given.column_indices.numel() > 0}
@@ -123,23 +149,26 @@ def _tensors(given: Arguments, config: Config) -> dict[str, Any]:
         tensors |= dict(zip((f"{name}_batch_stride", f"{name}_head_stride", f"{name}_stride"), strides, strict=True))
     lists = ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order")
     tensors |= {name: getattr(given, name) for name in lists}
+    tensors |= dict(zip(("k_means", "v_means"), _means(given), strict=True))
     tensors |= dict(sink_ptr=given.sink, window_ptr=given.window, extent_ptr=given.extent, sinks_ptr=given.sinks)
     return tensors | dict(k_rank=_inverse(given.k_order) if given.needs_bitmap else given.k_order)
 
 
 def _numbers(given: Arguments) -> dict[str, Any]:
-    heads, _, _, column_group, blocks, _ = given.shape
+    heads, _, _, column_group, blocks, key_blocks, _ = given.shape
     log2_e = math.log2(math.e)
     return dict(
         plan_heads=heads,
         groups=given.k.shape[1],
         query_len=given.q.shape[2],
         key_len=given.k.shape[2],
+        key_blocks=key_blocks,
         column_lists=ceil_div(blocks, column_group),
         column_group=column_group,
         scale_log2=given.scale * log2_e,
         softcap_log2=given.softcap * log2_e,
         softcap_slope=2.0 * log2_e * given.scale / given.softcap if given.softcap else 0.0,
+        skip_log2=(given.skip or 0.0) * log2_e,
     )
 
 
@@ -164,6 +193,8 @@ def _constants(given: Arguments, config: Config) -> dict[str, Any]:
         SOFTCAP=given.softcap > 0,
         SINKS=given.sinks.numel() > 0,
         DESCRIPTORS=_described(given, config),
+        MEANS=given.pruned_mean,
+        SKIP=given.skip is not None,
     )
 
 

@@ -97,7 +97,7 @@ def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     check_call(call)
     extent = call.extent
     tokens = torch.stack([extent.key_start, extent.key_count, torch.zeros_like(extent.key_count)], dim=1)
-    return _pool(call.k, tokens, grid.block_k, grid.key_blocks)
+    return block_means(call.k, tokens, grid.block_k, grid.key_blocks)
 
 
 def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
@@ -106,11 +106,11 @@ def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
     extent = call.extent
     offset = extent.first_position - grid.first_block * grid.block_q
     tokens = torch.stack([extent.first_query, extent.query_count, offset], dim=1)
-    return _pool(call.q, tokens, grid.block_q, grid.query_blocks)
+    return block_means(call.q, tokens, grid.block_q, grid.query_blocks)
 
 
-def _pool(x: Tensor, tokens: Tensor, block: int, blocks: int) -> Tensor:
-    """Means over blocks; ``tokens`` as `gossamer.backends.triton.kernels.block_means` reads them."""
+def block_means(x: Tensor, tokens: Tensor, block: int, blocks: int) -> Tensor:
+    """Means over blocks, fp32 ``[B, heads, blocks, dim]``; ``tokens`` as the kernel of this name reads them."""
     batch, heads, _, dim = x.shape
     means = torch.empty(batch, heads, blocks, dim, device=x.device)
     x, block_d = _dense_rows(x), power_of_two(dim)
@@ -141,31 +141,35 @@ def pooled_scores(call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor
     return scores
 
 
-def row_block_energy(call: AttentionCall, grid: Grid, keys: Tensor, part: range) -> Tensor:
+def row_block_energy(
+    call: AttentionCall, grid: Grid, keys: Tensor, part: range, *, per_head: bool = False, ended: bool = False
+) -> Tensor:
     """See `gossamer.backends.torch.row_block_energy`."""
     check_call(call)
-    batch, groups, rows, key_blocks = call.batch, call.groups, len(part), grid.key_blocks
-    _check_means(keys, (batch, groups, key_blocks, call.q.shape[-1]), call.q.dtype)
+    batch, rows, key_blocks = call.batch, len(part), grid.key_blocks
+    heads, share = (call.heads, 1) if per_head else (call.groups, call.share)
+    _check_means(keys, (batch, call.groups, key_blocks, call.q.shape[-1]), call.q.dtype)
     _check_part(part, grid)
-    tile_m, tile_n, warps = _energy_tiles(call.q, grid.block_q * call.share)
-    tiles, parts = ceil_div(key_blocks, tile_n), ceil_div(grid.block_q * call.share, tile_m)
-    energy = torch.zeros(batch, groups, rows, parts, key_blocks, device=call.device)
+    tile_m, tile_n, warps = _energy_tiles(call.q, grid.block_q * share)
+    tiles, parts = ceil_div(key_blocks, tile_n), ceil_div(grid.block_q * share, tile_m)
+    energy = torch.zeros(batch, heads, rows, parts, key_blocks, device=call.device)
     if energy.numel() == 0:
         return energy[:, :, :, 0]
     q, keys = _dense_rows(call.q), _dense_rows(keys)
     narrow = q.element_size() > 2 or q.shape[-1] > 128
-    top = torch.empty(batch, groups, rows, parts, device=q.device)
+    top = torch.empty(batch, heads, rows, parts, device=q.device)
     reference = torch.full((*top.shape, tiles), float("-inf"), device=q.device)
     run(
         kernels().row_energies, top.numel(), q, keys, energy, reference, top, *q.stride()[:3], *keys.stride()[:3],
-        extent_on(call.extent, q.device), groups, key_blocks, part.start, rows, tiles, call.scale * _LOG2_E,
-        SHARE=call.share, BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k, TILE_M=tile_m, PARTS=parts, TILE_N=tile_n,
-        CAUSAL=call.extent.causal, **_operands(q), num_warps=warps, num_stages=1 if narrow else 3,
+        extent_on(call.extent, q.device), call.groups, key_blocks, part.start, rows, tiles, call.scale * _LOG2_E,
+        SHARE=share, BLOCK_Q=grid.block_q, BLOCK_K=grid.block_k, TILE_M=tile_m, PARTS=parts, TILE_N=tile_n,
+        CAUSAL=call.extent.causal, ENDED=ended, LISTS=heads // call.groups, **_operands(q), num_warps=warps,
+        num_stages=1 if narrow else 3,
     )  # fmt: skip
-    out = energy[:, :, :, 0] if parts == 1 else torch.empty(batch, groups, rows, key_blocks, device=q.device)
+    out = energy[:, :, :, 0] if parts == 1 else torch.empty(batch, heads, rows, key_blocks, device=q.device)
     pieces = ceil_div(key_blocks, _MERGE_TILE)
     run(
-        kernels().merge_energies, batch * groups * rows * pieces, energy, reference, top, out, key_blocks, tiles,
+        kernels().merge_energies, batch * heads * rows * pieces, energy, reference, top, out, key_blocks, tiles,
         pieces, PARTS=parts, TILE_N=tile_n, TILE=_MERGE_TILE,
     )  # fmt: skip
     return out

@@ -4,8 +4,9 @@ Everything is in positions, 0 being the batch row's first live key. A pair that 
 first of bands, blocks and columns that names it: bands are arithmetic, so blocks and columns test them for themselves;
 whether a column's key block is selected is looked up in a bitmap.
 
-There are four loops: full tiles of blocks and bands, partial ones, full columns, and partial ones. What is full needs
-no mask by pair: every row may attend all of it, and no other part names it.
+There are four loops: full tiles of blocks and bands, partial ones, full columns, and partial ones; and one of means of
+blocks. What is full needs no mask by pair: every row may attend all of it, and no other part names it. Where rows leave
+tiles out, tiles come in ascending order.
 """
 
 # Triton compiles these functions; their parameters and constants are not what Python sees.
@@ -22,6 +23,7 @@ import triton.language as tl
 from gossamer.backends.triton.kernels.blocks import Blocks, block_tiles, full_tiles, partial_tiles
 from gossamer.backends.triton.kernels.columns import Columns, column_runs, full_columns, partial_columns
 from gossamer.backends.triton.kernels.extent import load_extent
+from gossamer.backends.triton.kernels.pruned import Means, add_means, wholly_seen
 from gossamer.backends.triton.kernels.ranges import Bands, band_tiles, key_ranges
 from gossamer.backends.triton.kernels.softmax import Keys, Logits, Queries, fresh, with_sinks
 
@@ -42,6 +44,7 @@ class Rows(NamedTuple):
 @triton.jit(
     do_not_specialize=[
         "query_len", "key_len", "first_row", "together", "blocks", "words", "column_lists", "column_group",
+        "key_blocks",
     ]
 )  # fmt: skip
 def attend(
@@ -49,13 +52,13 @@ def attend(
     q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride,
     block_indptr, block_indices, column_indptr, column_indices, sink_ptr, window_ptr,
-    q_order, k_order, k_rank, selected_bits, extent_ptr, sinks_ptr,
-    plan_heads, groups, first_row, together, query_len, key_len, blocks, column_lists, column_group, words,
-    scale_log2, softcap_log2, softcap_slope,
+    q_order, k_order, k_rank, selected_bits, k_means, v_means, extent_ptr, sinks_ptr,
+    plan_heads, groups, first_row, together, query_len, key_len, blocks, key_blocks, column_lists, column_group, words,
+    scale_log2, softcap_log2, softcap_slope, skip_log2,
     SHARE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HALVES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, HAS_COLUMNS: tl.constexpr, Q_ORDER: tl.constexpr, K_ORDER: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DESCRIPTORS: tl.constexpr, MEANS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """One tile of one query block of one head of the plan: ``TILE_M`` rows, tokens times the query heads that share it.
 
@@ -78,14 +81,16 @@ def attend(
     q_ptr += b.to(tl.int64) * q_batch_stride
     k_ptr += b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
     v_ptr += b.to(tl.int64) * v_batch_stride + group.to(tl.int64) * v_head_stride
+    queries = load_queries(q_ptr, q_head_stride, q_stride, extent, rows, DIM, BLOCK_D)
+    selected = selected_bits + ((plan_row - first_row).to(tl.int64) * blocks + block) * words
     state = attend_keys(
-        load_queries(q_ptr, q_head_stride, q_stride, extent, rows, DIM, BLOCK_D),
+        queries,
         Keys(
             k_ptr + extent.key_start.to(tl.int64) * k_stride, v_ptr + extent.key_start.to(tl.int64) * v_stride,
             k_stride, v_stride, k_descriptor, v_descriptor, b, group, extent.key_start, DIM, VALUE_DIM, TILE_N,
             DESCRIPTORS,
         ),
-        Logits(scale_log2, softcap_log2, softcap_slope, SOFTCAP),
+        Logits(scale_log2, softcap_log2, softcap_slope, skip_log2, SOFTCAP, SKIP),
         extent,
         Bands(tl.load(sink_ptr + plan_head), tl.load(window_ptr + plan_head)),
         Blocks(
@@ -94,12 +99,23 @@ def attend(
         ),
         Columns(
             column_indptr + wide_row * column_lists + block // column_group, column_indices,
-            selected_bits + ((plan_row - first_row).to(tl.int64) * blocks + block) * words,
-            k_rank + wide_row * key_len, HAS_COLUMNS,
+            selected, k_rank + wide_row * key_len, HAS_COLUMNS,
         ),
         BLOCK_DV,
         HALVES,
     )  # fmt: skip
+    if MEANS:
+        low, high = wholly_seen(extent, block, BLOCK_Q, BLOCK_K)
+        first_mean = (b * groups + group).to(tl.int64) * key_blocks
+        state = add_means(
+            state,
+            queries,
+            Logits(scale_log2, softcap_log2, softcap_slope, skip_log2, SOFTCAP, SKIP),
+            Means(
+                k_means + first_mean * DIM, v_means + first_mean * VALUE_DIM, selected, low, high, extent.keys, DIM,
+                VALUE_DIM, BLOCK_K, TILE_N, HAS_BLOCKS,
+            ),
+        )  # fmt: skip
     if SINKS:
         state = with_sinks(state, tl.load(sinks_ptr + rows.head, mask=rows.exists, other=float("-inf")) * _LOG2_E)
     out_row = (b * plan_heads * SHARE + rows.head).to(tl.int64) * query_len + rows.row
@@ -142,8 +158,13 @@ def attend_keys(
     ranges = key_ranges(queries, extent, bands)
     in_bands = band_tiles(queries, bands, ranges, keys.TILE_N)
     listed = block_tiles(blocks, ranges, keys.TILE_N)
+    before = 0
+    if logits.SKIP:  # in order
+        before = listed.before * (blocks.BLOCK_K // keys.TILE_N)
+        state = partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands, 0, before)
     state = full_tiles(state, queries, keys, logits, blocks, listed, in_bands)
-    state = partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands)
+    past = listed.partial_tiles + in_bands.partial
+    state = partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands, before, past)
     if columns.LISTED:
         runs = column_runs(columns, ranges)
         state = full_columns(state, queries, keys, logits, blocks, columns, runs)

@@ -97,8 +97,9 @@ def full_tiles(state, queries, keys, logits, blocks, listed, in_bands):
 
 
 @triton.jit
-def partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands):
-    """The other blocks, without what is in the bands, and the other tiles of the in_bands."""
+def partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands, begin, past):
+    """The other blocks, without what is in the bands, and the other tiles of the bands: of all these, the tiles from
+    ``begin`` to ``past - 1``."""
     TILE_N: tl.constexpr = keys.TILE_N
     PIECES: tl.constexpr = (blocks.BLOCK_K + TILE_N - 1) // TILE_N
     ALL_PARTIAL: tl.constexpr = blocks.PERMUTED or blocks.BLOCK_K % TILE_N != 0
@@ -106,7 +107,7 @@ def partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, i
     key = tl.arange(0, TILE_N)
     sink_tiles = in_bands.sink_past - in_bands.sink_first
     before_full = sink_tiles + in_bands.full_first - in_bands.window_first
-    for n in tl.range(0, listed.partial_tiles + in_bands.partial, num_stages=STAGES):
+    for n in tl.range(begin, past, num_stages=STAGES):
         band = n - listed.partial_tiles
         tile = tl.where(band < sink_tiles, in_bands.sink_first + band, in_bands.window_first + band - sink_tiles)
         tile = tl.where(band < before_full, tile, in_bands.full_past + band - before_full)

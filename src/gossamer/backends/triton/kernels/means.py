@@ -75,22 +75,24 @@ def row_energies(
     q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
     extent_ptr, groups, key_blocks, start, rows, tiles, scale_log2,
     SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, PARTS: tl.constexpr,
-    TILE_N: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE_N: tl.constexpr, CAUSAL: tl.constexpr, ENDED: tl.constexpr, LISTS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Energies of ``TILE_M`` rows of one query block of one key/value head, in one pass over the means of keys.
+    """Energies of ``TILE_M`` rows of one query block of ``SHARE`` heads, in one pass over the means of keys.
 
     The maximum is not known before the pass ends: each tile of key blocks refers to the largest logit so far, which
     goes to ``reference`` ``[rows, PARTS, tiles]`` (-inf before), and the last one to ``top`` ``[rows, PARTS]``;
-    `merge_energies` then refers all to the largest. ``energy`` ``[rows, PARTS, key_blocks]`` is 0 before.
-    Grid: ``B * groups * rows * PARTS``.
+    `merge_energies` then refers all to the largest. ``energy`` ``[rows, PARTS, key_blocks]`` is 0 before. A key/value
+    head has ``LISTS`` such tiles of heads: one of all that share it, or one for each. ``ENDED`` rows take part for
+    blocks that end at or before them. Grid: ``B * groups * LISTS * rows * PARTS``.
     """
     program = tl.program_id(0)
     part = program % PARTS
     m = rows - 1 - (program // PARTS) % rows
-    bg = program // (PARTS * rows)
-    b = bg // groups
-    group = bg % groups
-    out_row = (bg * rows + m).to(tl.int64) * PARTS + part
+    tiles_of_heads = program // (PARTS * rows)
+    b = tiles_of_heads // (groups * LISTS)
+    group = tiles_of_heads % (groups * LISTS) // LISTS
+    out_row = (tiles_of_heads * rows + m).to(tl.int64) * PARTS + part
 
     extent = load_extent(extent_ptr, b)
     ahead, behind = tl.load(extent.reach), tl.load(extent.reach + 1)
@@ -100,7 +102,7 @@ def row_energies(
     packed = part * TILE_M + tl.arange(0, TILE_M)
     position = begin + packed // SHARE
     exists = (packed < BLOCK_Q * SHARE) & (position >= first) & (position < past)
-    head = group * SHARE + packed % SHARE
+    head = tiles_of_heads % (groups * LISTS) * SHARE + packed % SHARE
     q_rows = q_ptr + b.to(tl.int64) * q_batch_stride + head.to(tl.int64) * q_head_stride
     q_rows += (position - extent.query_start).to(tl.int64) * q_stride
     dim = tl.arange(0, BLOCK_D)
@@ -119,7 +121,8 @@ def row_energies(
         scored = (block < past_block) & (key_high > key_low)
         means = load_rows(k_base, block, k_stride, scored, DIM, BLOCK_D)
         x = product(q, tl.trans(means), tl.zeros([TILE_M, TILE_N], dtype=tl.float32)) * scale_log2
-        sees = exists[:, None] & scored[None, :] & (key_low[None, :] - position[:, None] < ahead)
+        begins = key_low + (BLOCK_K - 1 if CAUSAL and ENDED else 0)
+        sees = exists[:, None] & scored[None, :] & (begins[None, :] - position[:, None] < ahead)
         sees = sees & (position[:, None] - (key_high - 1)[None, :] < behind)
         x = tl.where(sees, x, float("-inf"))
         top = tl.maximum(top, tl.max(tl.max(x, 1), 0))

@@ -13,7 +13,20 @@ import triton.language as tl
 
 from gossamer.backends.triton.kernels.matrices import product
 
-__all__ = ["BY_KEY", "BY_PAIR", "UNMASKED", "Keys", "Logits", "Queries", "Softmax", "fold", "fresh", "with_sinks"]
+__all__ = [
+    "BY_KEY",
+    "BY_PAIR",
+    "UNMASKED",
+    "Keys",
+    "Logits",
+    "Queries",
+    "Softmax",
+    "capped",
+    "fold",
+    "fresh",
+    "weighed",
+    "with_sinks",
+]
 
 # What masks a tile of keys. UNMASKED: nothing; its keys are consecutive, and every row attends all of them. BY_KEY:
 # some keys are left out for all rows, but all may be loaded. BY_PAIR: pairs are, and keys that may not be loaded.
@@ -54,12 +67,15 @@ class Keys(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """From products to logits in units of log2: ``scale`` is above 0, ``slope`` is 2 scale / softcap."""
+    """From products to logits in units of log2: ``scale`` is above 0, ``slope`` is 2 scale / softcap. ``skip`` is how
+    far below a row's largest logit it leaves a tile out."""
 
     scale: Any
     softcap: Any
     slope: Any
+    skip: Any
     SOFTCAP: Any
+    SKIP: Any
 
 
 class Softmax(NamedTuple):
@@ -89,28 +105,55 @@ def fold(state, queries, keys, logits, positions, keep, pairs, MASK: tl.constexp
     ``keep`` ``[TILE_N]`` says which keys count, ``pairs`` ``[TILE_M, TILE_N]`` which pairs do, if masked BY_PAIR.
     """
     BLOCK_D: tl.constexpr = queries.q.shape[1]
-    BLOCK_DV: tl.constexpr = state.out.shape[1]
     k = load_tile(keys.k, keys.k_descriptor, keys.k_stride, keys, positions, keep, 0, keys.DIM, BLOCK_D, MASK)
     scores = tl.zeros([queries.q.shape[0], keys.TILE_N], dtype=tl.float32)
-    scores = product(queries.q, tl.trans(k), scores)
-    if logits.SOFTCAP:
-        # softcap * tanh(x / softcap), with tanh(y) = 1 - 2 / (exp(2 y) + 1); 2 / infinity is 0.
-        scores = logits.softcap * (1.0 - 2.0 / (tl.exp2(scores * logits.slope) + 1.0))
+    scores = capped(product(queries.q, tl.trans(k), scores), logits)
     if MASK == BY_KEY:
         scores = tl.where(keep[None, :], scores, float("-inf"))
     if MASK == BY_PAIR:
         scores = tl.where(pairs, scores, float("-inf"))
+    if logits.SKIP:
+        highest = tl.max(scores, 1)
+        if not logits.SOFTCAP:
+            highest = highest * logits.scale
+        left_out = highest + logits.skip < state.top
+        if tl.min(left_out.to(tl.int32), 0) == 0:  # some row takes it
+            scores = tl.where(left_out[:, None], float("-inf"), scores)
+            state = add_values(state, scores, keys, logits, positions, keep, MASK)
+    else:
+        state = add_values(state, scores, keys, logits, positions, keep, MASK)
+    return state
+
+
+@triton.jit
+def capped(products, logits):
+    """Products under the soft-cap, in units of log2; as they are where there is none, to be scaled by `weighed`."""
+    if logits.SOFTCAP:
+        # softcap * tanh(x / softcap), with tanh(y) = 1 - 2 / (exp(2 y) + 1); 2 / infinity is 0.
+        products = logits.softcap * (1.0 - 2.0 / (tl.exp2(products * logits.slope) + 1.0))
+    return products
+
+
+@triton.jit
+def weighed(state, scores, scale, SCALED: tl.constexpr):
+    """Weights of a tile's logits; by what the state's outputs shrink; its sums and largest logits with the tile."""
     highest = tl.max(scores, 1)
-    if not logits.SOFTCAP:
-        highest = highest * logits.scale
+    if not SCALED:
+        highest = highest * scale
     top = tl.maximum(state.top, highest)
     base = tl.where(top == float("-inf"), 0.0, top)
     exponents = scores - base[:, None]
-    if not logits.SOFTCAP:
-        exponents = tl.fma(scores, logits.scale, -base[:, None])
+    if not SCALED:
+        exponents = tl.fma(scores, scale, -base[:, None])
     weights = tl.exp2(exponents)
     shrink = tl.exp2(state.top - base)
-    total = state.total * shrink + tl.sum(weights, 1)
+    return weights, shrink, state.total * shrink + tl.sum(weights, 1), top
+
+
+@triton.jit
+def add_values(state, scores, keys, logits, positions, keep, MASK: tl.constexpr):
+    BLOCK_DV: tl.constexpr = state.out.shape[1]
+    weights, shrink, total, top = weighed(state, scores, logits.scale, logits.SOFTCAP)
     v = load_tile(keys.v, keys.v_descriptor, keys.v_stride, keys, positions, keep, 0, keys.VALUE_DIM, BLOCK_DV, MASK)
     out = product(weights, v, state.out * shrink[:, None])
     out_high = state.out_high

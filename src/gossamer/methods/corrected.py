@@ -1,0 +1,50 @@
+"""Corrected: any method's plan, computed with what the plan's attributes offer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from gossamer.call import AttentionCall
+from gossamer.methods.base import Method
+from gossamer.methods.max_relative import MaxRelative
+from gossamer.plan import SparsePlan
+from gossamer.plan.checks import SKIP_TILE, check_attributes
+
+__all__ = ["Corrected"]
+
+
+@dataclass(frozen=True)
+class Corrected(Method):
+    """The blocks that another method chooses; those that it prunes count by their mean, or tiles are skipped.
+
+    ``pruned_mean`` is FlashPrefill V2's zero-order correction (2608.19758), ``skip`` BLASST's threshold (2512.12087) in
+    nats below a row's maximum; `SparsePlan` says what they compute. BLASST's threshold on a weight, ``lambda``, is
+    ``skip = -ln(lambda)``; its authors make it proportional to the inverse of the length.
+
+    Deviation from BLASST: each row decides for itself, where the authors keep a tile for all rows of a kernel's tile if
+    one of them needs it.
+
+    Fields:
+        base: the method; one whose plans are blocks alone (with ``skip``, of multiples of 64 keys), else planning
+            raises a ValueError.
+    """
+
+    name: ClassVar[str] = "corrected"
+    base: Method = MaxRelative()  # noqa: RUF009  # frozen
+    pruned_mean: bool = True
+    skip: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, Method):
+            raise TypeError(f"{self.name}.base must be a method, got {type(self.base).__name__}")
+        check_attributes(self.pruned_mean, self.skip, SKIP_TILE, self.name)
+
+    def lacks(self, call: AttentionCall) -> str | None:
+        return self.base.lacks(call)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"base": self.base.to_dict()}
+
+    def plan(self, call: AttentionCall) -> SparsePlan:
+        return self.base.plan(call).with_attributes(pruned_mean=self.pruned_mean, skip=self.skip)
