@@ -50,6 +50,7 @@ LISTED = [
     Listed("dense", _NONE, _NONE, by_block=True),
     Listed("a_shape", {"sink": 9, "window": 150}, {"window": 10_000}, by_block=True),
     Listed("tri_shape", {"sink": 9, "window": 150, "last": 100}, {"window": 10_000}, True, lambda share: 100),
+    Listed("triangle_mix", {"sink": 9, "window": 150, "last": 100, "first_layer": 0}, {}, True, lambda share: 100),
     Listed("vertical_slash", _SLASHES, {"slash_size": 10_000}, by_block=False),
     Listed("vertical_slash", _SLASHES | {"exact": True}, {"slash_size": 10_000, "exact": True}, by_block=False),
     Listed("block_sparse", {"blocks": 4}, {"blocks": 1000}, by_block=True),

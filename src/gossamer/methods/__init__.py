@@ -9,6 +9,7 @@ from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.registry import available, create, from_dict
 from gossamer.methods.tri_shape import TriShape
+from gossamer.methods.triangle_mix import TriangleMix
 from gossamer.methods.vertical_slash import VerticalSlash
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Method",
     "PerHead",
     "TriShape",
+    "TriangleMix",
     "VerticalSlash",
     "available",
     "create",

@@ -14,6 +14,7 @@ from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.tri_shape import TriShape
+from gossamer.methods.triangle_mix import TriangleMix
 from gossamer.methods.vertical_slash import VerticalSlash
 
 __all__ = ["GROUP", "available", "class_of", "create", "from_dict"]
@@ -24,6 +25,7 @@ _METHODS: tuple[type[Method], ...] = (
     Dense,
     AShape,
     TriShape,
+    TriangleMix,
     VerticalSlash,
     BlockSparse,
     MInference,
