@@ -45,6 +45,7 @@ _ALL = [VerticalSlash(10_000, 64), AShape(1, 10_000), BlockSparse(1000, 32), Den
 _NONE: dict[str, Any] = {}
 _SLASHES = {"vertical_size": 60, "slash_size": 300}
 _RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
+_SIMILAR = {"similarity": 0.02, "p": 0.3, "block_q": 32, "block_k": 32}
 
 LISTED = [
     Listed("dense", _NONE, _NONE, by_block=True),
@@ -56,5 +57,6 @@ LISTED = [
     Listed("block_sparse", {"blocks": 4}, {"blocks": 1000}, by_block=True),
     Listed("minference", _SLASHES, {"vertical_size": 10_000}, by_block=False),
     Listed("max_relative", _RELATIVE, {"alpha": 0.0}, True, lambda share: -(-256 // share)),
+    Listed("sparge", _SIMILAR, {"similarity": 0.0, "p": 1.0}, by_block=False),
     Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
 ]

@@ -8,6 +8,7 @@ from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.registry import available, create, from_dict
+from gossamer.methods.sparge import Sparge
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.triangle_mix import TriangleMix
 from gossamer.methods.vertical_slash import VerticalSlash
@@ -20,6 +21,7 @@ __all__ = [
     "MaxRelative",
     "Method",
     "PerHead",
+    "Sparge",
     "TriShape",
     "TriangleMix",
     "VerticalSlash",
