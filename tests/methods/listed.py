@@ -58,5 +58,6 @@ LISTED = [
     Listed("minference", _SLASHES, {"vertical_size": 10_000}, by_block=False),
     Listed("max_relative", _RELATIVE, {"alpha": 0.0}, True, lambda share: -(-256 // share)),
     Listed("sparge", _SIMILAR, {"similarity": 0.0, "p": 1.0}, by_block=False),
+    Listed("prism", {"p_high": 0.3, "p_low": 0.3, "block": 32}, {"p_high": 1.0, "p_low": 1.0}, by_block=False),
     Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
 ]

@@ -206,6 +206,7 @@ LEAST = {
     "minference": {"vertical_size": 0, "slash_size": 0, "last": 1},
     "block_sparse": {"blocks": 1, "block": 1},
     "sparge": {"sink_blocks": 0, "block_q": 1, "block_k": 1},
+    "prism": {"sink_blocks": 0, "block": 1},
     "max_relative": {"sink_blocks": 0, "window_blocks": 1, "last_rows": 0, "block_q": 1, "block_k": 1},
 }
 

@@ -7,6 +7,7 @@ from gossamer.methods.dense import Dense
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
+from gossamer.methods.prism import Prism
 from gossamer.methods.registry import available, create, from_dict
 from gossamer.methods.sparge import Sparge
 from gossamer.methods.tri_shape import TriShape
@@ -21,6 +22,7 @@ __all__ = [
     "MaxRelative",
     "Method",
     "PerHead",
+    "Prism",
     "Sparge",
     "TriShape",
     "TriangleMix",

@@ -13,6 +13,7 @@ from gossamer.methods.dense import Dense
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
+from gossamer.methods.prism import Prism
 from gossamer.methods.sparge import Sparge
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.triangle_mix import TriangleMix
@@ -32,6 +33,7 @@ _METHODS: tuple[type[Method], ...] = (
     MInference,
     MaxRelative,
     Sparge,
+    Prism,
     PerHead,
 )
 
