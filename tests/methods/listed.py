@@ -46,6 +46,7 @@ _NONE: dict[str, Any] = {}
 _SLASHES = {"vertical_size": 60, "slash_size": 300}
 _RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
 _SIMILAR = {"similarity": 0.02, "p": 0.3, "block_q": 32, "block_k": 32}
+_STEM = {"share": 0.05, "extra": 1, "decay": 0.5, "full_blocks": 0, "dense_layers": 0, "block": 32, "stride": 4}
 
 LISTED = [
     Listed("dense", _NONE, _NONE, by_block=True),
@@ -59,5 +60,6 @@ LISTED = [
     Listed("max_relative", _RELATIVE, {"alpha": 0.0}, True, lambda share: -(-256 // share)),
     Listed("sparge", _SIMILAR, {"similarity": 0.0, "p": 1.0}, by_block=False),
     Listed("prism", {"p_high": 0.3, "p_low": 0.3, "block": 32}, {"p_high": 1.0, "p_low": 1.0}, by_block=False),
+    Listed("stem", _STEM, _STEM | {"share": 1.0}, by_block=False),
     Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
 ]

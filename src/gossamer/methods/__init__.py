@@ -10,6 +10,7 @@ from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
 from gossamer.methods.registry import available, create, from_dict
 from gossamer.methods.sparge import Sparge
+from gossamer.methods.stem import Stem
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.triangle_mix import TriangleMix
 from gossamer.methods.vertical_slash import VerticalSlash
@@ -24,6 +25,7 @@ __all__ = [
     "PerHead",
     "Prism",
     "Sparge",
+    "Stem",
     "TriShape",
     "TriangleMix",
     "VerticalSlash",

@@ -15,6 +15,7 @@ from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
 from gossamer.methods.sparge import Sparge
+from gossamer.methods.stem import Stem
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.triangle_mix import TriangleMix
 from gossamer.methods.vertical_slash import VerticalSlash
@@ -34,6 +35,7 @@ _METHODS: tuple[type[Method], ...] = (
     MaxRelative,
     Sparge,
     Prism,
+    Stem,
     PerHead,
 )
 
