@@ -61,5 +61,6 @@ LISTED = [
     Listed("sparge", _SIMILAR, {"similarity": 0.0, "p": 1.0}, by_block=False),
     Listed("prism", {"p_high": 0.3, "p_low": 0.3, "block": 32}, {"p_high": 1.0, "p_low": 1.0}, by_block=False),
     Listed("stem", _STEM, _STEM | {"share": 1.0}, by_block=False),
+    Listed("cosa", {"p": 0.3, "block": 32, "stride": 8}, {"p": 1.0}, by_block=True),
     Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
 ]

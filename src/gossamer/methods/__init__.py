@@ -3,6 +3,7 @@
 from gossamer.methods.a_shape import AShape
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
+from gossamer.methods.cosa import CoSA
 from gossamer.methods.dense import Dense
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
@@ -18,6 +19,7 @@ from gossamer.methods.vertical_slash import VerticalSlash
 __all__ = [
     "AShape",
     "BlockSparse",
+    "CoSA",
     "Dense",
     "MInference",
     "MaxRelative",

@@ -9,6 +9,7 @@ from typing import Any
 from gossamer.methods.a_shape import AShape
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
+from gossamer.methods.cosa import CoSA
 from gossamer.methods.dense import Dense
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
@@ -36,6 +37,7 @@ _METHODS: tuple[type[Method], ...] = (
     Sparge,
     Prism,
     Stem,
+    CoSA,
     PerHead,
 )
 
