@@ -236,6 +236,18 @@ def test_products_of_the_last_query_are_summed_over_heads_and_not_scaled(situati
     torch.testing.assert_close(scores.last_query_products(call).double(), expected, **TOLERANCE)
 
 
+def test_products_that_16_bits_cannot_hold_are_finite() -> None:
+    x = torch.full((1, 1, 8, 8), 300.0, dtype=torch.float16)
+    call = AttentionCall(x, x, x)
+    grid = Grid(call.extent, 4, 4)
+    assert (scores.last_query_products(call) == 8 * 300.0**2).all()
+    assert (joined(scores.pooled_attention(call, grid))[0, 0, 1] == 0.5).all()
+    assert (joined(scores.antidiagonal_means(call, grid, 2))[0, 0, 1] == call.scale * 8 * 300.0**2).all()
+    peaks = joined((part, peaks) for part, peaks, _ in scores.antidiagonal_peaks(call, grid, 2))
+    assert (peaks[0, 0, 1] == 2).all()
+    torch.testing.assert_close(scores.query_similarity(call, grid), torch.ones(1, 1, 2))
+
+
 @pytest.mark.parametrize(("batch", "query_len", "key_len"), [(0, 7, 7), (1, 0, 7), (2, 0, 0), (1, 7, 0)])
 def test_nothing_has_no_scores(batch: int, query_len: int, key_len: int) -> None:
     row = [0] * batch
