@@ -55,7 +55,7 @@ def empty(call: AttentionCall, grid: Grid) -> Tensor:
 
 @everywhere
 @pytest.mark.parametrize("scale", [0.9, -2.0])
-def test_pooled_attention_is_a_softmax_of_means_over_what_is_seen(situation: str, scale: float) -> None:
+def test_pooled_mass_is_a_softmax_of_means_over_what_is_seen(situation: str, scale: float) -> None:
     call = replace(call_in(situation, length=37), scale=scale)
     grid = Grid(call.extent, 6, 4)
     excluded = torch.rand(call.batch, call.heads, grid.key_blocks, generator=torch.Generator().manual_seed(1)) < 0.3
@@ -73,18 +73,18 @@ def test_pooled_attention_is_a_softmax_of_means_over_what_is_seen(situation: str
                 weight = {n: one for n, one in weight.items() if not excluded[b, h, n]}
                 for n in weight:
                     expected[b, h, m, n] = weight[n] / sum(weight.values())
-    torch.testing.assert_close(joined(scores.pooled_attention(call, grid)).double(), whole, **TOLERANCE)
-    got = joined(scores.pooled_attention(call, grid, excluded=excluded))
+    torch.testing.assert_close(joined(scores.pooled_mass(call, grid)).double(), whole, **TOLERANCE)
+    got = joined(scores.pooled_mass(call, grid, excluded=excluded))
     torch.testing.assert_close(got.double(), expected, **TOLERANCE)
 
 
-def test_pooled_attention_takes_what_was_made_of_the_means() -> None:
+def test_pooled_mass_takes_what_was_made_of_the_means() -> None:
     call = call_in("left padding", length=37)
     grid = Grid(call.extent, 6, 4)
     queries, keys = scores.pool_queries(call, grid), scores.pool_keys(call, grid)
-    doubled = joined(scores.pooled_attention(replace(call, scale=2 * call.scale), grid))
-    assert torch.equal(joined(scores.pooled_attention(call, grid, 2 * queries, keys)), doubled)
-    assert torch.equal(joined(scores.pooled_attention(call, grid, queries, 2 * keys)), doubled)
+    doubled = joined(scores.pooled_mass(replace(call, scale=2 * call.scale), grid))
+    assert torch.equal(joined(scores.pooled_mass(call, grid, 2 * queries, keys)), doubled)
+    assert torch.equal(joined(scores.pooled_mass(call, grid, queries, 2 * keys)), doubled)
 
 
 def mean_cosine(x: Tensor) -> float:
@@ -241,7 +241,7 @@ def test_products_that_16_bits_cannot_hold_are_finite() -> None:
     call = AttentionCall(x, x, x)
     grid = Grid(call.extent, 4, 4)
     assert (scores.last_query_products(call) == 8 * 300.0**2).all()
-    assert (joined(scores.pooled_attention(call, grid))[0, 0, 1] == 0.5).all()
+    assert (joined(scores.pooled_mass(call, grid))[0, 0, 1] == 0.5).all()
     assert (joined(scores.antidiagonal_means(call, grid, 2))[0, 0, 1] == call.scale * 8 * 300.0**2).all()
     peaks = joined((part, peaks) for part, peaks, _ in scores.antidiagonal_peaks(call, grid, 2))
     assert (peaks[0, 0, 1] == 2).all()
@@ -255,7 +255,7 @@ def test_nothing_has_no_scores(batch: int, query_len: int, key_len: int) -> None
     k = torch.ones(batch, 2, key_len, 8)
     call = AttentionCall(torch.ones(batch, 4, query_len, 8), k, k, extent=extent)
     grid = Grid(extent, 4, 4)
-    assert all(part.numel() == 0 for _, part in scores.pooled_attention(call, grid))
+    assert all(part.numel() == 0 for _, part in scores.pooled_mass(call, grid))
     assert all(part.numel() == 0 for _, part in scores.antidiagonal_means(call, grid, 2))
     assert all(part.numel() == 0 for _, part, _ in scores.antidiagonal_peaks(call, grid, 2))
     assert scores.query_similarity(call, grid).shape == (batch, 4, grid.query_blocks)
@@ -272,7 +272,7 @@ def test_chunks_that_end_at_blocks_have_the_scores_of_one_piece() -> None:
         whole, q=whole.q[:1, :, row:], k=whole.k[:1], v=None, extent=extent.of_queries(row, 37).of_rows(slice(0, 1))
     )
     for score in (
-        scores.pooled_attention,
+        scores.pooled_mass,
         lambda call, grid: scores.antidiagonal_means(call, grid, 2),
         lambda call, grid: ((part, peaks) for part, peaks, _ in scores.antidiagonal_peaks(call, grid, 2)),
     ):

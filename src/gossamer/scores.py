@@ -25,7 +25,7 @@ __all__ = [
     "last_query_products",
     "pool_keys",
     "pool_queries",
-    "pooled_attention",
+    "pooled_mass",
     "pooled_scores",
     "query_similarity",
     "row_block_energy",
@@ -85,7 +85,7 @@ def pooled_scores(call: AttentionCall, grid: Grid) -> Iterator[tuple[range, Tens
         yield part, -scores if call.scale < 0 else scores
 
 
-def pooled_attention(
+def pooled_mass(
     call: AttentionCall,
     grid: Grid,
     queries: Tensor | None = None,

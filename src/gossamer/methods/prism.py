@@ -61,7 +61,7 @@ class Prism(Method):
         fast, slow = max(1, round(self.high * pairs)), pairs - max(1, round(self.low * pairs))
         nothing = torch.zeros(1, dtype=torch.bool, device=call.device)
         bands = [
-            scores.pooled_attention(call, blocks.grid, _calibrated(queries, band), _calibrated(keys, band))
+            scores.pooled_mass(call, blocks.grid, _calibrated(queries, band), _calibrated(keys, band))
             for band in (frequency < fast, frequency >= slow)
         ]
         for (part, high), (_, low) in zip(*bands, strict=True):

@@ -55,7 +55,7 @@ class Sparge(Method):
         all_keys = scores.query_similarity(call, blocks.grid) <= least  # [B, H, M]
         similar = scores.key_similarity(call, blocks.grid)[:, :, None]  # [B, G, 1, N]
         all_queries = (similar <= least.unflatten(0, (call.groups, call.share))).flatten(1, 2)  # [B, H, N]
-        for part, attention in scores.pooled_attention(call, blocks.grid, excluded=all_queries):
+        for part, attention in scores.pooled_mass(call, blocks.grid, excluded=all_queries):
             taken = all_keys[:, :, part.start : part.stop, None] | all_queries[:, :, None]
             blocks.choose(part, attention, Besides(TopPBelow(self.p), taken))
         return blocks.plan()
