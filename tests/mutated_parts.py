@@ -21,7 +21,7 @@ PARTS = [
     Part("call", ("call.py",), ("tests/test_call.py",)),
     Part("policy", ("policy.py",), ("tests/test_policy.py", "tests/test_attention.py")),
     Part("plan", ("plan/*.py",), ("tests/plan",)),
-    Part("scores", ("scores.py",), ("tests/test_scores.py",)),
+    Part("scores", ("scores.py",), ("tests/test_scores.py", "tests/test_scores_of_blocks.py")),
     Part("rules", ("rules.py",), ("tests/test_rules.py",)),
     Part("blocks", ("blocks.py",), ("tests/test_blocks.py",)),
     Part(

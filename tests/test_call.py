@@ -145,7 +145,7 @@ def test_a_gradient_is_needed_where_any_tensor_wants_one(name: str) -> None:
 # What methods need
 
 
-@pytest.mark.parametrize("need", ["causal", "values", "store", "layout", "step", "state"])
+@pytest.mark.parametrize("need", ["causal", "values", "store", "layout", "step", "layer", "state"])
 def test_a_call_lacks_what_it_was_not_given(need: str) -> None:
     q, k, v = tensors()
     bare = AttentionCall(q, k, extent=Extent.full(1, 5, 9, causal=False))

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from gossamer.rules import (
     AtLeast,
+    Besides,
     Candidates,
     PerHead,
     RelativeToMax,
     Rule,
     TopK,
+    TopKOfRows,
     TopP,
     TopPBelow,
+    TopPInTiers,
     TopPOfAllRows,
     TopPReaching,
     count_top_p,
@@ -261,3 +264,40 @@ def test_candidates_are_themselves_alone() -> None:
     seen = torch.zeros(1, 2, 2, dtype=torch.int64)
     assert Candidates(seen, seen) != Candidates(seen, seen)
     assert Candidates(seen, seen).first == 0
+
+
+@given_often
+@given(rows, eighths, st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9)))
+def test_top_p_in_tiers_counts_forced_candidates_and_then_early_ones(
+    row: list[float], p: int, drawn: set[int], soon: set[int]
+) -> None:
+    forced, early = ({i for i in some if i < len(row)} for some in (drawn, soon))
+    order = sorted(range(len(row)), key=lambda i: (i not in forced, i not in forced | early, -row[i], i))
+    expected = while_running(row, order, lambda before, _: 8 * before < p * sum(row) or p == 8)
+    mask = torch.tensor([i in early for i in range(len(row))]).view(1, 1, 1, -1)
+    assert select(TopPInTiers(p / 8, mask), row, forced) == expected
+
+
+def test_top_k_of_rows_has_a_number_for_each_row() -> None:
+    scores = torch.tensor([[[[3.0, 1.0, 2.0], [1.0, 1.0, -math.inf]], [[0.0, 5.0, 4.0], [2.0, 2.0, 2.0]]]])
+    counts = torch.tensor([[[2, 3], [1, 0]]])
+    chosen = TopKOfRows(counts).select(scores, torch.zeros(1, dtype=torch.bool))
+    assert [members(chosen[0, h, m]) for h in range(2) for m in range(2)] == [{0, 2}, {0, 1}, {1}, set()]
+    of_all_heads = TopKOfRows(counts[:, :1]).select(scores, torch.zeros(1, dtype=torch.bool))
+    assert [members(of_all_heads[0, 1, m]) for m in range(2)] == [{1, 2}, {0, 1, 2}]
+
+
+@given_often
+@given(rows, eighths, st.sets(st.integers(0, 9)))
+def test_besides_adds_to_a_rule_what_is_taken_anyway(row: list[float], p: int, drawn: set[int]) -> None:
+    taken = {i for i in drawn if i < len(row)}
+    mask = torch.tensor([i in taken for i in range(len(row))]).view(1, 1, 1, -1)
+    for rule in (TopP(p / 8), TopK(p)):
+        joined = Besides(rule, mask)
+        assert joined.unseen == rule.unseen
+        assert select(joined, row) == select(rule, row) | taken
+
+
+def test_besides_refuses_a_rule_for_all_rows() -> None:
+    with pytest.raises(ValueError, match="TopPOfAllRows needs all rows at once"):
+        Besides(TopPOfAllRows(0.5), torch.zeros(1, dtype=torch.bool))

@@ -181,6 +181,7 @@ class AttentionCall:
             "store": self.store is not None,
             "layout": self.layout is not None,
             "step": self.step is not None,
+            "layer": self.layer is not None,
             "state": self.state is not None,
             "whole prompt": not bool((self.extent.first_position > 0).any()),
         }

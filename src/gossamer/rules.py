@@ -17,12 +17,15 @@ from torch import Tensor
 
 __all__ = [
     "AtLeast",
+    "Besides",
     "Candidates",
     "RelativeToMax",
     "Rule",
     "TopK",
+    "TopKOfRows",
     "TopP",
     "TopPBelow",
+    "TopPInTiers",
     "TopPOfAllRows",
     "TopPReaching",
     "count_top_p",
@@ -132,6 +135,20 @@ class TopK(Rule):
 
 
 @dataclass(frozen=True, eq=False)
+class TopKOfRows(Rule):
+    """The best candidates of each row, in a number of its own: ``counts`` int64 ``[B, heads or 1, rows]``, on the CPU.
+
+    The rows are those of the scores: a rule is made for each part.
+    """
+
+    unseen: ClassVar[float] = float("-inf")
+    counts: Tensor
+
+    def select(self, scores: Tensor, forced: Tensor) -> Tensor:
+        return top_k(scores, self.counts)
+
+
+@dataclass(frozen=True, eq=False)
 class TopP(Rule):
     """The fewest best candidates that hold the share ``p`` of the row's sum: the one that crosses p is in.
 
@@ -199,6 +216,51 @@ class TopPOfAllRows(Rule):
         order = _best_first(flat)
         up_to = _running_sum(flat, order)
         return _unsort(up_to <= _shares(self.p, flat) * up_to[..., -1:], order).view(scores.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class TopPInTiers(Rule):
+    """As `TopP`, with candidates taken in tiers, by score in each: forced ones, those of ``early``, then the others.
+
+    All use up their part of p, so that early ones behind the crossing are out (CoSA, 2607.25291). ``p == 1`` takes all.
+
+    Fields:
+        early: bool, as the scores: a rule is made for each part.
+    """
+
+    p: PerHead
+    early: Tensor
+
+    def select(self, scores: Tensor, forced: Tensor) -> Tensor:
+        best = _best_first(scores)
+        tier = torch.where(forced, 0, torch.where(self.early, 1, 2)).gather(-1, best)
+        order = best.gather(-1, tier.argsort(dim=-1, stable=True))
+        up_to, p = _running_sum(scores, order), _shares(self.p, scores)
+        before = F.pad(up_to, (1, 0))[..., :-1]
+        return _unsort((before < p * up_to[..., -1:]) | (p == 1), order)
+
+
+class Besides(Rule):
+    """What a rule chooses, and beside it what is ``taken`` anyway: bool, as the scores or broadcast to them.
+
+    For what a method knows by other means than these scores: blocks that a mean says nothing of, or another scoring's
+    choice. What a row does not see is left out as ever. A rule is made for each part.
+
+    Raises:
+        ValueError: the rule needs all rows at once.
+    """
+
+    def __init__(self, rule: Rule, taken: Tensor) -> None:
+        if rule.all_rows:
+            raise ValueError(f"{type(rule).__name__} needs all rows at once, and cannot be joined part by part")
+        self.rule, self.taken = rule, taken
+
+    @property
+    def unseen(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.unseen
+
+    def select(self, scores: Tensor, forced: Tensor) -> Tensor:
+        return self.rule.select(scores, forced) | self.taken
 
 
 def count_top_p(scores: Tensor, p: PerHead) -> Tensor:

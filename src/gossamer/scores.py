@@ -19,17 +19,23 @@ from gossamer.call import AttentionCall
 from gossamer.plan import Grid, ceil_div
 
 __all__ = [
+    "antidiagonal_means",
+    "antidiagonal_peaks",
     "antidiagonal_scores",
     "block_sums",
     "group_differences",
+    "key_similarity",
     "last_query_probe",
+    "last_query_products",
     "mean_row_maxima",
     "pool_keys",
     "pool_queries",
     "pooled_mass",
     "pooled_scores",
     "probed_blocks",
+    "query_similarity",
     "row_block_energy",
+    "value_bonus",
 ]
 
 
@@ -110,6 +116,18 @@ def _softmax(logits: Tensor, seen: Tensor) -> Tensor:
     return share.masked_fill_(~seen, 0.0)
 
 
+def last_query_products(call: AttentionCall) -> Tensor:
+    """Products of the last live query with each key, not scaled, summed over heads (GemFilter, 2409.17422).
+
+    Under a negative scale their sign is turned: the order is that of logits.
+
+    Returns:
+        fp32 ``[B, positions]``; 0 from a row's own number of keys on.
+    """
+    products = backend_of(call, "last_query_products").last_query_products(call)
+    return -products if call.scale < 0 else products
+
+
 def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     """Mean of the live keys of each key block, fp32 ``[B, G, N, D]``."""
     return backend_of(call, "pool_keys").pool_keys(call, grid)
@@ -135,14 +153,47 @@ def pooled_scores(call: AttentionCall, grid: Grid) -> Iterator[tuple[range, Tens
         yield part, -scores if call.scale < 0 else scores
 
 
-def pooled_mass(call: AttentionCall, grid: Grid) -> Iterator[tuple[range, Tensor]]:
-    """Share of each key block in the softmax over ``scale * mean query . mean key`` of what a query block sees.
+def pooled_mass(
+    call: AttentionCall,
+    grid: Grid,
+    queries: Tensor | None = None,
+    keys: Tensor | None = None,
+    excluded: Tensor | None = None,
+) -> Iterator[tuple[range, Tensor]]:
+    """Attention of a query block's mean to the means of the key blocks that it sees: a softmax, which sums to 1.
+
+    Args:
+        queries, keys: in place of `pool_queries` and `pool_keys`: what was made of them.
+        excluded: bool ``[B, H, N]``, key blocks that take no part; their score is 0.
 
     Yields:
-        plan rows, and shares fp32 ``[B, H, rows, N]``; each row sums to 1, or is 0 where it sees nothing.
+        plan rows, and scores fp32 ``[B, H, rows, N]``.
     """
-    for part, products in pooled_scores(call, grid):
-        yield part, _softmax(products * abs(call.scale), grid.sees(part, call.device)[:, None])
+    products, softmax = backend_of(call, "pooled_scores"), backend_of(call, "block_softmax")
+    queries = pool_queries(call, grid) if queries is None else queries
+    keys = pool_keys(call, grid) if keys is None else keys
+    for part in _parts(call, grid, call.heads, products.PART_BYTES):
+        scores = products.pooled_scores(call, grid, queries, keys, part)
+        yield part, softmax.block_softmax(call, grid, scores, part, excluded)
+
+
+def query_similarity(call: AttentionCall, grid: Grid) -> Tensor:
+    """Mean cosine of all pairs of live queries in each query block (SpargeAttn, 2502.18137, 3.3): fp32 ``[B, H, M]``.
+
+    It lies in [0, 1]: each token is paired with itself, too.
+    """
+    return backend_of(call, "query_similarity").query_similarity(call, grid)
+
+
+def key_similarity(call: AttentionCall, grid: Grid) -> Tensor:
+    """Mean cosine of all pairs of live keys in each key block, less the mean of all of the row: fp32 ``[B, G, N]``.
+
+    Taking the mean off changes no attention, and what is left tells keys apart (SageAttention, 2410.02367, 4.2).
+    """
+    low, high = grid.key_block_ends()
+    weights = ((high - low) / call.extent.key_count.clamp(min=1)[:, None]).to(call.device, torch.float32)
+    centre = (pool_keys(call, grid) * weights[:, None, :, None]).sum(dim=2, keepdim=True)
+    return backend_of(call, "key_similarity").key_similarity(call, grid, centre)
 
 
 def row_block_energy(
@@ -204,13 +255,75 @@ def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int = 8) -> Ite
     Raises:
         ValueError: ``stride`` does not divide the block sizes.
     """
+    _check_stride(stride, grid)
+    backend = backend_of(call, "antidiagonal_scores")
+    for part in _parts(call, grid, call.heads, backend.PART_BYTES):
+        yield part, backend.antidiagonal_scores(call, grid, stride, part)
+
+
+def antidiagonal_means(
+    call: AttentionCall, grid: Grid, stride: int = 8, bonus: Tensor | None = None
+) -> Iterator[tuple[range, Tensor]]:
+    """Mean logit of the cells of each block pair, the cells being those of `antidiagonal_scores`.
+
+    Args:
+        bonus: fp32 ``[B, G, cells]``, added to the logits of all cells of these keys; see `value_bonus`.
+
+    Yields:
+        plan rows, and logits fp32 ``[B, H, rows, N]``.
+
+    Raises:
+        ValueError: ``stride`` does not divide the block sizes.
+    """
+    _check_stride(stride, grid)
+    backend = backend_of(call, "antidiagonal_means")
+    for part in _parts(call, grid, call.heads, backend.PART_BYTES):
+        yield part, backend.antidiagonal_means(call, grid, stride, part, bonus)
+
+
+def antidiagonal_peaks(
+    call: AttentionCall, grid: Grid, stride: int = 8, near: float = 0.999
+) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """Largest cell of each block pair beside the largest of its row, the cells being those of `antidiagonal_scores`.
+
+    With ``x`` the logits of a row of cells, ``E[j] = exp(max x in block j - max x)``, summed over the rows of a query
+    block (CoSA, 2607.25291).
+
+    Yields:
+        plan rows, scores fp32 ``[B, H, rows, N]``, and bool whether some row of cells has ``E[j] >= near``.
+
+    Raises:
+        ValueError: ``stride`` does not divide the block sizes.
+    """
+    _check_stride(stride, grid)
+    backend = backend_of(call, "antidiagonal_peaks")
+    for part in _parts(call, grid, call.heads, backend.PART_BYTES):
+        yield part, *backend.antidiagonal_peaks(call, grid, stride, part, near)
+
+
+def value_bonus(call: AttentionCall, stride: int = 8) -> Tensor:
+    """How far values stand out: ``relu(z)``, with z the standard score of ``log(largest |v| of stride keys + 1e-6)``.
+
+    Of each run of ``stride`` keys among all of the row's (Stem, in AngelSlim). Fewer than two runs do not stand out.
+
+    Returns:
+        fp32 ``[B, G, cells]``, 0 where no key is live.
+    """
+    logs = torch.log(backend_of(call, "value_norms").value_norms(call, stride) + 1e-6)
+    count = -(-call.extent.key_count // stride)
+    live = (torch.arange(logs.shape[-1], device="cpu") < count[:, None]).to(call.device)[:, None]
+    count = count.to(call.device, torch.float32)[:, None, None]
+    mean = logs.masked_fill(~live, 0.0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+    apart = (logs - mean).masked_fill(~live, 0.0)
+    deviation = (apart.square().sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return (apart / (deviation + 1e-6)).relu()
+
+
+def _check_stride(stride: int, grid: Grid) -> None:
     if stride < 1 or grid.block_q % stride or grid.block_k % stride:
         raise ValueError(
             f"stride must divide block_q and block_k, got {stride} for blocks {grid.block_q} and {grid.block_k}"
         )
-    backend = backend_of(call, "antidiagonal_scores")
-    for part in _parts(call, grid, call.heads, backend.PART_BYTES):
-        yield part, backend.antidiagonal_scores(call, grid, stride, part)
 
 
 def _parts(call: AttentionCall, grid: Grid, heads: int, budget: int) -> Iterator[range]:

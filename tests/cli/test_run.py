@@ -79,6 +79,40 @@ def test_says_why_a_short_prompt_ran_dense(capsys, model_path, prompt_file):
     assert json.loads(out)["dense_because"] == {"short prompt": 2}
 
 
+def test_a_filter_shortens_the_prompt(capsys, model_path, prompt_file):
+    argv = ["--method", "a_shape", "--min-tokens", 0, "--max-new-tokens", 2, "--filter", "1:40"]
+    code, out, _ = run(capsys, model_path, prompt_file, *argv, "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["prompt_tokens"] == 300
+    assert (data["filter"]["layer"], data["filter"]["tokens"]) == (1, 40)
+    assert data["prefill_seconds"] > data["filter"]["seconds"] > 0
+    code, out, err = run(capsys, model_path, prompt_file, *argv, "--compare")
+    assert code == 0
+    assert "layer 1 kept 40 of 300 tokens" in err
+    rows = {line.split()[0]: line.split() for line in err.splitlines() if line.startswith(("a_shape", "dense"))}
+    assert rows["a_shape"][5] == rows["dense"][5] == "-"  # positions of two prompts are not compared
+    assert rows["a_shape"][6] in ("0/2", "1/2", "2/2")
+
+
+def test_a_filter_keeps_the_tokens_that_the_layer_says(capsys, model_path, prompt_file, tmp_path):
+    """The answer is that to the kept words."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gossamer.integrations.transformers import filter_prompt
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
+    ids = tokenizer(prompt_file.read_text(), return_tensors="pt")["input_ids"]
+    kept = tmp_path / "kept.txt"
+    kept.write_text(tokenizer.decode(filter_prompt(model.eval(), ids, 0, 25)[0]))
+    argv = ["--method", "dense", "--max-new-tokens", 6, "--json"]
+    answers = [
+        json.loads(run(capsys, model_path, *rest, *argv)[1])["tokens"]
+        for rest in ((kept,), (prompt_file, "--filter", "0:25"), (prompt_file,))
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
 def bad(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     """The one line that a bad command line gives."""
     code, out, err = run(capsys, *argv)
@@ -241,3 +275,13 @@ def test_no_new_tokens(capsys, model_path, prompt_file):
 
 def test_model_path_stays_in_the_message(capsys, prompt_file):
     assert "meta/some-name" in bad(capsys, Path("meta/some-name"), prompt_file)
+
+
+@pytest.mark.parametrize("text", ["3", "a:5", "1:", ":4", "1:0", "-1:4", "1:2:3", "1.5:2", "1:" + 5000 * "9"])
+def test_a_filter_that_is_none_is_explained(capsys, model_path, prompt_file, text):
+    assert "--filter takes LAYER:KEEP" in bad(capsys, model_path, prompt_file, f"--filter={text}")
+
+
+def test_a_filter_by_a_layer_that_is_not_there(capsys, model_path, prompt_file):
+    line = bad(capsys, model_path, prompt_file, "--filter", "2:40")
+    assert "--filter: layer must be at least 0 and below 2" in line

@@ -47,8 +47,9 @@ _NONE: dict[str, Any] = {}
 _SLASHES = {"vertical_size": 60, "slash_size": 300}
 _RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
 _ANCHOR = {"theta": 1.0, "step": 2, "first_blocks": 1, "block": 32}
-
 _FLASH = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_tiles": 2, "block_k": 64}
+_SIMILAR = {"similarity": 0.02, "p": 0.3, "block_q": 32, "block_k": 32}
+_STEM = {"share": 0.05, "extra": 1, "decay": 0.5, "full_blocks": 0, "dense_layers": 0, "block": 32, "stride": 4}
 
 
 def _tail(share: int) -> int:
@@ -59,6 +60,7 @@ LISTED = [
     Listed("dense", _NONE, _NONE, by_block=True),
     Listed("a_shape", {"sink": 9, "window": 150}, {"window": 10_000}, by_block=True),
     Listed("tri_shape", {"sink": 9, "window": 150, "last": 100}, {"window": 10_000}, True, lambda share: 100),
+    Listed("triangle_mix", {"sink": 9, "window": 150, "last": 100, "first_layer": 0}, {}, True, lambda share: 100),
     Listed("vertical_slash", _SLASHES, {"slash_size": 10_000}, by_block=False),
     Listed("vertical_slash", _SLASHES | {"exact": True}, {"slash_size": 10_000, "exact": True}, by_block=False),
     Listed("block_sparse", {"blocks": 4}, {"blocks": 1000}, by_block=True),
@@ -68,6 +70,10 @@ LISTED = [
     Listed("anchor_attention", _ANCHOR, {"theta": math.inf}, by_block=True),
     Listed("max_relative", _RELATIVE, {"alpha": 0.0}, True, _tail),
     Listed("flash_prefill", _FLASH, _FLASH | {"alpha": 0.0}, True, _tail),
+    Listed("sparge", _SIMILAR, {"similarity": 0.0, "p": 1.0}, by_block=False),
+    Listed("prism", {"p_high": 0.3, "p_low": 0.3, "block": 32}, {"p_high": 1.0, "p_low": 1.0}, by_block=False),
+    Listed("stem", _STEM, _STEM | {"share": 1.0}, by_block=False),
+    Listed("cosa", {"p": 0.3, "block": 32, "stride": 8}, {"p": 1.0}, by_block=True),
     Listed("corrected", {"base": MaxRelative(**_RELATIVE), "skip": 1.0}, {"base": MaxRelative(0.0)}, True, _tail),
     Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
 ]

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_no_plan_by_block_depends_on_a_later_block(listed: Listed) -> None:
     q, k, v = call.q.clone(), call.k.clone(), call.values.clone()
     for tensor in (q, k, v):
         tensor[:, :, j:] += 2.0
-    other = AttentionCall(q, k, v, call.extent)
+    other = replace(call, q=q, k=k, v=v)
     again, _ = cpu.attend(other, method.plan(other))
     assert torch.equal(again[:, :, :j], out[:, :, :j])
     assert not torch.equal(again[:, :, j:], out[:, :, j:])
@@ -236,9 +237,12 @@ def test_bad_configurations_are_named(name: str, fields: dict, message: str) -> 
 LEAST = {
     "a_shape": {"sink": 0, "window": 1},
     "tri_shape": {"sink": 0, "window": 1, "last": 0, "block": 1},
+    "triangle_mix": {"sink": 0, "window": 1, "last": 0, "block": 1, "first_layer": 0},
     "vertical_slash": {"vertical_size": 0, "slash_size": 0, "last": 1},
     "minference": {"vertical_size": 0, "slash_size": 0, "last": 1},
     "block_sparse": {"blocks": 1, "block": 1},
+    "sparge": {"sink_blocks": 0, "block_q": 1, "block_k": 1},
+    "prism": {"sink_blocks": 0, "block": 1},
     "max_relative": {"sink_blocks": 0, "window_blocks": 1, "last_rows": 0, "block_q": 1, "block_k": 1},
 }
 

@@ -17,12 +17,15 @@ from transformers.utils import logging as transformers_logging
 
 import gossamer
 from gossamer.cli.common import BadInput, first_line
+from gossamer.integrations.transformers import filter_prompt
 from gossamer.policy import Policy
 
 __all__ = [
+    "Filtered",
     "Generation",
     "check_model",
     "compare_top1",
+    "filtered",
     "generate",
     "layer_progress",
     "load_model",
@@ -68,6 +71,22 @@ class Generation:
             f"{len(self.tokens)} new tokens, {self.tokens_per_second:.1f} a second"
             + (f"\nlayers whose prefill ran dense: {because}" if because else "")
         )
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """What is left of a prompt ``[1, S]``, by which layer, and what choosing it cost."""
+
+    prompt: Tensor
+    layer: int
+    before: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"layer": self.layer, "tokens": self.prompt.shape[1], "seconds": self.seconds}
+
+    def summary(self) -> str:
+        return f"layer {self.layer} kept {self.prompt.shape[1]} of {self.before} tokens, in {self.seconds:.2f} s"
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -135,6 +154,16 @@ def tokenize(tokenizer: Any, text: str, chat: bool) -> Tensor:
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")[
         "input_ids"
     ]
+
+
+def filtered(model: Any, prompt: Tensor, policy: Policy, layer: int, keep: int) -> Filtered:
+    """A prompt without what a layer finds that nobody asks for; the layers before attend by the policy."""
+    started = time.perf_counter()
+    try:
+        kept = filter_prompt(model, prompt, layer, keep, method=policy)
+    except ValueError as error:
+        raise BadInput(f"--filter: {first_line(error)}") from error
+    return Filtered(kept, layer, prompt.shape[1], time.perf_counter() - started)
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import typing
 from pathlib import Path
@@ -42,12 +43,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
+    parser.add_argument(
+        "--filter", metavar="LAYER:KEEP", help="drop all but the KEEP tokens that the last one looks at most in a layer"
+    )
     parser.add_argument("--compare", action="store_true", help="also run dense, and print both as a table")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise BadInput(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    kept = _parse_filter(arguments.filter)
     check_environment()
     profile = read_profile(arguments.profile)
     policy = _make_policy(arguments, profile)
@@ -62,6 +67,7 @@ def execute(arguments: argparse.Namespace) -> int:
     from gossamer.cli.generation import (
         check_model,
         compare_top1,
+        filtered,
         generate,
         layer_progress,
         load_model,
@@ -76,21 +82,28 @@ def execute(arguments: argparse.Namespace) -> int:
     check_model(model, arguments.model)
 
     contenders = {policy.method.name: policy}
+    short = filtered(model, prompt, policy, *kept) if kept else None
     if arguments.compare:
         generate(model, tokenizer, prompt[:, :64], policy, 1)  # pages the weights in, so that neither contender pays
         contenders["dense"] = Policy.of("dense")
     results: dict[str, Generation] = {}
     for name, contender in contenders.items():
         stream = sys.stdout if not (arguments.json or results) else None
+        read = prompt if short is None or results else short.prompt
+        top1 = arguments.compare and short is None  # positions of two prompts are not comparable
         with layer_progress(model, f"{name}: prefill"):
             results[name] = generate(
-                model, tokenizer, prompt, contender, arguments.max_new_tokens, stream, keep_top1=arguments.compare
+                model, tokenizer, read, contender, arguments.max_new_tokens, stream, keep_top1=top1
             )
     answer = results[policy.method.name]
-    agreement = compare_top1(answer, results["dense"]) if arguments.compare else None
+    if short is not None:
+        answer.prefill_seconds += short.seconds
+    agreement = compare_top1(answer, results["dense"]) if arguments.compare and short is None else None
     if arguments.json:
         data = {"model": str(arguments.model), "prompt_tokens": prompt.shape[1], "method": policy.method.to_dict()}
         data |= answer.to_dict()
+        if short is not None:
+            data["filter"] = short.to_dict()
         if arguments.compare:
             data["dense"] = results["dense"].to_dict()
             data["top1_agreement"] = agreement
@@ -98,8 +111,20 @@ def execute(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.compare:
         print(_comparison(results, agreement), file=sys.stderr)
-    print(answer.summary(), file=sys.stderr)
+    print(*filter(None, (short and short.summary(), answer.summary())), sep="\n", file=sys.stderr)
     return 0
+
+
+def _parse_filter(text: str | None) -> tuple[int, int] | None:
+    """A layer, and how many tokens it keeps."""
+    if text is None:
+        return None
+    numbers = re.fullmatch("([0-9]{1,9}):([0-9]{1,9})", text)
+    if numbers is None or int(numbers[2]) == 0:
+        raise BadInput(
+            f"--filter takes LAYER:KEEP, the number of a layer and of tokens, as in 13:1024; got {text!r:.40}"
+        )
+    return int(numbers[1]), int(numbers[2])
 
 
 def _make_policy(arguments: argparse.Namespace, profile: Profile | None) -> Policy:

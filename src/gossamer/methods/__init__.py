@@ -5,14 +5,19 @@ from gossamer.methods.anchor_attention import AnchorAttention
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.corrected import Corrected
+from gossamer.methods.cosa import CoSA
 from gossamer.methods.dense import Dense
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
+from gossamer.methods.prism import Prism
 from gossamer.methods.registry import available, create, from_dict
+from gossamer.methods.sparge import Sparge
+from gossamer.methods.stem import Stem
 from gossamer.methods.tri_shape import TriShape
+from gossamer.methods.triangle_mix import TriangleMix
 from gossamer.methods.vertical_slash import VerticalSlash
 from gossamer.methods.xattention import XAttention
 
@@ -20,6 +25,7 @@ __all__ = [
     "AShape",
     "AnchorAttention",
     "BlockSparse",
+    "CoSA",
     "Corrected",
     "Dense",
     "FlashPrefill",
@@ -28,7 +34,11 @@ __all__ = [
     "MaxRelative",
     "Method",
     "PerHead",
+    "Prism",
+    "Sparge",
+    "Stem",
     "TriShape",
+    "TriangleMix",
     "VerticalSlash",
     "XAttention",
     "available",

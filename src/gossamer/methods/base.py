@@ -24,7 +24,7 @@ class Method(ABC):
     Class attributes:
         name: what `gossamer.methods.create`, ``enable`` and the command line know it by.
         needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``values``, ``store``, ``layout``, ``step``,
-            ``state``, ``whole prompt``. A call that lacks one runs dense, and the reason is counted.
+            ``layer``, ``state``, ``whole prompt``. A call that lacks one runs dense, and the reason is counted.
         per_head: fields that may differ between heads that are planned together (`gossamer.methods.PerHead`). Where
             they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
         settings: fields that `gossamer compare` tries, from the sparsest to the densest; empty: the defaults alone.

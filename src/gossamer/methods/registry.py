@@ -11,13 +11,18 @@ from gossamer.methods.anchor_attention import AnchorAttention
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.corrected import Corrected
+from gossamer.methods.cosa import CoSA
 from gossamer.methods.dense import Dense
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
+from gossamer.methods.prism import Prism
+from gossamer.methods.sparge import Sparge
+from gossamer.methods.stem import Stem
 from gossamer.methods.tri_shape import TriShape
+from gossamer.methods.triangle_mix import TriangleMix
 from gossamer.methods.vertical_slash import VerticalSlash
 from gossamer.methods.xattention import XAttention
 
@@ -29,6 +34,7 @@ _METHODS: tuple[type[Method], ...] = (
     Dense,
     AShape,
     TriShape,
+    TriangleMix,
     VerticalSlash,
     BlockSparse,
     MInference,
@@ -38,6 +44,10 @@ _METHODS: tuple[type[Method], ...] = (
     AnchorAttention,
     FlashPrefill,
     Corrected,
+    Sparge,
+    Prism,
+    Stem,
+    CoSA,
     PerHead,
 )
 

@@ -1,16 +1,20 @@
 """The torch backend: the definition of every verb, obvious and slow, beside which all others are tested."""
 
 from gossamer.backends.torch.attend import attend
+from gossamer.backends.torch.cells import antidiagonal_means, antidiagonal_peaks, antidiagonal_scores, value_norms
 from gossamer.backends.torch.choose import ListWriter, count, finish
 from gossamer.backends.torch.scores import (
     PART_BYTES,
-    antidiagonal_scores,
+    block_softmax,
     group_differences,
+    key_similarity,
     last_query_probe,
+    last_query_products,
     mean_row_maxima,
     pool_keys,
     pool_queries,
     pooled_scores,
+    query_similarity,
     row_block_energy,
 )
 from gossamer.backends.torch.slashes import exact_slashes
@@ -18,16 +22,23 @@ from gossamer.backends.torch.slashes import exact_slashes
 __all__ = [
     "PART_BYTES",
     "ListWriter",
+    "antidiagonal_means",
+    "antidiagonal_peaks",
     "antidiagonal_scores",
     "attend",
+    "block_softmax",
     "count",
     "exact_slashes",
     "finish",
     "group_differences",
+    "key_similarity",
     "last_query_probe",
+    "last_query_products",
     "mean_row_maxima",
     "pool_keys",
     "pool_queries",
     "pooled_scores",
+    "query_similarity",
     "row_block_energy",
+    "value_norms",
 ]

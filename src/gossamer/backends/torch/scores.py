@@ -7,6 +7,8 @@ Sinks and a soft-cap enter none: they change how much a row attends, and its ord
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,15 +17,18 @@ from gossamer.call import AttentionCall
 from gossamer.plan import Grid, ceil_div
 
 __all__ = [
-    "antidiagonal_scores",
     "block_means",
+    "block_softmax",
     "diagonal_sums",
     "group_differences",
+    "key_similarity",
     "last_query_probe",
+    "last_query_products",
     "mean_row_maxima",
     "pool_keys",
     "pool_queries",
     "pooled_scores",
+    "query_similarity",
     "row_block_energy",
 ]
 
@@ -108,6 +113,25 @@ def diagonal_sums(mass: Tensor) -> Tensor:
     return skewed.view(*mass.shape[:-2], rows, columns + rows - 1).sum(dim=-2)
 
 
+def last_query_products(call: AttentionCall) -> Tensor:
+    """The last live query's products with each key, not scaled, summed over all heads (GemFilter, 2409.17422).
+
+    Returns:
+        fp32 ``[B, positions]`` for positions below `Extent.longest`; 0 where no key is live.
+    """
+    extent = call.extent
+    sums = torch.zeros(call.batch, extent.longest, device=call.device)
+    for b in range(call.batch):
+        start, keys = int(extent.key_start[b]), int(extent.key_count[b])
+        if int(extent.query_count[b]) == 0:
+            continue
+        last = int(extent.first_query[b] + extent.query_count[b]) - 1
+        q = call.q[b, :, last].float().unflatten(0, (call.groups, call.share)).sum(dim=1)  # heads of a group share keys
+        for g in range(call.groups):
+            sums[b, :keys] += call.k[b, g, start : start + keys].float() @ q[g]
+    return sums
+
+
 def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     """Mean of the live keys of each key block: fp32 ``[B, G, N, D]``; 0 for a block without live keys."""
     return block_means(call.k, grid).float()
@@ -126,9 +150,43 @@ def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
     return _pool(call.q, extent.first_query, extent.query_count, offset, grid.block_q, grid.query_blocks).float()
 
 
-def _pool(x: Tensor, first: Tensor, count: Tensor, offset: Tensor, block: int, blocks: int) -> Tensor:
+def key_similarity(call: AttentionCall, grid: Grid, centre: Tensor) -> Tensor:
+    """How alike the live keys of each block are, less a centre ``[B, G, 1, D]``: fp32 ``[B, G, N]``.
+
+    See `query_similarity`.
+    """
+    ranges = call.extent.key_start, call.extent.key_count, call.extent.key_count * 0
+    return _pool(call.k, *ranges, grid.block_k, grid.key_blocks, _directions(centre)).square().sum(dim=-1)
+
+
+def query_similarity(call: AttentionCall, grid: Grid) -> Tensor:
+    """How alike the live queries of each block are: fp32 ``[B, H, M]``; 0 in surplus rows.
+
+    SpargeAttn (2502.18137, 3.3): the mean cosine of all pairs of a block's tokens, each with itself among them. That is
+    the squared length of the mean of their directions, so that no pair is formed. A token of length 0 has none.
+    """
+    extent = call.extent
+    offset = extent.first_position - grid.first_block * grid.block_q
+    ranges = extent.first_query, extent.query_count, offset
+    nowhere = torch.zeros(call.batch, 1, 1, 1, device=call.device)
+    return _pool(call.q, *ranges, grid.block_q, grid.query_blocks, _directions(nowhere)).square().sum(dim=-1)
+
+
+def _directions(centre: Tensor) -> Callable[[int, Tensor], Tensor]:
+    return lambda b, tokens: F.normalize(tokens.float() - centre[b], dim=-1)
+
+
+def _pool(
+    x: Tensor,
+    first: Tensor,
+    count: Tensor,
+    offset: Tensor,
+    block: int,
+    blocks: int,
+    each: Callable[[int, Tensor], Tensor] = lambda b, tokens: tokens,
+) -> Tensor:
     """Means over the tokens ``first .. first + count - 1`` of each batch row, in blocks that begin ``offset`` tokens
-    before ``first``; in fp32 or wider."""
+    before ``first``, in fp32 or wider; of what ``each(b, tokens)`` makes of them."""
     batch, heads, _, dim = x.shape
     means = torch.zeros(batch, heads, blocks, dim, dtype=_wide(x[:0]).dtype, device=x.device)
     step = max(1, CHUNK_BYTES // max(1, 4 * heads * block * dim))
@@ -137,7 +195,7 @@ def _pool(x: Tensor, first: Tensor, count: Tensor, offset: Tensor, block: int, b
         tokens = x[b, :, int(first[b]) : int(first[b]) + total]
         for m in range(0, ceil_div(skip + total, block), step):
             low, high = max(m * block, skip), min((m + step) * block, skip + total)
-            part = tokens[:, low - skip : high - skip]
+            part = each(b, tokens[:, low - skip : high - skip])
             part = F.pad(part, (0, 0, low - m * block, -high % block)).unflatten(1, (-1, block))
             means[b, :, m : m + part.shape[1]] = part.sum(dim=2, dtype=means.dtype)
         begin = torch.arange(blocks, device="cpu") * block
@@ -158,6 +216,25 @@ def pooled_scores(call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor
     rows = queries[:, :, part.start : part.stop].unflatten(1, (call.groups, call.share))
     scores = rows @ keys[:, :, None].transpose(-1, -2)
     return scores.flatten(1, 2).masked_fill_(~grid.sees(part, call.device)[:, None], 0.0)
+
+
+def block_softmax(
+    call: AttentionCall, grid: Grid, products: Tensor, part: range, excluded: Tensor | None = None
+) -> Tensor:
+    """The softmax, over the key blocks that a query block sees, of `pooled_scores` times the scale.
+
+    Args:
+        products: ``[B, H, len(part), N]``, overwritten.
+        excluded: bool ``[B, H, N]``, key blocks that take no part.
+
+    Returns:
+        fp32 as the products; a row sums to 1, or to 0 where it sees no block that takes part.
+    """
+    counted = grid.sees(part, call.device)[:, None]
+    if excluded is not None:
+        counted = counted & ~excluded[:, :, None]
+    logits = products.mul_(call.scale).masked_fill_(~counted, float("-inf"))
+    return logits.softmax(dim=-1).masked_fill_(~counted, 0.0)
 
 
 def row_block_energy(
@@ -277,48 +354,3 @@ def group_differences(
             above = F.pad(above, (0, 0, 0, short), value=float("-inf")).unflatten(1, (-1, group))
             out[b, :, :, j:stop] = above.amax(dim=2)
     return out
-
-
-def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: range) -> Tensor:
-    """Attention mass of each block pair, from one antidiagonal in each cell (XAttention, 2503.16428, 3.1).
-
-    A cell pairs ``stride`` consecutive query positions with ``stride`` consecutive key positions; its logit is the mean
-    of the scaled products on its antidiagonal, so that every query and every key counts once. The softmax over a row of
-    cells, summed by block, is the score. A cell counts if some query of it may attend some key of it: on the diagonal a
-    few later keys take part, as in the paper. Dead queries and keys count as zeros.
-
-    Args:
-        stride: of a cell; it divides both blocks. part: rows of the plan.
-
-    Returns:
-        fp32 ``[B, H, len(part), N]``; the scores of a query block sum to the number of its cells that see any key.
-    """
-    cells = Grid(call.extent, stride, stride)
-    mass = torch.zeros(call.batch, call.heads, len(part), grid.key_blocks, device=call.device)
-    per_block, key_cells = grid.block_q // stride, cells.key_blocks
-    for b in range(call.batch):
-        start, count = int(call.extent.key_start[b]), int(call.extent.key_count[b])
-        keys = F.pad(_wide(call.k[b, :, start : start + count]), (0, 0, 0, key_cells * stride - count))
-        keys = keys.unflatten(1, (key_cells, stride)).flatten(2).transpose(-1, -2)  # [G, stride * D, cells]
-        row = int(call.extent.first_query[b] - call.extent.first_position[b])
-        for m in part:
-            first, last = (int(n) for n in grid.queries[b, m])
-            if first == last or count == 0:
-                continue
-            begin = (int(grid.first_block[b]) + m) * grid.block_q
-            q = _wide(call.q[b, :, row + first : row + last])
-            q = F.pad(q, (0, 0, first - begin, begin + grid.block_q - last)).unflatten(1, (per_block, stride))
-            q = q.flip(2).flatten(2).reshape(call.groups, call.share * per_block, -1)
-            logits = (q @ keys).float().mul_(call.scale / stride).view(call.heads, per_block, key_cells)
-            offset = int(grid.first_block[b]) * per_block - int(cells.first_block[b])
-            seen = torch.zeros(per_block, key_cells, dtype=torch.bool, device=call.device)
-            for cell in range(per_block):
-                row_of_cells = offset + m * per_block + cell
-                if 0 <= row_of_cells < int(cells.row_blocks[b]):
-                    low, high = (int(n) for n in cells.seen[b, row_of_cells])
-                    seen[cell, low:high] = True
-            share = logits.masked_fill_(~seen, float("-inf")).softmax(dim=-1)
-            share = share.masked_fill_(~seen.any(dim=-1)[:, None], 0.0).sum(dim=1)
-            share = F.pad(share, (0, grid.key_blocks * (grid.block_k // stride) - key_cells))
-            mass[b, :, m - part.start] = share.unflatten(1, (grid.key_blocks, -1)).sum(-1)
-    return mass

@@ -1,4 +1,4 @@
-"""Sparse prefill inside unmodified transformers models: `enable`, `Handle`, `verify`, `register`.
+"""Sparse prefill inside unmodified transformers models: `enable`, `Handle`, `verify`, `filter_prompt`, `register`.
 
     handle = gossamer.enable(model, method="minference")    # also a context manager
     model.generate(...)                                     # prefill sparse, decode dense
@@ -11,6 +11,7 @@ module is imported (`register` was called); such a model uses the default policy
 """
 
 from gossamer.integrations.transformers.attention import hf_attention, register
+from gossamer.integrations.transformers.filter import filter_prompt
 from gossamer.integrations.transformers.handle import Handle, enable
 from gossamer.integrations.transformers.masks import compact_mask
 from gossamer.integrations.transformers.owners import NAME, Observation
@@ -26,6 +27,7 @@ __all__ = [
     "Verification",
     "compact_mask",
     "enable",
+    "filter_prompt",
     "hf_attention",
     "register",
     "verify",
