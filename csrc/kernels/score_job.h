@@ -42,6 +42,8 @@ struct ScoreKernels {
   // Sums 2^(logit - reference) over each `run` consecutive columns of a row: 64 / run sums a row, 0 where it sees none.
   // A row's reference is the largest logit of its calls so far, kept in maximum; -inf where it sees none here.
   void (*run_mass)(const ScorePanel&, int run, float* maximum, float* references, float* sums);
+  // The largest 2^(logit + shift[row]) of each column over each `run` consecutive rows: 64 a run.
+  void (*largest_mass)(const ScorePanel&, const float* shift, int run, float* largest);
   // Products of queries and keys, as logits; masks and the factor take no part.
   void (*products)(const ScorePanel&);
   // Mean of consecutive rows.

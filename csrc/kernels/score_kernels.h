@@ -142,6 +142,26 @@ class ScoreCode {
     }
   }
 
+  static void largest_mass(const ScorePanel& panel, const float* shift, int run, float* largest) {
+    multiply(panel);
+    for (int first = 0; first < panel.rows; first += run) {
+      Reg top[kVectors];
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t) top[t] = V::zero();
+      for (int r = first; r < first + run && r < panel.rows; ++r) {
+        if (panel.masks[r] == 0) continue;
+        Reg z[kVectors];
+        load_row(panel, r, z);
+        const Reg down = V::set1(shift[r]);
+#pragma GCC unroll 16
+        for (int t = 0; t < kVectors; ++t)
+          top[t] = V::max(top[t], V::template exp2<kDegree>(V::add(z[t], down)));
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t) V::store(largest + first / run * kChunk + t * V::kWidth, top[t]);
+    }
+  }
+
   static void products(const ScorePanel& panel) { multiply(panel); }
 
   static void mean(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* out) {
@@ -222,7 +242,8 @@ template <class Isa>
 const ScoreKernels* score_kernels() {
   using Code = ScoreCode<Isa>;
   static const ScoreKernels kernels{Code::pack_keys, Code::pack_queries, Code::add_exponentials, Code::add_mass,
-                                    Code::energy,    Code::run_mass,     Code::products,         Code::mean};
+                                    Code::energy,    Code::run_mass,     Code::largest_mass,     Code::products,
+                                    Code::mean};
   return &kernels;
 }
 

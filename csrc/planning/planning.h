@@ -54,6 +54,11 @@ void block_energy(const Kernels& kernels, const ScoreCall& call, const Grid& gri
 void antidiagonal(const Kernels& kernels, const ScoreCall& call, const Grid& grid, int64_t stride, const Part& part,
                   int64_t key_blocks, float* out);
 
+// The largest share of each key in the attention of a mean query, means [batch, heads, blocks, dim], of each of a part of
+// the groups of `group` query blocks: out [batch, heads, part, width], where width is the most keys of a batch row.
+void group_shares(const Kernels& kernels, const ScoreCall& call, const TensorView& means, const Grid& grid,
+                  int64_t group, const Part& part, int64_t width, float* out);
+
 // The rules of rules.py. Forced candidates take part in kTopPForced; else they are united with what a rule chooses.
 enum class Rule : int {
   kNone = 0,

@@ -24,6 +24,7 @@ __all__ = [
     "antidiagonal_scores",
     "block_sums",
     "group_differences",
+    "group_shares",
     "key_similarity",
     "last_query_probe",
     "last_query_products",
@@ -239,11 +240,32 @@ def group_differences(call: AttentionCall, grid: Grid, anchors: Tensor, group: i
         groups, and differences fp32 ``[B, H, groups, positions]``; -inf where no block of a group sees a key.
     """
     backend = backend_of(call, "group_differences")
-    queries, groups = pool_queries(call, grid), ceil_div(grid.query_blocks, group)
-    step = max(1, backend.PART_BYTES // max(1, 4 * call.batch * call.heads * call.extent.longest))
-    for first in range(0, groups, step):
-        part = range(first, min(first + step, groups))
+    queries = pool_queries(call, grid)
+    for part in _group_parts(call, grid, group, backend.PART_BYTES):
         yield part, backend.group_differences(call, grid, queries, anchors, group, part)
+
+
+def group_shares(call: AttentionCall, grid: Grid, group: int) -> Iterator[tuple[range, Tensor]]:
+    """The largest share that each key has in the attention of a mean query of a group of query blocks.
+
+    Args:
+        group: consecutive plan rows.
+
+    Yields:
+        groups, and shares fp32 ``[B, H, groups, positions]``; 0 where no block of a group sees a key.
+    """
+    backend = backend_of(call, "group_shares")
+    queries = pool_queries(call, grid).to(call.q.dtype)
+    for part in _group_parts(call, grid, group, backend.PART_BYTES):
+        yield part, backend.group_shares(call, grid, queries, group, part)
+
+
+def _group_parts(call: AttentionCall, grid: Grid, group: int, budget: int) -> Iterator[range]:
+    """Of groups of plan rows whose scores are of single keys."""
+    groups = ceil_div(grid.query_blocks, group)
+    step = max(1, budget // max(1, 4 * call.batch * call.heads * call.extent.longest))
+    for first in range(0, groups, step):
+        yield range(first, min(first + step, groups))
 
 
 def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int = 8) -> Iterator[tuple[range, Tensor]]:

@@ -17,15 +17,18 @@ from gossamer.testing import SITUATIONS, make_call, random_extent
 
 pytestmark = [needs_kernels, poisoned]
 every_situation = pytest.mark.parametrize("situation", SITUATIONS)
-EVERY_VERB = ("probe", "pool", "products", "energies", "antidiagonals")
+EVERY_VERB = ("probe", "pool", "products", "energies", "antidiagonals", "shares")
 every_verb = pytest.mark.parametrize("verb", EVERY_VERB)
-# block_q, block_k, stride of the antidiagonals, rows of the probe
+# block_q, block_k, stride of the antidiagonals, rows of the probe; query blocks that are grouped
 SHAPES = {
     "small blocks": (32, 16, 8, 5),
     "wide keys": (64, 128, 16, 64),
     "odd blocks": (100, 70, 1, 70),
     "one cell a block": (64, 64, 64, 200),
 }
+
+
+GROUPS = {"small blocks": 3, "wide keys": 2, "odd blocks": 70, "one cell a block": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +55,10 @@ def scores_of(backend, verb: str, call: AttentionCall, shape: str, whole: bool =
         return [backend.pool_queries(call, grid), backend.pool_keys(call, grid)]
     if verb == "antidiagonals":
         return [torch.cat([backend.antidiagonal_scores(call, grid, stride, part) for part in parts], dim=2)]
+    if verb == "shares":
+        queries, groups = reference.pool_queries(call, grid).to(call.q.dtype), -(-rows // GROUPS[shape])
+        parts = [range(groups)] if whole else [range(groups // 2), range(groups // 2, groups)]
+        return [torch.cat([backend.group_shares(call, grid, queries, GROUPS[shape], part) for part in parts], dim=2)]
     keys = reference.pool_keys(call, grid)
     if verb == "energies":
         keys = keys.to(call.q.dtype)
@@ -139,7 +146,7 @@ def test_rows_that_see_nothing_hold_nothing() -> None:
 
 def test_logits_that_overflow_an_exponential() -> None:
     call = replace(make_call("no padding", length=1000, heads=2, groups=1, dim=16), scale=100.0)
-    for verb in ("probe", "energies", "antidiagonals"):
+    for verb in ("probe", "energies", "antidiagonals", "shares"):
         for got, expected in zip(
             scores_of(cpu, verb, call, "wide keys"), scores_of(reference, verb, call, "wide keys"), strict=True
         ):

@@ -44,6 +44,7 @@ _SLASH, _OTHER_SLASH = VerticalSlash(60, 300), VerticalSlash(40, 64)
 _MIXED = [_SLASH, AShape(9, 150), BlockSparse(4, 32), _OTHER_SLASH, MaxRelative(0.97, 1, 2, 64)]
 _ALL = [VerticalSlash(10_000, 64), AShape(1, 10_000), BlockSparse(1000, 32), Dense(), MaxRelative(0.0)]
 _NONE: dict[str, Any] = {}
+_SHARES = {"error": 0.2, "sink": 4, "window": 40, "group": 2, "block": 32}
 _SLASHES = {"vertical_size": 60, "slash_size": 300}
 _RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
 _ANCHOR = {"theta": 1.0, "step": 2, "first_blocks": 1, "block": 32}
@@ -58,6 +59,7 @@ def _tail(share: int) -> int:
 
 LISTED = [
     Listed("dense", _NONE, _NONE, by_block=True),
+    Listed("auto", _SHARES, _SHARES | {"error": 0.0}, by_block=True),
     Listed("a_shape", {"sink": 9, "window": 150}, {"window": 10_000}, by_block=True),
     Listed("tri_shape", {"sink": 9, "window": 150, "last": 100}, {"window": 10_000}, True, lambda share: 100),
     Listed("triangle_mix", {"sink": 9, "window": 150, "last": 100, "first_layer": 0}, {}, True, lambda share: 100),

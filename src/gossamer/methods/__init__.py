@@ -2,6 +2,7 @@
 
 from gossamer.methods.a_shape import AShape
 from gossamer.methods.anchor_attention import AnchorAttention
+from gossamer.methods.auto import Auto
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.corrected import Corrected
@@ -24,6 +25,7 @@ from gossamer.methods.xattention import XAttention
 __all__ = [
     "AShape",
     "AnchorAttention",
+    "Auto",
     "BlockSparse",
     "CoSA",
     "Corrected",

@@ -8,6 +8,7 @@ from typing import Any
 
 from gossamer.methods.a_shape import AShape
 from gossamer.methods.anchor_attention import AnchorAttention
+from gossamer.methods.auto import Auto
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.corrected import Corrected
@@ -32,6 +33,7 @@ GROUP = "gossamer.methods"
 
 _METHODS: tuple[type[Method], ...] = (
     Dense,
+    Auto,
     AShape,
     TriShape,
     TriangleMix,

@@ -22,6 +22,7 @@ from gossamer.backends.cpu.native import (
 from gossamer.backends.cpu.scores import (
     PART_BYTES,
     antidiagonal_scores,
+    group_shares,
     last_query_probe,
     pool_keys,
     pool_queries,
@@ -41,6 +42,7 @@ __all__ = [
     "count",
     "exact_slashes",
     "finish",
+    "group_shares",
     "has_openmp",
     "is_available",
     "last_query_probe",

@@ -13,11 +13,12 @@ from torch import Tensor
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
 from gossamer.backends.cpu.views import dense_rows, grid_view, part_view, score_view, tensor_view
 from gossamer.call import AttentionCall
-from gossamer.plan import Grid
+from gossamer.plan import Grid, ceil_div
 
 __all__ = [
     "PART_BYTES",
     "antidiagonal_scores",
+    "group_shares",
     "last_query_probe",
     "pool_keys",
     "pool_queries",
@@ -125,6 +126,29 @@ def row_block_energy(
         out=energies.data_ptr(),
     )
     return energies
+
+
+def group_shares(call: AttentionCall, grid: Grid, queries: Tensor, group: int, part: range) -> Tensor:
+    """See `gossamer.backends.torch.group_shares`. ``queries`` have q's dtype."""
+    _check(call, call.q, call.k, queries)
+    grid = _of_call(grid, call)
+    if group < 1 or part.step != 1 or not 0 <= part.start <= part.stop <= ceil_div(grid.query_blocks, group):
+        raise ValueError(f"a part must be of the groups of {group} among {grid.query_blocks} query blocks, got {part}")
+    _check_pooled(queries, "queries", (call.batch, call.heads, grid.query_blocks, call.q.shape[-1]), call.q.dtype)
+    width = call.extent.longest
+    shares = torch.empty(call.batch, call.heads, len(part), width, device="cpu")
+    q, k, queries = dense_rows(call.q), dense_rows(call.k), queries.contiguous()
+    kernels().group_shares(
+        active_isa(q.dtype),
+        score_view(q, k, call),
+        tensor_view(queries),
+        grid_view(grid),
+        group,
+        part_view(part),
+        width=width,
+        out=shares.data_ptr(),
+    )
+    return shares
 
 
 def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: range) -> Tensor:

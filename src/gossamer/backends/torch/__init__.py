@@ -3,14 +3,13 @@
 from gossamer.backends.torch.attend import attend
 from gossamer.backends.torch.cells import antidiagonal_means, antidiagonal_peaks, antidiagonal_scores, value_norms
 from gossamer.backends.torch.choose import ListWriter, count, finish
+from gossamer.backends.torch.groups import group_differences, group_shares, mean_row_maxima
 from gossamer.backends.torch.scores import (
     PART_BYTES,
     block_softmax,
-    group_differences,
     key_similarity,
     last_query_probe,
     last_query_products,
-    mean_row_maxima,
     pool_keys,
     pool_queries,
     pooled_scores,
@@ -31,6 +30,7 @@ __all__ = [
     "exact_slashes",
     "finish",
     "group_differences",
+    "group_shares",
     "key_similarity",
     "last_query_probe",
     "last_query_products",

@@ -20,11 +20,9 @@ __all__ = [
     "block_means",
     "block_softmax",
     "diagonal_sums",
-    "group_differences",
     "key_similarity",
     "last_query_probe",
     "last_query_products",
-    "mean_row_maxima",
     "pool_keys",
     "pool_queries",
     "pooled_scores",
@@ -71,7 +69,7 @@ def _probe_row(call: AttentionCall, q: Tensor, k: Tensor, position: Tensor, colu
 
     def logits(start: int, stop: int) -> Tensor:
         scores = (q @ _wide(k[:, start:stop]).transpose(-1, -2)).float().view(call.heads, rows, stop - start)
-        return scores.masked_fill_(~_visible(call, position, torch.arange(start, stop, device=k.device)), float("-inf"))
+        return scores.masked_fill_(~visible(call, position, torch.arange(start, stop, device=k.device)), float("-inf"))
 
     chunk = max(64, CHUNK_BYTES // (8 * call.heads * rows + 4 * call.groups * k.shape[2]))
     lse = torch.full((call.heads, rows), float("-inf"), device=k.device)
@@ -88,7 +86,7 @@ def _probe_row(call: AttentionCall, q: Tensor, k: Tensor, position: Tensor, colu
         diagonals.index_add_(1, distance[near], sums[:, near])
 
 
-def _visible(call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
+def visible(call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
     """Which pairs of live positions the call allows, bool ``[query, key]``."""
     pairs = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device)
     if call.extent.causal:
@@ -282,75 +280,3 @@ def row_block_energy(
             top = top.masked_fill_(top == float("-inf"), 0.0)
             energy[b, :, m - part.start] = x.sub_(top).exp_().sum(dim=(1, 2))
     return energy
-
-
-def mean_row_maxima(call: AttentionCall, grid: Grid, regions: Tensor, part: range) -> Tensor:
-    """Mean over a query block's rows of the largest logit among the keys of some regions (AnchorAttention, 2505.23520).
-
-    Rows that see no key there do not count; a block without any that does has -inf.
-
-    Args:
-        regions: int64 ``[B, M, R, 2]``, half-open ranges of positions, which may reach outside the live keys.
-        part: rows of the plan.
-
-    Returns:
-        fp32 ``[B, H, len(part)]``.
-    """
-    means = torch.full((call.batch, call.heads, len(part)), float("-inf"), device=call.device)
-    chunk = max(64, CHUNK_BYTES // max(1, 4 * call.heads * grid.block_q))
-    for b in range(call.batch):
-        row = int(call.extent.first_query[b] - call.extent.first_position[b])  # of position 0
-        start = int(call.extent.key_start[b])
-        for m in part:
-            first, last = (int(n) for n in grid.queries[b, m])
-            if first == last:
-                continue
-            q = _wide(call.q[b, :, row + first : row + last]).reshape(call.groups, -1, call.q.shape[-1]) * call.scale
-            position = torch.arange(first, last, device=call.device)
-            top = torch.full((call.heads, last - first), float("-inf"), device=call.device)
-            low_seen, high_seen = (int(n) for n in grid.keys[b, m])
-            for low, high in regions[b, m].tolist():
-                for j in range(max(low, low_seen), min(high, high_seen), chunk):
-                    stop = min(j + chunk, high, high_seen)
-                    logits = (q @ _wide(call.k[b, :, start + j : start + stop]).transpose(-1, -2)).float()
-                    hidden = ~_visible(call, position, torch.arange(j, stop, device=call.device))
-                    logits = logits.view(call.heads, last - first, -1).masked_fill_(hidden, float("-inf"))
-                    top = top.maximum(logits.amax(dim=-1))
-            some = top > float("-inf")
-            mean = torch.where(some, top, 0.0).sum(dim=-1) / some.sum(dim=-1).clamp(min=1)
-            means[b, :, m - part.start] = mean.masked_fill(~some.any(dim=-1), float("-inf"))
-    return means
-
-
-def group_differences(
-    call: AttentionCall, grid: Grid, queries: Tensor, anchors: Tensor, group: int, part: range
-) -> Tensor:
-    """How far a key's logit rises above the anchor, in the query block of a group where it rises most.
-
-    ``max over query blocks m of the group that see key j of scale * mean query[m] . k_j - anchor[m]``
-    (AnchorAttention, 2505.23520).
-
-    Args:
-        queries: of `pool_queries`; anchors: ``[B, H, M]``; part: of the groups of so many consecutive plan rows.
-
-    Returns:
-        fp32 ``[B, H, len(part), positions]``; -inf where no block of the group sees a key.
-    """
-    width, rows = call.extent.longest, range(part.start * group, min(part.stop * group, grid.query_blocks))
-    out = torch.full((call.batch, call.heads, len(part), width), float("-inf"), device=call.device)
-    means, anchor = queries[:, :, rows.start : rows.stop] * call.scale, anchors[:, :, rows.start : rows.stop]
-    chunk = max(64, CHUNK_BYTES // max(1, 4 * call.heads * len(rows)))
-    short = -len(rows) % group
-    for b in range(call.batch):
-        start, end = int(call.extent.key_start[b]), int(grid.keys[b, rows.start : rows.stop].max()) if rows else 0
-        seen = grid.keys[b, rows.start : rows.stop].to(call.device)
-        stacked = means[b].reshape(call.groups, call.share * len(rows), -1)
-        for j in range(0, end, chunk):
-            stop = min(j + chunk, end)
-            key = torch.arange(j, stop, device=call.device)
-            products = stacked @ call.k[b, :, start + j : start + stop].float().transpose(-1, -2)
-            above = products.view(call.heads, len(rows), -1) - anchor[b, :, :, None]
-            above = above.masked_fill_((key < seen[:, :1]) | (key >= seen[:, 1:]), float("-inf"))
-            above = F.pad(above, (0, 0, 0, short), value=float("-inf")).unflatten(1, (-1, group))
-            out[b, :, :, j:stop] = above.amax(dim=2)
-    return out

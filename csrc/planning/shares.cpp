@@ -1,0 +1,159 @@
+// The largest share that each key has in the attention of a mean query of a group of query blocks: one pass over the
+// keys for the means' sums of exponentials, one for the shares.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "planning/panels.h"
+#include "planning/planning.h"
+#include "runtime/parallel.h"
+
+namespace gossamer {
+namespace {
+
+// Panels of means against which a tile of keys is packed once.
+constexpr int64_t kPanels = 4;
+
+// Means of a head and a group of query blocks, or of 64 of them where a group has more: consecutive rows of a panel.
+struct Run {
+  int64_t head, group, first_block;
+};
+
+class Shares {
+ public:
+  Shares(const Kernels& kernels, const ScoreCall& call, const TensorView& means, const Grid& grid, int64_t group,
+         const Part& part, int64_t width)
+      : call_(call),
+        means_(means),
+        grid_(grid),
+        part_(part),
+        kernels_(*kernels.scores),
+        padded_(padded(kernels, call.q.dim)),
+        group_(group),
+        run_(std::min<int64_t>(group, kScoreRows)),
+        share_(call.q.heads / call.k.heads),
+        width_(width),
+        runs_(share_ * part.size() * ceil_div(group_, run_)),
+        at_once_(kPanels * (kScoreRows / run_)) {
+    for (int thread = 0; thread < call.threads; ++thread) scratch_.emplace_back(padded_);
+  }
+
+  void run(float* out) {
+    std::fill(out, out + call_.q.batch * call_.q.heads * part_.size() * width_, 0.0f);
+    const int64_t heads = call_.k.batch * call_.k.heads, jobs = ceil_div(runs_, at_once_);
+    run_parallel(call_.threads, heads * jobs, [&](int thread, int64_t n) {
+      const int64_t job = jobs - 1 - n / heads;  // the longest rows first
+      share(scratch_[thread], n % heads / call_.k.heads, n % call_.k.heads, job, out);
+    });
+  }
+
+ private:
+  struct Scratch {
+    explicit Scratch(int padded_dim)
+        : panel(padded_dim), queries(kPanels * kScoreRows * padded_dim), sums(kPanels * kScoreRows * kLanes) {}
+    PanelScratch panel;
+    Aligned queries, sums;
+    Range seen[kPanels * kScoreRows];
+    float maxima[kPanels * kScoreRows], shifts[kPanels * kScoreRows];
+  };
+
+  // Runs go by group, then head: those of a panel see about the same keys.
+  Run run_at(int64_t group_head, int64_t n) const {
+    const int64_t pieces = ceil_div(group_, run_), head = n / pieces % share_, group = n / pieces / share_;
+    return {group_head * share_ + head, part_.first + group, (part_.first + group) * group_ + n % pieces * run_};
+  }
+
+  int rows_of(int64_t runs) const { return static_cast<int>(runs * run_); }
+
+  void share(Scratch& scratch, int64_t b, int64_t g, int64_t job, float* out) {
+    const int64_t first = job * at_once_, count = std::min(at_once_, runs_ - first), per_panel = kScoreRows / run_;
+    const Range keys = pack(scratch, b, g, first, count);
+    if (keys.empty()) return;
+    const int64_t panels = ceil_div(count, per_panel);
+    const auto for_each_panel = [&](const auto& visit) {
+      for (int64_t tile = keys.begin / kChunk * kChunk; tile < keys.end; tile += kChunk) {
+        const void* rows[kChunk];
+        kernels_.pack_keys(list_keys(call_.k, call_.extent, b, g, tile, padded_, rows), scratch.panel.keys);
+        for (int64_t p = 0; p < panels; ++p) {
+          const int64_t runs = std::min(per_panel, count - p * per_panel);
+          if (!mark(scratch, p, rows_of(runs), tile)) continue;
+          visit(p, runs, tile,
+                ScorePanel{scratch.queries.data() + p * kScoreRows * padded_, scratch.panel.keys, rows_of(runs), padded_,
+                           call_.scale * kLog2E, scratch.panel.masks, scratch.panel.logits});
+        }
+      }
+    };
+    for_each_panel([&](int64_t p, int64_t, int64_t, const ScorePanel& panel) {
+      kernels_.add_exponentials(panel, scratch.maxima + p * kScoreRows, scratch.sums.data() + p * kScoreRows * kLanes);
+    });
+    for (int64_t r = 0; r < panels * kScoreRows; ++r) {
+      double total = 0;
+      for (int lane = 0; lane < kLanes; ++lane) total += scratch.sums.data()[r * kLanes + lane];
+      scratch.shifts[r] = total > 0 ? static_cast<float>(-(scratch.maxima[r] + std::log2(total))) : 0.0f;
+    }
+    for_each_panel([&](int64_t p, int64_t runs, int64_t tile, const ScorePanel& panel) {
+      float largest[kScoreRows * kChunk];
+      kernels_.largest_mass(panel, scratch.shifts + p * kScoreRows, static_cast<int>(run_), largest);
+      for (int64_t n = 0; n < runs; ++n) {
+        const Run run = run_at(g, first + p * per_panel + n);
+        float* to = out + ((b * call_.q.heads + run.head) * part_.size() + run.group - part_.first) * width_ + tile;
+        for (int64_t t = 0; t < std::min<int64_t>(kChunk, width_ - tile); ++t)
+          to[t] = std::max(to[t], largest[n * kChunk + t]);
+      }
+    });
+  }
+
+  // Packs the means of some runs, and returns the keys that any of them sees.
+  Range pack(Scratch& scratch, int64_t b, int64_t g, int64_t first, int64_t count) {
+    const int64_t per_panel = kScoreRows / run_;
+    Range keys{call_.extent.key_count[b], 0};
+    for (int64_t start = 0; start < count; start += per_panel) {
+      const void* rows[kScoreRows];
+      const int64_t runs = std::min(per_panel, count - start), place = start / per_panel * kScoreRows;
+      for (int64_t r = 0; r < runs * run_; ++r) {
+        const Run run = run_at(g, first + start + r / run_);
+        const int64_t m = run.first_block + r % run_;
+        const bool inside = m < means_.tokens && m < (run.group + 1) * group_;
+        Range& seen = scratch.seen[place + r];
+        seen = inside ? call_.extent.keys_of(b, grid_.queries(b, m)) : Range{0, 0};
+        rows[r] = seen.empty() ? nullptr : means_.row(b, run.head, m);
+        if (seen.empty()) continue;
+        keys = {std::min(keys.begin, seen.begin), std::max(keys.end, seen.end)};
+      }
+      kernels_.pack_queries({rows, rows_of(runs), means_.dim, padded_, means_.dtype},
+                            scratch.queries.data() + place * padded_);
+    }
+    std::fill(scratch.maxima, scratch.maxima + kPanels * kScoreRows, kNothing);
+    std::fill(scratch.sums.data(), scratch.sums.data() + kPanels * kScoreRows * kLanes, 0.0f);
+    return keys;
+  }
+
+  // Whether some row of a panel sees any key of a tile.
+  static bool mark(Scratch& scratch, int64_t panel, int rows, int64_t tile) {
+    uint64_t any = 0;
+    for (int r = 0; r < rows; ++r) {
+      const Range seen = scratch.seen[panel * kScoreRows + r];
+      any |= scratch.panel.masks[r] = seen.empty() ? 0 : bit_range(seen.begin - tile, seen.end - tile);
+    }
+    return any != 0;
+  }
+
+  const ScoreCall& call_;
+  const TensorView& means_;
+  const Grid& grid_;
+  const Part& part_;
+  const ScoreKernels& kernels_;
+  const int padded_;
+  const int64_t group_, run_, share_, width_, runs_, at_once_;
+  std::vector<Scratch> scratch_;
+};
+
+}  // namespace
+
+void group_shares(const Kernels& kernels, const ScoreCall& call, const TensorView& means, const Grid& grid,
+                  int64_t group, const Part& part, int64_t width, float* out) {
+  Shares(kernels, call, means, grid, group, part, width).run(out);
+}
+
+}  // namespace gossamer
