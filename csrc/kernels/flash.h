@@ -141,7 +141,8 @@ class PanelKernel {
   }
 
   void mask_rows(const Tile& tile, int& first, int& last) {
-    for (int r = 0; r < panel_.rows; ++r) masks_[r] = row_mask(panel_.rules, tile, panel_.positions[r]);
+    if (tile.kind == TileKind::kScattered) sorted_.sort(tile);
+    for (int r = 0; r < panel_.rows; ++r) masks_[r] = row_mask(panel_.rules, tile, sorted_, panel_.positions[r]);
     narrow(first, last);
   }
 
@@ -264,6 +265,7 @@ class PanelKernel {
   const Panel& panel_;
   const int dim_, value_dim_, depth_, part_;
   const float query_factor_, logit_factor_;
+  SortedKeys sorted_;  // of the last scattered tile
   bool masked_ = false;  // masks_ are not all ones
   bool out_written_ = false;
   float *queries_, *out_, *logits_;
