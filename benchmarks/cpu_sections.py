@@ -21,6 +21,7 @@ from workloads import (
     bands,
     blocks_a_row,
     columns,
+    permuted_blocks,
     random_blocks,
     united,
     vertical_slash,
@@ -66,6 +67,8 @@ def structured(shape: Shape) -> dict[str, Callable[[], SparsePlan]]:
     return {
         "1000 columns, 32 slashes of 64": partial(vertical_slash, shape, 1000, 32),
         "sink 128, window 4096": partial(bands, shape, 128, 4096),
+        "0.1, keys permuted inside 256": partial(permuted_blocks, shape, 0.1),
+        "0.1, means of the rest": lambda: random_blocks(shape, 0.1).with_attributes(pruned_mean=True),
     }
 
 

@@ -96,6 +96,22 @@ def random_blocks_of(
     )
 
 
+def permuted_blocks(shape: Shape, density: float, segment: int = 256, seed: int = 0) -> SparsePlan:
+    """`random_blocks` over keys that change places inside segments, of which a query's own is taken whole."""
+    blocks = random_blocks(shape, density, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    moved = torch.rand(shape.groups, ceil_div(shape.length, segment), segment, generator=generator)
+    tail = -shape.length % segment
+    if tail:
+        moved[:, -1, segment - tail :] = 2.0  # beyond the last key, and dropped
+    order = moved.argsort(-1) + segment * torch.arange(moved.shape[1])[:, None]
+    query = blocks.grid.queries[0, :, 0] // segment
+    own = query[:, None] == torch.arange(blocks.num_key_blocks) * blocks.block_k // segment
+    order = order.flatten(1)[None, :, : shape.length].to(torch.int32)
+    sizes = {"extent": shape.extent(), "k_order": order}
+    return SparsePlan.from_block_mask(blocks.block_mask() | own, shape.query_len, shape.length, **sizes)
+
+
 def blocks_a_row(shape: Shape, count: int, seed: int = 0) -> SparsePlan:
     """That many blocks of 64 in every query block, the diagonal one among them."""
     blocks = -(-shape.length // 64)
@@ -179,7 +195,9 @@ def verify() -> None:
                 plans = [random_blocks(shape, density, block_k) for density, block_k in ((None, 64), (0.25, 128))]
                 more = [] if shape.queries else [vertical_slash(shape, 200, 4), strips(shape, 100, 2)]
                 call = shape.draw(0)
-                for plan in (*plans, *more, columns(shape, 200), bands(shape, 64, 200)):
+                more += [columns(shape, 200), bands(shape, 64, 200), permuted_blocks(shape, 0.25)]
+                more += [plans[1].with_attributes(pruned_mean=True), plans[1].with_attributes(skip=2.0)]
+                for plan in (*plans, *more):
                     assert_accurate(call, plan, *cpu.attend(call, plan))
                 dense, _ = cpu.attend(call, plans[0])
                 torch.testing.assert_close(shape.sdpa(call), dense, atol=3e-2, rtol=3e-2)

@@ -23,6 +23,7 @@ from gossamer.backends import torch as definition
 from gossamer.backends import triton
 from gossamer.blocks import Blocks
 from gossamer.methods import MaxRelative
+from gossamer.testing import make_call
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="needs the C++ kernels")
@@ -262,6 +263,20 @@ def test_planning_keeps_the_rows_of_other_methods(script, monkeypatch, tmp_path)
     assert [row["method"] for row in report["rows"]] == ["minference", "max_relative"]
     assert report["date"]
     assert len(report["rows"][1]["cpp_each_s"]) == 1
+
+
+def test_attributes_are_measured_on_the_same_plans(script):
+    attributes = script("attributes")
+    call = make_call("no padding", length=700, heads=4, groups=2, dim=32)
+    base = "max_relative(alpha={alpha},sink_blocks=0,window_blocks=1,last_rows=0,block_k=64)"
+    rows = list(attributes.sweep(call, base, [0.95, 0.0], [0.5], rounds=1))
+    assert [row["attributes"] for row in rows] == 2 * ["plain", "means", "skip 0.5", "means, skip 0.5"]
+    assert len({row["density"] for row in rows[:4]}) == 1
+    assert len({row["error"] for row in rows[:4]}) == 4
+    assert [row["density"] for row in rows[4:]] == 4 * [1.0]
+    assert rows[4]["error"] < 1e-3 < rows[6]["error"]
+    kept = attributes.frontier(rows)
+    assert [row["error"] for row in kept] == sorted((row["error"] for row in kept), reverse=True)
 
 
 @pytest.fixture

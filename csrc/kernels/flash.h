@@ -125,7 +125,10 @@ class PanelKernel {
   }
 
   void add_values(const Tile& tile, int first, int last) {
-    for (int r = first; r < last; ++r) weigh_row(r, tile.added);
+    if (tile.added == nullptr)
+      for (int r = first; r < last; ++r) weigh_row<false>(r, nullptr);
+    else
+      for (int r = first; r < last; ++r) weigh_row<true>(r, tile.added);
     // The first tile writes the sums, unless it leaves rows out.
     if (!out_written_ && last - first < panel_.rows) clear_out();
     Isa::multiply(last - first, value_dim_, Isa::kPairs ? kChunk / 2 : kChunk,
@@ -141,7 +144,8 @@ class PanelKernel {
   }
 
   void mask_rows(const Tile& tile, int& first, int& last) {
-    for (int r = 0; r < panel_.rows; ++r) masks_[r] = row_mask(panel_.rules, tile, panel_.positions[r]);
+    if (tile.kind == TileKind::kScattered) sorted_.sort(tile);
+    for (int r = 0; r < panel_.rows; ++r) masks_[r] = row_mask(panel_.rules, tile, sorted_, panel_.positions[r]);
     narrow(first, last);
   }
 
@@ -150,7 +154,7 @@ class PanelKernel {
     for (int r = first; r < last; ++r) {
       if (masks_[r] == 0) continue;
       typename V::Reg z[kVectors];
-      const float top = V::reduce_max(load_row(r, nullptr, z));
+      const float top = V::reduce_max(load_row<false>(r, nullptr, z));
       if (top < largest_[r] - panel_.skip) {
         masks_[r] = 0;
         masked_ = true;
@@ -183,13 +187,14 @@ class PanelKernel {
   }
 
   // A row's 64 logits in powers of two, -inf where it is masked. Returns the largest of each lane.
+  template <bool kAdded>
   inline typename V::Reg load_row(int r, const float* added, typename V::Reg* z) {
     const float* row = logits_ + int64_t{r} * kChunk;
     const uint64_t mask = masks_[r];
     const auto factor = V::set1(logit_factor_);
 #pragma GCC unroll 16
     for (int t = 0; t < kVectors; ++t) z[t] = V::mul(V::load(row + t * V::kWidth), factor);
-    if (added != nullptr) {
+    if constexpr (kAdded) {
 #pragma GCC unroll 16
       for (int t = 0; t < kVectors; ++t) z[t] = V::add(z[t], V::load(added + t * V::kWidth));
     }
@@ -204,10 +209,11 @@ class PanelKernel {
   }
 
   // 64 logits become probabilities relative to the row's reference logit, in place, as fp32 or bf16.
+  template <bool kAdded>
   inline void weigh_row(int r, const float* added) {
     float* row = logits_ + int64_t{r} * kChunk;
     typename V::Reg z[kVectors];
-    const auto top = load_row(r, added, z);
+    const auto top = load_row<kAdded>(r, added, z);
     if (V::any_greater(top, V::set1(maximum_[r] + kSlack))) raise_maximum(r, V::reduce_max(top));
 
     const auto shift = V::set1(maximum_[r] == -kInfinity ? 0.0f : -maximum_[r]);
@@ -264,6 +270,7 @@ class PanelKernel {
   const Panel& panel_;
   const int dim_, value_dim_, depth_, part_;
   const float query_factor_, logit_factor_;
+  SortedKeys sorted_;  // of the last scattered tile
   bool masked_ = false;  // masks_ are not all ones
   bool out_written_ = false;
   float *queries_, *out_, *logits_;

@@ -9,7 +9,6 @@ from cpu_checks import (
     check,
     draw,
     every_isa,
-    every_kernel,
     every_native_kernel,
     needs_kernels,
     poisoned,
@@ -37,7 +36,7 @@ def force(monkeypatch):
     return lambda isa: monkeypatch.setenv(cpu.ENVIRONMENT, isa)
 
 
-@every_kernel
+@every_native_kernel
 @each_attribute
 @pytest.mark.parametrize("seed", range(3))
 def test_random_plans(force, isa: str, dtype: torch.dtype, attributes: dict[str, Any], seed: int) -> None:

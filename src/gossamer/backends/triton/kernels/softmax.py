@@ -117,6 +117,7 @@ def fold(state, queries, keys, logits, positions, keep, pairs, MASK: tl.constexp
         if not logits.SOFTCAP:
             highest = highest * logits.scale
         left_out = highest + logits.skip < state.top
+        left_out = left_out | (queries.positions < queries.lowest) | (queries.positions > queries.highest)  # no rows
         if tl.min(left_out.to(tl.int32), 0) == 0:  # some row takes it
             scores = tl.where(left_out[:, None], float("-inf"), scores)
             state = add_values(state, scores, keys, logits, positions, keep, MASK)
