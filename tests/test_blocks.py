@@ -266,6 +266,47 @@ def test_blocks_of_a_group_keep_each_other(on, situation: str) -> None:
 
 
 @every_planner
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_query_blocks_see_whole_segments_of_ordered_keys_and_keep_their_own(on, situation: str) -> None:
+    call = call_in(situation)
+    blocks = Blocks(call, 16, 8)
+    order = torch.arange(call.key_len).expand(call.batch, 2, -1)
+    blocks.order_keys(order, 32)
+    scores = block_scores(blocks)
+    blocks.choose(range(blocks.grid.query_blocks), scores, TopK(2))
+    plan, grid, segments = blocks.plan(), blocks.grid, range(0, 4 * blocks.grid.key_blocks, 4)
+    assert plan.k_order is not None
+    assert torch.equal(plan.k_order.long(), order)
+    outside = blocks.outside(range(grid.query_blocks))
+    for b in range(call.batch):
+        keys = -(-int(call.extent.key_count[b]) // 8)
+        for m in range(grid.query_blocks):
+            seen, own = (
+                {n for s in segments for n in range(s, min(s + 4, keys)) if any(n // 4 == r // 4 for r in range(*ends))}
+                for ends in (grid.seen[b, m].tolist(), grid.own()[b, m].tolist())
+            )
+            own &= seen
+            assert set(outside[b, 0, m].nonzero().flatten().tolist()) == seen - own
+            for h in range(2):
+                best = sorted(seen, key=lambda n: (-float(scores[b, h, m, n]), n))[:2]
+                assert set(plan.block_mask()[b, h, m].nonzero().flatten().tolist()) == own | set(best)
+    assert torch.equal(plan.count_pairs(), plan.to_mask().sum(dim=(2, 3)))
+
+
+def test_an_order_comes_first_and_once() -> None:
+    call = call_in("no padding")
+    order = torch.arange(150).expand(1, 2, -1)
+    blocks = Blocks(call, 16, 16)
+    with pytest.raises(ValueError, match="multiple of block_k = 16, got 24"):
+        blocks.order_keys(order, 24)
+    with pytest.raises(ValueError, match="say `order_keys` before"):
+        blocks.outside(range(1))
+    blocks.keep(first=1)
+    with pytest.raises(ValueError, match="`order_keys` is said once"):
+        blocks.order_keys(order, 32)
+
+
+@every_planner
 def test_lists_are_taken_as_they_are(on) -> None:
     call = call_in("chunk")
     blocks = Blocks(call, 16, 16)
