@@ -30,7 +30,7 @@ class Listed:
 
     @property
     def id(self) -> str:
-        return self.name + ("-exact" if self.small.get("exact") else "")
+        return self.name + "".join(f"-{form}" for form in ("exact", "plus") if self.small.get(form))
 
     def create(self, heads: int, *, full: bool = False) -> Method:
         fields = self.full if full else self.small
@@ -47,6 +47,7 @@ _NONE: dict[str, Any] = {}
 _SLASHES = {"vertical_size": 60, "slash_size": 300}
 _RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
 _ANCHOR = {"theta": 1.0, "step": 2, "first_blocks": 1, "block": 32}
+_PBS = {"threshold": 0.4, "segment": 64, "block": 32}
 
 LISTED = [
     Listed("dense", _NONE, _NONE, by_block=True),
@@ -60,5 +61,7 @@ LISTED = [
     Listed("flexprefill", {"gamma": 0.4, "tau": 0.3, "min_budget": 32, "block": 32}, {"gamma": 1.0}, by_block=False),
     Listed("xattention", {"threshold": 0.5, "stride": 8, "block": 32}, {"threshold": 1.0}, by_block=True),
     Listed("anchor_attention", _ANCHOR, {"theta": math.inf}, by_block=True),
+    Listed("pbs", _PBS, {"threshold": 1.0}, by_block=False),
+    Listed("pbs", _PBS | {"plus": True, "shared": False}, {"threshold": 1.0, "plus": True}, by_block=False),
     Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
 ]

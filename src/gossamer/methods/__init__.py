@@ -8,6 +8,7 @@ from gossamer.methods.dense import Dense
 from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
+from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.registry import available, create, from_dict
 from gossamer.methods.tri_shape import TriShape
@@ -15,6 +16,7 @@ from gossamer.methods.vertical_slash import VerticalSlash
 from gossamer.methods.xattention import XAttention
 
 __all__ = [
+    "PBS",
     "AShape",
     "AnchorAttention",
     "BlockSparse",

@@ -14,6 +14,7 @@ from gossamer.methods.dense import Dense
 from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
+from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.vertical_slash import VerticalSlash
@@ -34,6 +35,7 @@ _METHODS: tuple[type[Method], ...] = (
     FlexPrefill,
     XAttention,
     AnchorAttention,
+    PBS,
     PerHead,
 )
 
