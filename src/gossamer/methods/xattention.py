@@ -30,7 +30,8 @@ class XAttention(Method):
     some. Defaults are the authors': stride 16, threshold 0.9, blocks of 128.
 
     Deviations from the authors' code: their ``keep_sink``, which sets a query row where it means a key column, is left
-    out, since the first column is kept anyhow; blocks are counted in positions, so chunks need no alignment of lengths,
+    out, since the first column is kept anyhow; in their first chunk of queries the first block is not kept, and one
+    block more than the sum needs is; blocks are counted in positions, so chunks need no alignment of lengths,
     and padding is no part of any score.
     """
 
