@@ -23,13 +23,17 @@ PARTS = [
     Part("plan", ("plan/*.py",), ("tests/plan",)),
     Part("scores", ("scores.py",), ("tests/test_scores.py", "tests/test_scores_of_blocks.py")),
     Part("rules", ("rules.py",), ("tests/test_rules.py",)),
-    Part("blocks", ("blocks.py",), ("tests/test_blocks.py",)),
+    Part("blocks", ("blocks.py",), ("tests/test_blocks.py", "tests/test_blocks_groups.py")),
     Part(
         "methods",
         ("methods/*.py",),
         (
             "tests/methods/test_registry.py",
             "tests/methods/test_planners.py",
+            "tests/methods/test_xattention.py",
+            "tests/methods/test_flexprefill.py",
+            "tests/methods/test_anchor_attention.py",
+            "tests/methods/test_pbs.py",
             "tests/methods/test_per_head.py",
             "tests/methods/test_conformance.py::test_bad_configurations_are_named",
             "tests/methods/test_conformance.py::test_every_number_has_a_least_value",

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from blocks_checks import INTERPRETED, block_scores, call_in, every_planner, naive, on
 from torch import Tensor
 
 from gossamer import AttentionCall, Extent
-from gossamer.backends import cpu, triton
 from gossamer.blocks import Blocks
 from gossamer.plan.count import count_pairs
 from gossamer.rules import AtLeast, RelativeToMax, Rule, TopK, TopP, TopPBelow, TopPOfAllRows, TopPReaching
-from gossamer.testing import SITUATIONS, make_call
+from gossamer.testing import SITUATIONS
 
-PLANNERS = ["torch"] + (["cpu"] if cpu.is_available() else [])
-if triton.is_available() and triton.interprets():
-    PLANNERS.append("triton")
-every_planner = pytest.mark.parametrize("planner", PLANNERS)
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+__all__ = ["on"]
+pytestmark = INTERPRETED
 RULES: list[Rule] = [
     RelativeToMax(0.6),
     RelativeToMax(0.0),
@@ -38,21 +34,6 @@ RULES: list[Rule] = [
 ]
 
 
-@pytest.fixture
-def on(monkeypatch, planner: str) -> None:
-    monkeypatch.setenv("GOSSAMER_PLANNER", planner)
-
-
-def call_in(situation: str, length: int = 150) -> AttentionCall:
-    return make_call(situation, length=length, heads=2, groups=1, dim=16)
-
-
-def block_scores(blocks: Blocks, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (blocks.call.batch, blocks.heads, blocks.grid.query_blocks, blocks.grid.key_blocks)
-    return torch.rand(shape, generator=generator)
-
-
 def chosen(call: AttentionCall, rule: Rule, cuts: list[int], *, turned: bool = False, **kept: Any) -> Tensor:
     """The block mask of a plan that is chosen in parts that end at the cuts."""
     blocks = Blocks(call, 16, 24)
@@ -66,29 +47,6 @@ def chosen(call: AttentionCall, rule: Rule, cuts: list[int], *, turned: bool = F
     plan = blocks.plan()
     assert torch.equal(plan.count_pairs(), count_pairs(plan))
     return plan.block_mask()
-
-
-def naive(call: AttentionCall, rule: Rule, *, first: int = 0, own: int = 1, last_rows: int = 0) -> Tensor:
-    """By the definition of rules on all rows, of what is seen, and of what is forced."""
-    blocks = Blocks(call, 16, 24)
-    scores, grid = block_scores(blocks), blocks.grid
-    seen, forced = torch.zeros(2, *scores.shape[:1], 1, *scores.shape[2:], dtype=torch.bool)
-    extent = call.extent
-    for b in range(call.batch):
-        start, count, keys = (int(x[b]) for x in (extent.first_position, extent.query_count, extent.key_count))
-        last = range(max(start, start + count - last_rows), start + count)
-        reach = math.inf if extent.limit is None else extent.limit
-        j, n = torch.arange(keys), torch.arange(grid.key_blocks)
-        for i in range(start, start + count):
-            m = i // 16 - start // 16
-            distance = i - j if extent.causal else (i - j).abs()
-            allowed = (distance >= 0) & (distance < reach)
-            seen[b, 0, m, j[allowed] // 24] = True
-            near = (-own < n - i // 24) & (n - i // 24 < (1 if extent.causal else own))
-            forced[b, 0, m] |= (n < first) | near | any(p // 16 == i // 16 for p in last)
-    forced &= seen
-    picked = rule.select(scores.masked_fill(~seen, rule.unseen), forced)
-    return ((picked | forced) & seen).expand_as(scores)
 
 
 @every_planner
@@ -175,34 +133,6 @@ def test_diagonals_count_from_the_own_block(on, situation: str) -> None:
 
 @every_planner
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_block_columns_are_taken_as_far_as_they_are_seen(on, situation: str) -> None:
-    call = call_in(situation)
-    blocks = Blocks(call, 16, 16)
-    flags = torch.arange(2 * blocks.grid.key_blocks).view(1, 2, -1).expand(call.batch, -1, -1) % 3 == 0
-    blocks.block_columns(flags)
-    mask = blocks.plan().block_mask()
-    for b in range(call.batch):
-        for h in range(2):
-            for m in range(mask.shape[2]):
-                seen, own = (range(*ends[b, m].tolist()) for ends in (blocks.grid.seen, blocks.grid.own()))
-                expected = {n for n in seen if bool(flags[b, h, n]) or n in own}
-                assert set(mask[b, h, m].nonzero().flatten().tolist()) == expected
-
-
-@every_planner
-@pytest.mark.parametrize("rule", [TopK(3), TopPOfAllRows(0.5)], ids=repr)
-def test_a_rule_may_be_for_some_heads_alone(on, rule: Rule) -> None:
-    call = call_in("left padding")
-    blocks, heads = Blocks(call, 16, 24), torch.tensor([[True, False], [False, True]])
-    scores = block_scores(blocks)
-    blocks.choose(range(3), scores[:, :, :3], rule, heads=heads)
-    blocks.choose(range(3, blocks.grid.query_blocks), scores[:, :, 3:], rule, heads=heads)
-    everywhere, nowhere = naive(call, rule), naive(call, TopK(0))
-    assert torch.equal(blocks.plan().block_mask(), torch.where(heads[:, :, None, None], everywhere, nowhere))
-
-
-@every_planner
-@pytest.mark.parametrize("situation", SITUATIONS)
 def test_columns_are_live_positions_for_all_rows(on, situation: str) -> None:
     call = call_in(situation)
     blocks = Blocks(call, 16, 16)
@@ -217,52 +147,6 @@ def test_columns_are_live_positions_for_all_rows(on, situation: str) -> None:
             expected = set(scores[b, h, :keys].topk(min(count, keys)).indices.tolist())
             assert set(plan.column_mask()[b, h, 0].nonzero().flatten().tolist()) == expected
     assert torch.equal(plan.count_pairs(), count_pairs(plan))
-
-
-@every_planner
-@pytest.mark.parametrize("situation", SITUATIONS)
-def test_columns_of_groups_are_those_that_their_queries_see(on, situation: str) -> None:
-    call = call_in(situation)
-    blocks = Blocks(call, 16, 16)
-    groups = -(-blocks.grid.query_blocks // 3)
-    scores = torch.rand(call.batch, 2, groups, call.extent.longest, generator=torch.Generator().manual_seed(2))
-    for part in (range(1, groups), range(1)):
-        blocks.group_columns(part, scores[:, :, part.start : part.stop], TopK([3, 7]), group=3)
-    plan = blocks.plan(sink=2)
-    assert (plan.column_group, plan.num_column_groups, plan.block_indices.numel()) == (3, groups, 0)
-    for b in range(call.batch):
-        for group in range(groups):
-            seen = {j for m in range(3 * group, min(3 * group + 3, blocks.grid.query_blocks))
-                    for j in range(*blocks.grid.keys[b, m].tolist())}  # fmt: skip
-            for h, count in enumerate((3, 7)):
-                best = sorted(seen, key=lambda j: (-float(scores[b, h, group, j]), j))[:count]
-                assert plan.column_mask()[b, h, group].nonzero().flatten().tolist() == sorted(best)
-    assert torch.equal(plan.count_pairs(), count_pairs(plan))
-
-
-def test_groups_of_columns_are_of_one_size_and_come_once() -> None:
-    blocks, scores = Blocks(call_in("no padding"), 16, 16), torch.rand(1, 2, 1, 150)
-    blocks.group_columns(range(1), scores, TopK(1), group=2)
-    with pytest.raises(ValueError, match="groups of 2 query blocks, got others of 3"):
-        blocks.group_columns(range(1, 2), scores, TopK(1), group=3)
-    with pytest.raises(ValueError, match="choose each query block once"):
-        blocks.group_columns(range(1), scores, TopK(1), group=2)
-    assert blocks.plan(window=1).column_mask()[0, :, 1:].sum() == 0
-
-
-@every_planner
-@pytest.mark.parametrize("situation", SITUATIONS)
-def test_blocks_of_a_group_keep_each_other(on, situation: str) -> None:
-    call = call_in(situation)
-    blocks = Blocks(call, 16, 24)
-    blocks.keep(group=3)
-    mask, grid = blocks.plan().block_mask(), blocks.grid
-    for b in range(call.batch):
-        for m in range(grid.query_blocks):
-            begin = (int(grid.first_block[b]) + m // 3 * 3) * 16
-            together = {j // 24 for j in range(begin, begin + 48)} | set(range(*grid.own()[b, m].tolist()))
-            expected = together & set(range(*grid.seen[b, m].tolist()))
-            assert set(mask[b, 0, m].nonzero().flatten().tolist()) == expected
 
 
 @every_planner

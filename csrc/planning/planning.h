@@ -59,6 +59,11 @@ void antidiagonal(const Kernels& kernels, const ScoreCall& call, const Grid& gri
 void group_shares(const Kernels& kernels, const ScoreCall& call, const TensorView& means, const Grid& grid,
                   int64_t group, const Part& part, int64_t width, float* out);
 
+// Mean over a query block's rows of the largest logit among the keys of regions [batch, part, region_count], half-open
+// and anywhere; rows without any do not count: out [batch, heads, part], -inf where no row does.
+void row_maxima(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part,
+                const Range* regions, int64_t region_count, float* out);
+
 // The rules of rules.py. Forced candidates take part in kTopPForced; else they are united with what a rule chooses.
 enum class Rule : int {
   kNone = 0,

@@ -244,7 +244,8 @@ class Chooser {
     const int64_t head = row / choice_.rows;
     const float* scores = choice_.scores + row * choice_.width;
     if (choice_.rule == Rule::kRelativeToMax) choose_relative(scores, choice_.alpha, seen, bits);
-    if (choice_.rule == Rule::kAtLeast) choose_at_least(scores, static_cast<float>(choice_.shares[head % choice_.heads]), seen, bits);
+    if (choice_.rule == Rule::kAtLeast)
+      choose_at_least(scores, static_cast<float>(choice_.shares[head % choice_.heads]), seen, bits);
     if (choice_.rule == Rule::kTopK)
       choose_top(scores, choice_.counts[head % choice_.heads], seen.begin, seen.end, workspace.sorted, bits);
     if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, place, head, seen, workspace.ranking, bits);

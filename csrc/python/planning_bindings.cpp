@@ -152,6 +152,15 @@ void bind_scores(nb::module_& m) {
         antidiagonal(kernels_for(isa), call, grid, stride, part, key_blocks, pointer<float>(out));
       },
       "isa"_a, "call"_a, "grid"_a, "stride"_a, "part"_a, nb::kw_only(), "key_blocks"_a, "out"_a, Release());
+  m.def(
+      "row_maxima",
+      [](const std::string& isa, const ScoreCall& call, const Grid& grid, const Part& part, uintptr_t regions,
+         int64_t region_count, uintptr_t out) {
+        check_grid(grid, call.q);
+        check_keys(call.extent, call.k.tokens);
+        row_maxima(kernels_for(isa), call, grid, part, pointer<Range>(regions), region_count, pointer<float>(out));
+      },
+      "isa"_a, "call"_a, "grid"_a, "part"_a, nb::kw_only(), "regions"_a, "region_count"_a, "out"_a, Release());
 }
 
 void bind_lists(nb::module_& m) {

@@ -56,6 +56,8 @@ class Blocks:
         self._beyond: Tensor | None = None
         self._diagonals: Tensor | None = None
         self._block_columns: Tensor | None = None
+        self._k_order: Tensor | None = None
+        self._segment = 0
         self._forced_heads: Tensor | None = None
         self._kept = self._chose = False
         self._pending: list[tuple[range, Tensor]] = []
@@ -79,6 +81,37 @@ class Blocks:
         self._first, self._own, self._last_rows, self._group = first, own, last_rows, group
         self._forced_heads = heads
         self._start()
+
+    def order_keys(self, order: Tensor, segment: int) -> None:
+        """Count key blocks by rank, under a permutation inside segments of positions. Once, and first of all.
+
+        A query block then sees all blocks of the segments that it sees keys of, and keeps those of its own segment,
+        where causality cuts through them: what is attended goes by the original positions.
+
+        Args:
+            order: key positions by rank, ``[B, heads, T]``; see `gossamer.scores.order_in_segments`.
+            segment: a multiple of ``block_k``.
+
+        Raises:
+            ValueError: it is none, or something was said before.
+        """
+        if segment < 1 or segment % self.grid.block_k:
+            raise ValueError(f"segment must be a multiple of block_k = {self.grid.block_k}, got {segment}")
+        self._once(self._rows is not None or self._columns is not None or self._k_order is not None, "order_keys")
+        self._k_order, self._segment = order.to(torch.int32), segment
+        self._start()
+
+    def outside(self, part: range) -> Tensor:
+        """Key blocks that query blocks see outside their own segments, bool ``[B, 1, len(part), N]``.
+
+        Raises:
+            ValueError: there are no segments.
+        """
+        if self._k_order is None:
+            raise ValueError("there are no segments; say `order_keys` before")
+        grid, device = self.grid, self.call.device
+        seen, own = (grid.in_segments(ranges, self._segment) for ranges in (grid.seen, grid.own()))
+        return (grid.inside(seen, part, device) & ~grid.inside(own, part, device))[:, None]
 
     def diagonals(self, chosen: Tensor) -> None:
         """Take whole block diagonals: bool ``[B, heads, n]``, the n-th at n blocks before a query block's own.
@@ -211,6 +244,7 @@ class Blocks:
             window=window,
             pruned_mean=pruned_mean,
             skip=skip,
+            k_order=self._k_order,
         )
 
     def _reach(self, sink: Tensor | int, window: Tensor | int) -> None:
@@ -262,7 +296,10 @@ class Blocks:
 
     def _candidates(self, part: range, ruled_heads: Tensor | None = None) -> Candidates:
         rows = slice(part.start, part.stop)
-        seen, forced = self.grid.seen[:, rows], self.grid.own(self._own)[:, rows]
+        seen, forced = self.grid.seen, self.grid.own(self._own)
+        if self._segment:
+            seen, forced = (self.grid.in_segments(ranges, self._segment) for ranges in (seen, forced))
+        seen, forced = seen[:, rows], forced[:, rows]
         if self._own == 0:
             keeps = False if self._beyond is None else self._beyond[:, rows, None]
             forced = torch.where(torch.as_tensor(keeps, device="cpu"), self.grid.own()[:, rows], 0)

@@ -8,6 +8,7 @@ does not see has score 0. The definitions, with their formulas, are in `gossamer
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from gossamer.backends import backend_of
 from gossamer.call import AttentionCall
-from gossamer.plan import Grid, ceil_div
+from gossamer.plan import Extent, Grid, ceil_div
 
 __all__ = [
     "antidiagonal_means",
@@ -28,13 +29,16 @@ __all__ = [
     "key_similarity",
     "last_query_probe",
     "last_query_products",
+    "masked_softmax",
     "mean_row_maxima",
+    "order_in_segments",
     "pool_keys",
     "pool_queries",
     "pooled_mass",
     "pooled_scores",
     "probed_blocks",
     "query_similarity",
+    "reorder_keys",
     "row_block_energy",
     "value_bonus",
 ]
@@ -96,7 +100,7 @@ def probed_blocks(call: AttentionCall, grid: Grid, columns: Tensor, last: int) -
     seen = (block >= low[:, None] // grid.block_k) & (block * grid.block_k < high[:, None]) & (rows > 0)[:, None]
     queries = _mean_of_last(call, rows).unflatten(1, (call.groups, call.share))
     logits = (queries @ pool_keys(call, grid).transpose(-1, -2)).flatten(1, 2) * call.scale
-    return exact, _softmax(logits, seen.to(call.device)[:, None])
+    return exact, masked_softmax(logits, seen.to(call.device)[:, None])
 
 
 def _mean_of_last(call: AttentionCall, rows: Tensor) -> Tensor:
@@ -111,7 +115,7 @@ def _mean_of_last(call: AttentionCall, rows: Tensor) -> Tensor:
     return total / rows.clamp(min=1).to(call.device)[:, None, None]
 
 
-def _softmax(logits: Tensor, seen: Tensor) -> Tensor:
+def masked_softmax(logits: Tensor, seen: Tensor) -> Tensor:
     """Over the last dimension of what is seen; 0 elsewhere, and where nothing is seen."""
     share = logits.masked_fill(~seen, float("-inf")).softmax(dim=-1)
     return share.masked_fill_(~seen, 0.0)
@@ -127,6 +131,48 @@ def last_query_products(call: AttentionCall) -> Tensor:
     """
     products = backend_of(call, "last_query_products").last_query_products(call)
     return -products if call.scale < 0 else products
+
+
+def order_in_segments(call: AttentionCall, mass: Tensor, segment: int) -> Tensor:
+    """Key positions by rank: inside each segment the largest mass first, of equal ones the lower position.
+
+    Segments that are not full of live keys stay in order (PBS-Attn, 2510.21270).
+
+    Args:
+        mass: ``[B, heads, positions]``; segment: positions.
+
+    Returns:
+        int64 ``[B, heads, T]``, as `SparsePlan.k_order` has them.
+    """
+    number = ceil_div(call.key_len, segment)
+    rows = F.pad(mass, (0, number * segment - mass.shape[-1])).unflatten(-1, (number, segment))
+    ranks = rows.argsort(dim=-1, descending=True, stable=True)
+    full = torch.arange(number, device="cpu") < (call.extent.key_count // segment)[:, None]
+    place = torch.arange(segment, device=call.device)
+    ranks = torch.where(full.to(call.device)[:, None, :, None], ranks, place)
+    return (ranks + torch.arange(number, device=call.device)[:, None] * segment).flatten(-2)[..., : call.key_len]
+
+
+def reorder_keys(call: AttentionCall, order: Tensor, segment: int) -> AttentionCall:
+    """The call with each head's keys by rank, for scores of their blocks; it has as many key heads as the order.
+
+    Its window reaches a segment further, so that it sees all blocks of the segments that are seen. Holds a copy of the
+    keys: where the query heads of a group have orders of their own, one for each.
+
+    Args:
+        order: ``[B, heads, T]`` of `order_in_segments`, with G or H heads.
+    """
+    extent, length = call.extent, call.key_len
+    slots = torch.arange(length, device=call.device)
+    start, count = (x.to(call.device)[:, None] for x in (extent.key_start, extent.key_count))
+    rank = slots - start
+    source = order.gather(2, rank.clamp(0, max(0, length - 1))[:, None].expand_as(order)) + start[:, None]
+    source = torch.where(((rank >= 0) & (rank < count))[:, None], source, slots)
+    source = source.unflatten(1, (call.groups, order.shape[1] // call.groups))
+    keys = call.k[:, :, None].take_along_dim(source[..., None], dim=3).flatten(1, 2)
+    given = (extent.query_start, extent.query_count, extent.key_start, extent.key_count)
+    limit = None if extent.limit is None else extent.limit + segment - 1
+    return replace(call, k=keys, v=None, extent=Extent(*given, causal=extent.causal, limit=limit))
 
 
 def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:

@@ -28,7 +28,7 @@ FLOATS = (
 )  # fmt: skip
 TYPES = INTEGERS | {f"{name}_ptr": "*fp32" for name in FLOATS}
 TYPES |= dict.fromkeys(("block_indptr", "column_indptr", "indptr_ptr", "pairs_ptr"), "*i64")
-TYPES |= dict.fromkeys(("flags_ptr", "forced_heads_ptr"), "*u8")
+TYPES |= dict.fromkeys(("flags_ptr", "forced_heads_ptr", "everywhere_ptr"), "*u8")
 TYPES |= dict.fromkeys(("scale_log2", "softcap_log2", "softcap_slope", "skip_log2", "slope", "alpha"), "fp32")
 FLAGS = ("HAS_BLOCKS", "HAS_COLUMNS", "Q_ORDER", "K_ORDER", "SOFTCAP", "SINKS")
 ATTRIBUTES = ("MEANS", "SKIP")  # of plans of blocks alone
@@ -123,7 +123,7 @@ def compile_others(capability: int) -> None:
     compile_kernel(kernels.mark_blocks, capability, dict(TILE=128))
     compile_kernel(kernels.list_bits, capability, dict(TILE=32))
     for rule, one, tile in ((choices.BEST, False, 4096), (choices.BEST, True, 1024), (choices.RELATIVE, True, 32)):
-        constants = dict(RULE=rule.value, DIAGONALS=not one, MIRRORED=not one, ONE=one, TILE=tile)
+        constants = dict(RULE=rule.value, DIAGONALS=not one, MIRRORED=not one, EVERYWHERE=one, ONE=one, TILE=tile)
         compile_kernel(kernels.choose_rows, capability, constants, diagonals_ptr="*u8")
     compile_kernel(kernels.count_columns, capability, dict(BLOCK_K=64, TILE=128))
     lists = dict(HAS_BLOCKS=True, HAS_COLUMNS=True)

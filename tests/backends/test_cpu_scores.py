@@ -17,7 +17,7 @@ from gossamer.testing import SITUATIONS, make_call, random_extent
 
 pytestmark = [needs_kernels, poisoned]
 every_situation = pytest.mark.parametrize("situation", SITUATIONS)
-EVERY_VERB = ("probe", "pool", "products", "energies", "antidiagonals", "shares")
+EVERY_VERB = ("probe", "pool", "products", "energies", "antidiagonals", "shares", "maxima")
 every_verb = pytest.mark.parametrize("verb", EVERY_VERB)
 # block_q, block_k, stride of the antidiagonals, rows of the probe; query blocks that are grouped
 SHAPES = {
@@ -59,6 +59,10 @@ def scores_of(backend, verb: str, call: AttentionCall, shape: str, whole: bool =
         queries, groups = reference.pool_queries(call, grid).to(call.q.dtype), -(-rows // GROUPS[shape])
         parts = [range(groups)] if whole else [range(groups // 2), range(groups // 2, groups)]
         return [torch.cat([backend.group_shares(call, grid, queries, GROUPS[shape], part) for part in parts], dim=2)]
+    if verb == "maxima":
+        near = grid.queries.unflatten(1, (-1, 1)) + torch.tensor([-last, 3])  # not where blocks or tiles begin
+        regions = torch.cat([torch.tensor([-5, 70]).expand_as(near), near], dim=2)
+        return [torch.cat([backend.mean_row_maxima(call, grid, regions, part) for part in parts], dim=2)]
     keys = reference.pool_keys(call, grid)
     if verb == "energies":
         keys = keys.to(call.q.dtype)
@@ -78,7 +82,7 @@ def defined(verb: str, shape: str, *which) -> list[Tensor]:
 def assert_agrees(verb: str, ours: list[Tensor], expected: list[Tensor]) -> None:
     for got, one in zip(ours, expected, strict=True):
         # Sums of up to some hundred exponentials of mass 1 and fewer.
-        torch.testing.assert_close(got, one, atol=1e-5 if verb == "products" else 2e-6, rtol=3e-5)
+        torch.testing.assert_close(got, one, atol=1e-5 if verb in ("products", "maxima") else 2e-6, rtol=3e-5)
 
 
 @every_kernel
@@ -183,6 +187,8 @@ def test_bad_input_is_named() -> None:
         cpu.last_query_probe(call, 0)
     with pytest.raises(ValueError, match=r"pooled keys must be torch.float32 of shape \(1, 2, 3, 8\), got .* 2, 8\)"):
         cpu.row_block_energy(call, grid, keys[:, :, :2], range(1))
+    with pytest.raises(ValueError, match=r"regions must be \(1, 3, any number, 2\), got \(1, 2, 1, 2\)"):
+        cpu.mean_row_maxima(call, grid, torch.zeros(1, 2, 1, 2, dtype=torch.int64), range(1))
     with pytest.raises(ValueError, match=r"pooled queries must be torch.float32 of shape \(1, 2, 3, 8\)"):
         cpu.pooled_scores(call, grid, queries[:, :1], keys, range(1))
     with pytest.raises(ValueError, match=r"consecutive rows of the plan's 3, got range\(0, 4\)"):

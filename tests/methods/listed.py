@@ -30,7 +30,7 @@ class Listed:
 
     @property
     def id(self) -> str:
-        return self.name + ("-exact" if self.small.get("exact") else "")
+        return self.name + "".join(f"-{form}" for form in ("exact", "plus") if self.small.get(form))
 
     def create(self, heads: int, *, full: bool = False) -> Method:
         fields = self.full if full else self.small
@@ -48,6 +48,7 @@ _SHARES = {"error": 0.2, "sink": 4, "window": 40, "group": 2, "block": 32}
 _SLASHES = {"vertical_size": 60, "slash_size": 300}
 _RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
 _ANCHOR = {"theta": 1.0, "step": 2, "first_blocks": 1, "block": 32}
+_PBS = {"threshold": 0.4, "segment": 64, "block": 32}
 _FLASH = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_tiles": 2, "block_k": 64}
 _SIMILAR = {"similarity": 0.02, "p": 0.3, "block_q": 32, "block_k": 32}
 _STEM = {"share": 0.05, "extra": 1, "decay": 0.5, "full_blocks": 0, "dense_layers": 0, "block": 32, "stride": 4}
@@ -77,5 +78,7 @@ LISTED = [
     Listed("stem", _STEM, _STEM | {"share": 1.0}, by_block=False),
     Listed("cosa", {"p": 0.3, "block": 32, "stride": 8}, {"p": 1.0}, by_block=True),
     Listed("corrected", {"base": MaxRelative(**_RELATIVE), "skip": 1.0}, {"base": MaxRelative(0.0)}, True, _tail),
+    Listed("pbs", _PBS, {"threshold": 1.0}, by_block=False),
+    Listed("pbs", _PBS | {"plus": True, "shared": False}, {"threshold": 1.0, "plus": True}, by_block=False),
     Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
 ]

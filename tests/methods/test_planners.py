@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends.torch.slashes import exact_slashes, merged_ranges
 from gossamer.methods import (
+    PBS,
     AnchorAttention,
     AShape,
     BlockSparse,
@@ -91,6 +92,10 @@ PUBLISHED = [
         {"gamma": 0.9, "tau": 0.1, "min_budget": 512, "max_budget": None, "block": 128, "faithful": False},
     ),
     (AnchorAttention(), {"theta": 12.0, "step": 16, "first_blocks": 16, "block": 128}),
+    (
+        PBS(),
+        {"threshold": 0.9, "segment": 256, "block": 128, "plus": False, "stride": 16, "shared": True},
+    ),
     (XAttention(), {"threshold": 0.9, "stride": 16, "block": 128}),
 ]
 

@@ -55,6 +55,22 @@ def test_plans_that_are_counted_in_many_pieces(seed: int) -> None:
     assert_counts(random_plan(seed, **size, padded=seed > 3, causal=seed % 2 == 0, limit=limit, permuted=seed == 5))
 
 
+@pytest.mark.usefixtures("constants")
+@pytest.mark.parametrize("limit", [None, 1, 9, 60])
+@pytest.mark.parametrize("seed", range(4))
+def test_plans_of_blocks_of_ordered_keys(seed: int, limit: int | None) -> None:
+    """Dead numbers stand anywhere in an order."""
+    size: dict[str, Any] = {"batch": 2, "heads": 2, "query_len": 50, "key_len": 57, "block_q": 8, "block_k": 6}
+    plan = random_plan(seed, **size, padded=seed > 1, causal=seed % 2 == 0, limit=limit)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(57, generator=generator) for _ in range(4)]).view(2, 2, 57)
+    lists = (torch.rand(2, 2, plan.num_query_blocks, 10, generator=generator) < 0.6).float()
+    fields = {"extent": plan.extent, "block_q": 8, "block_k": 6, "k_order": order.to(torch.int32)}
+    ordered = SparsePlan.from_block_mask(lists.bool(), 50, 57, **fields)
+    assert_counts(ordered)
+    assert int(ordered.count_pairs().sum()) > 0 or (seed == 3 and limit is not None)  # queries beyond the keys
+
+
 @everywhere
 def test_each_part_of_the_union_by_itself(situation: str) -> None:
     call = call_in(situation, length=37)

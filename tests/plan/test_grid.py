@@ -73,6 +73,16 @@ def test_groups_are_consecutive_rows_of_the_plan(situation: str, size: int) -> N
             assert set(range(*together[b, m // size].tolist())) == {key for keys in each for key in keys}
 
 
+def test_ranges_are_widened_to_segments_as_far_as_there_are_keys() -> None:
+    grid = Grid(Extent([0, 0], [37, 20], [0, 0], [37, 20]), 4, 4)
+    for b, keys in enumerate((10, 5)):
+        seen, own = (grid.in_segments(ranges, 12)[b] for ranges in (grid.seen, grid.own()))
+        for m in range(keys):
+            end = min((m // 3 + 1) * 3, keys)
+            assert seen[m].tolist() == [0, end]
+            assert own[m].tolist() == [m // 3 * 3, end]
+
+
 def test_blocks_of_random_extents_lie_as_defined() -> None:
     for grid in grids():
         assert_lies_as_defined(grid)

@@ -60,7 +60,7 @@ def _cover(call: AttentionCall, method: XAttention, coverage: float) -> Tensor:
 
 def threshold_levels(most: int, start: float = 0.9, factor: float = 0.9) -> Tensor:
     """Thresholds after 0 to ``most`` adjustments, fp64 ``[most + 1]``: each is ``factor`` times the one before."""
-    return start * factor ** torch.arange(most + 1, dtype=torch.float64)
+    return start * factor ** torch.arange(most + 1, dtype=torch.float64, device="cpu")
 
 
 def threshold_quality(call: AttentionCall, method: XAttention, levels: Tensor) -> Tensor:
@@ -101,9 +101,9 @@ def search_thresholds(quality: Tensor, adjustments: int) -> Tensor:
             f"{heads} heads with {levels - 1} adjustments each allow 0 to {heads * (levels - 1)} of them, "
             f"got {adjustments}"
         )
-    best = torch.full((adjustments + 1,), float("-inf"), dtype=torch.float64)
+    best = torch.full((adjustments + 1,), float("-inf"), dtype=torch.float64, device="cpu")
     best[0] = 0.0
-    taken = torch.zeros(heads, adjustments + 1, dtype=torch.int64)
+    taken = torch.zeros(heads, adjustments + 1, dtype=torch.int64, device="cpu")
     for h, row in enumerate(quality.double().cpu()):
         before, best = best, torch.full_like(best, float("-inf"))
         for s in range(min(levels - 1, adjustments) + 1):
@@ -111,7 +111,7 @@ def search_thresholds(quality: Tensor, adjustments: int) -> Tensor:
             better = tried > best[s:]
             best[s:] = torch.where(better, tried, best[s:])
             taken[h, s:] = torch.where(better, s, taken[h, s:])
-    steps = torch.zeros(heads, dtype=torch.int64)
+    steps = torch.zeros(heads, dtype=torch.int64, device="cpu")
     for h in reversed(range(heads)):
         steps[h] = taken[h, adjustments]
         adjustments -= int(steps[h])

@@ -12,6 +12,7 @@ from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
+from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
 from gossamer.methods.registry import available, create, from_dict
@@ -23,6 +24,7 @@ from gossamer.methods.vertical_slash import VerticalSlash
 from gossamer.methods.xattention import XAttention
 
 __all__ = [
+    "PBS",
     "AShape",
     "AnchorAttention",
     "Auto",

@@ -18,6 +18,7 @@ from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
+from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
 from gossamer.methods.sparge import Sparge
@@ -45,11 +46,12 @@ _METHODS: tuple[type[Method], ...] = (
     XAttention,
     AnchorAttention,
     FlashPrefill,
-    Corrected,
     Sparge,
     Prism,
     Stem,
     CoSA,
+    PBS,
+    Corrected,
     PerHead,
 )
 

@@ -29,9 +29,10 @@ class XAttention(Method):
     Heads and layers have thresholds of their own in `PerHead` of this method; `gossamer.calibrate.thresholds` finds
     some. Defaults are the authors': stride 16, threshold 0.9, blocks of 128.
 
-    Deviations from the authors' code: their ``keep_sink``, which sets a query row where it means a key column, is left
-    out, since the first column is kept anyhow; blocks are counted in positions, so chunks need no alignment of lengths,
-    and padding is no part of any score.
+    Deviations from the authors' code: all query blocks are treated alike (there, those of the first chunk of a prompt
+    do not keep the first key block, but one block more than the sum needs); its ``keep_sink``, which sets a query row
+    where it means a key column, is left out; blocks are counted in positions, so that lengths need no alignment, and
+    padding is no part of any score.
     """
 
     name: ClassVar[str] = "xattention"

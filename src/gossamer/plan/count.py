@@ -6,11 +6,14 @@ causality, bands and limits. Columns are tiles one key wide. Everything is in po
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from gossamer.plan.integers import MOST
 from gossamer.plan.plan import WHOLE, SparsePlan
 
 _ROW_BUDGET = 1 << 22  # rows expanded at once
@@ -24,6 +27,8 @@ def count_pairs(plan: SparsePlan) -> Tensor:
     # What is built here is as large as the plan's numbers say, which may have been written since they were validated.
     plan.check()
     counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64, device="cpu")
+    if plan.permuted and _has_blocks_alone(plan):
+        return _count_ordered(plan)
     if plan.permuted:
         chunk = max(1, _MASK_BUDGET // max(1, plan.batch * plan.heads * plan.key_len))
         for start in range(0, plan.query_len, chunk):
@@ -39,6 +44,55 @@ def count_pairs(plan: SparsePlan) -> Tensor:
         for head in range(plan.heads):
             counts[batch_row, head] = _Head.of(plan, batch_row, head).count()
     return counts
+
+
+def _has_blocks_alone(plan: SparsePlan) -> bool:
+    bands = (torch.as_tensor(x, device=plan.device) for x in (plan.sink, plan.window))
+    return plan.q_order is None and not plan.column_indices.numel() and not any(bool(x.any()) for x in bands)
+
+
+def _count_ordered(plan: SparsePlan) -> Tensor:
+    """Of a plan of blocks alone whose keys are ordered: tiles that all their rows see whole, and others by searching
+    for each row's edges in the sorted positions of a block."""
+    assert plan.k_order is not None
+    counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64, device="cpu")
+    if plan.num_query_blocks == 0 or plan.num_key_blocks == 0:
+        return counts
+    positions = plan.k_order.cpu().long()
+    dead = positions >= plan.extent.key_count[:, None, None]
+    positions = F.pad(positions.masked_fill(dead, MOST), (0, -plan.key_len % plan.block_k), value=MOST)
+    positions = positions.unflatten(-1, (-1, plan.block_k)).sort(dim=-1).values
+    for b, head in itertools.product(range(plan.batch), range(plan.heads)):
+        row = b * plan.heads + head
+        block_k, lengths = _csr_rows(plan.block_indptr, plan.block_indices, row, plan.num_query_blocks)
+        queries = plan.grid.queries[b][torch.repeat_interleave(lengths)]
+        counts[b, head] = _count_ordered_tiles(plan, queries, positions[b, head], block_k)
+    return counts
+
+
+def _count_ordered_tiles(plan: SparsePlan, queries: Tensor, positions: Tensor, block_k: Tensor) -> int:
+    """Pairs of tiles: of query positions ``[tiles, 2]`` with the sorted positions of key blocks ``[tiles]``."""
+
+    def seen(keys: Tensor, rows: Tensor) -> Tensor:
+        extent = plan.extent
+        reach = 0 if extent.causal else MOST if extent.limit is None else extent.limit - 1
+        last = (rows + reach).clamp(max=MOST - 1)
+        edges = torch.searchsorted(keys, last, right=True)
+        return edges if extent.limit is None else edges - torch.searchsorted(keys, rows - extent.limit, right=True)
+
+    live = (positions < MOST).sum(dim=-1)[block_k]
+    total, step = 0, max(1, _ROW_BUDGET // max(plan.block_q, plan.block_k))
+    for start in range(0, block_k.numel(), step):
+        part = slice(start, start + step)
+        rows, keys, width = queries[part], positions[block_k[part]], live[part]
+        height = rows[:, 1] - rows[:, 0]
+        ends = seen(keys, torch.stack([rows[:, 0], rows[:, 1] - 1], dim=-1))
+        whole = (ends == width[:, None]).all(dim=-1)
+        total += int((height * width)[whole].sum())
+        rows, keys = rows[~whole], keys[~whole]
+        every = rows[:, :1] + torch.arange(plan.block_q, device="cpu")
+        total += int(seen(keys, every)[every < rows[:, 1:]].sum())
+    return total
 
 
 @dataclass(slots=True)

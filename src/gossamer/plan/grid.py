@@ -86,7 +86,11 @@ class Grid:
 
     def sees(self, part: range, device: torch.device | str = "cpu") -> Tensor:
         """Whether some query of a block may attend some key of a block, bool ``[B, len(part), N]``."""
-        low, high = self.seen[:, part.start : part.stop].to(device)[..., None, :].unbind(-1)
+        return self.inside(self.seen, part, device)
+
+    def inside(self, ranges: Tensor, part: range, device: torch.device | str = "cpu") -> Tensor:
+        """Key blocks in half-open ranges ``[B, M, 2]``, for the rows ``part``: bool ``[B, len(part), N]``."""
+        low, high = ranges[:, part.start : part.stop].to(device)[..., None, :].unbind(-1)
         block = torch.arange(self.key_blocks, device=device)
         return (block >= low) & (block < high)
 
@@ -103,6 +107,12 @@ class Grid:
         # The last block ends where the keys do.
         low, high = -(-low // self.block_k), torch.where(high >= keys, -(-keys // self.block_k), high // self.block_k)
         return torch.stack([low, torch.where(past > first, high.maximum(low), low)], dim=-1)
+
+    def in_segments(self, ranges: Tensor, size: int) -> Tensor:
+        """Ranges of key blocks ``[B, M, 2]`` widened to segments of ``size`` positions, as far as there are keys."""
+        per = size // self.block_k
+        low, high = ranges[..., 0] // per * per, -(-ranges[..., 1] // per) * per
+        return torch.stack([low, high.minimum(-(-self.extent.key_count // self.block_k)[:, None])], dim=-1)
 
     def own(self, blocks: int = 1) -> Tensor:
         """Key blocks at the positions of the block's queries and the ``blocks - 1`` before, half-open, ``[B, M, 2]``.

@@ -20,6 +20,7 @@ __all__ = [
     "antidiagonal_scores",
     "group_shares",
     "last_query_probe",
+    "mean_row_maxima",
     "pool_keys",
     "pool_queries",
     "pooled_scores",
@@ -177,6 +178,30 @@ def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: rang
         out=scores.data_ptr(),
     )
     return scores
+
+
+def mean_row_maxima(call: AttentionCall, grid: Grid, regions: Tensor, part: range) -> Tensor:
+    """See `gossamer.backends.torch.mean_row_maxima`."""
+    _check(call, call.q, call.k)
+    grid = _of_call(grid, call)
+    _check_part(part, grid)
+    if regions.shape != (call.batch, grid.query_blocks, regions.shape[2], 2):
+        raise ValueError(
+            f"regions must be ({call.batch}, {grid.query_blocks}, any number, 2), got {tuple(regions.shape)}"
+        )
+    maxima = torch.empty(call.batch, call.heads, len(part), device="cpu")
+    q, k = dense_rows(call.q), dense_rows(call.k)
+    own = regions[:, part.start : part.stop].to("cpu", torch.int64).contiguous()  # held until the kernel is done
+    kernels().row_maxima(
+        active_isa(q.dtype),
+        score_view(q, k, call),
+        grid_view(grid),
+        part_view(part),
+        regions=own.data_ptr(),
+        region_count=own.shape[2],
+        out=maxima.data_ptr(),
+    )
+    return maxima
 
 
 def _check(call: AttentionCall, *tensors: Tensor) -> None:
