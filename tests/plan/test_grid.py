@@ -42,6 +42,7 @@ def assert_lies_as_defined(grid: Grid) -> None:
                 if any(row.allows(query, key) for query in positions)
             }
             assert list(range(*grid.seen[b, m].tolist())) == sorted(seen)
+            assert grid.sees(range(m, m + 1))[b, 0].nonzero().flatten().tolist() == sorted(seen)
 
 
 def test_blocks_of_random_extents_lie_as_defined() -> None:

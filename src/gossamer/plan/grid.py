@@ -79,6 +79,12 @@ class Grid:
         low = torch.where(some, low // self.block_k, 0)
         return torch.stack([low, torch.where(some, -(-high // self.block_k), low)], dim=-1)
 
+    def sees(self, part: range, device: torch.device | str = "cpu") -> Tensor:
+        """Whether some query of a block may attend some key of a block, bool ``[B, len(part), N]``."""
+        low, high = self.seen[:, part.start : part.stop].to(device)[..., None, :].unbind(-1)
+        block = torch.arange(self.key_blocks, device=device)
+        return (block >= low) & (block < high)
+
     def own(self, blocks: int = 1) -> Tensor:
         """Key blocks at the positions of the block's queries and the ``blocks - 1`` before, half-open, ``[B, M, 2]``.
 

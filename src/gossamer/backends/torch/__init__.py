@@ -5,7 +5,6 @@ from gossamer.backends.torch.cells import antidiagonal_means, antidiagonal_peaks
 from gossamer.backends.torch.choose import ListWriter, count, finish
 from gossamer.backends.torch.scores import (
     PART_BYTES,
-    block_softmax,
     key_similarity,
     last_query_probe,
     last_query_products,
@@ -24,7 +23,6 @@ __all__ = [
     "antidiagonal_peaks",
     "antidiagonal_scores",
     "attend",
-    "block_softmax",
     "count",
     "exact_slashes",
     "finish",

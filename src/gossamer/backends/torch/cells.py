@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer.backends.torch.scores import _seen, _wide
+from gossamer.backends.torch.scores import _wide
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid, ceil_div
 
@@ -66,7 +66,7 @@ def antidiagonal_means(
         with_bonus = (logits.unflatten(0, (call.groups, call.share)) + bonus[b, :, None, None, blocks]).flatten(0, 1)
         sums = with_bonus.masked_fill_(~seen, 0.0).sum(dim=(1, 3))
         means[b, :, row, blocks] = sums / seen.sum(dim=(0, 2)).clamp(min=1)
-    return means.masked_fill_(~_seen(grid, part, call.device)[:, None], 0.0)
+    return means.masked_fill_(~grid.sees(part, call.device)[:, None], 0.0)
 
 
 def _products_of_sums(call: AttentionCall, grid: Grid, stride: int, part: range, b: int) -> Tensor:
