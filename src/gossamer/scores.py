@@ -207,21 +207,22 @@ def pooled_mass(
     keys: Tensor | None = None,
     excluded: Tensor | None = None,
 ) -> Iterator[tuple[range, Tensor]]:
-    """Attention of a query block's mean to the means of the key blocks that it sees: a softmax, which sums to 1.
+    """Share of each key block in the softmax over ``scale * mean query . mean key`` of what a query block sees.
 
     Args:
         queries, keys: in place of `pool_queries` and `pool_keys`: what was made of them.
-        excluded: bool ``[B, H, N]``, key blocks that take no part; their score is 0.
+        excluded: bool ``[B, H, N]``, key blocks that take no part; their share is 0.
 
     Yields:
-        plan rows, and scores fp32 ``[B, H, rows, N]``.
+        plan rows, and shares fp32 ``[B, H, rows, N]``; each row sums to 1, or is 0 where it sees nothing.
     """
-    products, softmax = backend_of(call, "pooled_scores"), backend_of(call, "block_softmax")
+    backend = backend_of(call, "pooled_scores")
     queries = pool_queries(call, grid) if queries is None else queries
     keys = pool_keys(call, grid) if keys is None else keys
-    for part in _parts(call, grid, call.heads, products.PART_BYTES):
-        scores = products.pooled_scores(call, grid, queries, keys, part)
-        yield part, softmax.block_softmax(call, grid, scores, part, excluded)
+    for part in _parts(call, grid, call.heads, backend.PART_BYTES):
+        seen = grid.sees(part, call.device)[:, None]
+        seen = seen if excluded is None else seen & ~excluded[:, :, None]
+        yield part, masked_softmax(backend.pooled_scores(call, grid, queries, keys, part).mul_(call.scale), seen)
 
 
 def query_similarity(call: AttentionCall, grid: Grid) -> Tensor:

@@ -35,9 +35,9 @@ class Stem(Method):
 
     Defaults are those of the authors' code; the configuration that they ship for Qwen3-8B has decay 0.7.
 
-    Deviations: cells that a query block does not see count in no mean, and standard scores have all live cells (theirs:
-    also later cells of the last block; without the tail). N is what the call has keys for, so that a chunk of a prefill
-    has a shorter schedule than the whole prompt.
+    Deviations: a mean has the cells that count alone, and standard scores have all live ones (theirs: on the diagonal
+    later cells, too, which matters for its rank alone, since it is kept; and without the last, unfinished cell). N is
+    what the call has keys for, so that a chunk of a prefill has a shorter schedule than the whole prompt.
     """
 
     name: ClassVar[str] = "stem"

@@ -6,7 +6,6 @@ from gossamer.backends.torch.choose import ListWriter, count, finish
 from gossamer.backends.torch.groups import group_differences, group_shares, mean_row_maxima
 from gossamer.backends.torch.scores import (
     PART_BYTES,
-    block_softmax,
     key_similarity,
     last_query_probe,
     last_query_products,
@@ -25,7 +24,6 @@ __all__ = [
     "antidiagonal_peaks",
     "antidiagonal_scores",
     "attend",
-    "block_softmax",
     "count",
     "exact_slashes",
     "finish",

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gossamer.backends.torch.scores import _wide
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid, ceil_div
 
@@ -32,9 +33,9 @@ def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: rang
         fp32 ``[B, H, len(part), N]``; the scores of a query block sum to the number of its cells that see any key.
     """
     mass = torch.zeros(call.batch, call.heads, len(part), grid.key_blocks, device=call.device)
-    for b, row, logits, seen in _cells(call, grid, stride, part):
+    for b, row, blocks, logits, seen in _cells(call, grid, stride, part):
         share = logits.flatten(2).softmax(dim=-1).view_as(logits).masked_fill_(~seen, 0.0)
-        mass[b, :, row, : logits.shape[2]] = share.sum(dim=(1, 3))
+        mass[b, :, row, blocks] = share.sum(dim=(1, 3))
     return mass
 
 
@@ -42,6 +43,10 @@ def antidiagonal_means(
     call: AttentionCall, grid: Grid, stride: int, part: range, bonus: Tensor | None = None
 ) -> Tensor:
     """Mean logit of the cells of each block pair, of those that count (Stem, in AngelSlim).
+
+    Where all cells of a pair count, their mean is a single product: of what a block's cells sum to, place by place in a
+    cell, queries from the last place on and keys from the first. So no logits are formed but on the edges of what a
+    query block sees.
 
     Args:
         bonus: fp32 ``[B, G, cells]``, added to the logits of all cells of these keys.
@@ -51,14 +56,47 @@ def antidiagonal_means(
     """
     means = torch.zeros(call.batch, call.heads, len(part), grid.key_blocks, device=call.device)
     per_block = grid.block_k // stride
-    for b, row, logits, seen in _cells(call, grid, stride, part):
-        blocks = logits.shape[2]
-        if bonus is not None:
-            own = F.pad(bonus[b], (0, -bonus.shape[-1] % per_block)).unflatten(-1, (-1, per_block))[:, :blocks]
-            logits = (logits.unflatten(0, (call.groups, call.share)) + own[:, None, None]).flatten(0, 1)
-        cells = seen.sum(dim=(0, 2)).clamp(min=1)
-        means[b, :, row, :blocks] = logits.masked_fill_(~seen, 0.0).sum(dim=(1, 3)) / cells
-    return means
+    bonus = torch.zeros(1, device=call.device) if bonus is None else bonus
+    cells = ceil_div(call.extent.longest, stride)
+    bonus = F.pad(bonus.expand(call.batch, call.groups, cells), (0, grid.key_blocks * per_block - cells))
+    bonus = bonus.unflatten(-1, (grid.key_blocks, per_block))
+    for b in range(call.batch):
+        means[b] = _products_of_sums(call, grid, stride, part, b) + _mean_bonus(call, stride, b, bonus[b])
+    for b, row, blocks, logits, seen in _cells(call, grid, stride, part, edges=True):
+        with_bonus = (logits.unflatten(0, (call.groups, call.share)) + bonus[b, :, None, None, blocks]).flatten(0, 1)
+        sums = with_bonus.masked_fill_(~seen, 0.0).sum(dim=(1, 3))
+        means[b, :, row, blocks] = sums / seen.sum(dim=(0, 2)).clamp(min=1)
+    return means.masked_fill_(~grid.sees(part, call.device)[:, None], 0.0)
+
+
+def _products_of_sums(call: AttentionCall, grid: Grid, stride: int, part: range, b: int) -> Tensor:
+    """Mean logit of all cells of each block pair of live query and key cells: fp32 ``[H, len(part), N]``."""
+    if int(call.extent.key_count[b]) == 0:
+        return torch.zeros(call.heads, len(part), grid.key_blocks, device=call.device)
+    per_key = grid.block_k // stride
+    keys = _key_cells(call, b, stride, per_key).unflatten(1, (-1, per_key)).sum(dim=2)  # [G, blocks, stride * D]
+    queries = torch.stack([_query_cells(call, grid, b, m, stride).sum(dim=1) for m in part], dim=1)
+    queries = queries.reshape(call.groups, call.share * len(part), -1)
+    sums = (queries @ keys.transpose(-1, -2)).float().view(call.heads, len(part), -1)
+    low, high = grid.queries[b, part.start : part.stop].unbind(-1)
+    of_queries = -(-high // stride) - low // stride
+    of_keys = _live_cells(call, b, stride, keys.shape[1], per_key)
+    products = sums * (call.scale / stride) / (of_queries.clamp(min=1)[:, None] * of_keys).to(call.device)
+    return F.pad(products, (0, grid.key_blocks - keys.shape[1]))
+
+
+def _mean_bonus(call: AttentionCall, stride: int, b: int, bonus: Tensor) -> Tensor:
+    """Of the live cells of each key block, of ``[G, N, cells of a block]``: ``[H, 1, N]``."""
+    live = _live_cells(call, b, stride, bonus.shape[1], bonus.shape[2]).to(call.device)
+    place = torch.arange(bonus.shape[2], device=call.device)
+    sums = bonus.masked_fill(place >= live[:, None], 0.0).sum(dim=-1) / live.clamp(min=1)
+    return sums[:, None].expand(-1, call.share, -1).flatten(0, 1)[:, None]
+
+
+def _live_cells(call: AttentionCall, b: int, stride: int, blocks: int, per_block: int) -> Tensor:
+    """How many cells of each key block hold a live key, int64 on the CPU."""
+    live = ceil_div(int(call.extent.key_count[b]), stride)
+    return (live - torch.arange(blocks, device="cpu") * per_block).clamp(0, per_block)
 
 
 def antidiagonal_peaks(call: AttentionCall, grid: Grid, stride: int, part: range, near: float) -> tuple[Tensor, Tensor]:
@@ -72,12 +110,12 @@ def antidiagonal_peaks(call: AttentionCall, grid: Grid, stride: int, part: range
     """
     size = call.batch, call.heads, len(part), grid.key_blocks
     scores, attained = torch.zeros(size, device=call.device), torch.zeros(size, dtype=torch.bool, device=call.device)
-    for b, row, logits, _ in _cells(call, grid, stride, part):
+    for b, row, blocks, logits, _ in _cells(call, grid, stride, part):
         peaks = logits.amax(dim=-1)
         highest = peaks.amax(dim=-1, keepdim=True)
         beside = peaks.sub_(highest.masked_fill(highest == float("-inf"), 0.0)).exp_()
-        scores[b, :, row, : peaks.shape[-1]] = beside.sum(dim=1)
-        attained[b, :, row, : peaks.shape[-1]] = (beside >= near).any(dim=1)
+        scores[b, :, row, blocks] = beside.sum(dim=1)
+        attained[b, :, row, blocks] = (beside >= near).any(dim=1)
     return scores, attained
 
 
@@ -92,13 +130,18 @@ def value_norms(call: AttentionCall, stride: int) -> Tensor:
     return norms
 
 
-def _cells(call: AttentionCall, grid: Grid, stride: int, part: range) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def _cells(
+    call: AttentionCall, grid: Grid, stride: int, part: range, edges: bool = False
+) -> Iterator[tuple[int, int, slice, Tensor, Tensor]]:
     """Logits of the cells of each query block.
 
+    Args:
+        edges: of the block pairs alone in which some cells count and others do not.
+
     Yields:
-        batch row, row of the part, logits fp32 ``[H, rows of cells, key blocks, cells of a key block]`` for the first
-        key blocks, -inf where a cell does not count; and where it does, bool without heads. Nothing for query blocks
-        that are empty or see no key.
+        batch row, row of the part, key blocks, logits fp32 ``[H, rows of cells, key blocks, cells of a key block]``,
+        -inf where a cell does not count; and where it does, bool without heads. Nothing for query blocks that are empty
+        or see no key.
     """
     cells = Grid(call.extent, stride, stride)
     per_query, per_key = grid.block_q // stride, grid.block_k // stride
@@ -113,17 +156,38 @@ def _cells(call: AttentionCall, grid: Grid, stride: int, part: range) -> Iterato
             live = (index >= 0) & (index < cells.row_blocks[b])
             if not bool(live.any()):
                 continue
-            low, high = torch.where(live[:, None], cells.seen[b, index.clamp(0, cells.query_blocks - 1)], 0).unbind(-1)
-            blocks = ceil_div(int(high.max()), per_key)
-            if blocks == 0:
-                continue
-            q = _query_cells(call, grid, b, m, stride).reshape(call.groups, call.share * per_query, -1)
-            logits = (q @ keys[:, : blocks * per_key].transpose(-1, -2)).float().mul_(call.scale / stride)
-            cell = torch.arange(blocks * per_key, device=call.device)
-            low, high = low.to(call.device)[:, None], high.to(call.device)[:, None]
-            seen = ((cell >= low) & (cell < high)).unflatten(-1, (blocks, per_key))
-            logits = logits.view(call.heads, per_query, blocks, per_key)
-            yield b, m - part.start, logits.masked_fill_(~seen, float("-inf")), seen
+            seen = torch.where(live[:, None], cells.seen[b, index.clamp(0, cells.query_blocks - 1)], 0)
+            q = None
+            for blocks in _seen_blocks(seen[live], per_key, ceil_div(int(call.extent.key_count[b]), stride), edges):
+                if q is None:
+                    q = _query_cells(call, grid, b, m, stride).reshape(call.groups, call.share * per_query, -1)
+                here = slice(blocks.start * per_key, blocks.stop * per_key)
+                logits = (q @ keys[:, here].transpose(-1, -2)).float().mul_(call.scale / stride)
+                cell = torch.arange(here.start, here.stop, device=call.device)
+                low, high = seen.to(call.device)[:, None].unbind(-1)
+                counts = ((cell >= low) & (cell < high)).unflatten(-1, (len(blocks), per_key))
+                logits = logits.view(call.heads, per_query, len(blocks), per_key).masked_fill_(~counts, float("-inf"))
+                yield b, m - part.start, slice(blocks.start, blocks.stop), logits, counts
+
+
+def _seen_blocks(seen: Tensor, per_block: int, live: int, edges: bool) -> Iterator[range]:
+    """Key blocks of which some live row of cells sees a cell; with ``edges``, not all rows all ``live`` cells."""
+    low, high = seen[seen[:, 1] > seen[:, 0]].unbind(-1)
+    if low.numel() == 0:
+        return
+    first, stop = int(low.min()) // per_block, ceil_div(int(high.max()), per_block)
+    if not edges:
+        yield range(first, stop)
+        return
+    whole = range(0)
+    if low.numel() == len(seen):
+        end = int(high.min())
+        whole = range(
+            ceil_div(int(low.max()), per_block), ceil_div(end, per_block) if end >= live else end // per_block
+        )
+    for edge in (range(first, whole.start), range(whole.stop, stop)) if whole else (range(first, stop),):
+        if edge:
+            yield edge
 
 
 def _key_cells(call: AttentionCall, b: int, stride: int, per_block: int) -> Tensor:
@@ -141,8 +205,3 @@ def _query_cells(call: AttentionCall, grid: Grid, b: int, m: int, stride: int) -
     q = _wide(call.q[b, :, row + first : row + last])
     q = F.pad(q, (0, 0, first - begin, begin + grid.block_q - last)).unflatten(1, (-1, stride))
     return q.flip(2).flatten(2)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In fp32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

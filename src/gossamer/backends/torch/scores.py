@@ -18,7 +18,6 @@ from gossamer.plan import Grid, ceil_div
 
 __all__ = [
     "block_means",
-    "block_softmax",
     "diagonal_sums",
     "key_similarity",
     "last_query_probe",
@@ -214,25 +213,6 @@ def pooled_scores(call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor
     rows = queries[:, :, part.start : part.stop].unflatten(1, (call.groups, call.share))
     scores = rows @ keys[:, :, None].transpose(-1, -2)
     return scores.flatten(1, 2).masked_fill_(~grid.sees(part, call.device)[:, None], 0.0)
-
-
-def block_softmax(
-    call: AttentionCall, grid: Grid, products: Tensor, part: range, excluded: Tensor | None = None
-) -> Tensor:
-    """The softmax, over the key blocks that a query block sees, of `pooled_scores` times the scale.
-
-    Args:
-        products: ``[B, H, len(part), N]``, overwritten.
-        excluded: bool ``[B, H, N]``, key blocks that take no part.
-
-    Returns:
-        fp32 as the products; a row sums to 1, or to 0 where it sees no block that takes part.
-    """
-    counted = grid.sees(part, call.device)[:, None]
-    if excluded is not None:
-        counted = counted & ~excluded[:, :, None]
-    logits = products.mul_(call.scale).masked_fill_(~counted, float("-inf"))
-    return logits.softmax(dim=-1).masked_fill_(~counted, 0.0)
 
 
 def row_block_energy(
