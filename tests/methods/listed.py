@@ -15,7 +15,8 @@ class Listed:
     """A method as it is tested.
 
     Fields:
-        name, small: with budgets small enough that plans are sparse from a few hundred tokens on.
+        name, small: with budgets small enough that plans are sparse from a few hundred tokens on. A field that differs
+            between heads is a function of their number.
         full: the same method with a budget for everything.
         by_block: each query block is planned by itself, but for a tail that belongs to the call.
         tail: rows of that tail, for a share of query heads.
@@ -29,19 +30,26 @@ class Listed:
 
     @property
     def id(self) -> str:
-        return self.name + ("-exact" if self.small.get("exact") else "")
+        exact = self.small.get("exact")
+        return self.name + ("" if exact is None else "-exact" if exact else "-blocks")
 
     def create(self, heads: int, *, full: bool = False) -> Method:
         fields = self.full if full else self.small
-        if self.name == "per_head":
-            mixed = fields["layers"]
-            fields = {"layers": [[mixed[head % len(mixed)] for head in range(heads)]]}
-        return methods.create(self.name, **fields)
+        return methods.create(self.name, **{k: v(heads) if callable(v) else v for k, v in fields.items()})
 
 
 _SLASH, _OTHER_SLASH = VerticalSlash(60, 300), VerticalSlash(40, 64)
-_MIXED = [_SLASH, AShape(9, 150), BlockSparse(4, 32), _OTHER_SLASH, MaxRelative(0.97, 1, 2, 64)]
-_ALL = [VerticalSlash(10_000, 64), AShape(1, 10_000), BlockSparse(1000, 32), Dense(), MaxRelative(0.0)]
+_MIXED: list[Any] = [_SLASH, AShape(9, 150), BlockSparse(4, 32), _OTHER_SLASH, MaxRelative(0.97, 1, 2, 64)]
+_ALL: list[Any] = [VerticalSlash(10_000, 64), AShape(1, 10_000), BlockSparse(1000, 32), Dense(), MaxRelative(0.0)]
+
+
+def by_head(values: list[Any]) -> Callable[[int], Any]:
+    """A field ``[layer][head]`` of one layer, the values in turn."""
+    return lambda heads: [[values[head % len(values)] for head in range(heads)]]
+
+
+_GATES = {"gates": by_head([0.2, 0.9, 0.4]), "sparsity": 0.7}
+_BLOCKWISE = {"sink": 9, "local": 150, "block": 64, "exact": False}
 _NONE: dict[str, Any] = {}
 _SLASHES = {"vertical_size": 60, "slash_size": 300}
 _RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
@@ -55,5 +63,8 @@ LISTED = [
     Listed("block_sparse", {"blocks": 4}, {"blocks": 1000}, by_block=True),
     Listed("minference", _SLASHES, {"vertical_size": 10_000}, by_block=False),
     Listed("max_relative", _RELATIVE, {"alpha": 0.0}, True, lambda share: -(-256 // share)),
-    Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
+    Listed("duo_attention", _GATES | {"sink": 9, "recent": 150}, _GATES | {"recent": 10_000}, by_block=True),
+    Listed("lserve", _GATES | {"sink": 9, "local": 150}, _GATES | {"local": 10_000}, by_block=True),
+    Listed("lserve", _GATES | _BLOCKWISE, _GATES | {"local": 10_000, "exact": False}, by_block=True),
+    Listed("per_head", {"layers": by_head(_MIXED)}, {"layers": by_head(_ALL)}, by_block=False),
 ]

@@ -12,7 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends.torch.slashes import exact_slashes, merged_ranges
-from gossamer.methods import AShape, BlockSparse, MaxRelative, Method, MInference, TriShape, VerticalSlash
+from gossamer.methods import (
+    AShape,
+    BlockSparse,
+    DuoAttention,
+    LServe,
+    MaxRelative,
+    Method,
+    MInference,
+    TriShape,
+    VerticalSlash,
+)
 from gossamer.plan import Grid
 from gossamer.scores import last_query_probe, pool_keys, pool_queries, row_block_energy
 from gossamer.testing import SITUATIONS, make_call
@@ -71,6 +81,8 @@ PUBLISHED = [
     (VerticalSlash(), {"vertical_size": 1000, "slash_size": 6096, "last": 64, "exact": False}),
     (MInference(), {"layers": [], "vertical_size": 1000, "slash_size": 6096, "last": 64}),
     (BlockSparse(), {"blocks": 100, "block": 64}),
+    (DuoAttention(), {"gates": (), "sparsity": 0.5, "sink": 64, "recent": 256}),
+    (LServe(), {"gates": (), "sparsity": 0.5, "sink": 128, "local": 8192, "block": 128, "exact": True}),
     (
         MaxRelative(),
         {"alpha": 0.1, "sink_blocks": 2, "window_blocks": 4, "last_rows": 1024, "block_q": 64, "block_k": 128},

@@ -185,8 +185,10 @@ def test_plan_recall_is_the_mass_inside_the_plan(name: str, situation: str) -> N
         "vertical_slash": {"vertical_size": 9, "slash_size": 20},
         "minference": {"vertical_size": 9, "slash_size": 20},
         "block_sparse": {"blocks": 1},
+        "duo_attention": {"gates": [[0.0, 1.0]], "sink": 3, "recent": 20},
+        "lserve": {"gates": [[0.0, 1.0]], "sink": 3, "local": 20},
     }
-    call = call_in(situation, 130)
+    call = replace(call_in(situation, 130), layer=0)
     check_recall(call, methods.create(name, **small.get(name, {})).plan(call))
 
 

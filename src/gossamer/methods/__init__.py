@@ -4,6 +4,8 @@ from gossamer.methods.a_shape import AShape
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.dense import Dense
+from gossamer.methods.duo_attention import DuoAttention
+from gossamer.methods.lserve import LServe
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.per_head import PerHead
@@ -15,6 +17,8 @@ __all__ = [
     "AShape",
     "BlockSparse",
     "Dense",
+    "DuoAttention",
+    "LServe",
     "MInference",
     "MaxRelative",
     "Method",

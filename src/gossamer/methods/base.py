@@ -23,11 +23,13 @@ class Method(ABC):
             ``state``, ``whole prompt``. A call that lacks one runs dense, and the reason is counted.
         per_head: fields that may differ between heads that are planned together (`gossamer.methods.PerHead`). Where
             they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
+        tables: fields that hold numbers by layer and head, made for one model (`gossamer.profiles.read_table`).
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     per_head: ClassVar[tuple[str, ...]] = ()
+    tables: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def plan(self, call: AttentionCall) -> SparsePlan:
