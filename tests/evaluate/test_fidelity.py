@@ -27,6 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "max_relative": {"last_rows": 0, "window_blocks": 1, "sink_blocks": 0, "alpha": 1.0, "block_q": 16, "block_k": 16},
     "duo_attention": {"gates": [[0.9, 0.1]], "sink": 3, "recent": 40},
     "lserve": {"gates": [[0.9, 0.1]], "sink": 3, "local": 40},
+    "moa": {"alphas": [[40, 60, 80, 30]], "betas": [[0.0] * 4], "sink": 4, "least": 4, "block": 16},
     "per_head": {
         "layers": [
             [methods.AShape(3, 40), methods.BlockSparse(1), methods.VerticalSlash(9, 30), methods.BlockSparse(2, 32)]

@@ -50,6 +50,7 @@ def by_head(values: list[Any]) -> Callable[[int], Any]:
 
 _GATES = {"gates": by_head([0.2, 0.9, 0.4]), "sparsity": 0.7}
 _BLOCKWISE = {"sink": 9, "local": 150, "block": 64, "exact": False}
+_SPANS = {"alphas": by_head([0, 60.5, -20]), "betas": by_head([0.1, 0, 0.2]), "least": 64, "new_tokens": 20}
 _NONE: dict[str, Any] = {}
 _SLASHES = {"vertical_size": 60, "slash_size": 300}
 _RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
@@ -66,5 +67,6 @@ LISTED = [
     Listed("duo_attention", _GATES | {"sink": 9, "recent": 150}, _GATES | {"recent": 10_000}, by_block=True),
     Listed("lserve", _GATES | {"sink": 9, "local": 150}, _GATES | {"local": 10_000}, by_block=True),
     Listed("lserve", _GATES | _BLOCKWISE, _GATES | {"local": 10_000, "exact": False}, by_block=True),
+    Listed("moa", _SPANS, _SPANS | {"betas": by_head([1.0])}, by_block=False),
     Listed("per_head", {"layers": by_head(_MIXED)}, {"layers": by_head(_ALL)}, by_block=False),
 ]

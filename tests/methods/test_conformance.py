@@ -205,6 +205,7 @@ LEAST = {
     "block_sparse": {"blocks": 1, "block": 1},
     "duo_attention": {"sink": 0, "recent": 1},
     "lserve": {"sink": 0, "local": 1, "block": 1},
+    "moa": {"sink": 0, "least": 1, "block": 1, "new_tokens": 0},
     "max_relative": {"sink_blocks": 0, "window_blocks": 1, "last_rows": 0, "block_q": 1, "block_k": 1},
 }
 

@@ -20,6 +20,7 @@ from gossamer.methods import (
     MaxRelative,
     Method,
     MInference,
+    MoA,
     TriShape,
     VerticalSlash,
 )
@@ -83,6 +84,7 @@ PUBLISHED = [
     (BlockSparse(), {"blocks": 100, "block": 64}),
     (DuoAttention(), {"gates": (), "sparsity": 0.5, "sink": 64, "recent": 256}),
     (LServe(), {"gates": (), "sparsity": 0.5, "sink": 128, "local": 8192, "block": 128, "exact": True}),
+    (MoA(), {"alphas": (), "betas": (), "sink": 64, "least": 128, "block": 64, "new_tokens": 1024}),
     (
         MaxRelative(),
         {"alpha": 0.1, "sink_blocks": 2, "window_blocks": 4, "last_rows": 1024, "block_q": 64, "block_k": 128},

@@ -185,6 +185,7 @@ def test_plan_recall_is_the_mass_inside_the_plan(name: str, situation: str) -> N
         "vertical_slash": {"vertical_size": 9, "slash_size": 20},
         "minference": {"vertical_size": 9, "slash_size": 20},
         "block_sparse": {"blocks": 1},
+        "moa": {"alphas": [[40, 60, 80, 30]], "betas": [[0.0] * 4], "sink": 4, "least": 4, "block": 16},
         "duo_attention": {"gates": [[0.0, 1.0]], "sink": 3, "recent": 20},
         "lserve": {"gates": [[0.0, 1.0]], "sink": 3, "local": 20},
     }

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.methods import DuoAttention
-from gossamer.profiles import read_duo, read_table, write_duo
+from gossamer.methods import DuoAttention, MoA
+from gossamer.profiles import read_duo, read_moa, read_table, write_duo, write_moa
 
 GATES = ((0.25, 1.0, 0.0), (0.1, 0.30000000000000004, 0.5))
 
@@ -109,3 +109,29 @@ def test_what_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
         read_table(tmp_path, "gates")
     with pytest.raises(OSError, match="device"):
         read_table("/dev/zero", "gates")
+
+
+def test_spans_survive_the_round_trip_through_a_file(tmp_path: Path) -> None:
+    method = MoA([[1024.0, -0.125], [0.0, 3.0]], [[0.5, 1.0], [0.0, 0.1]])
+    write_moa(tmp_path / "moa.json", method)
+    assert read_moa(tmp_path / "moa.json") == method
+    assert read_moa(tmp_path / "moa.json", sink=3).sink == 3
+    data = json.loads((tmp_path / "moa.json").read_text())
+    (tmp_path / "more.json").write_text(json.dumps(data | {"permutation": [[1, 0], [0, 1]]}))
+    assert read_moa(tmp_path / "more.json") == method
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"alphas": [[1]]}', "has no betas"),
+        ('{"alphas": [[1]], "betas": [[1, 2]]}', "must be for the same layers and heads"),
+        ('{"alphas": [[1]], "betas": [["1"]]}', "betas, layer 0, head 0: expected a finite number, got '1'"),
+    ],
+)
+def test_spans_that_are_none_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "moa.json").write_text(content)
+    with pytest.raises(ValueError, match=f"moa.json.*{message}"):
+        read_moa(tmp_path / "moa.json")
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        read_moa(tmp_path / "moa.json", sinks=3)

@@ -8,6 +8,7 @@ from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.lserve import LServe
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
+from gossamer.methods.moa import MoA
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.registry import available, create, from_dict
 from gossamer.methods.tri_shape import TriShape
@@ -22,6 +23,7 @@ __all__ = [
     "MInference",
     "MaxRelative",
     "Method",
+    "MoA",
     "PerHead",
     "TriShape",
     "VerticalSlash",

@@ -14,6 +14,7 @@ from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.lserve import LServe
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
+from gossamer.methods.moa import MoA
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.vertical_slash import VerticalSlash
@@ -32,6 +33,7 @@ _METHODS: tuple[type[Method], ...] = (
     MaxRelative,
     DuoAttention,
     LServe,
+    MoA,
     PerHead,
 )
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gossamer.methods import DuoAttention
+from gossamer.methods import DuoAttention, MoA
 from gossamer.profiles.files import parse_json, read_file, shown, write_whole
 
-__all__ = ["read_duo", "read_table", "write_duo"]
+__all__ = ["read_duo", "read_moa", "read_table", "write_duo", "write_moa"]
 
 _GATES, _CONFIG = "full_attention_heads.tsv", "config.json"
 _MOST_LAYERS = _MOST_HEADS = 100_000  # more than any model has
@@ -81,6 +81,31 @@ def write_duo(folder: str | os.PathLike[str], gates: Sequence[Sequence[float]], 
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / _GATES, "".join("\t".join(repr(float(gate)) for gate in layer) + "\n" for layer in gates))
     write_json(folder / _CONFIG, {"sink_size": sink, "recent_size": recent})
+
+
+def read_moa(path: str | os.PathLike[str], **fields: Any) -> MoA:
+    """MoA from a file as its authors publish them: JSON with ``alphas`` and ``betas``, ``[layer][query head]``.
+
+    Other keys, such as the order of heads in their caches, are passed over.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is something else; or a field that `MoA` does not know or take.
+    """
+    tables: dict[str, Any] = {name: read_table(path, name) for name in ("alphas", "betas")}
+    try:
+        return MoA(**tables | fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_moa(path: str | os.PathLike[str], method: MoA) -> None:
+    """Write the spans of a method as `read_moa` reads them, to a temporary name first.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_json(Path(path), {"alphas": method.alphas, "betas": method.betas})
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
