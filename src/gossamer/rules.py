@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "Above",
     "Candidates",
     "RelativeToMax",
     "Rule",
     "TopK",
+    "TopKOfRows",
     "TopP",
     "TopPBelow",
     "TopPOfAllRows",
@@ -100,6 +102,20 @@ class RelativeToMax(Rule):
 
 
 @dataclass(frozen=True, eq=False)
+class Above(Rule):
+    """Candidates whose score is above ``threshold`` (SeerAttention, 2410.13276): no sort, no look at the others.
+
+    Scores are non-negative; a threshold of 0 chooses all that a row sees.
+    """
+
+    threshold: PerHead
+
+    def select(self, scores: Tensor, forced: Tensor) -> Tensor:
+        threshold = per_head(self.threshold, scores.shape[1], torch.float32, scores.device)[:, None, None]
+        return (scores > threshold) | (threshold == 0)
+
+
+@dataclass(frozen=True, eq=False)
 class TopK(Rule):
     """The ``count`` best candidates of each row."""
 
@@ -109,6 +125,20 @@ class TopK(Rule):
     def select(self, scores: Tensor, forced: Tensor) -> Tensor:
         budgets = per_head(self.count, scores.shape[1], torch.int64, "cpu")
         return top_k(scores, budgets[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class TopKOfRows(Rule):
+    """The best candidates of each row, in a number of its own: ``counts`` int64 ``[B, heads or 1, rows]``, on the CPU.
+
+    The rows are those of the scores: a rule is made for each part.
+    """
+
+    unseen: ClassVar[float] = float("-inf")
+    counts: Tensor
+
+    def select(self, scores: Tensor, forced: Tensor) -> Tensor:
+        return top_k(scores, self.counts)
 
 
 @dataclass(frozen=True, eq=False)

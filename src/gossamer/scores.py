@@ -16,7 +16,16 @@ from gossamer.backends import backend_of
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid
 
-__all__ = ["antidiagonal_scores", "last_query_probe", "pool_keys", "pool_queries", "pooled_scores", "row_block_energy"]
+__all__ = [
+    "antidiagonal_scores",
+    "block_attention",
+    "last_query_probe",
+    "pool_key_bounds",
+    "pool_keys",
+    "pool_queries",
+    "pooled_scores",
+    "row_block_energy",
+]
 
 
 def last_query_probe(call: AttentionCall, last: int = 64) -> tuple[Tensor, Tensor]:
@@ -39,6 +48,11 @@ def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     return backend_of(call, "pool_keys").pool_keys(call, grid)
 
 
+def pool_key_bounds(call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Smallest and largest entry, by channel, of the live keys of each key block: fp32 ``[B, G, N, D]`` each."""
+    return backend_of(call, "pool_key_bounds").pool_key_bounds(call, grid)
+
+
 def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
     """Mean of the live queries of each query block, fp32 ``[B, H, M, D]``."""
     return backend_of(call, "pool_queries").pool_queries(call, grid)
@@ -57,6 +71,22 @@ def pooled_scores(call: AttentionCall, grid: Grid) -> Iterator[tuple[range, Tens
     for part in _parts(call, grid, call.heads, backend.PART_BYTES):
         scores = backend.pooled_scores(call, grid, queries, keys, part)
         yield part, -scores if call.scale < 0 else scores
+
+
+def block_attention(
+    call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor, scale: float
+) -> Iterator[tuple[range, Tensor]]:
+    """Softmax over the key blocks that a query block sees, of one vector for each block (SeerAttention, 2410.13276).
+
+    Args:
+        queries: fp32 ``[B, H, M, C]``; keys: fp32 ``[B, G or H, N, C]``.
+
+    Yields:
+        plan rows, and shares fp32 ``[B, H, rows, N]``; each row sums to 1, or is 0 where it sees nothing.
+    """
+    backend = backend_of(call, "block_attention")
+    for part in _parts(call, grid, call.heads, backend.PART_BYTES):
+        yield part, backend.block_attention(call, grid, queries, keys, scale, part)
 
 
 def row_block_energy(call: AttentionCall, grid: Grid) -> Iterator[tuple[range, Tensor]]:

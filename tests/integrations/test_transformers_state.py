@@ -25,6 +25,7 @@ from gossamer import Policy, backends, methods, sparse_attention
 from gossamer.integrations import transformers as transformers_room
 from gossamer.integrations.transformers import NAME, enable
 from gossamer.methods.registry import class_of
+from gossamer.rotary import Rotary
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -197,7 +198,7 @@ def test_nothing_lands_on_the_default_device(method: str, planner: str, monkeypa
     q = torch.randn(1, 4, 200, 16, device="cpu")
     tables = {field: [[0.0, 1.0, 2.0, 3.0]] for field in class_of(method).tables}
     policy = Policy(methods.create(method, **tables), min_tokens=1, max_density=2.0)
-    out, lse = sparse_attention(q, q[:, :2], q[:, 2:], policy, return_lse=True, layer=0)
+    out, lse = sparse_attention(q, q[:, :2], q[:, 2:], policy, return_lse=True, layer=0, rotary=Rotary.of_base(16))
     assert out.device == lse.device == q.device
     assert torch.isfinite(out).all()
 

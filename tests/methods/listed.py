@@ -31,7 +31,11 @@ class Listed:
     @property
     def id(self) -> str:
         exact = self.small.get("exact")
-        return self.name + ("" if exact is None else "-exact" if exact else "-blocks")
+        return (
+            self.name
+            + ("-share" if "share" in self.small else "")
+            + ("" if exact is None else "-exact" if exact else "-blocks")
+        )
 
     def create(self, heads: int, *, full: bool = False) -> Method:
         fields = self.full if full else self.small
@@ -68,5 +72,7 @@ LISTED = [
     Listed("lserve", _GATES | {"sink": 9, "local": 150}, _GATES | {"local": 10_000}, by_block=True),
     Listed("lserve", _GATES | _BLOCKWISE, _GATES | {"local": 10_000, "exact": False}, by_block=True),
     Listed("moa", _SPANS, _SPANS | {"betas": by_head([1.0])}, by_block=False),
+    Listed("seer_attention", {"threshold": 0.08}, {"threshold": 0.0}, True, lambda share: 65),
+    Listed("seer_attention", {"share": 0.3}, {"share": 1.0}, by_block=False),
     Listed("per_head", {"layers": by_head(_MIXED)}, {"layers": by_head(_ALL)}, by_block=False),
 ]

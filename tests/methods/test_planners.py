@@ -21,6 +21,7 @@ from gossamer.methods import (
     Method,
     MInference,
     MoA,
+    SeerAttention,
     TriShape,
     VerticalSlash,
 )
@@ -85,6 +86,7 @@ PUBLISHED = [
     (DuoAttention(), {"gates": (), "sparsity": 0.5, "sink": 64, "recent": 256}),
     (LServe(), {"gates": (), "sparsity": 0.5, "sink": 128, "local": 8192, "block": 128, "exact": True}),
     (MoA(), {"alphas": (), "betas": (), "sink": 64, "least": 128, "block": 64, "new_tokens": 1024}),
+    (SeerAttention(), {"gates": "", "threshold": 0.002, "share": 0.0, "last_blocks": 2}),
     (
         MaxRelative(),
         {"alpha": 0.1, "sink_blocks": 2, "window_blocks": 4, "last_rows": 1024, "block_q": 64, "block_k": 128},

@@ -11,6 +11,7 @@ from gossamer.methods.minference import MInference
 from gossamer.methods.moa import MoA
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.registry import available, create, from_dict
+from gossamer.methods.seer_attention import SeerAttention
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.vertical_slash import VerticalSlash
 
@@ -25,6 +26,7 @@ __all__ = [
     "Method",
     "MoA",
     "PerHead",
+    "SeerAttention",
     "TriShape",
     "VerticalSlash",
     "available",

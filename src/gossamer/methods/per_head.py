@@ -12,7 +12,7 @@ from gossamer.methods.head_tables import of_layer
 from gossamer.methods.merging import merge_plans
 from gossamer.plan import SparsePlan
 
-__all__ = ["PerHead"]
+__all__ = ["PerHead", "needs_of"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ class PerHead(Method):
             ValueError: no layer was given, there is none such, or the number of heads differs.
         """
         return of_layer(self.layers, index, [heads])
+
+
+def needs_of(method: Method) -> frozenset[str]:
+    """What some call of a method must offer; of methods per head, what any of them needs."""
+    parts = (part for layer in method.layers for part in layer) if isinstance(method, PerHead) else ()
+    return method.needs.union(*(part.needs for part in parts))
 
 
 def planned_together(methods: Sequence[Method]) -> list[tuple[Method, list[int]]]:

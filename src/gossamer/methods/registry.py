@@ -16,6 +16,7 @@ from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.moa import MoA
 from gossamer.methods.per_head import PerHead
+from gossamer.methods.seer_attention import SeerAttention
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.vertical_slash import VerticalSlash
 
@@ -34,6 +35,7 @@ _METHODS: tuple[type[Method], ...] = (
     DuoAttention,
     LServe,
     MoA,
+    SeerAttention,
     PerHead,
 )
 

@@ -2,6 +2,7 @@
 
 from gossamer.backends.torch.attend import attend
 from gossamer.backends.torch.choose import ListWriter, count, finish
+from gossamer.backends.torch.gates import block_attention, pool_key_bounds
 from gossamer.backends.torch.scores import (
     PART_BYTES,
     antidiagonal_scores,
@@ -18,10 +19,12 @@ __all__ = [
     "ListWriter",
     "antidiagonal_scores",
     "attend",
+    "block_attention",
     "count",
     "exact_slashes",
     "finish",
     "last_query_probe",
+    "pool_key_bounds",
     "pool_keys",
     "pool_queries",
     "pooled_scores",

@@ -212,7 +212,9 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     if extent is None or reason is not None:
         return _counted(owner, asked, reason, lambda: _densely(None, asked, _Extras()))
     keys, values = asked.key[:, :, :used], asked.value[:, :, :used]
-    call = AttentionCall(asked.query, keys, values, extent, asked.scale, asked.sinks, asked.softcap, asked.layer)
+    rotary = owner.rotary(extent) if owner.rotary is not None and asked.query_len > 1 else None
+    fields = asked.scale, asked.sinks, asked.softcap, asked.layer
+    call = AttentionCall(asked.query, keys, values, extent, *fields, rotary=rotary)
     out = attend(call, owner.policy, because=training, record=owner.record)
     assert isinstance(out, Tensor)
     if owner.observe is not None and asked.query_len > 1:

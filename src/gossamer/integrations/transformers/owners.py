@@ -15,7 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gossamer.attention import CallRecord
 from gossamer.call import AttentionCall
+from gossamer.plan import Extent
 from gossamer.policy import Policy
+from gossamer.rotary import Rotary
 
 __all__ = [
     "NAME",
@@ -54,12 +56,14 @@ class Owner:
 
     Fields:
         reached: layers whose attention came here, whatever became of the call.
+        rotary: how the model turned a call's q and k, where somebody asked for it.
     """
 
     policy: Policy
     record: Callable[[CallRecord], None] | None
     observe: Callable[[Observation], None] | None = None
     reached: set[Any] = field(default_factory=set)
+    rotary: Callable[[Extent], Rotary | None] | None = None
 
 
 _owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
