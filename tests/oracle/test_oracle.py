@@ -118,6 +118,20 @@ def test_block_mass_is_that_of_the_whole_matrix(situation: str) -> None:
     torch.testing.assert_close(got.double(), blocks_of(call, softmax_matrix(call), **BLOCKS), **TOLERANCE)
 
 
+@in_every_situation
+@pytest.mark.usefixtures("constants")
+def test_block_peaks_are_those_of_the_whole_matrix(situation: str) -> None:
+    call = call_in(situation, 27)
+    grid, whole = grid_of(call), softmax_matrix(call)
+    got = oracle.block_peaks(call, oracle.log_sum_exp(call), grid)
+    expected = torch.zeros_like(got)
+    for b, h, i, j in whole.nonzero().tolist():
+        query, key = i + int(call.extent.query_start[b]), j - int(call.extent.key_start[b])
+        m, n = query // grid.block_q - int(grid.first_block[b]), key // grid.block_k
+        expected[b, h, m, n] = max(float(expected[b, h, m, n]), float(whole[b, h, i, j]))
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
 def test_a_row_of_blocks_sums_to_its_live_rows() -> None:
     call = call_in("left padding", 130)
     grid = grid_of(call)
