@@ -10,6 +10,7 @@ import pytest
 
 from gossamer.cli import main
 from gossamer.methods.seer_gates import SeerGates
+from gossamer.profiles import read_duo
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -80,3 +81,31 @@ def test_bad_input_is_one_line(refused, model_path, text, tmp_path) -> None:
     assert "cannot write into" in refused("train-gates", model_path, "--texts", text, "-o", tmp_path / "no" / "gates")
     assert "no such model" in refused("train-gates", tmp_path / "none", "--texts", text, "-o", out)
     assert not out.exists()
+
+
+def test_gates_of_duo_are_trained_and_run(capsys, model_path, prompt_file, text, tmp_path) -> None:
+    out = tmp_path / "gates"
+    options = ["--texts", text, "-o", out, "--kind", "duo", "--steps", 3, "--length", 128, "--rate", 0.2]
+    few = ["--passkeys", 2, "--words", 4, "--sink", 4, "--recent", 16]
+    data, _ = train(capsys, model_path, *options, *few)
+    assert data["kind"] == "duo"
+    assert len(data["losses"]) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gates", "text.txt"]
+    method = read_duo(out)
+    assert (method.sink, method.recent) == (4, 16)
+    assert [len(layer) for layer in method.gates] == [2, 2]
+    assert any(gate != 1.0 for layer in method.gates for gate in layer)
+
+    fields = ["--set", f"gates=@{out}", "--set", "sink=4", "--set", "recent=16"]
+    argv = ["run", model_path, prompt_file, "--method", "duo_attention", *fields]
+    assert main([str(part) for part in (*argv, "--min-tokens", 0, "--max-new-tokens", 1, "--json")]) == 0
+    assert 0.5 < json.loads(capsys.readouterr().out)["density"] < 0.7
+
+
+def test_bad_options_of_duo_are_one_line(refused, model_path, text, tmp_path) -> None:
+    argv = ["train-gates", model_path, "--texts", text, "-o", tmp_path / "gates", "--kind", "duo", "--length", 128]
+    assert "10 passkeys of 32 words take" in refused(*argv)
+    assert "1 to 10 passkeys, got 11" in refused(*argv, "--passkeys", 11)
+    assert "--words must be at least 1" in refused(*argv, "--words", 0)
+    assert "--recent must be at least 1" in refused(*argv, "--recent", 0)
+    assert "--sink must be at least 0" in refused(*argv, "--sink", -1)

@@ -188,8 +188,8 @@ class _Problem:
         """The line of each head, int64 ``[layers, H]``, that loses the least at a length; None where none may."""
         try:
             import numpy as np
-            from scipy.optimize import Bounds, LinearConstraint, milp
-            from scipy.sparse import coo_array, csr_array, hstack, identity, kron
+            from scipy.optimize import Bounds, LinearConstraint, milp  # pyright: ignore[reportMissingImports]
+            from scipy.sparse import coo_array, csr_array, hstack, identity, kron  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError("choosing MoA's spans needs scipy: pip install scipy") from error
         layers, heads, lines = self.losses[length].shape

@@ -18,6 +18,7 @@ __all__ = ["add_parser"]
 
 # Steps and learning rate of the authors; the length is what they trained on, as far as a model takes it.
 _DEFAULTS = {"seer": (500, 1e-3, 8192), "duo": (2000, 0.02, 8192)}
+_SHORTEST = 1000  # tokens of duo's prompts
 _LEAST = {"steps": 1, "length": 64, "block": 1, "sink": 0, "recent": 1, "save_every": 1, "passkeys": 1, "words": 1}
 
 
@@ -31,6 +32,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--length", type=int, help="tokens of a step, for duo at most (default: 8192)")
     parser.add_argument("--rate", type=float, help="largest learning rate (default: 0.001 for seer, 0.02 for duo)")
     parser.add_argument("--block", type=int, default=64, help="of seer's gates, in tokens (default: %(default)s)")
+    parser.add_argument("--passkeys", type=int, default=10, metavar="N", help="of duo's prompts (default: %(default)s)")
+    parser.add_argument("--words", type=int, default=32, metavar="N", help="of a passkey (default: %(default)s)")
+    parser.add_argument("--sink", type=int, default=128, help="of duo's streaming heads (default: %(default)s)")
+    parser.add_argument("--recent", type=int, default=256, help="likewise (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--save-every", type=int, default=50, metavar="N", help="steps (default: %(default)s)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -60,7 +65,7 @@ def execute(arguments: argparse.Namespace) -> int:
         raise BadInput(f"--device {arguments.device}: {first_line(error)}") from error
     check_model(model, arguments.model)
     model.requires_grad_(False)
-    run = {"seer": _seer}[arguments.kind]
+    run = {"seer": _seer, "duo": _duo}[arguments.kind]
     try:
         training = run(arguments, model, tokenizer, texts)
     except ValueError as error:
@@ -83,6 +88,21 @@ def _seer(arguments: argparse.Namespace, model: Any, tokenizer: Any, texts: list
     gates, training = train_seer(model, sample, block=arguments.block, **_common(arguments, model, tokenizer, texts))
     about = {"model": type(model).__name__, "steps": str(arguments.steps), "length": str(arguments.length)}
     gates.save(arguments.out, about)
+    return training
+
+
+def _duo(arguments: argparse.Namespace, model: Any, tokenizer: Any, texts: list[str]) -> Any:
+    from gossamer.calibrate.duo import train_duo
+    from gossamer.calibrate.passkeys import Passkeys
+    from gossamer.profiles import write_duo
+
+    size = {"longest": arguments.length, "shortest": min(_SHORTEST, arguments.length)}
+    counts = {"keys": arguments.passkeys, "words": arguments.words, "seed": arguments.seed}
+    prompts = Passkeys(tokenizer, texts, **size, **counts)
+    common = _common(arguments, model, tokenizer, texts)
+    common["about"] |= {"passkeys": arguments.passkeys, "words": arguments.words}
+    gates, training = train_duo(model, prompts.sample, sink=arguments.sink, recent=arguments.recent, **common)
+    write_duo(arguments.out, gates, sink=arguments.sink, recent=arguments.recent)
     return training
 
 

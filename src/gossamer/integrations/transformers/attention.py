@@ -215,7 +215,10 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     rotary = owner.rotary(extent) if owner.rotary is not None and asked.query_len > 1 else None
     fields = asked.scale, asked.sinks, asked.softcap, asked.layer
     call = AttentionCall(asked.query, keys, values, extent, *fields, rotary=rotary)
-    out = attend(call, owner.policy, because=training, record=owner.record)
+    if owner.instead is not None and asked.query_len > 1:
+        out = owner.instead(call)
+    else:
+        out = attend(call, owner.policy, because=training, record=owner.record)
     assert isinstance(out, Tensor)
     if owner.observe is not None and asked.query_len > 1:
         owner.observe(Observation(call, out))

@@ -11,11 +11,12 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from gossamer import methods
 from gossamer.attention import CallRecord
+from gossamer.call import AttentionCall
 from gossamer.integrations.transformers.attention import BIDIRECTIONAL, register
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, lend, owner_of, set_owner
 from gossamer.integrations.transformers.rotary import Positions, rotary_module, verified
@@ -43,6 +44,8 @@ class Handle:
         self._reached: set[Any] = set()
         self._positions: Positions | None = None
         self._hook: Any = None
+        self._visit: Callable[[Observation], None] | None = None
+        self._instead: Callable[[AttentionCall], Tensor] | None = None
         self._own(model, None)
         self._enabled = True
         for config, previous in lent.values():
@@ -83,6 +86,20 @@ class Handle:
             self.find_rotary(model)
         self._own(model, visit)
 
+    def replace(self, attend: Callable[[AttentionCall], Tensor] | None) -> None:
+        """Have ``attend`` make the output ``[B, H, S, Dv]`` of calls with several queries and a plain mask.
+
+        For training what stands beside a model: gradients pass through it. None gives them back to the policy.
+
+        Raises:
+            ValueError: the handle is disabled.
+        """
+        model = self._model()
+        if not self._enabled or model is None:
+            raise ValueError("this handle is disabled; call gossamer.enable(model) again")
+        self._instead = attend
+        self._own(model, self._visit)
+
     def find_rotary(self, model: nn.Module) -> None:
         """Have calls say how the model turned their q and k, after a look at two tokens.
 
@@ -121,7 +138,8 @@ class Handle:
 
     def _own(self, model: nn.Module, visit: Callable[[Observation], None] | None, enabled: bool = True) -> None:
         rotary = None if self._positions is None else self._positions.of
-        owner = Owner(self.policy, self._record, visit, self._reached, rotary) if enabled else None
+        self._visit = visit
+        owner = Owner(self.policy, self._record, visit, self._reached, rotary, self._instead) if enabled else None
         for module in model.modules():
             set_owner(module, owner)
 

@@ -57,6 +57,7 @@ class Owner:
     Fields:
         reached: layers whose attention came here, whatever became of the call.
         rotary: how the model turned a call's q and k, where somebody asked for it.
+        instead: makes the output ``[B, H, S, Dv]`` of calls with several queries, in place of the policy.
     """
 
     policy: Policy
@@ -64,6 +65,7 @@ class Owner:
     observe: Callable[[Observation], None] | None = None
     reached: set[Any] = field(default_factory=set)
     rotary: Callable[[Extent], Rotary | None] | None = None
+    instead: Callable[[AttentionCall], Tensor] | None = None
 
 
 _owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
