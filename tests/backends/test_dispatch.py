@@ -14,10 +14,12 @@ from gossamer.backends import torch as definition
 VERBS = (
     "ListWriter",
     "antidiagonal_scores",
+    "block_attention",
     "count",
     "exact_slashes",
     "finish",
     "last_query_probe",
+    "pool_key_bounds",
     "pool_keys",
     "pool_queries",
     "pooled_scores",
