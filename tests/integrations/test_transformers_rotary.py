@@ -170,3 +170,14 @@ def test_a_model_runs_a_gate_and_is_given_back() -> None:
             copy.deepcopy(model)
     assert not model.model.rotary_emb._forward_pre_hooks
     assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_in_a_graph_nobody_sees_positions() -> None:
+    """What an eager forward showed before is not taken for the graph's."""
+    model, ids = tiny_llama(), prompt(rows=1, length=64)
+    with enable(model, Policy(SeerAttention(threshold=0.5), 0, 2.0)) as handle, torch.no_grad():
+        model(input_ids=ids)
+        assert [layer.sparse_calls for layer in handle.stats()] == [1, 1]
+        handle.reset()
+        torch.compile(model, backend="eager", fullgraph=True)(input_ids=ids, use_cache=False)
+        assert handle.stats().fallbacks() == {"seer_attention needs rotary": 2}

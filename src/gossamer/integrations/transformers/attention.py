@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -228,7 +228,8 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
 def _run_operator(owner: Owner, *tensors_and_fields: Any) -> Tensor:
     asked = _Asked(*tensors_and_fields)
     owner.reached.add(asked.layer)
-    return _by_policy(owner, asked, None)
+    # In a graph nobody sees which positions the model gives its tokens; what was seen before it is another forward's.
+    return _by_policy(owner if owner.rotary is None else replace(owner, rotary=None), asked, None)
 
 
 _operator = operator(_run_operator)
