@@ -12,7 +12,7 @@ PICTURE = HERE / "images" / "layout.svg"
 # From the ground up: a module may import what stands below it, and its own room.
 LEVELS = [
     ["plan"],
-    ["call", "rules"],
+    ["call", "rules", "rotary"],
     ["backends"],
     ["oracle", "scores"],
     ["testing", "blocks"],

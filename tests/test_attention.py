@@ -17,6 +17,7 @@ from gossamer.attention import CallRecord, attend
 from gossamer.call import CallFields
 from gossamer.methods import AShape, Dense
 from gossamer.policy import TOO_DENSE
+from gossamer.rotary import Rotary
 
 SINKS = torch.tensor([0.3, -1.0, 2.0, 0.0])
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 2e-5}
@@ -76,6 +77,7 @@ FIELDS: dict[str, Any] = {
     "layout": ("frames", 4, 4),
     "step": (2, "guided"),
     "state": [{"seen": 1}],
+    "rotary": Rotary.of_base(8),
 }
 
 

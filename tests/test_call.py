@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer import AttentionCall, Extent, SparsePlan
+from gossamer.rotary import Rotary
 
 
 def tensors(
@@ -34,6 +35,7 @@ OTHERS: dict[str, Any] = {
     "layout": ("frames", 4, 4),
     "step": (2, "guided"),
     "state": [{"seen": 1}],
+    "rotary": Rotary.of_base(8),
 }
 
 
@@ -145,7 +147,7 @@ def test_a_gradient_is_needed_where_any_tensor_wants_one(name: str) -> None:
 # What methods need
 
 
-@pytest.mark.parametrize("need", ["causal", "values", "store", "layout", "step", "layer", "state"])
+@pytest.mark.parametrize("need", ["causal", "values", "store", "layout", "step", "layer", "state", "rotary"])
 def test_a_call_lacks_what_it_was_not_given(need: str) -> None:
     q, k, v = tensors()
     bare = AttentionCall(q, k, extent=Extent.full(1, 5, 9, causal=False))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gossamer import AttentionCall, Extent, scores
 from gossamer.backends import backend_of, cpu
+from gossamer.methods.segments import order_in_segments, reorder_keys
 from gossamer.plan import Grid
 
 
@@ -218,7 +219,7 @@ def test_probed_blocks_are_shares_of_the_last_queries(situation: str, last: int)
 def test_keys_are_ordered_by_mass_inside_full_segments(situation: str) -> None:
     call = call_in(situation, length=37)
     drawn = torch.randint(0, 5, (call.batch, 2, call.extent.longest), generator=torch.Generator().manual_seed(1))
-    order = scores.order_in_segments(call, drawn.float(), 8)
+    order = order_in_segments(call, drawn.float(), 8)
     assert order.shape == (call.batch, 2, call.key_len)
     for b, row in enumerate(rows_of(call.extent)):
         full = row.key_count // 8 * 8
@@ -233,8 +234,8 @@ def test_keys_are_ordered_by_mass_inside_full_segments(situation: str) -> None:
 def test_a_reordered_call_has_each_heads_keys_by_rank(situation: str, heads: int) -> None:
     call = call_in(situation, length=37)
     drawn = torch.rand(call.batch, heads, call.extent.longest, generator=torch.Generator().manual_seed(1))
-    order = scores.order_in_segments(call, drawn, 8)
-    got = scores.reorder_keys(call, order, 8)
+    order = order_in_segments(call, drawn, 8)
+    got = reorder_keys(call, order, 8)
     assert (got.groups, got.key_len, got.v) == (heads, call.key_len, None)
     assert got.extent.limit == (None if call.extent.limit is None else call.extent.limit + 7)
     for b, row in enumerate(rows_of(call.extent)):

@@ -89,7 +89,7 @@ class Blocks:
         where causality cuts through them: what is attended goes by the original positions.
 
         Args:
-            order: key positions by rank, ``[B, heads, T]``; see `gossamer.scores.order_in_segments`.
+            order: key positions by rank, ``[B, heads, T]``; see `gossamer.methods.segments.order_in_segments`.
             segment: a multiple of ``block_k``.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gossamer.plan import Extent, SparsePlan
 from gossamer.plan.checks import checks_numbers
+from gossamer.rotary import Rotary
 
 __all__ = ["AttentionCall", "CallFields", "Store"]
 
@@ -41,6 +42,7 @@ class CallFields(TypedDict, total=False):
     layout: Any
     step: Any
     state: Sequence[dict[str, Any]] | None
+    rotary: Rotary | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +60,7 @@ class AttentionCall:
         layout: what the tokens are: text, frames of height x width, modalities.
         step: denoising step and guidance branch.
         state: one mapping for each batch row, which an integration keeps over the calls of a request.
+        rotary: how the model turned q and k by position, for methods that look at them before that.
 
     Raises:
         ValueError, TypeError: at construction: what was given, what was expected, what to do.
@@ -75,6 +78,7 @@ class AttentionCall:
     layout: Any = None
     step: Any = None
     state: Sequence[dict[str, Any]] | None = None
+    rotary: Rotary | None = None
 
     def __post_init__(self) -> None:
         _check_tensors(self.q, self.k, self.v)
@@ -93,6 +97,10 @@ class AttentionCall:
             raise ValueError(
                 f"sinks must have shape ({self.heads},), one logit a query head, on {self.q.device}, "
                 f"got {tuple(self.sinks.shape)} on {self.sinks.device}"
+            )
+        if self.rotary is not None and self.rotary.channels > self.q.shape[-1]:
+            raise ValueError(
+                f"rotary turns {self.rotary.channels} channels, but the head dimension is {self.q.shape[-1]}"
             )
 
     @classmethod
@@ -169,6 +177,20 @@ class AttentionCall:
         tensors = (self.q, self.k, self.v, self.sinks)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
+    def before_rotary(self) -> AttentionCall:
+        """The call with q and k as they were before the model turned them; exact but for rounding.
+
+        Raises:
+            ValueError: nobody said how they were turned.
+        """
+        if self.rotary is None:
+            raise ValueError("this call does not say how q and k were turned by position: make it with rotary")
+        extent = self.extent
+        queries = extent.query_positions(self.query_len, self.device)
+        keys = extent.key_positions(self.key_len, self.device)
+        q = self.rotary.turn(self.q, queries, back=True)
+        return replace(self, q=q, k=self.rotary.turn(self.k, keys, back=True), rotary=None)
+
     def lacks(self, needs: Collection[str]) -> str | None:
         """The first of a method's `Method.needs` that this call does not offer, or None.
 
@@ -183,6 +205,7 @@ class AttentionCall:
             "step": self.step is not None,
             "layer": self.layer is not None,
             "state": self.state is not None,
+            "rotary": self.rotary is not None,
             "whole prompt": not bool((self.extent.first_position > 0).any()),
         }
         for need in sorted(needs):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "Above",
     "AtLeast",
     "Besides",
     "Candidates",
@@ -120,6 +121,20 @@ class AtLeast(Rule):
     def select(self, scores: Tensor, forced: Tensor) -> Tensor:
         bar = per_head(self.bar, scores.shape[1], torch.float32, scores.device)[:, None, None]
         return (scores >= bar) & (scores > float("-inf"))
+
+
+@dataclass(frozen=True, eq=False)
+class Above(Rule):
+    """Candidates whose score is above ``threshold`` (SeerAttention, 2410.13276): no sort, no look at the others.
+
+    Scores are non-negative; a threshold of 0 chooses all that a row sees.
+    """
+
+    threshold: PerHead
+
+    def select(self, scores: Tensor, forced: Tensor) -> Tensor:
+        threshold = per_head(self.threshold, scores.shape[1], torch.float32, scores.device)[:, None, None]
+        return (scores > threshold) | (threshold == 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,6 @@ does not see has score 0. The definitions, with their formulas, are in `gossamer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,12 +16,13 @@ from torch import Tensor
 
 from gossamer.backends import backend_of
 from gossamer.call import AttentionCall
-from gossamer.plan import Extent, Grid, ceil_div
+from gossamer.plan import Grid, ceil_div
 
 __all__ = [
     "antidiagonal_means",
     "antidiagonal_peaks",
     "antidiagonal_scores",
+    "block_attention",
     "block_sums",
     "group_differences",
     "group_shares",
@@ -31,14 +31,13 @@ __all__ = [
     "last_query_products",
     "masked_softmax",
     "mean_row_maxima",
-    "order_in_segments",
+    "pool_key_bounds",
     "pool_keys",
     "pool_queries",
     "pooled_mass",
     "pooled_scores",
     "probed_blocks",
     "query_similarity",
-    "reorder_keys",
     "row_block_energy",
     "value_bonus",
 ]
@@ -133,51 +132,14 @@ def last_query_products(call: AttentionCall) -> Tensor:
     return -products if call.scale < 0 else products
 
 
-def order_in_segments(call: AttentionCall, mass: Tensor, segment: int) -> Tensor:
-    """Key positions by rank: inside each segment the largest mass first, of equal ones the lower position.
-
-    Segments that are not full of live keys stay in order (PBS-Attn, 2510.21270).
-
-    Args:
-        mass: ``[B, heads, positions]``; segment: positions.
-
-    Returns:
-        int64 ``[B, heads, T]``, as `SparsePlan.k_order` has them.
-    """
-    number = ceil_div(call.key_len, segment)
-    rows = F.pad(mass, (0, number * segment - mass.shape[-1])).unflatten(-1, (number, segment))
-    ranks = rows.argsort(dim=-1, descending=True, stable=True)
-    full = torch.arange(number, device="cpu") < (call.extent.key_count // segment)[:, None]
-    place = torch.arange(segment, device=call.device)
-    ranks = torch.where(full.to(call.device)[:, None, :, None], ranks, place)
-    return (ranks + torch.arange(number, device=call.device)[:, None] * segment).flatten(-2)[..., : call.key_len]
-
-
-def reorder_keys(call: AttentionCall, order: Tensor, segment: int) -> AttentionCall:
-    """The call with each head's keys by rank, for scores of their blocks; it has as many key heads as the order.
-
-    Its window reaches a segment further, so that it sees all blocks of the segments that are seen. Holds a copy of the
-    keys: where the query heads of a group have orders of their own, one for each.
-
-    Args:
-        order: ``[B, heads, T]`` of `order_in_segments`, with G or H heads.
-    """
-    extent, length = call.extent, call.key_len
-    slots = torch.arange(length, device=call.device)
-    start, count = (x.to(call.device)[:, None] for x in (extent.key_start, extent.key_count))
-    rank = slots - start
-    source = order.gather(2, rank.clamp(0, max(0, length - 1))[:, None].expand_as(order)) + start[:, None]
-    source = torch.where(((rank >= 0) & (rank < count))[:, None], source, slots)
-    source = source.unflatten(1, (call.groups, order.shape[1] // call.groups))
-    keys = call.k[:, :, None].take_along_dim(source[..., None], dim=3).flatten(1, 2)
-    given = (extent.query_start, extent.query_count, extent.key_start, extent.key_count)
-    limit = None if extent.limit is None else extent.limit + segment - 1
-    return replace(call, k=keys, v=None, extent=Extent(*given, causal=extent.causal, limit=limit))
-
-
 def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     """Mean of the live keys of each key block, fp32 ``[B, G, N, D]``."""
     return backend_of(call, "pool_keys").pool_keys(call, grid)
+
+
+def pool_key_bounds(call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Smallest and largest entry, by channel, of the live keys of each key block: fp32 ``[B, G, N, D]`` each."""
+    return backend_of(call, "pool_key_bounds").pool_key_bounds(call, grid)
 
 
 def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
@@ -223,6 +185,22 @@ def pooled_mass(
         seen = grid.sees(part, call.device)[:, None]
         seen = seen if excluded is None else seen & ~excluded[:, :, None]
         yield part, masked_softmax(backend.pooled_scores(call, grid, queries, keys, part).mul_(call.scale), seen)
+
+
+def block_attention(
+    call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor, scale: float
+) -> Iterator[tuple[range, Tensor]]:
+    """Softmax over the key blocks that a query block sees, of one vector for each block (SeerAttention, 2410.13276).
+
+    Args:
+        queries: fp32 ``[B, H, M, C]``; keys: fp32 ``[B, G or H, N, C]``.
+
+    Yields:
+        plan rows, and shares fp32 ``[B, H, rows, N]``; each row sums to 1, or is 0 where it sees nothing.
+    """
+    backend = backend_of(call, "block_attention")
+    for part in _parts(call, grid, call.heads, backend.PART_BYTES):
+        yield part, backend.block_attention(call, grid, queries, keys, scale, part)
 
 
 def query_similarity(call: AttentionCall, grid: Grid) -> Tensor:

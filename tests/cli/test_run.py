@@ -11,6 +11,7 @@ from gossamer import Profile
 from gossamer.backends import cpu
 from gossamer.cli import main
 from gossamer.methods import AShape, Dense, MaxRelative
+from gossamer.profiles import write_duo
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -285,3 +286,16 @@ def test_a_filter_that_is_none_is_explained(capsys, model_path, prompt_file, tex
 def test_a_filter_by_a_layer_that_is_not_there(capsys, model_path, prompt_file):
     line = bad(capsys, model_path, prompt_file, "--filter", "2:40")
     assert "--filter: layer must be at least 0 and below 2" in line
+
+
+def test_numbers_by_head_must_be_there_and_be_for_this_model(capsys, model_path, prompt_file, tmp_path):
+    argv = [model_path, prompt_file, "--method", "duo_attention", "--set"]
+    assert "duo_attention has no gates" in bad(capsys, *argv, "sink=3")
+    message = "gates is for 1 layers of 3 heads, but this model has 2 layers of 4 (2 for keys and values)"
+    assert message in bad(capsys, *argv, "gates=[[1,2,3]]")
+    assert message.replace("1 layers of 3", "2 layers of 3") in bad(capsys, *argv, "gates=[[1,2,3],[1,2,3]]")
+    write_duo(tmp_path, [[0.5, 1.0], [0.2, 0.7]], sink=1, recent=2)
+    few = ["--set", "sink=4", "--set", "recent=16", "--min-tokens", 0, "--max-new-tokens", 1, "--json"]
+    code, out, _ = run(capsys, *argv, f"gates=@{tmp_path}", *few)
+    assert code == 0
+    assert 0.5 < json.loads(out)["density"] < 0.7

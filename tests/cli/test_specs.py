@@ -9,7 +9,8 @@ import pytest
 
 from gossamer import Profile
 from gossamer.cli.specs import field_values, make_method, parse_method, parse_task, split_specs
-from gossamer.methods import AShape, Dense, Method, MInference, PerHead
+from gossamer.methods import AShape, Dense, DuoAttention, Method, MInference, PerHead
+from gossamer.profiles import write_duo
 
 
 class Colour(enum.Enum):
@@ -127,3 +128,14 @@ def test_a_profile_is_for_methods_per_head_alone() -> None:
         make_method("minference", ["slash_size=9"], profile)
     with pytest.raises(ValueError, match="use --profile FILE"):
         parse_method("minference(layers=[])")
+
+
+def test_numbers_by_layer_and_head_come_from_a_file(tmp_path) -> None:
+    write_duo(tmp_path, [[0.5, 1.0]], sink=1, recent=2)
+    made = parse_method(f"duo_attention(gates=@{tmp_path},sparsity=0.25)")
+    assert made == DuoAttention(((0.5, 1.0),), sparsity=0.25)
+    assert parse_method("lserve(gates=[[0.5,1]])").to_dict()["gates"] == ((0.5, 1.0),)
+    with pytest.raises(ValueError, match=r"cannot read .*nowhere: No such file"):
+        parse_method(f"duo_attention(gates=@{tmp_path}/nowhere)")
+    with pytest.raises(ValueError, match=r"a_shape\.sink takes int, got '@3'"):
+        parse_method("a_shape(sink=@3)")

@@ -21,6 +21,7 @@ from gossamer.evaluate.frontier import DENSITIES, measure
 from gossamer.evaluate.records import read_lines
 from gossamer.evaluate.results import ResultsFile, make_header
 from gossamer.evaluate.settings import bounds_table, comparison_rows, comparison_table, pareto, settings_of
+from gossamer.methods.registry import class_of
 from gossamer.oracle import log_sum_exp
 from gossamer.report.frontier import frontier as drawn
 
@@ -197,7 +198,7 @@ def test_pareto() -> None:
 
 @pytest.mark.parametrize("name", methods.available())
 def test_settings_are_methods_from_the_sparsest_on(name: str) -> None:
-    kind = methods.registry.class_of(name)
+    kind = class_of(name)
     if not kind.settings:
         return
     made = settings_of(kind)

@@ -16,6 +16,7 @@ from gossamer import AttentionCall, Extent, Policy, SparsePlan, methods, sparse_
 from gossamer.evaluate.fidelity import FIGURES, compare, compare_layer, compare_logits, plan_map
 from gossamer.integrations.transformers import Observation
 from gossamer.oracle import log_sum_exp
+from gossamer.rotary import Rotary
 
 LENGTH = 200
 SMALL: dict[str, dict[str, Any]] = {
@@ -25,6 +26,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "minference": {"vertical_size": 9, "slash_size": 30},
     "block_sparse": {"blocks": 1},
     "max_relative": {"last_rows": 0, "window_blocks": 1, "sink_blocks": 0, "alpha": 1.0, "block_q": 16, "block_k": 16},
+    "duo_attention": {"gates": [[0.9, 0.1]], "sink": 3, "recent": 40},
+    "lserve": {"gates": [[0.9, 0.1]], "sink": 3, "local": 40},
+    "moa": {"alphas": [[40, 60, 80, 30]], "betas": [[0.0] * 4], "sink": 4, "least": 4, "block": 16},
+    "seer_attention": {"threshold": 0.3, "last_blocks": 0},
     "per_head": {
         "layers": [
             [methods.AShape(3, 40), methods.BlockSparse(1), methods.VerticalSlash(9, 30), methods.BlockSparse(2, 32)]
@@ -37,7 +42,7 @@ def one_call(limit: int | None = None) -> tuple[Observation, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     q = 2 * torch.randn(1, 4, LENGTH, 16, generator=generator)
     k, v = (torch.randn(1, 2, LENGTH, 16, generator=generator) for _ in range(2))
-    call = AttentionCall.of(q, k, v, scale=0.25, limit=limit, layer=0)
+    call = AttentionCall.of(q, k, v, scale=0.25, limit=limit, layer=0, rotary=Rotary.of_base(16))
     out = sparse_attention(q, k, v, "dense", scale=0.25, limit=limit)
     return Observation(call, out), log_sum_exp(call)
 

@@ -24,6 +24,8 @@ from transformers import (
 from gossamer import Policy, backends, methods, sparse_attention
 from gossamer.integrations import transformers as transformers_room
 from gossamer.integrations.transformers import NAME, enable
+from gossamer.methods.registry import class_of
+from gossamer.rotary import Rotary
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -194,8 +196,9 @@ def test_nothing_lands_on_the_default_device(method: str, planner: str, monkeypa
         pytest.skip("no C++ kernels")
     monkeypatch.setenv("GOSSAMER_PLANNER", planner)
     q = torch.randn(1, 4, 200, 16, device="cpu")
-    policy = Policy(methods.create(method), min_tokens=1, max_density=2.0)
-    out, lse = sparse_attention(q, q[:, :2], q[:, 2:], policy, return_lse=True)
+    tables = {field: [[0.0, 1.0, 2.0, 3.0]] for field in class_of(method).tables}
+    policy = Policy(methods.create(method, **tables), min_tokens=1, max_density=2.0)
+    out, lse = sparse_attention(q, q[:, :2], q[:, 2:], policy, return_lse=True, layer=0, rotary=Rotary.of_base(16))
     assert out.device == lse.device == q.device
     assert torch.isfinite(out).all()
 

@@ -16,7 +16,8 @@ class Listed:
     """A method as it is tested.
 
     Fields:
-        name, small: with budgets small enough that plans are sparse from a few hundred tokens on.
+        name, small: with budgets small enough that plans are sparse from a few hundred tokens on. A field that differs
+            between heads is a function of their number.
         full: the same method with a budget for everything.
         by_block: each query block is planned by itself, but for a tail that belongs to the call.
         tail: rows of that tail, for a share of query heads.
@@ -30,19 +31,32 @@ class Listed:
 
     @property
     def id(self) -> str:
-        return self.name + "".join(f"-{form}" for form in ("exact", "plus") if self.small.get(form))
+        exact = self.small.get("exact")
+        return (
+            self.name
+            + ("-share" if "share" in self.small else "")
+            + ("" if exact is None else "-exact" if exact else "-blocks")
+            + ("-plus" if self.small.get("plus") else "")
+        )
 
     def create(self, heads: int, *, full: bool = False) -> Method:
         fields = self.full if full else self.small
-        if self.name == "per_head":
-            mixed = fields["layers"]
-            fields = {"layers": [[mixed[head % len(mixed)] for head in range(heads)]]}
-        return methods.create(self.name, **fields)
+        return methods.create(self.name, **{k: v(heads) if callable(v) else v for k, v in fields.items()})
 
 
 _SLASH, _OTHER_SLASH = VerticalSlash(60, 300), VerticalSlash(40, 64)
-_MIXED = [_SLASH, AShape(9, 150), BlockSparse(4, 32), _OTHER_SLASH, MaxRelative(0.97, 1, 2, 64)]
-_ALL = [VerticalSlash(10_000, 64), AShape(1, 10_000), BlockSparse(1000, 32), Dense(), MaxRelative(0.0)]
+_MIXED: list[Any] = [_SLASH, AShape(9, 150), BlockSparse(4, 32), _OTHER_SLASH, MaxRelative(0.97, 1, 2, 64)]
+_ALL: list[Any] = [VerticalSlash(10_000, 64), AShape(1, 10_000), BlockSparse(1000, 32), Dense(), MaxRelative(0.0)]
+
+
+def by_head(values: list[Any]) -> Callable[[int], Any]:
+    """A field ``[layer][head]`` of one layer, the values in turn."""
+    return lambda heads: [[values[head % len(values)] for head in range(heads)]]
+
+
+_GATES = {"gates": by_head([0.2, 0.9, 0.4]), "sparsity": 0.7}
+_BLOCKWISE = {"sink": 9, "local": 150, "block": 64, "exact": False}
+_SPANS = {"alphas": by_head([0, 60.5, -20]), "betas": by_head([0.1, 0, 0.2]), "least": 64, "new_tokens": 20}
 _NONE: dict[str, Any] = {}
 _SHARES = {"error": 0.2, "sink": 4, "window": 40, "group": 2, "block": 32}
 _SLASHES = {"vertical_size": 60, "slash_size": 300}
@@ -77,8 +91,14 @@ LISTED = [
     Listed("prism", {"p_high": 0.3, "p_low": 0.3, "block": 32}, {"p_high": 1.0, "p_low": 1.0}, by_block=False),
     Listed("stem", _STEM, _STEM | {"share": 1.0}, by_block=False),
     Listed("cosa", {"p": 0.3, "block": 32, "stride": 8}, {"p": 1.0}, by_block=True),
-    Listed("corrected", {"base": MaxRelative(**_RELATIVE), "skip": 1.0}, {"base": MaxRelative(0.0)}, True, _tail),
     Listed("pbs", _PBS, {"threshold": 1.0}, by_block=False),
     Listed("pbs", _PBS | {"plus": True, "shared": False}, {"threshold": 1.0, "plus": True}, by_block=False),
-    Listed("per_head", {"layers": _MIXED}, {"layers": _ALL}, by_block=False),
+    Listed("duo_attention", _GATES | {"sink": 9, "recent": 150}, _GATES | {"recent": 10_000}, by_block=True),
+    Listed("lserve", _GATES | {"sink": 9, "local": 150}, _GATES | {"local": 10_000}, by_block=True),
+    Listed("lserve", _GATES | _BLOCKWISE, _GATES | {"local": 10_000, "exact": False}, by_block=True),
+    Listed("moa", _SPANS, _SPANS | {"betas": by_head([1.0])}, by_block=False),
+    Listed("seer_attention", {"threshold": 0.08}, {"threshold": 0.0}, True, lambda share: 65),
+    Listed("seer_attention", {"share": 0.3}, {"share": 1.0}, by_block=False),
+    Listed("corrected", {"base": MaxRelative(**_RELATIVE), "skip": 1.0}, {"base": MaxRelative(0.0)}, True, _tail),
+    Listed("per_head", {"layers": by_head(_MIXED)}, {"layers": by_head(_ALL)}, by_block=False),
 ]

@@ -17,6 +17,7 @@ from listed import LISTED, Listed
 
 from gossamer import AttentionCall, Extent, backends, methods
 from gossamer.backends import cpu
+from gossamer.rotary import Rotary
 from gossamer.testing import SITUATIONS, assert_accurate, assert_keeps_diagonal, make_call
 
 LENGTHS = (1, 64, 65, 300)
@@ -161,7 +162,7 @@ def test_nothing_to_plan(
     each = torch.ones(batch, dtype=torch.int64)
     start = max(0, key_len - query_len)
     extent = Extent(each * start, each * query_len, each * 0, each * key_len, causal=causal)
-    call = AttentionCall(q, k, k, extent, layer=0)
+    call = AttentionCall(q, k, k, extent, layer=0, rotary=Rotary.of_base(16))
     method = listed.create(4)
     if method.lacks(call) is not None:
         return
@@ -243,6 +244,10 @@ LEAST = {
     "block_sparse": {"blocks": 1, "block": 1},
     "sparge": {"sink_blocks": 0, "block_q": 1, "block_k": 1},
     "prism": {"sink_blocks": 0, "block": 1},
+    "duo_attention": {"sink": 0, "recent": 1},
+    "lserve": {"sink": 0, "local": 1, "block": 1},
+    "moa": {"sink": 0, "least": 1, "block": 1, "new_tokens": 0},
+    "seer_attention": {"last_blocks": 0},
     "max_relative": {"sink_blocks": 0, "window_blocks": 1, "last_rows": 0, "block_q": 1, "block_k": 1},
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gossamer import AttentionCall, Extent, Method, SparsePlan
 from gossamer.backends import cpu, triton
+from gossamer.rotary import Rotary
 
 HEADS, GROUPS, DIM = 4, 2, 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,7 +75,9 @@ def batch(rows: list[Row], dtype: torch.dtype, *, tail: int = 0, causal: bool = 
         k[b, :, row.left : row.left + row.length], v[b, :, row.left : row.left + row.length] = own[1][0], own[2][0]
         starts.append(row.length - row.queries - before)
     counts = [[row.queries for row in rows], [row.left for row in rows], [row.length for row in rows]]
-    return AttentionCall(q, k, v, Extent(starts, *counts, causal=causal), layer=0, **SOFTENED)
+    return AttentionCall(
+        q, k, v, Extent(starts, *counts, causal=causal), layer=0, rotary=Rotary.of_base(dim), **SOFTENED
+    )
 
 
 def live(call: AttentionCall, b: int, x: Tensor) -> Tensor:
@@ -179,7 +182,8 @@ def test_chunks_are_planned_as_one_piece(monkeypatch, listed: Listed, planner: s
 
     def plan(first: int, stop: int) -> SparsePlan:
         extent = Extent([first], [stop - first], [0], [stop])
-        return method.plan(AttentionCall(q[:, :, first:stop], k[:, :, :stop], v[:, :, :stop], extent, layer=0))
+        tensors = q[:, :, first:stop], k[:, :, :stop], v[:, :, :stop]
+        return method.plan(AttentionCall(*tensors, extent, layer=0, rotary=Rotary.of_base(dim)))
 
     whole, compared = lists(plan(0, length), 0), 0
     for first in range(0, length, 2 * block):

@@ -118,6 +118,20 @@ def test_block_mass_is_that_of_the_whole_matrix(situation: str) -> None:
     torch.testing.assert_close(got.double(), blocks_of(call, softmax_matrix(call), **BLOCKS), **TOLERANCE)
 
 
+@in_every_situation
+@pytest.mark.usefixtures("constants")
+def test_block_peaks_are_those_of_the_whole_matrix(situation: str) -> None:
+    call = call_in(situation, 27)
+    grid, whole = grid_of(call), softmax_matrix(call)
+    got = oracle.block_peaks(call, oracle.log_sum_exp(call), grid)
+    expected = torch.zeros_like(got)
+    for b, h, i, j in whole.nonzero().tolist():
+        query, key = i + int(call.extent.query_start[b]), j - int(call.extent.key_start[b])
+        m, n = query // grid.block_q - int(grid.first_block[b]), key // grid.block_k
+        expected[b, h, m, n] = max(float(expected[b, h, m, n]), float(whole[b, h, i, j]))
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
 def test_a_row_of_blocks_sums_to_its_live_rows() -> None:
     call = call_in("left padding", 130)
     grid = grid_of(call)
@@ -185,8 +199,11 @@ def test_plan_recall_is_the_mass_inside_the_plan(name: str, situation: str) -> N
         "vertical_slash": {"vertical_size": 9, "slash_size": 20},
         "minference": {"vertical_size": 9, "slash_size": 20},
         "block_sparse": {"blocks": 1},
+        "moa": {"alphas": [[40, 60, 80, 30]], "betas": [[0.0] * 4], "sink": 4, "least": 4, "block": 16},
+        "duo_attention": {"gates": [[0.0, 1.0]], "sink": 3, "recent": 20},
+        "lserve": {"gates": [[0.0, 1.0]], "sink": 3, "local": 20},
     }
-    call = call_in(situation, 130)
+    call = replace(call_in(situation, 130), layer=0)
     check_recall(call, methods.create(name, **small.get(name, {})).plan(call))
 
 

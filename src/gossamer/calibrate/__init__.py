@@ -1,1 +1,1 @@
-"""Searches for what the heads of a model need, from calls that were captured in it."""
+"""Searching and training what methods take from a model: spans, gates. Each part says what it needs besides torch."""

@@ -14,7 +14,7 @@ from gossamer import AttentionCall
 from gossamer.backends import ATTEND, PLAN, attend, backend_of, cpu
 from gossamer.cli.common import BadInput, first_line
 from gossamer.cli.specs import takes_profile
-from gossamer.methods import MaxRelative, PerHead, available
+from gossamer.methods import MaxRelative, Method, PerHead, available
 from gossamer.methods.registry import class_of
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
@@ -115,7 +115,7 @@ def read_profile(path: Path | None) -> Profile | None:
 
 
 def check_profile(policies: Sequence[Policy], profile: Profile | None, config: dict[str, Any]) -> None:
-    """That the methods per head have a profile, that a profile has such a method, and that it is for this model."""
+    """That the methods per head have a profile, that a profile has such a method, and that all are for this model."""
     per_head = [policy.method for policy in policies if isinstance(policy.method, PerHead)]
     if profile is not None and not per_head:
         names = [method.name for method in map(class_of, available()) if takes_profile(method)]
@@ -131,6 +131,24 @@ def check_profile(policies: Sequence[Policy], profile: Profile | None, config: d
                 f"the profile is for {shape[0]} layers of {shape[1]} heads, but this model has {layers} layers of "
                 f"{heads}; use a profile made for it"
             )
+    for method in (policy.method for policy in policies):
+        for name in method.tables:
+            _check_table(method, name, text)
+
+
+def _check_table(method: Method, name: str, text: Mapping[str, Any]) -> None:
+    """That a field of numbers by layer and head is there, and for this model."""
+    table = getattr(method, name)
+    if not table:
+        raise BadInput(f"{method.name} has no {name} for this model's heads; name a file of them: {name}=@FILE")
+    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
+    shared = text.get("num_key_value_heads")
+    fits = heads is None or len(table[0]) == heads or len(table[0]) == shared
+    if (layers is not None and len(table) != layers) or not fits:
+        raise BadInput(
+            f"{method.name}.{name} is for {len(table)} layers of {len(table[0])} heads, but this model has {layers} "
+            f"layers of {heads}" + (f" ({shared} for keys and values)" if shared else "") + "; use a file made for it"
+        )
 
 
 def read_prompt(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from gossamer import methods
 from gossamer.methods.registry import class_of
-from gossamer.profiles import Profile
+from gossamer.profiles import Profile, read_table
 from gossamer.profiles.files import parse_json
 
 __all__ = ["field_values", "make_method", "parse_method", "parse_task", "split_specs", "takes_profile", "task_names"]
@@ -97,7 +97,7 @@ def field_values(owner: type, pairs: Sequence[str]) -> dict[str, Any]:
     """``FIELD=VALUE`` pairs by the types of a dataclass's fields; names that it lacks pass through as they are.
 
     Numbers, words, true, false and none stand for themselves, a method as it does in a list of methods; lists and
-    objects are JSON: ``[1,2]``.
+    objects are JSON: ``[1,2]``. Of numbers by layer and head, ``@FILE`` names a file (`gossamer.profiles.read_table`).
 
     Raises:
         ValueError: a value that is not of its field's type.
@@ -112,6 +112,9 @@ def field_values(owner: type, pairs: Sequence[str]) -> dict[str, Any]:
         if name == "layers" and takes_profile(owner):
             raise ValueError("methods per head come from a file: use --profile FILE instead of the field layers")
         kind = kinds.get(name, str)
+        if value.startswith("@") and name in getattr(owner, "tables", ()):
+            values[name] = _read_table(value[1:], name)
+            continue
         try:
             values[name] = _parse_value(kind, value)
         except ValueError as error:
@@ -119,6 +122,13 @@ def field_values(owner: type, pairs: Sequence[str]) -> dict[str, Any]:
             because = f" ({error})" if str(error) else ""
             raise ValueError(f"{known}.{name} takes {_name_of(kind)}, got {value!r}{because}") from None
     return values
+
+
+def _read_table(path: str, field: str) -> Any:
+    try:
+        return read_table(path, field)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _parse_spec(spec: str) -> tuple[str, list[str]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from gossamer import backends
 from gossamer.evaluate.subject import Subject
 from gossamer.integrations.transformers import Observation
+from gossamer.methods.per_head import needs_of
 from gossamer.oracle import block_counts, block_mass, log_sum_exp, oracle_blocks, oracle_recall
 from gossamer.plan import SparsePlan
 from gossamer.policy import Policy
@@ -60,7 +61,8 @@ def compare(subject: Subject, tokens: Tensor, policies: Sequence[Policy]) -> lis
                     plan = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
                 rows["maps"].append({"layer": call.layer, "head": head} | plan_map(plan, head, heads))
 
-    dense, _ = subject.hidden_states(tokens, Policy.of("dense"), visit)
+    rotary = any("rotary" in needs_of(policy.method) for policy in policies)
+    dense, _ = subject.hidden_states(tokens, Policy.of("dense"), visit, rotary=rotary)
     if any(len(rows["recall"]) == 0 for rows in measured):
         raise ValueError(
             f"{type(subject.model).__name__} made no attention call with a plain mask; fidelity cannot be measured"

@@ -174,11 +174,16 @@ class Subject:
         return out[:, longest:].tolist(), stop, ended - stop.first
 
     @torch.inference_mode()
-    def hidden_states(self, tokens: Tensor, policy: Policy, observe: Any = None) -> tuple[Tensor, Cost]:
-        """What the head reads at every position, ``[S, width]``, and the cost. ``observe``: see `Handle.observe`."""
+    def hidden_states(
+        self, tokens: Tensor, policy: Policy, observe: Any = None, *, rotary: bool = False
+    ) -> tuple[Tensor, Cost]:
+        """What the head reads at every position, ``[S, width]``, and the cost.
+
+        ``observe``, ``rotary``: see `Handle.observe`.
+        """
         kept: list[Tensor] = []
         with gossamer.enable(self.model, policy) as handle:
-            handle.observe(observe)
+            handle.observe(observe, rotary=rotary)
             hook = self.model.base_model.register_forward_hook(lambda *call: kept.append(call[-1][0]))
             try:
                 started = time.perf_counter()

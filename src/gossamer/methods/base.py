@@ -24,9 +24,10 @@ class Method(ABC):
     Class attributes:
         name: what `gossamer.methods.create`, ``enable`` and the command line know it by.
         needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``values``, ``store``, ``layout``, ``step``,
-            ``layer``, ``state``, ``whole prompt``. A call that lacks one runs dense, and the reason is counted.
+            ``layer``, ``state``, ``rotary``, ``whole prompt``. A call that lacks one runs dense; the reason is counted.
         per_head: fields that may differ between heads that are planned together (`gossamer.methods.PerHead`). Where
             they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
+        tables: fields that hold numbers by layer and head, made for one model (`gossamer.profiles.read_table`).
         settings: fields that `gossamer compare` tries, from the sparsest to the densest; empty: the defaults alone.
     """
 
@@ -34,6 +35,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     per_head: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[Settings] = ()
+    tables: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def plan(self, call: AttentionCall) -> SparsePlan:

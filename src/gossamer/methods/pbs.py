@@ -13,6 +13,7 @@ from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, require_at_least, require_flag, require_share
+from gossamer.methods.segments import order_in_segments, reorder_keys
 from gossamer.plan import Grid, SparsePlan
 from gossamer.rules import TopP
 
@@ -59,12 +60,12 @@ class PBS(Method):
     def plan(self, call: AttentionCall) -> SparsePlan:
         blocks = Blocks(call, self.block, self.block, per="kv_head" if self.shared else "head")
         columns, _ = scores.last_query_probe(call, self.block)
-        order = scores.order_in_segments(call, self._of_plan(columns, blocks), self.segment)
+        order = order_in_segments(call, self._of_plan(columns, blocks), self.segment)
         blocks.order_keys(order, self.segment)
         first = (order == 0).int().argmax(dim=-1) if order.shape[-1] else order.new_zeros(order.shape[:2])
         number = torch.arange(blocks.grid.key_blocks, device=call.device)
         blocks.block_columns(number == (first // self.block)[..., None])
-        for part, mass in self._mass(scores.reorder_keys(call, order, self.segment), blocks):
+        for part, mass in self._mass(reorder_keys(call, order, self.segment), blocks):
             blocks.choose(part, self._of_plan(mass, blocks), TopP(self.threshold))
         return blocks.plan()
 

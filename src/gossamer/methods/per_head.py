@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method
+from gossamer.methods.head_tables import of_layer
 from gossamer.methods.merging import merge_plans
 from gossamer.plan import SparsePlan
 
-__all__ = ["PerHead"]
+__all__ = ["PerHead", "needs_of"]
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,13 @@ class PerHead(Method):
         Raises:
             ValueError: no layer was given, there is none such, or the number of heads differs.
         """
-        if index is None:
-            raise ValueError("these methods differ between layers: pass layer=, the index of the model's layer")
-        if not 0 <= index < len(self.layers) or heads != len(self.layers[0]):
-            had = len(self.layers[0]) if self.layers else 0
-            raise ValueError(
-                f"the methods are for {len(self.layers)} layers of {had} heads, but layer {index} with {heads} heads "
-                "was asked for; use a profile made for this model"
-            )
-        return self.layers[index]
+        return of_layer(self.layers, index, [heads])
+
+
+def needs_of(method: Method) -> frozenset[str]:
+    """What some call of a method must offer; of methods per head, what any of them needs."""
+    parts = (part for layer in method.layers for part in layer) if isinstance(method, PerHead) else ()
+    return method.needs.union(*(part.needs for part in parts))
 
 
 def planned_together(methods: Sequence[Method]) -> list[tuple[Method, list[int]]]:

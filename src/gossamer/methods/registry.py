@@ -14,13 +14,17 @@ from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.corrected import Corrected
 from gossamer.methods.cosa import CoSA
 from gossamer.methods.dense import Dense
+from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
+from gossamer.methods.lserve import LServe
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
+from gossamer.methods.moa import MoA
 from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
+from gossamer.methods.seer_attention import SeerAttention
 from gossamer.methods.sparge import Sparge
 from gossamer.methods.stem import Stem
 from gossamer.methods.tri_shape import TriShape
@@ -51,6 +55,10 @@ _METHODS: tuple[type[Method], ...] = (
     Stem,
     CoSA,
     PBS,
+    DuoAttention,
+    LServe,
+    MoA,
+    SeerAttention,
     Corrected,
     PerHead,
 )

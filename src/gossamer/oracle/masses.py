@@ -10,6 +10,7 @@ the denominator and has no key.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,7 @@ from gossamer.call import AttentionCall
 from gossamer.oracle.tiles import Piece, RowMass, key_pieces, query_pieces
 from gossamer.plan import Grid, SparsePlan
 
-__all__ = ["ExactMasses", "block_mass", "exact_masses", "log_sum_exp", "plan_recall"]
+__all__ = ["ExactMasses", "block_mass", "block_peaks", "exact_masses", "log_sum_exp", "plan_recall"]
 
 
 def log_sum_exp(call: AttentionCall) -> Tensor:
@@ -50,16 +51,39 @@ def block_mass(call: AttentionCall, lse: Tensor, grid: Grid) -> Tensor:
     Raises:
         ValueError: a shape that does not fit.
     """
-    _check_lse(call, lse)
     blocks = torch.zeros(call.batch, call.heads, grid.query_blocks, grid.key_blocks, device=call.device)
+    for row, queries, keys, mass in _tiles(call, lse, grid):
+        _add_blocks(blocks[row], queries, keys, queries.sums(mass, -2))
+    return blocks
+
+
+def block_peaks(call: AttentionCall, lse: Tensor, grid: Grid) -> Tensor:
+    """Largest attention mass of a pair in each block, of live queries and keys (SeerAttention's teacher, 2410.13276).
+
+    Args, Raises: see `block_mass`.
+
+    Returns:
+        fp32 ``[B, H, M, N]``; 0 where no pair is allowed.
+    """
+    blocks = torch.zeros(call.batch, call.heads, grid.query_blocks, grid.key_blocks, device=call.device)
+    for row, queries, keys, mass in _tiles(call, lse, grid):
+        peaks = keys.peaks(queries.peaks(mass, -2), -1)
+        m, n = queries.first_block, keys.first_block
+        part = blocks[row, :, m : m + peaks.shape[1], n : n + peaks.shape[2]]
+        torch.maximum(part, peaks, out=part)
+    return blocks
+
+
+def _tiles(call: AttentionCall, lse: Tensor, grid: Grid) -> Iterator[tuple[int, Piece, Piece, Tensor]]:
+    """The softmax mass of all pairs, in tiles: batch row, queries, keys, ``[H, queries, keys]``."""
+    _check_lse(call, lse)
     for row in range(call.batch):
         tiles = RowMass(call, lse, row)
         for queries in query_pieces(grid, row, range(grid.query_blocks), tiles.most_queries):
             for keys in key_pieces(grid, row, tiles.most_keys):
                 mass = tiles.mass(queries.tokens, keys.tokens)
                 if mass is not None:
-                    _add_blocks(blocks[row], queries, keys, queries.sums(mass, -2))
-    return blocks
+                    yield row, queries, keys, mass
 
 
 def _add_blocks(blocks: Tensor, queries: Piece, keys: Piece, by_query_block: Tensor) -> None:

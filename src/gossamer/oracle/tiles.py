@@ -83,12 +83,20 @@ class Piece:
 
     def sums(self, x: Tensor, dim: int) -> Tensor:
         """Sums over the blocks that the piece meets, of the dimension ``dim`` (-1 or -2) that runs over its tokens."""
+        return self._by_block(x, dim).sum(dim)
+
+    def peaks(self, x: Tensor, dim: int) -> Tensor:
+        """The largest member of each block, likewise, of what is not negative."""
+        return self._by_block(x, dim).amax(dim)
+
+    def _by_block(self, x: Tensor, dim: int) -> Tensor:
+        """The dimension ``dim`` as two, blocks and their tokens, with zeros for tokens that the piece lacks."""
         if self._lead + len(self.tokens) <= self._block:
-            return x.sum(dim, keepdim=True)
+            return x.unsqueeze(dim - 1)
         padding = [self._lead, -(self._lead + len(self.tokens)) % self._block]
         if padding != [0, 0]:
             x = F.pad(x, padding if dim == -1 else [0, 0, *padding])
-        return x.unflatten(dim, (-1, self._block)).sum(dim)
+        return x.unflatten(dim, (-1, self._block))
 
 
 def query_pieces(grid: Grid, row: int, blocks: range, most: int) -> Iterator[Piece]:

@@ -11,6 +11,7 @@ from gossamer.backends.torch.attend import attend_rows
 from gossamer.backends.torch.dense import under_mask
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent, SparsePlan
+from gossamer.rotary import Rotary
 
 __all__ = ["SITUATIONS", "assert_accurate", "assert_keeps_diagonal", "make_call"]
 
@@ -79,7 +80,8 @@ def make_call(
     q.masked_fill_(~extent.live_queries(query_len)[:, None, :, None], float("nan"))
     for tensor in (k, v):
         tensor.masked_fill_(~extent.live_keys(key_len)[:, None, :, None], float("nan"))
-    call = AttentionCall(q.to(dtype), k.to(dtype), v.to(dtype), extent, layer=0)
+    tensors = q.to(dtype), k.to(dtype), v.to(dtype)
+    call = AttentionCall(*tensors, extent, layer=0, rotary=Rotary.of_base(dim))
     if situation == "scale, sinks and soft-cap":
         sinks = torch.randn(heads, generator=generator)
         return replace(call, scale=1.7 * call.scale, softcap=4.0, sinks=sinks)

@@ -3,6 +3,7 @@
 from gossamer.backends.torch.attend import attend
 from gossamer.backends.torch.cells import antidiagonal_means, antidiagonal_peaks, antidiagonal_scores, value_norms
 from gossamer.backends.torch.choose import ListWriter, count, finish
+from gossamer.backends.torch.gates import block_attention, pool_key_bounds
 from gossamer.backends.torch.groups import group_differences, group_shares, mean_row_maxima
 from gossamer.backends.torch.scores import (
     PART_BYTES,
@@ -24,6 +25,7 @@ __all__ = [
     "antidiagonal_peaks",
     "antidiagonal_scores",
     "attend",
+    "block_attention",
     "count",
     "exact_slashes",
     "finish",
@@ -33,6 +35,7 @@ __all__ = [
     "last_query_probe",
     "last_query_products",
     "mean_row_maxima",
+    "pool_key_bounds",
     "pool_keys",
     "pool_queries",
     "pooled_scores",

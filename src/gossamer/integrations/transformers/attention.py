@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -212,8 +212,13 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     if extent is None or reason is not None:
         return _counted(owner, asked, reason, lambda: _densely(None, asked, _Extras()))
     keys, values = asked.key[:, :, :used], asked.value[:, :, :used]
-    call = AttentionCall(asked.query, keys, values, extent, asked.scale, asked.sinks, asked.softcap, asked.layer)
-    out = attend(call, owner.policy, because=training, record=owner.record)
+    rotary = owner.rotary(extent) if owner.rotary is not None and asked.query_len > 1 else None
+    fields = asked.scale, asked.sinks, asked.softcap, asked.layer
+    call = AttentionCall(asked.query, keys, values, extent, *fields, rotary=rotary)
+    if owner.instead is not None and asked.query_len > 1:
+        out = owner.instead(call)
+    else:
+        out = attend(call, owner.policy, because=training, record=owner.record)
     assert isinstance(out, Tensor)
     if owner.observe is not None and asked.query_len > 1:
         owner.observe(Observation(call, out))
@@ -223,7 +228,8 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
 def _run_operator(owner: Owner, *tensors_and_fields: Any) -> Tensor:
     asked = _Asked(*tensors_and_fields)
     owner.reached.add(asked.layer)
-    return _by_policy(owner, asked, None)
+    # In a graph nobody sees which positions the model gives its tokens; what was seen before it is another forward's.
+    return _by_policy(owner if owner.rotary is None else replace(owner, rotary=None), asked, None)
 
 
 _operator = operator(_run_operator)

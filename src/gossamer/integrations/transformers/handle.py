@@ -11,16 +11,19 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from gossamer import methods
 from gossamer.attention import CallRecord
+from gossamer.call import AttentionCall
 from gossamer.integrations.transformers.attention import BIDIRECTIONAL, register
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, lend, owner_of, set_owner
+from gossamer.integrations.transformers.rotary import Positions, rotary_module, verified
 from gossamer.integrations.transformers.stats import LayerStats, Stats
 from gossamer.integrations.transformers.supported import attention_layers, is_ours, refuse
 from gossamer.methods import Method
+from gossamer.methods.per_head import needs_of
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
 
@@ -39,6 +42,10 @@ class Handle:
         self._lent = lent
         self._layers: dict[int | None, LayerStats] = {}
         self._reached: set[Any] = set()
+        self._positions: Positions | None = None
+        self._hook: Any = None
+        self._visit: Callable[[Observation], None] | None = None
+        self._instead: Callable[[AttentionCall], Tensor] | None = None
         self._own(model, None)
         self._enabled = True
         for config, previous in lent.values():
@@ -60,16 +67,54 @@ class Handle:
         """Start counting anew."""
         self._layers.clear()
 
-    def observe(self, visit: Callable[[Observation], None] | None) -> None:
+    def observe(self, visit: Callable[[Observation], None] | None, *, rotary: bool = False) -> None:
         """Show ``visit`` the tensors of every attention call with several queries and a plain mask; None ends it.
 
         It is called after the attention, in the order of the layers, and for dense calls too. What it keeps stays in
         memory.
+
+        Args:
+            rotary: have calls say how the model turned their q and k; two tokens are run to find it out.
+
+        Raises:
+            ValueError: the handle is disabled; or the model turns them in no way that can be undone.
         """
         model = self._model()
         if not self._enabled or model is None:
             raise ValueError("this handle is disabled; call gossamer.enable(model) again")
+        if rotary:
+            self.find_rotary(model)
         self._own(model, visit)
+
+    def replace(self, attend: Callable[[AttentionCall], Tensor] | None) -> None:
+        """Have ``attend`` make the output ``[B, H, S, Dv]`` of calls with several queries and a plain mask.
+
+        For training what stands beside a model: gradients pass through it. None gives them back to the policy.
+
+        Raises:
+            ValueError: the handle is disabled.
+        """
+        model = self._model()
+        if not self._enabled or model is None:
+            raise ValueError("this handle is disabled; call gossamer.enable(model) again")
+        self._instead = attend
+        self._own(model, self._visit)
+
+    def find_rotary(self, model: nn.Module) -> None:
+        """Have calls say how the model turned their q and k, after a look at two tokens.
+
+        Raises:
+            ValueError: the model turns them in no way that can be undone.
+        """
+        if self._positions is not None:
+            return
+        module = rotary_module(model)
+        positions = Positions(verified(model, module, lambda visit: self._own(model, visit)))
+        self.reset()
+        self._reached.clear()
+        self._positions = positions
+        self._hook = module.register_forward_pre_hook(positions, with_kwargs=True)
+        self._own(model, None)
 
     def disable(self) -> None:
         """Give the model its previous attention implementation back. A second call does nothing.
@@ -83,6 +128,8 @@ class Handle:
             return
         self._enabled = False
         self._first_forward.remove()
+        if self._hook is not None:
+            self._hook.remove()
         self._own(model, None, enabled=False)
         returned = {key: lend(config, previous, -1) for key, (config, previous) in self._lent.items()}
         wanted = {key: former for key, former in returned.items() if former and is_ours(self._lent[key][0])}
@@ -90,7 +137,9 @@ class Handle:
             cast(Any, model).set_attn_implementation(_implementations(cast(Any, model).config, wanted))
 
     def _own(self, model: nn.Module, visit: Callable[[Observation], None] | None, enabled: bool = True) -> None:
-        owner = Owner(self.policy, self._record, visit, self._reached) if enabled else None
+        rotary = None if self._positions is None else self._positions.of
+        self._visit = visit
+        owner = Owner(self.policy, self._record, visit, self._reached, rotary, self._instead) if enabled else None
         for module in model.modules():
             set_owner(module, owner)
 
@@ -173,7 +222,8 @@ def enable(
     Raises:
         TypeError: not a transformers model.
         ValueError: an unknown method or field, a model that is enabled already, one that cannot switch its attention
-            implementation, or one that shares its config with a model that is enabled otherwise.
+            implementation, or one that shares its config with a model that is enabled otherwise; or a method that needs
+            the rotary embedding of a model that has none, or one that cannot be undone.
         RuntimeError: later, after the first forward pass: some attention layers did not come here.
     """
     policy = _policy(method, profile, min_tokens, max_density, fields)
@@ -202,7 +252,14 @@ def enable(
             "not go through transformers' AttentionInterface. gossamer cannot run it"
         )
     lent = {key: (config, former) for key, (config, former) in before.items() if is_ours(config)}
-    return Handle(model, policy, lent, 1 if bidirectional else attention_layers(model, text))
+    handle = Handle(model, policy, lent, 1 if bidirectional else attention_layers(model, text))
+    if "rotary" in needs_of(policy.method):
+        try:
+            handle.find_rotary(model)
+        except ValueError as error:
+            handle.disable()
+            raise ValueError(f"{policy.method.name} looks at q and k before their rotary embedding: {error}") from error
+    return handle
 
 
 def _configs(model: Any) -> list[Any]:

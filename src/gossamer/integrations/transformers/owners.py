@@ -15,7 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gossamer.attention import CallRecord
 from gossamer.call import AttentionCall
+from gossamer.plan import Extent
 from gossamer.policy import Policy
+from gossamer.rotary import Rotary
 
 __all__ = [
     "NAME",
@@ -54,12 +56,16 @@ class Owner:
 
     Fields:
         reached: layers whose attention came here, whatever became of the call.
+        rotary: how the model turned a call's q and k, where somebody asked for it.
+        instead: makes the output ``[B, H, S, Dv]`` of calls with several queries, in place of the policy.
     """
 
     policy: Policy
     record: Callable[[CallRecord], None] | None
     observe: Callable[[Observation], None] | None = None
     reached: set[Any] = field(default_factory=set)
+    rotary: Callable[[Extent], Rotary | None] | None = None
+    instead: Callable[[AttentionCall], Tensor] | None = None
 
 
 _owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
