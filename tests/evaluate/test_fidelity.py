@@ -25,6 +25,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "minference": {"vertical_size": 9, "slash_size": 30},
     "block_sparse": {"blocks": 1},
     "max_relative": {"last_rows": 0, "window_blocks": 1, "sink_blocks": 0, "alpha": 1.0, "block_q": 16, "block_k": 16},
+    "flexprefill": {"gamma": 0.2, "tau": 0.2, "min_budget": 16, "block": 16},
+    "xattention": {"threshold": 0.3, "stride": 4, "block": 16},
+    "anchor_attention": {"theta": 1.0, "step": 2, "first_blocks": 1, "block": 16},
+    "pbs": {"threshold": 0.3, "segment": 32, "block": 16},
     "per_head": {
         "layers": [
             [methods.AShape(3, 40), methods.BlockSparse(1), methods.VerticalSlash(9, 30), methods.BlockSparse(2, 32)]
