@@ -118,7 +118,7 @@ def test_diagonals_and_forced_ranges(rule: Rule | None, mirrored: bool) -> None:
 @pytest.mark.parametrize("width", [1, 64, 130])
 def test_candidates_everywhere_and_heads_without_a_rule(rule: Rule, width: int) -> None:
     generator = torch.Generator().manual_seed(width)
-    fields = {
+    fields: dict[str, Any] = {
         "everywhere": torch.rand(BATCH, HEADS, width, generator=generator) < 0.3,
         "ruled_heads": torch.tensor([[True, False, True, False], [False, True, True, True]]),
     }

@@ -30,6 +30,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "lserve": {"gates": [[0.9, 0.1]], "sink": 3, "local": 40},
     "moa": {"alphas": [[40, 60, 80, 30]], "betas": [[0.0] * 4], "sink": 4, "least": 4, "block": 16},
     "seer_attention": {"threshold": 0.3, "last_blocks": 0},
+    "flexprefill": {"gamma": 0.2, "tau": 0.2, "min_budget": 16, "block": 16},
+    "xattention": {"threshold": 0.3, "stride": 4, "block": 16},
+    "anchor_attention": {"theta": 1.0, "step": 2, "first_blocks": 1, "block": 16},
+    "pbs": {"threshold": 0.3, "segment": 32, "block": 16},
     "per_head": {
         "layers": [
             [methods.AShape(3, 40), methods.BlockSparse(1), methods.VerticalSlash(9, 30), methods.BlockSparse(2, 32)]
