@@ -62,7 +62,7 @@ def test_no_columns_of_as_many_pairs_hold_more_than_the_best_of_one_column(monke
     worth, cost = mass.sum(0) / allowed.sum(0), allowed.sum(0)
     for density, plan in zip((0.3, 0.6), frontier._best_columns(call, lse), strict=True):
         chosen = plan.column_mask()[0, 0, 0]
-        assert int(plan.window) == 4
+        assert torch.as_tensor(plan.window).tolist() == [4]
         assert int(cost[chosen].sum()) <= density * int(allowed.sum())
         worst = worth[chosen].min()
         left = [n for n in range(12) if not chosen[n] and worth[n] > worst]
@@ -205,8 +205,10 @@ def test_settings_are_methods_from_the_sparsest_on(name: str) -> None:
     assert len(set(made)) == len(made) >= 2
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, n, 3000, 16, generator=generator) for n in (4, 2))
-    k += 6 * torch.randn(1, 2, 24, 16, generator=generator).repeat_interleave(128, dim=2)[:, :, :3000]
-    call = AttentionCall(q, k, k, layer=3)
+    # Blocks whose tokens are alike, so that means stand for them.
+    means = (3 * torch.randn(1, n, 24, 16, generator=generator) for n in (4, 2))
+    q, k = (x + mean.repeat_interleave(128, 2)[:, :, :3000] for x, mean in zip((q, k), means, strict=True))
+    call = AttentionCall(q, k, k, layer=40)
     if made[0].lacks(call) is None:
         densities = [method.plan(call).density() for method in made]
         assert densities == sorted(densities)

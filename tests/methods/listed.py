@@ -85,6 +85,7 @@ LISTED = [
     Listed("flexprefill", {"gamma": 0.4, "tau": 0.3, "min_budget": 32, "block": 32}, {"gamma": 1.0}, by_block=False),
     Listed("xattention", {"threshold": 0.5, "stride": 8, "block": 32}, {"threshold": 1.0}, by_block=True),
     Listed("anchor_attention", _ANCHOR, {"theta": math.inf}, by_block=True),
+    Listed("vec_attention", {"threshold": 0.5, "block": 32}, {"threshold": 0.0}, by_block=True),
     Listed("max_relative", _RELATIVE, {"alpha": 0.0}, True, _tail),
     Listed("flash_prefill", _FLASH, _FLASH | {"alpha": 0.0}, True, _tail),
     Listed("sparge", _SIMILAR, {"similarity": 0.0, "p": 1.0}, by_block=False),

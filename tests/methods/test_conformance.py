@@ -221,7 +221,7 @@ def test_round_trip_through_a_dictionary(listed: Listed) -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("nonesuch", {}, "unknown method 'nonesuch'; known: dense, a_shape"),
+        ("nonesuch", {}, "unknown method 'nonesuch'; known: dense, auto, a_shape"),
         ("a_shape", {"windw": 3}, "has no field 'windw'; its fields are: sink, window"),
         ("a_shape", {"window": 0}, "window must be at least 1, got 0"),
         ("a_shape", {"sink": 1 << 31}, "sink must be at most 2147483647, got 2147483648"),
@@ -244,6 +244,7 @@ LEAST = {
     "block_sparse": {"blocks": 1, "block": 1},
     "sparge": {"sink_blocks": 0, "block_q": 1, "block_k": 1},
     "prism": {"sink_blocks": 0, "block": 1},
+    "vec_attention": {"sink_blocks": 0, "window_blocks": 1, "block": 1},
     "duo_attention": {"sink": 0, "recent": 1},
     "lserve": {"sink": 0, "local": 1, "block": 1},
     "moa": {"sink": 0, "least": 1, "block": 1, "new_tokens": 0},

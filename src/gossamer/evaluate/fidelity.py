@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer import backends
+from gossamer.call import AttentionCall
 from gossamer.evaluate.subject import Subject
 from gossamer.integrations.transformers import Observation
 from gossamer.methods.per_head import needs_of
@@ -25,7 +26,7 @@ from gossamer.oracle import block_counts, block_mass, log_sum_exp, oracle_blocks
 from gossamer.plan import SparsePlan
 from gossamer.policy import Policy
 
-__all__ = ["FIGURES", "compare", "compare_layer", "compare_logits", "plan_map", "relative_l2"]
+__all__ = ["FIGURES", "compare", "compare_layer", "compare_logits", "listed_lse", "plan_map", "relative_l2"]
 
 FIGURES = ("head_density", "recall", "oracle_recall", "relative_l2", "cosine")
 _MAP_SIZE = 64
@@ -97,6 +98,7 @@ def compare_layer(
     """
     call = observed.call
     out, kept = backends.attend(call, plan)
+    kept = listed_lse(call, plan, kept)
     live = call.extent.live_queries(call.query_len, call.device)[0]
     sparse, dense = out[0, :, live].float(), observed.out[0, :, live].float()
     recall = (kept - lse)[0, :, live].exp().clamp(max=1.0).mean(dim=-1)
@@ -115,6 +117,13 @@ def compare_layer(
         "relative_l2": relative_l2(sparse, dense).tolist(),
         "cosine": F.cosine_similarity(sparse, dense, dim=-1).mean(dim=-1).tolist(),
     }
+
+
+def listed_lse(call: AttentionCall, plan: SparsePlan, lse: Tensor) -> Tensor:
+    """The log-sum-exp of the plan's own pairs: ``lse``, which attending gave, unless pruned or skipped ones are in it."""
+    if not plan.pruned_mean and plan.skip is None:
+        return lse
+    return backends.attend(call, plan.with_attributes())[1]
 
 
 def relative_l2(sparse: Tensor, dense: Tensor) -> Tensor:

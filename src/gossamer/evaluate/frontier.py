@@ -20,7 +20,7 @@ from torch import Tensor
 from gossamer import backends
 from gossamer.backends.torch.dense import dense
 from gossamer.call import AttentionCall
-from gossamer.evaluate.fidelity import relative_l2
+from gossamer.evaluate.fidelity import listed_lse, relative_l2
 from gossamer.evaluate.subject import Subject
 from gossamer.integrations.transformers import Observation
 from gossamer.oracle import block_mass, exact_masses, log_sum_exp, oracle_blocks, visible_pairs
@@ -129,7 +129,7 @@ def measure(
             for run in (*runs, *others.values()):
                 out, kept = run(call)
                 if once == 0 and run.plan is not None:
-                    run.figures = _figures(observed, run.plan, out, kept - lse)
+                    run.figures = _figures(observed, run.plan, out, listed_lse(call, run.plan, kept) - lse)
                 del out, kept
         for run, point in zip(runs, points, strict=True):
             run.add_to(point)

@@ -10,7 +10,7 @@ import torch
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least
+from gossamer.methods.base import Method, Settings, require_at_least
 from gossamer.plan import SparsePlan
 from gossamer.rules import AtLeast
 
@@ -35,6 +35,9 @@ class AnchorAttention(Method):
 
     name: ClassVar[str] = "anchor_attention"
     per_head: ClassVar[tuple[str, ...]] = ("theta",)
+    settings: ClassVar[Settings] = tuple(
+        {"theta": theta, "step": 8, "first_blocks": 1} for theta in (2.0, 4.0, 6.0, 8.0)
+    )
     theta: float = 12.0
     step: int = 16
     first_blocks: int = 16

@@ -8,7 +8,7 @@ from typing import ClassVar
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least, require_share
+from gossamer.methods.base import Method, Settings, require_at_least, require_share
 from gossamer.plan import SparsePlan
 from gossamer.rules import TopPInTiers
 
@@ -34,6 +34,7 @@ class CoSA(Method):
 
     name: ClassVar[str] = "cosa"
     per_head: ClassVar[tuple[str, ...]] = ("p",)
+    settings: ClassVar[Settings] = tuple({"p": p} for p in (0.5, 0.7, 0.8, 0.95))
     p: float = 0.8
     sink_blocks: int = 1
     block: int = 128

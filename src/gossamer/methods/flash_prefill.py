@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least, require_share
+from gossamer.methods.base import Method, Settings, require_at_least, require_share
 from gossamer.methods.max_relative import blocks_of_energy
 from gossamer.plan import SparsePlan, ceil_div
 from gossamer.plan.checks import check_attributes
@@ -44,6 +44,7 @@ class FlashPrefill(Method):
     """
 
     name: ClassVar[str] = "flash_prefill"
+    settings: ClassVar[Settings] = tuple({"alpha": alpha} for alpha in (0.5, 0.2, 0.1, 0.05, 0.02))
     version: Literal[1, 2] = 2
     alpha: float = 0.1
     sink_blocks: int = 2

@@ -12,7 +12,7 @@ from torch import Tensor
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least, require_flag, require_share
+from gossamer.methods.base import Method, Settings, require_at_least, require_flag, require_share
 from gossamer.plan import SparsePlan, ceil_div
 from gossamer.rules import TopPOfAllRows, count_top_p, top_k
 
@@ -43,6 +43,7 @@ class FlexPrefill(Method):
 
     name: ClassVar[str] = "flexprefill"
     per_head: ClassVar[tuple[str, ...]] = ("gamma",)
+    settings: ClassVar[Settings] = tuple({"gamma": gamma} for gamma in (0.7, 0.8, 0.9, 0.95))
     gamma: float = 0.9
     tau: float = 0.1
     min_budget: int = 512

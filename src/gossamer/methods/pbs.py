@@ -12,7 +12,7 @@ from torch import Tensor
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least, require_flag, require_share
+from gossamer.methods.base import Method, Settings, require_at_least, require_flag, require_share
 from gossamer.methods.segments import order_in_segments, reorder_keys
 from gossamer.plan import Grid, SparsePlan
 from gossamer.rules import TopP
@@ -40,6 +40,7 @@ class PBS(Method):
     """
 
     name: ClassVar[str] = "pbs"
+    settings: ClassVar[Settings] = tuple({"threshold": threshold} for threshold in (0.6, 0.75, 0.9, 0.95))
     threshold: float = 0.9
     segment: int = 256
     block: int = 128

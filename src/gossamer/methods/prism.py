@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least, require_share
+from gossamer.methods.base import Method, Settings, require_at_least, require_share
 from gossamer.plan import SparsePlan, ceil_div
 from gossamer.rules import Besides, TopP
 
@@ -40,6 +40,7 @@ class Prism(Method):
     """
 
     name: ClassVar[str] = "prism"
+    settings: ClassVar[Settings] = tuple({"p_high": p, "p_low": p} for p in (0.6, 0.8, 0.9, 0.95))
     high: float = 0.5
     low: float = 0.75
     p_high: float = 0.95

@@ -29,6 +29,7 @@ from gossamer.methods.sparge import Sparge
 from gossamer.methods.stem import Stem
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.triangle_mix import TriangleMix
+from gossamer.methods.vec_attention import VecAttention
 from gossamer.methods.vertical_slash import VerticalSlash
 from gossamer.methods.xattention import XAttention
 
@@ -49,6 +50,7 @@ _METHODS: tuple[type[Method], ...] = (
     FlexPrefill,
     XAttention,
     AnchorAttention,
+    VecAttention,
     FlashPrefill,
     Sparge,
     Prism,

@@ -10,7 +10,7 @@ import torch
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least, require_share
+from gossamer.methods.base import Method, Settings, require_at_least, require_share
 from gossamer.plan import SparsePlan
 from gossamer.rules import Besides, TopPBelow, per_head
 
@@ -37,6 +37,7 @@ class Sparge(Method):
 
     name: ClassVar[str] = "sparge"
     per_head: ClassVar[tuple[str, ...]] = ("similarity", "p")
+    settings: ClassVar[Settings] = tuple({"p": p} for p in (0.5, 0.7, 0.85, 0.95))
     similarity: float = 0.6
     p: float = 0.98
     sink_blocks: int = 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least, require_share
+from gossamer.methods.base import Method, Settings, require_at_least, require_share
 from gossamer.plan import Grid, SparsePlan
 from gossamer.rules import TopKOfRows
 
@@ -42,6 +42,9 @@ class Stem(Method):
 
     name: ClassVar[str] = "stem"
     needs: ClassVar[frozenset[str]] = frozenset({"layer", "values"})
+    settings: ClassVar[Settings] = tuple(
+        {"share": share, "extra": 0, "full_blocks": 0} for share in (0.05, 0.1, 0.2, 0.4)
+    )
     share: float = 0.1
     extra: int = 30
     decay: float = 1.0

@@ -8,7 +8,7 @@ from typing import ClassVar
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
-from gossamer.methods.base import Method, require_at_least, require_share
+from gossamer.methods.base import Method, Settings, require_at_least, require_share
 from gossamer.plan import SparsePlan
 from gossamer.rules import TopP
 
@@ -37,6 +37,7 @@ class XAttention(Method):
 
     name: ClassVar[str] = "xattention"
     per_head: ClassVar[tuple[str, ...]] = ("threshold",)
+    settings: ClassVar[Settings] = tuple({"threshold": threshold} for threshold in (0.6, 0.75, 0.85, 0.9, 0.95))
     threshold: float = 0.9
     stride: int = 16
     block: int = 128
