@@ -77,15 +77,15 @@ def execute(arguments: argparse.Namespace) -> int:
 
     contenders = {policy.method.name: policy}
     if arguments.compare:
-        generate(model, tokenizer, prompt[:, :64], policy, 1)  # pages the weights in, so that neither contender pays
+        # Pages the weights in, so that neither contender pays.
+        _generated(generate, model, tokenizer, prompt[:, :64], policy, 1)
         contenders["dense"] = Policy.of("dense")
     results: dict[str, Generation] = {}
     for name, contender in contenders.items():
         stream = sys.stdout if not (arguments.json or results) else None
         with layer_progress(model, f"{name}: prefill"):
-            results[name] = generate(
-                model, tokenizer, prompt, contender, arguments.max_new_tokens, stream, keep_top1=arguments.compare
-            )
+            given = model, tokenizer, prompt, contender, arguments.max_new_tokens, stream
+            results[name] = _generated(generate, *given, keep_top1=arguments.compare)
     answer = results[policy.method.name]
     agreement = compare_top1(answer, results["dense"]) if arguments.compare else None
     if arguments.json:
@@ -100,6 +100,13 @@ def execute(arguments: argparse.Namespace) -> int:
         print(_comparison(results, agreement), file=sys.stderr)
     print(answer.summary(), file=sys.stderr)
     return 0
+
+
+def _generated(generate: typing.Any, *given: typing.Any, **options: typing.Any) -> Generation:
+    try:
+        return generate(*given, **options)
+    except ValueError as error:  # a method that cannot serve this model, or a file of another's
+        raise BadInput(first_line(error)) from error
 
 
 def _make_policy(arguments: argparse.Namespace, profile: Profile | None) -> Policy:
