@@ -11,6 +11,7 @@ from gossamer import Profile
 from gossamer.backends import cpu
 from gossamer.cli import main
 from gossamer.methods import AShape, Dense, MaxRelative
+from gossamer.methods.seer_gates import LayerGate, SeerGates
 from gossamer.profiles import write_duo
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
@@ -299,3 +300,20 @@ def test_numbers_by_head_must_be_there_and_be_for_this_model(capsys, model_path,
     code, out, _ = run(capsys, *argv, f"gates=@{tmp_path}", *few)
     assert code == 0
     assert 0.5 < json.loads(out)["density"] < 0.7
+
+
+def test_gates_that_cannot_be_used_are_one_line(capsys, model_path, prompt_file, tmp_path):
+    argv = [model_path, prompt_file, "--method", "seer_attention", "--min-tokens", 0, "--max-new-tokens", 1, "--set"]
+    assert "cannot read the gates" in bad(capsys, *argv, f"gates={tmp_path}/nowhere")
+    (tmp_path / "gates").write_text("none")
+    assert "cannot be read as safetensors" in bad(capsys, *argv, f"gates={tmp_path}/gates")
+    SeerGates([LayerGate.untrained(3, 8)] * 2).save(tmp_path / "gates")
+    assert "are for 3 heads of 8 channels" in bad(capsys, *argv, f"gates={tmp_path}/gates")
+
+
+def test_a_model_whose_rotary_embedding_cannot_be_undone_is_one_line(capsys, model_path, prompt_file, tmp_path):
+    shutil.copytree(model_path, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "change with the length" in bad(capsys, tmp_path, prompt_file, "--method", "seer_attention")

@@ -84,7 +84,8 @@ def execute(arguments: argparse.Namespace) -> int:
     contenders = {policy.method.name: policy}
     short = filtered(model, prompt, policy, *kept) if kept else None
     if arguments.compare:
-        generate(model, tokenizer, prompt[:, :64], policy, 1)  # pages the weights in, so that neither contender pays
+        # Pages the weights in, so that neither contender pays.
+        _generated(generate, model, tokenizer, prompt[:, :64], policy, 1)
         contenders["dense"] = Policy.of("dense")
     results: dict[str, Generation] = {}
     for name, contender in contenders.items():
@@ -92,9 +93,8 @@ def execute(arguments: argparse.Namespace) -> int:
         read = prompt if short is None or results else short.prompt
         top1 = arguments.compare and short is None  # positions of two prompts are not comparable
         with layer_progress(model, f"{name}: prefill"):
-            results[name] = generate(
-                model, tokenizer, read, contender, arguments.max_new_tokens, stream, keep_top1=top1
-            )
+            given = model, tokenizer, read, contender, arguments.max_new_tokens, stream
+            results[name] = _generated(generate, *given, keep_top1=top1)
     answer = results[policy.method.name]
     if short is not None:
         answer.prefill_seconds += short.seconds
@@ -125,6 +125,13 @@ def _parse_filter(text: str | None) -> tuple[int, int] | None:
             f"--filter takes LAYER:KEEP, the number of a layer and of tokens, as in 13:1024; got {text!r:.40}"
         )
     return int(numbers[1]), int(numbers[2])
+
+
+def _generated(generate: typing.Any, *given: typing.Any, **options: typing.Any) -> Generation:
+    try:
+        return generate(*given, **options)
+    except ValueError as error:  # a method that cannot serve this model, or a file of another's
+        raise BadInput(first_line(error)) from error
 
 
 def _make_policy(arguments: argparse.Namespace, profile: Profile | None) -> Policy:

@@ -120,7 +120,7 @@ def compare_layer(
 
 
 def listed_lse(call: AttentionCall, plan: SparsePlan, lse: Tensor) -> Tensor:
-    """The log-sum-exp of the plan's own pairs: ``lse``, which attending gave, unless pruned or skipped ones are in it."""
+    """Log-sum-exp of the plan's own pairs: ``lse``, which attending gave, unless others are in it or some are not."""
     if not plan.pruned_mean and plan.skip is None:
         return lse
     return backends.attend(call, plan.with_attributes())[1]

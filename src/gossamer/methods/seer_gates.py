@@ -176,7 +176,9 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], ab
     path = os.fspath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        files.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, dict(about))
+        files.save_file(
+            {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, dict(about)
+        )
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
