@@ -122,6 +122,7 @@ def test_weights_that_are_not_numbers_are_said(command, refused, broken_model, p
     [
         ("GOSSAMER_BACKEND", "vax", "GOSSAMER_BACKEND='vax' is not known; use one of"),
         ("GOSSAMER_PLANNER", "flex", "GOSSAMER_PLANNER='flex' is not known; use one of"),
+        ("GOSSAMER_CHECK", "yes", "GOSSAMER_CHECK='yes' is not known; use one of: 0, 1"),
         ("GOSSAMER_BACKEND", "triton", "GOSSAMER_BACKEND=triton cannot be used here: "),
         ("GOSSAMER_PLANNER", "triton", "GOSSAMER_PLANNER=triton cannot be used here: "),
         ("GOSSAMER_CPU_ISA", "vax", "GOSSAMER_CPU_ISA='vax' is not supported here; use one of"),
