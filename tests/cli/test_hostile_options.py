@@ -101,9 +101,9 @@ def broken_model(
     return path, name
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "eval", "compare"])
+@pytest.mark.parametrize("command", ["run", "inspect", "eval", "compare", "doctor"])
 def test_weights_that_are_not_numbers_are_said(command, refused, broken_model, prompt_file, tmp_path) -> None:
-    more = {"run": [prompt_file], "inspect": [prompt_file, "--out", tmp_path / "heads"]}
+    more = {"run": [prompt_file], "inspect": [prompt_file, "--out", tmp_path / "heads"], "doctor": []}
     more["eval"] = ["--tasks", "perplexity", "--lengths", "64", "--limit", 1, "--out", tmp_path / "r.jsonl"]
     more["compare"] = ["--prompts", "text", "--lengths", "64", "--out", tmp_path / "r.jsonl"]
     path, name = broken_model

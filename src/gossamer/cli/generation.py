@@ -22,6 +22,7 @@ from gossamer.policy import Policy
 __all__ = [
     "Generation",
     "check_model",
+    "check_weights",
     "compare_top1",
     "generate",
     "layer_progress",
@@ -93,12 +94,16 @@ def check_model(model: Any, path: Path) -> None:
 
     One token alone would not do: attention to few keys hides NaN in queries and keys, which longer prompts then show.
     """
-    broken = next((name for name, weight in model.named_parameters() if _holds_nan(weight)), None)
+    check_weights(model, path)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    if broken is None and not bool(model(input_ids=token, use_cache=False).logits.isnan().any()):
-        return
-    why = f"it overflows in {model.dtype}" if broken is None else f"its weights hold NaN, {broken} first"
-    raise BadInput(f"{path} predicts NaN: {why}; get the model again, or try another --dtype")
+    if bool(model(input_ids=token, use_cache=False).logits.isnan().any()):
+        raise BadInput(f"{path} predicts NaN: it overflows in {model.dtype}; try another --dtype")
+
+
+def check_weights(model: Any, path: Path) -> None:
+    broken = next((name for name, weight in model.named_parameters() if _holds_nan(weight)), None)
+    if broken is not None:
+        raise BadInput(f"{path} predicts NaN: its weights hold NaN, {broken} first; get the model again")
 
 
 def _holds_nan(weight: Tensor) -> bool:
