@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import importlib
 import logging
 import pickle
@@ -85,6 +86,22 @@ class TestSharedConfig:
         assert handles[1 - first_out].enabled
         handles[1 - first_out].disable()
         assert models[0].config._attn_implementation == "sdpa"
+
+    def test_a_model_that_is_deleted_gives_the_config_back(self) -> None:
+        first, second = two_models_of_one_config()
+        narrow = enable(first, "a_shape", **SMALL)
+        with enable(second, "a_shape", **FULL):
+            del first
+            gc.collect()
+            assert not narrow.enabled
+            assert repr(narrow) == "<gossamer a_shape on a model that is gone, disabled>"
+            assert second.config._attn_implementation == NAME
+        assert second.config._attn_implementation == "sdpa"
+        alone, other = two_models_of_one_config()
+        enable(alone, "a_shape", **SMALL)
+        del alone
+        gc.collect()
+        assert other.config._attn_implementation == "sdpa"
 
     def test_two_ways_of_enabling_do_not_fit_one_config(self) -> None:
         first, second = two_models_of_one_config()

@@ -43,13 +43,15 @@ class Handle:
         self._enabled = True
         for config, previous in lent.values():
             lend(config, previous, 1)
+        self._given_back = weakref.finalize(model, _give_back, lent)
+        self._given_back.atexit = False
         self._expected = layers
         self._first_forward = model.register_forward_hook(_FirstForward(self))
 
     @property
     def enabled(self) -> bool:
         """Whether the model's attention comes here: not after `disable`, nor while the model was told otherwise."""
-        return self._enabled and any(is_ours(config) for config, _ in self._lent.values())
+        return self._enabled and self._given_back.alive and any(is_ours(config) for config, _ in self._lent.values())
 
     def stats(self) -> Stats:
         """What each layer did until now. Layers that were not called are absent."""
@@ -75,13 +77,14 @@ class Handle:
         """Give the model its previous attention implementation back. A second call does nothing.
 
         What the user has chosen since with ``set_attn_implementation`` stays. A config that other enabled models share
-        is given back by the last of them.
+        is given back by the last of them. A model that is deleted gives its share back by itself.
         """
         model = self._model()
         if not self._enabled or model is None:
             self._enabled = False
             return
         self._enabled = False
+        self._given_back.detach()
         self._first_forward.remove()
         self._own(model, None, enabled=False)
         returned = {key: lend(config, previous, -1) for key, (config, previous) in self._lent.items()}
@@ -121,9 +124,17 @@ class Handle:
         model = self._model()
         name = type(model).__name__ if model is not None else "a model that is gone"
         state = "enabled" if self.enabled else "disabled"
-        if self._enabled and not self.enabled:
+        if self._enabled and model is not None and not self.enabled:
             state = "switched off by set_attn_implementation"
         return f"<gossamer {self.policy.method.name} on {name}, {state}>"
+
+
+def _give_back(lent: Mapping[int, tuple[Any, str]]) -> None:
+    """What `Handle.disable` does for configs, after a model that was never disabled."""
+    for config, previous in lent.values():
+        former = lend(config, previous, -1)
+        if former and is_ours(config):
+            config._attn_implementation = {"": former}  # its own, and none of its parts'
 
 
 class _FirstForward:
