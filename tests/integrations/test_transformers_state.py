@@ -14,6 +14,8 @@ import pytest
 import torch
 from tiny_transformers import ALWAYS_SPARSE, FULL, forward, pair, prompt, tiny_llama
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     AutoModelForCausalLM,
     BigBirdPegasusConfig,
     BigBirdPegasusForCausalLM,
@@ -169,6 +171,16 @@ class TestRefused:
         with enable(model, "a_shape", **FULL) as handle:
             forward(model, prompt(), use_cache=False)
         assert len(handle.stats()) == 2
+
+    def test_one_module_for_all_layers_is_all_of_them(self) -> None:
+        sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "embedding_size": 32, "intermediate_size": 48}
+        model = AlbertModel(AlbertConfig(**sizes, num_attention_heads=4, num_hidden_layers=3)).eval()
+        with torch.no_grad():
+            expected = model(input_ids=prompt()).last_hidden_state
+            with enable(model, "a_shape", **FULL) as handle:
+                got = model(input_ids=prompt()).last_hidden_state
+        assert sum(row.calls for row in handle.stats()) == 3
+        torch.testing.assert_close(got, expected)
 
     def test_layers_that_attend_to_images_alone_are_not_expected(self) -> None:
         model = tiny_llama()

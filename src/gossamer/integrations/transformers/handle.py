@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, cast
@@ -38,7 +39,7 @@ class Handle:
         self._model = weakref.ref(model)
         self._lent = lent
         self._layers: dict[int | None, LayerStats] = {}
-        self._reached: set[Any] = set()
+        self._reached: Counter[int | None] = Counter()
         self._own(model, None)
         self._enabled = True
         for config, previous in lent.values():
@@ -102,9 +103,11 @@ class Handle:
         if not self.enabled:
             return
         self._first_forward.remove()
-        if len(self._reached) < self._expected:
+        # Layers without a number may be one module that runs several times (ALBERT): calls count.
+        reached = len(self._reached.keys() - {None}) + self._reached[None]
+        if reached < self._expected:
             raise RuntimeError(
-                f"of the {self._expected} attention layers of {type(model).__name__}, {len(self._reached)} reached "
+                f"of the {self._expected} attention layers of {type(model).__name__}, {reached} reached "
                 "gossamer in a forward pass: this model computes attention by itself, and under another mask than it "
                 "expects. Its results are wrong; disable the handle and leave the model as it is"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,13 +54,14 @@ class Owner:
     """Who decides for an attention module: the policy, and where its calls are recorded.
 
     Fields:
-        reached: layers whose attention came here, whatever became of the call.
+        reached: how often each layer's attention came here, whatever became of the call; None for those without a
+            ``layer_idx``.
     """
 
     policy: Policy
     record: Callable[[CallRecord], None] | None
     observe: Callable[[Observation], None] | None = None
-    reached: set[Any] = field(default_factory=set)
+    reached: Counter[int | None] = field(default_factory=Counter)
 
 
 _owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
