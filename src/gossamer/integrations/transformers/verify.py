@@ -66,7 +66,10 @@ class Verification:
         return {"model": self.model, "ok": self.ok, "checks": rows}
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {'the same as without gossamer' if self.ok else 'NOT the same as without gossamer'}"]
+        verdict = "the same as without gossamer" if self.ok else "NOT the same as without gossamer"
+        if all(check.ok is None for check in self.checks):
+            verdict = "NOT compared: the model by itself can't run a prompt of text"
+        lines = [f"{self.model}: {verdict}"]
         lines.append(f"{'situation':<28} {'':<5} {'difference':>10} {'of':>8} {'sparse':>6}  dense because")
         for check in self.checks:
             state = {True: "ok", False: "WRONG", None: "-"}[check.ok]
