@@ -190,12 +190,13 @@ class TestRefused:
             forward(model, prompt(), use_cache=False)
         assert len(handle.stats()) == 1
 
+    @pytest.mark.parametrize("bidirectional", [False, True])
     @pytest.mark.parametrize("missing", [1, 2])
-    def test_layers_that_do_not_come_here(self, missing: int) -> None:
+    def test_layers_that_do_not_come_here(self, missing: int, bidirectional: bool) -> None:
         model = tiny_llama()
         for layer in model.model.layers[:missing]:
             layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-        with enable(model, "a_shape", **FULL):
+        with enable(model, "a_shape", bidirectional=bidirectional, **FULL):
             with pytest.raises(
                 RuntimeError, match=f"of the 2 attention layers of LlamaForCausalLM, {2 - missing} reached"
             ):

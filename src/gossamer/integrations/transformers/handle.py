@@ -202,7 +202,8 @@ def enable(
             f"this {type(model).__name__}, or a part of it, is enabled already; call disable() on its handle first"
         )
     register()
-    text = model.config if bidirectional else model.config.get_text_config(decoder=True)
+    decoder = model.config.get_text_config(decoder=True)
+    text = model.config if bidirectional else decoder
     name = BIDIRECTIONAL if bidirectional else NAME
     refuse(model, text, name)
     before = {id(config): (config, config._attn_implementation) for config in _configs(model)}
@@ -216,7 +217,9 @@ def enable(
             "not go through transformers' AttentionInterface. gossamer cannot run it"
         )
     lent = {key: (config, former) for key, (config, former) in before.items() if is_ours(config)}
-    return Handle(model, policy, lent, 1 if bidirectional else attention_layers(model, text))
+    # Of bidirectional models at least the text's layers are expected, if they were switched; others count as they come.
+    expected = attention_layers(model, decoder) if not bidirectional or is_ours(decoder) else 1
+    return Handle(model, policy, lent, expected)
 
 
 def _configs(model: Any) -> list[Any]:
