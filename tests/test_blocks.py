@@ -277,3 +277,11 @@ def test_bands_leave_no_query_beyond_the_keys_without_one(on, last_rows: int | N
         assert Blocks(call, 16, 16).plan(window=5, sink=1).block_indices.numel() == 0  # one key is enough
     within = Blocks(AttentionCall(call.q[:, :, :130], call.k, extent=Extent.full(2, 130, 130, causal=False)), 16, 16)
     assert within.plan(window=5).block_indices.numel() == 0  # a window alone, exact to the token
+
+
+@pytest.mark.parametrize(("name", "what"), [("query_count", "queries"), ("key_count", "keys")])
+def test_an_extent_that_was_written_to_is_refused_before_anything_is_as_large_as_it_says(name: str, what: str) -> None:
+    call = call_in("no padding")
+    getattr(call.extent, name)[0] = (1 << 31) - 1
+    with pytest.raises(ValueError, match=f"the extent names 2147483647 {what} in batch row 0, .* but there are 150"):
+        Blocks(call, 16, 16)

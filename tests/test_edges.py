@@ -53,7 +53,7 @@ DOORS: dict[str, Callable[[str, int], Any]] = {
     "a plan, as a tensor": lambda name, n: plan_with(SparsePlan, name, torch.tensor([n])),
     "an unchecked plan": lambda name, n: plan_with(SparsePlan.unchecked, name, n),
     "an unchecked plan, as a tensor": lambda name, n: plan_with(SparsePlan.unchecked, name, torch.tensor([n])),
-    "a builder": lambda name, n: Blocks(AttentionCall(*tensors(4))).plan(**{name: n}),
+    "a builder": lambda name, n: Blocks(AttentionCall(*tensors(4))).plan(**{name: n}),  # pyright: ignore[reportArgumentType]
 }
 
 

@@ -34,6 +34,9 @@ class Blocks:
     Attributes:
         grid: how the blocks lie; `gossamer.scores` take it.
         heads: of the plan, H or G.
+
+    Raises:
+        ValueError: the call's extent was written to, and names tokens that the call does not have.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Blocks:
         *,
         per: Literal["head", "kv_head"] = "head",
     ) -> None:
+        call.extent.check(call.query_len, call.key_len)  # it may have been written to, and says how much is allocated
         self.call = call
         self.grid = Grid(call.extent, block_q, block_k)
         self.heads = call.heads if per == "head" else call.groups

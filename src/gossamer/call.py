@@ -16,6 +16,8 @@ from gossamer.rotary import Rotary
 
 __all__ = ["AttentionCall", "CallFields", "Store"]
 
+_FLOAT32 = torch.finfo(torch.float32)
+
 
 class Store(Protocol):
     """A cache that knows more than keys and values: pages, summaries, encoded keys. Methods read it, never write it."""
@@ -88,11 +90,13 @@ class AttentionCall:
             raise ValueError(f"the extent has {self.extent.batch} batch rows, but q has {self.batch}")
         self.extent.check(self.query_len, self.key_len)
         scale = self.scale if self.scale is not None else 1.0 / math.sqrt(self.q.shape[-1])
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be a finite number, got {scale}")
+        if not abs(scale) <= _FLOAT32.max:
+            raise ValueError(f"scale must be a finite number, got {scale} (kernels take it in float32)")
         object.__setattr__(self, "scale", float(scale))
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ValueError(f"softcap must be above 0 and finite, or None, got {self.softcap}")
+        if self.softcap is not None and not _FLOAT32.tiny <= self.softcap <= _FLOAT32.max:
+            raise ValueError(
+                f"softcap must be above 0 and finite, or None, got {self.softcap} (kernels take it in float32)"
+            )
         if self.sinks is not None and (self.sinks.shape != (self.heads,) or self.sinks.device != self.q.device):
             raise ValueError(
                 f"sinks must have shape ({self.heads},), one logit a query head, on {self.q.device}, "

@@ -84,28 +84,31 @@ def test_standard_input_that_is_not_text(refused, model_path, monkeypatch, tmp_p
             assert "standard input is not UTF-8 text" in refused("run", model_path)
 
 
-@pytest.fixture
-def broken_model(capsys: pytest.CaptureFixture[str], model_path: Path, tmp_path: Path) -> Path:
-    """Its weights are NaN in one place."""
+@pytest.fixture(params=["mlp.up_proj", "self_attn.q_proj"])
+def broken_model(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], model_path: Path, tmp_path: Path
+) -> tuple[Path, str]:
+    """Its weights are NaN in one place; and where. One token alone has no use for queries."""
     from transformers import AutoModelForCausalLM
 
     path = tmp_path / "broken"
     shutil.copytree(model_path, path)
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+        model.get_parameter(name := f"model.layers.1.{request.param}.weight")[0, 0] = float("nan")
     model.save_pretrained(path)
     capsys.readouterr()
-    return path
+    return path, name
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "eval", "compare"])
+@pytest.mark.parametrize("command", ["run", "inspect", "eval", "compare", "doctor"])
 def test_weights_that_are_not_numbers_are_said(command, refused, broken_model, prompt_file, tmp_path) -> None:
-    more = {"run": [prompt_file], "inspect": [prompt_file, "--out", tmp_path / "heads"]}
+    more = {"run": [prompt_file], "inspect": [prompt_file, "--out", tmp_path / "heads"], "doctor": []}
     more["eval"] = ["--tasks", "perplexity", "--lengths", "64", "--limit", 1, "--out", tmp_path / "r.jsonl"]
     more["compare"] = ["--prompts", "text", "--lengths", "64", "--out", tmp_path / "r.jsonl"]
-    err = refused(command, broken_model, *more[command])
-    assert "predicts NaN: its weights hold NaN, model.layers.1.mlp.up_proj.weight first" in err
+    path, name = broken_model
+    err = refused(command, path, *more[command])
+    assert f"predicts NaN: its weights hold NaN, {name} first" in err
     assert not (tmp_path / "r.jsonl").exists()
     assert not (tmp_path / "heads" / "heads.jsonl").exists()
 
@@ -119,6 +122,7 @@ def test_weights_that_are_not_numbers_are_said(command, refused, broken_model, p
     [
         ("GOSSAMER_BACKEND", "vax", "GOSSAMER_BACKEND='vax' is not known; use one of"),
         ("GOSSAMER_PLANNER", "flex", "GOSSAMER_PLANNER='flex' is not known; use one of"),
+        ("GOSSAMER_CHECK", "yes", "GOSSAMER_CHECK='yes' is not known; use one of: 0, 1"),
         ("GOSSAMER_BACKEND", "triton", "GOSSAMER_BACKEND=triton cannot be used here: "),
         ("GOSSAMER_PLANNER", "triton", "GOSSAMER_PLANNER=triton cannot be used here: "),
         ("GOSSAMER_CPU_ISA", "vax", "GOSSAMER_CPU_ISA='vax' is not supported here; use one of"),

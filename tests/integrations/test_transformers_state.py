@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import importlib
 import logging
 import pickle
@@ -13,6 +14,8 @@ import pytest
 import torch
 from tiny_transformers import ALWAYS_SPARSE, FULL, forward, pair, prompt, tiny_llama
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     AutoModelForCausalLM,
     BigBirdPegasusConfig,
     BigBirdPegasusForCausalLM,
@@ -88,6 +91,22 @@ class TestSharedConfig:
         handles[1 - first_out].disable()
         assert models[0].config._attn_implementation == "sdpa"
 
+    def test_a_model_that_is_deleted_gives_the_config_back(self) -> None:
+        first, second = two_models_of_one_config()
+        narrow = enable(first, "a_shape", **SMALL)
+        with enable(second, "a_shape", **FULL):
+            del first
+            gc.collect()
+            assert not narrow.enabled
+            assert repr(narrow) == "<gossamer a_shape on a model that is gone, disabled>"
+            assert second.config._attn_implementation == NAME
+        assert second.config._attn_implementation == "sdpa"
+        alone, other = two_models_of_one_config()
+        enable(alone, "a_shape", **SMALL)
+        del alone
+        gc.collect()
+        assert other.config._attn_implementation == "sdpa"
+
     def test_two_ways_of_enabling_do_not_fit_one_config(self) -> None:
         first, second = two_models_of_one_config()
         with enable(first, "a_shape", **FULL):
@@ -155,6 +174,16 @@ class TestRefused:
             forward(model, prompt(), use_cache=False)
         assert len(handle.stats()) == 2
 
+    def test_one_module_for_all_layers_is_all_of_them(self) -> None:
+        sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "embedding_size": 32, "intermediate_size": 48}
+        model = AlbertModel(AlbertConfig(**sizes, num_attention_heads=4, num_hidden_layers=3)).eval()
+        with torch.no_grad():
+            expected = model(input_ids=prompt()).last_hidden_state
+            with enable(model, "a_shape", **FULL) as handle:
+                got = model(input_ids=prompt()).last_hidden_state
+        assert sum(row.calls for row in handle.stats()) == 3
+        torch.testing.assert_close(got, expected)
+
     def test_layers_that_attend_to_images_alone_are_not_expected(self) -> None:
         model = tiny_llama()
         model.config.cross_attention_layers = [1]  # as Mllama names them, which a prompt of text leaves out
@@ -163,12 +192,13 @@ class TestRefused:
             forward(model, prompt(), use_cache=False)
         assert len(handle.stats()) == 1
 
+    @pytest.mark.parametrize("bidirectional", [False, True])
     @pytest.mark.parametrize("missing", [1, 2])
-    def test_layers_that_do_not_come_here(self, missing: int) -> None:
+    def test_layers_that_do_not_come_here(self, missing: int, bidirectional: bool) -> None:
         model = tiny_llama()
         for layer in model.model.layers[:missing]:
             layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-        with enable(model, "a_shape", **FULL):
+        with enable(model, "a_shape", bidirectional=bidirectional, **FULL):
             with pytest.raises(
                 RuntimeError, match=f"of the 2 attention layers of LlamaForCausalLM, {2 - missing} reached"
             ):

@@ -77,6 +77,21 @@ def test_an_error_of_ours_is_a_difference_and_one_of_the_models_is_not() -> None
     assert "  RuntimeError: no cache" in table
 
 
+def test_a_model_that_cannot_run_a_prompt_was_not_compared() -> None:
+    """Nor was it found to differ."""
+    model = tiny_llama()
+
+    def without_text(input_ids: Tensor, **_: Any) -> Any:
+        raise RuntimeError("images alone")
+
+    model.forward = without_text
+    found = verify(model)
+    assert not found.ok
+    assert str(found).splitlines()[0] == (
+        "LlamaForCausalLM: NOT compared: the model by itself can't run a prompt of text"
+    )
+
+
 def test_what_was_found_does_not_change_and_says_what_ran_dense() -> None:
     found = verify(tiny_llama())
     assert "decode x2" in str(found).splitlines()[-1]
@@ -118,8 +133,10 @@ def test_situations_are_padded_as_they_say() -> None:
 
 def test_a_model_in_training_is_given_back_so() -> None:
     model = tiny_llama().train()
+    model.model.layers[0].eval()  # frozen, as a part may be
+    before = [module.training for module in model.modules()]
     assert verify(model).ok
-    assert model.training
+    assert [module.training for module in model.modules()] == before
 
 
 def test_weights_that_are_no_numbers_are_no_agreement() -> None:

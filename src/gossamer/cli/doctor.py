@@ -70,11 +70,13 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _verify(path: Path, dtype: str) -> Any:
-    from gossamer.cli.generation import load_model
+    from gossamer.cli.generation import check_weights, load_model
     from gossamer.integrations.transformers import verify
 
+    model = load_model(path, dtype, progress=sys.stderr.isatty())
+    check_weights(model, path)  # NaN differs from NaN
     try:
-        return verify(load_model(path, dtype, progress=sys.stderr.isatty()))
+        return verify(model)
     except (TypeError, ValueError) as error:
         raise BadInput(f"{path}: {first_line(error)}") from error
 

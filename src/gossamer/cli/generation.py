@@ -24,6 +24,7 @@ __all__ = [
     "Filtered",
     "Generation",
     "check_model",
+    "check_weights",
     "compare_top1",
     "filtered",
     "generate",
@@ -108,13 +109,25 @@ def load_model(path: Path, dtype: str, progress: bool) -> Any:
 
 @torch.inference_mode()
 def check_model(model: Any, path: Path) -> None:
-    """Read one token, so that weights that are not numbers show before anything slow is done."""
+    """Look at every weight and read one token, so that what is not a number shows before anything slow is done.
+
+    One token alone would not do: attention to few keys hides NaN in queries and keys, which longer prompts then show.
+    """
+    check_weights(model, path)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    if not bool(model(input_ids=token, use_cache=False).logits.isnan().any()):
-        return
-    broken = (name for name, weight in model.named_parameters() if weight.is_floating_point() and weight.isnan().any())
-    why = f"its weights hold NaN, {name} first" if (name := next(broken, None)) else f"it overflows in {model.dtype}"
-    raise BadInput(f"{path} predicts NaN: {why}; get the model again, or try another --dtype")
+    if bool(model(input_ids=token, use_cache=False).logits.isnan().any()):
+        raise BadInput(f"{path} predicts NaN: it overflows in {model.dtype}; try another --dtype")
+
+
+def check_weights(model: Any, path: Path) -> None:
+    broken = next((name for name, weight in model.named_parameters() if _holds_nan(weight)), None)
+    if broken is not None:
+        raise BadInput(f"{path} predicts NaN: its weights hold NaN, {broken} first; get the model again")
+
+
+def _holds_nan(weight: Tensor) -> bool:
+    """By the sum first, which takes no memory; it is NaN for infinities of both signs as well."""
+    return weight.is_floating_point() and bool(weight.sum().isnan()) and bool(weight.isnan().any())
 
 
 @contextmanager

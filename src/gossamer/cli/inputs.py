@@ -16,6 +16,7 @@ from gossamer.cli.common import BadInput, first_line
 from gossamer.cli.specs import takes_profile
 from gossamer.methods import MaxRelative, Method, PerHead, available
 from gossamer.methods.registry import class_of
+from gossamer.plan.checks import CHECK, checks_numbers
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
 from gossamer.profiles.files import parse_json, read_file, read_text, shown
@@ -39,7 +40,7 @@ _MOST_NUMBERS = 100_000
 
 def check_environment(device: torch.device | str = "cpu") -> None:
     """That what the environment forces is known, and runs here: a few tokens are planned for and attended."""
-    forced = {name: os.environ[name] for name in (ATTEND, PLAN, cpu.ENVIRONMENT) if os.environ.get(name)}
+    forced = {name: os.environ[name] for name in (ATTEND, PLAN, CHECK, cpu.ENVIRONMENT) if os.environ.get(name)}
     if not forced:
         return
     device = torch.device(device)
@@ -47,6 +48,7 @@ def check_environment(device: torch.device | str = "cpu") -> None:
         device = torch.device("cpu")  # what is wrong with the device is said where it is used
     tokens = torch.zeros(1, 1, 64, 64, device=device)
     try:
+        checks_numbers()
         for verb in ("attend", "ListWriter"):
             backend_of(tokens, verb)
         if cpu.is_available():

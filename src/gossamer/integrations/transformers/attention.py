@@ -180,7 +180,7 @@ def _attend(
         fields = asked.mask, s_aux, asked.scale, softcap, asked.window, asked.causal, asked.layer
         return _operator(query, key, value, *fields, *named(module))
     owner = owner_for(module)
-    owner.reached.add(id(module) if asked.layer is None else asked.layer)
+    owner.reached[asked.layer] += 1
     if extras.reason is not None:
         return _counted(owner, asked, extras.reason, lambda: _densely(module, asked, extras))
     return _by_policy(owner, asked, TRAINING if module.training else None)
@@ -227,7 +227,7 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
 
 def _run_operator(owner: Owner, *tensors_and_fields: Any) -> Tensor:
     asked = _Asked(*tensors_and_fields)
-    owner.reached.add(asked.layer)
+    owner.reached[asked.layer] += 1
     # In a graph nobody sees which positions the model gives its tokens; what was seen before it is another forward's.
     return _by_policy(owner if owner.rotary is None else replace(owner, rotary=None), asked, None)
 

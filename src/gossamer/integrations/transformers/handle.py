@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, cast
@@ -41,7 +42,7 @@ class Handle:
         self._model = weakref.ref(model)
         self._lent = lent
         self._layers: dict[int | None, LayerStats] = {}
-        self._reached: set[Any] = set()
+        self._reached: Counter[int | None] = Counter()
         self._positions: Positions | None = None
         self._hook: Any = None
         self._visit: Callable[[Observation], None] | None = None
@@ -50,13 +51,15 @@ class Handle:
         self._enabled = True
         for config, previous in lent.values():
             lend(config, previous, 1)
+        self._given_back = weakref.finalize(model, _give_back, lent)
+        self._given_back.atexit = False
         self._expected = layers
         self._first_forward = model.register_forward_hook(_FirstForward(self))
 
     @property
     def enabled(self) -> bool:
         """Whether the model's attention comes here: not after `disable`, nor while the model was told otherwise."""
-        return self._enabled and any(is_ours(config) for config, _ in self._lent.values())
+        return self._enabled and self._given_back.alive and any(is_ours(config) for config, _ in self._lent.values())
 
     def stats(self) -> Stats:
         """What each layer did until now. Layers that were not called are absent."""
@@ -120,13 +123,14 @@ class Handle:
         """Give the model its previous attention implementation back. A second call does nothing.
 
         What the user has chosen since with ``set_attn_implementation`` stays. A config that other enabled models share
-        is given back by the last of them.
+        is given back by the last of them. A model that is deleted gives its share back by itself.
         """
         model = self._model()
         if not self._enabled or model is None:
             self._enabled = False
             return
         self._enabled = False
+        self._given_back.detach()
         self._first_forward.remove()
         if self._hook is not None:
             self._hook.remove()
@@ -148,9 +152,11 @@ class Handle:
         if not self.enabled:
             return
         self._first_forward.remove()
-        if len(self._reached) < self._expected:
+        # Layers without a number may be one module that runs several times (ALBERT): calls count.
+        reached = len(self._reached.keys() - {None}) + self._reached[None]
+        if reached < self._expected:
             raise RuntimeError(
-                f"of the {self._expected} attention layers of {type(model).__name__}, {len(self._reached)} reached "
+                f"of the {self._expected} attention layers of {type(model).__name__}, {reached} reached "
                 "gossamer in a forward pass: this model computes attention by itself, and under another mask than it "
                 "expects. Its results are wrong; disable the handle and leave the model as it is"
             )
@@ -170,9 +176,17 @@ class Handle:
         model = self._model()
         name = type(model).__name__ if model is not None else "a model that is gone"
         state = "enabled" if self.enabled else "disabled"
-        if self._enabled and not self.enabled:
+        if self._enabled and model is not None and not self.enabled:
             state = "switched off by set_attn_implementation"
         return f"<gossamer {self.policy.method.name} on {name}, {state}>"
+
+
+def _give_back(lent: Mapping[int, tuple[Any, str]]) -> None:
+    """What `Handle.disable` does for configs, after a model that was never disabled."""
+    for config, previous in lent.values():
+        former = lend(config, previous, -1)
+        if former and is_ours(config):
+            config._attn_implementation = {"": former}  # its own, and none of its parts'
 
 
 class _FirstForward:
@@ -238,7 +252,8 @@ def enable(
             f"this {type(model).__name__}, or a part of it, is enabled already; call disable() on its handle first"
         )
     register()
-    text = model.config if bidirectional else model.config.get_text_config(decoder=True)
+    decoder = model.config.get_text_config(decoder=True)
+    text = model.config if bidirectional else decoder
     name = BIDIRECTIONAL if bidirectional else NAME
     refuse(model, text, name)
     before = {id(config): (config, config._attn_implementation) for config in _configs(model)}
@@ -252,7 +267,9 @@ def enable(
             "not go through transformers' AttentionInterface. gossamer cannot run it"
         )
     lent = {key: (config, former) for key, (config, former) in before.items() if is_ours(config)}
-    handle = Handle(model, policy, lent, 1 if bidirectional else attention_layers(model, text))
+    # Of bidirectional models at least the text's layers are expected, if they were switched; others count as they come.
+    expected = attention_layers(model, decoder) if not bidirectional or is_ours(decoder) else 1
+    handle = Handle(model, policy, lent, expected)
     if "rotary" in needs_of(policy.method):
         try:
             handle.find_rotary(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,8 @@ class Owner:
     """Who decides for an attention module: the policy, and where its calls are recorded.
 
     Fields:
-        reached: layers whose attention came here, whatever became of the call.
+        reached: how often each layer's attention came here, whatever became of the call; None for those without a
+            ``layer_idx``.
         rotary: how the model turned a call's q and k, where somebody asked for it.
         instead: makes the output ``[B, H, S, Dv]`` of calls with several queries, in place of the policy.
     """
@@ -63,7 +65,7 @@ class Owner:
     policy: Policy
     record: Callable[[CallRecord], None] | None
     observe: Callable[[Observation], None] | None = None
-    reached: set[Any] = field(default_factory=set)
+    reached: Counter[int | None] = field(default_factory=Counter)
     rotary: Callable[[Extent], Rotary | None] | None = None
     instead: Callable[[AttentionCall], Tensor] | None = None
 

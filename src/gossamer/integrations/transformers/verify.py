@@ -66,7 +66,10 @@ class Verification:
         return {"model": self.model, "ok": self.ok, "checks": rows}
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {'the same as without gossamer' if self.ok else 'NOT the same as without gossamer'}"]
+        verdict = "the same as without gossamer" if self.ok else "NOT the same as without gossamer"
+        if all(check.ok is None for check in self.checks):
+            verdict = "NOT compared: the model by itself can't run a prompt of text"
+        lines = [f"{self.model}: {verdict}"]
         lines.append(f"{'situation':<28} {'':<5} {'difference':>10} {'of':>8} {'sparse':>6}  dense because")
         for check in self.checks:
             state = {True: "ok", False: "WRONG", None: "-"}[check.ok]
@@ -98,12 +101,13 @@ def verify(model: Any, *, length: int = 80, seed: int = 0) -> Verification:
         raise ValueError(f"verify needs at least 16 tokens to cut a prompt into chunks, got {length}")
     enable(model, "max_relative", **FULL_BUDGET).disable()  # refuses before anything runs
     ids = _prompt(model, length, seed)
-    was_training = model.training
+    were_training = [module for module in model.modules() if module.training]  # parts may differ
     model.eval()
     try:
         checks = tuple(_check(model, name, run, ids) for name, run in SITUATIONS.items())
     finally:
-        model.train(was_training)
+        for module in were_training:
+            module.training = True
     return Verification(type(model).__name__, checks)
 
 
