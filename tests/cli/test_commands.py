@@ -145,3 +145,12 @@ def test_entry_point():
     command = [sys.executable, "-m", "gossamer", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == f"gossamer {gossamer.__version__}\n"
+
+
+def test_doctor_of_a_model_with_an_unknown_backend_is_one_line(capsys, monkeypatch, model_path):
+    monkeypatch.setenv("GOSSAMER_BACKEND", "vax")
+    assert main(["doctor", str(model_path)]) == 2
+    captured = capsys.readouterr()
+    assert "GOSSAMER_BACKEND='vax' is not known" in captured.err
+    assert captured.err.count("\n") == 1
+    assert "WRONG" not in captured.out

@@ -71,8 +71,10 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _verify(path: Path, dtype: str) -> Any:
     from gossamer.cli.generation import check_weights, load_model
+    from gossamer.cli.inputs import check_environment
     from gossamer.integrations.transformers import verify
 
+    check_environment()
     model = load_model(path, dtype, progress=sys.stderr.isatty())
     check_weights(model, path)  # NaN differs from NaN
     try:
