@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kRowsAJob = 64;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
+constexpr int64_t kMany = 512;  // candidates of a row of which only the best are ranked
 
 void set_bit(uint64_t* bits, int64_t n) { bits[n / 64] |= uint64_t{1} << (n % 64); }
 
@@ -134,6 +135,43 @@ class Ranking {
   std::vector<double> sums_;
 };
 
+// Sums of scores that are not negative, by their leading bits: an eighth of a power of two each.
+class Coarse {
+ public:
+  // False where a score is negative or NaN: then sums say nothing.
+  bool sum(const float* scores, Range seen) {
+    sums_.assign(kBins, 0.0);
+    for (int64_t j = seen.begin; j < seen.end; ++j) {
+      if (!(scores[j] >= 0.0f)) return false;
+      sums_[bin(scores[j])] += scores[j];
+    }
+    total_ = 0.0;
+    for (const double part : sums_) total_ += part;
+    return total_ > 0.0 && total_ < std::numeric_limits<double>::infinity();
+  }
+  double total() const { return total_; }
+  // The lowest bin of those that together hold `limit`, from the best down.
+  uint32_t down_to(double limit) const {
+    double up_to = 0.0;
+    uint32_t n = kBins;
+    while (n > 0 && up_to < limit) up_to += sums_[--n];
+    return n;
+  }
+  static uint32_t bin(float x) {
+    x += 0.0f;  // -0 and 0 are equal
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits >> kDropped;
+  }
+
+ private:
+  static constexpr int kDropped = 20;
+  static constexpr uint32_t kBins = 1 << (31 - kDropped);
+
+  std::vector<double> sums_;
+  double total_ = 0.0;
+};
+
 bool is_top_p_of_a_row(Rule rule) {
   return rule == Rule::kTopP || rule == Rule::kTopPForced || rule == Rule::kTopPReaching || rule == Rule::kTopPBelow;
 }
@@ -158,6 +196,7 @@ size_t count_top_p(const Ranking& ranking, Rule rule, double share) {
 struct Workspace {
   std::vector<float> sorted;
   Ranking ranking;
+  Coarse coarse;
 };
 
 class Chooser {
@@ -248,10 +287,30 @@ class Chooser {
       choose_at_least(scores, static_cast<float>(choice_.shares[head % choice_.heads]), seen, bits);
     if (choice_.rule == Rule::kTopK)
       choose_top(scores, choice_.counts[head % choice_.heads], seen.begin, seen.end, workspace.sorted, bits);
+    if (choice_.rule == Rule::kTopP && choose_top_p_of_many(scores, head, seen, workspace, bits)) return;
     if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, place, head, seen, workspace.ranking, bits);
     if (choice_.rule == Rule::kTopPOfAllRows)
       for (int64_t j = seen.begin; j < seen.end; ++j)
         if (Ranking::entry(scores[j], row % choice_.rows * choice_.width + j) < past_[head]) set_bit(bits, j);
+  }
+
+  // Ranks only those of many candidates that surely hold the share; false where that is not to be had.
+  bool choose_top_p_of_many(const float* scores, int64_t head, Range seen, Workspace& workspace, uint64_t* bits) const {
+    const double share = choice_.shares[head % choice_.heads];
+    if (seen.size() < kMany || share >= 1.0 || !workspace.coarse.sum(scores, seen)) return false;
+    const double limit = share * workspace.coarse.total();
+    const uint32_t lowest = workspace.coarse.down_to(limit);
+    Ranking& ranking = workspace.ranking;
+    ranking.clear();
+    for (int64_t j = seen.begin; j < seen.end; ++j)
+      if (Coarse::bin(scores[j]) >= lowest) ranking.add(scores, j, j + 1, [](int64_t) { return false; });
+    if (ranking.empty()) return true;
+    ranking.rank(scores);
+    size_t count = 0;
+    while (count < ranking.size() && ranking.before(count) < limit) ++count;
+    if (count == ranking.size() && ranking.total() < limit) return false;  // sums in another order may round otherwise
+    ranking.set_first(count, bits);
+    return true;
   }
 
   void choose_top_p(const float* scores, int64_t place, int64_t head, Range seen, Ranking& ranking,

@@ -92,10 +92,12 @@ def test_rules(rule: Rule, kind: str, width: int) -> None:
 
 
 @every_rule
-def test_rules_on_thousands_of_candidates(rule: Rule) -> None:
+@pytest.mark.parametrize("kind", ["ties", "softmax", "spoilt", "flat"])
+def test_rules_on_thousands_of_candidates(rule: Rule, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = candidates(3000, generator, rows=5)
-    assert_same(3000, {range(5): (chosen, draw("softmax", 3000, generator, rows=5), rule)}, rows=5)
+    scores = torch.ones(BATCH, HEADS, 5, 3000) if kind == "flat" else draw(kind, 3000, generator, rows=5)
+    assert_same(3000, {range(5): (chosen, scores, rule)}, rows=5)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
