@@ -71,8 +71,9 @@ def _verified(model: Any) -> dict[str, Any]:
     try:
         checks = gossamer.verify(model).to_dict()["checks"]
     except (TypeError, ValueError) as error:
-        return {"outcome": "refused", "why": _line(error)}
-    except Exception as error:  # of a model that has no vocabulary, say
+        outcome = "model fails" if "has no vocabulary" in str(error) else "refused"
+        return {"outcome": outcome, "why": _line(error)}
+    except Exception as error:
         return {"outcome": "model fails", "why": _line(error)}
     failures = {check["situation"]: check["failure"] for check in checks if check["failure"]}
     if all(check["ok"] is None for check in checks):

@@ -146,6 +146,16 @@ def test_weights_that_are_no_numbers_are_no_agreement() -> None:
     assert not verify(model).ok
 
 
+def test_a_model_without_a_vocabulary_is_refused() -> None:
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    model = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8))
+    with pytest.raises(ValueError, match="ViTModel has no vocabulary"):
+        verify(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="at least 16 tokens"):
         verify(tiny_llama(), length=15)

@@ -95,7 +95,7 @@ def verify(model: Any, *, length: int = 80, seed: int = 0) -> Verification:
 
     Raises:
         TypeError, ValueError: as `enable`: what it refuses can't be verified.
-        ValueError: a length below 16.
+        ValueError: a length below 16, or a model without a vocabulary.
     """
     if length < 16:
         raise ValueError(f"verify needs at least 16 tokens to cut a prompt into chunks, got {length}")
@@ -139,6 +139,11 @@ def _line(error: Exception) -> str:
 def _prompt(model: Any, length: int, seed: int) -> Tensor:
     """Random tokens ``[2, length]``, none of which means anything to the model, on its device."""
     config = model.config.get_text_config(decoder=True)
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise ValueError(
+            f"{type(model).__name__} has no vocabulary, and verify runs a prompt of tokens; compare its outputs on inputs "
+            "of its own, with gossamer.enable and without"
+        )
     special = {value for part in (model.config, config) for value in _token_ids(part)}
     usable = torch.tensor([token for token in range(config.vocab_size) if token not in special], device="cpu")
     generator = torch.Generator().manual_seed(seed)
