@@ -13,19 +13,26 @@ from gossamer.backends import torch as definition
 
 VERBS = (
     "ListWriter",
+    "antidiagonal_means",
+    "antidiagonal_peaks",
     "antidiagonal_scores",
     "block_attention",
     "count",
     "exact_slashes",
     "finish",
     "group_differences",
+    "group_shares",
+    "key_similarity",
     "last_query_probe",
+    "last_query_products",
     "mean_row_maxima",
     "pool_key_bounds",
     "pool_keys",
     "pool_queries",
     "pooled_scores",
+    "query_similarity",
     "row_block_energy",
+    "value_norms",
 )
 every_verb = pytest.mark.parametrize("verb", ["attend", *VERBS])
 

@@ -112,7 +112,7 @@ def mean_influence(model: Any, samples: Iterable[tuple[Tensor, int]], *, block: 
     Raises:
         ValueError: no samples, or of different lengths.
     """
-    total, count, length = torch.zeros(()), 0, None
+    total, count, length = torch.zeros((), device="cpu"), 0, None
     for input_ids, answer_from in samples:
         if length not in (None, input_ids.shape[-1]):
             raise ValueError(f"samples must have one length, got {length} and {input_ids.shape[-1]} tokens")

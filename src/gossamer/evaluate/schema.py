@@ -290,7 +290,17 @@ _POINT = _Object(
         "rounds": _COUNT,
     },
 )
-_BOUNDS = _Object({**_PROMPT, "blocks": _Object(_LISTS), "columns": _Object(_LISTS)}, _OF_A_PROMPT)
+
+
+def _lists_fit(value: dict[str, Any], where: str) -> Misfit | None:
+    """As many numbers in each list as in ``density``."""
+    count = len(value["density"])
+    others = ((name, len(value[name])) for name in ("recall", "error") if len(value[name]) != count)
+    return _first(Misfit(f"{where}.{name}", f"a list of {count} numbers", f"{n} of them") for name, n in others)
+
+
+_BOUND = _Object(_LISTS, whole=(_lists_fit,))
+_BOUNDS = _Object({**_PROMPT, "blocks": _BOUND, "columns": _BOUND}, _OF_A_PROMPT)
 _LOGITS = _Object(
     {"method": _TEXT, **_PROMPT, "density": _SHARE, "kl": _NATS, "top1": _SHARE, "prefill_s": _SECONDS},
     {**_OF_A_PROMPT, **_MORE_OF_A_METHOD, **_MORE_SECONDS},

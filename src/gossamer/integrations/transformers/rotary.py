@@ -28,7 +28,7 @@ def rotary_module(model: Any) -> nn.Module:
         ValueError: there is none, or several, or its frequencies change with the length.
     """
     named = [m for n, m in model.named_modules() if n.rpartition(".")[2] == "rotary_emb" and hasattr(m, "inv_freq")]
-    if len(named) != 1 or getattr(named[0], "inv_freq", torch.empty(0)).ndim != 1:
+    if len(named) != 1 or named[0].inv_freq.ndim != 1:
         raise ValueError(f"{type(model).__name__} has no rotary module with one list of angles for all layers")
     kind = getattr(named[0], "rope_type", "default")
     if kind in _CHANGING:

@@ -141,8 +141,8 @@ def _prompt(model: Any, length: int, seed: int) -> Tensor:
     config = model.config.get_text_config(decoder=True)
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise ValueError(
-            f"{type(model).__name__} has no vocabulary, and verify runs a prompt of tokens; compare its outputs on inputs "
-            "of its own, with gossamer.enable and without"
+            f"{type(model).__name__} has no vocabulary, and verify runs a prompt of tokens; compare its outputs on "
+            "inputs of its own, with gossamer.enable and without"
         )
     special = {value for part in (model.config, config) for value in _token_ids(part)}
     usable = torch.tensor([token for token in range(config.vocab_size) if token not in special], device="cpu")
