@@ -149,7 +149,12 @@ def test_weights_that_are_no_numbers_are_no_agreement() -> None:
 def test_a_model_without_a_vocabulary_is_refused() -> None:
     from transformers import ViTConfig, ViTModel
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+    }
     model = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8))
     with pytest.raises(ValueError, match="ViTModel has no vocabulary"):
         verify(model)
