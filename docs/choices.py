@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gossamer.evaluate.settings import ComparisonRow, comparison_rows
 from gossamer.evaluate.summary import SummaryRow, summary_rows
 
 Cells = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
@@ -72,6 +73,30 @@ def _kept(row: SummaryRow, after: SummaryRow | None, own: float | None) -> tuple
         "" if row.speedup is None else f"{row.speedup:.1f}",
         f"{own / row.prefill_s:.2f}" if own and row.prefill_s else "",
     )
+
+
+def front_tables(records: Sequence[dict[str, Any]]) -> list[Cells]:
+    """For each length the settings that no other beats, from the cheapest on."""
+    run = next(record for record in records if record["kind"] == "run")
+    header = ("setting", "time over dense", "error", "density", "recall", "KL", "top-1", "planning")
+    tables = []
+    rows = comparison_rows(records)
+    for length in sorted({row.length for row in rows}):
+        here = [row for row in rows if row.length == length]
+        layers = next(r["observed"] for r in records if r["kind"] == "point" and r["length"] == length)
+        model, machine = run["model"], run["machine"]
+        above = (
+            f"**{model['name']}, {length:,} tokens** ({machine['processor']}, {machine['threads']} threads, "
+            f"{model['dtype']}; {here[0].prompts} prompts, {len(layers)} of {model['layers']} layers)"
+        )
+        tables.append((above, header, [_of_front(row) for row in here if row.front]))
+    return tables
+
+
+def _of_front(row: ComparisonRow) -> tuple[Any, ...]:
+    figures = (f"{row.time:.3f}", f"{row.error:.3f}", f"{row.density:.3f}", f"{row.recall:.2f}")
+    kl, top1 = ("" if value is None else f"{value:.3f}" for value in (row.kl, row.top1))
+    return (f"`{row.method}`", *figures, kl, top1, f"{row.plan:.0%}")
 
 
 def lengths_table(section: dict[str, Any] | None) -> Cells | None:

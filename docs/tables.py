@@ -315,6 +315,12 @@ def kept_table() -> str:
     return "\n\n".join(markdown(*table) for table in choices.kept_tables(records))
 
 
+def front_table() -> str:
+    """What no other setting beats in time and error, for each model and machine of `gossamer compare`."""
+    paths = sorted(RESULTS.glob("*/compare_*.jsonl"))
+    return "\n\n".join(markdown(*table) for path in paths for table in choices.front_tables(read_results(path)))
+
+
 def chosen(file: str, make: Callable[[dict[str, Any]], choices.Cells | None]) -> str:
     """A table of `choices` for each machine that has the file."""
 
@@ -351,6 +357,7 @@ TABLES = {
     "methods": methods_table,
     "mutants": mutants_table,
     "kept": kept_table,
+    "front": front_table,
     "lengths": lambda: chosen("cpu.json", lambda found: choices.lengths_table(found["sections"].get("prefill"))),
     "planning": lambda: chosen("planning.json", choices.planning_table),
     "gains": lambda: chosen("end_to_end.json", choices.gains_table),

@@ -147,18 +147,18 @@ class ScoreCode {
     for (int first = 0; first < panel.rows; first += run) {
       Reg top[kVectors];
 #pragma GCC unroll 16
-      for (int t = 0; t < kVectors; ++t) top[t] = V::zero();
+      for (int t = 0; t < kVectors; ++t) top[t] = V::set1(kNothing);
       for (int r = first; r < first + run && r < panel.rows; ++r) {
         if (panel.masks[r] == 0) continue;
         Reg z[kVectors];
         load_row(panel, r, z);
         const Reg down = V::set1(shift[r]);
 #pragma GCC unroll 16
-        for (int t = 0; t < kVectors; ++t)
-          top[t] = V::max(top[t], V::template exp2<kDegree>(V::add(z[t], down)));
+        for (int t = 0; t < kVectors; ++t) top[t] = V::max(top[t], V::add(z[t], down));
       }
 #pragma GCC unroll 16
-      for (int t = 0; t < kVectors; ++t) V::store(largest + first / run * kChunk + t * V::kWidth, top[t]);
+      for (int t = 0; t < kVectors; ++t)
+        V::store(largest + first / run * kChunk + t * V::kWidth, V::template exp2<kDegree>(top[t]));
     }
   }
 

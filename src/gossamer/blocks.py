@@ -167,7 +167,7 @@ class Blocks:
         if self.grid.query_blocks:
             self.group_columns(range(1), scores[:, :, None], rule, group=self.grid.query_blocks)
 
-    def group_columns(self, part: range, scores: Tensor, rule: Rule, *, group: int) -> None:
+    def group_columns(self, part: range, scores: Tensor, rule: Rule, *, group: int, first: int = 0) -> None:
         """Choose single keys for each ``group`` of consecutive query blocks, by a rule on their scores.
 
         Parts may come in any order, each group in one of them; a group that never comes has no columns.
@@ -176,6 +176,7 @@ class Blocks:
             part: of the ``ceil(M / group)`` groups, from the plan's row 0 on.
             scores: fp32 ``[B, heads, len(part), positions]``; the keys that a group does not see do not count.
             group: the same for all parts.
+            first: the first keys, which are taken besides.
 
         Raises:
             ValueError: a group was given before, or parts have groups of other sizes.
@@ -187,7 +188,7 @@ class Blocks:
         if group != self._column_group:
             raise ValueError(f"columns are for groups of {self._column_group} query blocks, got others of {group}")
         seen = self.grid.keys_of_groups(group)[:, part.start : part.stop]
-        self._columns.choose(part, Candidates(seen, seen[..., :1].expand_as(seen)), scores, rule)
+        self._columns.choose(part, Candidates(seen, seen[..., :1].expand_as(seen), first), scores, rule)
 
     def lists(self, parts: Iterator[tuple[range, Any, Any]]) -> None:
         """Blocks and columns of each query block as lists: ``part, (counts, indices), (counts, indices)``.
