@@ -30,7 +30,9 @@ class Auto(Method):
     layers and prompts get as many keys as they need, and no more.
 
     ``error`` is the relative L2 error of a layer's output, mean over heads, on the model that `SCALE` and `POWER` were
-    fitted on, and says which share may be left out; 0 is dense. Shares of the first keys do not count: their values
+    fitted on, and says which share may be left out; 0 is dense. It does not bound what the whole model loses: on that
+    model, logits under it differ more from dense ones than under `XAttention` at the same error. Shares of the first keys do not
+    count: their values
     are small in trained models, so that what is left out of the others decides the error.
 
     Ours, from parts of others: stripes for groups of queries (AnchorAttention, 2505.23520), mean queries against all
