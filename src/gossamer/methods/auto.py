@@ -31,9 +31,8 @@ class Auto(Method):
 
     ``error`` is the relative L2 error of a layer's output, mean over heads, on the model that `SCALE` and `POWER` were
     fitted on, and says which share may be left out; 0 is dense. It does not bound what the whole model loses: on that
-    model, logits under it differ more from dense ones than under `XAttention` at the same error. Shares of the first keys do not
-    count: their values
-    are small in trained models, so that what is left out of the others decides the error.
+    model, logits under it differ more from dense ones than under `XAttention` at the same error. Shares of the first
+    keys do not count: their values are small in trained models, so that the others decide the error.
 
     Ours, from parts of others: stripes for groups of queries (AnchorAttention, 2505.23520), mean queries against all
     keys (VecAttention, in Tencent's AngelSlim), a share of a row's sum (XAttention, 2503.16428). It plans for each
