@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer import AttentionCall, Extent, SparsePlan
+from gossamer.backends import cpu
 from gossamer.testing import SITUATIONS, make_call, random_extent
 
 WITHOUT_TOKENS = "rows without tokens"
@@ -193,3 +194,13 @@ def random_extents(seeds: range, query_len: int, key_len: int, batch: int = 3) -
 def of_each_head(plan: SparsePlan, heads: int, pairs: Tensor) -> Tensor:
     """A plan's pairs for every query head."""
     return torch.stack([pairs[:, h * plan.heads // heads] for h in range(heads)], dim=1)
+
+
+def set_planner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definitions, and what runs here in their place."""
+    name, _, pieces = request.param.partition(" ")
+    if name == "cpu" and not cpu.is_available():
+        pytest.skip(str(cpu.why_unavailable()))
+    monkeypatch.setenv("GOSSAMER_PLANNER", name)
+    if pieces:
+        request.getfixturevalue("smallest_constants")

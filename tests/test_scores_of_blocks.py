@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from definitions import Row, call_in, everywhere, products, rows_of
+from definitions import Row, call_in, everywhere, products, rows_of, set_planner
 from torch import Tensor
 
 from gossamer import AttentionCall, Extent, scores
-from gossamer.backends import cpu
 from gossamer.plan import Grid
 
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 2e-5}
@@ -19,13 +18,7 @@ TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 2e-5}
 
 @pytest.fixture(autouse=True, params=["torch", "cpu in the smallest pieces"])
 def planner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The definitions, and what runs here in their place."""
-    name, _, pieces = request.param.partition(" ")
-    if name == "cpu" and not cpu.is_available():
-        pytest.skip(str(cpu.why_unavailable()))
-    monkeypatch.setenv("GOSSAMER_PLANNER", name)
-    if pieces:
-        request.getfixturevalue("smallest_constants")
+    set_planner(request, monkeypatch)
 
 
 def joined(parts: Iterator[tuple[range, Tensor]]) -> Tensor:

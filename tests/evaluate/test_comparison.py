@@ -190,6 +190,25 @@ def test_rows_are_means_over_prompts_and_the_front_is_what_no_other_beats() -> N
     assert drawn([]).panels == []
 
 
+def test_settings_are_compared_on_the_prompts_that_all_of_them_have() -> None:
+    """One prompt is harder than the others: a mean with it and one without it say nothing of two settings."""
+    head = {"kind": "logits", "task": "text", "length": 1024, "top1": 0.5}
+    records = [
+        point("fast", 0.1, 0.1, 0.4),
+        point("fast", 0.1, 0.1, 0.0, index=1),
+        point("good", 0.5, 0.5, 0.1),
+        head | {"method": "fast", "index": 0, "kl": 0.2},
+        head | {"method": "fast", "index": 1, "kl": 0.0},
+        head | {"method": "good", "index": 0, "kl": 0.1},
+    ]
+    rows = comparison_rows(records)
+    assert [(row.method, row.prompts, row.error, row.kl) for row in rows] == [
+        ("fast", 1, 0.4, 0.2),
+        ("good", 1, 0.1, 0.1),
+    ]
+    assert comparison_rows([point("fast", 0.1, 0.1, 0.4), point("good", 0.5, 0.5, 0.1, index=1)]) == []
+
+
 def test_pareto() -> None:
     costs = [(1.0, 5.0), (2.0, 5.0), (3.0, 1.0), (0.5, 9.0), (3.0, 1.0), (4.0, 0.5)]
     assert pareto(costs) == [3, 0, 2, 5]

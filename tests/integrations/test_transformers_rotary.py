@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_transformers import padding, prompt, tiny_llama
+from tiny_transformers import SIZE, padding, prompt, tiny_llama
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -25,17 +25,6 @@ from gossamer import Policy
 from gossamer.integrations.transformers import enable
 from gossamer.methods import PerHead, SeerAttention
 
-SIZE: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 PARTIAL: dict[str, Any] = SIZE | {"partial_rotary_factor": 0.25}

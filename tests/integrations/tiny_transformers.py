@@ -32,7 +32,7 @@ VOCAB = 96
 LENGTH = 44
 WINDOW = 20
 
-_SIZE: dict[str, Any] = {
+SIZE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -50,7 +50,7 @@ _EXPERTS: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1, "moe_int
 
 
 def _size(**changes: Any) -> dict[str, Any]:
-    return copy.deepcopy(_SIZE | {"head_dim": 8} | changes)
+    return copy.deepcopy(SIZE | {"head_dim": 8} | changes)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
-from gossamer.cli.inputs import check_environment, check_profile, number_list, read_model, read_profile, text_config
+from gossamer.cli.inputs import (
+    check_environment,
+    check_profile,
+    number_list,
+    read_model,
+    read_profile,
+    require_transformers,
+    text_config,
+)
 from gossamer.cli.specs import parse_method, parse_task, split_specs
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.methods.registry import available, class_of
@@ -69,11 +76,7 @@ def execute(arguments: argparse.Namespace) -> int:
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
     check_profile(policies, profile, config)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise BadInput("`gossamer compare` needs transformers: pip install 'gossamer[cli]'") from error
+    require_transformers("compare")
     from gossamer.evaluate.comparison import compare, prompts_of
     from gossamer.evaluate.records import check_out
     from gossamer.evaluate.results import ResultsFile, make_header
@@ -146,7 +149,7 @@ def _progress() -> Any:
 def _print(arguments: argparse.Namespace, job: Job, records: list[dict[str, Any]]) -> None:
     from gossamer.evaluate.settings import bounds_table, comparison_rows, comparison_table
 
-    rows = [row for row in comparison_rows(records) if row.method in job.labels]
+    rows = comparison_rows([record for record in records if record.get("method", job.labels[0]) in job.labels])
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
     if arguments.json:

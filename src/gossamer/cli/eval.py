@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.eval_progress import Progress
-from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile
+from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile, require_transformers
 from gossamer.cli.specs import parse_method, parse_task, split_specs, task_names
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.policy import Policy
@@ -80,11 +79,7 @@ def execute(arguments: argparse.Namespace) -> int:
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
     check_profile(policies, profile, config)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise BadInput("`gossamer eval` needs transformers: pip install 'gossamer[cli]'") from error
+    require_transformers("eval")
     from gossamer.evaluate import runner
     from gossamer.evaluate.records import check_out
 

@@ -28,6 +28,7 @@ __all__ = [
     "read_model",
     "read_profile",
     "read_prompt",
+    "require_transformers",
     "text_config",
 ]
 
@@ -193,3 +194,12 @@ def number_list(option: str, given: str | None, count: int | None) -> list[int] 
 
 def _is_number(text: str) -> bool:
     return text.isdecimal() and len(text) < 20
+
+
+def require_transformers(command: str) -> None:
+    """That it is installed; it then downloads nothing."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise BadInput(f"`gossamer {command}` needs transformers: pip install 'gossamer[cli]'") from error

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table, unicode
-from gossamer.cli.inputs import check_environment, number_list, read_model, read_prompt, text_config
+from gossamer.cli.inputs import (
+    check_environment,
+    number_list,
+    read_model,
+    read_prompt,
+    require_transformers,
+    text_config,
+)
 from gossamer.profiles.files import write_whole
 
 if TYPE_CHECKING:
@@ -56,11 +63,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         _make_folder(arguments.out)
     text = read_prompt(arguments.prompt)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise BadInput("`gossamer inspect` needs transformers: pip install 'gossamer[cli]'") from error
+    require_transformers("inspect")
     from gossamer.cli.generation import check_model, layer_progress, load_model, load_tokenizer, tokenize
     from gossamer.evaluate.heads import heads_record, inspect_model
     from gossamer.evaluate.subject import Subject

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import typing
@@ -11,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
-from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile, read_prompt, text_config
+from gossamer.cli.inputs import (
+    check_environment,
+    check_profile,
+    read_model,
+    read_profile,
+    read_prompt,
+    require_transformers,
+    text_config,
+)
 from gossamer.cli.specs import make_method
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
@@ -59,11 +66,7 @@ def execute(arguments: argparse.Namespace) -> int:
     config = read_model(arguments.model)
     check_profile([policy], profile, config)
     text = read_prompt(arguments.prompt)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise BadInput("`gossamer run` needs transformers: pip install 'gossamer[cli]'") from error
+    require_transformers("run")
     from gossamer.cli.generation import (
         check_model,
         compare_top1,

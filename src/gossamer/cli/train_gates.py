@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.cli.common import BadInput, add_command, first_line, print_json
-from gossamer.cli.inputs import check_environment, read_model, text_config
+from gossamer.cli.inputs import check_environment, read_model, require_transformers, text_config
 from gossamer.profiles.files import read_text
 
 __all__ = ["add_parser"]
@@ -48,12 +48,7 @@ def execute(arguments: argparse.Namespace) -> int:
     config = read_model(arguments.model)
     _check_length(arguments, text_config(config).get("max_position_embeddings"))
     texts = [_text(name) for name in arguments.texts]
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import safetensors  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise BadInput("`gossamer train-gates` needs transformers: pip install 'gossamer[cli]'") from error
+    require_transformers("train-gates")
     from gossamer.cli.generation import check_model, load_model, load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)

@@ -58,18 +58,20 @@ class ComparisonRow:
 
 
 def comparison_rows(records: Sequence[Record]) -> list[ComparisonRow]:
-    """By length, then by time. Of several lines for one setting and prompt the last one counts."""
-    points = _by_setting(records, "point")
-    logits = _by_setting(records, "logits")
+    """By length, then by time. Figures are of the prompts that all settings at a length have, those of logits likewise.
+
+    Of several lines for one setting and prompt the last one counts.
+    """
+    points = _by_length(records, "point")
+    logits = _by_length(records, "logits")
     rows = []
-    for length in sorted({length for length, _ in points}):
-        here = {label: some for (at, label), some in points.items() if at == length}
+    for length, here in sorted(points.items()):
         times = {label: fmean(_seconds(r) / r["dense_s"] for r in some) for label, some in here.items()}
         errors = {label: fmean(r["error"] for r in some) for label, some in here.items()}
         labels = list(here)
         front = {labels[i] for i in pareto([(times[label], errors[label]) for label in labels])}
         for label in sorted(labels, key=lambda label: times[label]):
-            some, of_model = here[label], logits.get((length, label), [])
+            some, of_model = here[label], logits.get(length, {}).get(label, [])
             total = sum(map(_seconds, some))
             rows.append(
                 ComparisonRow(
@@ -96,14 +98,20 @@ def _seconds(record: Record) -> float:
     return record["plan_s"] + record["attend_s"]
 
 
-def _by_setting(records: Iterable[Record], kind: str) -> dict[tuple[int, str], list[Record]]:
-    """By length and label, a line for each prompt."""
-    found: dict[tuple[int, str], dict[Any, Record]] = {}
+def _by_length(records: Iterable[Record], kind: str) -> dict[int, dict[str, list[Record]]]:
+    """By length and label, a line for each prompt that all labels there have; nothing where they share none."""
+    found: dict[int, dict[str, dict[Any, Record]]] = {}
     for record in records:
         if record["kind"] == kind:
             prompt = record["task"], record["index"], record.get("text_sha256")
-            found.setdefault((record["length"], record["method"]), {})[prompt] = record
-    return {key: list(lines.values()) for key, lines in found.items()}
+            found.setdefault(record["length"], {}).setdefault(record["method"], {})[prompt] = record
+    rows: dict[int, dict[str, list[Record]]] = {}
+    for length, by_label in found.items():
+        every = list(by_label.values())
+        common = [prompt for prompt in every[0] if all(prompt in some for some in every)]
+        if common:
+            rows[length] = {label: [some[prompt] for prompt in common] for label, some in by_label.items()}
+    return rows
 
 
 def _interval(values: Sequence[float]) -> Interval | None:

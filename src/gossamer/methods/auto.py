@@ -15,8 +15,9 @@ from gossamer.rules import TopP
 
 __all__ = ["Auto"]
 
-# error = SCALE * (share left out) ** POWER, within a fortieth: mean over five layers of SmolLM2-135M-Instruct under two
-# prompts of 7,680 tokens, shares of 0.06 to 0.61.
+# error = SCALE * (share left out) ** POWER: fitted on five layers of SmolLM2-135M-Instruct under two prompts of 7,680
+# tokens, shares of 0.06 to 0.61. On six other layers and four prompts the error was 1.3 to 1.4 times as large
+# (compare_smollm2.jsonl in benchmarks/results).
 SCALE, POWER = 0.230, 0.335
 
 
@@ -31,7 +32,7 @@ class Auto(Method):
 
     ``error`` is the relative L2 error of a layer's output, mean over heads, on the model that `SCALE` and `POWER` were
     fitted on, and says which share may be left out; 0 is dense. It does not bound what the whole model loses: on that
-    model, logits under it differ more from dense ones than under `XAttention` at the same error. Shares of the first
+    model, logits under it differ more from dense ones than under `AShape` at the same error. Shares of the first
     keys do not count: their values are small in trained models, so that the others decide the error.
 
     Ours, from parts of others: stripes for groups of queries (AnchorAttention, 2505.23520), mean queries against all
