@@ -49,6 +49,13 @@ def test_every_public_name_of_a_module_has_an_entry_or_a_link_to_it(name):
         assert resolved(path) is getattr(module, public_name), f"{path} is not what {name} calls {public_name}"
 
 
+def test_public_names_are_defined_one_at_a_time():
+    """mkdocstrings finds no name that an assignment to several defines."""
+    found = [module for module in map(reference.read, sorted(reference.PACKAGE.rglob("*.py"))) if module.public]
+    lost = {f"{module.name}.{name}" for module in found for name in set(module.public) - module.own - set(module.taken)}
+    assert {path for path in lost if path not in reference.modules()} == set()
+
+
 def test_links_lead_to_entries():
     entries = {path for name in reference.modules() for path in ENTRY.findall(reference.page(name))}
     links = {path for name in reference.modules() for _, path in LINK.findall(reference.page(name))}

@@ -24,7 +24,8 @@ from gossamer.plan import SparsePlan
 
 __all__ = ["PENALTY", "RECENT", "SINK", "gated_attention", "train_duo"]
 
-SINK, RECENT = 128, 256
+SINK = 128
+RECENT = 256
 PENALTY = 0.05
 
 
