@@ -12,7 +12,8 @@ PICTURE = HERE / "images" / "layout.svg"
 # From the ground up: a module may import what stands below it, and its own room.
 LEVELS = [
     ["plan"],
-    ["call", "rules", "rotary"],
+    ["rotary"],
+    ["call", "rules"],
     ["backends"],
     ["oracle", "scores"],
     ["testing", "blocks"],
