@@ -37,7 +37,7 @@ ROUNDS = 5
 Rows = Iterator[dict[str, Any]]
 
 
-def capture(path: Path, length: int, layers: Sequence[int]) -> list[AttentionCall]:
+def capture(path: Path, length: int, layers: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> list[AttentionCall]:
     """The calls of some layers in one dense prefill."""
     import transformers
 
@@ -45,7 +45,7 @@ def capture(path: Path, length: int, layers: Sequence[int]) -> list[AttentionCal
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     files = [*sorted(ROOT.glob("src/gossamer/**/*.py")), *sorted(ROOT.glob("docs/**/*.md"))]
     text = "\n".join(file.read_text() for file in files)[: 6 * length]
     ids = tokenizer(text, return_tensors="pt")["input_ids"]

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from gossamer.backends import cpu
@@ -38,21 +39,27 @@ def peak_flops(isa: str, threads: int, seconds: float) -> float | None:
 
 @functools.cache
 def compiled(isa: str) -> Path | None:
-    """The program for an instruction set, kept under ~/.cache/gossamer by what it is made of; None if it cannot be."""
+    """The program for an instruction set; None if it cannot be."""
+    return program(SOURCE, f"peak-{isa}", (f"-DGOSSAMER_PEAK_{isa.upper()}", *FLAGS[isa])) if isa in FLAGS else None
+
+
+def program(source: Path, name: str, flags: Sequence[str], headers: Sequence[Path] = ()) -> Path | None:
+    """A compiled source, kept under ~/.cache/gossamer by what it is made of; None where no compiler takes it."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or isa not in FLAGS:
+    if compiler is None:
         return None
-    options = ["-std=c++17", "-O3", "-pthread", f"-DGOSSAMER_PEAK_{isa.upper()}", *FLAGS[isa]]
-    made_of = hashlib.sha256(SOURCE.read_bytes() + "\0".join([compiler, *options]).encode()).hexdigest()
+    options = ["-std=c++17", "-O3", "-pthread", *flags]
+    texts = [path.read_bytes() for path in (source, *headers)]
+    made_of = hashlib.sha256(b"\0".join([*texts, compiler.encode(), *map(str.encode, options)])).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossamer"
-    program = folder / f"peak-{isa}-{made_of[:16]}"
-    if program.exists():
-        return program
+    built = folder / f"{name}-{made_of[:16]}"
+    if built.exists():
+        return built
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        target = Path(scratch) / program.name
-        done = subprocess.run([compiler, *options, str(SOURCE), "-o", str(target)], capture_output=True, check=False)
+        target = Path(scratch) / built.name
+        done = subprocess.run([compiler, *options, str(source), "-o", str(target)], capture_output=True, check=False)
         if done.returncode != 0:
             return None
-        target.replace(program)
-    return program
+        target.replace(built)
+    return built
