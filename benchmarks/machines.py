@@ -50,6 +50,11 @@ def _cpuinfo() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+def cpu_flags() -> set[str]:
+    """What Linux says that the processor can do, in its names: ``avx512_vnni``, ``amx_int8``."""
+    return set(_cpuinfo().get("flags", "").split())
+
+
 def generation(info: Mapping[str, str]) -> str | None:
     """Of a processor by its family and model, which tell machines apart whose names hide it; None if not known."""
     try:
