@@ -11,6 +11,7 @@ from typing import Any
 # Files beside this one: mkdocs finds them while it loads a hook.
 import choices
 import family_tables
+import integer_tables
 from targets import targets_of
 
 from gossamer.evaluate.summary import SummaryRow, read_results, summary_rows
@@ -209,6 +210,16 @@ def targets_table() -> str:
     return for_each_machine("cpu.json", lambda found, folder: markdown(*targets_of(found, folder)))
 
 
+def integers_table() -> str:
+    """Errors and speed-ups of a score product in integers."""
+    return for_each_machine(
+        "quantised.json",
+        lambda found, _: "\n\n".join(
+            markdown(*make(found)) for make in (integer_tables.errors_table, integer_tables.speed_table)
+        ),
+    )
+
+
 def gpu_table() -> str:
     """What was timed on each GPU."""
     return for_each_machine("gpu.json", gpu_rows)
@@ -352,6 +363,7 @@ TABLES = {
     "vllm": vllm_table,
     "end_to_end": end_to_end_table,
     "targets": targets_table,
+    "integers": integers_table,
     "gpu": gpu_table,
     "demo": demo_table,
     "methods": methods_table,
