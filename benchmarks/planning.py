@@ -1,7 +1,7 @@
 """Seconds of planning by stage, torch against C++, and planning's share of a sparse attention call.
 
-    python benchmarks/planning.py [--lengths 16384 65536] [--methods minference] [--threads N] [--rounds N] [--no-torch]
-        [--quick] [--out FILE]
+    python benchmarks/planning.py [--lengths 16384 65536] [--methods minference | all] [--threads N] [--rounds N]
+        [--no-torch] [--quick] [--out FILE]
 
 One process, the planners alternating, medians of seven rounds after one that does not count (three where a round of
 planning takes over a second). The plans of both are compared first. Rows replace those of the file for the same method
@@ -10,6 +10,10 @@ that many queries look for and with neighbours alike, so that plans are sparse; 
 timed inside whole plans, by wrapping the functions that make them up: what is left over is "rest". "finish" chooses
 what is forced where no scores decide, builds the lists and counts the pairs. Beside each plan stands the time of
 attending it. The file stands in a folder of this machine, beside those of others.
+
+``--methods all`` takes every method with its default settings, in the last of 32 layers. Methods that need numbers by
+layer and head get random ones (`TABLES`); SeerAttention's gate is the untrained one. Not among them are ``dense``, which
+has no plan, and ``per_head``, which is what others make it.
 
 ``antidiagonal_8`` and ``antidiagonal_16`` stand for XAttention's selection with that stride, which is no method yet; on
 one thread the torch version takes minutes at 64K.
@@ -37,15 +41,36 @@ from torch import Tensor
 from gossamer import AttentionCall, SparsePlan, methods, scores
 from gossamer.backends import cpu
 from gossamer.blocks import Blocks
-from gossamer.methods import vertical_slash
+from gossamer.methods import Method, pbs, vertical_slash
 from gossamer.plan.count import count_pairs
+from gossamer.rotary import Rotary
 from gossamer.rules import TopP
 
 HEADS, GROUPS, DIM = 32, 8, 128
+LAYERS = 32
 NAME = "planning.json"
 LONG_SECONDS = 1.0  # of planning in a round
 METHODS = ("minference", "max_relative", "block_sparse")
 STRIDES = {"antidiagonal_8": 8, "antidiagonal_16": 16}
+PLANLESS = ("dense", "per_head")
+
+
+def table(heads: int, low: float, high: float) -> list[list[float]]:
+    """Numbers for each layer and head, spread evenly over a range."""
+    generator = torch.Generator().manual_seed(0)
+    return (low + (high - low) * torch.rand(LAYERS, heads, generator=generator)).tolist()
+
+
+# MoA's spans are a quarter of the prompt in the mean, at most half of it.
+TABLES: dict[str, dict[str, list[list[float]]]] = {
+    "duo_attention": {"gates": table(GROUPS, 0.0, 1.0)},
+    "lserve": {"gates": table(GROUPS, 0.0, 1.0)},
+    "moa": {"alphas": table(HEADS, 0.0, 1024.0), "betas": table(HEADS, 0.0, 0.5)},
+}
+
+
+def create(name: str) -> Method:
+    return methods.create(name, **TABLES.get(name, {}))
 
 
 def inputs(length: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> AttentionCall:
@@ -60,20 +85,26 @@ def inputs(length: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Atten
     q = draw(HEADS) + 2 * topic.repeat_interleave(HEADS // GROUPS, 1)
     lines = torch.randint(length, (100,), generator=generator)
     k[:, :, lines] += 1.5 * q[:, :: HEADS // GROUPS].mean(2, keepdim=True)
-    return AttentionCall(q.to(dtype), k.to(dtype), draw(GROUPS).to(dtype))
+    q, k, v = (x.to(dtype) for x in (q, k, draw(GROUPS)))
+    return AttentionCall(q, k, v, layer=LAYERS - 1, rotary=Rotary.of_base(DIM))
 
 
 # What a plan spends its time on: (stage, module, name). Generators are timed by the item.
+_NAMED = {
+    "last_query_probe": "probe",
+    "pool_keys": "pooling",
+    "pool_queries": "pooling",
+    "row_block_energy": "energies",
+    "antidiagonal_scores": "antidiagonals",
+}
 STAGES: tuple[tuple[str, Any, str], ...] = (
-    ("probe", scores, "last_query_probe"),
+    *((_NAMED.get(name, name.replace("_", " ")), scores, name) for name in scores.__all__),
     ("select bands", vertical_slash, "band_mass"),
     ("select bands", vertical_slash, "top_k"),
+    ("order of keys", pbs, "order_in_segments"),
+    ("order of keys", pbs, "reorder_keys"),
     ("columns", Blocks, "columns"),
-    ("pooling", scores, "pool_keys"),
-    ("pooling", scores, "pool_queries"),
-    ("energies", scores, "row_block_energy"),
-    ("pooled scores", scores, "pooled_scores"),
-    ("antidiagonals", scores, "antidiagonal_scores"),
+    ("columns", Blocks, "group_columns"),
     ("choose blocks", Blocks, "choose"),
     ("finish", Blocks, "plan"),
 )
@@ -127,7 +158,7 @@ def plan_once(name: str, planner: str, call: AttentionCall) -> tuple[SparsePlan,
     with environment("GOSSAMER_PLANNER", planner):
         started = time.perf_counter()
         with timed_stages(stages):
-            plan = antidiagonal_plan(call, STRIDES[name]) if name in STRIDES else methods.create(name).plan(call)
+            plan = antidiagonal_plan(call, STRIDES[name]) if name in STRIDES else create(name).plan(call)
         taken = time.perf_counter() - started
     stages["rest"] = taken - sum(stages.values())
     stages["total"] = taken
@@ -200,6 +231,7 @@ def measure(name: str, length: int, planners: list[str], rounds: int | None) -> 
         row[f"{label}_s"] = stages
         row[f"{label}_each_s"] = [round(x["total"], 4) for x in samples[planner]]
         row[f"{label}_share"] = round(stages["total"] / (stages["total"] + execute), 4)
+        row[f"{label}_of_attending"] = round(stages["total"] / execute, 4)
     row["differing"] = round(differing, 6)
     return row
 
@@ -209,13 +241,15 @@ def print_row(row: dict[str, Any]) -> None:
     for label in ("torch", "cpp"):
         if f"{label}_s" in row:
             stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in row[f"{label}_s"].items())
-            print(f"  {label:>5}: {row[f'{label}_share']:.1%} of the call; {stages}", flush=True)
+            shares = f"{row[f'{label}_share']:.1%} of the call, {row[f'{label}_of_attending']:.1%} of attending"
+            print(f"  {label:>5}: {shares}; {stages}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *STRIDES])
+    every = [name for name in methods.available() if name not in PLANLESS]
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=["all", *every, *STRIDES])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, help="default: 7, and 3 where one takes over a second")
     parser.add_argument("--no-torch", action="store_true", help="leave the torch planner out")
@@ -226,8 +260,9 @@ def main() -> int:
         print(cpu.why_unavailable(), file=sys.stderr)
         return 1
     torch.set_num_threads(arguments.threads)
+    names = every if "all" in arguments.methods else arguments.methods
     try:
-        verify(arguments.methods)
+        verify(names)
     except AssertionError as error:
         print(f"nothing timed: {error}", file=sys.stderr)
         return 1
@@ -235,7 +270,7 @@ def main() -> int:
     kept = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     started, bystanders = time.perf_counter(), Bystanders()
     for length in [2048] if arguments.quick else arguments.lengths:
-        for name in arguments.methods:
+        for name in names:
             row = measure(name, length, [""] if arguments.no_torch else ["torch", ""], arguments.rounds)
             print_row(row)
             kept = [old for old in kept if (old["method"], old["length"]) != (name, length)]

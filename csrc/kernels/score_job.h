@@ -35,6 +35,8 @@ struct ScoreKernels {
   void (*pack_queries)(const RowList&, void* out);  // count is at most kScoreRows
   // Raises each row's maximum and adds to its kLanes sums of 2^(logit - maximum).
   void (*add_exponentials)(const ScorePanel&, float* maximum, float* sums);
+  // Raises each row's maximum.
+  void (*raise_maxima)(const ScorePanel&, float* maximum);
   // Adds 2^(logit + shift[row]) to its column's sum and, at index column - row + rows - 1, to its diagonal's.
   void (*add_mass)(const ScorePanel&, const float* shift, float* columns, float* diagonals);
   // Returns the largest logit; sums over the rows 2^(logit - largest) for each column.
@@ -44,6 +46,8 @@ struct ScoreKernels {
   void (*run_mass)(const ScorePanel&, int run, float* maximum, float* references, float* sums);
   // The largest 2^(logit + shift[row]) of each column over each `run` consecutive rows: 64 a run.
   void (*largest_mass)(const ScorePanel&, const float* shift, int run, float* largest);
+  // The same without the exponential: the largest logit + shift[row].
+  void (*largest_sum)(const ScorePanel&, const float* shift, int run, float* largest);
   // Products of queries and keys, as logits; masks and the factor take no part.
   void (*products)(const ScorePanel&);
   // Mean of consecutive rows.

@@ -65,6 +65,18 @@ class ScoreCode {
     }
   }
 
+  static void raise_maxima(const ScorePanel& panel, float* maximum) {
+    multiply(panel);
+    for (int r = 0; r < panel.rows; ++r) {
+      if (panel.masks[r] == 0) continue;
+      Reg z[kVectors];
+      load_row(panel, r, z);
+#pragma GCC unroll 16
+      for (int t = 1; t < kVectors; ++t) z[0] = V::max(z[0], z[t]);
+      if (V::any_greater(z[0], V::set1(maximum[r]))) maximum[r] = V::reduce_max(z[0]);
+    }
+  }
+
   static void add_mass(const ScorePanel& panel, const float* shift, float* columns, float* diagonals) {
     multiply(panel);
     Reg sums[kVectors];
@@ -142,7 +154,8 @@ class ScoreCode {
     }
   }
 
-  static void largest_mass(const ScorePanel& panel, const float* shift, int run, float* largest) {
+  template <bool kMass>
+  static void largest(const ScorePanel& panel, const float* shift, int run, float* largest) {
     multiply(panel);
     for (int first = 0; first < panel.rows; first += run) {
       Reg top[kVectors];
@@ -158,7 +171,8 @@ class ScoreCode {
       }
 #pragma GCC unroll 16
       for (int t = 0; t < kVectors; ++t)
-        V::store(largest + first / run * kChunk + t * V::kWidth, V::template exp2<kDegree>(top[t]));
+        V::store(largest + first / run * kChunk + t * V::kWidth,
+                 kMass ? V::template exp2<kDegree>(top[t]) : top[t]);
     }
   }
 
@@ -241,9 +255,10 @@ class ScoreCode {
 template <class Isa>
 const ScoreKernels* score_kernels() {
   using Code = ScoreCode<Isa>;
-  static const ScoreKernels kernels{Code::pack_keys, Code::pack_queries, Code::add_exponentials, Code::add_mass,
-                                    Code::energy,    Code::run_mass,     Code::largest_mass,     Code::products,
-                                    Code::mean};
+  static const ScoreKernels kernels{
+      Code::pack_keys, Code::pack_queries, Code::add_exponentials,      Code::raise_maxima,           Code::add_mass,
+      Code::energy,    Code::run_mass,     Code::template largest<true>, Code::template largest<false>, Code::products,
+      Code::mean};
   return &kernels;
 }
 

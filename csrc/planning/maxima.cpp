@@ -38,18 +38,16 @@ class Maxima {
     Scratch(int padded_dim, int64_t panels)
         : panel(padded_dim),
           queries(panels * kScoreRows * padded_dim),
-          maxima(panels * kScoreRows),
-          lanes(panels * kScoreRows * kLanes) {}
+          maxima(panels * kScoreRows) {}
     PanelScratch panel;
     Aligned queries;
-    std::vector<float> maxima, lanes;
+    std::vector<float> maxima;
   };
 
   void find(Scratch& scratch, int64_t group, int64_t m, float* out) {
     const int64_t b = group / call_.k.heads, g = group % call_.k.heads;
     const Range queries = grid_.queries(b, m), seen = call_.extent.keys_of(b, queries);
     std::fill(scratch.maxima.begin(), scratch.maxima.end(), kNothing);
-    std::fill(scratch.lanes.begin(), scratch.lanes.end(), 0.0f);
     for_each_panel(queries, [&](int64_t head, int64_t panel, int64_t first, int64_t count) {
       const void* rows[kScoreRows];
       kernels_.pack_queries(
@@ -87,10 +85,9 @@ class Maxima {
         any |= panel.masks[r] = bit_range(seen.begin - begin, std::min(seen.end, end) - begin);
       }
       if (any == 0) return;
-      kernels_.add_exponentials({scratch.queries.data() + number * kScoreRows * padded_, panel.keys,
-                                 static_cast<int>(count), padded_, call_.scale * kLog2E, panel.masks, panel.logits},
-                                scratch.maxima.data() + number * kScoreRows,
-                                scratch.lanes.data() + number * kScoreRows * kLanes);
+      kernels_.raise_maxima({scratch.queries.data() + number * kScoreRows * padded_, panel.keys,
+                             static_cast<int>(count), padded_, call_.scale * kLog2E, panel.masks, panel.logits},
+                            scratch.maxima.data() + number * kScoreRows);
     });
   }
 

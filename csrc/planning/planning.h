@@ -59,6 +59,12 @@ void antidiagonal(const Kernels& kernels, const ScoreCall& call, const Grid& gri
 void group_shares(const Kernels& kernels, const ScoreCall& call, const TensorView& means, const Grid& grid,
                   int64_t group, const Part& part, int64_t width, float* out);
 
+// How far each key's logit, in natural units, rises above the anchor, anchors [batch, heads, blocks] or null for the
+// largest logit, of the mean query of a group's block where it rises most: out as that of group_shares, -inf where no
+// block sees a key.
+void group_differences(const Kernels& kernels, const ScoreCall& call, const TensorView& means, const Grid& grid,
+                       const float* anchors, int64_t group, const Part& part, int64_t width, float* out);
+
 // Mean over a query block's rows of the largest logit among the keys of regions [batch, part, region_count], half-open
 // and anywhere; rows without any do not count: out [batch, heads, part], -inf where no row does.
 void row_maxima(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part,

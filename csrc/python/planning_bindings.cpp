@@ -143,6 +143,18 @@ void bind_scores(nb::module_& m) {
       },
       "isa"_a, "call"_a, "means"_a, "grid"_a, "group"_a, "part"_a, nb::kw_only(), "width"_a, "out"_a, Release());
   m.def(
+      "group_differences",
+      [](const std::string& isa, const ScoreCall& call, const TensorView& means, const Grid& grid, uintptr_t anchors,
+         int64_t group, const Part& part, int64_t width, uintptr_t out) {
+        check_grid(grid, call.q);
+        check_keys(call.extent, call.k.tokens);
+        check_key_blocks({call.extent, 1, 1}, width);
+        group_differences(kernels_for(isa), call, means, grid, pointer<float>(anchors), group, part, width,
+                          pointer<float>(out));
+      },
+      "isa"_a, "call"_a, "means"_a, "grid"_a, nb::kw_only(), "anchors"_a, "group"_a, "part"_a, "width"_a, "out"_a,
+      Release());
+  m.def(
       "antidiagonal",
       [](const std::string& isa, const ScoreCall& call, const Grid& grid, int64_t stride, const Part& part,
          int64_t key_blocks, uintptr_t out) {

@@ -252,20 +252,22 @@ def mean_row_maxima(call: AttentionCall, grid: Grid, regions: Tensor) -> Tensor:
     return backend.mean_row_maxima(call, grid, regions, range(grid.query_blocks))
 
 
-def group_differences(call: AttentionCall, grid: Grid, anchors: Tensor, group: int) -> Iterator[tuple[range, Tensor]]:
+def group_differences(
+    call: AttentionCall, grid: Grid, anchors: Tensor | None, group: int
+) -> Iterator[tuple[range, Tensor]]:
     """How far each key's logit rises above the anchor in the best block of a group of query blocks (2505.23520).
 
     Logits are of mean queries, ``scale * mean query . key``.
 
     Args:
-        anchors: ``[B, H, M]``, as `mean_row_maxima` has them.
+        anchors: ``[B, H, M]``, as `mean_row_maxima` has them; None: the largest logit of the same mean query.
         group: consecutive plan rows.
 
     Yields:
         groups, and differences fp32 ``[B, H, groups, positions]``; -inf where no block of a group sees a key.
     """
     backend = backend_of(call, "group_differences")
-    queries = pool_queries(call, grid)
+    queries = pool_queries(call, grid).to(call.q.dtype)
     for part in _group_parts(call, grid, group, backend.PART_BYTES):
         yield part, backend.group_differences(call, grid, queries, anchors, group, part)
 

@@ -17,7 +17,7 @@ from gossamer.testing import SITUATIONS, make_call, random_extent
 
 pytestmark = [needs_kernels, poisoned]
 every_situation = pytest.mark.parametrize("situation", SITUATIONS)
-EVERY_VERB = ("probe", "pool", "products", "energies", "antidiagonals", "shares", "maxima")
+EVERY_VERB = ("probe", "pool", "products", "energies", "antidiagonals", "shares", "differences", "maxima")
 every_verb = pytest.mark.parametrize("verb", EVERY_VERB)
 # block_q, block_k, stride of the antidiagonals, rows of the probe; query blocks that are grouped
 SHAPES = {
@@ -55,10 +55,17 @@ def scores_of(backend, verb: str, call: AttentionCall, shape: str, whole: bool =
         return [backend.pool_queries(call, grid), backend.pool_keys(call, grid)]
     if verb == "antidiagonals":
         return [torch.cat([backend.antidiagonal_scores(call, grid, stride, part) for part in parts], dim=2)]
-    if verb == "shares":
-        queries, groups = reference.pool_queries(call, grid).to(call.q.dtype), -(-rows // GROUPS[shape])
+    if verb in ("shares", "differences"):
+        group = GROUPS[shape]
+        queries, groups = reference.pool_queries(call, grid).to(call.q.dtype), -(-rows // group)
         parts = [range(groups)] if whole else [range(groups // 2), range(groups // 2, groups)]
-        return [torch.cat([backend.group_shares(call, grid, queries, GROUPS[shape], part) for part in parts], dim=2)]
+        if verb == "shares":
+            return [torch.cat([backend.group_shares(call, grid, queries, group, part) for part in parts], dim=2)]
+        anchors = torch.linspace(-1, 1, queries[..., 0].numel()).view(queries.shape[:3])
+        return [
+            torch.cat([backend.group_differences(call, grid, queries, one, group, part) for part in parts], dim=2)
+            for one in (anchors, None)
+        ]
     if verb == "maxima":
         near = grid.queries.unflatten(1, (-1, 1)) + torch.tensor([-last, 3])  # not where blocks or tiles begin
         regions = torch.cat([torch.tensor([-5, 70]).expand_as(near), near], dim=2)
@@ -82,7 +89,9 @@ def defined(verb: str, shape: str, *which) -> list[Tensor]:
 def assert_agrees(verb: str, ours: list[Tensor], expected: list[Tensor]) -> None:
     for got, one in zip(ours, expected, strict=True):
         # Sums of up to some hundred exponentials of mass 1 and fewer.
-        torch.testing.assert_close(got, one, atol=1e-5 if verb in ("products", "maxima") else 2e-6, rtol=3e-5)
+        torch.testing.assert_close(
+            got, one, atol=1e-5 if verb in ("products", "maxima", "differences") else 2e-6, rtol=3e-5
+        )
 
 
 @every_kernel

@@ -47,12 +47,11 @@ class VecAttention(Method):
     def plan(self, call: AttentionCall) -> SparsePlan:
         blocks = Blocks(call, self.block, self.block)
         blocks.keep(first=self.sink_blocks, own=self.window_blocks)
-        rule = AtLeast(self.threshold)
+        rule = AtLeast(torch.as_tensor(self.threshold, dtype=torch.float64, device="cpu").log())
         key = torch.arange(call.extent.longest, device=call.device)
         own = (blocks.grid.own(self.window_blocks) * self.block).to(call.device)
-        for part, shares in scores.group_shares(call, blocks.grid, 1) if call.extent.longest else ():
-            of_largest = shares / shares.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
+        for part, below in scores.group_differences(call, blocks.grid, None, 1):
             low, high = own[:, part.start : part.stop, None].unbind(-1)
             whole = (key < self.sink_blocks * self.block) | ((key >= low) & (key < high))
-            blocks.group_columns(part, of_largest.masked_fill_(whole[:, None], float("-inf")), rule, group=1)
+            blocks.group_columns(part, below.masked_fill_(whole[:, None], float("-inf")), rule, group=1)
         return blocks.plan()

@@ -22,6 +22,7 @@ from gossamer.backends.cpu.native import (
 from gossamer.backends.cpu.scores import (
     PART_BYTES,
     antidiagonal_scores,
+    group_differences,
     group_shares,
     last_query_probe,
     mean_row_maxima,
@@ -43,6 +44,7 @@ __all__ = [
     "count",
     "exact_slashes",
     "finish",
+    "group_differences",
     "group_shares",
     "has_openmp",
     "is_available",

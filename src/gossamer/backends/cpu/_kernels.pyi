@@ -139,6 +139,18 @@ def block_energy(
 def group_shares(
     isa: str, call: ScoreCall, means: Tensor, grid: Grid, group: int, part: Part, *, width: int, out: int
 ) -> None: ...
+def group_differences(
+    isa: str,
+    call: ScoreCall,
+    means: Tensor,
+    grid: Grid,
+    *,
+    anchors: int,
+    group: int,
+    part: Part,
+    width: int,
+    out: int,
+) -> None: ...
 def antidiagonal(
     isa: str, call: ScoreCall, grid: Grid, stride: int, part: Part, *, key_blocks: int, out: int
 ) -> None: ...

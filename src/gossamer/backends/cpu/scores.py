@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
-from gossamer.backends.cpu.views import dense_rows, grid_view, part_view, score_view, tensor_view
+from gossamer.backends.cpu.views import address, dense_rows, grid_view, part_view, score_view, tensor_view
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid, ceil_div
 
 __all__ = [
     "PART_BYTES",
     "antidiagonal_scores",
+    "group_differences",
     "group_shares",
     "last_query_probe",
     "mean_row_maxima",
@@ -129,13 +130,34 @@ def row_block_energy(
     return energies
 
 
+def group_differences(
+    call: AttentionCall, grid: Grid, queries: Tensor, anchors: Tensor | None, group: int, part: range
+) -> Tensor:
+    """See `gossamer.backends.torch.group_differences`. ``queries`` have q's dtype."""
+    grid = _check_groups(call, grid, queries, group, part)
+    width = call.extent.longest
+    above = torch.empty(call.batch, call.heads, len(part), width, device="cpu")
+    if anchors is not None:
+        _check_pooled(anchors, "anchors", (call.batch, call.heads, grid.query_blocks), torch.float32)
+        anchors = anchors.contiguous()
+    q, k, queries = dense_rows(call.q), dense_rows(call.k), queries.contiguous()
+    kernels().group_differences(
+        active_isa(q.dtype),
+        score_view(q, k, call),
+        tensor_view(queries),
+        grid_view(grid),
+        anchors=address(anchors),
+        group=group,
+        part=part_view(part),
+        width=width,
+        out=above.data_ptr(),
+    )
+    return above
+
+
 def group_shares(call: AttentionCall, grid: Grid, queries: Tensor, group: int, part: range) -> Tensor:
     """See `gossamer.backends.torch.group_shares`. ``queries`` have q's dtype."""
-    _check(call, call.q, call.k, queries)
-    grid = _of_call(grid, call)
-    if group < 1 or part.step != 1 or not 0 <= part.start <= part.stop <= ceil_div(grid.query_blocks, group):
-        raise ValueError(f"a part must be of the groups of {group} among {grid.query_blocks} query blocks, got {part}")
-    _check_pooled(queries, "queries", (call.batch, call.heads, grid.query_blocks, call.q.shape[-1]), call.q.dtype)
+    grid = _check_groups(call, grid, queries, group, part)
     width = call.extent.longest
     shares = torch.empty(call.batch, call.heads, len(part), width, device="cpu")
     q, k, queries = dense_rows(call.q), dense_rows(call.k), queries.contiguous()
@@ -213,6 +235,15 @@ def _check(call: AttentionCall, *tensors: Tensor) -> None:
 def _of_call(grid: Grid, call: AttentionCall) -> Grid:
     """The kernels index the call's tensors by the grid's extent: it must be the call's own."""
     return grid if grid.extent is call.extent else Grid(call.extent, grid.block_q, grid.block_k)
+
+
+def _check_groups(call: AttentionCall, grid: Grid, queries: Tensor, group: int, part: range) -> Grid:
+    _check(call, call.q, call.k, queries)
+    grid = _of_call(grid, call)
+    if group < 1 or part.step != 1 or not 0 <= part.start <= part.stop <= ceil_div(grid.query_blocks, group):
+        raise ValueError(f"a part must be of the groups of {group} among {grid.query_blocks} query blocks, got {part}")
+    _check_pooled(queries, "queries", (call.batch, call.heads, grid.query_blocks, call.q.shape[-1]), call.q.dtype)
+    return grid
 
 
 def _check_part(part: range, grid: Grid) -> None:

@@ -53,7 +53,7 @@ def mean_row_maxima(call: AttentionCall, grid: Grid, regions: Tensor, part: rang
 
 
 def group_differences(
-    call: AttentionCall, grid: Grid, queries: Tensor, anchors: Tensor, group: int, part: range
+    call: AttentionCall, grid: Grid, queries: Tensor, anchors: Tensor | None, group: int, part: range
 ) -> Tensor:
     """How far a key's logit rises above the anchor, in the query block of a group where it rises most.
 
@@ -61,29 +61,52 @@ def group_differences(
     (AnchorAttention, 2505.23520).
 
     Args:
-        queries: of `pool_queries`; anchors: ``[B, H, M]``; part: of the groups of so many consecutive plan rows.
+        queries: of `pool_queries`, in q's dtype; part: of the groups of so many consecutive plan rows.
+        anchors: ``[B, H, M]``; None: each mean query's largest logit (VecAttention, in Tencent's AngelSlim).
 
     Returns:
         fp32 ``[B, H, len(part), positions]``; -inf where no block of the group sees a key.
     """
     width, rows = call.extent.longest, range(part.start * group, min(part.stop * group, grid.query_blocks))
     out = torch.full((call.batch, call.heads, len(part), width), float("-inf"), device=call.device)
-    means, anchor = queries[:, :, rows.start : rows.stop] * call.scale, anchors[:, :, rows.start : rows.stop]
+    means = wide(queries[:, :, rows.start : rows.stop]) * call.scale
+    if anchors is None:
+        anchors = _largest_logits(call, grid, queries, range(rows.start, rows.stop))
+    else:
+        anchors = anchors[:, :, rows.start : rows.stop]
     chunk = max(64, CHUNK_BYTES // max(1, 4 * call.heads * len(rows)))
     short = -len(rows) % group
     for b in range(call.batch):
         start, end = int(call.extent.key_start[b]), int(grid.keys[b, rows.start : rows.stop].max()) if rows else 0
         seen = grid.keys[b, rows.start : rows.stop].to(call.device)
-        stacked = means[b].reshape(call.groups, call.share * len(rows), -1)
+        stacked = means[b].reshape(call.groups, call.share * len(rows), means.shape[-1])
         for j in range(0, end, chunk):
             stop = min(j + chunk, end)
             key = torch.arange(j, stop, device=call.device)
-            products = stacked @ call.k[b, :, start + j : start + stop].float().transpose(-1, -2)
-            above = products.view(call.heads, len(rows), -1) - anchor[b, :, :, None]
+            products = (stacked @ wide(call.k[b, :, start + j : start + stop]).transpose(-1, -2)).float()
+            above = products.view(call.heads, len(rows), -1) - anchors[b, :, :, None]
             above = above.masked_fill_((key < seen[:, :1]) | (key >= seen[:, 1:]), float("-inf"))
             above = F.pad(above, (0, 0, 0, short), value=float("-inf")).unflatten(1, (-1, group))
             out[b, :, :, j:stop] = above.amax(dim=2)
     return out
+
+
+def _largest_logits(call: AttentionCall, grid: Grid, queries: Tensor, part: range) -> Tensor:
+    """Of the mean queries of some plan rows, among the keys that each sees: ``[B, H, len(part)]``, -inf for none."""
+    means = wide(queries[:, :, part.start : part.stop]) * call.scale
+    top = torch.full((call.batch, call.heads, len(part)), float("-inf"), device=call.device)
+    chunk = max(64, CHUNK_BYTES // max(1, 4 * call.heads * len(part)))
+    for b in range(call.batch):
+        start, seen = int(call.extent.key_start[b]), grid.keys[b, part.start : part.stop]
+        stacked, end = means[b].reshape(call.groups, -1, means.shape[-1]), int(seen.max()) if part else 0
+        seen = seen.to(call.device)
+        for j in range(0, end, chunk):
+            key = torch.arange(j, min(j + chunk, end), device=call.device)
+            logits = stacked @ wide(call.k[b, :, start + j : start + min(j + chunk, end)]).transpose(-1, -2)
+            hidden = (key < seen[:, :1]) | (key >= seen[:, 1:])
+            logits = logits.float().view(call.heads, len(part), -1).masked_fill_(hidden, float("-inf"))
+            top[b] = top[b].maximum(logits.amax(dim=-1))
+    return top
 
 
 def group_shares(call: AttentionCall, grid: Grid, queries: Tensor, group: int, part: range) -> Tensor:

@@ -1,5 +1,6 @@
-// The largest share that each key has in the attention of a mean query of a group of query blocks: one pass over the
-// keys for the means' sums of exponentials, one for the shares.
+// What each key is to the mean queries of a group of query blocks. Its largest share in their attention takes one pass
+// over the keys for the means' sums of exponentials, one for the shares; how far its logit rises above their anchors
+// takes one pass, or one more where an anchor is the largest logit of all.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -20,10 +21,13 @@ struct Run {
   int64_t head, group, first_block;
 };
 
-class Shares {
+enum class Of { kShares, kDifferences };
+
+class GroupKeys {
  public:
-  Shares(const Kernels& kernels, const ScoreCall& call, const TensorView& means, const Grid& grid, int64_t group,
-         const Part& part, int64_t width)
+  // anchors: [batch, heads, blocks], for differences; null: the largest logits.
+  GroupKeys(const Kernels& kernels, const ScoreCall& call, const TensorView& means, const Grid& grid, int64_t group,
+            const Part& part, int64_t width, Of of, const float* anchors)
       : call_(call),
         means_(means),
         grid_(grid),
@@ -34,17 +38,21 @@ class Shares {
         run_(std::min<int64_t>(group, kScoreRows)),
         share_(call.q.heads / call.k.heads),
         width_(width),
+        of_(of),
+        anchors_(anchors),
         runs_(share_ * part.size() * ceil_div(group_, run_)),
         at_once_(kPanels * (kScoreRows / run_)) {
     for (int thread = 0; thread < call.threads; ++thread) scratch_.emplace_back(padded_);
   }
 
   void run(float* out) {
-    std::fill(out, out + call_.q.batch * call_.q.heads * part_.size() * width_, 0.0f);
+    const float nothing = of_ == Of::kShares ? 0.0f : kNothing;
+    run_parallel(call_.threads, call_.q.batch * call_.q.heads * part_.size(),
+                 [&](int, int64_t n) { std::fill(out + n * width_, out + (n + 1) * width_, nothing); });
     const int64_t heads = call_.k.batch * call_.k.heads, jobs = ceil_div(runs_, at_once_);
     run_parallel(call_.threads, heads * jobs, [&](int thread, int64_t n) {
       const int64_t job = jobs - 1 - n / heads;  // the longest rows first
-      share(scratch_[thread], n % heads / call_.k.heads, n % call_.k.heads, job, out);
+      score(scratch_[thread], n % heads / call_.k.heads, n % call_.k.heads, job, out);
     });
   }
 
@@ -66,7 +74,7 @@ class Shares {
 
   int rows_of(int64_t runs) const { return static_cast<int>(runs * run_); }
 
-  void share(Scratch& scratch, int64_t b, int64_t g, int64_t job, float* out) {
+  void score(Scratch& scratch, int64_t b, int64_t g, int64_t job, float* out) {
     const int64_t first = job * at_once_, count = std::min(at_once_, runs_ - first), per_panel = kScoreRows / run_;
     const Range keys = pack(scratch, b, g, first, count);
     if (keys.empty()) return;
@@ -84,30 +92,50 @@ class Shares {
         }
       }
     };
-    for_each_panel([&](int64_t p, int64_t, int64_t, const ScorePanel& panel) {
-      kernels_.add_exponentials(panel, scratch.maxima + p * kScoreRows, scratch.sums.data() + p * kScoreRows * kLanes);
-    });
-    for (int64_t r = 0; r < panels * kScoreRows; ++r) {
-      double total = 0;
-      for (int lane = 0; lane < kLanes; ++lane) total += scratch.sums.data()[r * kLanes + lane];
-      scratch.shifts[r] = total > 0 ? static_cast<float>(-(scratch.maxima[r] + std::log2(total))) : 0.0f;
-    }
+    if (of_ == Of::kShares || anchors_ == nullptr)
+      for_each_panel([&](int64_t p, int64_t, int64_t, const ScorePanel& panel) {
+        float* maxima = scratch.maxima + p * kScoreRows;
+        if (of_ == Of::kShares)
+          kernels_.add_exponentials(panel, maxima, scratch.sums.data() + p * kScoreRows * kLanes);
+        else
+          kernels_.raise_maxima(panel, maxima);
+      });
+    for (int64_t r = 0; r < panels * kScoreRows; ++r) scratch.shifts[r] = shift(scratch, b, g, first, r);
     for_each_panel([&](int64_t p, int64_t runs, int64_t tile, const ScorePanel& panel) {
       float largest[kScoreRows * kChunk];
-      kernels_.largest_mass(panel, scratch.shifts + p * kScoreRows, static_cast<int>(run_), largest);
+      if (of_ == Of::kShares)
+        kernels_.largest_mass(panel, scratch.shifts + p * kScoreRows, static_cast<int>(run_), largest);
+      else
+        kernels_.largest_sum(panel, scratch.shifts + p * kScoreRows, static_cast<int>(run_), largest);
       for (int64_t n = 0; n < runs; ++n) {
         const Run run = run_at(g, first + p * per_panel + n);
         float* to = out + ((b * call_.q.heads + run.head) * part_.size() + run.group - part_.first) * width_ + tile;
+        const float unit = of_ == Of::kShares ? 1.0f : 1.0f / kLog2E;
         for (int64_t t = 0; t < std::min<int64_t>(kChunk, width_ - tile); ++t)
-          to[t] = std::max(to[t], largest[n * kChunk + t]);
+          to[t] = std::max(to[t], unit * largest[n * kChunk + t]);
       }
     });
+  }
+
+  // Of row r of the panels of the runs from `first` on: what is added to its logits.
+  float shift(const Scratch& scratch, int64_t b, int64_t g, int64_t first, int64_t r) const {
+    if (scratch.seen[r].empty()) return 0.0f;
+    if (of_ == Of::kShares) {
+      double total = 0;
+      for (int lane = 0; lane < kLanes; ++lane) total += scratch.sums.data()[r * kLanes + lane];
+      return total > 0 ? static_cast<float>(-(scratch.maxima[r] + std::log2(total))) : 0.0f;
+    }
+    if (anchors_ == nullptr) return -scratch.maxima[r];
+    const int64_t in_panel = r % kScoreRows;
+    const Run run = run_at(g, first + r / kScoreRows * (kScoreRows / run_) + in_panel / run_);
+    return -kLog2E * anchors_[(b * call_.q.heads + run.head) * means_.tokens + run.first_block + in_panel % run_];
   }
 
   // Packs the means of some runs, and returns the keys that any of them sees.
   Range pack(Scratch& scratch, int64_t b, int64_t g, int64_t first, int64_t count) {
     const int64_t per_panel = kScoreRows / run_;
     Range keys{call_.extent.key_count[b], 0};
+    std::fill(scratch.seen, scratch.seen + kPanels * kScoreRows, Range{0, 0});
     for (int64_t start = 0; start < count; start += per_panel) {
       const void* rows[kScoreRows];
       const int64_t runs = std::min(per_panel, count - start), place = start / per_panel * kScoreRows;
@@ -145,7 +173,10 @@ class Shares {
   const Part& part_;
   const ScoreKernels& kernels_;
   const int padded_;
-  const int64_t group_, run_, share_, width_, runs_, at_once_;
+  const int64_t group_, run_, share_, width_;
+  const Of of_;
+  const float* anchors_;
+  const int64_t runs_, at_once_;
   std::vector<Scratch> scratch_;
 };
 
@@ -153,7 +184,12 @@ class Shares {
 
 void group_shares(const Kernels& kernels, const ScoreCall& call, const TensorView& means, const Grid& grid,
                   int64_t group, const Part& part, int64_t width, float* out) {
-  Shares(kernels, call, means, grid, group, part, width).run(out);
+  GroupKeys(kernels, call, means, grid, group, part, width, Of::kShares, nullptr).run(out);
+}
+
+void group_differences(const Kernels& kernels, const ScoreCall& call, const TensorView& means, const Grid& grid,
+                       const float* anchors, int64_t group, const Part& part, int64_t width, float* out) {
+  GroupKeys(kernels, call, means, grid, group, part, width, Of::kDifferences, anchors).run(out);
 }
 
 }  // namespace gossamer
