@@ -12,8 +12,8 @@ what is forced where no scores decide, builds the lists and counts the pairs. Be
 attending it. The file stands in a folder of this machine, beside those of others.
 
 ``--methods all`` takes every method with its default settings, in the last of 32 layers. Methods that need numbers by
-layer and head get random ones (`TABLES`); SeerAttention's gate is the untrained one. Not among them are ``dense``, which
-has no plan, and ``per_head``, which is what others make it.
+layer and head get random ones (`TABLES`); SeerAttention's gate is the untrained one. Not among them are ``dense``, with
+no plan, and ``per_head``, which is what others make it.
 
 ``antidiagonal_8`` and ``antidiagonal_16`` stand for XAttention's selection with that stride, which is no method yet; on
 one thread the torch version takes minutes at 64K.

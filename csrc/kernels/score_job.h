@@ -48,6 +48,8 @@ struct ScoreKernels {
   void (*largest_mass)(const ScorePanel&, const float* shift, int run, float* largest);
   // The same without the exponential: the largest logit + shift[row].
   void (*largest_sum)(const ScorePanel&, const float* shift, int run, float* largest);
+  // Of the same, a bit for each column where it is above the bar: a word for each run.
+  void (*mark_above)(const ScorePanel&, const float* shift, int run, float bar, uint64_t* marks);
   // Products of queries and keys, as logits; masks and the factor take no part.
   void (*products)(const ScorePanel&);
   // Mean of consecutive rows.

@@ -159,20 +159,28 @@ class ScoreCode {
     multiply(panel);
     for (int first = 0; first < panel.rows; first += run) {
       Reg top[kVectors];
-#pragma GCC unroll 16
-      for (int t = 0; t < kVectors; ++t) top[t] = V::set1(kNothing);
-      for (int r = first; r < first + run && r < panel.rows; ++r) {
-        if (panel.masks[r] == 0) continue;
-        Reg z[kVectors];
-        load_row(panel, r, z);
-        const Reg down = V::set1(shift[r]);
-#pragma GCC unroll 16
-        for (int t = 0; t < kVectors; ++t) top[t] = V::max(top[t], V::add(z[t], down));
-      }
+      largest_of_run(panel, shift, first, run, top);
 #pragma GCC unroll 16
       for (int t = 0; t < kVectors; ++t)
         V::store(largest + first / run * kChunk + t * V::kWidth,
                  kMass ? V::template exp2<kDegree>(top[t]) : top[t]);
+    }
+  }
+
+  static void mark_above(const ScorePanel& panel, const float* shift, int run, float bar, uint64_t* marks) {
+    multiply(panel);
+    for (int first = 0; first < panel.rows; first += run) {
+      Reg top[kVectors];
+      largest_of_run(panel, shift, first, run, top);
+      uint64_t& mark = marks[first / run];
+      mark = 0;
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t) {
+        if (!V::any_greater(top[t], V::set1(bar))) continue;
+        float values[V::kWidth];
+        V::store(values, top[t]);
+        for (int n = 0; n < V::kWidth; ++n) mark |= uint64_t{values[n] > bar} << (t * V::kWidth + n);
+      }
     }
   }
 
@@ -209,6 +217,20 @@ class ScoreCode {
       Isa::multiply(panel.rows, kChunk, depth, queries + n * kScoreRows * depth, depth, keys + n * kChunk * depth,
                     kChunk, panel.logits, kScorePitch, n > 0);
     Isa::end();
+  }
+
+  // Of logit + shift[row] in each column, over rows [first, first + run).
+  static inline void largest_of_run(const ScorePanel& panel, const float* shift, int first, int run, Reg* top) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kVectors; ++t) top[t] = V::set1(kNothing);
+    for (int r = first; r < first + run && r < panel.rows; ++r) {
+      if (panel.masks[r] == 0) continue;
+      Reg z[kVectors];
+      load_row(panel, r, z);
+      const Reg down = V::set1(shift[r]);
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t) top[t] = V::max(top[t], V::add(z[t], down));
+    }
   }
 
   static inline float sum_of(const float* x, int count) {
@@ -257,8 +279,8 @@ const ScoreKernels* score_kernels() {
   using Code = ScoreCode<Isa>;
   static const ScoreKernels kernels{
       Code::pack_keys, Code::pack_queries, Code::add_exponentials,      Code::raise_maxima,           Code::add_mass,
-      Code::energy,    Code::run_mass,     Code::template largest<true>, Code::template largest<false>, Code::products,
-      Code::mean};
+      Code::energy,    Code::run_mass,     Code::template largest<true>, Code::template largest<false>,
+      Code::mark_above, Code::products,    Code::mean};
   return &kernels;
 }
 

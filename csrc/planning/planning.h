@@ -117,6 +117,18 @@ void choose(const Choice& choice, const ChosenBits& chosen, int threads);
 void list_bits(const uint64_t* bits, int64_t rows, int64_t width, const int64_t* starts, int32_t* indices,
                int threads);
 
+// Keys whose difference, as that of group_differences, is at least the bar of its head, and not in ranges [batch, part,
+// ranges] that are left out: [batch, heads, part] rows of words_of(width).
+struct NearKeys {
+  const float* bars;
+  const Range* left_out;
+  int64_t ranges;
+};
+
+void near_keys(const Kernels& kernels, const ScoreCall& call, const TensorView& means, const Grid& grid,
+               const float* anchors, int64_t group, const Part& part, int64_t width, const NearKeys& which,
+               const ChosenBits& chosen);
+
 // Copies lists that lie one behind the other to their places: each row's from indices + starts[row] on.
 void place_lists(const int32_t* lists, const int64_t* counts, int64_t rows, const int64_t* starts, int32_t* indices,
                  int threads);

@@ -155,6 +155,19 @@ void bind_scores(nb::module_& m) {
       "isa"_a, "call"_a, "means"_a, "grid"_a, nb::kw_only(), "anchors"_a, "group"_a, "part"_a, "width"_a, "out"_a,
       Release());
   m.def(
+      "near_keys",
+      [](const std::string& isa, const ScoreCall& call, const TensorView& means, const Grid& grid, uintptr_t anchors,
+         int64_t group, const Part& part, int64_t width, uintptr_t bars, uintptr_t left_out, int64_t ranges,
+         const ChosenBits& chosen) {
+        check_grid(grid, call.q);
+        check_keys(call.extent, call.k.tokens);
+        check_key_blocks({call.extent, 1, 1}, width);
+        near_keys(kernels_for(isa), call, means, grid, pointer<float>(anchors), group, part, width,
+                  {pointer<float>(bars), pointer<Range>(left_out), ranges}, chosen);
+      },
+      "isa"_a, "call"_a, "means"_a, "grid"_a, nb::kw_only(), "anchors"_a, "group"_a, "part"_a, "width"_a, "bars"_a,
+      "left_out"_a, "ranges"_a, "chosen"_a, Release());
+  m.def(
       "antidiagonal",
       [](const std::string& isa, const ScoreCall& call, const Grid& grid, int64_t stride, const Part& part,
          int64_t key_blocks, uintptr_t out) {

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gossamer import scores as score_functions
 from gossamer.backends import backend_of
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid, SparsePlan, ceil_div
-from gossamer.rules import Candidates, Rule
+from gossamer.rules import AtLeast, Candidates, PerHead, Rule
 
 __all__ = ["Blocks"]
 
@@ -181,14 +182,38 @@ class Blocks:
         Raises:
             ValueError: a group was given before, or parts have groups of other sizes.
         """
+        self._start_columns(group)
+        seen = self.grid.keys_of_groups(group)[:, part.start : part.stop]
+        self._columns.choose(part, Candidates(seen, seen[..., :1].expand_as(seen), first), scores, rule)
+
+    def near_columns(self, anchors: Tensor | None, bar: PerHead, *, group: int, left_out: Tensor) -> None:
+        """Choose single keys for each ``group`` of query blocks: those whose logit lies near an anchor, or above.
+
+        As `group_columns` with `gossamer.scores.group_differences` and `AtLeast` a bar, but where the backend can, no
+        score is kept: there is one for each key and group.
+
+        Args:
+            anchors: as `gossamer.scores.group_differences` takes them.
+            left_out: int64 ``[B, groups, R, 2]``, ranges of positions that are not chosen.
+        """
+        self._start_columns(group)
+        if hasattr(self._backend, "near_keys"):
+            for part, *lists in score_functions.near_keys(self.call, self.grid, anchors, group, bar, left_out):
+                self._columns.take(part, *lists)
+            return
+        key, ranges = torch.arange(self.call.extent.longest, device=self.call.device), left_out.to(self.call.device)
+        for part, above in score_functions.group_differences(self.call, self.grid, anchors, group):
+            low, high = ranges[:, part.start : part.stop, :, None].unbind(-1)
+            hidden = ((key >= low) & (key < high)).any(dim=2)[:, None]
+            self.group_columns(part, above.masked_fill_(hidden, float("-inf")), AtLeast(bar), group=group)
+
+    def _start_columns(self, group: int) -> None:
         if self._columns is None:
             lists, width = ceil_div(self.grid.query_blocks, group), self.call.extent.longest
             self._columns = self._backend.ListWriter(self.call.batch, self.heads, lists, width, self.call.device)
             self._column_group = group
         if group != self._column_group:
             raise ValueError(f"columns are for groups of {self._column_group} query blocks, got others of {group}")
-        seen = self.grid.keys_of_groups(group)[:, part.start : part.stop]
-        self._columns.choose(part, Candidates(seen, seen[..., :1].expand_as(seen), first), scores, rule)
 
     def lists(self, parts: Iterator[tuple[range, Any, Any]]) -> None:
         """Blocks and columns of each query block as lists: ``part, (counts, indices), (counts, indices)``.

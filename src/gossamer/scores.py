@@ -17,6 +17,7 @@ from torch import Tensor
 from gossamer.backends import backend_of
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid, ceil_div
+from gossamer.rules import PerHead
 
 __all__ = [
     "antidiagonal_means",
@@ -31,6 +32,7 @@ __all__ = [
     "last_query_products",
     "masked_softmax",
     "mean_row_maxima",
+    "near_keys",
     "pool_key_bounds",
     "pool_keys",
     "pool_queries",
@@ -270,6 +272,23 @@ def group_differences(
     queries = pool_queries(call, grid).to(call.q.dtype)
     for part in _group_parts(call, grid, group, backend.PART_BYTES):
         yield part, backend.group_differences(call, grid, queries, anchors, group, part)
+
+
+def near_keys(
+    call: AttentionCall, grid: Grid, anchors: Tensor | None, group: int, bar: PerHead, left_out: Tensor
+) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """The keys whose `group_differences` are at least a bar; no scores are kept, of which there are very many.
+
+    Args:
+        left_out: int64 ``[B, groups, R, 2]``, half-open ranges of positions that are not taken.
+
+    Yields:
+        groups; counts int64 ``[B, H, groups]``; and ascending positions int32 of all lists.
+    """
+    backend = backend_of(call, "near_keys")
+    queries = pool_queries(call, grid).to(call.q.dtype)
+    for part in _group_parts(call, grid, group, backend.NEAR_BYTES):
+        yield part, *backend.near_keys(call, grid, queries, anchors, group, part, bar, left_out)
 
 
 def group_shares(call: AttentionCall, grid: Grid, group: int) -> Iterator[tuple[range, Tensor]]:

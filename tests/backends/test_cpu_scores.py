@@ -17,7 +17,7 @@ from gossamer.testing import SITUATIONS, make_call, random_extent
 
 pytestmark = [needs_kernels, poisoned]
 every_situation = pytest.mark.parametrize("situation", SITUATIONS)
-EVERY_VERB = ("probe", "pool", "products", "energies", "antidiagonals", "shares", "differences", "maxima")
+EVERY_VERB = ("probe", "pool", "products", "energies", "antidiagonals", "shares", "differences", "near", "maxima")
 every_verb = pytest.mark.parametrize("verb", EVERY_VERB)
 # block_q, block_k, stride of the antidiagonals, rows of the probe; query blocks that are grouped
 SHAPES = {
@@ -66,6 +66,8 @@ def scores_of(backend, verb: str, call: AttentionCall, shape: str, whole: bool =
             torch.cat([backend.group_differences(call, grid, queries, one, group, part) for part in parts], dim=2)
             for one in (anchors, None)
         ]
+    if verb == "near":
+        return [x.float() for x in near_lists(backend, call, grid, GROUPS[shape], parts)]
     if verb == "maxima":
         near = grid.queries.unflatten(1, (-1, 1)) + torch.tensor([-last, 3])  # not where blocks or tiles begin
         regions = torch.cat([torch.tensor([-5, 70]).expand_as(near), near], dim=2)
@@ -79,6 +81,28 @@ def scores_of(backend, verb: str, call: AttentionCall, shape: str, whole: bool =
         ]
     queries = reference.pool_queries(call, grid)
     return [torch.cat([backend.pooled_scores(call, grid, queries, keys, part) for part in parts], dim=2)]
+
+
+def near_lists(backend, call: AttentionCall, grid: Grid, group: int, parts: list[range]) -> list[Tensor]:
+    """Whether keys lie near anchors, some of which are -inf, and near the largest logit; with a bar for each head."""
+    queries = reference.pool_queries(call, grid).to(call.q.dtype)
+    rows = [range(-(-part.start // group), -(-part.stop // group)) for part in parts]
+    anchors = torch.linspace(-1, 1, queries[..., 0].numel()).view(queries.shape[:3])
+    anchors[:, ::2, ::5] = -math.inf
+    left_out = grid.queries[:, ::group, None] + torch.tensor([[-9, 0], [70, 99]])
+    bars = torch.linspace(-0.6, 0.1, call.heads)
+    found = []
+    for one, bar in ((anchors, bars), (None, 0.0), (None, -math.inf)):
+        masks = []
+        for part in rows:
+            counts, indices = backend.near_keys(call, grid, queries, one, group, part, bar, left_out)
+            mask = torch.zeros(*counts.shape, call.extent.longest, dtype=torch.bool)
+            row = torch.repeat_interleave(torch.arange(counts.numel()), counts.flatten())
+            mask.flatten(0, 2)[row, indices.long()] = True
+            assert torch.equal(mask.sum(-1), counts)
+            masks.append(mask)
+        found.append(torch.cat(masks, dim=2))
+    return found
 
 
 @functools.cache

@@ -26,6 +26,7 @@ VERBS = (
     "last_query_probe",
     "last_query_products",
     "mean_row_maxima",
+    "near_keys",
     "pool_key_bounds",
     "pool_keys",
     "pool_queries",
@@ -75,7 +76,7 @@ def name_of(backend: ModuleType) -> str:
 
 def test_the_definition_has_every_verb() -> None:
     assert all(hasattr(definition, verb) for verb in ("attend", *VERBS))
-    assert {*definition.__all__} - {"PART_BYTES"} == {"attend", *VERBS}
+    assert {*definition.__all__} - {"NEAR_BYTES", "PART_BYTES"} == {"attend", *VERBS}
 
 
 @every_verb

@@ -12,7 +12,6 @@ from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, Settings, require_at_least
 from gossamer.plan import SparsePlan
-from gossamer.rules import AtLeast
 
 __all__ = ["AnchorAttention"]
 
@@ -57,11 +56,7 @@ class AnchorAttention(Method):
         local = blocks.grid.group(self.step)
         first = torch.tensor([0, end], device="cpu").expand_as(local)
         anchors = scores.mean_row_maxima(call, blocks.grid, torch.stack([first, local.clamp(min=end)], dim=2))
-        key = torch.arange(call.extent.longest, device=call.device)
-        own = local[:, :: self.step].to(call.device)
-        rule = AtLeast(-torch.tensor(self.theta, device="cpu"))
-        for part, above in scores.group_differences(call, blocks.grid, anchors, self.step):
-            low, high = own[:, part.start : part.stop, None].unbind(-1)
-            dense = (key < end) | ((key >= low) & (key < high))
-            blocks.group_columns(part, above.masked_fill_(dense[:, None], float("-inf")), rule, group=self.step)
+        bar = -torch.tensor(self.theta, device="cpu")
+        dense = torch.stack([first, local], dim=2)[:, :: self.step]
+        blocks.near_columns(anchors, bar, group=self.step, left_out=dense)
         return blocks.plan()

@@ -7,12 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, Settings, require_at_least, require_share
 from gossamer.plan import SparsePlan
-from gossamer.rules import AtLeast
 
 __all__ = ["VecAttention"]
 
@@ -47,11 +45,8 @@ class VecAttention(Method):
     def plan(self, call: AttentionCall) -> SparsePlan:
         blocks = Blocks(call, self.block, self.block)
         blocks.keep(first=self.sink_blocks, own=self.window_blocks)
-        rule = AtLeast(torch.as_tensor(self.threshold, dtype=torch.float64, device="cpu").log())
-        key = torch.arange(call.extent.longest, device=call.device)
-        own = (blocks.grid.own(self.window_blocks) * self.block).to(call.device)
-        for part, below in scores.group_differences(call, blocks.grid, None, 1):
-            low, high = own[:, part.start : part.stop, None].unbind(-1)
-            whole = (key < self.sink_blocks * self.block) | ((key >= low) & (key < high))
-            blocks.group_columns(part, below.masked_fill_(whole[:, None], float("-inf")), rule, group=1)
+        own = blocks.grid.own(self.window_blocks) * self.block
+        first = torch.tensor([0, self.sink_blocks * self.block], device="cpu").expand_as(own)
+        bar = torch.as_tensor(self.threshold, dtype=torch.float64, device="cpu").log()
+        blocks.near_columns(None, bar, group=1, left_out=torch.stack([first, own], dim=2))
         return blocks.plan()

@@ -20,12 +20,14 @@ from gossamer.backends.cpu.native import (
     why_unavailable,
 )
 from gossamer.backends.cpu.scores import (
+    NEAR_BYTES,
     PART_BYTES,
     antidiagonal_scores,
     group_differences,
     group_shares,
     last_query_probe,
     mean_row_maxima,
+    near_keys,
     pool_keys,
     pool_queries,
     pooled_scores,
@@ -36,6 +38,7 @@ from gossamer.backends.cpu.slashes import exact_slashes
 __all__ = [
     "ENVIRONMENT",
     "MAX_HEAD_DIM",
+    "NEAR_BYTES",
     "PART_BYTES",
     "ListWriter",
     "active_isa",
@@ -50,6 +53,7 @@ __all__ = [
     "is_available",
     "last_query_probe",
     "mean_row_maxima",
+    "near_keys",
     "pool_keys",
     "pool_queries",
     "pooled_scores",

@@ -139,6 +139,21 @@ def block_energy(
 def group_shares(
     isa: str, call: ScoreCall, means: Tensor, grid: Grid, group: int, part: Part, *, width: int, out: int
 ) -> None: ...
+def near_keys(
+    isa: str,
+    call: ScoreCall,
+    means: Tensor,
+    grid: Grid,
+    *,
+    anchors: int,
+    group: int,
+    part: Part,
+    width: int,
+    bars: int,
+    left_out: int,
+    ranges: int,
+    chosen: ChosenBits,
+) -> None: ...
 def group_differences(
     isa: str,
     call: ScoreCall,

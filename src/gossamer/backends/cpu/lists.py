@@ -29,7 +29,7 @@ from gossamer.rules import (
     shares,
 )
 
-__all__ = ["ListWriter", "count", "finish", "list_bits"]
+__all__ = ["ListWriter", "count", "finish", "list_bits", "listed"]
 
 _TOP_P = {TopPReaching: "top_p_reaching", TopPBelow: "top_p_below", TopPOfAllRows: "top_p_of_all_rows"}
 
@@ -173,6 +173,14 @@ def list_bits(bits: Tensor, width: int, starts: Tensor, indices: Tensor) -> None
         indices=indices.data_ptr(),
         threads=torch.get_num_threads(),
     )
+
+
+def listed(bits: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Of rows of bits: how many are set, as given, and their numbers int32, for `ListWriter.take`."""
+    ends = counts.flatten().cumsum(0)
+    indices = torch.empty(int(counts.sum()), dtype=torch.int32, device="cpu")
+    list_bits(bits, width, ends - counts.flatten(), indices)
+    return counts, indices
 
 
 def finish(blocks: ListWriter | None, columns: ListWriter | None, **fields: Any) -> SparsePlan:

@@ -10,18 +10,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gossamer.backends.cpu.lists import listed
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
 from gossamer.backends.cpu.views import address, dense_rows, grid_view, part_view, score_view, tensor_view
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid, ceil_div
+from gossamer.rules import PerHead, per_head
 
 __all__ = [
+    "NEAR_BYTES",
     "PART_BYTES",
     "antidiagonal_scores",
     "group_differences",
     "group_shares",
     "last_query_probe",
     "mean_row_maxima",
+    "near_keys",
     "pool_keys",
     "pool_queries",
     "pooled_scores",
@@ -30,6 +34,8 @@ __all__ = [
 
 # Scores of a part that is handed out at once: the kernels have no other working set that grows.
 PART_BYTES = 64 << 20
+# Scores of a part of which only a bit each is kept.
+NEAR_BYTES = 1 << 30
 
 
 def last_query_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
@@ -153,6 +159,46 @@ def group_differences(
         out=above.data_ptr(),
     )
     return above
+
+
+def near_keys(
+    call: AttentionCall,
+    grid: Grid,
+    queries: Tensor,
+    anchors: Tensor | None,
+    group: int,
+    part: range,
+    bar: PerHead,
+    left_out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `gossamer.backends.torch.near_keys`. ``queries`` have q's dtype."""
+    grid = _check_groups(call, grid, queries, group, part)
+    width, rows = call.extent.longest, (call.batch, call.heads, len(part))
+    bits = torch.empty(*rows, ceil_div(width, 64), dtype=torch.int64, device="cpu")
+    counts = torch.empty(rows, dtype=torch.int64, device="cpu")
+    bars = per_head(bar, call.heads, torch.float32, "cpu").contiguous()
+    ranges = left_out[:, part.start : part.stop].to("cpu", torch.int64).contiguous()
+    if ranges.shape != (call.batch, len(part), ranges.shape[2], 2):
+        raise ValueError(f"left_out must be ({call.batch}, groups, any number, 2), got {tuple(left_out.shape)}")
+    if anchors is not None:
+        _check_pooled(anchors, "anchors", (call.batch, call.heads, grid.query_blocks), torch.float32)
+        anchors = anchors.contiguous()
+    q, k, queries = dense_rows(call.q), dense_rows(call.k), queries.contiguous()
+    kernels().near_keys(
+        active_isa(q.dtype),
+        score_view(q, k, call),
+        tensor_view(queries),
+        grid_view(grid),
+        anchors=address(anchors),
+        group=group,
+        part=part_view(part),
+        width=width,
+        bars=bars.data_ptr(),
+        left_out=ranges.data_ptr(),
+        ranges=ranges.shape[2],
+        chosen=kernels().ChosenBits(bits=bits.data_ptr(), counts=counts.data_ptr()),
+    )
+    return listed(bits, counts, width)
 
 
 def group_shares(call: AttentionCall, grid: Grid, queries: Tensor, group: int, part: range) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gossamer.backends.cpu.lists import list_bits
+from gossamer.backends.cpu.lists import listed
 from gossamer.backends.cpu.native import kernels
 from gossamer.backends.cpu.views import extent_view, part_view
 from gossamer.plan import Grid, ceil_div
@@ -52,11 +52,4 @@ def exact_slashes(
         columns=native.ChosenBits(bits=column_bits.data_ptr(), counts=column_counts.data_ptr()),
         threads=torch.get_num_threads(),
     )
-    return _listed(block_bits, block_counts, words), _listed(column_bits, column_counts, width)
-
-
-def _listed(bits: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    ends = counts.flatten().cumsum(0)
-    indices = torch.empty(int(counts.sum()), dtype=torch.int32, device="cpu")
-    list_bits(bits, width, ends - counts.flatten(), indices)
-    return counts, indices
+    return listed(block_bits, block_counts, words), listed(column_bits, column_counts, width)

@@ -4,8 +4,9 @@ from gossamer.backends.torch.attend import attend
 from gossamer.backends.torch.cells import antidiagonal_means, antidiagonal_peaks, antidiagonal_scores, value_norms
 from gossamer.backends.torch.choose import ListWriter, count, finish
 from gossamer.backends.torch.gates import block_attention, pool_key_bounds
-from gossamer.backends.torch.groups import group_differences, group_shares, mean_row_maxima
+from gossamer.backends.torch.groups import group_differences, group_shares, mean_row_maxima, near_keys
 from gossamer.backends.torch.scores import (
+    NEAR_BYTES,
     PART_BYTES,
     key_similarity,
     last_query_probe,
@@ -19,6 +20,7 @@ from gossamer.backends.torch.scores import (
 from gossamer.backends.torch.slashes import exact_slashes
 
 __all__ = [
+    "NEAR_BYTES",
     "PART_BYTES",
     "ListWriter",
     "antidiagonal_means",
@@ -35,6 +37,7 @@ __all__ = [
     "last_query_probe",
     "last_query_products",
     "mean_row_maxima",
+    "near_keys",
     "pool_key_bounds",
     "pool_keys",
     "pool_queries",

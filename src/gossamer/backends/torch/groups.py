@@ -10,8 +10,9 @@ from gossamer.backends.torch.attend import wide
 from gossamer.backends.torch.scores import CHUNK_BYTES, visible
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid
+from gossamer.rules import AtLeast, PerHead
 
-__all__ = ["group_differences", "group_shares", "mean_row_maxima"]
+__all__ = ["group_differences", "group_shares", "mean_row_maxima", "near_keys"]
 
 
 def mean_row_maxima(call: AttentionCall, grid: Grid, regions: Tensor, part: range) -> Tensor:
@@ -89,6 +90,32 @@ def group_differences(
             above = F.pad(above, (0, 0, 0, short), value=float("-inf")).unflatten(1, (-1, group))
             out[b, :, :, j:stop] = above.amax(dim=2)
     return out
+
+
+def near_keys(
+    call: AttentionCall,
+    grid: Grid,
+    queries: Tensor,
+    anchors: Tensor | None,
+    group: int,
+    part: range,
+    bar: PerHead,
+    left_out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The keys whose `group_differences` are `AtLeast` a bar, as lists for `ListWriter.take`.
+
+    Args:
+        left_out: int64 ``[B, groups, R, 2]``, half-open ranges of positions that are not taken.
+
+    Returns:
+        counts int64 ``[B, H, len(part)]``, and ascending positions int32 of all lists.
+    """
+    above = group_differences(call, grid, queries, anchors, group, part)
+    key = torch.arange(above.shape[-1], device=call.device)
+    low, high = left_out[:, part.start : part.stop, :, None].to(call.device).unbind(-1)
+    hidden = ((key >= low) & (key < high)).any(dim=2)[:, None]
+    chosen = AtLeast(bar).select(above, hidden) & ~hidden
+    return chosen.sum(dim=-1), chosen.flatten(0, 2).nonzero()[:, 1].to(torch.int32)
 
 
 def _largest_logits(call: AttentionCall, grid: Grid, queries: Tensor, part: range) -> Tensor:

@@ -33,7 +33,7 @@ __all__ = [
 # arithmetic.
 CHUNK_BYTES = 16 << 20
 # Scores of a part that is handed out at once.
-PART_BYTES = 16 << 20
+PART_BYTES = NEAR_BYTES = 16 << 20
 
 
 def last_query_probe(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]:
