@@ -168,3 +168,13 @@ def test_nothing_hangs_on_a_model_that_is_disabled() -> None:
     enable(model, "a_shape", **FULL).disable()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any(module._forward_hooks_always_called for module in model.modules())
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_composite_whose_text_part_runs_eager_alone_is_refused(bidirectional: bool) -> None:
+    model = llava()
+    model.model.language_model._supports_sdpa = model.model.language_model._supports_attention_backend = False
+    before = model.config.text_config._attn_implementation
+    with pytest.raises(ValueError, match="LlamaModel declares that its attention can't be replaced"):
+        enable(model, "a_shape", bidirectional=bidirectional, **FULL)
+    assert model.config.text_config._attn_implementation == before

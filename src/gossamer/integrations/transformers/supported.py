@@ -14,7 +14,8 @@ __all__ = ["attention_layers", "is_ours", "refuse", "text_of", "towers_of"]
 
 def refuse(model: Any, text: Any, name: str) -> None:
     """Raise for what declares that it cannot be served, and for a config that another model uses otherwise."""
-    for part in [part for part in parts_of(model) if part.config is text] or [model]:
+    read = text, text_of(text)  # of a composite that is enabled whole, its text part too
+    for part in [part for part in parts_of(model) if any(part.config is config for config in read)] or [model]:
         if not part._supports_sdpa and not part._supports_attention_backend:
             raise ValueError(
                 f"{type(part).__name__} declares that its attention can't be replaced (_supports_sdpa and "
