@@ -32,7 +32,10 @@ from gossamer.rotary import Rotary
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
-ROOMS = ("attention", "fallback", "handle", "masks", "operator", "owners", "stats", "supported", "verify")
+ROOMS = (
+    "attention", "configs", "fallback", "handle", "masks", "operator", "owners", "reached", "stats", "supported",
+    "verify",
+)  # fmt: skip
 SMALL: dict[str, Any] = {"sink": 1, "window": 3} | ALWAYS_SPARSE
 
 

@@ -6,23 +6,22 @@ import copy
 import dataclasses
 import os
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from gossamer import methods
 from gossamer.attention import CallRecord
 from gossamer.call import AttentionCall
 from gossamer.integrations.transformers.attention import BIDIRECTIONAL, register
+from gossamer.integrations.transformers.configs import configs, implementations, path_to, request
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, lend, owner_of, set_owner
+from gossamer.integrations.transformers.reached import Reached
 from gossamer.integrations.transformers.rotary import Positions, rotary_module, verified
 from gossamer.integrations.transformers.stats import LayerStats, Stats
-from gossamer.integrations.transformers.supported import attention_layers, is_ours, refuse
+from gossamer.integrations.transformers.supported import is_ours, refuse
 from gossamer.methods import Method
 from gossamer.methods.per_head import needs_of
 from gossamer.policy import Policy
@@ -37,12 +36,12 @@ class Handle:
     It holds the model weakly: a handle that is kept does not keep the model in memory.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, lent: dict[int, tuple[Any, str]], layers: int) -> None:
+    def __init__(self, model: nn.Module, policy: Policy, lent: dict[int, tuple[Any, str]]) -> None:
         self.policy = policy
         self._model = weakref.ref(model)
         self._lent = lent
         self._layers: dict[int | None, LayerStats] = {}
-        self._reached: Counter[int | None] = Counter()
+        self._reached = Reached(model)
         self._positions: Positions | None = None
         self._hook: Any = None
         self._visit: Callable[[Observation], None] | None = None
@@ -53,8 +52,6 @@ class Handle:
             lend(config, previous, 1)
         self._given_back = weakref.finalize(model, _give_back, lent)
         self._given_back.atexit = False
-        self._expected = layers
-        self._first_forward = model.register_forward_hook(_FirstForward(self))
 
     @property
     def enabled(self) -> bool:
@@ -114,7 +111,6 @@ class Handle:
         module = rotary_module(model)
         positions = Positions(verified(model, module, lambda visit: self._own(model, visit)))
         self.reset()
-        self._reached.clear()
         self._positions = positions
         self._hook = module.register_forward_pre_hook(positions, with_kwargs=True)
         self._own(model, None)
@@ -131,35 +127,22 @@ class Handle:
             return
         self._enabled = False
         self._given_back.detach()
-        self._first_forward.remove()
+        self._reached.stop()
         if self._hook is not None:
             self._hook.remove()
         self._own(model, None, enabled=False)
         returned = {key: lend(config, previous, -1) for key, (config, previous) in self._lent.items()}
         wanted = {key: former for key, former in returned.items() if former and is_ours(self._lent[key][0])}
         if wanted:
-            cast(Any, model).set_attn_implementation(_implementations(cast(Any, model).config, wanted))
+            cast(Any, model).set_attn_implementation(implementations(cast(Any, model).config, wanted))
 
     def _own(self, model: nn.Module, visit: Callable[[Observation], None] | None, enabled: bool = True) -> None:
         rotary = None if self._positions is None else self._positions.of
         self._visit = visit
-        owner = Owner(self.policy, self._record, visit, self._reached, rotary, self._instead) if enabled else None
-        for module in model.modules():
-            set_owner(module, owner)
-
-    def check_reached(self, model: nn.Module) -> None:
-        """After a first whole forward: every attention layer must have come here, or the results are not ours."""
-        if not self.enabled:
-            return
-        self._first_forward.remove()
-        # Layers without a number may be one module that runs several times (ALBERT): calls count.
-        reached = len(self._reached.keys() - {None}) + self._reached[None]
-        if reached < self._expected:
-            raise RuntimeError(
-                f"of the {self._expected} attention layers of {type(model).__name__}, {reached} reached "
-                "gossamer in a forward pass: this model computes attention by itself, and under another mask than it "
-                "expects. Its results are wrong; disable the handle and leave the model as it is"
-            )
+        for part, counter in self._reached.counters(model):
+            owner = Owner(self.policy, self._record, visit, counter, rotary, self._instead) if enabled else None
+            for module in part.modules():
+                set_owner(module, owner)
 
     def _record(self, call: CallRecord) -> None:
         self._layers.setdefault(call.layer, LayerStats(call.layer)).add(call)
@@ -187,25 +170,6 @@ def _give_back(lent: Mapping[int, tuple[Any, str]]) -> None:
         former = lend(config, previous, -1)
         if former and is_ours(config):
             config._attn_implementation = {"": former}  # its own, and none of its parts'
-
-
-class _FirstForward:
-    """A forward hook that has the handle check, once, what a forward pass did. Copies of the model have an idle one."""
-
-    def __init__(self, handle: Handle | None = None) -> None:
-        self._handle = handle
-
-    def __call__(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
-        # Graphs count when they run, and layers may be dropped in training.
-        if torch.compiler.is_compiling() or is_tracing() or model.training or self._handle is None:
-            return
-        self._handle.check_reached(model)
-
-    def __deepcopy__(self, memo: Any) -> _FirstForward:
-        return _FirstForward()
-
-    def __reduce__(self) -> tuple[type[_FirstForward], tuple[()]]:
-        return _FirstForward, ()
 
 
 def enable(
@@ -238,7 +202,8 @@ def enable(
         ValueError: an unknown method or field, a model that is enabled already, one that cannot switch its attention
             implementation, or one that shares its config with a model that is enabled otherwise; or a method that needs
             the rotary embedding of a model that has none, or one that cannot be undone.
-        RuntimeError: later, after the first forward pass: some attention layers did not come here.
+        RuntimeError: later, after the first forward pass of the model, its base model or another part that reads text:
+            some of its attention layers did not come here.
     """
     policy = _policy(method, profile, min_tokens, max_density, fields)
     modules = getattr(model, "modules", None)
@@ -256,10 +221,10 @@ def enable(
     text = model.config if bidirectional else decoder
     name = BIDIRECTIONAL if bidirectional else NAME
     refuse(model, text, name)
-    before = {id(config): (config, config._attn_implementation) for config in _configs(model)}
-    previous = _implementations(model.config)
-    model.set_attn_implementation(name if bidirectional else _request(model.config, text))
-    reached = text if _path(model.config, text) is not None else model.config
+    before = {id(config): (config, config._attn_implementation) for config in configs(model)}
+    previous = implementations(model.config)
+    model.set_attn_implementation(name if bidirectional else request(model.config, text))
+    reached = text if path_to(model.config, text) is not None else model.config
     if reached._attn_implementation != name:
         model.set_attn_implementation(previous)
         raise ValueError(
@@ -267,9 +232,7 @@ def enable(
             "not go through transformers' AttentionInterface. gossamer cannot run it"
         )
     lent = {key: (config, former) for key, (config, former) in before.items() if is_ours(config)}
-    # Of bidirectional models at least the text's layers are expected, if they were switched; others count as they come.
-    expected = attention_layers(model, decoder) if not bidirectional or is_ours(decoder) else 1
-    handle = Handle(model, policy, lent, expected)
+    handle = Handle(model, policy, lent)
     if "rotary" in needs_of(policy.method):
         try:
             handle.find_rotary(model)
@@ -277,17 +240,6 @@ def enable(
             handle.disable()
             raise ValueError(f"{policy.method.name} looks at q and k before their rotary embedding: {error}") from error
     return handle
-
-
-def _configs(model: Any) -> list[Any]:
-    """The configs of a model and of its parts, each once."""
-    found, waiting = {}, [model.config, *(part.config for part in model.modules() if hasattr(part, "_supports_sdpa"))]
-    while waiting:
-        config = waiting.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            waiting.extend(_children(config).values())
-    return list(found.values())
 
 
 def _policy(
@@ -323,44 +275,3 @@ def _of_profile(method: str | Method | Policy, profile: Profile, fields: dict[st
             + "; leave the method and its fields out"
         )
     return named
-
-
-def _children(config: Any) -> dict[str, Any]:
-    """The sub-configs of a composite config, by name."""
-    named = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
-    return {name: child for name, child in named.items() if child is not None}
-
-
-def _implementations(config: Any, instead: Mapping[int, str] | None = None) -> str | dict[str, Any]:
-    """The attention implementations of a config and its sub-configs, as ``set_attn_implementation`` takes them.
-
-    Args:
-        instead: others, by the ``id`` of a config.
-    """
-    own: str = (instead or {}).get(id(config)) or config._attn_implementation
-    children = _children(config)
-    if not children:
-        return own
-    return {"": own} | {name: _implementations(child, instead) for name, child in children.items()}
-
-
-def _path(config: Any, target: Any) -> tuple[str, ...] | None:
-    """Names that lead from a config to one of its sub-configs (by identity), or None."""
-    if config is target:
-        return ()
-    for name, child in _children(config).items():
-        rest = _path(child, target)
-        if rest is not None:
-            return (name, *rest)
-    return None
-
-
-def _request(config: Any, text: Any) -> str | dict[str, Any]:
-    """What to ask ``set_attn_implementation`` for, so that the text part alone changes."""
-    path = _path(config, text) or ()
-    if not path and not _children(config):
-        return NAME
-    request: str | dict[str, Any] = NAME if path else {"": NAME}
-    for name in reversed(path):
-        request = {name: request}
-    return request
