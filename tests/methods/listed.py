@@ -58,7 +58,7 @@ _GATES = {"gates": by_head([0.2, 0.9, 0.4]), "sparsity": 0.7}
 _BLOCKWISE = {"sink": 9, "local": 150, "block": 64, "exact": False}
 _SPANS = {"alphas": by_head([0, 60.5, -20]), "betas": by_head([0.1, 0, 0.2]), "least": 64, "new_tokens": 20}
 _NONE: dict[str, Any] = {}
-_SHARES = {"error": 0.2, "sink": 4, "window": 40, "group": 2, "block": 32}
+_SHARES = {"error": 0.8, "sink": 4, "window": 40, "group": 2, "block": 32, "threshold": 0.5}
 _SLASHES = {"vertical_size": 60, "slash_size": 300}
 _RELATIVE = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256, "block_q": 32, "block_k": 64}
 _ANCHOR = {"theta": 1.0, "step": 2, "first_blocks": 1, "block": 32}
@@ -74,7 +74,7 @@ def _tail(share: int) -> int:
 
 LISTED = [
     Listed("dense", _NONE, _NONE, by_block=True),
-    Listed("auto", _SHARES, _SHARES | {"error": 0.0}, by_block=True),
+    Listed("auto", _SHARES, _SHARES | {"error": 0.0}, by_block=False),
     Listed("a_shape", {"sink": 9, "window": 150}, {"window": 10_000}, by_block=True),
     Listed("tri_shape", {"sink": 9, "window": 150, "last": 100}, {"window": 10_000}, True, lambda share: 100),
     Listed("triangle_mix", {"sink": 9, "window": 150, "last": 100, "first_layer": 0}, {}, True, lambda share: 100),

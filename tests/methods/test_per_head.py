@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gossamer import AttentionCall, Extent, SparsePlan, methods
-from gossamer.methods import AShape, BlockSparse, Dense, MaxRelative, MInference, PerHead, TriShape, VerticalSlash
+from gossamer.methods import AShape, Auto, BlockSparse, Dense, MaxRelative, MInference, PerHead, TriShape, VerticalSlash
 from gossamer.methods.merging import merge_plans
 from gossamer.methods.per_head import planned_together
 from gossamer.plan.count import count_pairs
@@ -132,3 +132,42 @@ def test_pairs_are_known_where_all_are() -> None:
     merged = merge_plans([one, other], [0, 1])
     assert merged._pairs is None
     assert torch.equal(merged.count_pairs(), count_pairs(merged))
+
+
+def test_heads_may_have_other_plans_in_other_batch_rows() -> None:
+    call = make_call("left padding", length=300, heads=4, groups=2, dim=8)
+    plans = [AShape(4, 20).plan(call), BlockSparse(2).plan(call)]
+    with pytest.raises(ValueError, match="same sink in all batch rows"):
+        merge_plans(plans, [[0, 1, 1, 0]] + [[1, 1, 1, 0]] * (call.batch - 1))
+    plans = [VerticalSlash(30, 64).plan(call), BlockSparse(2).plan(call)]
+    owner = [[(b + h) % 2 for h in range(4)] for b in range(call.batch)]
+    masks, merged = [plan.to_mask() for plan in plans], merge_plans(plans, owner)
+    for b, of_row in enumerate(owner):
+        for head, number in enumerate(of_row):
+            assert torch.equal(merged.to_mask()[b, head], masks[number][b, head])
+    assert torch.equal(merged.count_pairs(), count_pairs(merged))
+
+
+def test_a_plan_may_be_of_some_heads_alone() -> None:
+    call = make_call("no padding", length=300, heads=4, groups=2, dim=8)
+    part = AttentionCall(call.q[:, 2:], call.k[:, 1:])
+    plans = [BlockSparse(1).plan(call), BlockSparse(3).plan(part)]
+    merged = merge_plans(plans, [0, 0, 0, 1], [[0, 1, 2, 3], [0, 0, 0, 1]]).to_mask()
+    assert torch.equal(merged[:, :3], plans[0].to_mask()[:, :3])
+    assert torch.equal(merged[:, 3], plans[1].to_mask()[:, 1])
+
+
+@pytest.mark.parametrize("start", [0, 24])
+def test_groups_of_columns_stay_where_their_rows_stay_together(start: int) -> None:
+    """Else each row of blocks would hold a list of its own, and the kernel gather its keys alone."""
+    q, k = torch.randn(1, 1, 160, 8), torch.randn(1, 1, 160 + start, 8)
+    call = AttentionCall(q, k, k)
+    keys = Auto(0.3, group=4, block=16)._keys(call)
+    blocks = BlockSparse(2, block=32).plan(call)
+    merged = merge_plans([keys, blocks], [0])
+    assert merged.column_group == 4
+    assert torch.equal(merged.to_mask(), keys.to_mask())
+    coarse = BlockSparse(2, block=8).plan(call)
+    merged = merge_plans([keys, coarse], [0])
+    assert merged.column_group == (8 if start % 16 == 0 else 1)
+    assert torch.equal(merged.to_mask(), keys.to_mask())

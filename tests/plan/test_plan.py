@@ -91,6 +91,14 @@ def test_rows_of_the_mask_come_in_any_order() -> None:
     assert torch.equal(plan.rows_mask(rows), plan_pairs(plan)[:, :, rows])
 
 
+@everywhere
+def test_rows_of_the_mask_may_differ_by_batch_row(situation: str) -> None:
+    plan = plan_for(situation)
+    rows = torch.stack([torch.tensor([3, 0, 5]) + b for b in range(plan.batch)]) % max(1, plan.query_len)
+    of_rows = torch.stack([plan_pairs(plan)[b][:, rows[b]] for b in range(plan.batch)])
+    assert torch.equal(plan.rows_mask(rows), of_rows)
+
+
 @pytest.mark.parametrize(("band", "pairs"), [("window", 8 + 7 + 6), ("sink", 3 * 8 - 3)])
 def test_bands_of_three_tokens_hold_three(band: str, pairs: int) -> None:
     bands: dict[str, Any] = {band: 3}

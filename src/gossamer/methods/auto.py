@@ -1,14 +1,20 @@
-"""Auto: single keys for each group of queries, as many as an accepted error allows."""
+"""Auto: keys or blocks for groups of queries, as many as an accepted error allows, tried on a few queries."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
+
+import torch
 
 from gossamer import scores
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, Settings, require_at_least, require_share
+from gossamer.methods.merging import merge_plans
+from gossamer.methods.trial import Trial
 from gossamer.plan import SparsePlan
 from gossamer.plan.plan import WHOLE
 from gossamer.rules import TopP
@@ -20,50 +26,105 @@ __all__ = ["Auto"]
 # (compare_smollm2.jsonl in benchmarks/results).
 SCALE, POWER = 0.230, 0.335
 
+STRIDE = 16  # of antidiagonals, as in XAttention
+
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """The keys that groups of queries attend most, under one knob: the accepted error of the attention output.
+    """Blocks, keys or everything, as a trial on a few queries decides, under one knob: the accepted error.
 
-    ``group`` blocks of ``block`` queries form a group. Each block's mean query attends all keys that the block sees;
-    a key's share is the largest that any block of the group gives it. The group computes the fewest keys that hold
-    all of these shares but ``left_out``, the first ``sink`` keys, and each query the ``window`` latest ones. So heads,
-    layers and prompts get as many keys as they need, and no more.
+    Of these plans, each batch row and head has the first that the trial accepts:
 
-    ``error`` is the relative L2 error of a layer's output, mean over heads, on the model that `SCALE` and `POWER` were
-    fitted on, and says which share may be left out; 0 is dense. It does not bound what the whole model loses: on that
-    model, logits under it differ more from dense ones than under `AShape` at the same error. Shares of the first
-    keys do not count: their values are small in trained models, so that the others decide the error.
+    1. Blocks: the first, a query block's own, and those of most antidiagonal mass until ``threshold`` is held, as in
+       `XAttention`.
+    2. Keys. ``group`` blocks of ``block`` queries form a group. Each block's mean query attends all keys that the block
+       sees; a key's share is the largest that any block of the group gives it. The group computes the fewest keys that
+       hold all of these shares but `left_out`, and the first ``sink`` ones. Shares of the first keys do not count:
+       their values are small in trained models, so that the others decide the error.
+    3. Blocks, until ``fallback`` is held.
+    4. Everything.
+
+    In all of them a query attends the ``window`` latest keys. The trial attends ``rows`` queries exactly, spread over
+    the call, and accepts a plan under which their outputs have a relative L2 error of ``error`` or less; 0 is dense.
+    Other queries of the head may be off by more. Why a trial: scores of means and of antidiagonals say little of some
+    heads, among them those that a model copies with, and a few heads with outputs far off cost more than all others
+    together: of SmolLM2-135M-Instruct's 270, a dozen.
 
     Ours, from parts of others: stripes for groups of queries (AnchorAttention, 2505.23520), mean queries against all
-    keys (VecAttention, in Tencent's AngelSlim), a share of a row's sum (XAttention, 2503.16428). It plans for each
-    query head. Groups count from the first query of a call, so chunks are planned as one piece if their borders are
-    multiples of a group.
+    keys (VecAttention, in Tencent's AngelSlim), antidiagonals and a share of a row's sum (XAttention, 2503.16428). It
+    plans for each query head. A call is tried on its own rows, so that chunks may be planned otherwise than one piece.
     """
 
     name: ClassVar[str] = "auto"
-    settings: ClassVar[Settings] = tuple({"error": error} for error in (0.2, 0.15, 0.12, 0.1, 0.08))
-    error: float = 0.1
+    needs: ClassVar[frozenset[str]] = frozenset({"values"})
+    settings: ClassVar[Settings] = tuple({"error": error} for error in (0.3, 0.2, 0.15, 0.1, 0.07))
+    error: float = 0.15
     sink: int = 4
     window: int = 64
     group: int = 8
     block: int = 64
+    threshold: float = 0.8
+    fallback: float = 0.95
+    rows: int = 32
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "sink")
-        require_at_least(self, 1, "window", "group", "block")
-        require_share(self, "error")
+        require_at_least(self, 1, "window", "group", "block", "rows")
+        require_share(self, "error", "threshold", "fallback")
 
     @property
     def left_out(self) -> float:
-        """Share of what the mean queries attend that is not computed."""
-        return min(1.0, (self.error / SCALE) ** (1 / POWER))
+        """Share of what the mean queries attend that keys leave out, so that half of ``error`` is expected."""
+        return min(1.0, (self.error / 2 / SCALE) ** (1 / POWER))
 
     def plan(self, call: AttentionCall) -> SparsePlan:
+        if self.error == 0 or 0 in (call.batch, call.query_len, call.key_len):
+            return Blocks(call, self.block, self.block).plan(window=WHOLE)
+        trial = Trial(call, self.rows)
+        plans, sources = [], []
+        owner = torch.zeros(call.batch, call.heads, dtype=torch.int64, device="cpu")
+        failing = torch.ones_like(owner, dtype=torch.bool)
+        for attempt in (self._few_blocks, self._keys, self._more_blocks, self._everything):
+            groups = failing.any(dim=0).view(call.groups, -1).any(dim=1).nonzero().flatten().tolist()
+            if not groups:
+                break
+            heads = [g * call.share + n for g in groups for n in range(call.share)]
+            plan = attempt(_of_groups(call, groups))
+            owner[failing] = len(plans)
+            plans.append(plan)
+            sources.append([heads.index(head) if head in heads else 0 for head in range(call.heads)])
+            failing[:, heads] &= (trial.error(plan, groups) > self.error).cpu()
+        return merge_plans(plans, owner.tolist(), sources) if len(plans) > 1 else plans[0]
+
+    def _few_blocks(self, call: AttentionCall) -> SparsePlan:
+        return self._blocks(call, self.threshold)
+
+    def _more_blocks(self, call: AttentionCall) -> SparsePlan:
+        return self._blocks(call, self.fallback)
+
+    def _keys(self, call: AttentionCall) -> SparsePlan:
         blocks = Blocks(call, self.block, self.block)
-        if self.error == 0:
-            return blocks.plan(window=WHOLE)
         for part, shares in scores.group_shares(call, blocks.grid, self.group):
             shares[..., : self.sink] = 0.0
             blocks.group_columns(part, shares, TopP(1 - self.left_out), group=self.group, first=self.sink)
         return blocks.plan(window=self.window)
+
+    def _blocks(self, call: AttentionCall, threshold: float) -> SparsePlan:
+        blocks = Blocks(call, self.block, self.block)
+        blocks.keep(first=1)
+        for part, mass in scores.antidiagonal_scores(call, blocks.grid, math.gcd(STRIDE, self.block)):
+            blocks.choose(part, mass, TopP(threshold, forced_first=True))
+        return blocks.plan(window=self.window)
+
+    def _everything(self, call: AttentionCall) -> SparsePlan:
+        blocks = Blocks(call, self.block, self.block)
+        blocks.keep(last_rows=call.query_len)
+        return blocks.plan(window=self.window)
+
+
+def _of_groups(call: AttentionCall, groups: Sequence[int]) -> AttentionCall:
+    """The call of some key/value heads and their query heads, for planning."""
+    if len(groups) == call.groups:
+        return replace(call, v=None)
+    q = call.q.unflatten(1, (call.groups, call.share))[:, groups].flatten(1, 2)
+    return replace(call, q=q, k=call.k[:, groups], v=None, sinks=None)

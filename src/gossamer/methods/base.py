@@ -11,7 +11,7 @@ from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 from gossamer.plan.integers import MOST
 
-__all__ = ["Method", "Settings", "require_at_least", "require_flag", "require_share"]
+__all__ = ["Method", "Settings", "require_above", "require_at_least", "require_flag", "require_share"]
 
 
 Settings = tuple[Mapping[str, Any], ...]
@@ -84,6 +84,21 @@ def require_at_least(method: Method, minimum: int, *names: str) -> None:
             raise ValueError(f"{method.name}.{name} must be at least {minimum}, got {value}")
         if value > MOST:
             raise ValueError(f"{method.name}.{name} must be at most {MOST}, got {value}")
+
+
+def require_above(method: Method, bound: float, *names: str) -> None:
+    """Validate fields of a method that are finite numbers above a bound.
+
+    Raises:
+        TypeError: a field is no number.
+        ValueError: a field is the bound or below, or not finite.
+    """
+    for name in names:
+        value = getattr(method, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{method.name}.{name} must be a number, got {value!r}")
+        if not bound < value < float("inf"):
+            raise ValueError(f"{method.name}.{name} must be above {bound:g} and finite, got {value}")
 
 
 def require_flag(method: Method, *names: str) -> None:

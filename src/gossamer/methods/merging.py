@@ -9,26 +9,37 @@ import torch
 from torch import Tensor
 
 from gossamer.plan import SparsePlan, ceil_div
+from gossamer.plan.integers import Integers
 
 __all__ = ["merge_plans"]
 
 
-def merge_plans(plans: Sequence[SparsePlan], owner: Sequence[int]) -> SparsePlan:
-    """One plan of ``len(owner)`` query heads, head h as it is in ``plans[owner[h]]``.
+def merge_plans(
+    plans: Sequence[SparsePlan],
+    owner: Sequence[int] | Sequence[Sequence[int]],
+    sources: Sequence[Sequence[int]] | None = None,
+) -> SparsePlan:
+    """One plan of query heads, head h as it is in ``plans[owner[h]]``, or in batch row b in ``plans[owner[b][h]]``.
 
     Blocks are refined to the common divisor; heads of a plan per key/value head stand for their query heads.
 
+    Args:
+        sources: of each plan, which of its heads stands for each query head; anything for heads that it does not own.
+
     Raises:
         ValueError: a plan is permuted, or the plans are for other calls; they differ in their attributes, or in blocks
-            whose means count, which finer blocks would change.
+            whose means count, which finer blocks would change; a head has other bands in other batch rows.
     """
-    first, heads = plans[0], len(owner)
+    first = plans[0]
+    owners = torch.tensor(owner, dtype=torch.int64, device="cpu")
+    owners = owners.expand(first.batch, -1) if owners.ndim == 1 else owners
+    heads = owners.shape[1]
     for plan in plans:
         if plan.permuted or (plan.query_len, plan.key_len, plan.batch) != (first.query_len, first.key_len, first.batch):
             raise ValueError("only plans of one call, without an order of queries or keys, can be merged")
-        if heads % plan.heads:
+        if sources is None and heads % plan.heads:
             raise ValueError(f"a plan of {plan.heads} heads cannot stand for {heads} query heads")
-    if len(plans) == 1:
+    if len(plans) == 1 and sources is None:
         return first
     _check_attributes(plans)
     block_q, block_k = math.gcd(*(p.block_q for p in plans)), math.gcd(*(p.block_k for p in plans))
@@ -37,15 +48,15 @@ def merge_plans(plans: Sequence[SparsePlan], owner: Sequence[int]) -> SparsePlan
         block_q=block_q, block_k=block_k,
     )  # fmt: skip
     rows = merged.num_query_blocks
-    group = _column_group(plans, rows)
-    blocks = [_refined_blocks(plan, block_q, block_k, rows) for plan in plans]
-    columns = [_column_rows(plan, block_q, rows, group) for plan in plans]
-    # The head of its plan, by head of the merged one.
-    source = [head // (heads // plans[number].heads) for head, number in enumerate(owner)]
-    block_indptr, block_indices = _gathered(blocks, owner, source)
-    column_indptr, column_indices = _gathered(columns, owner, source)
-    pairs = [plan._pairs for plan in plans]
-    known = [p for p in pairs if p is not None]
+    group = _column_group(plans, block_q, rows)
+    if sources is None:
+        sources = [[head // (heads // plan.heads) for head in range(heads)] for plan in plans]
+    # Of all heads of all plans one after the other, which one is a head of the merged one, [B, heads].
+    start = [sum(plan.heads for plan in plans[:number]) for number in range(len(plans))]
+    taken = (torch.tensor(sources, device="cpu") + torch.tensor(start, device="cpu")[:, None]).gather(0, owners)
+    block_indptr, block_indices = _gathered([_refined_blocks(plan, block_q, block_k, rows) for plan in plans], taken)
+    column_indptr, column_indices = _gathered([_column_rows(plan, block_q, rows, group) for plan in plans], taken)
+    known = [plan._pairs for plan in plans if plan._pairs is not None]
     return SparsePlan.unchecked(
         heads=heads,
         query_len=first.query_len,
@@ -58,18 +69,22 @@ def merge_plans(plans: Sequence[SparsePlan], owner: Sequence[int]) -> SparsePlan
         column_group=group,
         column_indptr=column_indptr,
         column_indices=column_indices,
-        sink=torch.stack(
-            [torch.as_tensor(plans[n].sink, device=plans[n].device)[h] for n, h in zip(owner, source, strict=True)]
-        ),
-        window=torch.stack(
-            [torch.as_tensor(plans[n].window, device=plans[n].device)[h] for n, h in zip(owner, source, strict=True)]
-        ),
+        sink=_band([plan.sink for plan in plans], taken, "sink"),
+        window=_band([plan.window for plan in plans], taken, "window"),
         pruned_mean=first.pruned_mean,
         skip=first.skip,
-        pairs=None
-        if len(known) < len(plans)
-        else torch.stack([known[n][:, h] for n, h in zip(owner, source, strict=True)], dim=1),
+        pairs=None if len(known) < len(plans) else torch.cat(known, dim=1).gather(1, taken.to(known[0].device)),
     )
+
+
+def _band(bands: Sequence[Integers], taken: Tensor, name: str) -> Tensor:
+    numbers = torch.cat([torch.as_tensor(band) for band in bands])
+    if taken.shape[0] == 0:
+        return numbers.new_zeros(taken.shape[1])
+    of_rows = numbers[taken.to(numbers.device)]
+    if bool((of_rows != of_rows[:1]).any()):
+        raise ValueError(f"a head must have the same {name} in all batch rows, but its plans differ in it")
+    return of_rows[0]
 
 
 def _check_attributes(plans: Sequence[SparsePlan]) -> None:
@@ -131,10 +146,22 @@ def _refined_blocks(plan: SparsePlan, block_q: int, block_k: int, rows: int) -> 
     return _taken(plan, indptr, indices, plan.num_query_blocks, _local_rows(plan, block_q, rows))
 
 
-def _column_group(plans: Sequence[SparsePlan], rows: int) -> int:
-    """The merged plan's: one list for all rows where every plan with columns has one, else a list for each row."""
+def _column_group(plans: Sequence[SparsePlan], block_q: int, rows: int) -> int:
+    """The merged plan's: as many rows as have the same list in every plan with columns."""
     with_columns = [plan for plan in plans if plan.column_indices.numel()]
-    return max(1, rows) if all(plan.num_column_groups <= 1 for plan in with_columns) else 1
+    if all(plan.num_column_groups <= 1 for plan in with_columns):
+        return max(1, rows)
+    group = math.gcd(*(plan.column_group * (plan.block_q // block_q) for plan in with_columns))
+    for plan in with_columns:
+        lists = _column_lists(plan, block_q, rows)
+        if bool((lists != lists[:, torch.arange(rows, device=lists.device) // group * group]).any()):
+            return 1
+    return group
+
+
+def _column_lists(plan: SparsePlan, block_q: int, rows: int) -> Tensor:
+    """Which of a plan's column lists each row of blocks of ``block_q`` has, int64 ``[B, rows]``."""
+    return _local_rows(plan, block_q, rows) // plan.column_group
 
 
 def _column_rows(plan: SparsePlan, block_q: int, rows: int, group: int) -> _Lists:
@@ -142,19 +169,20 @@ def _column_rows(plan: SparsePlan, block_q: int, rows: int, group: int) -> _List
     if lists == 1:  # which is all that a plan with columns has
         chosen = torch.zeros(plan.batch, 1, dtype=torch.int64, device=plan.device)
     else:
-        chosen = _local_rows(plan, block_q, rows) // plan.column_group
+        chosen = _column_lists(plan, block_q, rows)[:, ::group]
     return _taken(plan, plan.column_indptr, plan.column_indices, plan.num_column_groups, chosen)
 
 
-def _gathered(lists: Sequence[_Lists], owner: Sequence[int], source: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Row pointers and members, head by head from the lists that it has."""
-    chosen = list(zip(owner, source, strict=True))
-    lengths = torch.stack([lists[n].lengths[:, h] for n, h in chosen], dim=1)
-    # Members of all plans one after the other.
+def _gathered(lists: Sequence[_Lists], taken: Tensor) -> tuple[Tensor, Tensor]:
+    """Row pointers and members of the lists of some heads ``[B, heads]``, of all lists' heads one after the other."""
+    # Members of all plans one after the other, too.
     offsets = [0]
     for part in lists:
         offsets.append(offsets[-1] + part.members.numel())
-    begins = torch.stack([lists[n].begins[:, h] + offsets[n] for n, h in chosen], dim=1)
+    index = taken.to(lists[0].lengths.device)[..., None].expand(-1, -1, lists[0].lengths.shape[-1])
+    lengths = torch.cat([part.lengths for part in lists], dim=1).gather(1, index)
+    begins = torch.cat([part.begins + offset for part, offset in zip(lists, offsets, strict=False)], dim=1)
+    begins = begins.gather(1, index)
     indptr = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths.flatten(), 0, out=indptr[1:])
     flat = lengths.flatten()

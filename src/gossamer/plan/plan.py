@@ -309,32 +309,39 @@ class SparsePlan:
         """The column lists as bool ``[B, heads, groups, positions]``."""
         return self._listed(self.column_indptr, self.column_indices, self.num_column_groups, self.extent.longest)
 
-    def _listed(self, indptr: Tensor, indices: Tensor, rows: int, width: int) -> Tensor:
-        mask = torch.zeros(self.batch * self.heads * rows, width, dtype=torch.bool, device=self.device)
-        row = torch.repeat_interleave(torch.arange(mask.shape[0], device=self.device), indptr.diff())
-        mask[row, indices.long()] = True
-        return mask.view(self.batch, self.heads, rows, width)
+    def _listed(self, indptr: Tensor, indices: Tensor, lists: int, width: int, which: Tensor | None = None) -> Tensor:
+        """Lists ``which`` ``[B, heads, R]`` (all if None) of so many a head as bool ``[B, heads, R, width]``."""
+        first = torch.arange(self.batch * self.heads, device=self.device).view(self.batch, self.heads, 1) * lists
+        number = first + (torch.arange(lists, device=self.device) if which is None else which)
+        begin, length = indptr[:-1][number].flatten(), indptr.diff()[number].flatten()
+        mask = torch.zeros(number.numel(), width, dtype=torch.bool, device=self.device)
+        row = torch.repeat_interleave(torch.arange(number.numel(), device=self.device), length)
+        place = torch.arange(row.numel(), device=self.device) + (begin - length.cumsum(0) + length)[row]
+        mask[row, indices[place].long()] = True
+        return mask.view(*number.shape, width)
 
     def rows_mask(self, rows: Tensor) -> Tensor:
-        """The definition, for the query rows ``int64 [R]``: bool ``[B, heads, R, T]``, True where computed."""
-        device = self.device
-        rows = rows.to(device)
-        allowed = self.extent.allowed(rows, self.key_len, device)[:, None]
-        key = self.extent.key_positions(self.key_len, device)[:, None, None]  # [B, 1, 1, T]
-        query = self.extent.query_positions(self.query_len, device)[:, rows][:, None, :, None]
-        shape = (self.batch, self.heads, len(rows), self.key_len)
-        selected = torch.zeros(shape, dtype=torch.bool, device=device)
-        q_block, k_block = self.row_blocks(rows), self._key_blocks()
+        """The definition, for query rows ``int64 [R]`` or ``[B, R]``: bool ``[B, heads, R, T]``, what is computed."""
+        rows = rows.to(self.device)
+        key = self.extent.key_positions(self.key_len, self.device)[:, None, None]  # [B, 1, 1, T]
+        query = (rows + on_device(self.extent.query_start, self.device)[:, None])[:, None, :, None]
+        selected = key < torch.as_tensor(self.sink, device=self.device).view(1, -1, 1, 1)
+        selected = selected | ((query - key).abs() < torch.as_tensor(self.window, device=self.device).view(1, -1, 1, 1))
+        q_block = self.row_blocks(rows)
         if self.block_indices.numel():
-            blocks = self.block_mask().gather(2, q_block[..., None].expand(-1, -1, -1, self.num_key_blocks))
-            selected |= blocks.gather(3, k_block[:, :, None].expand(shape))
+            given = (self.block_indptr, self.block_indices, self.num_query_blocks, self.num_key_blocks)
+            self._unite(selected, self._listed(*given, q_block).repeat_interleave(self.block_k, dim=3), self.k_order)
         if self.column_indices.numel():
-            columns = self.column_mask()
-            group = (q_block // self.column_group)[..., None].expand(-1, -1, -1, columns.shape[-1])
-            selected |= columns.gather(2, group).gather(3, key.clamp(0, columns.shape[-1] - 1).expand(shape))
-        selected |= key < torch.as_tensor(self.sink, device=self.device).view(1, -1, 1, 1)
-        selected |= (query - key).abs() < torch.as_tensor(self.window, device=self.device).view(1, -1, 1, 1)
-        return selected & allowed
+            given = (self.column_indptr, self.column_indices, self.num_column_groups, self.extent.longest)
+            self._unite(selected, self._listed(*given, q_block // self.column_group))
+        return selected & self.extent.allowed(rows, self.key_len, self.device)[:, None]
+
+    def _unite(self, selected: Tensor, positions: Tensor, order: Tensor | None = None) -> None:
+        """Add keys by position, or by rank in an order, ``[B, heads, R, positions]`` to those by slot."""
+        if order is not None:
+            positions = positions.gather(3, _ranks(order)[:, :, None].expand(*positions.shape[:3], -1))
+        for b, (start, count) in enumerate(zip(self.extent.key_start, self.extent.key_count, strict=True)):
+            selected[b, :, :, int(start) : int(start + count)] |= positions[b, :, :, : int(count)]
 
     def row_blocks(self, rows: Tensor) -> Tensor:
         """Row of the plan's lists of each query row, int64 ``[B, heads, R]``; anything for dead queries."""
@@ -345,13 +352,6 @@ class SparsePlan:
             return block.clamp(0, most)[:, None].expand(-1, self.heads, -1)
         ordinal = (rows - on_device(extent.first_query, rows.device)[:, None]).clamp(0, max(0, self.query_len - 1))
         return _ranks(self.q_order).gather(2, ordinal[:, None].expand(-1, self.heads, -1)) // self.block_q
-
-    def _key_blocks(self) -> Tensor:
-        """Key block of each slot, int64 ``[B, heads, T]``; anything for dead slots."""
-        position = self.extent.key_positions(self.key_len, self.device).clamp(0, max(0, self.key_len - 1))
-        position = position[:, None].expand(-1, self.heads, -1)
-        rank = position if self.k_order is None else _ranks(self.k_order).gather(2, position)
-        return (rank // self.block_k).clamp(max=max(0, self.num_key_blocks - 1))
 
     def to_mask(self) -> Tensor:
         """Dense bool mask ``[B, heads, S, T]``. For tests and pictures: it has S * T entries a head."""
