@@ -1,0 +1,90 @@
+"""``gossamer calibrate`` on a tiny random model: a profile, the same bytes again, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gossamer.cli import main
+from gossamer.profiles import Profile
+
+pytest.importorskip("scipy")
+pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
+SMALL = ("--lengths", "200", "--samples", "1", "--methods", "a_shape,block_sparse")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    made = []
+    for name, factor in (("prose.txt", 3), ("code.txt", 7)):
+        made.append(folder / name)
+        made[-1].write_text(" ".join(f"w{i * i * factor % 97}" for i in range(400)))
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [("--budget", "0.9"), ("--mode", "fixed", "--budget", "0.6"), ("--mode", "cheapest", "--error", "0.05")],
+    ids=str,
+)
+def test_the_same_inputs_give_the_same_bytes_and_a_profile_that_runs(capsys, model_path, texts, tmp_path, mode) -> None:
+    argv = list(map(str, (model_path, "--prompts", texts[0], "--held-out", texts[1], *SMALL, *mode)))
+    made = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        assert main(["calibrate", *argv, "-o", str(folder / "p.json"), "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert sorted(path.name for path in folder.iterdir()) == ["p.json", "p.json.jsonl"]
+        made.append([path.read_bytes() for path in sorted(folder.iterdir())])
+    assert made[0] == made[1]
+    assert set(said["figures"]) == {"calibration", "held_out"}
+    profile = Profile.load(tmp_path / "one" / "p.json")
+    assert (len(profile.layers), profile.heads) == (2, 4)
+    known = json.loads(profile.provenance.samples)
+    assert known["sources"] == ["prose.txt", "code.txt"]
+    assert known["figures"]["calibration"]["error"] < 0.5
+    again = ("--methods", "per_head", "--profile", str(tmp_path / "one" / "p.json"), "--limit", "1", "--rounds", "1")
+    more = ("--lengths", "200", "--prompts", "text", "--text", str(texts[1]), "--min-tokens", "0")
+    assert main(["compare", str(model_path), *again, *more, "--out", str(tmp_path / "c.jsonl")]) == 0
+
+
+def test_a_bound_on_the_logits(capsys, model_path, texts, tmp_path) -> None:
+    argv = [model_path, "--prompts", texts[0], *SMALL, "--mode", "cheapest", "--kl", "0.001", "-o", tmp_path / "p.json"]
+    assert main(["calibrate", *map(str, argv)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0].split() == ["on", "prompts", "of", "cost", "error", "recall"]
+    assert "KL" in captured.err
+
+
+def test_the_report_draws_what_was_found(model_path, texts, tmp_path) -> None:
+    out = tmp_path / "p.json"
+    argv = [model_path, "--prompts", texts[0], *SMALL, "--budget", "0.8", "-o", out]
+    assert main(["calibrate", *map(str, argv)]) == 0
+    assert main(["report", f"{out}.jsonl", "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Methods by layer and head" in page
+    assert "What budgets buy" in page
+    assert "Held-out against calibration error" in page
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--mode", "cheapest"), "needs one bound"),
+        (("--mode", "cheapest", "--kl", "1", "--error", "1"), "needs one bound"),
+        (("--error", "1"), "are for --mode cheapest"),
+        (("--mode", "cheapest", "--kl", "1", "--held-out-samples", "0"), "held-out prompts"),
+        (("--budget", "nan"), "--budget must be a number"),
+        (("--methods", "no_such"), "unknown method 'no_such'"),
+        (("--methods", "per_head"), "single one"),
+        (("--samples", "0"), "--samples must be at least 1"),
+        (("-o", "/no/such/p.json"), "no such folder"),
+    ],
+)
+def test_bad_input_is_one_line(refused, model_path, texts, tmp_path, given, message) -> None:
+    argv = ("calibrate", model_path, "--prompts", texts[0], *SMALL, "-o", tmp_path / "p.json", *given)
+    assert message in refused(*argv).splitlines()[-1]
