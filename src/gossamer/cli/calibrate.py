@@ -238,16 +238,25 @@ def _write(
         lengths=tuple(sorted({sample.length for sample in samples.listed})),
         metric=f"{found.objective}: mean over calibration prompts",
         library_version=__version__,
+        config_hash=facts["config_sha256"],
+        prompts_hash=facts["calibration_sha256"],
+        kernel=facts["cost"],
+        machine=str(known["machine"].get("processor", "")),
     )
     methods = found.methods(chosen)
     of_heads = found.of_choice(chosen)
-    rows = dict(zip(found.layers, of_heads["error"].tolist(), strict=True))
-    scores = [rows.get(layer, [None] * chosen.shape[1]) for layer in range(len(methods))]
-    Profile(methods, scores, provenance).save(arguments.out)
+    errors, costs = (_by_layer(found, of_heads[name], len(methods)) for name in ("error", "cost"))
+    Profile(methods, None, provenance, errors, costs).save(arguments.out)
     from gossamer.calibrate.record import calibration_record
 
     line = calibration_record(subject.to_dict(), found, chosen, known, _FRONTIER)
     write_whole(arguments.out.with_name(arguments.out.name + ".jsonl"), json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _by_layer(found: Found, table: Tensor, layers: int) -> list[list[float | None]]:
+    """Figures of heads; null for layers that were not looked at."""
+    rows = dict(zip(found.layers, table.tolist(), strict=True))
+    return [rows.get(layer, [None] * table.shape[1]) for layer in range(layers)]
 
 
 def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor) -> None:
