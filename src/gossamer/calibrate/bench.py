@@ -51,7 +51,8 @@ class Shape:
         q.unflatten(1, (self.groups, share)).add_(2 * topic[:, :, None])
         lines = torch.randint(length, (100,), generator=generator)
         k[:, :, lines] += 1.5 * q[:, ::share].mean(2, keepdim=True)
-        return AttentionCall(*(x.to(self.device, self.dtype) for x in (q, k, v)))
+        q, k, v = (x.to(self.device, self.dtype) for x in (q, k, v))
+        return AttentionCall(q, k, v)
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,9 @@ def _shape(arguments: argparse.Namespace) -> Shape:
         heads = config.get("num_attention_heads")
         sizes |= {"heads": heads, "groups": config.get("num_key_value_heads") or heads}
         hidden = config.get("hidden_size")
-        whole = isinstance(heads, int) and isinstance(hidden, int)
-        sizes["head_dim"] = config.get("head_dim") or (hidden // heads if whole else None)
+        sizes["head_dim"] = config.get("head_dim") or (
+            hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
+        )
     sizes |= {name: value for name in sizes if (value := getattr(arguments, name)) is not None}
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 100_000:
