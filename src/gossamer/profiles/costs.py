@@ -25,7 +25,7 @@ ENVIRONMENT = "GOSSAMER_COST_MODEL"
 OFF = "off"
 SCHEMA = 1
 # What a call's seconds are a sum of, each with seconds apiece; `gossamer.calibrate.cost` says what they count.
-TERMS = ("calls", "tokens", "pairs", "column_pairs", "blocks", "columns")
+TERMS: tuple[str, ...] = ("calls", "tokens", "pairs", "column_pairs", "blocks", "columns")
 _MOST_SECONDS = 1e9
 _MOST_TOKENS = 2**40
 _MOST_ENTRIES = 10_000
