@@ -26,8 +26,7 @@ __all__ = ["Measured", "Pairs", "Price", "head_costs"]
 class Price(Protocol):
     """How costs are counted. ``name`` stands in the profile."""
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
 
     def seconds(self, call: AttentionCall, plan: SparsePlan) -> float:
         """Of attending by a plan."""
@@ -42,7 +41,7 @@ class Price(Protocol):
 class Pairs:
     """Pairs that are computed: the same on every machine and in every run. Planning costs nothing here."""
 
-    name: ClassVar[str] = "pairs"  # pyright: ignore[reportIncompatibleMethodOverride]
+    name: ClassVar[str] = "pairs"
 
     def seconds(self, call: AttentionCall, plan: SparsePlan) -> float:
         return float(plan.count_pairs().sum()) * (call.heads // plan.heads)
@@ -55,7 +54,7 @@ class Pairs:
 class Measured:
     """Seconds on this machine, planning included: the median of a few rounds. No two runs agree to the last bit."""
 
-    name: ClassVar[str] = "measured"  # pyright: ignore[reportIncompatibleMethodOverride]
+    name: ClassVar[str] = "measured"
     rounds: int = 3
 
     def seconds(self, call: AttentionCall, plan: SparsePlan) -> float:
