@@ -16,8 +16,9 @@ from tiny import VOCAB, tiny_llama
 
 from gossamer import AttentionCall, backends, methods
 from gossamer.calibrate.choice import choose_cheapest, choose_fixed, choose_global, least_under
+from gossamer.calibrate.cost import CostModel, count_terms
 from gossamer.calibrate.figures import LayerFigures, candidates, measure_layer, of_groups
-from gossamer.calibrate.prices import Measured, Pairs
+from gossamer.calibrate.prices import Measured, Modelled, Pairs
 from gossamer.calibrate.samples import Samples
 from gossamer.calibrate.search import Found, measure
 from gossamer.calibrate.store import Store
@@ -25,6 +26,8 @@ from gossamer.evaluate.haystack import Haystack
 from gossamer.evaluate.subject import Subject
 from gossamer.methods import PerHead
 from gossamer.plan import SparsePlan
+from gossamer.profiles.costs import Costs, Kernel, KernelCost
+from gossamer.profiles.machine import Machine
 
 TRIED = (
     methods.create("dense"),
@@ -89,6 +92,24 @@ def test_measured_costs_are_positive_and_dense_costs_one() -> None:
     cost = measure_layer(call, dense_out(call), TRIED, Measured(rounds=1)).cost
     assert bool((cost > 0).all())
     assert cost[0].tolist() == [1.0] * 4
+
+
+def test_the_cost_of_a_model_is_its_seconds_of_the_head_and_of_planning_as_timed() -> None:
+    call = gqa_call()
+    seconds = {"calls": 7.0, "pairs": 1e-4, "columns": 2e-4}
+    costs = Costs(Machine.here(), (KernelCost(Kernel.of(call), seconds, 0.0, 0.0, 1, (150,)),))
+    ticks = itertools.count()
+    price = Modelled(clock=lambda: float(next(ticks)), model=CostModel(costs))  # planning takes a second
+    found = measure_layer(call, dense_out(call), TRIED, price, groups=2).cost
+    pairs = measure_layer(call, dense_out(call), TRIED, Pairs()).cost
+    dense = 1e-4 * 150 * 151 / 2
+    torch.testing.assert_close(found[1:], pairs[1:] + 0.25 / dense)
+    assert found[0].tolist() == [1.0] * 4
+    stripes = methods.create("vertical_slash", vertical_size=8, slash_size=4)
+    counts = {name: count[0] for name, count in count_terms(call, stripes.plan(call)).items()}
+    cost = measure_layer(call, dense_out(call), [stripes], price, groups=2).cost[0, 0]
+    assert counts["columns"] > 0
+    assert float(cost * dense) == pytest.approx(float(1e-4 * counts["pairs"] + 2e-4 * counts["columns"]) + 0.25)
 
 
 def some_figures(heads: int, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from gossamer import AttentionCall
 from gossamer.cli import main
 from gossamer.profiles import Profile
+from gossamer.profiles.costs import Costs, Kernel, KernelCost, forget
+from gossamer.profiles.machine import Machine
 
 pytest.importorskip("scipy")
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
@@ -47,6 +52,29 @@ def test_the_same_inputs_give_the_same_bytes(capsys, model_path, texts, tmp_path
     known = json.loads(profile.provenance.samples)
     assert known["sources"] == ["prose.txt", "code.txt"]
     assert known["figures"]["calibration"]["error"] < 0.5
+
+
+def test_costs_of_a_machine_are_those_of_its_cost_model(model_path, texts, tmp_path, monkeypatch, refused) -> None:
+    path, out = tmp_path / "costs.json", tmp_path / "p.json"
+    monkeypatch.setenv("GOSSAMER_COST_MODEL", str(path))
+    argv = ["calibrate", model_path, "--prompts", texts[0], *SMALL, "--cost", "machine", "--budget", "1", "-o", out]
+    forget()
+    assert "no cost model of this machine is at hand" in refused(*argv)
+    q = torch.zeros(1, 1, 1, 8)
+    of_head = Kernel.of(AttentionCall(q, q, q))
+    for kernel in (replace(of_head, head_dim=16), of_head):
+        Costs(Machine.here(), (KernelCost(kernel, {"pairs": 1.0}, 0.0, 0.0, 1, (1,)),)).save(path)
+        forget()
+        if kernel != of_head:
+            assert "head dimension 8, only" in refused(*argv)
+    assert main(list(map(str, argv))) == 0
+    forget()
+    known = json.loads(Profile.load(out).provenance.samples)
+    assert (known["cost"], len(known["costs_sha256"])) == ("machine", 64)
+    # A second for each pair makes planning nothing, to some digits.
+    assert main([*map(str, argv), "--cost", "pairs", "-o", str(tmp_path / "q.json")]) == 0
+    costs = [torch.tensor(Profile.load(tmp_path / name).costs) for name in ("p.json", "q.json")]
+    torch.testing.assert_close(*costs, atol=1e-4, rtol=0)
 
 
 def test_a_bound_on_the_logits(capsys, model_path, texts, tmp_path) -> None:

@@ -18,7 +18,7 @@ from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 from gossamer.profiles.costs import TERMS, Costs, Kernel, at_hand
 
-__all__ = ["Cost", "CostModel", "Flops", "count_terms"]
+__all__ = ["Cost", "CostModel", "Flops", "count_terms", "pairs_of_heads"]
 
 _ENTRIES = 1 << 22  # of column lists, looked at at once
 
@@ -102,7 +102,7 @@ class Flops:
 
     def of_heads(self, call: AttentionCall, plan: SparsePlan) -> Tensor:
         width = call.q.shape[-1] + (call.q.shape[-1] if call.v is None else call.v.shape[-1])
-        return _pairs_of_heads(call, plan) * (2 * width / 1e12)
+        return pairs_of_heads(call, plan) * (2 * width / 1e12)
 
 
 def count_terms(call: AttentionCall, plan: SparsePlan) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def count_terms(call: AttentionCall, plan: SparsePlan) -> dict[str, Tensor]:
     """
     extent = call.extent
     tokens = int(extent.query_count.sum()) + int(extent.key_count.sum()) / call.share
-    pairs, columns = _pairs_of_heads(call, plan), _for_query_heads(call, _column_pairs(plan))
+    pairs, columns = pairs_of_heads(call, plan), _for_query_heads(call, _column_pairs(plan))
     return {
         "tokens": torch.full((call.heads,), tokens, dtype=torch.float64, device="cpu"),
         "pairs": (pairs - columns).clamp(min=0),
@@ -125,7 +125,8 @@ def count_terms(call: AttentionCall, plan: SparsePlan) -> dict[str, Tensor]:
     }
 
 
-def _pairs_of_heads(call: AttentionCall, plan: SparsePlan) -> Tensor:
+def pairs_of_heads(call: AttentionCall, plan: SparsePlan) -> Tensor:
+    """Pairs that are computed by query head, fp64 ``[H]``."""
     return _for_query_heads(call, plan.count_pairs().sum(dim=0))
 
 

@@ -101,7 +101,7 @@ def _figures(
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse = log_sum_exp(call)
     everything = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
-    whole = price.seconds(call, everything)
+    whole = price.of_heads(call, everything)
     live = call.extent.live_queries(call.query_len, call.device)[0]
     expected = dense[0, :, live]
     rows = []

@@ -1,7 +1,6 @@
-"""What a plan costs, as the search of a profile counts it: pairs, or seconds that are taken here.
+"""What a candidate costs, as the search of a profile counts it: pairs, seconds of a cost model, or seconds taken here.
 
-A price is any object with a name, `Price.seconds` of attending by a plan, and `Price.planning` of making one. Only
-ratios to the dense plan of the same call count, so that the unit is free.
+Only ratios to the dense plan of the same call count, so that the unit is free.
 """
 
 from __future__ import annotations
@@ -16,24 +15,26 @@ import torch
 from torch import Tensor
 
 from gossamer import backends
+from gossamer.calibrate.cost import CostModel, pairs_of_heads
 from gossamer.call import AttentionCall
 from gossamer.methods import Dense, Method
 from gossamer.plan import SparsePlan
 
-__all__ = ["Measured", "Pairs", "Price", "head_costs"]
+__all__ = ["Measured", "Modelled", "Pairs", "Price", "head_costs"]
 
 
 class Price(Protocol):
-    """How costs are counted. ``name`` stands in the profile."""
+    """How costs are counted."""
 
     name: ClassVar[str]
+    """It stands in the profile."""
 
-    def seconds(self, call: AttentionCall, plan: SparsePlan) -> float:
-        """Of attending by a plan."""
+    def of_heads(self, call: AttentionCall, plan: SparsePlan) -> Tensor:
+        """Of attending by a plan, each query head's part, fp64 ``[H]`` on the CPU."""
         ...
 
     def planning(self, call: AttentionCall, method: Method) -> float:
-        """Of making a plan, in the same unit."""
+        """Of making a plan for all heads, in the same unit."""
         ...
 
 
@@ -43,22 +44,19 @@ class Pairs:
 
     name: ClassVar[str] = "pairs"
 
-    def seconds(self, call: AttentionCall, plan: SparsePlan) -> float:
-        return float(plan.count_pairs().sum()) * (call.heads // plan.heads)
+    def of_heads(self, call: AttentionCall, plan: SparsePlan) -> Tensor:
+        return pairs_of_heads(call, plan)
 
     def planning(self, call: AttentionCall, method: Method) -> float:
         return 0.0
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Seconds on this machine, planning included: the median of a few rounds. No two runs agree to the last bit."""
+class _Timed:
+    """Seconds that are taken here: the median of a few rounds."""
 
-    name: ClassVar[str] = "measured"
     rounds: int = 3
-
-    def seconds(self, call: AttentionCall, plan: SparsePlan) -> float:
-        return self._median(call, lambda: backends.attend(call, plan))
+    clock: Callable[[], float] = time.perf_counter
 
     def planning(self, call: AttentionCall, method: Method) -> float:
         return 0.0 if isinstance(method, Dense) else self._median(call, lambda: method.plan(call))
@@ -66,27 +64,50 @@ class Measured:
     def _median(self, call: AttentionCall, work: Callable[[], object]) -> float:
         taken = []
         for _ in range(self.rounds):
-            _wait(call)
-            started = time.perf_counter()
+            started = self._now(call)
             work()
-            _wait(call)
-            taken.append(time.perf_counter() - started)
+            taken.append(self._now(call) - started)
         return median(taken)
 
+    def _now(self, call: AttentionCall) -> float:
+        if call.device.type == "cuda":
+            torch.cuda.synchronize(call.device)
+        return self.clock()
 
-def _wait(call: AttentionCall) -> None:
-    if call.device.type == "cuda":
-        torch.cuda.synchronize(call.device)
+
+@dataclass(frozen=True)
+class Measured(_Timed):
+    """Seconds on this machine, of attending and planning. No two runs agree to the last bit.
+
+    The seconds of a plan are shared out among its heads by their pairs.
+    """
+
+    name: ClassVar[str] = "measured"
+
+    def of_heads(self, call: AttentionCall, plan: SparsePlan) -> Tensor:
+        pairs = pairs_of_heads(call, plan)
+        return self._median(call, lambda: backends.attend(call, plan)) * pairs / pairs.sum().clamp(min=1)
 
 
-def head_costs(price: Price, call: AttentionCall, method: Method, plan: SparsePlan, dense: float) -> Tensor:
-    """What each head costs over what it costs dense, fp64 ``[H]`` on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class Modelled(_Timed):
+    """Seconds of attending by a cost model of this machine's kernels, which others beside do not disturb.
 
-    The seconds of a plan are shared out among its heads by their pairs, those of planning evenly.
+    The model knows nothing of planning, so that its seconds are taken here, and no two runs agree to the last bit.
+    """
+
+    name: ClassVar[str] = "machine"
+    model: CostModel
+
+    def of_heads(self, call: AttentionCall, plan: SparsePlan) -> Tensor:
+        return self.model.of_heads(call, plan)
+
+
+def head_costs(price: Price, call: AttentionCall, method: Method, plan: SparsePlan, dense: Tensor) -> Tensor:
+    """What each head costs over what it costs dense, fp64 ``[H]`` on the CPU; planning is shared out evenly.
 
     Args:
-        dense: the price of the call's dense plan.
+        dense: the price of the call's dense plan, ``[H]``.
     """
-    pairs = plan.count_pairs()[0].double().repeat_interleave(call.heads // plan.heads)
-    attend, planning = price.seconds(call, plan), price.planning(call, method)
-    return (attend * pairs / pairs.sum().clamp(min=1) + planning / call.heads) * call.heads / max(dense, 1e-30)
+    seconds = price.of_heads(call, plan) + price.planning(call, method) / call.heads
+    return seconds / dense.clamp(min=1e-30)

@@ -22,6 +22,7 @@ from gossamer.profiles.files import write_whole
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gossamer.calibrate.prices import Price
     from gossamer.calibrate.samples import Samples
     from gossamer.calibrate.search import Found
     from gossamer.evaluate.subject import Subject
@@ -55,13 +56,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--error", type=float, help="for cheapest: the mean error that is accepted")
     parser.add_argument("--kl", type=float, help="for cheapest: nats of the logits on the held-out prompts instead")
     parser.add_argument("--methods", metavar="LIST", help="whose candidates are tried (default: five, see the manual)")
-    parser.add_argument("--cost", choices=("pairs", "measured"), default="pairs", help="default: %(default)s")
+    parser.add_argument(
+        "--cost", choices=("pairs", "machine", "measured"), default="pairs", help="default: %(default)s"
+    )
     parser.add_argument("--objective", choices=("output", "squared_output", "mass"), default="output")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="what an error counts, by layer and head (JSON)")
     parser.add_argument("--nearly", type=float, default=0.02, help="for fixed: errors so close are as good")
     parser.add_argument("--dense-above", type=float, default=0.4, help="for fixed: heads that lose more run dense")
     parser.add_argument("--groups", type=int, default=1, metavar="N", help="key/value heads in memory at a time")
-    parser.add_argument("--rounds", type=int, default=3, help="of --cost measured (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of what is timed (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -73,7 +76,6 @@ def execute(arguments: argparse.Namespace) -> int:
     config = read_model(arguments.model)
     require_transformers("calibrate")
     from gossamer.calibrate.figures import METHODS, candidates
-    from gossamer.calibrate.prices import Measured, Pairs
     from gossamer.calibrate.store import Store
     from gossamer.evaluate.runner import parse_lengths
 
@@ -82,19 +84,18 @@ def execute(arguments: argparse.Namespace) -> int:
         lengths = parse_lengths(arguments.lengths)
         subject = load_subject(arguments, max(lengths))
         samples = _samples(arguments, subject, lengths)
-        price = Measured(arguments.rounds) if arguments.cost == "measured" else Pairs()
+        price, counted = _price(arguments)
         about = {
             "model": subject.fingerprint(),
             "prompts": samples.to_dict(),
             "samples": [sample.key for sample in samples.listed],
             "candidates": [method.to_dict() for method in methods],
-            "cost": price.name,
             "version": __version__,
-        }
+        } | counted
         store = Store(arguments.out.with_name(arguments.out.name + ".partial"), about)
         found = _measure(arguments, subject, samples, methods, price, store)
         mode, at, chosen = _choose(arguments, subject, samples, found)
-        facts = {"mode": mode, "at": at, "cost": price.name, "objective": found.objective} | about["prompts"]
+        facts = {"mode": mode, "at": at, "objective": found.objective} | counted | about["prompts"]
         text = json.dumps(config, sort_keys=True)
         facts["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         _write(arguments, subject, samples, found, chosen, facts)
@@ -141,6 +142,19 @@ def _samples(arguments: argparse.Namespace, subject: Subject, lengths: Any) -> S
     others = [load_haystack(name) for name in arguments.held_out or ()]
     counts = {"count": arguments.samples, "held_out": arguments.held_out_samples}
     return Samples(subject, [*tasks, *texts], lengths, **counts, others=others, haystack=package, seed=arguments.seed)
+
+
+def _price(arguments: argparse.Namespace) -> tuple[Price, dict[str, str]]:
+    """How costs are counted, and what a profile says of it."""
+    from gossamer.calibrate.cost import CostModel
+    from gossamer.calibrate.prices import Measured, Modelled, Pairs
+
+    if arguments.cost != "machine":
+        price = Pairs() if arguments.cost == "pairs" else Measured(arguments.rounds)
+        return price, {"cost": price.name}
+    price = Modelled(arguments.rounds, model=CostModel.here())
+    text = json.dumps(price.model.costs.to_dict(), sort_keys=True)
+    return price, {"cost": price.name, "costs_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _measure(
