@@ -178,6 +178,8 @@ def test_candidates_are_what_methods_declare() -> None:
         "xattention",
         "max_relative",
     }
+    one = methods.create("a_shape", sink=1, window=2)
+    assert candidates([one, "dense", one]) == [methods.create("dense"), one]
     assert len(candidates(["flexprefill"])) == 1 + len(methods.FlexPrefill.settings)
     with pytest.raises(ValueError, match="single one"):
         candidates(["per_head"])

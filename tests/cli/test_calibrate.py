@@ -109,6 +109,7 @@ def test_the_profile_runs_and_the_report_draws_it(model_path, texts, tmp_path) -
         (("--budget", "nan"), "--budget must be a number"),
         (("--methods", "no_such"), "unknown method 'no_such'"),
         (("--methods", "per_head"), "single one"),
+        (("--methods", "a_shape(windows=3)"), "windows"),
         (("--samples", "0"), "--samples must be at least 1"),
         (("-o", "/no/such/p.json"), "no such folder"),
     ],

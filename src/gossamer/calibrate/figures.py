@@ -25,22 +25,26 @@ FIGURES = ("error", "recall", "cost")
 METHODS = ("a_shape", "vertical_slash", "block_sparse", "xattention", "max_relative")
 
 
-def candidates(names: Sequence[str] = METHODS) -> list[Method]:
-    """What these methods declare for single heads (`Method.candidates`), and dense attention first.
+def candidates(of: Sequence[str | Method] = METHODS) -> list[Method]:
+    """What methods of these names declare for single heads (`Method.candidates`), these methods, and first dense.
 
     Raises:
         ValueError: an unknown name, or a method of methods.
     """
     found: dict[Method, None] = {}
-    for name in names:
-        known = class_of(name)
-        made = [known.from_fields(dict(f)) for f in known.candidates] if known.candidates else settings_of(known)
-        for method in made:
+    for one in of:
+        for method in [one] if isinstance(one, Method) else _declared(class_of(one)):
             if hasattr(method, "layers"):
-                raise ValueError(f"{name} is made of methods for each head, and is none for a single one; leave it out")
-            if known is not Dense:
+                raise ValueError(
+                    f"{method.name} is made of methods for each head, and is none for a single one; leave it out"
+                )
+            if not isinstance(method, Dense):
                 found[method] = None
     return [Dense(), *found]
+
+
+def _declared(known: type[Method]) -> list[Method]:
+    return [known.from_fields(dict(f)) for f in known.candidates] if known.candidates else settings_of(known)
 
 
 @dataclass(frozen=True)

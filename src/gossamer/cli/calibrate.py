@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from gossamer import __version__
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.inputs import check_environment, read_model, require_transformers
-from gossamer.cli.specs import parse_task, split_specs
+from gossamer.cli.specs import parse_method, parse_task, split_specs
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
+from gossamer.methods import available
 from gossamer.profiles import Profile, Provenance, read_table
 from gossamer.profiles.files import write_whole
 
@@ -80,12 +81,13 @@ def execute(arguments: argparse.Namespace) -> int:
     from gossamer.evaluate.runner import parse_lengths
 
     try:
-        methods = candidates(split_specs(arguments.methods) if arguments.methods else METHODS)
+        specs = split_specs(arguments.methods) if arguments.methods else METHODS
+        methods = candidates([spec if spec in available() else parse_method(spec) for spec in specs])
         lengths = parse_lengths(arguments.lengths)
         subject = load_subject(arguments, max(lengths))
         samples = _samples(arguments, subject, lengths)
         price, counted = _price(arguments)
-        about = {
+        about: dict[str, Any] = {
             "model": subject.fingerprint(),
             "prompts": samples.to_dict(),
             "samples": [sample.key for sample in samples.listed],
@@ -99,7 +101,7 @@ def execute(arguments: argparse.Namespace) -> int:
         text = json.dumps(config, sort_keys=True)
         facts["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         _write(arguments, subject, samples, found, chosen, facts)
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise BadInput(first_line(error)) from error
     except OSError as error:
         raise BadInput(f"cannot write {arguments.out}: {error.strerror or first_line(error)}") from error
