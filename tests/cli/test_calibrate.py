@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gossamer import AttentionCall
+from gossamer.calibrate import search
 from gossamer.cli import main
 from gossamer.profiles import Profile
 from gossamer.profiles.costs import Costs, Kernel, KernelCost, forget
@@ -17,6 +19,7 @@ from gossamer.profiles.machine import Machine
 
 pytest.importorskip("scipy")
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
+TWO = "a_shape(sink=4,window=20),a_shape(sink=4,window=40)"
 SMALL = ("--lengths", "150", "--samples", "1", "--methods", "a_shape,block_sparse")
 
 
@@ -52,6 +55,43 @@ def test_the_same_inputs_give_the_same_bytes(capsys, model_path, texts, tmp_path
     known = json.loads(profile.provenance.samples)
     assert known["sources"] == ["prose.txt", "code.txt"]
     assert known["figures"]["calibration"]["error"] < 0.5
+
+
+@pytest.mark.parametrize("where", ["layer", "profile"])
+def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(model_path, texts, tmp_path, monkeypatch, where) -> None:
+    argv = ["calibrate", str(model_path), "--prompts", str(texts[0]), "--methods", TWO, "--lengths", "150", "-o"]
+    measured: list[int | None] = []
+    measure_layer = search.measure_layer
+
+    def counted(call: AttentionCall, *given: Any, **more: Any) -> Any:
+        measured.append(call.layer)
+        if where == "layer" and len(measured) == 4:
+            raise KeyboardInterrupt
+        return measure_layer(call, *given, **more)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    assert main([*argv, str(tmp_path / "one" / "p.json")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "measure_layer", counted)
+        if where == "profile":
+            patch.setattr(Profile, "save", killed)
+        assert main([*argv, str(tmp_path / "two" / "p.json")]) == 130
+        assert [path.name for path in (tmp_path / "two").iterdir()] == ["p.json.partial"]
+        stopped = len(measured)
+        patch.undo()
+        patch.setattr(search, "measure_layer", counted)
+        assert main([*argv, str(tmp_path / "two" / "p.json")]) == 0
+    # Two prompts and one that is held out, of two layers each; none is measured twice.
+    assert (stopped, len(measured)) == ((4, 7) if where == "layer" else (6, 6))
+    files = [
+        [(path.name, path.read_bytes()) for path in sorted((tmp_path / name).iterdir())] for name in ("one", "two")
+    ]
+    assert files[0] == files[1]
+    assert [name for name, _ in files[0]] == ["p.json", "p.json.jsonl"]
 
 
 def test_costs_of_a_machine_are_those_of_its_cost_model(model_path, texts, tmp_path, monkeypatch, refused) -> None:
