@@ -94,6 +94,33 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(model_path, texts
     assert [name for name, _ in files[0]] == ["p.json", "p.json.jsonl"]
 
 
+def test_weights_say_whose_errors_count(model_path, texts, tmp_path) -> None:
+    path, out = tmp_path / "weights.json", tmp_path / "p.json"
+    argv = ["calibrate", model_path, "--prompts", texts[0], *SMALL, "--methods", TWO, "--budget", "0.5", "-o", out]
+    assert main(list(map(str, argv))) == 0
+    assert "weights_sha256" not in json.loads(Profile.load(out).provenance.samples)
+    weights = [[0.0] * 4, [0.0, 0.0, 2.0, 0.0]]
+    for content in (weights, {"weights": weights}):
+        path.write_text(json.dumps(content))
+        assert main([*map(str, argv), "--weights", str(path)]) == 0
+        profile = Profile.load(out)
+        dense = [(i, j) for i, layer in enumerate(profile.layers) for j, m in enumerate(layer) if m.name == "dense"]
+        assert dense == [(1, 2)]
+        assert {method.to_dict().get("window") for layer in profile.layers for method in layer} == {None, 20}
+    assert len(json.loads(profile.provenance.samples)["weights_sha256"]) == 64
+
+
+def test_weights_of_another_shape_and_other_files_are_refused(model_path, texts, tmp_path, refused) -> None:
+    path = tmp_path / "weights.json"
+    argv = ["calibrate", model_path, "--prompts", texts[0], *SMALL, "-o", tmp_path / "p.json"]
+    for content in ([[1.0] * 4], [[1.0] * 3] * 2, [[1.0] * 4, [1.0, 1.0, 1.0, -1.0]]):
+        path.write_text(json.dumps(content))
+        assert "a number, 0 or more, for each of 2 layers of 4 heads" in refused(*argv, "--weights", path)
+    path.write_text('{"others": []}')
+    assert "has no weights" in refused(*argv, "--weights", path)
+    assert "cannot read" in refused(*argv, "--weights", tmp_path / "no_such.json")
+
+
 def test_costs_of_a_machine_are_those_of_its_cost_model(model_path, texts, tmp_path, monkeypatch, refused) -> None:
     path, out = tmp_path / "costs.json", tmp_path / "p.json"
     monkeypatch.setenv("GOSSAMER_COST_MODEL", str(path))

@@ -127,6 +127,7 @@ def measure(
 
     Args:
         groups: key/value heads that are looked at together.
+        weights: as `Found.weights`, but of all the model's layers.
         progress: called for each layer of each sample, when it is done.
 
     Raises:
@@ -145,7 +146,7 @@ def measure(
         keys = [sample.key for sample in samples.listed if sample.held_out == held_out]
         parts.append(_means(store, keys, order) if keys else None)
     assert parts[0] is not None
-    return Found(methods, order, parts[0], parts[1], objective, weights)
+    return Found(methods, order, parts[0], parts[1], objective, None if weights is None else weights[order])
 
 
 def _read(

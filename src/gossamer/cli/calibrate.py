@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gossamer.calibrate.prices import Price
     from gossamer.calibrate.samples import Samples
     from gossamer.calibrate.search import Found
+    from gossamer.calibrate.store import Store
     from gossamer.evaluate.subject import Subject
 
 __all__ = ["add_parser"]
@@ -95,11 +96,13 @@ def execute(arguments: argparse.Namespace) -> int:
             "version": __version__,
         } | counted
         store = Store(arguments.out.with_name(arguments.out.name + ".partial"), about)
-        found = _measure(arguments, subject, samples, methods, price, store)
+        weights = _weights(arguments, subject)
+        found = _measure(arguments, subject, samples, methods, price, store, weights)
         mode, at, chosen = _choose(arguments, subject, samples, found)
         facts = {"mode": mode, "at": at, "objective": found.objective} | counted | about["prompts"]
-        text = json.dumps(config, sort_keys=True)
-        facts["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        facts["config_sha256"] = _digest(config)
+        if weights is not None:
+            facts["weights_sha256"] = _digest(weights.tolist())
         _write(arguments, subject, samples, found, chosen, facts)
     except (ValueError, TypeError, ImportError) as error:
         raise BadInput(first_line(error)) from error
@@ -155,27 +158,44 @@ def _price(arguments: argparse.Namespace) -> tuple[Price, dict[str, str]]:
         price = Pairs() if arguments.cost == "pairs" else Measured(arguments.rounds)
         return price, {"cost": price.name}
     price = Modelled(arguments.rounds, model=CostModel.here())
-    text = json.dumps(price.model.costs.to_dict(), sort_keys=True)
-    return price, {"cost": price.name, "costs_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return price, {"cost": price.name, "costs_sha256": _digest(price.model.costs.to_dict())}
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _weights(arguments: argparse.Namespace, subject: Subject) -> Tensor | None:
+    """``[layers, H]``, of all layers of the model."""
+    import torch
+
+    if arguments.weights is None:
+        return None
+    try:
+        rows = read_table(arguments.weights, "weights")
+    except OSError as error:
+        raise BadInput(f"cannot read {arguments.weights}: {error.strerror or first_line(error)}") from error
+    layers, heads = int(subject.config.num_hidden_layers), int(subject.config.num_attention_heads)
+    if [len(row) for row in rows] != [heads] * layers or not all(weight >= 0 for row in rows for weight in row):
+        raise ValueError(
+            f"{arguments.weights} must hold a number, 0 or more, for each of {layers} layers of {heads} heads"
+        )
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _measure(
-    arguments: argparse.Namespace, subject: Subject, samples: Samples, methods: Any, price: Any, store: Any
+    arguments: argparse.Namespace,
+    subject: Subject,
+    samples: Samples,
+    methods: Any,
+    price: Price,
+    store: Store,
+    weights: Tensor | None,
 ) -> Found:
-    import torch
-
     from gossamer.calibrate.search import measure
     from gossamer.cli.eval_progress import Progress
     from gossamer.evaluate.runner import relative_cost
 
-    weights = None
-    if arguments.weights is not None:
-        weights = torch.tensor(read_table(arguments.weights, "weights"), dtype=torch.float64)
-        shape = subject.config.num_hidden_layers, subject.config.num_attention_heads
-        if weights.shape != shape or not bool((weights >= 0).all()):
-            raise ValueError(
-                f"--weights must hold a number, 0 or more, for each of {shape[0]} layers and {shape[1]} heads"
-            )
     layers = int(subject.config.num_hidden_layers)
     # Attention is what is measured, many times: it grows with the square.
     cells = [
