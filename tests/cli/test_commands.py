@@ -154,3 +154,9 @@ def test_doctor_of_a_model_with_an_unknown_backend_is_one_line(capsys, monkeypat
     assert "GOSSAMER_BACKEND='vax' is not known" in captured.err
     assert captured.err.count("\n") == 1
     assert "WRONG" not in captured.out
+
+
+def test_doctor_says_which_cost_model_is_at_hand(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("GOSSAMER_COST_MODEL", "off")
+    assert main(["doctor"]) == 0
+    assert "none: GOSSAMER_COST_MODEL=off" in capsys.readouterr().out

@@ -366,3 +366,10 @@ class TestUnusualArguments:
             for _ in range(2):
                 model(input_ids=prompt(), output_attentions=True)
         assert [record.getMessage().split(":")[0] for record in caplog.records] == ["output_attentions=True"]
+
+
+def test_a_profile_of_another_model_is_refused_and_nothing_is_enabled() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"the profile is for 3 layers of 4 heads, but this model has \d+ layers of"):
+        enable(model, profile=Profile.uniform(3, 4, methods.Dense()))
+    enable(model, "dense").disable()

@@ -18,6 +18,8 @@ from gossamer.backends import cpu
 from gossamer.backends import torch as definition
 from gossamer.cli.common import BadInput, add_command, first_line, print_json
 from gossamer.methods import AShape
+from gossamer.profiles.costs import at_hand
+from gossamer.profiles.machine import cpu_info, cpu_model, usable_cores
 
 __all__ = ["add_parser", "examine", "examine_cpu"]
 
@@ -26,6 +28,7 @@ _FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512(f|bw|vl|dq|_bf16|_fp16|_v
 _ENVIRONMENT = (
     "GOSSAMER_BACKEND",
     "GOSSAMER_CHECK",
+    "GOSSAMER_COST_MODEL",
     "GOSSAMER_CPU_ISA",
     "GOSSAMER_PLANNER",
     "TRITON_INTERPRET",
@@ -95,6 +98,7 @@ def examine() -> dict[str, Any]:
                 tests[name] = _self_test(call)
             except (ValueError, TypeError, RuntimeError) as error:
                 chosen[name] = tests[name] = f"error: {first_line(error)}"
+    found, where = at_hand()
     packages = {"torch": torch.__version__} | {name: _version(name) for name in _PACKAGES}
     report = {
         "gossamer": __version__,
@@ -108,6 +112,7 @@ def examine() -> dict[str, Any]:
         },
         "backend": chosen,
         "self_test": tests,
+        "cost_model": {"found": found is not None, "where": where},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": packages,
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
@@ -118,8 +123,8 @@ def examine() -> dict[str, Any]:
 def examine_cpu() -> dict[str, Any]:
     """The processor, its instruction sets, the cores that this process may use and torch's threads."""
     return {
-        "model": _cpu_model(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "model": cpu_model(),
+        "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "features": _cpu_features(),
     }
@@ -166,18 +171,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.is_file() else ""
-
-
-def _cpu_model() -> str:
-    named = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()
-
-
 def _cpu_features() -> list[str]:
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpu_info(), re.MULTILINE)
     return [flag for flag in found[1].split() if _FEATURES.fullmatch(flag)] if found else []
 
 
@@ -195,6 +190,8 @@ def _format(report: dict[str, Any]) -> str:
     for dtype, backend in report["backend"].items():
         tested = report["self_test"][dtype]
         rows.append((dtype, backend if tested == backend else f"{backend} (self-test: {tested})"))
+    costs = report["cost_model"]
+    rows.append(("cost model", costs["where"] if costs["found"] else f"none: {costs['where']}"))
     rows.append(("gpu", ", ".join(report["gpus"]) or "none"))
     rows += [(name, version or "not installed") for name, version in report["packages"].items()]
     rows += list(report["environment"].items())

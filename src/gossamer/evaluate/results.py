@@ -19,7 +19,7 @@ from gossamer.evaluate.records import cell_of, read_own
 from gossamer.evaluate.schema import FORMAT, KINDS
 from gossamer.evaluate.subject import Subject
 
-__all__ = ["ResultsFile", "make_header"]
+__all__ = ["ResultsFile", "machine_of", "make_header"]
 
 Record = dict[str, Any]
 
@@ -106,7 +106,7 @@ def make_header(subject: Subject, job: Any) -> Record:
         "run": uuid.uuid4().hex[:8],
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": subject.to_dict(),
-        "machine": _machine(subject.device),
+        "machine": machine_of(subject.device),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -119,7 +119,7 @@ def make_header(subject: Subject, job: Any) -> Record:
     }
 
 
-def _machine(device: torch.device) -> Record:
+def machine_of(device: torch.device) -> Record:
     if device.type == "cuda":
         return {"processor": torch.cuda.get_device_name(device)}
     name = platform.processor() or platform.machine()

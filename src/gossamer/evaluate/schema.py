@@ -305,6 +305,35 @@ _LOGITS = _Object(
     {"method": _TEXT, **_PROMPT, "density": _SHARE, "kl": _NATS, "top1": _SHARE, "prefill_s": _SECONDS},
     {**_OF_A_PROMPT, **_MORE_OF_A_METHOD, **_MORE_SECONDS},
 )
+_OF_HEADS = {name: _list(_list(_AMOUNT, 1), 1) for name in ("error", "recall", "cost")}
+
+
+def _heads_fit(value: dict[str, Any], where: str) -> Misfit | None:
+    """As many layers and heads in each table of figures as there are methods."""
+    shape = [len(layer) for layer in value["heads"]]
+    if len(shape) != len(value["layers"]) or len(set(shape)) != 1:
+        return Misfit("heads", "a list of as many layers as layers, of as many heads each", "others")
+    parts = [part for part in ("calibration", "held_out") if part in value]
+    names = [(p, name) for p in parts for name in _OF_HEADS if [len(layer) for layer in value[p][name]] != shape]
+    return _first(Misfit(f"{p}.{name}", "a list of as many layers and heads as heads", "others") for p, name in names)
+
+
+_CALIBRATION = _Object(
+    {
+        "model": _MODEL,
+        "mode": _TEXT,
+        "layers": _list(_COUNT, 1),
+        "heads": _list(_list(_Object({"method": _TEXT}), 1), 1),
+        "calibration": _Object(_OF_HEADS),
+        "frontier": _list(
+            _Object(
+                {"mode": _TEXT, "budget": _AMOUNT, "cost": _AMOUNT, "error": _AMOUNT}, {"held_out": _or_null(_AMOUNT)}
+            )
+        ),
+    },
+    {"about": _OBJECT, "held_out": _Object(_OF_HEADS)},
+    (_heads_fit,),
+)
 # By ``kind``. Others are those of later versions.
 KINDS: Mapping[str, _Object] = {
     "run": _RUN,
@@ -316,6 +345,7 @@ KINDS: Mapping[str, _Object] = {
     "point": _POINT,
     "bounds": _BOUNDS,
     "logits": _LOGITS,
+    "calibration": _CALIBRATION,
 }
 
 

@@ -29,12 +29,14 @@ class Method(ABC):
             they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
         tables: fields that hold numbers by layer and head, made for one model (`gossamer.profiles.read_table`).
         settings: fields that `gossamer compare` tries, from the sparsest to the densest; empty: the defaults alone.
+        candidates: fields that `gossamer calibrate` tries for each head; empty: `settings`.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     per_head: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[Settings] = ()
+    candidates: ClassVar[Settings] = ()
     tables: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -53,6 +53,11 @@ class VerticalSlash(Method):
         {"vertical_size": columns, "slash_size": slashes}
         for columns, slashes in ((128, 512), (256, 1024), (512, 2048), (1000, 4096))
     )
+    candidates: ClassVar[Settings] = tuple(
+        {"vertical_size": columns, "slash_size": slashes}
+        for columns in (30, 128, 500, 1000, 3500)
+        for slashes in (128, 512, 1024, 2048, 4096)
+    )
     vertical_size: int = 1000
     slash_size: int = 6096
     last: int = 64

@@ -16,6 +16,9 @@ from gossamer.profiles.files import parse_json, read_file, shown, write_whole
 __all__ = ["Profile", "Provenance"]
 
 SCHEMA = 2
+# More than the profile of any model: 200 layers of 200 heads have some 10 MB.
+MOST_BYTES = 64 << 20
+_FIGURES = ("scores", "errors", "costs")
 # MInference's published files: the pattern's name, and the fields that its numbers fill.
 _PUBLISHED: dict[str, tuple[type[Method], tuple[str, ...]]] = {
     "vertical_and_slash": (VerticalSlash, ("vertical_size", "slash_size")),
@@ -26,7 +29,13 @@ _PUBLISHED: dict[str, tuple[type[Method], tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a profile comes from. Free text and lists; nothing is looked up by it."""
+    """Where a profile comes from. Free text and lists; nothing is looked up by it.
+
+    Fields:
+        model: its id or path; config_hash: of its config, in hexadecimal.
+        samples, prompts_hash: which prompts, and their hash; lengths: in tokens.
+        metric: what ``errors`` measure; kernel: what ``costs`` hold for; machine: where they were measured.
+    """
 
     model: str = ""
     architecture: str = ""
@@ -34,6 +43,10 @@ class Provenance:
     lengths: tuple[int, ...] = ()
     metric: str = ""
     library_version: str = ""
+    config_hash: str = ""
+    prompts_hash: str = ""
+    kernel: str = ""
+    machine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +57,7 @@ class Profile:
         layers: any methods with any fields.
         scores: what the search measured for each, if anything, by layer and head.
         provenance: where it comes from.
+        errors, costs: of each head's output and of its kernel, likewise.
 
     Raises:
         ValueError, TypeError: no layers, layers of different numbers of heads, scores of another shape, or something
@@ -53,14 +67,18 @@ class Profile:
     layers: Sequence[Sequence[Method]]
     scores: Sequence[Sequence[float | None]] | None = None
     provenance: Provenance = field(default_factory=Provenance)
+    errors: Sequence[Sequence[float | None]] | None = None
+    costs: Sequence[Sequence[float | None]] | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("a profile needs at least one layer")
         object.__setattr__(self, "layers", PerHead(self.layers).layers)
         shape = [len(layer) for layer in self.layers]
-        if self.scores is not None and [len(layer) for layer in self.scores] != shape:
-            raise ValueError(f"a profile's scores must be [layer][head] as its methods, {shape} heads")
+        for name in _FIGURES:
+            rows = getattr(self, name)
+            if rows is not None and [len(layer) for layer in rows] != shape:
+                raise ValueError(f"a profile's {name} must be [layer][head] as its methods, {shape} heads")
 
     @property
     def heads(self) -> int:
@@ -72,6 +90,40 @@ class Profile:
         known = (AShape, VerticalSlash, BlockSparse)
         minference = all(type(method) in known for layer in self.layers for method in layer)
         return MInference(self.layers) if minference else PerHead(self.layers)
+
+    def check(self, layers: int, heads: int) -> None:
+        """That it is for a model of so many layers and query heads.
+
+        Raises:
+            ValueError: it is for another one.
+        """
+        if (len(self.layers), self.heads) != (layers, heads):
+            made_for = f" ({self.provenance.model})" if self.provenance.model else ""
+            raise ValueError(
+                f"the profile is for {len(self.layers)} layers of {self.heads} heads{made_for}, but this model has "
+                f"{layers} layers of {heads}; use a profile made for it"
+            )
+
+    def shard(self, rank: int, ranks: int, groups: int) -> Profile:
+        """The heads of one rank of a tensor-parallel model, as frameworks split them: by key/value head.
+
+        Args:
+            rank: 0 to ``ranks - 1``.
+            groups: key/value heads of the whole model. With fewer than ranks, each is on as many ranks as share it.
+
+        Raises:
+            ValueError: numbers that do not divide.
+        """
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank must be 0 to {ranks - 1}, got {rank}")
+        if groups < 1 or self.heads % groups:
+            raise ValueError(f"the profile's {self.heads} heads must be a multiple of the {groups} key/value heads")
+        if self.heads % ranks or (groups % ranks and ranks % groups):
+            raise ValueError(f"{self.heads} heads with {groups} key/value heads cannot be split over {ranks} ranks")
+        mine = slice(rank * self.heads // ranks, (rank + 1) * self.heads // ranks)
+        figures = {name: getattr(self, name) for name in _FIGURES}
+        parts = {name: rows and tuple(tuple(layer)[mine] for layer in rows) for name, rows in figures.items()}
+        return Profile(tuple(tuple(layer)[mine] for layer in self.layers), provenance=self.provenance, **parts)
 
     @classmethod
     def uniform(cls, layers: int, heads: int, method: Method) -> Profile:
@@ -85,7 +137,9 @@ class Profile:
             "heads": self.heads,
             "provenance": asdict(self.provenance) | {"lengths": list(self.provenance.lengths)},
             "methods": [[method.to_dict() for method in layer] for layer in self.layers],
-        } | ({} if self.scores is None else {"scores": [list(layer) for layer in self.scores]})
+        } | {
+            name: [list(layer) for layer in getattr(self, name)] for name in _FIGURES if getattr(self, name) is not None
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Profile:
@@ -97,15 +151,10 @@ class Profile:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             given = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"profile schema {shown(given)} is not supported; this version reads schema {SCHEMA}")
-        methods, scores = data.get("methods"), data.get("scores")
+        methods = data.get("methods")
         if not _is_table(methods):
             raise ValueError("a profile's methods must be a list (layers) of lists (heads)")
-        if scores is not None and not _is_table(scores):
-            raise ValueError("a profile's scores must be a list (layers) of lists (heads)")
-        for i, layer in enumerate(scores or []):
-            for j, score in enumerate(layer):
-                if score is not None and not _is_number(score):
-                    raise ValueError(f"profile layer {i}, head {j}: a score is a number or null, got {shown(score)}")
+        figures = {name: _figures(data.get(name), name) for name in _FIGURES}
         layers: list[list[Method]] = []
         for i, layer in enumerate(methods or []):
             layers.append([])
@@ -114,8 +163,7 @@ class Profile:
                     layers[-1].append(from_dict(head))
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"profile layer {i}, head {j}: {error}") from error
-        rows = None if scores is None else tuple(tuple(layer) for layer in scores)
-        return cls(tuple(tuple(layer) for layer in layers), rows, _provenance(data.get("provenance")))
+        return cls(tuple(tuple(layer) for layer in layers), provenance=_provenance(data.get("provenance")), **figures)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, to a temporary name first: a profile on disk is always whole."""
@@ -131,11 +179,25 @@ class Profile:
             ValueError: not JSON, or not a profile.
         """
         content = read_file(path)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"{path} is no profile: it has {len(content):,} bytes, more than {MOST_BYTES:,}")
         try:
             data = parse_json(content)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
         return cls.from_minference(data) if isinstance(data, list) else cls.from_dict(data)
+
+    def to_minference(self) -> list[dict[str, list[Any]]]:
+        """In MInference's published format, which holds its three patterns and the budgets alone.
+
+        Raises:
+            ValueError: a head that the format cannot hold; the message says which.
+        """
+        scores = self.scores or [[None] * self.heads] * len(self.layers)
+        return [
+            {str(j): _entry(method, scores[i][j], f"layer {i}, head {j}") for j, method in enumerate(layer)}
+            for i, layer in enumerate(self.layers)
+        ]
 
     @classmethod
     def from_minference(cls, layers: Sequence[dict[str, Sequence[Any]]]) -> Profile:
@@ -176,6 +238,18 @@ def _published(entry: Any, where: str) -> tuple[Method, float | None]:
     return method, float(entry[3]) if len(entry) > 3 else None
 
 
+def _entry(method: Method, score: float | None, where: str) -> list[Any]:
+    for pattern, (kind, names) in _PUBLISHED.items():
+        if type(method) is kind:
+            numbers = [getattr(method, name) for name in names]
+            if kind.from_fields(dict(zip(names, numbers, strict=True))) == method:
+                return [pattern, *numbers, *[0] * (2 - len(numbers)), 0.0 if score is None else score]
+    raise ValueError(
+        f"{where}: MInference's format holds {', '.join(kind.name for kind, _ in _PUBLISHED.values())} with their "
+        f"budgets alone, not {shown(method.to_dict())}"
+    )
+
+
 def _provenance(data: Any) -> Provenance:
     """What is known of it; fields of a later version are passed over.
 
@@ -202,6 +276,20 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, int):
         return not isinstance(value, bool) and abs(value) <= MOST
     return isinstance(value, float) and math.isfinite(value)
+
+
+def _figures(rows: Any, name: str) -> tuple[tuple[float | None, ...], ...] | None:
+    """Numbers or nulls by layer and head."""
+    if rows is None:
+        return None
+    if not _is_table(rows):
+        raise ValueError(f"a profile's {name} must be a list (layers) of lists (heads)")
+    for i, layer in enumerate(rows):
+        for j, value in enumerate(layer):
+            if value is not None and not _is_number(value):
+                one = {"scores": "a score", "errors": "an error", "costs": "a cost"}[name]
+                raise ValueError(f"profile layer {i}, head {j}: {one} is a number or null, got {shown(value)}")
+    return tuple(tuple(layer) for layer in rows)
 
 
 def _is_table(rows: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from gossamer.evaluate.summary import SummaryRow
+from gossamer.report.calibration import budgets, chosen_methods, held_out
 from gossamer.report.figure import Figure, Record, Table, family, family_styles, label_styles, legend, short_length
 from gossamer.report.frontier import frontier
 from gossamer.report.heads import attention_maps, head_patterns, plan_maps
@@ -23,6 +24,9 @@ def figures(records: Sequence[Record], rows: Sequence[SummaryRow]) -> list[Figur
     """All pictures that there is data for."""
     made = [
         frontier(records),
+        chosen_methods(records),
+        budgets(records),
+        held_out(records),
         needle_maps(records),
         accuracy_by_density(records, rows),
         recall_maps(records),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
+from gossamer.calibrate.bench import break_even
 from gossamer.evaluate.summary import SummaryRow
 from gossamer.report.figure import Figure, Style, Table, family, label_styles, legend, short_length
 from gossamer.report.html import Html
@@ -13,21 +13,6 @@ from gossamer.report.svg import Panel, number
 __all__ = ["break_even", "dense_labels", "latency"]
 
 Seconds = Mapping[int, float]
-
-
-def break_even(lengths: Sequence[int], dense: Sequence[float], sparse: Sequence[float]) -> float | None:
-    """The length from which sparse is faster than dense up to the longest one, interpolated in logarithms.
-
-    None if it is not faster at the longest length. The shortest length if it is faster everywhere.
-    """
-    gains = [math.log(d / s) for d, s in zip(dense, sparse, strict=True)]
-    if not gains or gains[-1] <= 0:
-        return None
-    for i in range(len(gains) - 1, 0, -1):
-        if gains[i - 1] <= 0:
-            share = -gains[i - 1] / (gains[i] - gains[i - 1])
-            return math.exp(math.log(lengths[i - 1]) + share * math.log(lengths[i] / lengths[i - 1]))
-    return float(lengths[0])
 
 
 def dense_labels(labels: Sequence[str]) -> list[str]:

@@ -98,7 +98,7 @@ def write_report(
 
 def _models(records: Sequence[Record]) -> list[Record]:
     """What `run` and `heads` lines say of their models; `heads` lines of older versions have a name at most."""
-    found = [record.get("model") for record in records if record["kind"] in ("run", "heads")]
+    found = [record.get("model") for record in records if record["kind"] in ("run", "heads", "calibration")]
     return [model for model in found if isinstance(model, dict)]
 
 

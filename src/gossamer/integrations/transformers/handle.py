@@ -23,7 +23,7 @@ from gossamer.integrations.transformers.rotary import Positions, rotary_module, 
 from gossamer.integrations.transformers.stats import LayerStats, Stats
 from gossamer.integrations.transformers.supported import is_ours, refuse
 from gossamer.methods import Method
-from gossamer.methods.per_head import needs_of
+from gossamer.methods.per_head import PerHead, needs_of
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
 
@@ -212,6 +212,7 @@ def enable(
             f"gossamer.enable needs a transformers model (a PreTrainedModel), got {type(model).__name__}; "
             "for a pipeline, pass its .model"
         )
+    _check_profile(policy.method, model.config)
     if any(owner_of(module) is not None for module in modules()):
         raise ValueError(
             f"this {type(model).__name__}, or a part of it, is enabled already; call disable() on its handle first"
@@ -275,3 +276,11 @@ def _of_profile(method: str | Method | Policy, profile: Profile, fields: dict[st
             + "; leave the method and its fields out"
         )
     return named
+
+
+def _check_profile(method: Method, config: Any) -> None:
+    """That methods per head are for this model, where its config says how many layers and heads it has."""
+    text = config.get_text_config(decoder=True)
+    layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
+    if isinstance(method, PerHead) and method.layers and isinstance(layers, int) and isinstance(heads, int):
+        Profile(method.layers).check(layers, heads)

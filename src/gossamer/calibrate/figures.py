@@ -1,0 +1,125 @@
+"""What every candidate would cost each head of one layer, and what it would lose there; a few heads at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer import backends
+from gossamer.calibrate.prices import Price, head_costs
+from gossamer.call import AttentionCall
+from gossamer.evaluate.fidelity import listed_lse, relative_l2
+from gossamer.evaluate.settings import settings_of
+from gossamer.methods import Dense, Method
+from gossamer.methods.registry import class_of
+from gossamer.oracle import log_sum_exp
+from gossamer.plan import SparsePlan
+
+__all__ = ["FIGURES", "METHODS", "LayerFigures", "candidates", "measure_layer", "of_groups"]
+
+FIGURES = ("error", "recall", "cost")
+METHODS = ("a_shape", "vertical_slash", "block_sparse", "xattention", "max_relative")
+
+
+def candidates(of: Sequence[str | Method] = METHODS) -> list[Method]:
+    """What methods of these names declare for single heads (`Method.candidates`), these methods, and first dense.
+
+    Raises:
+        ValueError: an unknown name, or a method of methods.
+    """
+    found: dict[Method, None] = {}
+    for one in of:
+        for method in [one] if isinstance(one, Method) else _declared(class_of(one)):
+            if hasattr(method, "layers"):
+                raise ValueError(
+                    f"{method.name} is made of methods for each head, and is none for a single one; leave it out"
+                )
+            if not isinstance(method, Dense):
+                found[method] = None
+    return [Dense(), *found]
+
+
+def _declared(known: type[Method]) -> list[Method]:
+    return [known.from_fields(dict(f)) for f in known.candidates] if known.candidates else settings_of(known)
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """Of one layer under one prompt, fp64 ``[candidates, H]``.
+
+    Fields:
+        error: relative L2 error of the output, with values.
+        recall: attention mass inside the plan, mean over the queries.
+        cost: over that of the head's dense attention.
+    """
+
+    error: Tensor
+    recall: Tensor
+    cost: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).tolist() for name in FIGURES}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerFigures:
+        return cls(*(torch.tensor(data[name], dtype=torch.float64, device="cpu") for name in FIGURES))
+
+
+def measure_layer(
+    call: AttentionCall, dense: Tensor, methods: Sequence[Method], price: Price, *, groups: int = 1
+) -> LayerFigures:
+    """Plan and attend by each method on what a layer was given.
+
+    Args:
+        call: of one prompt, with values.
+        dense: its output under dense attention, ``[1, H, S, Dv]``.
+        groups: key/value heads that are looked at together; memory grows with them, results do not change.
+    """
+    parts: list[list[Tensor]] = [[] for _ in FIGURES]
+    for start in range(0, call.groups, groups):
+        stop = min(start + groups, call.groups)
+        part, out = of_groups(call, start, stop), dense[:, start * call.share : stop * call.share]
+        for found, figures in zip(parts, _figures(part, out, methods, price), strict=True):
+            found.append(figures)
+    return LayerFigures(*(torch.cat(found, dim=1) for found in parts))
+
+
+def of_groups(call: AttentionCall, start: int, stop: int) -> AttentionCall:
+    """Some key/value heads of a call with their query heads; nothing is copied."""
+    heads = slice(start * call.share, stop * call.share)
+    return replace(
+        call,
+        q=call.q[:, heads],
+        k=call.k[:, start:stop],
+        v=call.values[:, start:stop],
+        sinks=None if call.sinks is None else call.sinks[heads],
+    )
+
+
+def _figures(
+    call: AttentionCall, dense: Tensor, methods: Sequence[Method], price: Price
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = log_sum_exp(call)
+    everything = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
+    whole = price.of_heads(call, everything)
+    live = call.extent.live_queries(call.query_len, call.device)[0]
+    expected = dense[0, :, live]
+    rows = []
+    for method in methods:
+        if isinstance(method, Dense):
+            ones = torch.ones(call.heads, dtype=torch.float64, device="cpu")
+            rows.append((torch.zeros_like(ones), ones, ones))
+            continue
+        plan = method.plan(call)
+        out, kept = backends.attend(call, plan)
+        kept = listed_lse(call, plan, kept)
+        recall = (kept - lse)[0, :, live].exp().clamp(max=1.0).mean(dim=-1)
+        error = relative_l2(out[0, :, live], expected)
+        rows.append((error.double().cpu(), recall.double().cpu(), head_costs(price, call, method, plan, whole)))
+        del out, kept
+    error, recall, cost = (torch.stack(figure) for figure in zip(*rows, strict=True))
+    return error, recall, cost

@@ -1,0 +1,126 @@
+"""``gossamer bench``: seconds of dense attention and of methods by length, and the costs of this machine's kernel."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gossamer.calibrate.bench import Row, Shape, bench, costs_of, kernel_cost
+from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
+from gossamer.cli.inputs import check_environment, read_model, text_config
+from gossamer.cli.specs import parse_method, split_specs
+from gossamer.cli.subjects import check_device
+from gossamer.evaluate.records import label_of
+from gossamer.policy import Policy
+from gossamer.profiles.costs import Costs, default_path, forget
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(commands, "bench", execute, "time methods against dense attention, and fit a cost model")
+    parser.add_argument(
+        "model", nargs="?", type=Path, help="folder of a model, for its heads (only its config is read)"
+    )
+    parser.add_argument("--heads", type=int, help="query heads (default: 8, or the model's)")
+    parser.add_argument("--groups", type=int, help="key/value heads (default: 2, or the model's)")
+    parser.add_argument("--head-dim", type=int, help="default: 64, or the model's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--lengths", default="512,1024,2048,4096,8192", help="default: %(default)s")
+    parser.add_argument(
+        "--methods", default="a_shape(sink=64,window=1024),vertical_slash(vertical_size=256,slash_size=512)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument(
+        "--cost-model", nargs="?", const="", metavar="FILE", help="also fit and write costs (default: the user's cache)"
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    check_device(arguments.device)
+    check_environment(arguments.device)
+    shape, lengths = _shape(arguments), _lengths(arguments.lengths)
+    if arguments.rounds < 1:
+        raise BadInput(f"--rounds must be at least 1, got {arguments.rounds}")
+    path = (
+        None if arguments.cost_model is None else Path(arguments.cost_model) if arguments.cost_model else default_path()
+    )
+    if arguments.cost_model is not None and path is None:
+        raise BadInput("there is no place for a cost model: GOSSAMER_COST_MODEL=off, or no home; name a file")
+    try:
+        methods = [parse_method(spec) for spec in split_specs(arguments.methods)]
+        with torch.inference_mode():
+            rows = list(bench(shape, methods, lengths, rounds=arguments.rounds))
+            kernels = [] if path is None else [kernel_cost(shape, lengths, rounds=min(3, arguments.rounds))]
+            costs = costs_of(shape, rows, kernels)
+    except (ValueError, TypeError) as error:
+        raise BadInput(first_line(error)) from error
+    if path is not None:
+        _write(path, costs)
+    if arguments.json:
+        print_json({"rows": [row.to_dict() for row in rows], "costs": costs.to_dict(), "file": path and str(path)})
+        return 0
+    print(_table(rows))
+    for point in costs.break_even:
+        known = point.tokens
+        found = f"not up to {point.longest} tokens" if known is None else f"from about {known:.0f} tokens"
+        print(f"{point.method['method']} is faster than dense: {found}")
+    for cost in costs.kernels:
+        print(f"{cost.kernel}: held-out error {cost.error:.0%} (median), {cost.worst:.0%} (worst); written to {path}")
+    return 0
+
+
+def _shape(arguments: argparse.Namespace) -> Shape:
+    sizes: dict[str, Any] = {"heads": 8, "groups": 2, "head_dim": 64}
+    if arguments.model is not None:
+        config = text_config(read_model(arguments.model))
+        heads = config.get("num_attention_heads")
+        sizes |= {"heads": heads, "groups": config.get("num_key_value_heads") or heads}
+        hidden = config.get("hidden_size")
+        sizes["head_dim"] = config.get("head_dim") or (
+            hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
+        )
+    sizes |= {name: value for name in sizes if (value := getattr(arguments, name)) is not None}
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 100_000:
+            raise BadInput(f"--{name.replace('_', '-')} must be an integer, 1 to 100,000, got {value!r:.60}")
+    if sizes["heads"] % sizes["groups"]:
+        raise BadInput(f"the {sizes['heads']} query heads must be a multiple of the {sizes['groups']} key/value heads")
+    return Shape(**sizes, dtype=getattr(torch, arguments.dtype), device=arguments.device)
+
+
+def _lengths(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 1 <= len(part) < 8 and int(part) for part in parts):
+        raise BadInput(f"--lengths takes numbers of tokens such as 512,4096, got {text!r:.60}")
+    return sorted(set(map(int, parts)))
+
+
+def _write(path: Path, costs: Costs) -> None:
+    forget()
+    try:
+        old = Costs.load(path) if path.exists() else None
+        (costs if old is None else old.updated(costs)).save(path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from error
+    except ValueError as error:  # not ours to overwrite
+        raise BadInput(f"{first_line(error)}; it is left as it is, name another file") from error
+
+
+def _table(rows: list[Row]) -> str:
+    header = ("method", "length", "density", "plan s", "attend s", "dense s", "times as fast")
+    lines = [
+        (
+            label_of(Policy(row.method)),
+            str(row.length),
+            f"{row.density:.3f}",
+            *(f"{x:.4f}" for x in (row.plan_s, row.attend_s, row.dense_s)),
+            f"{row.dense_s / max(row.seconds, 1e-12):.2f}",
+        )
+        for row in rows
+    ]
+    return table([header, *lines])

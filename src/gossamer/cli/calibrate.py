@@ -1,0 +1,314 @@
+"""``gossamer calibrate``: a method with its fields for each layer and head of a model, chosen on prompts."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gossamer import __version__
+from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
+from gossamer.cli.inputs import check_environment, read_model, require_transformers
+from gossamer.cli.specs import parse_method, parse_task, split_specs
+from gossamer.cli.subjects import check_device, check_numbers, load_subject
+from gossamer.methods import available
+from gossamer.profiles import Profile, Provenance, read_table
+from gossamer.profiles.files import write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gossamer.calibrate.prices import Price
+    from gossamer.calibrate.samples import Samples
+    from gossamer.calibrate.search import Found
+    from gossamer.calibrate.store import Store
+    from gossamer.evaluate.subject import Subject
+
+__all__ = ["add_parser"]
+
+_TASKS = "needle_single"
+_FRONTIER = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(commands, "calibrate", execute, "choose a method for each head of a model, as a profile")
+    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, help="the profile; a .jsonl for pictures lies beside it"
+    )
+    parser.add_argument(
+        "--prompts", nargs="+", metavar="FILE", help="your own texts (default: --tasks, and our own text)"
+    )
+    parser.add_argument(
+        "--held-out", nargs="+", metavar="FILE", help="texts to judge the choice on (default: the same)"
+    )
+    parser.add_argument("--tasks", metavar="LIST", help=f"generated prompts beside texts (without any: {_TASKS})")
+    parser.add_argument("--lengths", default="8k", help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=2, help="prompts of each text and length (default: %(default)s)")
+    parser.add_argument("--held-out-samples", type=int, default=1, metavar="N", help="likewise (default: %(default)s)")
+    parser.add_argument(
+        "--mode", choices=("global", "fixed", "cheapest"), default="global", help="default: %(default)s"
+    )
+    parser.add_argument("--budget", type=float, help="share of dense attention that heads may cost (default: 0.3)")
+    parser.add_argument("--error", type=float, help="for cheapest: the mean error that is accepted")
+    parser.add_argument("--kl", type=float, help="for cheapest: nats of the logits on the held-out prompts instead")
+    parser.add_argument("--methods", metavar="LIST", help="whose candidates are tried (default: five, see the manual)")
+    parser.add_argument(
+        "--cost", choices=("pairs", "machine", "measured"), default="pairs", help="default: %(default)s"
+    )
+    parser.add_argument("--objective", choices=("output", "squared_output", "mass"), default="output")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="what an error counts, by layer and head (JSON)")
+    parser.add_argument("--nearly", type=float, default=0.02, help="for fixed: errors so close are as good")
+    parser.add_argument("--dense-above", type=float, default=0.4, help="for fixed: heads that lose more run dense")
+    parser.add_argument("--groups", type=int, default=1, metavar="N", help="key/value heads in memory at a time")
+    parser.add_argument("--rounds", type=int, default=3, help="of what is timed (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
+    parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    config = read_model(arguments.model)
+    require_transformers("calibrate")
+    from gossamer.calibrate.figures import METHODS, candidates
+    from gossamer.calibrate.store import Store
+    from gossamer.evaluate.runner import parse_lengths
+
+    try:
+        specs = split_specs(arguments.methods) if arguments.methods else METHODS
+        methods = candidates([spec if spec in available() else parse_method(spec) for spec in specs])
+        lengths = parse_lengths(arguments.lengths)
+        subject = load_subject(arguments, max(lengths))
+        samples = _samples(arguments, subject, lengths)
+        price, counted = _price(arguments)
+        about: dict[str, Any] = {
+            "model": subject.fingerprint(),
+            "prompts": samples.to_dict(),
+            "samples": [sample.key for sample in samples.listed],
+            "candidates": [method.to_dict() for method in methods],
+            "version": __version__,
+        } | counted
+        store = Store(arguments.out.with_name(arguments.out.name + ".partial"), about)
+        weights = _weights(arguments, subject)
+        found = _measure(arguments, subject, samples, methods, price, store, weights)
+        mode, at, chosen = _choose(arguments, subject, samples, found)
+        facts = {"mode": mode, "at": at, "objective": found.objective} | counted | about["prompts"]
+        facts["config_sha256"] = _digest(config)
+        if weights is not None:
+            facts["weights_sha256"] = _digest(weights.tolist())
+        _write(arguments, subject, samples, found, chosen, facts)
+    except (ValueError, TypeError, ImportError) as error:
+        raise BadInput(first_line(error)) from error
+    except OSError as error:
+        raise BadInput(f"cannot write {arguments.out}: {error.strerror or first_line(error)}") from error
+    store.done()
+    _print(arguments, found, chosen)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    check_numbers(arguments, {"samples": 1, "held_out_samples": 0, "groups": 1, "rounds": 1})
+    check_device(arguments.device)
+    check_environment(arguments.device)
+    for name in ("budget", "error", "kl", "nearly", "dense_above"):
+        value = getattr(arguments, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise BadInput(f"--{name.replace('_', '-')} must be a number, 0 or more, got {value}")
+    bounds = arguments.error is not None, arguments.kl is not None
+    if arguments.mode == "cheapest" and sum(bounds) != 1:
+        raise BadInput("--mode cheapest needs one bound: --error or --kl")
+    if arguments.mode != "cheapest" and any(bounds):
+        raise BadInput("--error and --kl are for --mode cheapest; add it, or leave them out")
+    if arguments.mode == "cheapest" and arguments.budget is not None:
+        raise BadInput("--mode cheapest finds the budget; leave --budget out")
+    if arguments.kl is not None and not arguments.held_out_samples:
+        raise BadInput("--kl is judged on held-out prompts; ask for at least one by --held-out-samples")
+    if not arguments.out.parent.is_dir():
+        raise BadInput(f"cannot write into {arguments.out.parent}: no such folder; give another --out")
+    if arguments.out.is_dir():
+        raise BadInput(f"{arguments.out} is a folder; give the name of a file by --out")
+
+
+def _samples(arguments: argparse.Namespace, subject: Subject, lengths: Any) -> Samples:
+    from gossamer.calibrate.samples import Samples
+    from gossamer.evaluate.haystack import load_haystack
+
+    package = load_haystack("package")
+    specs = arguments.tasks if arguments.tasks or arguments.prompts else _TASKS
+    tasks = [parse_task(name) for name in split_specs(specs)] if specs else []
+    texts = [load_haystack(name) for name in arguments.prompts] if arguments.prompts else [package]
+    others = [load_haystack(name) for name in arguments.held_out or ()]
+    counts = {"count": arguments.samples, "held_out": arguments.held_out_samples}
+    return Samples(subject, [*tasks, *texts], lengths, **counts, others=others, haystack=package, seed=arguments.seed)
+
+
+def _price(arguments: argparse.Namespace) -> tuple[Price, dict[str, str]]:
+    """How costs are counted, and what a profile says of it."""
+    from gossamer.calibrate.cost import CostModel
+    from gossamer.calibrate.prices import Measured, Modelled, Pairs
+
+    if arguments.cost != "machine":
+        price = Pairs() if arguments.cost == "pairs" else Measured(arguments.rounds)
+        return price, {"cost": price.name}
+    price = Modelled(arguments.rounds, model=CostModel.here())
+    return price, {"cost": price.name, "costs_sha256": _digest(price.model.costs.to_dict())}
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _weights(arguments: argparse.Namespace, subject: Subject) -> Tensor | None:
+    """``[layers, H]``, of all layers of the model."""
+    import torch
+
+    if arguments.weights is None:
+        return None
+    try:
+        rows = read_table(arguments.weights, "weights")
+    except OSError as error:
+        raise BadInput(f"cannot read {arguments.weights}: {error.strerror or first_line(error)}") from error
+    layers, heads = int(subject.config.num_hidden_layers), int(subject.config.num_attention_heads)
+    if [len(row) for row in rows] != [heads] * layers or not all(weight >= 0 for row in rows for weight in row):
+        raise ValueError(
+            f"{arguments.weights} must hold a number, 0 or more, for each of {layers} layers of {heads} heads"
+        )
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    subject: Subject,
+    samples: Samples,
+    methods: Any,
+    price: Price,
+    store: Store,
+    weights: Tensor | None,
+) -> Found:
+    from gossamer.calibrate.search import measure
+    from gossamer.cli.eval_progress import Progress
+    from gossamer.evaluate.runner import relative_cost
+
+    layers = int(subject.config.num_hidden_layers)
+    # Attention is what is measured, many times: it grows with the square.
+    cells = [
+        (s.length, samples.name(s.source), relative_cost(subject, s.length) + s.length**2)
+        for s in samples.listed
+        for _ in range(layers)
+    ]
+    with Progress(cells) as progress:
+        return measure(
+            subject,
+            samples,
+            methods,
+            price,
+            store,
+            groups=arguments.groups,
+            objective=arguments.objective,
+            weights=weights,
+            progress=lambda sample, layer: progress.advance(sample.length, samples.name(sample.source)),
+        )
+
+
+def _choose(
+    arguments: argparse.Namespace, subject: Subject, samples: Samples, found: Found
+) -> tuple[str, float, Tensor]:
+    """Mode, what it was held to, and the choice."""
+    if arguments.kl is not None:
+        budget = _least_budget(arguments.kl, subject, samples, found)
+        return "kl", arguments.kl, found.choose("global", budget)
+    if arguments.mode == "cheapest":
+        return "cheapest", arguments.error, found.choose("cheapest", arguments.error)
+    budget = 0.3 if arguments.budget is None else arguments.budget
+    rules = {"nearly": arguments.nearly, "dense_above": arguments.dense_above} if arguments.mode == "fixed" else {}
+    return arguments.mode, budget, found.choose(arguments.mode, budget, **rules)
+
+
+def _least_budget(bound: float, subject: Subject, samples: Samples, found: Found) -> float:
+    """By bisection, the least shared budget under which held-out prompts' logits stay within a KL of the dense ones."""
+    from gossamer.calibrate.choice import least_under
+    from gossamer.evaluate.fidelity import compare_logits
+    from gossamer.methods import PerHead
+    from gossamer.policy import Policy
+
+    tokens = [samples.tokens(sample) for sample in samples.listed if sample.held_out]
+
+    def kl(budget: float) -> float:
+        policy = Policy(PerHead(found.methods(found.choose("global", budget))), min_tokens=0)
+        total = 0.0
+        for prompt in tokens:
+            dense, _ = subject.hidden_states(prompt, Policy.of("dense"))
+            sparse, _ = subject.hidden_states(prompt, policy)
+            total += compare_logits(subject, dense, sparse)["mean_kl"] / len(tokens)
+        print(f"budget {budget:.4f}: KL {total:.5f} on held-out prompts", file=sys.stderr, flush=True)
+        return total
+
+    low = float(found.calibration["cost"].amin(dim=-1).mean()) * (1 + 1e-6)
+    return least_under(kl, bound, low, 1.0)
+
+
+def _write(
+    arguments: argparse.Namespace,
+    subject: Subject,
+    samples: Samples,
+    found: Found,
+    chosen: Tensor,
+    facts: dict[str, Any],
+) -> None:
+    from gossamer.evaluate.results import machine_of
+
+    summary = found.summary(chosen)
+    known = facts | {"samples": arguments.samples, "seed": arguments.seed, "machine": machine_of(subject.device)}
+    known |= {"model_fingerprint": subject.fingerprint(), "figures": summary}
+    provenance = Provenance(
+        model=subject.name,
+        architecture=type(subject.model).__name__,
+        samples=json.dumps(known, sort_keys=True),
+        lengths=tuple(sorted({sample.length for sample in samples.listed})),
+        metric=f"{found.objective}: mean over calibration prompts",
+        library_version=__version__,
+        config_hash=facts["config_sha256"],
+        prompts_hash=facts["calibration_sha256"],
+        kernel=facts["cost"],
+        machine=str(known["machine"].get("processor", "")),
+    )
+    methods = found.methods(chosen)
+    of_heads = found.of_choice(chosen)
+    errors, costs = (_by_layer(found, of_heads[name], len(methods)) for name in ("error", "cost"))
+    Profile(methods, None, provenance, errors, costs).save(arguments.out)
+    from gossamer.calibrate.record import calibration_record
+
+    line = calibration_record(subject.to_dict(), found, chosen, known, _FRONTIER)
+    write_whole(arguments.out.with_name(arguments.out.name + ".jsonl"), json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _by_layer(found: Found, table: Tensor, layers: int) -> list[list[float | None]]:
+    """Figures of heads; null for layers that were not looked at."""
+    rows = dict(zip(found.layers, table.tolist(), strict=True))
+    return [rows.get(layer, [None] * table.shape[1]) for layer in range(layers)]
+
+
+def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor) -> None:
+    summary = found.summary(chosen)
+    counts: dict[str, int] = {}
+    for index in chosen.flatten().tolist():
+        name = found.candidates[index].name
+        counts[name] = counts.get(name, 0) + 1
+    if arguments.json:
+        print_json({"out": str(arguments.out), "methods": counts, "figures": summary})
+    else:
+        rows = [["on prompts of", "cost", "error", "recall"]]
+        for part, figures in summary.items():
+            rows.append([part.replace("_", " "), *(f"{figures[name]:.4f}" for name in ("cost", "error", "recall"))])
+        print(table(rows))
+        listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda one: -one[1]))
+        print(f"\nheads: {listed}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{arguments.out}; pictures: gossamer report {arguments.out}.jsonl; at most {peak:.2f} GiB", file=sys.stderr)

@@ -1,0 +1,109 @@
+"""``gossamer profile``: what a profile holds, how two differ, and files of other projects as profiles."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
+from gossamer.evaluate.records import label_of
+from gossamer.methods import Method
+from gossamer.policy import Policy
+from gossamer.profiles import Profile
+from gossamer.profiles.files import write_whole
+from gossamer.profiles.imports import FORMATS, import_profile
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("profile", help="show, compare and convert profiles of methods per head")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    show = add_command(actions, "show", _show, "say what a profile holds")
+    show.add_argument("file", type=Path)
+    diff = add_command(actions, "diff", _diff, "say which heads differ between two profiles")
+    diff.add_argument("file", type=Path)
+    diff.add_argument("other", type=Path)
+    convert = add_command(actions, "convert", _convert, "read a file of another project, or write MInference's")
+    convert.add_argument("file", type=Path)
+    convert.add_argument("-o", "--out", type=Path, required=True)
+    convert.add_argument("--to", choices=("profile", "minference"), default="profile")
+    for action in (show, diff, convert):
+        action.add_argument("--from", dest="form", choices=FORMATS, help="default: as the file shows")
+        action.add_argument("--heads", type=int, help="query heads, for DuoAttention's gates of key/value heads")
+        action.add_argument("--sparsity", type=float, default=0.5, help="of DuoAttention (default: %(default)s)")
+        action.add_argument("--length", type=int, help="of prompts, for MoA's spans")
+
+
+def _read(path: Path, arguments: argparse.Namespace) -> Profile:
+    if not 0 <= arguments.sparsity <= 1:
+        raise BadInput(f"--sparsity must lie in [0, 1], got {arguments.sparsity}")
+    if arguments.heads is not None and arguments.heads < 1:
+        raise BadInput(f"--heads must be at least 1, got {arguments.heads}")
+    given = {"heads": arguments.heads, "sparsity": arguments.sparsity, "length": arguments.length}
+    try:
+        return import_profile(path, arguments.form, **given)
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        message = first_line(error)
+        raise BadInput(message if str(path) in message else f"{path}: {message}") from error
+
+
+def _label(method: Method) -> str:
+    return label_of(Policy(method))
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    profile = _read(arguments.file, arguments)
+    if arguments.json:
+        print_json(profile.to_dict())
+        return 0
+    print(f"{len(profile.layers)} layers of {profile.heads} heads")
+    for name, value in profile.to_dict()["provenance"].items():
+        if value:
+            print(f"{name}: {value}")
+    counts = Counter(_label(method) for layer in profile.layers for method in layer)
+    print(table([("method", "heads"), *((label, str(count)) for label, count in counts.most_common())]))
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    """The exit code is 1 if they differ."""
+    one, other = (_read(path, arguments) for path in (arguments.file, arguments.other))
+    if (len(one.layers), one.heads) != (len(other.layers), other.heads):
+        shapes = " and ".join(f"{len(p.layers)} layers of {p.heads} heads" for p in (one, other))
+        raise BadInput(f"the profiles are for different models: {shapes}")
+    found = [
+        {"layer": i, "head": j, "one": one.layers[i][j].to_dict(), "other": other.layers[i][j].to_dict()}
+        for i in range(len(one.layers))
+        for j in range(one.heads)
+        if one.layers[i][j] != other.layers[i][j]
+    ]
+    if arguments.json:
+        print_json({"heads": len(one.layers) * one.heads, "differing": found})
+        return int(bool(found))
+    print(f"{len(found)} of {len(one.layers) * one.heads} heads differ")
+    if found:
+        pairs = [(d["layer"], d["head"]) for d in found]
+        rows = [(f"{i}:{j}", _label(one.layers[i][j]), _label(other.layers[i][j])) for i, j in pairs]
+        print(table([("layer:head", "one", "other"), *rows]))
+    return int(bool(found))
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    profile = _read(arguments.file, arguments)
+    try:
+        data = profile.to_minference() if arguments.to == "minference" else profile.to_dict()
+    except ValueError as error:
+        raise BadInput(f"{arguments.file}: {first_line(error)}") from error
+    try:
+        write_whole(arguments.out, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot write {arguments.out}: {first_line(error)}") from error
+    if arguments.json:
+        print_json({"out": str(arguments.out), "layers": len(profile.layers), "heads": profile.heads})
+    return 0

@@ -1,0 +1,282 @@
+"""Files of what attention costs on a machine: seconds by kernel, and the lengths from which methods pay.
+
+`gossamer bench --cost-model` writes one where `Policy` finds it: the file that ``GOSSAMER_COST_MODEL`` names, or
+``gossamer/costs.json`` in the user's cache (``XDG_CACHE_HOME``). One of another machine, number of threads or version
+of gossamer is left alone, and `at_hand` says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gossamer.call import AttentionCall
+from gossamer.profiles.files import parse_json, read_file, shown, write_whole
+from gossamer.profiles.machine import Machine, device_name
+
+__all__ = ["ENVIRONMENT", "TERMS", "BreakEven", "Costs", "Kernel", "KernelCost", "at_hand", "default_path"]
+
+ENVIRONMENT = "GOSSAMER_COST_MODEL"
+OFF = "off"
+SCHEMA = 1
+# What a call's seconds are a sum of, each with seconds apiece; `gossamer.calibrate.cost` says what they count.
+TERMS: tuple[str, ...] = ("calls", "tokens", "pairs", "column_pairs", "blocks", "columns")
+_MOST_SECONDS = 1e9
+_MOST_TOKENS = 2**40
+_MOST_ENTRIES = 10_000
+_MOST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What computes: ``cpu/avx512`` or ``triton`` (`gossamer.backends.name_of`), on ``cpu`` or a GPU by its name, in a
+    dtype, for a head dimension."""
+
+    backend: str
+    device: str
+    dtype: str
+    head_dim: int
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> Kernel:
+        """The one that attends a call."""
+        from gossamer import backends
+
+        dtype = str(call.q.dtype).removeprefix("torch.")
+        return cls(backends.name_of(call), device_name(call.device), dtype, call.q.shape[-1])
+
+    def __str__(self) -> str:
+        where = self.backend if self.device == "cpu" else f"{self.backend} on {self.device}"
+        return f"{where}, {self.dtype}, head dimension {self.head_dim}"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCost:
+    """Seconds of a kernel, fitted.
+
+    Fields:
+        seconds: of one of each of `TERMS`; 0 or more, absent is 0.
+        error: median relative error on held-out measurements; worst: the largest.
+        samples: measurements; lengths: of their prompts.
+    """
+
+    kernel: Kernel
+    seconds: Mapping[str, float]
+    error: float
+    worst: float
+    samples: int
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BreakEven:
+    """From which length on a method is faster than dense attention on the same kernel, planning included.
+
+    Fields:
+        method: `Method.to_dict`.
+        heads, groups: H and G that were measured.
+        tokens: the length; the shortest measured if it is faster at all; None if at the longest it is still slower.
+        shortest, longest: lengths that were measured.
+    """
+
+    kernel: Kernel
+    method: Mapping[str, Any]
+    heads: int
+    groups: int
+    tokens: float | None
+    shortest: int
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What is known of a machine's costs: for each kernel, and for methods on them."""
+
+    machine: Machine
+    kernels: tuple[KernelCost, ...] = ()
+    break_even: tuple[BreakEven, ...] = ()
+
+    def kernel(self, kernel: Kernel) -> KernelCost | None:
+        return next((cost for cost in self.kernels if cost.kernel == kernel), None)
+
+    def updated(self, newer: Costs) -> Costs:
+        """The entries of both; the newer one's where both have one. Of another machine, nothing is kept."""
+        if self.machine != newer.machine:
+            return newer
+        kernels = {cost.kernel: cost for cost in (*self.kernels, *newer.kernels)}
+        points = {_identity(point): point for point in (*self.break_even, *newer.break_even)}
+        return Costs(newer.machine, tuple(kernels.values()), tuple(points.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "machine": self.machine.to_dict(),
+            "kernels": [_plain(cost) for cost in self.kernels],
+            "break_even": [_plain(point) for point in self.break_even],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Costs:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: another schema, or a field that does not fit; the message says which.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            given = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"schema {shown(given)} of costs is not supported; this version reads schema {SCHEMA}")
+        kernels = [_kernel_cost(entry, f"kernels[{i}]") for i, entry in enumerate(_entries(data, "kernels"))]
+        points = [_break_even(entry, f"break_even[{i}]") for i, entry in enumerate(_entries(data, "break_even"))]
+        if len({cost.kernel for cost in kernels}) < len(kernels):
+            raise ValueError("kernels must have one entry for each kernel")
+        if len({_identity(point) for point in points}) < len(points):
+            raise ValueError("break_even must have one entry for each method, number of heads and kernel")
+        return cls(Machine.from_dict(data.get("machine")), tuple(kernels), tuple(points))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON, to a temporary name first; its folder is made if there is none.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Costs:
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is something else; the message says what.
+        """
+        content = read_file(path)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"{path} is no file of costs: it has {len(content):,} bytes, more than {_MOST_BYTES:,}")
+        try:
+            return cls.from_dict(parse_json(content))
+        except ValueError as error:
+            raise ValueError(f"{path} is no file of costs: {error}") from None
+
+
+def default_path() -> Path | None:
+    """The file that `Policy` looks for, whether or not it is there; None where ``GOSSAMER_COST_MODEL=off``."""
+    named = os.environ.get(ENVIRONMENT, "")
+    if named:
+        return None if named == OFF else Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    except RuntimeError:  # no home
+        return None
+    return folder / "gossamer" / "costs.json"
+
+
+def at_hand() -> tuple[Costs | None, str]:
+    """The costs measured on this machine, and where they are from; or None, and why there are none.
+
+    A file is read once in a process.
+    """
+    path = default_path()
+    if path is None:
+        return None, f"{ENVIRONMENT}={OFF}" if os.environ.get(ENVIRONMENT) == OFF else "no home folder"
+    costs, reason = _read(path)
+    if costs is None:
+        return None, reason
+    other = costs.machine.why_not(Machine.here())
+    return (costs, str(path)) if other is None else (None, f"{path} was {other}; run `gossamer bench --cost-model`")
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: Path) -> tuple[Costs | None, str]:
+    try:
+        return Costs.load(path), ""
+    except FileNotFoundError:
+        return None, f"there is no {path}; `gossamer bench --cost-model` writes it"
+    except OSError as error:
+        return None, f"cannot read {path}: {error.strerror}"
+    except ValueError as error:
+        return None, str(error)
+
+
+def forget() -> None:
+    """Read the file anew when it is needed next: it was written."""
+    _read.cache_clear()
+
+
+def _identity(point: BreakEven) -> tuple[Any, ...]:
+    return point.kernel, json.dumps(dict(point.method), sort_keys=True, default=str), point.heads, point.groups
+
+
+def _plain(entry: KernelCost | BreakEven) -> dict[str, Any]:
+    values = {part.name: getattr(entry, part.name) for part in fields(entry) if part.name != "kernel"}
+    values |= {name: dict(value) for name, value in values.items() if isinstance(value, Mapping)}
+    values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+    return asdict(entry.kernel) | values
+
+
+def _entries(data: Mapping[str, Any], name: str) -> list[Any]:
+    entries = data.get(name, [])
+    if not isinstance(entries, list) or len(entries) > _MOST_ENTRIES:
+        raise ValueError(f"{name} must be a list of at most {_MOST_ENTRIES:,} entries, got {shown(entries)}")
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{name}[{i}] must be an object, got {shown(entry)}")
+    return entries
+
+
+def _kernel(entry: Mapping[str, Any], what: str) -> Kernel:
+    for name in ("backend", "device", "dtype"):
+        if not isinstance(entry.get(name), str):
+            raise ValueError(f"{what}.{name} must be text, got {shown(entry.get(name))}")
+    return Kernel(entry["backend"], entry["device"], entry["dtype"], _count(entry, "head_dim", what))
+
+
+def _kernel_cost(entry: Mapping[str, Any], what: str) -> KernelCost:
+    seconds = entry.get("seconds")
+    if not isinstance(seconds, dict):
+        raise ValueError(f"{what}.seconds must be an object, got {shown(seconds)}")
+    for name in seconds:
+        if name not in TERMS:
+            raise ValueError(f"{what}.seconds has {shown(name)}, which is none of {', '.join(TERMS)}")
+        _number(seconds, name, f"{what}.seconds")
+    lengths = entry.get("lengths")
+    if not isinstance(lengths, list):
+        raise ValueError(f"{what}.lengths must be a list, got {shown(lengths)}")
+    numbered = {str(i): length for i, length in enumerate(lengths)}
+    return KernelCost(
+        _kernel(entry, what),
+        {name: float(value) for name, value in seconds.items()},
+        _number(entry, "error", what),
+        _number(entry, "worst", what),
+        _count(entry, "samples", what),
+        tuple(_count(numbered, i, f"{what}.lengths") for i in numbered),
+    )
+
+
+def _break_even(entry: Mapping[str, Any], what: str) -> BreakEven:
+    method = entry.get("method")
+    if not isinstance(method, dict) or not isinstance(method.get("method"), str):
+        raise ValueError(f"{what}.method must be an object that names a method, got {shown(method)}")
+    counts = {name: _count(entry, name, what) for name in ("heads", "groups", "shortest", "longest")}
+    tokens = None if entry.get("tokens") is None else _number(entry, "tokens", what, _MOST_TOKENS)
+    return BreakEven(_kernel(entry, what), method, tokens=tokens, **counts)
+
+
+def _count(entry: Mapping[str, Any], name: str, what: str) -> int:
+    value = entry.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_TOKENS:
+        raise ValueError(f"{what}.{name} must be an integer, 1 to {_MOST_TOKENS:,}, got {shown(value)}")
+    return value
+
+
+def _number(entry: Mapping[str, Any], name: str, what: str, most: float = _MOST_SECONDS) -> float:
+    value = entry.get(name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{what}.{name} must be a number, 0 to {most:g}, got {shown(value)}")
+    return float(value)

@@ -1,0 +1,112 @@
+"""Fits that are known, break-even lengths, and the command under a clock of its own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gossamer.calibrate.bench import Row, Shape, bench, break_even, costs_of, kernel_cost
+from gossamer.calibrate.fit import fit, held_out_errors
+from gossamer.cli import main
+from gossamer.methods import AShape
+from gossamer.profiles.costs import TERMS, Costs
+
+SHAPE = Shape(2, 1, 8)
+
+
+def ticking(step: float = 1.0) -> Callable[[], float]:
+    ticks = itertools.count()
+    return lambda: next(ticks) * step
+
+
+def test_known_coefficients_are_found() -> None:
+    terms = torch.rand(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [1, 1e3, 1e9, 1]
+    )
+    true = torch.tensor([3.0, 0.0, 2e-9, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(fit(terms, terms @ true), true, atol=1e-9, rtol=1e-6)
+    assert float(held_out_errors(terms, terms @ true).max()) < 1e-6
+
+
+def test_no_coefficient_is_below_zero_where_least_squares_would_have_one() -> None:
+    terms = torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]], dtype=torch.float64)
+    found = fit(terms, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
+    assert found[0] > 0
+    assert found[1] == 0
+
+
+def test_a_sample_that_others_do_not_explain_is_missed() -> None:
+    terms = torch.ones(5, 1, dtype=torch.float64)
+    seconds = torch.tensor([1.0, 1, 1, 1, 4], dtype=torch.float64)
+    assert held_out_errors(terms, seconds)[4] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("seconds", [[], [0.0], [-1.0]])
+def test_seconds_that_are_none_are_refused(seconds: list[float]) -> None:
+    with pytest.raises(ValueError, match="at least one sample, and seconds above 0"):
+        fit(torch.ones(len(seconds), 1, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64))
+
+
+def test_break_even_is_between_the_lengths_where_it_turns() -> None:
+    assert break_even([100, 400], [1.0, 2.0], [2.0, 1.0]) == pytest.approx(200)
+    assert break_even([100, 400], [2.0, 2.0], [1.0, 1.0]) == 100
+    assert break_even([100, 400], [2.0, 1.0], [1.0, 1.0]) is None
+
+
+def test_rows_have_the_medians_of_the_clock() -> None:
+    rows = list(bench(SHAPE, [AShape(1, 8), AShape(1, 16)], [40, 80], rounds=2, clock=ticking(0.5)))
+    assert [(row.method, row.length) for row in rows] == [
+        (AShape(1, 8), 40),
+        (AShape(1, 16), 40),
+        (AShape(1, 8), 80),
+        (AShape(1, 16), 80),
+    ]
+    assert {(row.plan_s, row.attend_s, row.dense_s) for row in rows} == {(0.5, 0.5, 0.5)}
+    assert rows[0].density < rows[1].density < 1
+
+
+def test_costs_name_the_break_even_of_each_method() -> None:
+    def row(method: AShape, length: int, attend: float) -> Row:
+        return Row(method, length, 0.5, attend, length / 100, 0.5)
+
+    fast, slow = AShape(1, 8), AShape(1, 16)
+    costs = costs_of(SHAPE, [row(fast, 400, 0.5), row(fast, 100, 1.5), row(slow, 100, 9), row(slow, 400, 9)])
+    assert [(p.method["window"], p.shortest, p.longest, p.heads, p.groups) for p in costs.break_even] == [
+        (8, 100, 400, 2, 1),
+        (16, 100, 400, 2, 1),
+    ]
+    assert costs.break_even[0].tokens == pytest.approx(100 * 4 ** (1 / 3))
+    assert costs.break_even[1].tokens is None
+
+
+def test_a_kernel_whose_every_call_takes_as_long_costs_calls_alone() -> None:
+    cost = kernel_cost(SHAPE, [64, 130], rounds=1, clock=ticking())
+    assert cost.seconds == pytest.approx({name: float(name == "calls") for name in TERMS}, abs=1e-6)
+    assert cost.worst < 1e-6
+    assert cost.lengths == (64, 130)
+
+
+def test_the_command_writes_costs_and_keeps_those_of_other_shapes(tmp_path: Path, capsys, monkeypatch) -> None:
+    path = tmp_path / "cache" / "costs.json"
+    monkeypatch.setenv("GOSSAMER_COST_MODEL", str(path))
+    sizes = ["--lengths", "64,128", "--rounds", "1", "--heads", "2", "--groups", "1", "--methods", "a_shape(window=16)"]
+    for dim in ("8", "16"):
+        assert main(["bench", *sizes, "--head-dim", dim, "--cost-model", "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
+    assert [cost.kernel.head_dim for cost in Costs.load(path).kernels] == [8, 16]
+    assert main(["bench", *sizes, "--head-dim", "8"]) == 0
+    assert "a_shape is faster than dense" in capsys.readouterr().out
+    path.write_text("mine")
+    assert main(["bench", *sizes, "--head-dim", "8", "--cost-model"]) == 2
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("bad", [["--heads", "3"], ["--lengths", "a"], ["--rounds", "0"], ["--methods", "x"], ["none"]])
+def test_bad_input_is_refused_in_one_line(bad: list[str], capsys) -> None:
+    assert main(["bench", *bad]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,154 @@
+"""Files of other projects as profiles and back, shards, other models; and files that were spoilt."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from gossamer import Profile
+from gossamer.cli import main
+from gossamer.methods import AShape, BlockSparse, Dense, TriShape, VerticalSlash, XAttention
+from gossamer.profiles import Provenance
+from gossamer.profiles.imports import import_profile
+
+PUBLISHED = [
+    {"0": ["vertical_and_slash", 1000, 6096, 0.9], "1": ["stream_llm", 100, 800, 43215.0]},
+    {"0": ["block_sparse", 70, 0, 0.5], "1": ["vertical_and_slash", 30, 800, 1.0]},
+]
+
+
+def written(path: Path, data: object) -> Path:
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    return path
+
+
+def test_published_lists_survive_the_round_trip(tmp_path: Path) -> None:
+    profile = import_profile(written(tmp_path / "p.json", PUBLISHED))
+    assert profile.layers[0] == (VerticalSlash(1000, 6096), AShape(100, 800))
+    assert profile.to_minference() == PUBLISHED
+
+
+@pytest.mark.parametrize("method", [TriShape(), VerticalSlash(3, 4, exact=True), BlockSparse(3, 32)])
+def test_what_the_published_form_cannot_hold_is_named(method) -> None:
+    with pytest.raises(ValueError, match="layer 0, head 1: MInference's format holds vertical_slash, a_shape, block"):
+        Profile(((AShape(), method),)).to_minference()
+
+
+def test_gates_become_full_and_streaming_heads(tmp_path: Path) -> None:
+    written(tmp_path / "full_attention_heads.tsv", "0.9\t0.1\n0.2\t0.8\n")
+    written(tmp_path / "config.json", {"sink_size": 5, "recent_size": 7})
+    streaming = AShape(5, 7)
+    assert import_profile(tmp_path).layers == ((Dense(), streaming), (streaming, Dense()))
+    assert import_profile(tmp_path, heads=4).layers[0] == (Dense(), Dense(), streaming, streaming)
+    assert import_profile(tmp_path, sparsity=1.0).layers[0] == (streaming, streaming)
+    with pytest.raises(ValueError, match="has 2 heads a layer; 3 is no multiple"):
+        import_profile(tmp_path, heads=3)
+
+
+def test_lines_become_windows_of_a_length(tmp_path: Path) -> None:
+    path = written(tmp_path / "moa.json", {"alphas": [[1024, 0]], "betas": [[0, 0.5]]})
+    assert import_profile(path, length=8192).layers == ((AShape(64, 960), AShape(64, 4032)),)
+    with pytest.raises(ValueError, match="say for which length"):
+        import_profile(path)
+
+
+@pytest.mark.parametrize("content", ["[[0.9, 0.5]]", '{"threshold": [[0.9, 0.5]]}', "0.9\t0.5\n"])
+def test_tables_of_thresholds_become_methods(content: str, tmp_path: Path) -> None:
+    assert import_profile(written(tmp_path / "t", content)).layers == ((XAttention(0.9), XAttention(0.5)),)
+
+
+def test_provenance_and_figures_survive_the_round_trip() -> None:
+    origin = Provenance("m", config_hash="ab", prompts_hash="cd", kernel="cpu/avx512", machine="a processor")
+    profile = Profile(((Dense(), AShape()),), None, origin, ((0.1, None),), ((1e-3, 2e-3),))
+    assert Profile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+    for name, message in (("errors", "an error is a number"), ("costs", "a cost is a number")):
+        with pytest.raises(ValueError, match=f"layer 0, head 0: {message} or null, got 'x'"):
+            Profile.from_dict(profile.to_dict() | {name: [["x", 1]]})
+    with pytest.raises(ValueError, match="kernel of a profile's provenance must be text"):
+        Profile.from_dict(profile.to_dict() | {"provenance": {"kernel": 3}})
+
+
+# Shards and other models
+
+
+@pytest.mark.parametrize(("groups", "ranks"), [(4, 2), (4, 4), (2, 4), (8, 1)])
+def test_shards_are_the_heads_of_each_rank_in_order(groups: int, ranks: int) -> None:
+    heads = tuple(AShape(i, 7) for i in range(8))
+    profile = Profile((heads,), (tuple(map(float, range(8))),))
+    shards = [profile.shard(rank, ranks, groups) for rank in range(ranks)]
+    assert [head for shard in shards for head in shard.layers[0]] == list(heads)
+    assert [score for shard in shards for score in (shard.scores or [()])[0]] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [((2, 2, 4), "rank must be 0 to 1"), ((0, 2, 3), "multiple of the 3"), ((0, 3, 4), "cannot be split over 3")],
+)
+def test_shards_that_do_not_divide_are_refused(given, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Profile(((Dense(),) * 8,)).shard(*given)
+
+
+def test_another_model_is_refused_with_the_reason() -> None:
+    profile = Profile.uniform(2, 4, Dense())
+    profile.check(2, 4)
+    with pytest.raises(ValueError, match="for 2 layers of 4 heads, but this model has 3 layers of 4"):
+        profile.check(3, 4)
+
+
+# Spoilt files
+
+
+@pytest.mark.parametrize(
+    "good", [PUBLISHED, Profile(((AShape(), Dense()),)).to_dict(), {"alphas": [[1]], "betas": [[0]]}, [[0.5]]]
+)
+def test_bytes_changed_at_random_are_read_or_refused(good: object, tmp_path: Path) -> None:
+    draw, path, text = random.Random(0), tmp_path / "p.json", json.dumps(good).encode()
+    pieces = (b"", b"9" * 30, b"[", b"}", b"null", b"-1", b"\xff", b"1e999", b'"schema"')
+    refused = []
+    for _ in range(300):
+        spoilt = bytearray(text)
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(len(spoilt))
+            spoilt[at : at + draw.choice((0, 1, 9))] = draw.choice(pieces)
+            spoilt = spoilt or bytearray(b" ")
+        path.write_bytes(spoilt)
+        try:
+            import_profile(path, length=100)
+        except ValueError as error:
+            refused.append(len(str(error)))
+    assert len(refused) > 150
+    assert max(refused) < 1000
+
+
+def test_files_too_large_are_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("gossamer.profiles.profile.MOST_BYTES", 10)
+    with pytest.raises(ValueError, match="more than 10"):
+        Profile.load(written(tmp_path / "p.json", PUBLISHED))
+
+
+# The command
+
+
+def test_the_command_shows_compares_and_converts(tmp_path: Path, capsys) -> None:
+    path, ours, back = written(tmp_path / "p.json", PUBLISHED), tmp_path / "ours.json", tmp_path / "back.json"
+    assert main(["profile", "convert", str(path), "-o", str(ours)]) == 0
+    assert main(["profile", "convert", str(ours), "-o", str(back), "--to", "minference"]) == 0
+    assert json.loads(back.read_text()) == PUBLISHED
+    assert main(["profile", "diff", str(path), str(ours)]) == 0
+    assert "0 of 4 heads differ" in capsys.readouterr().out
+    written(path, [PUBLISHED[0], PUBLISHED[0]])
+    assert main(["profile", "diff", str(path), str(ours), "--json"]) == 1
+    assert [d["layer"] for d in json.loads(capsys.readouterr().out)["differing"]] == [1, 1]
+    assert main(["profile", "show", str(path)]) == 0
+    assert "2 layers of 2 heads" in capsys.readouterr().out
+
+
+def test_the_command_refuses_in_one_line(tmp_path: Path, capsys) -> None:
+    for data in ("{", "{}", [[2.0]], [{"0": ["flex_vertical_and_slash", [0.9, 4096], [0.9, 4096], 1.0]}]):
+        assert main(["profile", "show", str(written(tmp_path / "p.json", data))]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert main(["profile", "show", str(tmp_path / "none")]) == 2
