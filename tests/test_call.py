@@ -1,6 +1,7 @@
 """`AttentionCall`: what it refuses, what it keeps, and what it offers to methods."""
 
 import math
+import warnings
 from dataclasses import fields, replace
 from typing import Any
 
@@ -231,6 +232,12 @@ def test_an_unknown_wish_for_checks_is_named(monkeypatch: pytest.MonkeyPatch, va
 # Refusals
 
 
+def nested(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the strided kind is a prototype
+        return torch.nested.nested_tensor([torch.zeros(2, 9, 8)], layout=layout)
+
+
 @pytest.mark.parametrize("made_by", [AttentionCall, AttentionCall.of])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
@@ -244,7 +251,15 @@ def test_an_unknown_wish_for_checks_is_named(monkeypatch: pytest.MonkeyPatch, va
         ({"v": torch.zeros(2, 2, 9, 8)}, ValueError, r"v \(2, 2, 9, 8\) do not fit"),
         ({"v": torch.zeros(1, 4, 9, 8)}, ValueError, r"v \(1, 4, 9, 8\) do not fit"),
         ({"v": torch.zeros(1, 2, 8, 8)}, ValueError, r"v \(1, 2, 8, 8\) do not fit"),
-        ({"q": torch.zeros(1, 4, 5, 0), "k": torch.zeros(1, 2, 9, 0)}, ValueError, "must agree and not be 0"),
+        ({"q": torch.zeros(1, 4, 5, 0), "k": torch.zeros(1, 2, 9, 0)}, ValueError, "no head_dim may be 0"),
+        ({"v": torch.zeros(1, 2, 9, 0)}, ValueError, r"v \(1, 2, 9, 0\) do not fit: .* no head_dim may be 0"),
+        (
+            {"k": torch.zeros(1, 2, 9, 8).to_sparse()},
+            TypeError,
+            r"k must be .* got layout torch\.sparse_coo; .*to_dense",
+        ),
+        ({"q": nested(torch.strided)}, TypeError, "q must be a plain tensor .* got a nested tensor; pad it"),
+        ({"v": nested(torch.jagged)}, TypeError, "v must be a plain tensor .* got a nested tensor; pad it"),
         ({"q": torch.zeros(1, 3, 5, 8)}, ValueError, "the 3 query heads must be a multiple of the 2 key/value heads"),
         ({"k": torch.zeros(1, 0, 9, 8), "v": None}, ValueError, "4 query heads must be a multiple of the 0"),
         ({"k": torch.zeros(1, 2, 9, 8).double()}, TypeError, r"share a dtype, got torch\.float32, torch\.float64"),

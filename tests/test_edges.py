@@ -244,3 +244,13 @@ def test_tensors_without_values_are_refused_where_values_choose(method: str) -> 
     with pytest.raises(ValueError, match=f"{method} chooses by values, but tensors on the meta device hold no values"):
         sparse_attention(q, k, v, method)
     assert sparse_attention(q, k, v, "dense").shape == q.shape
+
+
+@kernels_or_torch
+def test_a_sink_that_is_nan_leaves_padding_rows_zero(attend: Any) -> None:
+    q, k, v = tensors(12)
+    extent = Extent.from_key_mask(torch.tensor([[False] * 4 + [True] * 8]), 12)
+    call = AttentionCall(q, k, v, extent, sinks=torch.full((2,), float("nan")))
+    out, _ = attend(call, SparsePlan.dense(2, 12, 12, extent))
+    assert out[:, :, :4].eq(0).all()
+    assert out[:, :, 4:].isnan().all()

@@ -244,15 +244,22 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            kind, remedy = (
+                ("a nested tensor", "pad it, and say where the tokens sit by extent")
+                if tensor.is_nested
+                else (f"layout {tensor.layout}", "convert it with to_dense()")
+            )
+            raise TypeError(f"{name} must be a plain tensor of layout torch.strided, got {kind}; {remedy}")
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
     if any(tensor.ndim != 4 for tensor in given.values()):
         raise ValueError(f"q, k and v must be [batch, heads, tokens, head_dim], got {shapes}")
     heads, groups = q.shape[1], k.shape[1]
     fits = k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3] and (v is None or v.shape[:3] == k.shape[:3])
-    if not fits or q.shape[3] == 0:
+    if not fits or any(tensor.shape[3] == 0 for tensor in given.values()):
         raise ValueError(
-            f"{shapes} do not fit: batch and head_dim of q and k must agree and not be 0, and v must have k's batch, "
-            "heads and tokens"
+            f"{shapes} do not fit: batch and head_dim of q and k must agree, v must have k's batch, heads and "
+            "tokens, and no head_dim may be 0"
         )
     if groups == 0 or heads % groups:
         raise ValueError(f"the {heads} query heads must be a multiple of the {groups} key/value heads")

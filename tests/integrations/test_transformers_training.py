@@ -123,6 +123,8 @@ def test_tangents_are_refused_instead_of_lost() -> None:
         dual = forward_mode.make_dual(q, torch.ones_like(q))
         with pytest.raises(NotImplementedError, match="forward-mode"):
             gossamer.sparse_attention(dual, k, v, policy)
+        with pytest.raises(NotImplementedError, match=r"by no method; ask for a gradient .* or call torch's"):
+            gossamer.sparse_attention(dual, k, v, "dense", return_lse=True)
         assert gossamer.sparse_attention(q, k, v, policy).shape == q.shape
     with pytest.raises(NotImplementedError, match="vmap"):
         torch.vmap(lambda t: gossamer.sparse_attention(t, k, v, policy))(torch.stack([q, q]))

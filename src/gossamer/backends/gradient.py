@@ -40,5 +40,6 @@ def refuse_transforms(call: AttentionCall) -> None:
             )
         if forward_mode.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
-                "sparse attention has no forward-mode derivative; use gossamer.methods.create('dense') outside of it"
+                "gossamer has no forward-mode derivative, by no method; ask for a gradient (reverse mode), which runs "
+                "dense, or call torch's scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
             )

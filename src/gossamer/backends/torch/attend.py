@@ -58,6 +58,8 @@ def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Te
     if call.sinks is not None:
         lse = torch.logaddexp(lse, call.sinks.to(lse).view(1, -1, 1))
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    if call.sinks is not None:  # a sink that is NaN says nothing of pairs that are not there
+        weights = weights.masked_fill(scores == float("-inf"), 0.0)
     weights = weights.view(call.batch, call.groups, call.share * len(rows), values.shape[-2])
     out = weights @ values
     return out.view(call.batch, call.heads, len(rows), out.shape[-1]), lse
