@@ -19,6 +19,7 @@ from gossamer.cli.inputs import (
     require_transformers,
     text_config,
 )
+from gossamer.cli.machine import add_dtype
 from gossamer.cli.specs import parse_method, parse_task, split_specs
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.methods.registry import available, class_of
@@ -61,7 +62,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_dtype(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
 
 

@@ -6,7 +6,6 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ from gossamer import AttentionCall, __version__, backends
 from gossamer.backends import cpu
 from gossamer.backends import torch as definition
 from gossamer.cli.common import BadInput, add_command, first_line, print_json
+from gossamer.cli.machine import DTYPES, examine_cpu, fast_dtype
 from gossamer.methods import AShape
 
-__all__ = ["add_parser", "examine", "examine_cpu"]
+__all__ = ["add_parser", "examine"]
 
-# Instruction sets that some kernel could use, as Linux names them.
-_FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512(f|bw|vl|dq|_bf16|_fp16|_vnni)|amx_\w+|asimd|sve2?|bf16|i8mm")
 _ENVIRONMENT = (
     "GOSSAMER_BACKEND",
+    "GOSSAMER_CACHE",
     "GOSSAMER_CHECK",
     "GOSSAMER_CPU_ISA",
     "GOSSAMER_PLANNER",
@@ -51,7 +50,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="float32",
         help="of the model; differences show best in float32, the default",
     )
@@ -107,6 +106,7 @@ def examine() -> dict[str, Any]:
             "instruction_sets": list(cpu.supported_isas()),
         },
         "backend": chosen,
+        "dtype_auto": _fast_dtypes(),
         "self_test": tests,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": packages,
@@ -115,14 +115,11 @@ def examine() -> dict[str, Any]:
     return report | {"off": _what_is_off(report)}
 
 
-def examine_cpu() -> dict[str, Any]:
-    """The processor, its instruction sets, the cores that this process may use and torch's threads."""
-    return {
-        "model": _cpu_model(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "features": _cpu_features(),
-    }
+def _fast_dtypes() -> dict[str, dict[str, str]]:
+    """What ``--dtype auto`` takes on each device, and why."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    taken = {device: fast_dtype(device) for device in devices}
+    return {device: {"dtype": str(d).removeprefix("torch."), "because": why} for device, (d, why) in taken.items()}
 
 
 def _small_call(dtype: torch.dtype, device: str) -> AttentionCall:
@@ -166,21 +163,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.is_file() else ""
-
-
-def _cpu_model() -> str:
-    named = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()
-
-
-def _cpu_features() -> list[str]:
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    return [flag for flag in found[1].split() if _FEATURES.fullmatch(flag)] if found else []
-
-
 def _format(report: dict[str, Any]) -> str:
     machine, kernels = report["cpu"], report["kernels"]
     rows = [
@@ -195,6 +177,9 @@ def _format(report: dict[str, Any]) -> str:
     for dtype, backend in report["backend"].items():
         tested = report["self_test"][dtype]
         rows.append((dtype, backend if tested == backend else f"{backend} (self-test: {tested})"))
+    for device, auto in report["dtype_auto"].items():
+        where = "" if device == "cpu" else f" on {device}"
+        rows.append((f"--dtype auto{where}", f"{auto['dtype']}: {auto['because']}"))
     rows.append(("gpu", ", ".join(report["gpus"]) or "none"))
     rows += [(name, version or "not installed") for name, version in report["packages"].items()]
     rows += list(report["environment"].items())

@@ -11,6 +11,7 @@ from typing import Any
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.eval_progress import Progress
 from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile, require_transformers
+from gossamer.cli.machine import add_dtype
 from gossamer.cli.specs import parse_method, parse_task, split_specs, task_names
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.policy import Policy
@@ -52,7 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--profile", type=Path, help="file with a method for each head, for minference and per_head")
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_dtype(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
     parser.add_argument(
         "--lm-eval",

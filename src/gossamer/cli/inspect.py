@@ -20,6 +20,7 @@ from gossamer.cli.inputs import (
     require_transformers,
     text_config,
 )
+from gossamer.cli.machine import add_dtype
 from gossamer.profiles.files import write_whole
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="look at about this many queries, evenly spaced (default: %(default)s)",
     )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_dtype(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -64,7 +65,7 @@ def execute(arguments: argparse.Namespace) -> int:
         _make_folder(arguments.out)
     text = read_prompt(arguments.prompt)
     require_transformers("inspect")
-    from gossamer.cli.generation import check_model, layer_progress, load_model, load_tokenizer, tokenize
+    from gossamer.cli.generation import layer_progress, load_checked, load_tokenizer, tokenize
     from gossamer.evaluate.heads import heads_record, inspect_model
     from gossamer.evaluate.subject import Subject
 
@@ -73,8 +74,7 @@ def execute(arguments: argparse.Namespace) -> int:
     prompt = tokenize(tokenizer, text, chat=False)
     prompt = prompt[:, : min(arguments.max_tokens or sys.maxsize, sys.maxsize)]
     _check_length(sizes, prompt.shape[1])
-    model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
-    check_model(model, arguments.model)
+    model = load_checked(arguments.model, arguments.dtype)
     rows = arguments.rows if arguments.rows < prompt.shape[1] else None
     map_size = None if arguments.out is None else 64
     try:
