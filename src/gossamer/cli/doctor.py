@@ -35,6 +35,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PACKAGES = {
     "transformers": "gossamer.enable and `gossamer run` need it: pip install 'gossamer[cli]'",
     "tqdm": "progress bars need it: pip install 'gossamer[cli]'",
+    "gguf": "models as GGUF files need it, and accelerate: pip install 'gossamer[gguf]'",
     "triton": "CUDA devices need it: pip install 'gossamer[triton]'",
 }
 
@@ -45,8 +46,8 @@ def add_parser(commands: Any) -> None:
         "model",
         nargs="?",
         type=Path,
-        help="folder of a model: run a short random prompt through it with gossamer and without, nothing left out, and "
-        "compare; the exit code is 1 if they differ",
+        help="folder or GGUF file of a model: run a short random prompt through it with gossamer and without, nothing "
+        "left out, and compare; the exit code is 1 if they differ",
     )
     parser.add_argument(
         "--dtype",
@@ -71,9 +72,11 @@ def execute(arguments: argparse.Namespace) -> int:
 def _verify(path: Path, dtype: str) -> Any:
     from gossamer.cli.generation import check_weights, load_model
     from gossamer.cli.inputs import check_environment
+    from gossamer.cli.pretrained import model_folder
     from gossamer.integrations.transformers import verify
 
     check_environment()
+    path = model_folder(path)
     model = load_model(path, dtype, progress=sys.stderr.isatty())
     check_weights(model, path)  # NaN differs from NaN
     try:

@@ -180,7 +180,8 @@ def tokenize(tokenizer: Any, text: str, chat: bool) -> Tensor:
         return tokenizer(text, return_tensors="pt")["input_ids"]
     if not tokenizer.chat_template:
         raise BadInput("--chat: this model's tokenizer has no chat template; leave --chat out")
-    turns = [{"role": "user", "content": text}]
+    # The line end at the end of a file is no part of what was said; small models lose their way over it.
+    turns = [{"role": "user", "content": text.rstrip("\n")}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")[
         "input_ids"
     ]

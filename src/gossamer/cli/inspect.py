@@ -21,6 +21,7 @@ from gossamer.cli.inputs import (
     text_config,
 )
 from gossamer.cli.machine import add_dtype
+from gossamer.cli.pretrained import model_folder
 from gossamer.profiles.files import write_whole
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _BLOCK_WORTH_LISTING = 0.001
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "inspect", execute, "show what each head of a model attends to")
-    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("model", type=Path, help="folder or GGUF file of a model (nothing is downloaded)")
     parser.add_argument("prompt", nargs="?", default="-", help="text file; - or nothing reads standard input")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write heads.html, heads.csv and heads.jsonl here")
     parser.add_argument("--layers", metavar="LIST", help="such as 0,3-5 (default: all)")
@@ -57,6 +58,7 @@ def execute(arguments: argparse.Namespace) -> int:
         if value is not None and value < 2:
             raise BadInput(f"--{name.replace('_', '-')} must be at least 2, got {value}")
     check_environment()
+    arguments.model = model_folder(arguments.model)
     config = read_model(arguments.model)
     sizes = text_config(config)
     layers = number_list("layers", arguments.layers, sizes.get("num_hidden_layers"))

@@ -20,6 +20,7 @@ from gossamer.cli.inputs import (
     text_config,
 )
 from gossamer.cli.machine import add_dtype
+from gossamer.cli.pretrained import model_folder
 from gossamer.cli.specs import make_method
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
@@ -42,7 +43,7 @@ _COLUMNS: tuple[str, ...] = (
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "run", execute, "let a model read a long prompt and stream its answer")
-    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("model", type=Path, help="folder or GGUF file of a model (nothing is downloaded)")
     parser.add_argument("prompt", nargs="?", default="-", help="text file; - or nothing reads standard input")
     parser.add_argument("--method", default="minference", help="see `gossamer methods` (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the method")
@@ -64,6 +65,7 @@ def execute(arguments: argparse.Namespace) -> int:
     check_environment()
     profile = read_profile(arguments.profile)
     policy = _make_policy(arguments, profile)
+    arguments.model = model_folder(arguments.model)
     config = read_model(arguments.model)
     check_profile([policy], profile, config)
     text = read_prompt(arguments.prompt)

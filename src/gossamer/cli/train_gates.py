@@ -13,6 +13,7 @@ from typing import Any
 from gossamer.cli.common import BadInput, add_command, first_line, print_json
 from gossamer.cli.inputs import check_environment, read_model, require_transformers, text_config
 from gossamer.cli.machine import add_dtype
+from gossamer.cli.pretrained import model_folder
 from gossamer.profiles.files import read_text
 
 __all__ = ["add_parser"]
@@ -25,7 +26,7 @@ _LEAST = {"steps": 1, "length": 64, "block": 1, "sink": 0, "recent": 1, "save_ev
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "train-gates", execute, "train the gates of seer_attention or duo_attention")
-    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("model", type=Path, help="folder or GGUF file of a model (nothing is downloaded)")
     parser.add_argument("--texts", nargs="+", required=True, metavar="FILE", help="plain texts to train on")
     parser.add_argument("--kind", choices=sorted(_DEFAULTS), default="seer", help="default: %(default)s")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file of the gates; for duo a folder")
@@ -46,6 +47,7 @@ def add_parser(commands: Any) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     _check(arguments)
     check_environment(arguments.device)
+    arguments.model = model_folder(arguments.model)
     config = read_model(arguments.model)
     _check_length(arguments, text_config(config).get("max_position_embeddings"))
     texts = [_text(name) for name in arguments.texts]
