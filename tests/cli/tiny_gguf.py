@@ -23,9 +23,9 @@ def write_gguf(path: Path, *, architecture: str = "llama", without: str = "") ->
 
     rng = np.random.default_rng(0)
     tokens = ["<|end|>", "<|begin|>", *byte_letters(), "ab"]
-    writer = gguf.GGUFWriter(path, architecture)
+    writer: Any = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
-    fields: tuple[tuple[Any, Any], ...] = (
+    fields = (
         (writer.add_context_length, 2048),
         (writer.add_block_count, _LAYERS),
         (writer.add_embedding_length, _WIDTH),
