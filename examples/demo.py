@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import gossamer
 from gossamer.cli.common import table
-from gossamer.cli.doctor import examine_cpu
+from gossamer.cli.machine import examine_cpu, fast_dtype
 from gossamer.evaluate.haystack import Haystack
 from gossamer.evaluate.metrics import first_number_matches
 from gossamer.evaluate.tasks import Sample
@@ -152,12 +152,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def default_dtype() -> str:
-    """bfloat16 where the CPU multiplies it fast; elsewhere torch's own dense attention is faster in float32."""
-    fast = {"amx_bf16", "avx512_bf16", "bf16"} & set(examine_cpu()["features"])
-    return "bfloat16" if fast else "float32"
-
-
 def report(figures: dict[str, Any]) -> str:
     """The figures as text."""
     lines = [("method", "prefill s", "attention s", "density", "right", "top-1 as dense")]
@@ -192,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--model", type=Path, default=MODEL, help="another model of the reference model's form")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=default_dtype())
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=str(fast_dtype()[0]).removeprefix("torch."))
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         parser.error(f"{arguments.model} is not a model: it has no config.json")

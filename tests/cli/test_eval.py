@@ -139,7 +139,7 @@ def test_list_of_tasks(capsys):
     assert json.loads(listed) == {"tasks": out.split()}
     code, _, err = evaluate(capsys)
     assert code == 2
-    assert "name the folder of a model: gossamer eval MODEL" in err
+    assert "name a folder or a GGUF file: gossamer eval MODEL" in err
 
 
 def test_perplexity_alone_needs_no_word_on_fidelity(capsys, qwen3, tmp_path):

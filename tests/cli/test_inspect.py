@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from notes import without_notes
 
 from gossamer.cli import main
 from gossamer.report.html import POLICY
@@ -178,6 +179,7 @@ def test_names_on_the_page_are_escaped(capsys, model_path, prompt_file, tmp_path
 def bad(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     """The one line that a bad command line gives."""
     code, out, err = inspect(capsys, *argv)
+    err = without_notes(err)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     return err

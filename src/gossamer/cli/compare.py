@@ -19,6 +19,8 @@ from gossamer.cli.inputs import (
     require_transformers,
     text_config,
 )
+from gossamer.cli.machine import add_dtype
+from gossamer.cli.pretrained import model_folder
 from gossamer.cli.specs import parse_method, parse_task, split_specs
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.methods.registry import available, class_of
@@ -36,7 +38,7 @@ _ALL = "all"
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "compare", execute, "find the methods and settings that no other beats on a model")
-    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("model", type=Path, help="folder or GGUF file of a model (nothing is downloaded)")
     parser.add_argument(
         "--methods",
         default=_ALL,
@@ -61,7 +63,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_dtype(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
 
 
@@ -69,6 +71,7 @@ def execute(arguments: argparse.Namespace) -> int:
     check_numbers(arguments, {"limit": 1, "rounds": 1, "min_tokens": 0})
     check_device(arguments.device)
     check_environment(arguments.device)
+    arguments.model = model_folder(arguments.model)
     config, profile = read_model(arguments.model), read_profile(arguments.profile)
     layers = number_list("layers", arguments.layers, text_config(config).get("num_hidden_layers"))
     try:

@@ -6,7 +6,6 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,15 @@ from gossamer import AttentionCall, __version__, backends
 from gossamer.backends import cpu
 from gossamer.backends import torch as definition
 from gossamer.cli.common import BadInput, add_command, first_line, print_json
+from gossamer.cli.machine import DTYPES, examine_cpu, fast_dtype
 from gossamer.methods import AShape
 from gossamer.profiles.costs import at_hand
-from gossamer.profiles.machine import cpu_info, cpu_model, usable_cores
 
-__all__ = ["add_parser", "examine", "examine_cpu"]
+__all__ = ["add_parser", "examine"]
 
-# Instruction sets that some kernel could use, as Linux names them.
-_FEATURES = re.compile(r"avx2|fma|f16c|avx_vnni|avx512(f|bw|vl|dq|_bf16|_fp16|_vnni)|amx_\w+|asimd|sve2?|bf16|i8mm")
 _ENVIRONMENT = (
     "GOSSAMER_BACKEND",
+    "GOSSAMER_CACHE",
     "GOSSAMER_CHECK",
     "GOSSAMER_COST_MODEL",
     "GOSSAMER_CPU_ISA",
@@ -39,6 +37,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PACKAGES = {
     "transformers": "gossamer.enable and `gossamer run` need it: pip install 'gossamer[cli]'",
     "tqdm": "progress bars need it: pip install 'gossamer[cli]'",
+    "gguf": "models as GGUF files need it, and accelerate: pip install 'gossamer[gguf]'",
     "triton": "CUDA devices need it: pip install 'gossamer[triton]'",
 }
 
@@ -49,12 +48,12 @@ def add_parser(commands: Any) -> None:
         "model",
         nargs="?",
         type=Path,
-        help="folder of a model: run a short random prompt through it with gossamer and without, nothing left out, and "
-        "compare; the exit code is 1 if they differ",
+        help="folder or GGUF file of a model: run a short random prompt through it with gossamer and without, nothing "
+        "left out, and compare; the exit code is 1 if they differ",
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="float32",
         help="of the model; differences show best in float32, the default",
     )
@@ -75,9 +74,11 @@ def execute(arguments: argparse.Namespace) -> int:
 def _verify(path: Path, dtype: str) -> Any:
     from gossamer.cli.generation import check_weights, load_model
     from gossamer.cli.inputs import check_environment
+    from gossamer.cli.pretrained import model_folder
     from gossamer.integrations.transformers import verify
 
     check_environment()
+    path = model_folder(path)
     model = load_model(path, dtype, progress=sys.stderr.isatty())
     check_weights(model, path)  # NaN differs from NaN
     try:
@@ -111,6 +112,7 @@ def examine() -> dict[str, Any]:
             "instruction_sets": list(cpu.supported_isas()),
         },
         "backend": chosen,
+        "dtype_auto": _fast_dtypes(),
         "self_test": tests,
         "cost_model": {"found": found is not None, "where": where},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -120,14 +122,11 @@ def examine() -> dict[str, Any]:
     return report | {"off": _what_is_off(report)}
 
 
-def examine_cpu() -> dict[str, Any]:
-    """The processor, its instruction sets, the cores that this process may use and torch's threads."""
-    return {
-        "model": cpu_model(),
-        "usable_cores": usable_cores(),
-        "torch_threads": torch.get_num_threads(),
-        "features": _cpu_features(),
-    }
+def _fast_dtypes() -> dict[str, dict[str, str]]:
+    """What ``--dtype auto`` takes on each device, and why."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    taken = {device: fast_dtype(device) for device in devices}
+    return {device: {"dtype": str(d).removeprefix("torch."), "because": why} for device, (d, why) in taken.items()}
 
 
 def _small_call(dtype: torch.dtype, device: str) -> AttentionCall:
@@ -171,11 +170,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_features() -> list[str]:
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpu_info(), re.MULTILINE)
-    return [flag for flag in found[1].split() if _FEATURES.fullmatch(flag)] if found else []
-
-
 def _format(report: dict[str, Any]) -> str:
     machine, kernels = report["cpu"], report["kernels"]
     rows = [
@@ -192,6 +186,9 @@ def _format(report: dict[str, Any]) -> str:
         rows.append((dtype, backend if tested == backend else f"{backend} (self-test: {tested})"))
     costs = report["cost_model"]
     rows.append(("cost model", costs["where"] if costs["found"] else f"none: {costs['where']}"))
+    for device, auto in report["dtype_auto"].items():
+        where = "" if device == "cpu" else f" on {device}"
+        rows.append((f"--dtype auto{where}", f"{auto['dtype']}: {auto['because']}"))
     rows.append(("gpu", ", ".join(report["gpus"]) or "none"))
     rows += [(name, version or "not installed") for name, version in report["packages"].items()]
     rows += list(report["environment"].items())

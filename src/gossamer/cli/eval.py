@@ -11,6 +11,8 @@ from typing import Any
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.eval_progress import Progress
 from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile, require_transformers
+from gossamer.cli.machine import add_dtype
+from gossamer.cli.pretrained import model_folder
 from gossamer.cli.specs import parse_method, parse_task, split_specs, task_names
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.policy import Policy
@@ -23,7 +25,7 @@ _PERPLEXITY = "perplexity"
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "eval", execute, "measure what a model's answers lose under sparse attention")
-    parser.add_argument("model", type=Path, nargs="?", help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("model", type=Path, nargs="?", help="folder or GGUF file of a model (nothing is downloaded)")
     parser.add_argument(
         "--methods",
         default="dense,minference,max_relative",
@@ -52,7 +54,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--profile", type=Path, help="file with a method for each head, for minference and per_head")
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_dtype(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
     parser.add_argument(
         "--lm-eval",
@@ -70,9 +72,10 @@ def execute(arguments: argparse.Namespace) -> int:
             print("\n".join(names))
         return 0
     if arguments.model is None:
-        raise BadInput("name the folder of a model: gossamer eval MODEL (`gossamer eval --tasks list` needs none)")
+        raise BadInput("name a folder or a GGUF file: gossamer eval MODEL (`gossamer eval --tasks list` needs none)")
     _check_numbers(arguments)
     check_environment(arguments.device)
+    arguments.model = model_folder(arguments.model)
     config, profile = read_model(arguments.model), read_profile(arguments.profile)
     try:
         policies = [_policy(arguments, spec, profile) for spec in split_specs(arguments.methods)]

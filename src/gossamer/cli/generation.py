@@ -17,18 +17,19 @@ from transformers.utils import logging as transformers_logging
 
 import gossamer
 from gossamer.cli.common import BadInput, first_line
+from gossamer.cli.machine import fast_dtype
 from gossamer.integrations.transformers import filter_prompt
 from gossamer.policy import Policy
 
 __all__ = [
     "Filtered",
     "Generation",
-    "check_model",
     "check_weights",
     "compare_top1",
     "filtered",
     "generate",
     "layer_progress",
+    "load_checked",
     "load_model",
     "load_tokenizer",
     "tokenize",
@@ -97,18 +98,34 @@ def load_tokenizer(path: Path) -> Any:
         raise BadInput(f"{path} has no tokenizer that transformers can load: {first_line(error)}") from error
 
 
-def load_model(path: Path, dtype: str, progress: bool) -> Any:
+def load_model(path: Path, dtype: str, progress: bool, device: str = "cpu") -> Any:
+    """The model of a folder, not moved: the device tells which dtype ``auto`` is."""
+    wanted = fast_dtype(device)[0] if dtype == "auto" else getattr(torch, dtype)
     if not progress:
         transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
         raise BadInput(f"{path} is no language model that transformers can load: {first_line(error)}") from error
     return model.eval()
 
 
+def load_checked(path: Path, dtype: str, device: str = "cpu") -> Any:
+    """The model of a folder on a device, looked at before anything slow is done; says which dtype ``auto`` took."""
+    model = load_model(path, dtype, progress=sys.stderr.isatty(), device=device)
+    try:
+        model = model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device}: {first_line(error)}") from error
+    _check_model(model, path)
+    if dtype == "auto":
+        taken, because = fast_dtype(device)
+        print(f"dtype {str(taken).removeprefix('torch.')}: {because}", file=sys.stderr)
+    return model
+
+
 @torch.inference_mode()
-def check_model(model: Any, path: Path) -> None:
+def _check_model(model: Any, path: Path) -> None:
     """Look at every weight and read one token, so that what is not a number shows before anything slow is done.
 
     One token alone would not do: attention to few keys hides NaN in queries and keys, which longer prompts then show.
@@ -163,7 +180,8 @@ def tokenize(tokenizer: Any, text: str, chat: bool) -> Tensor:
         return tokenizer(text, return_tensors="pt")["input_ids"]
     if not tokenizer.chat_template:
         raise BadInput("--chat: this model's tokenizer has no chat template; leave --chat out")
-    turns = [{"role": "user", "content": text}]
+    # The line end at the end of a file is no part of what was said; small models lose their way over it.
+    turns = [{"role": "user", "content": text.rstrip("\n")}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")[
         "input_ids"
     ]

@@ -67,7 +67,9 @@ def check_environment(device: torch.device | str = "cpu") -> None:
 def read_model(path: Path) -> dict[str, Any]:
     """The model's config as JSON; the folder is looked at before anything slow is imported."""
     if not os.path.exists(path):
-        raise BadInput(f"no such model: {path} (give the folder of a transformers model; nothing is downloaded)")
+        raise BadInput(
+            f"no such model: {path} (give the folder of a transformers model or a GGUF file; nothing is downloaded)"
+        )
     file = path / "config.json"
     if not os.path.exists(file):
         raise BadInput(f"{path} is not a model: it has no config.json")

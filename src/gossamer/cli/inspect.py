@@ -20,6 +20,8 @@ from gossamer.cli.inputs import (
     require_transformers,
     text_config,
 )
+from gossamer.cli.machine import add_dtype
+from gossamer.cli.pretrained import model_folder
 from gossamer.profiles.files import write_whole
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ _BLOCK_WORTH_LISTING = 0.001
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "inspect", execute, "show what each head of a model attends to")
-    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("model", type=Path, help="folder or GGUF file of a model (nothing is downloaded)")
     parser.add_argument("prompt", nargs="?", default="-", help="text file; - or nothing reads standard input")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write heads.html, heads.csv and heads.jsonl here")
     parser.add_argument("--layers", metavar="LIST", help="such as 0,3-5 (default: all)")
@@ -47,7 +49,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="look at about this many queries, evenly spaced (default: %(default)s)",
     )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_dtype(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -56,6 +58,7 @@ def execute(arguments: argparse.Namespace) -> int:
         if value is not None and value < 2:
             raise BadInput(f"--{name.replace('_', '-')} must be at least 2, got {value}")
     check_environment()
+    arguments.model = model_folder(arguments.model)
     config = read_model(arguments.model)
     sizes = text_config(config)
     layers = number_list("layers", arguments.layers, sizes.get("num_hidden_layers"))
@@ -64,7 +67,7 @@ def execute(arguments: argparse.Namespace) -> int:
         _make_folder(arguments.out)
     text = read_prompt(arguments.prompt)
     require_transformers("inspect")
-    from gossamer.cli.generation import check_model, layer_progress, load_model, load_tokenizer, tokenize
+    from gossamer.cli.generation import layer_progress, load_checked, load_tokenizer, tokenize
     from gossamer.evaluate.heads import heads_record, inspect_model
     from gossamer.evaluate.subject import Subject
 
@@ -73,8 +76,7 @@ def execute(arguments: argparse.Namespace) -> int:
     prompt = tokenize(tokenizer, text, chat=False)
     prompt = prompt[:, : min(arguments.max_tokens or sys.maxsize, sys.maxsize)]
     _check_length(sizes, prompt.shape[1])
-    model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
-    check_model(model, arguments.model)
+    model = load_checked(arguments.model, arguments.dtype)
     rows = arguments.rows if arguments.rows < prompt.shape[1] else None
     map_size = None if arguments.out is None else 64
     try:

@@ -19,6 +19,8 @@ from gossamer.cli.inputs import (
     require_transformers,
     text_config,
 )
+from gossamer.cli.machine import add_dtype
+from gossamer.cli.pretrained import model_folder
 from gossamer.cli.specs import make_method
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
@@ -41,14 +43,14 @@ _COLUMNS: tuple[str, ...] = (
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "run", execute, "let a model read a long prompt and stream its answer")
-    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("model", type=Path, help="folder or GGUF file of a model (nothing is downloaded)")
     parser.add_argument("prompt", nargs="?", default="-", help="text file; - or nothing reads standard input")
     parser.add_argument("--method", default="minference", help="see `gossamer methods` (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the method")
     parser.add_argument("--profile", type=Path, help="file with a method for each head, for minference and per_head")
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_dtype(parser)
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
     parser.add_argument(
         "--filter", metavar="LAYER:KEEP", help="drop all but the KEEP tokens that the last one looks at most in a layer"
@@ -63,17 +65,17 @@ def execute(arguments: argparse.Namespace) -> int:
     check_environment()
     profile = read_profile(arguments.profile)
     policy = _make_policy(arguments, profile)
+    arguments.model = model_folder(arguments.model)
     config = read_model(arguments.model)
     check_profile([policy], profile, config)
     text = read_prompt(arguments.prompt)
     require_transformers("run")
     from gossamer.cli.generation import (
-        check_model,
         compare_top1,
         filtered,
         generate,
         layer_progress,
-        load_model,
+        load_checked,
         load_tokenizer,
         tokenize,
     )
@@ -81,8 +83,7 @@ def execute(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(arguments.model)
     prompt = tokenize(tokenizer, text, arguments.chat)
     _check_length(config, prompt.shape[1], arguments.max_new_tokens)
-    model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
-    check_model(model, arguments.model)
+    model = load_checked(arguments.model, arguments.dtype)
 
     contenders = {policy.method.name: policy}
     short = filtered(model, prompt, policy, *kept) if kept else None

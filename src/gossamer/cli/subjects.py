@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -38,7 +38,7 @@ def check_device(name: str) -> None:
 
 def load_subject(arguments: argparse.Namespace, longest: int) -> Subject:
     """The model of ``arguments``, which has prompts of up to ``longest`` tokens to read."""
-    from gossamer.cli.generation import check_model, load_model, load_tokenizer
+    from gossamer.cli.generation import load_checked, load_tokenizer
     from gossamer.evaluate.subject import Subject
 
     tokenizer = load_tokenizer(arguments.model)
@@ -46,17 +46,8 @@ def load_subject(arguments: argparse.Namespace, longest: int) -> Subject:
         raise BadInput("--chat: this model's tokenizer has no chat template; leave --chat out")
     # Samples are cut to their length here; the tokenizer's own limit only makes it warn.
     tokenizer.model_max_length = sys.maxsize
-    model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
-    model = _to_device(model, arguments.device)
-    check_model(model, arguments.model)
+    model = load_checked(arguments.model, arguments.dtype, arguments.device)
     subject = Subject(model, tokenizer, unicode(arguments.model.name), chat=arguments.chat)
     if subject.max_length is not None and longest > subject.max_length:
         raise BadInput(f"this model takes {subject.max_length} tokens, got a length of {longest}; ask for less")
     return subject
-
-
-def _to_device(model: Any, device: str) -> Any:
-    try:
-        return model.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {device}: {first_line(error)}") from error

@@ -12,6 +12,8 @@ from typing import Any
 
 from gossamer.cli.common import BadInput, add_command, first_line, print_json
 from gossamer.cli.inputs import check_environment, read_model, require_transformers, text_config
+from gossamer.cli.machine import add_dtype
+from gossamer.cli.pretrained import model_folder
 from gossamer.profiles.files import read_text
 
 __all__ = ["add_parser"]
@@ -24,7 +26,7 @@ _LEAST = {"steps": 1, "length": 64, "block": 1, "sink": 0, "recent": 1, "save_ev
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "train-gates", execute, "train the gates of seer_attention or duo_attention")
-    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("model", type=Path, help="folder or GGUF file of a model (nothing is downloaded)")
     parser.add_argument("--texts", nargs="+", required=True, metavar="FILE", help="plain texts to train on")
     parser.add_argument("--kind", choices=sorted(_DEFAULTS), default="seer", help="default: %(default)s")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file of the gates; for duo a folder")
@@ -38,27 +40,23 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--recent", type=int, default=256, help="likewise (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--save-every", type=int, default=50, metavar="N", help="steps (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_dtype(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     _check(arguments)
     check_environment(arguments.device)
+    arguments.model = model_folder(arguments.model)
     config = read_model(arguments.model)
     _check_length(arguments, text_config(config).get("max_position_embeddings"))
     texts = [_text(name) for name in arguments.texts]
     require_transformers("train-gates")
-    from gossamer.cli.generation import check_model, load_model, load_tokenizer
+    from gossamer.cli.generation import load_checked, load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)
     tokenizer.model_max_length = sys.maxsize
-    model = load_model(arguments.model, arguments.dtype, progress=sys.stderr.isatty())
-    try:
-        model = model.to(arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {arguments.device}: {first_line(error)}") from error
-    check_model(model, arguments.model)
+    model = load_checked(arguments.model, arguments.dtype, arguments.device)
     model.requires_grad_(False)
     run = {"seer": _seer, "duo": _duo}[arguments.kind]
     try:

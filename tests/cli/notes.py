@@ -1,0 +1,6 @@
+"""What commands say beside their result."""
+
+
+def without_notes(err: str) -> str:
+    """Standard error without the line on the dtype that a model was loaded in."""
+    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith("dtype "))
