@@ -13,7 +13,7 @@ from gossamer.cli import machine, main
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch):
     """Makes the processor one with these flags."""
-    return lambda flags: monkeypatch.setattr(machine, "_cpuinfo", lambda: f"model name\t: Test\nflags\t\t: {flags}\n")
+    return lambda flags: monkeypatch.setattr(machine, "cpu_info", lambda: f"model name\t: Test\nflags\t\t: {flags}\n")
 
 
 @pytest.mark.parametrize(
