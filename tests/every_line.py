@@ -161,6 +161,17 @@ LINES: list[dict[str, Any]] = [
         "attention_s": 0.2,
         "dense_because": {},
     },
+    {
+        "kind": "calibration",
+        "model": _MODEL,
+        "mode": "fixed",
+        "layers": [0],
+        "heads": [[{"method": "a_shape"}, {"method": "dense"}]],
+        "calibration": {name: [[0.1, 0.2]] for name in ("error", "recall", "cost")},
+        "held_out": {name: [[0.2, 0.3]] for name in ("error", "recall", "cost")},
+        "frontier": [{"mode": "fixed", "budget": 0.3, "cost": 0.2, "error": 0.1, "held_out": 0.2}],
+        "about": {"seed": 0},
+    },
 ]
 
 # JSON to put in the place of a field: of all types,
