@@ -63,8 +63,9 @@ def budgets(records: Sequence[Record]) -> Figure:
     table: Table = [["mode", "budget", "cost", "error", "held-out error"]]
     panels = []
     for record in _of(records):
-        points = record["frontier"]
-        table += [[p["mode"], p["budget"], p["cost"], p["error"], p.get("held_out")] for p in points]
+        table += [[p["mode"], p["budget"], p["cost"], p["error"], p.get("held_out")] for p in record["frontier"]]
+        shown = dict.fromkeys(("cost", "error"), _LEAST)  # axes are logarithmic
+        points = [p | {name: max(p[name], least) for name, least in shown.items()} for p in record["frontier"]]
         if points:
             panels.append((f"{record['mode']}, budgets tried", _frontier(points)))
     note = (
