@@ -29,10 +29,12 @@ class Trial:
         self._rows = (extent.first_query[:, None] + ordinal).clamp(max=max(0, call.query_len - 1)).to(call.device)
         self._call, self._values = call, cleared(call.values, call)
         allowed = extent.allowed(self._rows, call.key_len, call.device)
-        weights = [[self._weights(b, g, allowed[b]) for g in range(call.groups)] for b in range(call.batch)]
-        self._shares = torch.stack([torch.stack(of_row) for of_row in weights])  # [B, G, share, rows, T]
-        # What no key gets: with sinks, or where a row attends nothing.
-        self._rest = (1 - self._shares.sum(dim=-1, dtype=torch.float32)).clamp(min=0.0)
+        # Shares [B, G, share, rows, T], and what sinks have of each row.
+        self._shares = call.q.new_empty(call.batch, call.groups, call.share, rows, call.key_len)
+        self._rest = torch.zeros(call.batch, call.groups, call.share, rows, device=call.device)
+        for b in range(call.batch):
+            for g in range(call.groups):
+                self._shares[b, g], self._rest[b, g] = self._softmax(b, g, allowed[b])
         self._exact = self._outputs(self._shares, range(call.groups))
 
     def error(self, plan: SparsePlan, groups: Sequence[int] | None = None) -> Tensor:
@@ -57,8 +59,8 @@ class Trial:
         out = (shares.flatten(2, 3) @ values).view(*shares.shape[:-1], -1)
         return out.float() / total.clamp(min=torch.finfo(total.dtype).tiny)[..., None]
 
-    def _weights(self, b: int, g: int, allowed: Tensor) -> Tensor:
-        """Softmax of one key/value head, ``[share, rows, T]`` in q's dtype: logits of all heads would be large."""
+    def _softmax(self, b: int, g: int, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one key/value head: logits of all would be large."""
         call = self._call
         heads = slice(g * call.share, (g + 1) * call.share)
         one = replace(
@@ -71,7 +73,9 @@ class Trial:
             state=None,
         )
         scores = logits(one, self._rows[b])[0].masked_fill_(~allowed, float("-inf"))
-        if call.sinks is None:
-            return scores.softmax(dim=-1).masked_fill_(~allowed, 0.0).to(call.q.dtype)
-        lse = torch.logaddexp(scores.logsumexp(dim=-1, keepdim=True), call.sinks[heads].to(scores)[:, None, None])
-        return scores.sub_(lse).exp_().to(call.q.dtype)
+        sink = scores.new_full(scores.shape[:2], float("-inf"))
+        if call.sinks is not None:
+            sink = call.sinks[heads].to(scores)[:, None].expand_as(sink)
+        lse = torch.logaddexp(scores.logsumexp(dim=-1), sink)
+        lse = lse.masked_fill(lse == float("-inf"), 0.0)  # of a row that attends nothing
+        return scores.sub_(lse[..., None]).exp_(), (sink - lse).exp()

@@ -143,9 +143,7 @@ def group_differences(
     grid = _check_groups(call, grid, queries, group, part)
     width = call.extent.longest
     above = torch.empty(call.batch, call.heads, len(part), width, device="cpu")
-    if anchors is not None:
-        _check_pooled(anchors, "anchors", (call.batch, call.heads, grid.query_blocks), torch.float32)
-        anchors = anchors.contiguous()
+    anchors = _checked_anchors(call, grid, anchors)
     q, k, queries = dense_rows(call.q), dense_rows(call.k), queries.contiguous()
     kernels().group_differences(
         active_isa(q.dtype),
@@ -180,9 +178,7 @@ def near_keys(
     ranges = left_out[:, part.start : part.stop].to("cpu", torch.int64).contiguous()
     if ranges.shape != (call.batch, len(part), ranges.shape[2], 2):
         raise ValueError(f"left_out must be ({call.batch}, groups, any number, 2), got {tuple(left_out.shape)}")
-    if anchors is not None:
-        _check_pooled(anchors, "anchors", (call.batch, call.heads, grid.query_blocks), torch.float32)
-        anchors = anchors.contiguous()
+    anchors = _checked_anchors(call, grid, anchors)
     q, k, queries = dense_rows(call.q), dense_rows(call.k), queries.contiguous()
     kernels().near_keys(
         active_isa(q.dtype),
@@ -290,6 +286,13 @@ def _check_groups(call: AttentionCall, grid: Grid, queries: Tensor, group: int, 
         raise ValueError(f"a part must be of the groups of {group} among {grid.query_blocks} query blocks, got {part}")
     _check_pooled(queries, "queries", (call.batch, call.heads, grid.query_blocks, call.q.shape[-1]), call.q.dtype)
     return grid
+
+
+def _checked_anchors(call: AttentionCall, grid: Grid, anchors: Tensor | None) -> Tensor | None:
+    if anchors is None:
+        return None
+    _check_pooled(anchors, "anchors", (call.batch, call.heads, grid.query_blocks), torch.float32)
+    return anchors.contiguous()
 
 
 def _check_part(part: range, grid: Grid) -> None:
