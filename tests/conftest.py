@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a worker, as xdist runs one a core; Triton interpreted without a GPU; no cost model."""
+"""Shared by all tests: one thread a worker, as xdist runs one a core; Triton interpreted without a GPU; no costs."""
 
 import importlib
 import os

@@ -16,9 +16,11 @@ import torch
 from gossamer import AttentionCall, __version__, backends
 from gossamer.backends import cpu
 from gossamer.backends import torch as definition
-from gossamer.cli.common import BadInput, add_command, first_line, print_json
-from gossamer.methods import AShape
-from gossamer.profiles.costs import at_hand
+from gossamer.cli.common import BadInput, add_command, first_line, one_line, print_json
+from gossamer.evaluate.records import label_of
+from gossamer.methods import AShape, from_dict
+from gossamer.policy import MIN_TOKENS, Policy
+from gossamer.profiles.costs import Costs, at_hand
 from gossamer.profiles.machine import cpu_info, cpu_model, usable_cores
 
 __all__ = ["add_parser", "examine", "examine_cpu"]
@@ -113,11 +115,26 @@ def examine() -> dict[str, Any]:
         "backend": chosen,
         "self_test": tests,
         "cost_model": {"found": found is not None, "where": where},
+        "min_tokens": {"default": MIN_TOKENS, "measured": [] if found is None else _measured(found)},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": packages,
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     }
     return report | {"off": _what_is_off(report)}
+
+
+def _measured(costs: Costs) -> list[dict[str, Any]]:
+    """The least prompts of methods that a policy without a number of its own takes from the cost model."""
+    rows = []
+    for point in costs.break_even:
+        try:
+            method = from_dict(dict(point.method))
+        except (ValueError, TypeError):  # none that this version could be asked for
+            continue
+        tokens = costs.pays_from(point.method, point.kernel)
+        row = {"method": label_of(Policy(method)), "kernel": str(point.kernel), "min_tokens": tokens}
+        rows += [row] if row not in rows else []  # measured for several numbers of heads
+    return rows
 
 
 def examine_cpu() -> dict[str, Any]:
@@ -192,6 +209,13 @@ def _format(report: dict[str, Any]) -> str:
         rows.append((dtype, backend if tested == backend else f"{backend} (self-test: {tested})"))
     costs = report["cost_model"]
     rows.append(("cost model", costs["where"] if costs["found"] else f"none: {costs['where']}"))
+    least = report["min_tokens"]
+    rows += [
+        ("min tokens", one_line(f"{row['min_tokens']} for {row['method']} on {row['kernel']}, from the cost model"))
+        for row in least["measured"]
+    ]
+    others = "all else" if least["measured"] else "every method"
+    rows.append(("min tokens", f"{least['default']} for {others}, a constant"))
     rows.append(("gpu", ", ".join(report["gpus"]) or "none"))
     rows += [(name, version or "not installed") for name, version in report["packages"].items()]
     rows += list(report["environment"].items())
