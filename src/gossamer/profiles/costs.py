@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.call import AttentionCall
-from gossamer.profiles.files import parse_json, read_file, shown, write_whole
+from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
 from gossamer.profiles.machine import Machine, device_name
 
 __all__ = ["ENVIRONMENT", "TERMS", "BreakEven", "Costs", "Kernel", "KernelCost", "at_hand", "default_path"]
@@ -32,7 +32,6 @@ TERMS: tuple[str, ...] = ("calls", "tokens", "pairs", "column_pairs", "blocks", 
 _MOST_SECONDS = 1e9
 _MOST_TOKENS = 2**40
 _MOST_ENTRIES = 10_000
-_MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +173,7 @@ class Costs:
             OSError: it cannot be read.
             ValueError: it is something else; the message says what.
         """
-        content = read_file(path)
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"{path} is no file of costs: it has {len(content):,} bytes, more than {_MOST_BYTES:,}")
+        content = read_file(path, MOST_BYTES)
         try:
             return cls.from_dict(parse_json(content))
         except ValueError as error:
