@@ -117,6 +117,24 @@ def spoilt(text: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.parametrize("name", ["full_attention_heads.tsv", "config.json"])
+def test_folders_of_gates_changed_at_random_are_read_or_refused(name: str, tmp_path: Path) -> None:
+    good = {"full_attention_heads.tsv": GATES, "config.json": json.dumps({"sink_size": 64, "recent_size": 256})}
+    for other, text in good.items():
+        written(tmp_path / other, text)
+    draw, refused, done = random.Random(0), [], 0
+    for _ in range(300):
+        (tmp_path / name).write_bytes(spoilt(good[name].encode(), draw))
+        try:
+            done += len(import_profile(tmp_path, heads=6).layers)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 150
+    assert done  # some are left as they were, or fine
+    assert max(map(len, refused)) < 1000
+    assert all("\n" not in message for message in refused)
+
+
 @pytest.mark.parametrize(
     "good", [PUBLISHED, Profile(((AShape(), Dense()),)).to_dict(), {"alphas": [[1]], "betas": [[0]]}, [[0.5]]]
 )
