@@ -184,7 +184,8 @@ def test_this_machine_is_described() -> None:
 
 
 def test_a_kernel_is_that_of_a_call() -> None:
-    call = AttentionCall(*torch.zeros(3, 1, 2, 5, 32, dtype=torch.bfloat16))
+    q, k, v = torch.zeros(3, 1, 2, 5, 32, dtype=torch.bfloat16)
+    call = AttentionCall(q, k, v)
     kernel = Kernel.of(call)
     assert kernel == Kernel(backends.name_of(call), "cpu", "bfloat16", 32)
     assert str(replace(kernel, backend="cpu/x")) == "cpu/x, bfloat16, head dimension 32"

@@ -85,7 +85,7 @@ def test_shards_are_the_heads_of_each_rank_in_order(groups: int, ranks: int) -> 
     profile = Profile((heads,), (tuple(map(float, range(8))),))
     shards = [profile.shard(rank, ranks, groups) for rank in range(ranks)]
     assert sum((tuple(shard.layers[0]) for shard in shards), ()) == heads
-    assert [score for shard in shards for score in (shard.scores or ())[0]] == list(range(8))
+    assert [score for shard in shards for score in (shard.scores or [()])[0]] == list(range(8))
 
 
 @pytest.mark.parametrize(

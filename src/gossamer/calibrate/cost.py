@@ -26,10 +26,7 @@ _ENTRIES = 1 << 22  # of column lists, looked at at once
 class Cost(Protocol):
     """What a plan costs, so that candidates can be compared."""
 
-    @property
-    def name(self) -> str:
-        """``machine`` or ``flops``."""
-        ...
+    name: ClassVar[str]  # ``machine`` or ``flops``
 
     def seconds(self, call: AttentionCall, plan: SparsePlan) -> float:
         """Of attending a plan, for all rows and heads; of `Flops`, only ratios mean something."""
