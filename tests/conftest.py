@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a worker, since xdist runs one worker a core; Triton interpreted without a GPU."""
+"""Shared by all tests: one thread a worker, as xdist runs one a core; Triton interpreted without a GPU; no costs."""
 
 import importlib
 import os
@@ -15,6 +15,8 @@ BENCHMARKS = str(Path(__file__).resolve().parent.parent / "benchmarks")
 # Triton reads it once, when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# No test depends on what was measured on the machine that it runs on.
+os.environ["GOSSAMER_COST_MODEL"] = "off"
 # cuBLAS reads it once; `poisoned_memory` asks torch for determinism, and older ones then warn at every product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

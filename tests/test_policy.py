@@ -1,15 +1,21 @@
 """`Policy`: dense or sparse, by thresholds that are tested on both sides, and why."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from gossamer import AttentionCall, Extent, Method, Policy, Profile, SparsePlan, backends, methods
+from gossamer.cli import main
+from gossamer.evaluate.records import label_of, policy_text
 from gossamer.methods import AShape, Dense
 from gossamer.policy import FEW_QUERIES, STREAMED_KEYS, TOO_DENSE, Decision
+from gossamer.profiles.costs import MIN_TOKENS, BreakEven, Costs, Kernel, forget
+from gossamer.profiles.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,10 @@ def policy(min_tokens: int = 0, max_density: float = 1.0, method: Method | None 
 
 
 def test_thresholds_are_2048_tokens_and_a_density_of_nine_tenths() -> None:
-    assert (Policy(Planned()).min_tokens, Policy(Planned()).max_density) == (2048, 0.9)
+    assert Policy(Planned()) == Policy(Planned(), None, 0.9)
+    assert Policy(Planned()).resolved(call_of(1, 1)).min_tokens == MIN_TOKENS == 2048
+    assert Policy(Planned()).why_dense(call_of(2047, 2047)) == "short prompt"
+    assert Policy(Planned()).why_dense(call_of(2048, 2048)) is None
 
 
 def test_a_policy_is_taken_as_it_is() -> None:
@@ -239,3 +248,85 @@ def test_a_dense_method_decodes_on_its_kernel(kernel: str, ours: bool) -> None:
 
 def test_decisions_are_compared_by_identity_as_their_plans_are() -> None:
     assert Decision(None) != Decision(None)
+
+
+# The break-even that was measured
+
+
+def point(method: Method, tokens: float | None, subject: AttentionCall, heads: int = 2) -> BreakEven:
+    fields = json.loads(json.dumps(method.to_dict()))  # as a file gives them
+    return BreakEven(Kernel.of(subject), fields, heads, 1, tokens, 16, 128)
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Puts break-evens at hand."""
+
+    def write(*points: BreakEven, machine: Machine | None = None) -> None:
+        Costs(machine or Machine.here(), break_even=points).save(tmp_path / "costs.json")
+        forget()
+
+    monkeypatch.setenv("GOSSAMER_COST_MODEL", str(tmp_path / "costs.json"))
+    yield write
+    forget()
+
+
+def test_what_was_measured_takes_the_place_of_the_constant(measured) -> None:
+    measured(point(AShape(3, 4), 49.2, call_of(1, 1)))
+    assert Policy(AShape(3, 4)).why_dense(call_of(49, 49)) == "short prompt"
+    assert Policy(AShape(3, 4)).why_dense(call_of(50, 50)) is None
+    assert Policy(AShape(3, 4)).resolved(call_of(9, 9).q) == Policy(AShape(3, 4), 50)
+
+
+def test_what_was_measured_holds_for_the_same_fields_kernel_dtype_and_head_dimension(measured) -> None:
+    call = call_of(100, 100)
+    measured(
+        point(AShape(3, 5), 50, call),
+        point(AShape(3, 4), 50, call_of(1, 1, torch.bfloat16)),
+        replace(point(AShape(3, 4), 50, call), kernel=replace(Kernel.of(call), head_dim=8)),
+        replace(point(AShape(3, 4), 50, call), kernel=replace(Kernel.of(call), backend="another")),
+    )
+    assert Policy(AShape(3, 4)).resolved(call).min_tokens == MIN_TOKENS
+    assert Policy(AShape(3, 5)).resolved(call).min_tokens == 50
+
+
+def test_of_several_numbers_of_heads_the_largest_is_taken(measured) -> None:
+    call = call_of(1, 1)
+    measured(*(point(AShape(), tokens, call, heads) for heads, tokens in ((2, 40), (4, 60), (8, 50))))
+    assert Policy(AShape()).resolved(call).min_tokens == 60
+
+
+def test_a_method_that_was_slower_at_all_lengths_starts_beyond_them(measured) -> None:
+    call = call_of(1, 1)
+    measured(replace(point(AShape(), None, call), longest=9000))
+    assert Policy(AShape()).resolved(call).min_tokens == 9001
+    measured(point(AShape(), None, call))  # short ones alone say nothing of long ones
+    assert Policy(AShape()).resolved(call).min_tokens == MIN_TOKENS
+
+
+def test_a_given_number_methods_per_head_and_other_machines_are_not_touched(measured) -> None:
+    call, per_head = call_of(1, 1), Profile.uniform(1, 2, AShape()).method
+    points = point(AShape(), 50, call), point(per_head, 50, call)
+    measured(*points)
+    assert Policy(AShape(), 7).resolved(call).min_tokens == 7
+    assert Policy(per_head).resolved(call).min_tokens == MIN_TOKENS
+    measured(*points, machine=replace(Machine.here(), threads=Machine.here().threads + 1))
+    assert Policy(AShape()).resolved(call).min_tokens == MIN_TOKENS
+
+
+def test_what_is_recorded_is_the_number(measured) -> None:
+    measured(point(AShape(), 50, call_of(1, 1)))
+    policy = Policy(AShape()).resolved(call_of(1, 1))
+    assert (policy_text(policy), label_of(policy)) == ("min_tokens=50,max_density=0.9", "a_shape(min_tokens=50)")
+    assert (policy_text(Policy(AShape())), label_of(Policy(AShape()))) == ("min_tokens=2048,max_density=0.9", "a_shape")
+
+
+def test_doctor_says_which_number_is_used_and_where_it_is_from(measured, capsys) -> None:
+    measured(point(AShape(3, 4), 49.2, call_of(1, 1)))
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"50 for a_shape(sink=3,window=4) on {Kernel.of(call_of(1, 1))}, from the cost model" in said
+    assert "2048 for all else, a constant" in said
+    measured()
+    assert main(["doctor"]) == 0
+    assert "2048 for every method, a constant" in capsys.readouterr().out

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from gossamer import backends, methods
 from gossamer.call import AttentionCall
-from gossamer.methods import Dense, Method
+from gossamer.methods import Dense, Method, PerHead
 from gossamer.plan import SparsePlan
 from gossamer.profiles import Profile
+from gossamer.profiles.costs import MIN_TOKENS, Kernel, at_hand
 
 __all__ = ["TOO_DENSE", "TRAINING", "Decision", "Policy"]
 
@@ -46,12 +47,15 @@ class Policy:
 
     Fields:
         method: makes the plans.
-        min_tokens: below this many live keys (or a model's own window below it) attention is dense.
+        min_tokens: below this many live keys (or a model's own window below it) attention is dense. None: the length
+            from which the method was faster than dense attention when ``gossamer bench --cost-model`` measured it on
+            this machine, with the same fields, kernel, dtype and head dimension; 2048 if it did not, and for methods
+            per head. `resolved` says which number that is.
         max_density: a plan that computes more than this share of the dense pairs is not worth it: dense.
     """
 
     method: Method
-    min_tokens: int = 2048
+    min_tokens: int | None = None
     max_density: float = 0.9
 
     def __post_init__(self) -> None:
@@ -60,7 +64,7 @@ class Policy:
                 f"Policy.method must be a gossamer.methods.Method, got {type(self.method).__name__}; "
                 "build one with gossamer.methods.create(name)"
             )
-        if self.min_tokens < 0:
+        if self.min_tokens is not None and self.min_tokens < 0:
             raise ValueError(f"Policy.min_tokens must not be negative, got {self.min_tokens}")
         if not self.max_density > 0:
             raise ValueError(f"Policy.max_density must be above 0, got {self.max_density}")
@@ -73,6 +77,19 @@ class Policy:
         if isinstance(method, Profile):
             return cls(method.method)
         return cls(methods.create(method) if isinstance(method, str) else method)
+
+    def resolved(self, subject: AttentionCall | Tensor) -> Policy:
+        """The same with the number that ``min_tokens`` stands for, for a call or queries like these."""
+        return self if self.min_tokens is not None else replace(self, min_tokens=self._least(subject))
+
+    def _least(self, subject: AttentionCall | Tensor) -> int:
+        if self.min_tokens is not None:
+            return self.min_tokens
+        if isinstance(self.method, Dense | PerHead):
+            return MIN_TOKENS
+        costs, _ = at_hand()
+        known = None if costs is None else costs.pays_from(self.method.to_dict(), Kernel.of(subject))
+        return MIN_TOKENS if known is None else known
 
     def decide(self, call: AttentionCall) -> Decision:
         """Plan a call, or say why it runs dense. Dense or sparse holds for the call as a whole.
@@ -101,10 +118,10 @@ class Policy:
             return TRAINING
         if call.query_len == 1 and call.extent.causal:
             return "decode"
-        limit, keys = call.extent.limit, call.extent.longest
-        if min(limit or keys, keys) < self.min_tokens:
+        limit, keys, least = call.extent.limit, call.extent.longest, self._least(call)
+        if min(limit or keys, keys) < least:
             return "short prompt" if limit is None or limit >= keys else "short model window"
-        if call.query_len < min(FEW_QUERIES, self.min_tokens):
+        if call.query_len < min(FEW_QUERIES, least):
             return "few queries"
         lacking = self.method.lacks(call)
         return None if lacking is None else f"{self.method.name} needs {lacking}"

@@ -13,7 +13,8 @@ import torch
 from gossamer.calibrate.bench import Row, Shape, bench, break_even, costs_of, kernel_cost
 from gossamer.calibrate.fit import fit, held_out_errors
 from gossamer.cli import main
-from gossamer.methods import AShape
+from gossamer.cli.bench import _table as table
+from gossamer.methods import AShape, available
 from gossamer.profiles.costs import TERMS, Costs
 
 SHAPE = Shape(2, 1, 8)
@@ -110,3 +111,23 @@ def test_the_command_writes_costs_and_keeps_those_of_other_shapes(tmp_path: Path
 def test_bad_input_is_refused_in_one_line(bad: list[str], capsys) -> None:
     assert main(["bench", *bad]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_all_methods_are_those_that_need_no_model_and_the_others_are_named(capsys) -> None:
+    sizes = ["--lengths", "300", "--rounds", "1", "--heads", "2", "--groups", "1", "--head-dim", "16"]
+    assert main(["bench", *sizes, "--methods", "all", "--json"]) == 0
+    captured = capsys.readouterr()
+    timed = {row["method"]["method"] for row in json.loads(captured.out)["rows"]}
+    left = {line.split()[1] for line in captured.err.splitlines() if " is left out: it needs a model (" in line}
+    assert {"a_shape", "flexprefill", "xattention"} < timed
+    assert {"per_head", "moa", "seer_attention"} < left
+    assert timed.isdisjoint(left)
+    assert timed | left == set(available()) - {"dense"}
+
+
+def test_the_table_has_the_share_of_planning() -> None:
+    row = Row(AShape(1, 8), 100, 0.5, 1.5, 4.0, 0.5)
+    assert row.planning == row.to_dict()["planning"] == 0.25
+    header, line = (table([row]).splitlines()[i] for i in (0, -1))
+    assert "planning" in header
+    assert " 25% " in line

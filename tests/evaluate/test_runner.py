@@ -30,6 +30,8 @@ from gossamer.evaluate.records import cell_of, label_of, relabel  # noqa: E402
 from gossamer.evaluate.runner import Job, ResultsFile, make_header  # noqa: E402
 from gossamer.evaluate.subject import Subject  # noqa: E402
 from gossamer.evaluate.summary import read_results, summary_rows  # noqa: E402
+from gossamer.profiles.costs import BreakEven, Costs, Kernel, forget  # noqa: E402
+from gossamer.profiles.machine import Machine  # noqa: E402
 
 SPARSE = Policy(methods.create("a_shape", sink=4, window=64), min_tokens=0, max_density=2.0)
 DENSE = Policy.of("dense")
@@ -388,3 +390,14 @@ def test_chat_wraps_prompts_and_keeps_their_length(tmp_path: Path) -> None:
         run(path, work, of=Subject(of.model, Chat(), "chat"))
     with pytest.raises(ValueError, match="no chat template"):
         Subject(of.model, WordTokenizer(), "chat", chat=True)
+
+
+def test_what_depends_on_the_machine_is_recorded_as_the_number_that_was_used(tmp_path: Path, monkeypatch) -> None:
+    method, model = methods.create("a_shape", sink=1, window=8), subject()
+    point = BreakEven(Kernel.of(model.query()), method.to_dict(), 4, 2, 33.0, 16, 128)
+    Costs(Machine.here(), break_even=(point,)).save(tmp_path / "costs.json")
+    monkeypatch.setenv("GOSSAMER_COST_MODEL", str(tmp_path / "costs.json"))
+    forget()
+    resolved = job(methods=(Policy(method), Policy.of("dense"))).on(model)
+    assert resolved.labels == ("a_shape(sink=1,window=8,min_tokens=33)", "dense")
+    forget()

@@ -105,9 +105,9 @@ def test_other_files_are_refused_by_name(content: str, tmp_path: Path) -> None:
 
 
 def test_files_that_are_too_large_are_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_BYTES", 10)
+    monkeypatch.setattr(module, "MOST_BYTES", 10)
     COSTS.save(tmp_path / "costs.json")
-    with pytest.raises(ValueError, match="bytes, more than 10"):
+    with pytest.raises(ValueError, match="more than 10 bytes"):
         Costs.load(tmp_path / "costs.json")
 
 

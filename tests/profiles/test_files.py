@@ -111,3 +111,15 @@ def test_what_fails_in_the_middle_keeps_the_old_file(tmp_path: Path, monkeypatch
         write_whole(tmp_path / "file", "new")
     assert caught.value.filename == str(tmp_path / "file")
     assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_of_a_pipe_no_more_is_read_than_may_be(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writing = os.open(path, os.O_RDWR)
+    try:
+        os.write(writing, b"0123456789")  # its end never comes
+        with pytest.raises(ValueError, match="pipe is too large: it has more than 9 bytes"):
+            read_file(path, 9)
+    finally:
+        os.close(writing)

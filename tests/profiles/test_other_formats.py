@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,12 +14,15 @@ from gossamer import Profile
 from gossamer.cli import main
 from gossamer.methods import AShape, BlockSparse, Dense, TriShape, VerticalSlash, XAttention
 from gossamer.profiles import Provenance
+from gossamer.profiles.costs import Costs
 from gossamer.profiles.imports import import_profile
+from gossamer.profiles.tables import read_duo, read_moa, read_table
 
 PUBLISHED = [
     {"0": ["vertical_and_slash", 1000, 6096, 0.9], "1": ["stream_llm", 100, 800, 43215.0]},
     {"0": ["block_sparse", 70, 0, 0.5], "1": ["vertical_and_slash", 30, 800, 1.0]},
 ]
+GATES = "0.91\t0.12\t0.5\n0.25\t0.8\t1.0\n"
 
 
 def written(path: Path, data: object) -> Path:
@@ -102,20 +107,42 @@ def test_another_model_is_refused_with_the_reason() -> None:
 # Spoilt files
 
 
+def spoilt(text: bytes, draw: random.Random) -> bytes:
+    pieces = (b"", b"9" * 30, b"[", b"}", b"null", b"-1", b"\xff", b"1e999", b'"schema"', b"nan", b"\t", b"\n")
+    changed = bytearray(text)
+    for _ in range(draw.randint(1, 4)):
+        at = draw.randrange(len(changed))
+        changed[at : at + draw.choice((0, 1, 9))] = draw.choice(pieces)
+        changed = changed or bytearray(b" ")
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", ["full_attention_heads.tsv", "config.json"])
+def test_folders_of_gates_changed_at_random_are_read_or_refused(name: str, tmp_path: Path) -> None:
+    good = {"full_attention_heads.tsv": GATES, "config.json": json.dumps({"sink_size": 64, "recent_size": 256})}
+    for other, text in good.items():
+        written(tmp_path / other, text)
+    draw, refused, done = random.Random(0), [], 0
+    for _ in range(300):
+        (tmp_path / name).write_bytes(spoilt(good[name].encode(), draw))
+        try:
+            done += len(import_profile(tmp_path, heads=6).layers)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 150
+    assert done  # some are left as they were, or fine
+    assert max(map(len, refused)) < 1000
+    assert all("\n" not in message for message in refused)
+
+
 @pytest.mark.parametrize(
     "good", [PUBLISHED, Profile(((AShape(), Dense()),)).to_dict(), {"alphas": [[1]], "betas": [[0]]}, [[0.5]]]
 )
 def test_bytes_changed_at_random_are_read_or_refused(good: object, tmp_path: Path) -> None:
     draw, path, text = random.Random(0), tmp_path / "p.json", json.dumps(good).encode()
-    pieces = (b"", b"9" * 30, b"[", b"}", b"null", b"-1", b"\xff", b"1e999", b'"schema"')
     refused = []
     for _ in range(300):
-        spoilt = bytearray(text)
-        for _ in range(draw.randint(1, 4)):
-            at = draw.randrange(len(spoilt))
-            spoilt[at : at + draw.choice((0, 1, 9))] = draw.choice(pieces)
-            spoilt = spoilt or bytearray(b" ")
-        path.write_bytes(spoilt)
+        path.write_bytes(spoilt(text, draw))
         try:
             import_profile(path, length=100)
         except ValueError as error:
@@ -124,10 +151,27 @@ def test_bytes_changed_at_random_are_read_or_refused(good: object, tmp_path: Pat
     assert max(refused) < 1000
 
 
-def test_files_too_large_are_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("gossamer.profiles.profile.MOST_BYTES", 10)
-    with pytest.raises(ValueError, match="more than 10"):
-        Profile.load(written(tmp_path / "p.json", PUBLISHED))
+@pytest.mark.parametrize(
+    "read",
+    [Profile.load, Costs.load, import_profile, read_moa, read_duo, lambda path: read_table(path, "gates")],
+    ids=["profile", "costs", "import", "moa", "duo", "table"],
+)
+def test_files_too_large_are_refused_before_they_are_read(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    """No memory would hold them; they take no room on the disk."""
+    folder = tmp_path if read is read_duo else None
+    path = tmp_path / "full_attention_heads.tsv"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=r"full_attention_heads.tsv is too large: it has more than 67,108,864 bytes"):
+        read(folder or path)
+
+
+def test_the_config_of_gates_may_not_be_too_large(tmp_path: Path) -> None:
+    written(tmp_path / "full_attention_heads.tsv", GATES)
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=r"config.json is too large"):
+        read_duo(tmp_path)
 
 
 # The command

@@ -70,9 +70,14 @@ class Row:
     def seconds(self) -> float:
         return self.plan_s + self.attend_s
 
+    @property
+    def planning(self) -> float:
+        """Its share of the seconds."""
+        return self.plan_s / max(self.seconds, 1e-12)
+
     def to_dict(self) -> dict[str, Any]:
         numbers = {name: getattr(self, name) for name in ("length", "plan_s", "attend_s", "dense_s", "density")}
-        return {"method": self.method.to_dict(), "planning": self.plan_s / max(self.seconds, 1e-12)} | numbers
+        return {"method": self.method.to_dict(), "planning": self.planning} | numbers
 
 
 def bench(

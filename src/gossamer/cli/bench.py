@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from gossamer.cli.inputs import check_environment, read_model, text_config
 from gossamer.cli.specs import parse_method, split_specs
 from gossamer.cli.subjects import check_device
 from gossamer.evaluate.records import label_of
+from gossamer.methods import Dense, Method, available, create
 from gossamer.policy import Policy
 from gossamer.profiles.costs import Costs, default_path, forget
 
 __all__ = ["add_parser"]
+
+_ALL = "all"
+_TRIED = 256  # tokens of the call by which it shows whether a method needs more than a call
 
 
 def add_parser(commands: Any) -> None:
@@ -32,7 +37,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192", help="default: %(default)s")
     parser.add_argument(
-        "--methods", default="a_shape(sink=64,window=1024),vertical_slash(vertical_size=256,slash_size=512)"
+        "--methods",
+        default="a_shape(sink=64,window=1024),vertical_slash(vertical_size=256,slash_size=512)",
+        help="separated by commas; all: each with its defaults, but those made for one model (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument(
@@ -52,7 +59,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.cost_model is not None and path is None:
         raise BadInput("there is no place for a cost model: GOSSAMER_COST_MODEL=off, or no home; name a file")
     try:
-        methods = [parse_method(spec) for spec in split_specs(arguments.methods)]
+        methods = _methods(arguments.methods, shape)
         with torch.inference_mode():
             rows = list(bench(shape, methods, lengths, rounds=arguments.rounds))
             kernels = [] if path is None else [kernel_cost(shape, lengths, rounds=min(3, arguments.rounds))]
@@ -72,6 +79,32 @@ def execute(arguments: argparse.Namespace) -> int:
     for cost in costs.kernels:
         print(f"{cost.kernel}: held-out error {cost.error:.0%} (median), {cost.worst:.0%} (worst); written to {path}")
     return 0
+
+
+def _methods(specs: str, shape: Shape) -> list[Method]:
+    """Those named; of ``all``, those that can plan a call by itself, and the others are named on standard error.
+
+    Raises:
+        ValueError, TypeError: an unknown name or field, or a value out of range.
+    """
+    if specs != _ALL:
+        return [parse_method(spec) for spec in split_specs(specs)]
+    call, methods, left = shape.draw(_TRIED), [], []
+    for method in map(create, available()):
+        if isinstance(method, Dense):
+            continue
+        try:
+            lacking = method.lacks(call)
+            if lacking is None:
+                method.plan(call)
+        except ValueError as error:
+            lacking = first_line(error)
+        if lacking is None:
+            methods.append(method)
+        else:
+            left.append(f"note: {method.name} is left out: it needs a model ({lacking})")
+    print(*left, sep="\n", file=sys.stderr)
+    return methods
 
 
 def _shape(arguments: argparse.Namespace) -> Shape:
@@ -112,13 +145,16 @@ def _write(path: Path, costs: Costs) -> None:
 
 
 def _table(rows: list[Row]) -> str:
-    header = ("method", "length", "density", "plan s", "attend s", "dense s", "times as fast")
+    header = ("method", "length", "density", "plan s", "attend s", "planning", "dense s", "times as fast")
     lines = [
         (
             label_of(Policy(row.method)),
             str(row.length),
             f"{row.density:.3f}",
-            *(f"{x:.4f}" for x in (row.plan_s, row.attend_s, row.dense_s)),
+            f"{row.plan_s:.4f}",
+            f"{row.attend_s:.4f}",
+            f"{row.planning:.0%}",
+            f"{row.dense_s:.4f}",
             f"{row.dense_s / max(row.seconds, 1e-12):.2f}",
         )
         for row in rows

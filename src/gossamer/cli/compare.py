@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--haystack", default="package", help="text file for the tasks (default: gossamer's own text)")
     parser.add_argument("--text", help="text file for the prompts named text (default: the haystack)")
     parser.add_argument("--profile", type=Path, help="file with a method for each head, for minference and per_head")
-    parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
+    parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: as `gossamer doctor` says)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
     add_dtype(parser)
@@ -88,6 +88,7 @@ def execute(arguments: argparse.Namespace) -> int:
         check_out(arguments.out)
         job = _job(arguments, policies)
         subject = load_subject(arguments, max(job.lengths))
+        job = job.on(subject)
         prompts = list(prompts_of(job, job.windows(subject)))
         with ResultsFile(arguments.out, make_header(subject, job)) as results:
             for _ in compare(subject, job, results, layers=layers, rounds=arguments.rounds, progress=_progress()):

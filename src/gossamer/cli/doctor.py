@@ -15,10 +15,12 @@ import torch
 from gossamer import AttentionCall, __version__, backends
 from gossamer.backends import cpu
 from gossamer.backends import torch as definition
-from gossamer.cli.common import BadInput, add_command, first_line, print_json
+from gossamer.cli.common import BadInput, add_command, first_line, one_line, print_json
 from gossamer.cli.machine import DTYPES, examine_cpu, fast_dtype
-from gossamer.methods import AShape
-from gossamer.profiles.costs import at_hand
+from gossamer.evaluate.records import label_of
+from gossamer.methods import AShape, from_dict
+from gossamer.policy import Policy
+from gossamer.profiles.costs import MIN_TOKENS, Costs, at_hand
 
 __all__ = ["add_parser", "examine"]
 
@@ -115,6 +117,7 @@ def examine() -> dict[str, Any]:
         "dtype_auto": _fast_dtypes(),
         "self_test": tests,
         "cost_model": {"found": found is not None, "where": where},
+        "min_tokens": {"default": MIN_TOKENS, "measured": [] if found is None else _measured(found)},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": packages,
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
@@ -127,6 +130,20 @@ def _fast_dtypes() -> dict[str, dict[str, str]]:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     taken = {device: fast_dtype(device) for device in devices}
     return {device: {"dtype": str(d).removeprefix("torch."), "because": why} for device, (d, why) in taken.items()}
+
+
+def _measured(costs: Costs) -> list[dict[str, Any]]:
+    """The least prompts of methods that a policy without a number of its own takes from the cost model."""
+    rows = []
+    for point in costs.break_even:
+        try:
+            method = from_dict(dict(point.method))
+        except (ValueError, TypeError):  # none that this version could be asked for
+            continue
+        tokens = costs.pays_from(point.method, point.kernel)
+        row = {"method": label_of(Policy(method)), "kernel": str(point.kernel), "min_tokens": tokens}
+        rows += [row] if row not in rows else []  # measured for several numbers of heads
+    return rows
 
 
 def _small_call(dtype: torch.dtype, device: str) -> AttentionCall:
@@ -189,6 +206,13 @@ def _format(report: dict[str, Any]) -> str:
     for device, auto in report["dtype_auto"].items():
         where = "" if device == "cpu" else f" on {device}"
         rows.append((f"--dtype auto{where}", f"{auto['dtype']}: {auto['because']}"))
+    least = report["min_tokens"]
+    rows += [
+        ("min tokens", one_line(f"{row['min_tokens']} for {row['method']} on {row['kernel']}, from the cost model"))
+        for row in least["measured"]
+    ]
+    others = "all else" if least["measured"] else "every method"
+    rows.append(("min tokens", f"{least['default']} for {others}, a constant"))
     rows.append(("gpu", ", ".join(report["gpus"]) or "none"))
     rows += [(name, version or "not installed") for name, version in report["packages"].items()]
     rows += list(report["environment"].items())

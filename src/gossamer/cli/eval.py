@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--text", help="text file for perplexity (default: the haystack)")
     parser.add_argument("--profile", type=Path, help="file with a method for each head, for minference and per_head")
-    parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
+    parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: as `gossamer doctor` says)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
     add_dtype(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
@@ -90,6 +90,7 @@ def execute(arguments: argparse.Namespace) -> int:
         check_out(arguments.out)
         job = _job(arguments, policies)
         subject = load_subject(arguments, max(job.lengths))
+        job = job.on(subject)
         if arguments.lm_eval:
             from gossamer.evaluate import harness
 

@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--method", default="minference", help="see `gossamer methods` (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the method")
     parser.add_argument("--profile", type=Path, help="file with a method for each head, for minference and per_head")
-    parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: 2048)")
+    parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: as `gossamer doctor` says)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
     add_dtype(parser)
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")

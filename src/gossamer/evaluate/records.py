@@ -18,6 +18,7 @@ from gossamer.evaluate.schema import checked
 from gossamer.methods import Method
 from gossamer.methods.registry import class_of
 from gossamer.policy import Policy
+from gossamer.profiles.costs import MIN_TOKENS
 from gossamer.profiles.files import parse_json, read_file, shown
 
 __all__ = ["cell_of", "check_out", "label_of", "policy_text", "read_lines", "read_own", "relabel"]
@@ -30,8 +31,12 @@ _LONGEST_VALUE = 40
 
 
 def policy_text(policy: Policy) -> str:
-    """The thresholds as they stand in a line: ``min_tokens=2048,max_density=0.9``."""
-    return f"min_tokens={policy.min_tokens},max_density={policy.max_density:g}"
+    """The thresholds as they stand in a line: ``min_tokens=2048,max_density=0.9``.
+
+    What depends on the machine must be resolved before (`Policy.resolved`); else it is as where nothing was measured.
+    """
+    least = MIN_TOKENS if policy.min_tokens is None else policy.min_tokens
+    return f"min_tokens={least},max_density={policy.max_density:g}"
 
 
 def label_of(policy: Policy) -> str:

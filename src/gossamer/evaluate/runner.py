@@ -57,7 +57,7 @@ class Job:
     """What to run: every method on every sample.
 
     Fields:
-        methods: policies; their labels must differ.
+        methods: policies; their labels must differ. `on` puts in what they stand for on a subject's kernel.
         tasks: generated tasks.
         lengths: tokens of prompt and answer.
         samples: samples of each task at each length.
@@ -105,6 +105,10 @@ class Job:
                 f"these samples, methods and lengths make {count:,} results, more than {MOST_CELLS:,}; ask for fewer "
                 "samples (--limit)"
             )
+
+    def on(self, subject: Subject) -> Job:
+        """With the thresholds as numbers, where they depend on the kernel that runs."""
+        return replace(self, methods=tuple(policy.resolved(subject.query()) for policy in self.methods))
 
     def sample(self, subject: Subject, task: Task, length: int, index: int) -> Sample:
         """The sample, the same for every method and every run.

@@ -85,6 +85,10 @@ class Subject:
         named = {"name": self.name, "architecture": type(self.model).__name__, "fingerprint": self.fingerprint()}
         return named | self.shape() | {"dtype": str(self.model.dtype).removeprefix("torch.")}
 
+    def query(self) -> Tensor:
+        """One query of one head, as the model's attention sees it: what says which kernel runs."""
+        return torch.empty(1, 1, 1, self.shape()["head_dim"], dtype=self.model.dtype, device=self.device)
+
     def shape(self) -> dict[str, int]:
         """Layers, heads and parameters."""
         heads = self.config.num_attention_heads

@@ -9,27 +9,41 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gossamer.call import AttentionCall
-from gossamer.profiles.files import parse_json, read_file, shown, write_whole
+from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
 from gossamer.profiles.machine import Machine, device_name
 
-__all__ = ["ENVIRONMENT", "TERMS", "BreakEven", "Costs", "Kernel", "KernelCost", "at_hand", "default_path"]
+__all__ = [
+    "ENVIRONMENT",
+    "MIN_TOKENS",
+    "TERMS",
+    "BreakEven",
+    "Costs",
+    "Kernel",
+    "KernelCost",
+    "at_hand",
+    "default_path",
+]
 
 ENVIRONMENT = "GOSSAMER_COST_MODEL"
 OFF = "off"
 SCHEMA = 1
 # What a call's seconds are a sum of, each with seconds apiece; `gossamer.calibrate.cost` says what they count.
 TERMS: tuple[str, ...] = ("calls", "tokens", "pairs", "column_pairs", "blocks", "columns")
+# From so many tokens on methods are used whose break-even was not measured on this machine.
+MIN_TOKENS = 2048
 _MOST_SECONDS = 1e9
 _MOST_TOKENS = 2**40
 _MOST_ENTRIES = 10_000
-_MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +57,13 @@ class Kernel:
     head_dim: int
 
     @classmethod
-    def of(cls, call: AttentionCall) -> Kernel:
-        """The one that attends a call."""
+    def of(cls, subject: AttentionCall | Tensor) -> Kernel:
+        """The one that attends a call, or queries like these."""
         from gossamer import backends
 
-        dtype = str(call.q.dtype).removeprefix("torch.")
-        return cls(backends.name_of(call), device_name(call.device), dtype, call.q.shape[-1])
+        q = subject if isinstance(subject, Tensor) else subject.q
+        dtype = str(q.dtype).removeprefix("torch.")
+        return cls(backends.name_of(subject), device_name(q.device), dtype, q.shape[-1])
 
     def __str__(self) -> str:
         where = self.backend if self.device == "cpu" else f"{self.backend} on {self.device}"
@@ -92,6 +107,11 @@ class BreakEven:
     shortest: int
     longest: int
 
+    @property
+    def pays_from(self) -> int:
+        """The first whole number of tokens at which the method was faster; if at none, beyond all that was measured."""
+        return max(MIN_TOKENS, self.longest + 1) if self.tokens is None else math.ceil(self.tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -103,6 +123,16 @@ class Costs:
 
     def kernel(self, kernel: Kernel) -> KernelCost | None:
         return next((cost for cost in self.kernels if cost.kernel == kernel), None)
+
+    def pays_from(self, method: Mapping[str, Any], kernel: Kernel) -> int | None:
+        """Tokens from which a method with just these fields (`Method.to_dict`) pays on a kernel; None: not measured.
+
+        Measured for several numbers of heads, the largest. One that was slower up to the longest prompt pays at
+        the earliest beyond it, and from `MIN_TOKENS` on.
+        """
+        points = [point for point in self.break_even if point.kernel == kernel]
+        wanted = _fields(method) if points else ""
+        return max((point.pays_from for point in points if _fields(point.method) == wanted), default=None)
 
     def updated(self, newer: Costs) -> Costs:
         """The entries of both; the newer one's where both have one. Of another machine, nothing is kept."""
@@ -155,9 +185,7 @@ class Costs:
             OSError: it cannot be read.
             ValueError: it is something else; the message says what.
         """
-        content = read_file(path)
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"{path} is no file of costs: it has {len(content):,} bytes, more than {_MOST_BYTES:,}")
+        content = read_file(path, MOST_BYTES)
         try:
             return cls.from_dict(parse_json(content))
         except ValueError as error:
@@ -210,7 +238,11 @@ def forget() -> None:
 
 
 def _identity(point: BreakEven) -> tuple[Any, ...]:
-    return point.kernel, json.dumps(dict(point.method), sort_keys=True, default=str), point.heads, point.groups
+    return point.kernel, _fields(point.method), point.heads, point.groups
+
+
+def _fields(method: Mapping[str, Any]) -> str:
+    return json.dumps(dict(method), sort_keys=True, default=str)
 
 
 def _plain(entry: KernelCost | BreakEven) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gossamer.methods import AShape, Dense, Method, XAttention
 from gossamer.methods.head_tables import full_heads
-from gossamer.profiles.files import parse_json, read_file
+from gossamer.profiles.files import MOST_BYTES, parse_json, read_file
 from gossamer.profiles.profile import Profile, Provenance
 from gossamer.profiles.tables import read_duo, read_moa, read_table
 
@@ -70,7 +70,7 @@ def import_profile(
 def _form_of(path: Path) -> str:
     if path.is_dir():
         return "duo"
-    content = read_file(path)
+    content = read_file(path, MOST_BYTES)
     if content.lstrip()[:1] not in (b"[", b"{"):
         return "thresholds"
     try:

@@ -11,13 +11,11 @@ from typing import Any
 
 from gossamer.methods import AShape, BlockSparse, Method, MInference, PerHead, VerticalSlash, from_dict
 from gossamer.plan.integers import MOST
-from gossamer.profiles.files import parse_json, read_file, shown, write_whole
+from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
 
 __all__ = ["Profile", "Provenance"]
 
 SCHEMA = 2
-# More than the profile of any model: 200 layers of 200 heads have some 10 MB.
-MOST_BYTES = 64 << 20
 _FIGURES = ("scores", "errors", "costs")
 # MInference's published files: the pattern's name, and the fields that its numbers fill.
 _PUBLISHED: dict[str, tuple[type[Method], tuple[str, ...]]] = {
@@ -176,11 +174,9 @@ class Profile:
         Raises:
             FileNotFoundError: no such file.
             OSError: it cannot be read, or is a device.
-            ValueError: not JSON, or not a profile.
+            ValueError: not JSON, not a profile, or more than 64 MiB.
         """
-        content = read_file(path)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"{path} is no profile: it has {len(content):,} bytes, more than {MOST_BYTES:,}")
+        content = read_file(path, MOST_BYTES)
         try:
             data = parse_json(content)
         except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.methods import DuoAttention, MoA
-from gossamer.profiles.files import parse_json, read_file, shown, write_whole
+from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
 
 __all__ = ["read_duo", "read_moa", "read_table", "write_duo", "write_moa"]
 
@@ -30,12 +30,12 @@ def read_table(path: str | os.PathLike[str], field: str) -> Rows:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is something else; the message says where.
+        ValueError: it is something else, or more than 64 MiB; the message says where.
     """
     path = Path(path)
     if path.is_dir():
         path = path / _GATES
-    content = read_file(path)
+    content = read_file(path, MOST_BYTES)
     if content.lstrip()[:1] not in (b"[", b"{"):
         return _separated(content, path)
     data = _json(content, path)
@@ -58,7 +58,7 @@ def read_duo(folder: str | os.PathLike[str], **fields: Any) -> DuoAttention:
     """
     folder = Path(folder)
     gates = tuple(tuple(min(max(gate, 0.0), 1.0) for gate in layer) for layer in read_table(folder / _GATES, "gates"))
-    config = _json(read_file(folder / _CONFIG), folder / _CONFIG)
+    config = _json(read_file(folder / _CONFIG, MOST_BYTES), folder / _CONFIG)
     sizes: dict[str, Any] = {"gates": gates}
     for field, name in (("sink", "sink_size"), ("recent", "recent_size")):
         size = config.get(name) if isinstance(config, dict) else None
