@@ -230,5 +230,6 @@ def test_settings_are_methods_from_the_sparsest_on(name: str) -> None:
     call = AttentionCall(q, k, k, layer=40)
     if made[0].lacks(call) is None:
         densities = [method.plan(call).density() for method in made]
-        assert densities == sorted(densities)
+        if name != "auto":  # whose next plan, where a cheap one fails, may have fewer pairs
+            assert densities == sorted(densities)
         assert densities[0] < densities[-1]

@@ -42,14 +42,14 @@ class Shape:
         generator = torch.Generator().manual_seed(seed)
 
         def drawn(heads: int) -> Tensor:
-            return torch.randn(1, heads, length, self.head_dim, generator=generator)
+            return torch.randn(1, heads, length, self.head_dim, generator=generator, device="cpu")
 
         share = self.heads // self.groups
-        topics = torch.randn(1, self.groups, length // 512 + 1, self.head_dim, generator=generator)
+        topics = torch.randn(1, self.groups, length // 512 + 1, self.head_dim, generator=generator, device="cpu")
         topic = topics.repeat_interleave(512, 2)[:, :, :length]
         q, k, v = drawn(self.heads), drawn(self.groups) + topic, drawn(self.groups)
         q.unflatten(1, (self.groups, share)).add_(2 * topic[:, :, None])
-        lines = torch.randint(length, (100,), generator=generator)
+        lines = torch.randint(length, (100,), generator=generator, device="cpu")
         k[:, :, lines] += 1.5 * q[:, ::share].mean(2, keepdim=True)
         q, k, v = (x.to(self.device, self.dtype) for x in (q, k, v))
         return AttentionCall(q, k, v)
@@ -128,7 +128,7 @@ def kernel_cost(
             terms = {name: float(count.sum()) for name, count in count_terms(call, plan).items()}
             counts.append([1.0, *(terms[name] for name in TERMS[1:])])
             seconds.append(median(series))
-    table, wanted = torch.tensor(counts, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64)
+    table, wanted = (torch.tensor(rows, dtype=torch.float64, device="cpu") for rows in (counts, seconds))
     errors = held_out_errors(table, wanted)
     each = dict(zip(TERMS, fit(table, wanted).tolist(), strict=True))
     kernel = Kernel.of(shape.draw(1))
@@ -184,16 +184,16 @@ def _plans(call: AttentionCall) -> Iterator[SparsePlan]:
     for window in (64, max(1, n // 8), max(1, n // 2)):
         yield SparsePlan(heads=call.groups, sink=64, window=window, **sizes).to(call.device)
     grid = Grid(extent, 64, 64)
-    distance = torch.arange(grid.query_blocks)[:, None] - torch.arange(grid.key_blocks)
+    distance = torch.arange(grid.query_blocks, device="cpu")[:, None] - torch.arange(grid.key_blocks, device="cpu")
     for heads in {call.groups, call.heads}:
         for density in (0.05, 0.2, 0.5):
-            chosen = torch.rand(1, heads, *distance.shape, generator=generator) < density
+            chosen = torch.rand(1, heads, *distance.shape, generator=generator, device="cpu") < density
             mask = (chosen & (distance > 0)) | (distance == 0)
             yield SparsePlan.from_block_mask(mask, n, n, extent=extent).to(call.device)
     for group in (8, max(1, grid.query_blocks)):
         for share in (0.02, 0.1):
             lists = -(-grid.query_blocks // group)
-            columns = torch.rand(call.heads, lists, n, generator=generator) < share
+            columns = torch.rand(call.heads, lists, n, generator=generator, device="cpu") < share
             indptr = F.pad(columns.sum(-1).flatten().cumsum(0), (1, 0))
             indices = columns.nonzero()[:, 2].to(torch.int32)
             lists_of = {"column_group": group, "column_indptr": indptr, "column_indices": indices}

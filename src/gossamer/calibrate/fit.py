@@ -44,6 +44,6 @@ def held_out_errors(terms: Tensor, seconds: Tensor, parts: int = 5) -> Tensor:
     errors = torch.ones_like(seconds)
     parts = min(parts, len(seconds))
     for part in range(parts if parts > 1 else 0):
-        out = torch.arange(len(seconds)) % parts == part
+        out = torch.arange(len(seconds), device=seconds.device) % parts == part
         errors[out] = (terms[out] @ fit(terms[~out], seconds[~out]) / seconds[out] - 1).abs()
     return errors

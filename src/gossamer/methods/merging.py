@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gossamer.plan import SparsePlan, ceil_div
-from gossamer.plan.integers import Integers
 
 __all__ = ["merge_plans"]
 
@@ -69,16 +68,16 @@ def merge_plans(
         column_group=group,
         column_indptr=column_indptr,
         column_indices=column_indices,
-        sink=_band([plan.sink for plan in plans], taken, "sink"),
-        window=_band([plan.window for plan in plans], taken, "window"),
+        sink=_band(plans, "sink", taken),
+        window=_band(plans, "window", taken),
         pruned_mean=first.pruned_mean,
         skip=first.skip,
         pairs=None if len(known) < len(plans) else torch.cat(known, dim=1).gather(1, taken.to(known[0].device)),
     )
 
 
-def _band(bands: Sequence[Integers], taken: Tensor, name: str) -> Tensor:
-    numbers = torch.cat([torch.as_tensor(band) for band in bands])
+def _band(plans: Sequence[SparsePlan], name: str, taken: Tensor) -> Tensor:
+    numbers = torch.cat([torch.as_tensor(getattr(plan, name), device=plan.device) for plan in plans])
     if taken.shape[0] == 0:
         return numbers.new_zeros(taken.shape[1])
     of_rows = numbers[taken.to(numbers.device)]
