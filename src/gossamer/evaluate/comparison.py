@@ -49,7 +49,7 @@ class Prompt:
             return windows.tokens(self.length, self.head["index"])
         task = next(task for task in job.tasks if task.label() == self.head["task"])
         sample = job.sample(subject, task, self.length, self.head["index"])
-        return torch.tensor([subject.prompt_tokens(sample.prompt())], device=subject.device)
+        return torch.tensor([subject.prompt_tokens(sample)], device=subject.device)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,10 @@ class Job:
             sample = task.make(self.haystack, subject.tokenizer, length - subject.chat_tokens, rng)
         except ValueError as error:
             raise ValueError(f"{task.label()} at {length} tokens: {error}, or leave the task out") from error
-        return replace(sample, prompt_tokens=sample.prompt_tokens + subject.chat_tokens)
+        if not subject.chat:
+            return sample
+        longest = max(len(subject.prompt_tokens(sample, turn)) for turn in range(len(sample.turns)))
+        return replace(sample, prompt_tokens=longest)
 
     def windows(self, subject: Subject) -> Windows | None:
         """Of the text for perplexity."""
@@ -317,7 +320,7 @@ def _run_fidelity(subject: Subject, job: Job, cells: Sequence[Cell]) -> Measured
     for index, row in groupby(cells, key=lambda cell: cell.index):
         together = list(row)
         sample = job.sample(subject, job.tasks[0], together[0].length, index)
-        tokens = torch.tensor([subject.prompt_tokens(sample.prompt())], device=subject.device)
+        tokens = torch.tensor([subject.prompt_tokens(sample)], device=subject.device)
         for cell, measured in zip(together, compare(subject, tokens, [c.policy for c in together]), strict=True):
             yield cell, {"prompt_tokens": sample.prompt_tokens} | measured
 

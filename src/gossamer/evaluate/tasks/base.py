@@ -28,6 +28,17 @@ class Turn:
     references: tuple[str, ...]
     depth: float | None = None
 
+    @property
+    def cue(self) -> str:
+        """The part after the question mark: how the answer begins. In a chat it is the assistant who says it."""
+        _, mark, after = self.question.rpartition("?")
+        return after.lstrip() if mark else ""
+
+    @property
+    def asked(self) -> str:
+        """The question without its `cue`."""
+        return self.question[: self.question.rfind("?") + 1] if self.cue else self.question
+
 
 @dataclass(frozen=True)
 class Sample:
