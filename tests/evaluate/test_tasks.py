@@ -385,5 +385,5 @@ class TestExcerpts:
                 assert sample.context[round((turn.depth or 0) * len(sample.context)) :].startswith(name)
 
     def test_text_without_functions_is_refused(self):
-        with pytest.raises(ValueError, match="0 questions can be made of 2048 tokens of the haystack 'test'"):
+        with pytest.raises(ValueError, match="2048 tokens of the haystack 'test' give fewer than 1 questions"):
             tasks.create("code_function").make(HAYSTACK, WORDS, 2048, random.Random(0))

@@ -19,6 +19,8 @@ from gossamer.evaluate.tasks.base import Sample, Task, Turn, characters_needed, 
 
 __all__ = ["CodeFunction", "RepeatPassage"]
 
+# Passages of a haystack that are looked at before it counts as having nothing to ask.
+_PASSAGES = 30
 _WORD = re.compile(r"\w+")
 _FUNCTION = re.compile(r'^[ \t]*def (\w+)\([^)]*\)[^\n]*:\n\s+"""([^\n"?]{24,120})', re.MULTILINE)
 
@@ -44,22 +46,31 @@ class _AboutText(Task):
     def make(self, haystack: Haystack, tokenizer: Any, length: int, rng: random.Random) -> Sample:
         budget = length - self.max_new_tokens
         needed = min(characters_needed(haystack, tokenizer, budget), len(haystack.text))
-        passage = haystack.passage(needed, rng)[: 2 * needed]
-        found = self.find(passage, rng)
-        sizes = {excerpt.question: count_tokens(tokenizer, excerpt.question) for excerpt in found}
-        # Questions decide how much text there is room for, and that text what may be asked: the longest one goes first.
-        longest = max(sizes, key=lambda question: sizes[question], default="")
-        room = len(fill(str, [longest], tokenizer, budget, passage))
-        asked = [excerpt for excerpt in found if excerpt.end <= room][: self.turns]
-        if len(asked) < self.turns:
+        for _ in range(_PASSAGES):
+            passage = haystack.passage(needed, rng)[: 2 * needed]
+            asked = self._choose(passage, tokenizer, budget, rng)
+            if len(asked) == self.turns:
+                break
+        else:
             raise ValueError(
-                f"{len(asked)} questions can be made of {length} tokens of the haystack {haystack.name!r} "
-                f"({self.what}), {self.turns} are needed; ask for a longer length or give another text"
+                f"passages of {length} tokens of the haystack {haystack.name!r} give fewer than {self.turns} questions "
+                f"({self.what}); ask for a longer length or give another text"
             )
         questions = [excerpt.question for excerpt in asked]
         used = fill(str, questions, tokenizer, budget, passage)
         turns = [Turn(e.question, (e.reference,), e.start / len(used)) for e in asked]
         return Sample(used, tuple(turns), max(count_tokens(tokenizer, used + question) for question in questions))
+
+    def _choose(self, passage: str, tokenizer: Any, budget: int, rng: random.Random) -> list[_Excerpt]:
+        """What is asked of the start of a passage, as far as there is something.
+
+        Questions decide how much text there is room for, and that text what may be asked: the longest goes first.
+        """
+        found = self.find(passage, rng)
+        sizes = {excerpt.question: count_tokens(tokenizer, excerpt.question) for excerpt in found}
+        longest = max(sizes, key=lambda question: sizes[question], default="")
+        room = len(fill(str, [longest], tokenizer, budget, passage))
+        return [excerpt for excerpt in found if excerpt.end <= room][: self.turns]
 
     what: ClassVar[str] = ""
 
