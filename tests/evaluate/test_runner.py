@@ -382,13 +382,13 @@ def test_in_a_chat_the_assistant_begins_the_answer() -> None:
     for name, cue in (
         ("needle_single", "The number for"),
         ("json_kv", '"'),
-        ("passkey", "The pass key is"),
-        ("mqar", ""),
+        ("passkey", "The pass key is the number"),
+        ("mqar", "The pair of"),
     ):
         sample = job().sample(of, tasks.create(name), 800, 0)
         turn = sample.turns[0]
         assert turn.cue.startswith(cue)
-        assert turn.asked + (f" {turn.cue}" if cue else "") == turn.question
+        assert f"{turn.asked} {turn.cue}" == (turn.for_chat or turn.question)
         asked = of.tokens(sample.context + turn.asked)[2:]  # the first word has a line end before it
         end = [7, 8, 9, *Chat()(turn.cue, add_special_tokens=False)["input_ids"]]
         assert of.prompt_tokens(sample)[-len(asked) - len(end) :] == [*asked, *end]
@@ -397,7 +397,7 @@ def test_in_a_chat_the_assistant_begins_the_answer() -> None:
 def test_chat_wraps_prompts_and_keeps_their_length(tmp_path: Path) -> None:
     of = Subject(subject().model, Chat(), "chat", chat=True)
     work = job(tasks=(tasks.create("needle_single"), tasks.create("needle_multikey", turns=2)), samples=1)
-    for task in work.tasks:
+    for task in (*work.tasks, tasks.create("passkey")):
         sample = work.sample(of, task, 300, 0)
         longest = max(len(of.prompt_tokens(sample, i)) for i in range(task.turns))
         assert longest == sample.prompt_tokens == 300 - task.max_new_tokens

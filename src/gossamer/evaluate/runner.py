@@ -116,15 +116,20 @@ class Job:
         Raises:
             ValueError: the task does not fit into the length, or the haystack does not fill it.
         """
-        rng = random.Random(f"{self.seed}/{task.label()}/{length}/{index}")
-        try:
-            sample = task.make(self.haystack, subject.tokenizer, length - subject.chat_tokens, rng)
-        except ValueError as error:
-            raise ValueError(f"{task.label()} at {length} tokens: {error}, or leave the task out") from error
-        if not subject.chat:
-            return sample
-        longest = max(len(subject.prompt_tokens(sample, turn)) for turn in range(len(sample.turns)))
-        return replace(sample, prompt_tokens=longest)
+        room = length - subject.chat_tokens
+        while True:
+            rng = random.Random(f"{self.seed}/{task.label()}/{length}/{index}")
+            try:
+                sample = task.make(self.haystack, subject.tokenizer, room, rng)
+            except ValueError as error:
+                raise ValueError(f"{task.label()} at {length} tokens: {error}, or leave the task out") from error
+            if not subject.chat:
+                return sample
+            # Other words for a chat, and another place for the answer's first ones, may take a few tokens more.
+            longest = max(len(subject.prompt_tokens(sample, turn)) for turn in range(len(sample.turns)))
+            if longest <= length - task.max_new_tokens:
+                return replace(sample, prompt_tokens=longest)
+            room -= longest - (length - task.max_new_tokens)
 
     def windows(self, subject: Subject) -> Windows | None:
         """Of the text for perplexity."""
