@@ -366,6 +366,9 @@ class TestExcerpts:
             assert sample.context.split(turn.cue)[1].startswith(turn.references[0])
             assert len(re.findall(r"\w+", turn.cue)) == 6
             assert len(re.findall(r"\w+", turn.references[0])) == 12
+            # A model of texts goes on from the words' last place: they stand in the text and at the end alone.
+            assert sample.prompt().endswith(turn.cue)
+            assert sample.prompt().count(turn.cue) == 2
 
     def test_the_score_is_the_share_before_the_first_wrong_word(self):
         task = tasks.create("repeat_passage")

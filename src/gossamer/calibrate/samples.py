@@ -92,7 +92,7 @@ class Samples:
         if isinstance(source, Haystack):
             return self._windows[sample.source].tokens(sample.length, sample.index)
         made = self._job.sample(self._subject, source, sample.length, sample.index)
-        return torch.tensor([self._subject.prompt_tokens(made.prompt())], device=self._subject.device)
+        return torch.tensor([self._subject.prompt_tokens(made)], device=self._subject.device)
 
     def name(self, source: int) -> str:
         """Of a source: its task, or the last part of its path."""

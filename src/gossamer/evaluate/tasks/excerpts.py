@@ -27,17 +27,20 @@ _FUNCTION = re.compile(r'^[ \t]*def (\w+)\([^)]*\)[^\n]*:\n\s+"""([^\n"?]{24,120
 
 @dataclass(frozen=True)
 class _Excerpt:
-    """A question about a part of a text that ends at ``end``, with what answers it, at ``start``."""
+    """A question about a part of a text that ends at ``end``, with what answers it, at ``start``. See `Turn`."""
 
     question: str
     reference: str
     start: int
     end: int
+    for_chat: str = ""
 
 
 @dataclass(frozen=True)
 class _AboutText(Task):
-    """A task whose questions are made of the text that is read."""
+    """A task whose questions are made of the text that is read; ``what`` says what of it they are about."""
+
+    what: ClassVar[str]
 
     @abstractmethod
     def find(self, text: str, rng: random.Random) -> list[_Excerpt]:
@@ -58,7 +61,7 @@ class _AboutText(Task):
             )
         questions = [excerpt.question for excerpt in asked]
         used = fill(str, questions, tokenizer, budget, passage)
-        turns = [Turn(e.question, (e.reference,), e.start / len(used)) for e in asked]
+        turns = [Turn(e.question, (e.reference,), e.start / len(used), e.for_chat) for e in asked]
         return Sample(used, tuple(turns), max(count_tokens(tokenizer, used + question) for question in questions))
 
     def _choose(self, passage: str, tokenizer: Any, budget: int, rng: random.Random) -> list[_Excerpt]:
@@ -71,8 +74,6 @@ class _AboutText(Task):
         longest = max(sizes, key=lambda question: sizes[question], default="")
         room = len(fill(str, [longest], tokenizer, budget, passage))
         return [excerpt for excerpt in found if excerpt.end <= room][: self.turns]
-
-    what: ClassVar[str] = ""
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,10 @@ class RepeatPassage(_AboutText):
             given = text[start:first]
             if "?" in given or text.count(given) > 1:
                 continue
-            question = f'\n\nWhat does the text above say, word for word, after "{given}"? {given}'
-            found.append(_Excerpt(question, text[first:last], first, last))
+            # A model of texts goes on from where it saw the words last: they must not be quoted before.
+            question = f"\n\nThe text above, word for word:\n{given}"
+            for_chat = f'\n\nWhat does the text above say, word for word, after "{given}"? {given}'
+            found.append(_Excerpt(question, text[first:last], first, last, for_chat))
             taken.append(start)
             if len(found) == 8 + 8 * self.turns:
                 break
