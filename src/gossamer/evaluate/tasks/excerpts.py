@@ -111,9 +111,9 @@ class RepeatPassage(_AboutText):
             given = text[start:first]
             if "?" in given or text.count(given) > 1:
                 continue
-            # A model of texts goes on from where it saw the words last: they must not be quoted before.
+            # A model goes on as it did where it saw the words last: the question must not quote them first.
             question = f"\n\nThe text above, word for word:\n{given}"
-            for_chat = f'\n\nWhat does the text above say, word for word, after "{given}"? {given}'
+            for_chat = f"\n\nWhat does a part of the text above say, word for word? {given}"
             found.append(_Excerpt(question, text[first:last], first, last, for_chat))
             taken.append(start)
             if len(found) == 8 + 8 * self.turns:
