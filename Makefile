@@ -1,6 +1,7 @@
 # `make demo` and `make test` set themselves up: a virtual environment in the checkout, pinned by constraints.txt.
 #
 #   make demo     the reference model reads 16K tokens, dense and sparse; prints the table of the README
+#   make demo-pretrained  the same with SmolLM2, a small model that people use, which it fetches (98 MB)
 #   make test     all tests
 #   make lint     ruff and pyright
 #   make docs     the documentation, into site/
@@ -27,7 +28,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv demo test lint docs coverage wheel mutants families bench clean
+.PHONY: venv demo demo-pretrained test lint docs coverage wheel mutants families bench clean
 
 venv: $(STAMP)
 
@@ -41,6 +42,9 @@ $(STAMP): $(SOURCES)
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
+
+demo-pretrained: $(STAMP)
+	$(BIN)/python examples/demo_pretrained.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -260,20 +260,29 @@ def markdown(above: str, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -
 
 def demo_table() -> str:
     """The rows of the demo."""
-    data = json.loads((ROOT / "examples" / "demo.json").read_text())
-    return "\n".join(
+    return demo_rows(json.loads((ROOT / "examples" / "demo.json").read_text()))
+
+
+def demo_rows(data: dict[str, Any], _: Path = ROOT) -> str:
+    """The rows of a demo, with their KL where it was measured."""
+    rows = data["rows"]
+    with_kl = all("kl" in row for row in rows.values())
+    return markdown(
+        f"{data['machine']['model']}, {data['machine']['usable_cores']} cores, {data['dtype']}, prompts of "
+        f"{min(data['prompt_tokens']):,} tokens.",
+        ("method", "prefill s", "attention s", "density", "right", "top-1 as dense", *(["KL"] if with_kl else [])),
         [
-            f"{data['machine']['model']}, {data['machine']['usable_cores']} cores, {data['dtype']}, prompts of "
-            f"{min(data['prompt_tokens']):,} tokens.",
-            "",
-            "| method | prefill s | attention s | density | right | top-1 as dense |",
-            "|---|---|---|---|---|---|",
-            *(
-                f"| {name} | {row['prefill_seconds']:.2f} | {row['attention_seconds']:.2f} | {row['density']:.3f} | "
-                f"{row['right']}/{row['asked']} | {row['top1_agreement']:.1%} |"
-                for name, row in data["rows"].items()
-            ),
-        ]
+            (
+                name,
+                f"{row['prefill_seconds']:.2f}",
+                f"{row['attention_seconds']:.2f}",
+                f"{row['density']:.3f}",
+                f"{row['right']}/{row['asked']}",
+                f"{row['top1_agreement']:.1%}",
+                *([f"{row['kl']:.3f}"] if with_kl else []),
+            )
+            for name, row in rows.items()
+        ],
     )
 
 
@@ -366,6 +375,7 @@ TABLES = {
     "integers": integers_table,
     "gpu": gpu_table,
     "demo": demo_table,
+    "demo_pretrained": lambda: for_each_machine("demo_pretrained.json", demo_rows),
     "methods": methods_table,
     "mutants": mutants_table,
     "kept": kept_table,

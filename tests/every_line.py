@@ -25,7 +25,7 @@ _MODEL = {
 }
 _FAST = {"method": "fast", "method_fields": {"method": "fast"}, "policy": "min_tokens=0,max_density=0.9"}
 _PROMPT = {"run": "r1", "task": "perplexity", "task_fields": {"task": "needle"}, "length": 1024, "index": 0}
-_PROMPT |= {"text_sha256": "ab", "start": 7}
+_PROMPT |= {"text": "a.txt", "text_sha256": "ab", "start": 7}
 _RUN = {
     "kind": "run",
     "format": 1,
@@ -76,7 +76,7 @@ LINES: list[dict[str, Any]] = [
     {"kind": "perplexity"}
     | _of_method("fast", 1024)
     | _seconds(0.5)
-    | {"task": "perplexity", "tokens": 1023, "nats": 2.5, "text_sha256": "t", "start": 7},
+    | {"task": "perplexity", "tokens": 1023, "nats": 2.5, "text": "a", "text_sha256": "t", "start": 7},
     {"kind": "fidelity"}
     | _of_method("fast", 1024)
     | dict.fromkeys(("head_density", "recall", "oracle_recall", "relative_l2", "cosine"), _TABLE)

@@ -41,18 +41,17 @@ def test_code_blocks_run(page, monkeypatch):
     exec(compile(code_of(page), str(page), "exec"), module.__dict__)
 
 
-def demo():
-    return script("examples/demo.py")
+PRETRAINED = sorted((ROOT / "benchmarks" / "results").glob("*/demo_pretrained.json"))
 
 
-def test_readme_shows_the_committed_run_of_the_demo():
-    figures = json.loads((ROOT / "examples" / "demo.json").read_text())
-    assert demo().report(figures) in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", [ROOT / "examples" / "demo.json", *PRETRAINED], ids=lambda path: path.name)
+def test_readme_shows_the_committed_runs_of_the_demos(path):
+    figures = json.loads(path.read_text())
+    assert script("examples/reading.py").report(figures) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_repository_is_long_enough_for_the_demo():
-    text = demo().repository_text()
-    assert len(text) > 4 * demo().TOKENS
+    assert len(script("examples/reading.py").repository_text()) > 4 * script("examples/demo.py").TOKENS
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gossamer.calibrate.prices import Measured, Modelled, Pairs
 from gossamer.calibrate.samples import Samples
 from gossamer.calibrate.search import Found, measure
 from gossamer.calibrate.store import Store
+from gossamer.evaluate import tasks
 from gossamer.evaluate.haystack import Haystack
 from gossamer.evaluate.subject import Subject
 from gossamer.methods import PerHead
@@ -254,6 +256,19 @@ def test_held_out_samples_are_others_of_the_same_text_or_another_text() -> None:
     assert not torch.equal(tokens[0], tokens[2])
     assert same.to_dict()["sources"] == ["numbers.txt"]
     assert same.to_dict()["held_out_sha256"] != other.to_dict()["held_out_sha256"]
+
+
+class AnyWords(Words):
+    def __call__(self, text: str) -> dict[str, Any]:
+        return super().__call__(" ".join(str(zlib.crc32(word.encode())) for word in text.split()))
+
+
+def test_samples_of_tasks_are_their_prompts() -> None:
+    of, task = Subject(tiny_llama(), AnyWords(), "tiny"), tasks.create("mqar", turns=1)
+    samples = Samples(of, [task], [150], count=1, held_out=1, haystack=TEXT)
+    tokens = [samples.tokens(sample) for sample in samples.listed]
+    assert all(t.shape[1] <= 150 - task.max_new_tokens for t in tokens)
+    assert not torch.equal(*tokens)
 
 
 def test_weights_and_objectives_change_what_is_chosen() -> None:

@@ -260,7 +260,7 @@ def test_prompts_of_chat_models_are_wrapped(capsys, qwen3, tmp_path):
         (("--tasks", "mqar(turns=none)"), "mqar.turns takes int, got 'none'"),
         (("--lengths", "long"), "4k,16k,32k or in tokens, got 'long'"),
         (("--lengths", "4k"), "takes 2048 tokens, got a length of 4096"),
-        (("--tasks", "needles"), "mqar, passkey, number_string, math_find, perplexity"),
+        (("--tasks", "needles"), "math_find, repeat_passage, code_function, perplexity"),
         (("--tasks", "perplexity(turns=2)"), "perplexity takes no fields"),
         (("--tasks", "perplexity", "--fidelity", "1"), "fidelity needs a task"),
         (("--limit", "0"), "--limit must be at least 1, got 0"),

@@ -114,6 +114,7 @@ def test_a_model_against_itself_and_against_a_sparse_run() -> None:
     assert sparse["logits"]["mean_kl"] > same["logits"]["mean_kl"]
     assert [len(sparse[name]) for name in FIGURES] == [2] * 5  # layers
     assert [len(row) for row in sparse["recall"]] == [4, 4]  # heads
+    assert "maps" not in next(compare(of, tokens, [SPARSE], maps=False))
     assert {(m["layer"], m["head"]) for m in sparse["maps"]} <= {(layer, head) for layer in (0, 1) for head in range(4)}
 
 
@@ -136,9 +137,15 @@ def test_kl_and_top1_are_the_formulas_by_position() -> None:
     of = subject()
     a, b = (torch.randn(300, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     b[:64] = a[:64]
-    found = compare_logits(of, a, b)
+    tokens = torch.randint(3, 2900, (1, 300), generator=torch.Generator().manual_seed(3))
+    same, found = compare_logits(of, a, [a, b], tokens)
     with torch.inference_mode():
         p, q = (of.model.lm_head(x).double() for x in (a, b))
+        loss = [torch.nn.functional.cross_entropy(x[:-1], tokens[0, 1:]) for x in (p, q)]
+    assert [found["dense_nats"], found["nats"]] == pytest.approx([float(x) for x in loss], rel=1e-4)
+    assert same["nats"] == same["dense_nats"] == found["dense_nats"]
+    assert (same["mean_kl"], same["mean_top1"]) == (0.0, 1.0)
+    assert "nats" not in compare_logits(of, a, [b])[0]
     divergence = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none")
     divergence = divergence.sum(-1)
     agreement = (p.argmax(-1) == q.argmax(-1)).double()

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,28 @@ def test_each_cell_gives_one_line(tmp_path: Path) -> None:
     assert json.loads(json.dumps(new)) == lines[1:]
 
 
+def test_fidelity_takes_prompts_of_each_kind_that_is_named(tmp_path: Path) -> None:
+    methods_ = (DENSE, SPARSE, Policy(methods.create("a_shape", sink=4, window=32), min_tokens=0, max_density=2.0))
+    work = job(methods=methods_, samples=0, fidelity=2, fidelity_of=("needle_single", "perplexity"), lengths=(300,))
+    of, path = subject(), tmp_path / "r.jsonl"
+    assert len(run(path, replace(work, fidelity=1), stop_after=3, of=of)) == 3
+    new = run(path, work, of=of)
+    records = [*map(json.loads, path.read_text().splitlines())]
+    records = [record for record in records if record["kind"] != "run"]
+    found = {(r["task"], r["index"], r["method"]) for r in records}
+    assert len(records) == len(found) == 2 * 2 * 2
+    assert len(new) == 5
+    assert {r["kind"] for r in records} == {"fidelity"}
+    windows = Windows(of, HAYSTACK, 0)
+    of_text = [r for r in records if r["task"] == "perplexity"]
+    assert {(r["text"], r["start"]) for r in of_text} == {("test", windows.start(300, i)) for i in (0, 1)}
+    dense, _ = of.hidden_states(windows.tokens(300, 0), DENSE)
+    with torch.inference_mode():
+        expected = of.model(windows.tokens(300, 0), labels=windows.tokens(300, 0)).loss
+    assert of_text[0]["logits"]["dense_nats"] == pytest.approx(float(expected), rel=1e-4)
+    assert of_text[0]["prompt_tokens"] == dense.shape[0] == 300
+
+
 @pytest.mark.parametrize("stop_after", [1, 7, 20])
 def test_an_interrupted_run_ends_with_the_same_lines(tmp_path: Path, stop_after: int) -> None:
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
@@ -195,7 +217,11 @@ def test_perplexity_is_the_loss_of_the_model(tmp_path: Path) -> None:
         ({"methods": (DENSE, DENSE)}, "dense is given twice"),
         ({"tasks": (), "perplexity": None}, "no task"),
         ({"tasks": (), "fidelity": 1}, "fidelity needs a task"),
-        ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 0, "fidelity": 0}, "samples must be at least 1"),
+        (
+            {"fidelity_of": ("passkey",)},
+            "prompts of needle_single, .*, perplexity, got 'passkey'",
+        ),
         ({"lengths": (10,)}, "at least 64"),
     ],
 )
@@ -377,12 +403,29 @@ class Chat(WordTokenizer):
         return {"input_ids": [2, 5, 6, *self(turns[0]["content"])["input_ids"][1:], 7, 8, 9]}
 
 
+def test_in_a_chat_the_assistant_begins_the_answer() -> None:
+    of = Subject(subject().model, Chat(), "chat", chat=True)
+    for name, cue in (
+        ("needle_single", "The number for"),
+        ("json_kv", '"'),
+        ("passkey", "The pass key is the number"),
+        ("mqar", "The pair of"),
+    ):
+        sample = job().sample(of, tasks.create(name), 800, 0)
+        turn = sample.turns[0]
+        assert turn.cue.startswith(cue)
+        assert f"{turn.asked} {turn.cue}" == (turn.for_chat or turn.question)
+        asked = of.tokens(sample.context + turn.asked)[2:]  # the first word has a line end before it
+        end = [7, 8, 9, *Chat()(turn.cue, add_special_tokens=False)["input_ids"]]
+        assert of.prompt_tokens(sample)[-len(asked) - len(end) :] == [*asked, *end]
+
+
 def test_chat_wraps_prompts_and_keeps_their_length(tmp_path: Path) -> None:
     of = Subject(subject().model, Chat(), "chat", chat=True)
     work = job(tasks=(tasks.create("needle_single"), tasks.create("needle_multikey", turns=2)), samples=1)
-    for task in work.tasks:
+    for task in (*work.tasks, tasks.create("passkey")):
         sample = work.sample(of, task, 300, 0)
-        longest = max(len(of.prompt_tokens(sample.prompt(i))) for i in range(task.turns))
+        longest = max(len(of.prompt_tokens(sample, i)) for i in range(task.turns))
         assert longest == sample.prompt_tokens == 300 - task.max_new_tokens
     path = tmp_path / "r.jsonl"
     assert {record["kind"] for record in run(path, work, of=of)} == {"sample", "perplexity", "fidelity"}

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tokenizers_for_tests import HAYSTACK, WordTokenizer
+from tokenizers_for_tests import CODE, HAYSTACK, WordTokenizer
 
 from gossamer.evaluate import tasks
 from gossamer.evaluate.haystack import load_haystack
@@ -28,7 +28,7 @@ WORDS = WordTokenizer()
 
 def make(name: str, length: int = 2048, seed: int = 0, **fields: object) -> tuple[tasks.Task, tasks.Sample]:
     task = tasks.create(name, **fields)
-    return task, task.make(HAYSTACK, WORDS, length, random.Random(seed))
+    return task, task.make(CODE if name == "code_function" else HAYSTACK, WORDS, length, random.Random(seed))
 
 
 def search(pattern: str, text: str) -> re.Match[str]:
@@ -94,7 +94,14 @@ def test_the_length_is_met_with_a_real_tokenizer_and_the_default_text(name, refe
 
 
 def test_answers_that_are_lists_may_have_several_lines():
-    lists = {"needle_multivalue", "needle_multiquery", "variable_tracking", "common_words", "frequent_words"}
+    lists = {
+        "repeat_passage",
+        "needle_multivalue",
+        "needle_multiquery",
+        "variable_tracking",
+        "common_words",
+        "frequent_words",
+    }
     assert {name for name in tasks.available() if not tasks.create(name).one_line} == lists
     assert not tasks.create("needle_single", values=2).one_line
 
@@ -348,3 +355,38 @@ def test_training_samples_are_the_tokens_of_these_tasks(reference_tokenizer, mon
         for value in re.findall(r"In a list, .* is (\d+)\.$", text):
             assert text.count(value) >= 2
     assert min(seen[kind] for kind in ("hat is the", "hat are all", "hat are the", "here does")) > 5
+
+
+class TestExcerpts:
+    def test_a_passage_is_what_follows_words_that_occur_once(self):
+        for seed in range(5):
+            _, sample = make("repeat_passage", seed=seed, words=12, given=6)
+            (turn,) = sample.turns
+            assert sample.context.count(turn.cue) == 1
+            assert sample.context.split(turn.cue)[1].startswith(turn.references[0])
+            assert len(re.findall(r"\w+", turn.cue)) == 6
+            assert len(re.findall(r"\w+", turn.references[0])) == 12
+            # A model of texts goes on from the words' last place: they stand in the text and at the end alone.
+            assert sample.prompt().endswith(turn.cue)
+            assert sample.prompt().count(turn.cue) == 2
+
+    def test_the_score_is_the_share_before_the_first_wrong_word(self):
+        task = tasks.create("repeat_passage")
+        reference = ["one (two) three\n    four"]
+        assert task.score("one two, three four five", reference) == 1.0
+        assert task.score("one two four", reference) == 0.5
+        assert task.score("three four", reference) == 0.0
+
+    def test_a_function_is_the_one_with_the_docstring(self):
+        for seed in range(5):
+            _, sample = make("code_function", seed=seed, turns=3)
+            for turn in sample.turns:
+                says = search(r'docstring "(.*)"\?', turn.question)[1]
+                (name,) = turn.references
+                written = search(rf"def {name}\(.*?\n\s+\"\"\"(.*)", sample.context)[1]
+                assert written.startswith(says)
+                assert sample.context[round((turn.depth or 0) * len(sample.context)) :].startswith(name)
+
+    def test_text_without_functions_is_refused(self):
+        with pytest.raises(ValueError, match="2048 tokens of the haystack 'test' give fewer than 1 questions"):
+            tasks.create("code_function").make(HAYSTACK, WORDS, 2048, random.Random(0))

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gossamer.evaluate.summary import summary_rows
 from gossamer.report.charts import figures
 from gossamer.report.figure import Figure, label_styles
 from gossamer.report.latency import break_even
+from gossamer.report.overview import in_words, overview, short_table
 from gossamer.report.page import findings, write_report
 
 NAMES = ["needles", "density", "recall", "latency", "logits", "heads", "attention", "maps"]
@@ -39,7 +41,11 @@ MEASURE = """
 const sizes = (page, what) => [...page.querySelectorAll(what)].map(e => e.getBoundingClientRect());
 frame.onload = () => {
   const page = frame.contentDocument, root = page.documentElement;
+  const first = page.querySelector("#overview").getBoundingClientRect().bottom;
+  const folded = [...page.querySelectorAll("details")].every(e => !e.open && e.getBoundingClientRect().height < 90);
+  page.querySelectorAll("details").forEach(e => e.open = true);
   found.textContent = JSON.stringify({
+    first, folded,
     overflow: root.scrollWidth - root.clientWidth,
     pictures: sizes(page, "figure > svg, figure > img").map(r => [r.width, r.height]),
     sections: [...page.querySelectorAll("section")].map(s => s.id),
@@ -148,7 +154,7 @@ def test_every_picture_has_panels_and_numbers() -> None:
 
 def test_files_are_complete_and_nothing_temporary_stays(page: Path) -> None:
     folder = page.with_name("report_csv")
-    assert {path.stem for path in folder.iterdir()} == {"summary", "tasks", *NAMES}
+    assert {path.stem for path in folder.iterdir()} == {"overview", "summary", "tasks", *NAMES}
     assert [path.name for path in page.parent.iterdir() if path.name.endswith(".tmp")] == []
     with (folder / "density.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -236,6 +242,57 @@ def test_findings_come_from_the_figures() -> None:
     assert all(re.search(r"\d samples( a task)? are too few", sentence) for sentence in few)
 
 
+def test_the_first_screen_is_of_the_longest_length() -> None:
+    rows = summary_rows(RECORDS)
+    figure = overview(rows)
+    assert [caption.partition(":")[0] for caption, _ in figure.panels] == [
+        "Answers",
+        "Predictions",
+        "Attention mass lost against density",
+    ]
+    longest = [row for row in rows if row.length == max(LENGTHS)]
+    assert [line[0] for line in figure.table[1:]] == [row.method for row in longest]
+    answers, predictions, masses = (drawn for _, drawn in figure.panels)
+    for method in METHODS:
+        row = next(row for row in longest if row.method == method)
+        assert f"{method}: {row.accuracy:.3f} in {row.prefill_s:.2f} s [" in answers
+        dense = method.startswith("dense")
+        assert (f"{method}: 0.200 in" in predictions) == (not dense)
+        assert (f"{method}: loses 0.5000, its oracle 0.4000" in masses) == (not dense)
+    assert predictions.count('stroke-dasharray="5 4"') == 2  # of each dense attention
+
+
+def test_the_first_screen_says_five_things_in_words() -> None:
+    rows = summary_rows(RECORDS)
+    lines = in_words(rows)
+    assert len(lines) == 4  # nothing keeps all answers here
+    kept = {"difference": 0.0, "difference_interval": (-0.07, 0.07)}
+    five = in_words([replace(row, **kept) if row.method == "fast(size=4)" else row for row in rows])
+    assert len(five) == 5
+    assert five[1].startswith("1 of 3 settings lose no answers that these samples could show.")
+    assert "fast(size=4), " in five[1]
+    assert "may still lose up to 0.07" in five[1]
+    assert lines[0] == (
+        "At 16,384 tokens (50 samples) dense takes 16.00 s and scores 1.000; dense(kernel=own) takes 8.00 s and scores "
+        "1.000."
+    )
+    loses = [r.method for r in rows if r.length == 16384 and r.difference_interval and r.difference_interval[1] < 0]
+    assert any(line.startswith(f"{len(loses)} lose measurably") for line in lines)
+    assert "KL 0.2" in next(line for line in lines if line.startswith("Nearest to the predictions"))
+    assert "keeps 50.0% of the attention mass, the best 60.0%" in lines[-1]
+    table = short_table(rows)
+    assert [row[0] for row in table[1:3]] == ["dense", "dense(kernel=own)"]
+    assert all(len(row) == len(table[0]) for row in table)
+    assert len(table) <= 8
+
+
+def test_without_answers_and_predictions_there_is_no_first_screen(tmp_path: Path) -> None:
+    heads = [record for record in RECORDS if record["kind"] in ("run", "heads")]
+    write_report(heads, tmp_path / "r.html")
+    assert 'id="overview"' not in (tmp_path / "r.html").read_text()
+    assert not (tmp_path / "r_csv" / "overview.csv").exists()
+
+
 def test_results_of_two_models_are_refused(tmp_path: Path) -> None:
     other = json.loads(json.dumps(RECORDS[0]).replace('"abc"', '"def"'))
     with pytest.raises(ValueError, match="2 models"):
@@ -286,7 +343,7 @@ class TestCommand:
         assert main(["report", str(self.write(tmp_path)), "--out", str(out)]) == 0
         captured = capsys.readouterr()
         assert captured.out == f"{out}\n"
-        assert "10 CSV files" in captured.err
+        assert "11 CSV files" in captured.err
 
     def test_json_lists_files_and_rows(self, capsys, tmp_path):
         out = tmp_path / "page.html"
@@ -360,11 +417,18 @@ def measured_by_a_browser(page: Path, width: int) -> dict[str, Any]:
 def test_a_browser_shows_all_pictures_without_errors_or_overflow(page: Path, width: int) -> None:
     found = measured_by_a_browser(page, width)
     assert found["overflow"] <= 0
-    assert found["sections"] == ["summary", "tasks", *NAMES, "circumstances"]
+    assert found["sections"] == ["overview", "summary", "tasks", *NAMES, "circumstances"]
     assert found["loaded"]
     assert len(found["pictures"]) >= 20
     assert all(across > 60 and down > 30 for across, down in found["pictures"])
     assert found["smallest"] > 8
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_the_first_screen_has_what_a_person_came_for(page: Path) -> None:
+    found = measured_by_a_browser(page, 1280)
+    assert found["folded"]
+    assert found["first"] < 1000
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gossamer.evaluate.haystack import Haystack
@@ -91,13 +90,12 @@ class Samples:
         source = self._sources[sample.source]
         if isinstance(source, Haystack):
             return self._windows[sample.source].tokens(sample.length, sample.index)
-        made = self._job.sample(self._subject, source, sample.length, sample.index)
-        return torch.tensor([self._subject.prompt_tokens(made.prompt())], device=self._subject.device)
+        return self._job.prompt(self._subject, source.label(), sample.length, sample.index)
 
     def name(self, source: int) -> str:
         """Of a source: its task, or the last part of its path."""
         one = self._sources[source]
-        return one.label() if isinstance(one, Task) else one.name.replace("\\", "/").rpartition("/")[2]
+        return one.label() if isinstance(one, Task) else one.short_name
 
     def to_dict(self) -> dict[str, Any]:
         """What was read, with hashes of all tokens."""

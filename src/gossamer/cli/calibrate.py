@@ -246,7 +246,7 @@ def _least_budget(bound: float, subject: Subject, samples: Samples, found: Found
         for prompt in tokens:
             dense, _ = subject.hidden_states(prompt, Policy.of("dense"))
             sparse, _ = subject.hidden_states(prompt, policy)
-            total += compare_logits(subject, dense, sparse)["mean_kl"] / len(tokens)
+            total += compare_logits(subject, dense, [sparse])[0]["mean_kl"] / len(tokens)
         print(f"budget {budget:.4f}: KL {total:.5f} on held-out prompts", file=sys.stderr, flush=True)
         return total
 

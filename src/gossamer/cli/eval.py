@@ -39,10 +39,15 @@ def add_parser(commands: Any) -> None:
         help="names with fields, such as needle_multikey(turns=4); perplexity; or `list` (default: %(default)s)",
     )
     parser.add_argument("--lengths", default="4k,16k", help="tokens of prompt and answer (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=20, help="samples a task and length (default: %(default)s)")
+    parser.add_argument(
+        "--limit", type=int, default=20, help="samples a task and length; 0: fidelity alone (default: %(default)s)"
+    )
     parser.add_argument("--turns", type=int, help="questions on each context, for all tasks (default: the task's own)")
     parser.add_argument(
-        "--fidelity", type=int, help="prompts a length, of the first task, for fidelity (default: 1 where there is one)"
+        "--fidelity", type=int, help="prompts a length and kind for fidelity (default: 1 where there is a task)"
+    )
+    parser.add_argument(
+        "--fidelity-of", metavar="LIST", help="kinds of these prompts, each one of --tasks (default: the first task)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="prompts that run together (default: %(default)s)")
@@ -112,7 +117,8 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
-    check_numbers(arguments, {"limit": 1, "batch": 1, "turns": 1, "fidelity": 0, "min_tokens": 0})
+    least = 0 if arguments.fidelity else 1  # without samples there is fidelity alone
+    check_numbers(arguments, {"limit": least, "batch": 1, "turns": 1, "fidelity": 0, "min_tokens": 0})
     check_device(arguments.device)
 
 
@@ -130,6 +136,8 @@ def _job(arguments: argparse.Namespace, policies: list[Policy]) -> Any:
     tasks = tuple(parse_task(name, _PERPLEXITY, **turns) for name in names if name != _PERPLEXITY)
     haystack = load_haystack(arguments.haystack)
     text = load_haystack(arguments.text) if arguments.text else haystack
+    kinds = split_specs(arguments.fidelity_of) if arguments.fidelity_of else []
+    compared = tuple(name if name == _PERPLEXITY else parse_task(name, _PERPLEXITY, **turns).label() for name in kinds)
     return runner.Job(
         methods=tuple(policies),
         tasks=tasks,
@@ -138,6 +146,7 @@ def _job(arguments: argparse.Namespace, policies: list[Policy]) -> Any:
         haystack=haystack,
         perplexity=text if _PERPLEXITY in names else None,
         fidelity=int(bool(tasks)) if arguments.fidelity is None else arguments.fidelity,
+        fidelity_of=compared,
         seed=arguments.seed,
         batch=arguments.batch,
     )
@@ -176,22 +185,29 @@ def _run_harness(arguments: argparse.Namespace, subject: Any, job: Any, results:
 
 def _print(arguments: argparse.Namespace, job: Any, windows: Any, records: list[dict[str, Any]]) -> None:
     """The table of what was asked for, whatever else the file holds."""
+    from gossamer.evaluate.closeness import closeness_table
     from gossamer.evaluate.records import cell_of
     from gossamer.evaluate.runner import all_cells
-    from gossamer.evaluate.summary import common_cells, dense_notes, main_table, summary_rows, task_table
+    from gossamer.evaluate.summary import closeness_of, common_cells, dense_notes, main_table, summary_rows, task_table
 
     asked = {cell_of(cell.head) for cell in all_cells(job, windows)}
     mine = [record for record in records if record["kind"] == "run" or cell_of(record) in asked]
     rows = summary_rows(common_cells(mine, job.labels))
     scores = _of_harness(arguments, job, records)
     if arguments.json:
-        print_json({"out": str(arguments.out), "rows": [row.to_dict() for row in rows], "lm_eval": scores})
+        near = [row.to_dict() for row in closeness_of(mine)]
+        rows_of = [row.to_dict() for row in rows]
+        print_json({"out": str(arguments.out), "rows": rows_of, "closeness": near, "lm_eval": scores})
         return
     if rows:
         print(table(main_table(rows)))
         if len(job.tasks) > 1:
             print("\naccuracy by task")
             print(table(task_table(rows)))
+    near = closeness_of(mine)
+    if len({row.kind for row in near}) > 1:
+        print("\ninside the model, by kind of prompt")
+        print(table(closeness_table(near)))
     if notes := dense_notes(rows):
         print("\n" + "\n".join(notes))
     if scores:

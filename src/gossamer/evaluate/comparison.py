@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gossamer.evaluate.fidelity import compare_logits
@@ -45,11 +44,7 @@ class Prompt:
         Raises:
             ValueError: the sample cannot be made.
         """
-        if self.head["task"] == PERPLEXITY and windows is not None:
-            return windows.tokens(self.length, self.head["index"])
-        task = next(task for task in job.tasks if task.label() == self.head["task"])
-        sample = job.sample(subject, task, self.length, self.head["index"])
-        return torch.tensor([subject.prompt_tokens(sample.prompt())], device=subject.device)
+        return job.prompt(subject, self.head["task"], self.length, self.head["index"], windows)
 
 
 @dataclass(frozen=True)
@@ -173,7 +168,7 @@ def _logits(
     dense, _ = subject.hidden_states(tokens, Policy.of("dense"))
     for index in missing:
         sparse, cost = subject.hidden_states(tokens, settings[index].policy)
-        logits = compare_logits(subject, dense, sparse)
+        (logits,) = compare_logits(subject, dense, [sparse])
         progress(f"logits of {heads[index]['method']}, {prompt.head['task']} {prompt.head['index']}")
         kept = {"kl": logits["mean_kl"], "top1": logits["mean_top1"]}
         yield results.append(heads[index] | kept | cost.to_dict())

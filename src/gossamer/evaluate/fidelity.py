@@ -3,13 +3,13 @@
 Inside, every layer sees the inputs of the dense run, so that errors do not add up and layers can be compared: the
 attention mass that the plan keeps, next to what the best plan of whole blocks with as many blocks keeps, and the
 output. A layer that the policy's thresholds let run dense counts as dense. The logits are those of a whole sparse run.
-Memory: one layer's tensors, two times the hidden states, and the logits of 512 positions.
+Memory: one layer's tensors, five times the hidden states, and the logits of 512 positions of as many runs.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,14 +31,20 @@ __all__ = ["FIGURES", "compare", "compare_layer", "compare_logits", "listed_lse"
 FIGURES = ("head_density", "recall", "oracle_recall", "relative_l2", "cosine")
 _MAP_SIZE = 64
 _MAPS = 6
+_DIGITS = 4
 _ROWS_PER_TILE = 4
+# Whole runs whose logits are compared with those of the dense run at a time, which are made once for all of them.
+_TOGETHER = 4
 
 
-def compare(subject: Subject, tokens: Tensor, policies: Sequence[Policy]) -> list[dict[str, Any]]:
-    """The fields of a ``fidelity`` record for each policy.
+def compare(
+    subject: Subject, tokens: Tensor, policies: Sequence[Policy], *, maps: bool = True
+) -> Iterator[dict[str, Any]]:
+    """The fields of a ``fidelity`` record for each policy, some policies at a time; the dense run is shared by all.
 
     Args:
         tokens: ``[1, S]``.
+        maps: also draw the plans of a few heads.
 
     Raises:
         ValueError: the model's attention cannot be observed, or its logits not be formed in chunks.
@@ -55,8 +61,8 @@ def compare(subject: Subject, tokens: Tensor, policies: Sequence[Policy]) -> lis
             plan = policy.decide(call).plan
             figures = _dense_figures(heads) if plan is None else compare_layer(observed, plan, lse, masses)
             for name, values in figures.items():
-                rows[name].append([round(value, 6) for value in values])
-            if call.layer in drawn:
+                rows[name].append([round(value, _DIGITS) for value in values])
+            if maps and call.layer in drawn:
                 head = drawn[call.layer] % heads
                 if plan is None:
                     plan = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
@@ -68,14 +74,16 @@ def compare(subject: Subject, tokens: Tensor, policies: Sequence[Policy]) -> lis
         raise ValueError(
             f"{type(subject.model).__name__} made no attention call with a plain mask; fidelity cannot be measured"
         )
-    results = []
-    for policy, rows in zip(policies, measured, strict=True):
-        sparse, cost = subject.hidden_states(tokens, policy)
-        means = {name: _mean(rows[name]) for name in FIGURES}
-        logits = compare_logits(subject, dense, sparse)
-        more = {"mean": means, "logits": logits, "dense_because": cost.dense_because}
-        results.append({"density": means["head_density"]} | rows | more)
-    return results
+    pairs = list(zip(policies, measured, strict=True))
+    for first in range(0, len(pairs), _TOGETHER):
+        some = pairs[first : first + _TOGETHER]
+        runs = [subject.hidden_states(tokens, policy) for policy, _ in some]
+        logits = compare_logits(subject, dense, [hidden for hidden, _ in runs], tokens)
+        for (_, rows), (_, cost), compared in zip(some, runs, logits, strict=True):
+            means = {name: _mean(rows[name]) for name in FIGURES}
+            spent = cost.to_dict() | {"density": means["head_density"]}
+            tables = {name: values for name, values in rows.items() if values}
+            yield spent | tables | {"mean": means, "logits": compared}
 
 
 def _mean(rows: list[list[float]]) -> float:
@@ -133,28 +141,50 @@ def relative_l2(sparse: Tensor, dense: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def compare_logits(subject: Subject, dense: Tensor, sparse: Tensor) -> dict[str, Any]:
-    """KL divergence (nats, of the sparse from the dense prediction) and share of equal choices, by position.
+def compare_logits(
+    subject: Subject, dense: Tensor, sparse: Sequence[Tensor], tokens: Tensor | None = None
+) -> list[dict[str, Any]]:
+    """What each sparse run predicts, beside the dense one: the ``logits`` of a ``fidelity`` record.
+
+    KL divergence (nats, of the sparse from the dense prediction) and share of equal choices, by position; with
+    ``tokens`` also the loss of both.
 
     Args:
         dense, sparse: hidden states ``[S, width]``.
+        tokens: the prompt, ``[1, S]``.
     """
-    length = dense.shape[0]
+    length, runs = dense.shape[0], len(sparse)
     edges = [0, *(edge for edge in (64 * 4**i for i in range(12)) if edge < length), length]
-    divergence, agreement = torch.empty(length), torch.empty(length)
-    for (start, p), (_, q) in zip(subject.logits(dense), subject.logits(sparse), strict=True):
-        rows = slice(start, start + p.shape[0])
-        expected = p.log_softmax(-1)
-        divergence[rows] = (expected.exp() * (expected - q.log_softmax(-1))).sum(-1).clamp(min=0).cpu()
-        agreement[rows] = (p.argmax(-1) == q.argmax(-1)).float().cpu()
+    divergence, agreement = torch.empty(runs, length), torch.empty(runs, length)
+    # Of the token that follows each position, the last one left out: the dense run's first.
+    losses = torch.zeros(1 + runs, length)
+    following = None if tokens is None else F.pad(tokens[0, 1:], (0, 1))[:, None]
+    for parts in zip(subject.logits(dense), *map(subject.logits, sparse), strict=True):
+        (start, expected), others = parts[0], parts[1:]
+        rows = slice(start, start + expected.shape[0])
+        share, total, choice = expected.softmax(-1), expected.logsumexp(-1), expected.argmax(-1)
+        if following is not None:
+            losses[0, rows] = (total - expected.gather(-1, following[rows])[:, 0]).cpu()
+        for run, (_, logits) in enumerate(others):
+            own = logits.logsumexp(-1)
+            moved = torch.linalg.vecdot(share, expected - logits)
+            divergence[run, rows] = (moved + own - total).clamp(min=0).cpu()
+            agreement[run, rows] = (logits.argmax(-1) == choice).float().cpu()
+            if following is not None:
+                losses[1 + run, rows] = (own - logits.gather(-1, following[rows])[:, 0]).cpu()
     pieces = [slice(a, b) for a, b in pairwise(edges)]
-    return {
-        "edges": edges,
-        "kl": [float(divergence[piece].mean()) for piece in pieces],
-        "top1": [float(agreement[piece].mean()) for piece in pieces],
-        "mean_kl": float(divergence.mean()),
-        "mean_top1": float(agreement.mean()),
-    }
+    nats = losses[:, :-1].mean(-1).tolist()
+    return [
+        {
+            "edges": edges,
+            "kl": [float(divergence[run, piece].mean()) for piece in pieces],
+            "top1": [float(agreement[run, piece].mean()) for piece in pieces],
+            "mean_kl": float(divergence[run].mean()),
+            "mean_top1": float(agreement[run].mean()),
+        }
+        | ({} if tokens is None else {"nats": nats[1 + run], "dense_nats": nats[0]})
+        for run in range(runs)
+    ]
 
 
 def plan_map(plan: SparsePlan, head: int, heads: int, size: int = _MAP_SIZE) -> dict[str, Any]:

@@ -42,6 +42,11 @@ class Haystack:
     def sha256(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    @property
+    def short_name(self) -> str:
+        """The last part of the name."""
+        return self.name.replace("\\", "/").rpartition("/")[2]
+
     @cached_property
     def lowered(self) -> str:
         return self.text.lower()

@@ -17,6 +17,7 @@ __all__ = [
     "score_interval",
     "string_match_all",
     "wilson_interval",
+    "words_in_order",
 ]
 
 Interval = tuple[float, float]
@@ -44,6 +45,17 @@ def first_word_matches(generated: str, references: Sequence[str]) -> float:
     """1.0 if the first word of the text is one of the references, else 0.0."""
     found = _WORD.search(generated)
     return float(found is not None and found.group().lower() in {reference.lower() for reference in references})
+
+
+def words_in_order(generated: str, reference: str) -> float:
+    """Share of the reference's words that the text begins with, up to the first that differs."""
+    expected, found = _WORD.findall(reference), _WORD.findall(generated)
+    if not expected:
+        raise ValueError("a score needs a reference of at least one word, got none")
+    same = 0
+    while same < min(len(expected), len(found)) and expected[same] == found[same]:
+        same += 1
+    return same / len(expected)
 
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 1000, level: float = 0.95) -> Interval:

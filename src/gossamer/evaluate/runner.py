@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gossamer.evaluate.fidelity import compare
 from gossamer.evaluate.haystack import Haystack
@@ -60,10 +61,12 @@ class Job:
         methods: policies; their labels must differ. `on` puts in what they stand for on a subject's kernel.
         tasks: generated tasks.
         lengths: tokens of prompt and answer.
-        samples: samples of each task at each length.
+        samples: samples of each task at each length; 0 for fidelity alone.
         haystack: text to hide things in.
         perplexity: text to measure perplexity on, or None; windows of each length from it, as many as `samples`.
-        fidelity: prompts of the first task at each length on which to compare with dense attention inside the model.
+        fidelity: prompts at each length on which to compare with dense attention inside the model.
+        fidelity_of: of each of these, labels of tasks or ``perplexity`` for windows of its text, so many; of the first
+            task, if none is named.
         seed: of the samples.
         batch: samples of one turn that run together.
     """
@@ -75,6 +78,7 @@ class Job:
     haystack: Haystack
     perplexity: Haystack | None = None
     fidelity: int = 0
+    fidelity_of: tuple[str, ...] = ()
     seed: int = 0
     batch: int = 1
     labels: tuple[str, ...] = field(init=False)
@@ -90,21 +94,33 @@ class Job:
             raise ValueError("no method to run; name at least one, such as dense")
         if not self.tasks and self.perplexity is None:
             raise ValueError("no task to run; name at least one, such as needle_single, or perplexity")
-        if self.fidelity and not self.tasks:
-            raise ValueError("fidelity needs a task to take its prompts from; name one beside perplexity")
-        least_of = {"samples": 1, "fidelity": 0, "batch": 1}
+        self._check_fidelity()
+        least_of = {"samples": 0 if self.fidelity else 1, "fidelity": 0, "batch": 1}
         for name, least in least_of.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not self.lengths or min(self.lengths) < 64 or max(self.lengths) > MOST:
             raise ValueError(f"lengths must be at least 64 tokens and at most {MOST}, got {list(self.lengths)}")
-        samples = self.samples * (len(self.tasks) + (self.perplexity is not None)) + self.fidelity
+        samples = self.samples * (len(self.tasks) + (self.perplexity is not None))
+        samples += self.fidelity * len(self.compared)
         count = samples * len(self.methods) * len(self.lengths)
         if count > MOST_CELLS:
             raise ValueError(
                 f"these samples, methods and lengths make {count:,} results, more than {MOST_CELLS:,}; ask for fewer "
                 "samples (--limit)"
             )
+
+    def _check_fidelity(self) -> None:
+        if self.fidelity and not self.compared:
+            raise ValueError("fidelity needs a task to take its prompts from; name one beside perplexity")
+        known = [task.label() for task in self.tasks] + [PERPLEXITY] * (self.perplexity is not None)
+        if unknown := [name for name in self.fidelity_of if name not in known]:
+            raise ValueError(f"fidelity takes prompts of {', '.join(known)}, got {unknown[0]!r}; name it as a task too")
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Whose prompts are compared with dense attention inside the model."""
+        return self.fidelity_of or tuple(task.label() for task in self.tasks[:1])
 
     def on(self, subject: Subject) -> Job:
         """With the thresholds as numbers, where they depend on the kernel that runs."""
@@ -116,12 +132,46 @@ class Job:
         Raises:
             ValueError: the task does not fit into the length, or the haystack does not fill it.
         """
-        rng = random.Random(f"{self.seed}/{task.label()}/{length}/{index}")
-        try:
-            sample = task.make(self.haystack, subject.tokenizer, length - subject.chat_tokens, rng)
-        except ValueError as error:
-            raise ValueError(f"{task.label()} at {length} tokens: {error}, or leave the task out") from error
-        return replace(sample, prompt_tokens=sample.prompt_tokens + subject.chat_tokens)
+        room = length - subject.chat_tokens
+        while True:
+            rng = random.Random(f"{self.seed}/{task.label()}/{length}/{index}")
+            try:
+                sample = task.make(self.haystack, subject.tokenizer, room, rng)
+            except ValueError as error:
+                raise ValueError(f"{task.label()} at {length} tokens: {error}, or leave the task out") from error
+            if not subject.chat:
+                return sample
+            # Other words for a chat, and another place for the answer's first ones, may take a few tokens more.
+            longest = max(len(subject.prompt_tokens(sample, turn)) for turn in range(len(sample.turns)))
+            if longest <= length - task.max_new_tokens:
+                return replace(sample, prompt_tokens=longest)
+            room -= longest - (length - task.max_new_tokens)
+
+    def prompt(self, subject: Subject, what: str, length: int, index: int, windows: Windows | None = None) -> Tensor:
+        """Tokens of a sample's first prompt, or of a window, ``[1, S]``.
+
+        Args:
+            what: a task's label, or ``perplexity``, for which ``windows`` are needed.
+
+        Raises:
+            ValueError: as `sample`.
+        """
+        if what == PERPLEXITY and windows is not None:
+            return windows.tokens(length, index)
+        task = next(task for task in self.tasks if task.label() == what)
+        return torch.tensor([subject.prompt_tokens(self.sample(subject, task, length, index))], device=subject.device)
+
+    def describe(self, what: str, length: int, index: int, windows: Windows | None) -> Record:
+        """What a line says of its sample or window, beside length and number.
+
+        Raises:
+            ValueError: the text for perplexity is too short.
+        """
+        if what == PERPLEXITY and windows is not None and self.perplexity is not None:
+            start, text = windows.start(length, index), self.perplexity
+            return {"task": PERPLEXITY, "text": text.short_name, "text_sha256": text.sha256, "start": start}
+        task = next(task for task in self.tasks if task.label() == what)
+        return {"task": what, "task_fields": task.to_dict()}
 
     def windows(self, subject: Subject) -> Windows | None:
         """Of the text for perplexity."""
@@ -161,18 +211,18 @@ def all_cells(job: Job, windows: Windows | None) -> Iterator[Cell]:
     """
     for length in job.lengths:
         for task in job.tasks:
-            more = {"kind": "sample", "task": task.label(), "task_fields": task.to_dict()}
             for index in range(job.samples):
-                yield from _row(job, length, task.label(), index, more)
-        if windows is not None and job.perplexity is not None:
+                more = job.describe(task.label(), length, index, windows)
+                yield from _row(job, length, task.label(), index, {"kind": "sample"} | more)
+        if windows is not None:
             for index in range(job.samples):
-                start = windows.start(length, index)
-                more = {"kind": PERPLEXITY, "task": PERPLEXITY, "text_sha256": job.perplexity.sha256, "start": start}
-                yield from _row(job, length, PERPLEXITY, index, more)
+                more = job.describe(PERPLEXITY, length, index, windows)
+                yield from _row(job, length, PERPLEXITY, index, {"kind": PERPLEXITY} | more)
         for index in range(job.fidelity):
-            task = job.tasks[0]
-            more = {"kind": FIDELITY, "task": task.label(), "task_fields": task.to_dict()}
-            yield from (cell for cell in _row(job, length, FIDELITY, index, more) if cell.policy.method.name != "dense")
+            for what in job.compared:
+                more = {"kind": FIDELITY} | job.describe(what, length, index, windows)
+                row = _row(job, length, FIDELITY, index, more)
+                yield from (cell for cell in row if cell.policy.method.name != "dense")
 
 
 def _row(job: Job, length: int, what: str, index: int, more: Record) -> Iterator[Cell]:
@@ -210,9 +260,10 @@ def check(subject: Subject, job: Job, cells: Sequence[Cell], windows: Windows | 
                 f"the haystack is only just long enough for {length:,} tokens: all samples of "
                 f"{', '.join(from_text)} hide things in the same passage; a longer one has more"
             )
-        if PERPLEXITY in names and windows is not None and job.samples * length > windows.text_tokens:
+        count = max(job.samples, job.fidelity * (PERPLEXITY in job.compared))
+        if PERPLEXITY in names and windows is not None and count * length > windows.text_tokens:
             notes.append(
-                f"{job.samples} windows of {length:,} tokens from a text of {windows.text_tokens:,} overlap: the "
+                f"{count} windows of {length:,} tokens from a text of {windows.text_tokens:,} overlap: the "
                 "interval of the loss is narrower than it should be"
             )
     return notes
@@ -251,7 +302,7 @@ def run(
             if what == PERPLEXITY and windows is not None:
                 made = _run_perplexity(subject, windows, list(these))
             elif what == FIDELITY:
-                made = _run_fidelity(subject, job, list(these))
+                made = _run_fidelity(subject, job, windows, list(these))
             else:
                 made = _run_task(subject, job, tasks[what], list(these))
             for cell, measured in made:
@@ -313,13 +364,13 @@ def _run_perplexity(subject: Subject, windows: Windows, cells: Sequence[Cell]) -
             yield cell, {"tokens": count, "nats": nats / count} | cost.to_dict()
 
 
-def _run_fidelity(subject: Subject, job: Job, cells: Sequence[Cell]) -> Measured:
-    for index, row in groupby(cells, key=lambda cell: cell.index):
+def _run_fidelity(subject: Subject, job: Job, windows: Windows | None, cells: Sequence[Cell]) -> Measured:
+    for (index, what), row in groupby(cells, key=lambda cell: (cell.index, cell.head["task"])):
         together = list(row)
-        sample = job.sample(subject, job.tasks[0], together[0].length, index)
-        tokens = torch.tensor([subject.prompt_tokens(sample.prompt())], device=subject.device)
-        for cell, measured in zip(together, compare(subject, tokens, [c.policy for c in together]), strict=True):
-            yield cell, {"prompt_tokens": sample.prompt_tokens} | measured
+        tokens = job.prompt(subject, what, together[0].length, index, windows)
+        compared = compare(subject, tokens, [cell.policy for cell in together], maps=index == 0)
+        for cell, measured in zip(together, compared, strict=True):
+            yield cell, {"prompt_tokens": tokens.shape[1]} | measured
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

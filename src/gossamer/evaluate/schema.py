@@ -200,9 +200,10 @@ _SAMPLE = _Object(
         "decode_s": _SECONDS,
     },
 )
+_OF_A_TEXT = {"text": _TEXT, "text_sha256": _TEXT, "start": _COUNT}
 _PERPLEXITY = _Object(
     {**_METHOD, "nats": _NATS, "prefill_s": _SECONDS},
-    {**_MORE_OF_A_METHOD, **_MORE_SECONDS, "tokens": _COUNT, "text_sha256": _TEXT, "start": _COUNT},
+    {**_MORE_OF_A_METHOD, **_MORE_SECONDS, **_OF_A_TEXT, "tokens": _COUNT},
 )
 _TABLES = {"head_density": _SHARE, "recall": _SHARE, "oracle_recall": _SHARE, "relative_l2": _AMOUNT, "cosine": _COSINE}
 _TABLES_OF_HEADS = {name: _list(_list(check, 1), 1) for name, check in _TABLES.items()}
@@ -219,10 +220,19 @@ _FIDELITY = _Object(
                 "mean_kl": _NATS,
                 "mean_top1": _SHARE,
             },
+            {"nats": _NATS, "dense_nats": _NATS},
             whole=(_edges_ascend, _buckets_fit),
         ),
     },
-    {**_MORE_OF_A_METHOD, "prompt_tokens": _COUNT, "cosine": _TABLES_OF_HEADS["cosine"], "maps": _list(_MAP)},
+    {
+        **_MORE_OF_A_METHOD,
+        **_MORE_SECONDS,
+        **_OF_A_TEXT,
+        "prefill_s": _SECONDS,
+        "prompt_tokens": _COUNT,
+        "cosine": _TABLES_OF_HEADS["cosine"],
+        "maps": _list(_MAP),
+    },
     (_shapes_fit,),
 )
 _HEAD = _Object(
@@ -268,7 +278,7 @@ _LM_EVAL = _Object(
     },
 )
 _PROMPT = {"task": _TEXT, "length": _LENGTH, "index": _COUNT}
-_OF_A_PROMPT = {"run": _TEXT, "task_fields": _OBJECT, "text_sha256": _TEXT, "start": _COUNT}
+_OF_A_PROMPT = {"run": _TEXT, "task_fields": _OBJECT, **_OF_A_TEXT}
 _LISTS = {"density": _list(_SHARE, 1), "recall": _list(_SHARE, 1), "error": _list(_AMOUNT, 1)}
 _POINT = _Object(
     {

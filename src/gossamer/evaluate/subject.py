@@ -24,6 +24,8 @@ __all__ = ["Answers", "Cost", "Subject"]
 
 # Rows of logits that are held at once.
 _HEAD_ROWS = 512
+# What the user says before the text in a chat.
+_INTRODUCTION = "Read this text. After it there is a question about it.\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +128,14 @@ class Subject:
             if len(samples) > 1:
                 raise ValueError(f"samples with several turns are run one by one, got a batch of {len(samples)}")
             return [self._converse(samples[0], policy, max_new_tokens, one_line)]
-        prompts = [self.prompt_tokens(sample.prompt()) for sample in samples]
+        prompts = [self.prompt_tokens(sample) for sample in samples]
         with gossamer.enable(self.model, policy) as handle:
             out, stop, decode = self._generate(prompts, max_new_tokens, one_line, None, handle)
             cost = _cost(stop.layers, stop.prefill / len(samples), len(samples))
         return [Answers((self.text(row),), cost, decode / len(samples)) for row in out]
 
     def _converse(self, sample: Sample, policy: Policy, max_new_tokens: int, one_line: bool) -> Answers:
-        prompts = [self.prompt_tokens(sample.prompt(i)) for i in range(len(sample.turns))]
+        prompts = [self.prompt_tokens(sample, i) for i in range(len(sample.turns))]
         # A tokenizer may join the context's end with a question's start: what all prompts share is read once.
         shared = 0
         while shared < min(map(len, prompts)) - 1 and len({prompt[shared] for prompt in prompts}) == 1:
@@ -231,19 +233,26 @@ class Subject:
     def tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
 
-    def prompt_tokens(self, text: str) -> list[int]:
-        """Of a prompt as the model reads it."""
+    def prompt_tokens(self, sample: Sample, turn: int = 0) -> list[int]:
+        """Of a prompt as the model reads it.
+
+        In a chat the user says in front that a question comes, and how the answer begins stands in the assistant's
+        turn: models that were trained on answers then go on with it, as those that were trained on text do.
+        """
         if not self.chat:
-            return self.tokens(text)
-        turns = [{"role": "user", "content": text}]
-        return list(
-            self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
+            return self.tokens(sample.prompt(turn))
+        asked = sample.turns[turn]
+        return self._chat_tokens(sample.context + asked.asked, asked.cue)
+
+    def _chat_tokens(self, text: str, cue: str) -> list[int]:
+        turns = [{"role": "user", "content": f"{_INTRODUCTION}{text}"}]
+        asked = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return [*asked, *(self.tokenizer(cue, add_special_tokens=False)["input_ids"] if cue else ())]
 
     @cached_property
     def chat_tokens(self) -> int:
         """Tokens that the chat template adds to a prompt; 0 without."""
-        return len(self.prompt_tokens("Hello.")) - len(self.tokens("Hello."))
+        return len(self._chat_tokens("Hello?", "Hello")) - len(self.tokens("Hello? Hello")) if self.chat else 0
 
     @torch.inference_mode()
     def warm_up(self, tokens: list[int], policy: Policy) -> None:

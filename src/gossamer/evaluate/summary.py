@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gossamer.evaluate.closeness import Closeness, closeness_rows
 from gossamer.evaluate.metrics import (
     Interval,
     bootstrap_interval,
@@ -23,6 +24,7 @@ from gossamer.profiles.files import read_file, shown
 
 __all__ = [
     "SummaryRow",
+    "closeness_of",
     "common_cells",
     "dense_notes",
     "main_table",
@@ -49,7 +51,8 @@ class SummaryRow:
         difference: accuracy less that of dense on the same samples, with its interval (paired).
         tasks: mean score of each task, its interval, and the number of samples.
         recall, oracle_recall: attention mass in the plan, and in the best plan of as many whole blocks.
-        kl, top1: logits against those of the dense run: nats, and share of equal choices.
+        kl, top1: logits against those of the dense run: nats, and share of equal choices, with their intervals over
+            the prompts where there are several of each kind (`closeness_rows`).
         density: share of the pairs that was computed.
         prefill_s: median seconds; speedup: median of dense over that of the method, on what both have measured.
         nats: mean loss of a token of text, with its interval over windows (None for one window).
@@ -77,6 +80,8 @@ class SummaryRow:
     nats_interval: Interval | None = None
     nats_difference: float | None = None
     nats_difference_interval: Interval | None = None
+    kl_interval: Interval | None = None
+    top1_interval: Interval | None = None
     dense_because: dict[str, float] = field(default_factory=dict)
     thresholds: str = ""
 
@@ -174,6 +179,11 @@ def summary_rows(records: Iterable[Record]) -> list[SummaryRow]:
     return rows
 
 
+def closeness_of(records: Iterable[Record]) -> list[Closeness]:
+    """`closeness_rows` of all lines, each prompt once."""
+    return closeness_rows(_different(list(records)))
+
+
 def _row(label: str, length: int, mine: list[Record], dense: list[Record]) -> SummaryRow:
     samples, windows, fidelity = (_of_kind(mine, kind) for kind in ("sample", "perplexity", "fidelity"))
     dense_of = {_sample_of(record): record for record in dense}
@@ -188,6 +198,7 @@ def _row(label: str, length: int, mine: list[Record], dense: list[Record]) -> Su
     nats = [record["nats"] for record in windows]
     gained = [record["nats"] - other["nats"] for record, other in pairs if record["kind"] == "perplexity"]
     seconds, dense_seconds = (_seconds([pair[i] for pair in pairs]) for i in (0, 1))
+    near = next(iter(closeness_rows(fidelity)), None)
     return SummaryRow(
         method=label,
         length=length,
@@ -201,8 +212,8 @@ def _row(label: str, length: int, mine: list[Record], dense: list[Record]) -> Su
         },
         recall=_mean([r["mean"]["recall"] for r in fidelity]),
         oracle_recall=_mean([r["mean"]["oracle_recall"] for r in fidelity]),
-        kl=_mean([r["logits"]["mean_kl"] for r in fidelity]),
-        top1=_mean([r["logits"]["mean_top1"] for r in fidelity]),
+        kl=near.kl[0] if near else None,
+        top1=near.top1[0] if near else None,
         density=_mean([r["density"] for r in samples or windows or fidelity]),
         prefill_s=_seconds(mine),
         speedup=dense_seconds / seconds if seconds and dense_seconds else None,
@@ -210,6 +221,8 @@ def _row(label: str, length: int, mine: list[Record], dense: list[Record]) -> Su
         nats_interval=_over_windows(nats),
         nats_difference=_mean(gained),
         nats_difference_interval=_over_windows(gained),
+        kl_interval=near.kl[1] if near else None,
+        top1_interval=near.top1[1] if near else None,
         dense_because=_dense_because(samples + windows or fidelity),
         thresholds=next((r["policy"] for r in mine if "policy" in r), ""),
     )
@@ -267,7 +280,8 @@ def main_table(rows: Sequence[SummaryRow]) -> list[list[str]]:
         ("less dense", [_with_interval(row.difference, row.difference_interval, "+") for row in rows]),
         ("recall", [_number(row.recall, ".3f") for row in rows]),
         ("oracle", [_number(row.oracle_recall, ".3f") for row in rows]),
-        ("top-1", [_number(row.top1, ".1%") for row in rows]),
+        ("KL", [_with_interval(row.kl, row.kl_interval) for row in rows]),
+        ("top-1", [_with_interval(row.top1, row.top1_interval) for row in rows]),
         ("density", [_number(row.density, ".3f") for row in rows]),
         ("nats", [_with_interval(row.nats, row.nats_interval) for row in rows]),
         ("more nats", [_with_interval(row.nats_difference, row.nats_difference_interval, "+") for row in rows]),

@@ -1,4 +1,4 @@
-"""The page: what was found in words, the table, the pictures, the circumstances. No network, no scripts."""
+"""The page: the first screen, then tables, pictures and circumstances, folded. No network, no scripts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from gossamer.evaluate.summary import SummaryRow, main_table, summary_rows, task_table, warnings_of
+from gossamer.evaluate.closeness import closeness_table
+from gossamer.evaluate.summary import SummaryRow, closeness_of, main_table, summary_rows, task_table, warnings_of
 from gossamer.profiles.files import write_whole
 from gossamer.report.charts import figures
 from gossamer.report.figure import Figure, Record, family
 from gossamer.report.html import Html, breakable, document, element, join
 from gossamer.report.latency import dense_labels
+from gossamer.report.overview import in_words, overview, short_table
 from gossamer.report.spreadsheet import csv_text
 
 __all__ = ["findings", "write_report"]
@@ -23,13 +25,18 @@ _LARGEST_INLINE_CSV = 200_000
 _FEW = 20
 # So many intervals fit beside their figures; of more, each goes below its figure.
 _MOST_WIDE_COLUMNS = 3
+_HEADINGS = {
+    "summary": "Summary",
+    "tasks": "Accuracy by task",
+    "closeness": "Beside dense runs, by kind of prompt",
+}
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #5b6570; --grid: #dfe3e8; --axis: #8a939e;
   --card: #f6f8fa; --link: #0a66c2; }
 @media (prefers-color-scheme: dark) { :root { --back: #14171b; --text: #e4e8ec; --soft: #9aa5b1; --grid: #2c333b;
   --axis: #76818d; --card: #1c2127; --link: #6cb4ff; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 78rem; background: var(--back); color: var(--text);
+body { margin: 0 auto; padding: 1rem 1rem 4rem; max-width: 78rem; background: var(--back); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
 a { color: var(--link); } nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; font-size: .9rem; }
@@ -48,6 +55,9 @@ td small { display: block; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 .panels.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.3rem), 1fr)); }
 .panels.wide { grid-template-columns: minmax(0, 1fr); }
+.panels.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+details { border-top: 1px solid var(--grid); } details > summary { cursor: pointer; padding: .5rem 0; }
+details > summary h2 { display: inline; margin: 0; }
 figure { margin: 0; padding: .7rem; background: var(--card); border-radius: .5rem; min-width: 0; }
 figcaption { overflow-wrap: anywhere; margin-bottom: .3rem; }
 svg { width: 100%; height: auto; display: block; font-family: inherit; }
@@ -80,16 +90,20 @@ def write_report(
     """
     _check_models(records)
     rows = summary_rows(records)
-    pictures = figures(records, rows)
+    first, pictures = overview(rows), figures(records, rows)
+    near = closeness_of(records)
     tables = [("summary", main_table(rows)), ("tasks", task_table(rows))]
+    if len({row.kind for row in near}) > 1:
+        tables.append(("closeness", closeness_table(near)))
     folder = out.with_name(f"{out.stem}_csv")
     contents = [(folder / f"{name}.csv", table) for name, table in tables]
-    contents += [(folder / f"{figure.name}.csv", figure.table) for figure in pictures]
+    drawn = [first, *pictures] if first.panels else pictures
+    contents += [(folder / f"{figure.name}.csv", figure.table) for figure in drawn]
     _check_place(out, keep, page=True)
     for path, _ in contents:
         _check_place(path, keep, page=False)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [(out, _page(title, records, rows, pictures, tables, folder.name))]
+    texts = [(out, _page(title, records, rows, first, pictures, tables, folder.name))]
     texts += [(path, csv_text(table)) for path, table in contents]
     for path, content in texts:
         write_whole(path, content)
@@ -170,46 +184,57 @@ def _page(
     title: str,
     records: Sequence[Record],
     rows: Sequence[SummaryRow],
+    first: Figure,
     pictures: Sequence[Figure],
     tables: Sequence[tuple[str, list[list[str]]]],
     folder: str,
 ) -> str:
     runs = [record for record in records if record["kind"] == "run"]
-    named = [("summary", "Summary", tables[0][1]), ("tasks", "Accuracy by task", tables[1][1])]
-    sections = [section for section in named if len(section[2]) > 1]
+    sections = [(name, _HEADINGS[name], table) for name, table in tables if len(table) > 1]
     links = [(name, heading) for name, heading, _ in sections] + [(f.name, f.title) for f in pictures]
     links.append(("circumstances", "Circumstances"))
     contents = (element("a", heading, href=f"#{name}") for name, heading in links)
-    parts = [
-        element("h1", title),
-        _headline(_models(records)),
-        element("nav", *contents, aria_label="Contents"),
-        _warnings(records),
-    ]
+    parts = [element("h1", title), _headline(_models(records)), _warnings(records), _first(rows, first, folder)]
+    parts.append(element("nav", *contents, aria_label="Contents"))
     for name, heading, table in sections:
-        found = findings(rows) if name == "summary" else []
-        said = element("ul", *(element("li", sentence) for sentence in found)) if name == "summary" else ""
-        shown = join((said, _html_table(table)))
-        parts.append(element("section", element("h2", heading), shown, _download(name, table, folder), id=name))
-    parts += [_section(figure, folder) for figure in pictures]
-    parts.append(_circumstances(runs))
+        said = [element("li", sentence) for sentence in findings(rows)] if name == "summary" else []
+        shown = (element("ul", *said) if said else "", _html_table(table), _download(name, table, folder))
+        parts.append(_folded(name, heading, *shown))
+    parts += [_folded(figure.name, figure.title, *_drawn(figure, folder)) for figure in pictures]
+    parts.append(_folded("circumstances", "Circumstances", _circumstances(runs)))
     return document(title, _STYLE, *(part for part in parts if part))
 
 
-def _section(figure: Figure, folder: str) -> Html:
+def _first(rows: Sequence[SummaryRow], figure: Figure, folder: str) -> Html:
+    """The first screen: nothing where no answers or predictions were measured."""
+    if not figure.panels:
+        return Html()
+    said = element("ul", *(element("li", breakable(line)) for line in in_words(rows)))
+    *drawn, link = _drawn(figure, folder)
+    table = short_table(rows)
+    shown = (said, *drawn, _html_table(table) if table else "", link)
+    return element("section", *shown, id=figure.name)
+
+
+def _folded(name: str, heading: str, *content: object) -> Html:
+    """A part that opens by a click, or when a link leads into it."""
+    return element(
+        "details", element("summary", element("h2", heading)), "\n", element("section", *content, id=name), "\n"
+    )
+
+
+def _drawn(figure: Figure, folder: str) -> list[Html]:
     panels = (
         element("figure", element("figcaption", breakable(caption)), drawn, "\n") for caption, drawn in figure.panels
     )
-    return element(
-        "section",
-        element("h2", figure.title),
+    parts = (
         element("p", figure.note, class_="note"),
         element("div", *panels, class_=f"panels {figure.layout}".strip()),
         figure.legend,
-        _html_table(figure.words) if figure.words else "",
+        _html_table(figure.words) if figure.words else Html(),
         _download(figure.name, figure.table, folder),
-        id=figure.name,
     )
+    return [part for part in parts if part]
 
 
 def _headline(models: Sequence[Record]) -> Html:
@@ -255,7 +280,7 @@ def _circumstances(runs: Sequence[Record]) -> Html:
             entries[name, ", ".join(f"{key} {value}" for key, value in run.get(name, {}).items())] = None
         entries["seed", str(run.get("seed"))] = None
     listed = (join((element("dt", name), element("dd", value))) for name, value in entries)
-    return element("section", element("h2", "Circumstances"), element("dl", *listed), id="circumstances")
+    return element("dl", *listed)
 
 
 def _html_table(table: Sequence[Sequence[str]]) -> Html:

@@ -10,6 +10,7 @@ from typing import Any
 
 from gossamer.evaluate.tasks.base import Sample, Task, Turn
 from gossamer.evaluate.tasks.common_words import CommonWords
+from gossamer.evaluate.tasks.excerpts import CodeFunction, RepeatPassage
 from gossamer.evaluate.tasks.frequent_words import FrequentWords
 from gossamer.evaluate.tasks.json_kv import JsonKeyValue
 from gossamer.evaluate.tasks.math_find import MathFind
@@ -33,6 +34,8 @@ _TASKS: tuple[type[Task], ...] = (
     PassKey,
     NumberString,
     MathFind,
+    RepeatPassage,
+    CodeFunction,
 )
 
 

@@ -22,11 +22,25 @@ class Turn:
         question: what follows the context, up to where the model goes on.
         references: what a right answer holds.
         depth: where in the context the answer lies, 0 (start) to 1; None where it lies in many places.
+        for_chat: the question in other words for a model that was trained on chats, where it needs others.
     """
 
     question: str
     references: tuple[str, ...]
     depth: float | None = None
+    for_chat: str = ""
+
+    @property
+    def cue(self) -> str:
+        """In a chat the part after the question mark, with which the assistant begins the answer."""
+        _, mark, after = (self.for_chat or self.question).rpartition("?")
+        return after.lstrip() if mark else ""
+
+    @property
+    def asked(self) -> str:
+        """In a chat the question without its `cue`."""
+        question = self.for_chat or self.question
+        return question[: question.rfind("?") + 1] if self.cue else question
 
 
 @dataclass(frozen=True)

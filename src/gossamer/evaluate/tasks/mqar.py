@@ -21,6 +21,7 @@ __all__ = ["MultiQueryRecall", "power_law_gaps"]
 
 _PAIR = "The pair of {key} is {value}."
 _QUESTION = "\nThe pair of {key} is"
+_CHAT_QUESTION = "\n\nWhat is the pair of {key}? The pair of {key} is"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,12 @@ class MultiQueryRecall(Task):
         used, tokens = fit(render, questions, haystack, tokenizer, budget, rng)
         context = render(used)
         turns = [
-            Turn(question, (value,), context.index(_PAIR.format(key=key, value=value)) / len(context))
+            Turn(
+                question,
+                (value,),
+                context.index(_PAIR.format(key=key, value=value)) / len(context),
+                _CHAT_QUESTION.format(key=key),
+            )
             for question, (key, value) in zip(questions, asked, strict=True)
         ]
         return Sample(context, tuple(turns), tokens)

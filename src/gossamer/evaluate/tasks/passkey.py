@@ -20,6 +20,8 @@ __all__ = ["NumberString", "PassKey"]
 
 _FACT = "The {what}{which} is {value}. Remember it. {value} is the {what}{which}."
 _QUESTION = "\n\nWhat is the {what}{which}? The {what}{which} is"
+# Without the word number, models that talk explain what a pass key is.
+_CHAT_QUESTION = "\n\nWhich number is the {what}{which} in the text? The {what}{which} is the number"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class PassKey(Task):
 
         used, tokens = fit(render, questions, filler, tokenizer, length - self.max_new_tokens, rng)
         context, starts = place(used, facts, depths)
-        turns = [Turn(q, (v,), s) for q, v, s in zip(questions, values, starts, strict=True)]
+        for_chat = [_CHAT_QUESTION.format(what=self.what, which=w) for w in which]
+        turns = [Turn(q, (v,), s, c) for q, v, s, c in zip(questions, values, starts, for_chat, strict=True)]
         return Sample(context, tuple(turns), tokens)
 
     def score(self, generated: str, references: Sequence[str]) -> float:
