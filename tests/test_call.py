@@ -305,3 +305,21 @@ def test_tensors_that_are_no_floats_of_16_bits_are_named(dtype: torch.dtype) -> 
 def test_floats_of_16_bits_and_more_pass(dtype: torch.dtype) -> None:
     q, k, v = (t.to(dtype) for t in tensors())
     assert AttentionCall(q, k, v).q.dtype == dtype
+
+
+@pytest.mark.parametrize("groups", [[0, 1, 2], [1, 2], [0, 2]])
+def test_some_heads_of_a_call(groups: list[int]) -> None:
+    q, k, v = (torch.randn(2, heads, 5, 4) for heads in (6, 3, 3))
+    call = AttentionCall(q, k, v, scale=0.3, sinks=torch.randn(6), softcap=2.0, layer=3)
+    part = call.of_groups(groups)
+    heads = [2 * g + n for g in groups for n in range(2)]
+    assert torch.equal(part.q, q[:, heads])
+    assert torch.equal(part.k, k[:, groups])
+    assert torch.equal(part.values, v[:, groups])
+    assert part.sinks is not None
+    assert call.sinks is not None
+    assert torch.equal(part.sinks, call.sinks[heads])
+    assert (part.scale, part.softcap, part.layer, part.extent) == (0.3, 2.0, 3, call.extent)
+    assert replace(call, v=None, sinks=None).of_groups([1]).v is None
+    if groups == [1, 2]:
+        assert part.k.data_ptr() == k[:, 1:].data_ptr()

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "attend/chosen_rows.h"
 #include "attend/operands.h"
 #include "attend/packed.h"
 #include "attend/streamed.h"
@@ -31,6 +32,7 @@ void clear_dead_rows(const Operands& operands) {
 void execute(const Kernels& kernels, const Plan& plan, const AttentionCall& call) {
   if (plan.batch() == 0 || plan.query_len == 0 || plan.heads == 0) return;
   const Operands operands(kernels, plan, call);
+  if (call.rows != nullptr) return run_chosen_rows(operands);
   clear_dead_rows(operands);
   // Each batch row decides by itself, for the two differ in the order of their sums.
   std::vector<int64_t> streamed, packed;

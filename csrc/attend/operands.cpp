@@ -66,36 +66,45 @@ void Operands::pack_means(int64_t b, int64_t group, int64_t block, float* scratc
 
 void Operands::clear_row(int64_t b, int64_t head, int64_t row) const {
   std::memset(call.out.row(b, head, row), 0, static_cast<size_t>(call.out.row_bytes()));
-  call.lse[(b * call.q.heads + head) * plan.query_len + row] =
+  call.lse[(b * call.q.heads + head) * call.out.tokens + row] =
       call.sinks != nullptr ? call.sinks[head] : -std::numeric_limits<float>::infinity();
 }
 
-void PanelRows::collect(const Operands& operands, const RowRange& range) {
+void PanelRows::start(const Operands& operands, int64_t b, int64_t plan_head, int64_t block) {
   const Plan& plan = operands.plan;
   const Extent& extent = plan.extent();
-  const AttentionCall& call = operands.call;
   queries_.clear();
   outputs_.clear();
   lse_.clear();
   positions_.clear();
   sinks_.clear();
-  block_ = {range.b, range.plan_head, range.block, kUnlimited, -kUnlimited, {}};
+  block_ = {b, plan_head, block, kUnlimited, -kUnlimited, {}};
+  block_.rules = {extent.key_count[b], plan.sink[plan_head], plan.window[plan_head], extent.limit, extent.causal};
+}
+
+void PanelRows::add(const Operands& operands, int64_t head, int64_t query, int64_t output_row) {
+  const AttentionCall& call = operands.call;
+  const Extent& extent = operands.plan.extent();
+  const int64_t b = block_.b, position = extent.first_position(b) + query;
+  queries_.push_back(call.q.row(b, head, extent.first_query(b) + query));
+  outputs_.push_back(call.out.row(b, head, output_row));
+  lse_.push_back(call.lse + (b * call.q.heads + head) * call.out.tokens + output_row);
+  positions_.push_back(position);
+  block_.lowest = std::min(block_.lowest, position);
+  block_.highest = std::max(block_.highest, position);
+  if (call.sinks != nullptr) sinks_.push_back(call.sinks[head]);
+}
+
+void PanelRows::collect(const Operands& operands, const RowRange& range) {
+  const Plan& plan = operands.plan;
+  const Extent& extent = plan.extent();
+  start(operands, range.b, range.plan_head, range.block);
   const int32_t* ranks = plan.q_order != nullptr ? plan.query_ranks(range.b, range.plan_head) : nullptr;
   for (int64_t h = range.first_head; h < range.first_head + range.heads; ++h)
     for (int64_t r = range.first_row; r < range.first_row + range.rows; ++r) {
       const int64_t query = ranks != nullptr ? ranks[r] : r;
-      if (query >= extent.query_count[range.b]) continue;
-      const int64_t row = extent.first_query(range.b) + query, position = extent.first_position(range.b) + query;
-      queries_.push_back(call.q.row(range.b, h, row));
-      outputs_.push_back(call.out.row(range.b, h, row));
-      lse_.push_back(call.lse + (range.b * call.q.heads + h) * plan.query_len + row);
-      positions_.push_back(position);
-      block_.lowest = std::min(block_.lowest, position);
-      block_.highest = std::max(block_.highest, position);
-      if (call.sinks != nullptr) sinks_.push_back(call.sinks[h]);
+      if (query < extent.query_count[range.b]) add(operands, h, query, extent.first_query(range.b) + query);
     }
-  block_.rules = {extent.key_count[range.b], plan.sink[range.plan_head], plan.window[range.plan_head], extent.limit,
-                  extent.causal};
 }
 
 Panel PanelRows::panel(const Operands& operands) const {

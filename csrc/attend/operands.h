@@ -42,7 +42,7 @@ class Operands {
   void pack_means(int64_t b, int64_t group, int64_t block, float* scratch, char* keys, char* values) const;
   // Floats that this needs.
   int64_t means_scratch() const { return kChunk * int64_t{call.k.dim + call.v.dim}; }
-  // What a query row that attends nothing has.
+  // What a query row that attends nothing has, in a row of the output.
   void clear_row(int64_t b, int64_t head, int64_t row) const;
 };
 
@@ -51,10 +51,14 @@ class PanelRows {
  public:
   // Live rows alone.
   void collect(const Operands& operands, const RowRange& range);
+  // The same one by one: a head of the plan says what bands there are; queries count from the first live one.
+  void start(const Operands& operands, int64_t b, int64_t plan_head, int64_t block);
+  void add(const Operands& operands, int64_t head, int64_t query, int64_t output_row);
   // A panel over these rows; tiles and scratch are left to the caller.
   Panel panel(const Operands& operands) const;
 
   const QueryBlock& block() const { return block_; }
+  int64_t position(int64_t row) const { return positions_[row]; }
   int64_t size() const { return static_cast<int64_t>(queries_.size()); }
   void* output(int64_t row) const { return outputs_[row]; }
   float* lse(int64_t row) const { return lse_[row]; }

@@ -1,12 +1,10 @@
 #include "attend/streamed.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <utility>
 #include <vector>
 
-#include "kernels/half.h"
+#include "attend/partials.h"
 #include "runtime/budgets.h"
 #include "runtime/parallel.h"
 #include "runtime/workspace.h"
@@ -25,15 +23,6 @@ struct Item {
   std::vector<int32_t> gathered;
   int64_t first_stretch = 0, stretches = 0;
 };
-
-void store(float x, DType dtype, void* row, size_t d) {
-  if (dtype == DType::kBFloat16)
-    static_cast<uint16_t*>(row)[d] = float_to_bf16(x);
-  else if (dtype == DType::kFloat16)
-    static_cast<uint16_t*>(row)[d] = float_to_fp16(x);
-  else
-    static_cast<float*>(row)[d] = x;
-}
 
 class Streamed {
  public:
@@ -94,14 +83,8 @@ class Streamed {
     packed_.resize(threads);
     for (char*& scratch : scratch_) scratch = pieces.take(panel_scratch_bytes(o_.padded_dim, o_.padded_value_dim));
     for (char*& packed : packed_) packed = pieces.take(tiles_a_stretch_ * o_.tile_bytes());
-    lse_ = reinterpret_cast<float*>(pieces.take(stretches_ * most_rows_ * 4));
-    out_ = reinterpret_cast<float*>(pieces.take(stretches_ * most_rows_ * o_.call.v.dim * 4));
+    partials_.place(pieces, stretches_, most_rows_, o_.call.v.dim);
     bytes_ = pieces.taken();
-  }
-
-  float* partial_lse(int64_t stretch, int64_t row) const { return lse_ + stretch * most_rows_ + row; }
-  float* partial_out(int64_t stretch, int64_t row) const {
-    return out_ + (stretch * most_rows_ + row) * o_.call.v.dim;
   }
 
   void attend(int thread, int64_t stretch) {
@@ -125,18 +108,7 @@ class Streamed {
     panel.tile_count = last - first;
     panel.scratch = scratch_[thread];
 
-    std::vector<void*> outputs(rows.size());
-    std::vector<float*> lse(rows.size());
-    if (item.stretches > 1) {
-      for (int64_t r = 0; r < rows.size(); ++r) {
-        outputs[r] = partial_out(stretch, r);
-        lse[r] = partial_lse(stretch, r);
-      }
-      panel.outputs = outputs.data();
-      panel.lse = lse.data();
-      panel.output_dtype = DType::kFloat32;
-      if (stretch != item.first_stretch) panel.sink_logits = nullptr;  // the first stretch counts the sinks
-    }
+    if (item.stretches > 1) partials_.direct(panel, stretch, stretch == item.first_stretch);
     o_.kernels.attend(panel);
   }
 
@@ -185,34 +157,7 @@ class Streamed {
     if (item.stretches == 1) return;
     PanelRows rows;
     rows.collect(o_, item.range);
-    std::vector<double> sums(o_.call.v.dim);
-    for (int64_t r = 0; r < rows.size(); ++r) merge_row(item, r, rows, sums);
-  }
-
-  // out = sum of exp(lse_s - lse) out_s with lse = log sum exp(lse_s).
-  void merge_row(const Item& item, int64_t row, const PanelRows& rows, std::vector<double>& sums) const {
-    constexpr float kNothing = -std::numeric_limits<float>::infinity();
-    const int64_t begin = item.first_stretch, end = begin + item.stretches;
-    float top = kNothing;
-    for (int64_t s = begin; s < end; ++s) {
-      const float lse = *partial_lse(s, row);
-      if (!(lse <= top) && top == top) top = lse;  // a NaN stays
-    }
-    double total = 0.0;
-    for (int64_t s = begin; s < end; ++s) {
-      const float lse = *partial_lse(s, row);
-      total += lse == top ? 1.0 : std::exp(double{lse} - top);
-    }
-    const double lse = top == kNothing ? double{kNothing} : top + std::log(total);
-    std::fill(sums.begin(), sums.end(), 0.0);
-    for (int64_t s = begin; s < end; ++s) {
-      if (*partial_lse(s, row) == kNothing || std::isinf(lse)) continue;  // a sink of infinity takes all
-      const double weight = std::exp(*partial_lse(s, row) - lse);
-      const float* out = partial_out(s, row);
-      for (size_t d = 0; d < sums.size(); ++d) sums[d] += weight * out[d];
-    }
-    *rows.lse(row) = static_cast<float>(lse);
-    for (size_t d = 0; d < sums.size(); ++d) store(static_cast<float>(sums[d]), o_.call.out.dtype, rows.output(row), d);
+    partials_.merge(rows, item.first_stretch, item.stretches, o_.call.out.dtype);
   }
 
   const Operands& o_;
@@ -222,7 +167,7 @@ class Streamed {
   std::vector<Item> items_;
   int64_t stretches_ = 0, most_rows_ = 0, bytes_ = 0;
   std::vector<char*> scratch_, packed_;  // one a thread
-  float *lse_ = nullptr, *out_ = nullptr;  // of each stretch and row
+  Partials partials_;
 };
 
 }  // namespace

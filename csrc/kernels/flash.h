@@ -145,7 +145,7 @@ class PanelKernel {
 
   void mask_rows(const Tile& tile, int& first, int& last) {
     if (tile.kind == TileKind::kScattered) sorted_.sort(tile);
-    for (int r = 0; r < panel_.rows; ++r) masks_[r] = row_mask(panel_.rules, tile, sorted_, panel_.positions[r]);
+    for (int r = 0; r < panel_.rows; ++r) masks_[r] = row_mask(panel_.rules, tile, sorted_, r, panel_.positions[r]);
     narrow(first, last);
   }
 

@@ -46,6 +46,7 @@ struct Tile {
   TileKind kind;
   int64_t value_stride = 0;
   const float* added = nullptr;  // to the logits of each key, in powers of two; null: nothing
+  const uint64_t* row_bits = nullptr;  // kConsecutive: key_bits of each row besides; null: none
 };
 
 // Up to kMaxRows query rows against a list of tiles.

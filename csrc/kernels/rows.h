@@ -65,8 +65,8 @@ inline int64_t allowed_end(const Rules& rules, int64_t query) {
   return end < rules.key_count ? end : rules.key_count;
 }
 
-// `sorted` are the keys of the tile, if it is a scattered one.
-inline uint64_t row_mask(const Rules& rules, const Tile& tile, const SortedKeys& sorted, int64_t query) {
+// Of the panel's row `row`, a query at a position. `sorted` are the keys of the tile, if it is a scattered one.
+inline uint64_t row_mask(const Rules& rules, const Tile& tile, const SortedKeys& sorted, int row, int64_t query) {
   const int64_t begin = allowed_begin(rules, query);
   const int64_t end = allowed_end(rules, query);
   switch (tile.kind) {
@@ -74,7 +74,8 @@ inline uint64_t row_mask(const Rules& rules, const Tile& tile, const SortedKeys&
       return ~uint64_t{0};
     case TileKind::kConsecutive: {
       const int64_t first = tile.first_position;
-      const uint64_t selected = tile.key_bits | bit_range(0, rules.sink - first) |
+      const uint64_t own = tile.row_bits != nullptr ? tile.row_bits[row] : 0;
+      const uint64_t selected = tile.key_bits | own | bit_range(0, rules.sink - first) |
                                 bit_range(query - rules.window + 1 - first, query + rules.window - first);
       return selected & bit_range(begin - first, end - first);
     }

@@ -22,6 +22,8 @@ void attend(const std::string& isa, const Plan& plan, const AttentionCall& call)
   check_count("the plan's keys", plan.key_len, call.k.tokens);
   if (plan.heads != call.q.heads && plan.heads != call.k.heads)
     throw std::invalid_argument("the plan's heads must be q's or k's, got " + std::to_string(plan.heads));
+  if (call.rows != nullptr && (plan.permuted() || plan.pruned_mean || plan.skips()))
+    throw std::invalid_argument("some rows are attended by plans without orders and attributes");
   nb::gil_scoped_release release;
   check_orders(plan, call.threads);
   execute(kernels, plan, call);

@@ -87,20 +87,22 @@ void make_plan(Plan* self, const Grid& grid, int64_t heads, int64_t query_len, i
 
 void make_attention_call(AttentionCall* self, const TensorView& q, const TensorView& k, const TensorView& v,
                          const TensorView& out, const Given& lse, const Given& sinks, float scale, float softcap,
-                         int threads) {
+                         int threads, const Given& rows) {
   check_heads(q, k);
   check_count("v's batch", v.batch, k.batch);
   check_count("v's heads", v.heads, k.heads);
   check_count("v's tokens", v.tokens, k.tokens);
   check_count("the output's batch", out.batch, q.batch);
   check_count("the output's heads", out.heads, q.heads);
-  check_count("the output's tokens", out.tokens, q.tokens);
+  if (rows.second != 0) check_count("rows", rows.second, checked_product({q.batch, out.tokens}));
+  if (rows.second == 0) check_count("the output's tokens", out.tokens, q.tokens);
   check_count("the output's dimensions", out.dim, v.dim);
-  if (v.dtype != q.dtype || out.dtype != q.dtype)
+  if (v.dtype != q.dtype || (rows.second == 0 && out.dtype != q.dtype))
     throw std::invalid_argument("v and the output must have q's dtype; convert them");
-  check_count("lse", lse.second, checked_product({q.batch, q.heads, q.tokens}));
+  check_count("lse", lse.second, checked_product({q.batch, q.heads, out.tokens}));
   if (sinks.second != 0) check_count("sinks", sinks.second, q.heads);
-  new (self) AttentionCall{q, k, v, out, pointer<float>(lse), pointer<float>(sinks), scale, softcap, threads};
+  new (self) AttentionCall{q, k, v, out, pointer<float>(lse), pointer<float>(sinks), scale, softcap, threads,
+                           pointer<int64_t>(rows)};
 }
 
 }  // namespace
@@ -122,5 +124,5 @@ void bind_views(nb::module_& m) {
            "window"_a, "q_order"_a, "k_order"_a, "pruned_mean"_a, "skip"_a.none());
   nb::class_<AttentionCall>(m, "AttentionCall")
       .def("__init__", &make_attention_call, nb::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "sinks"_a,
-           "scale"_a, "softcap"_a, "threads"_a);
+           "scale"_a, "softcap"_a, "threads"_a, "rows"_a);
 }

@@ -12,6 +12,8 @@ constexpr int64_t kPackBytes = int64_t{1} << 29;
 constexpr int64_t kColumnBytes = int64_t{192} << 20;
 // Packed tiles of a stretch of a few queries' keys: a share of the L2 cache.
 constexpr int64_t kStretchBytes = 256 << 10;
+// Tiles of 64 keys that some rows of a call run over before their results are merged.
+constexpr int64_t kRowTiles = 32;
 // Tiles of 64 keys that the probe sums before partial sums are combined.
 constexpr int64_t kProbeTiles = 32;
 // Rows of cells, and the bytes of their queries, against which antidiagonals pack a tile of keys once.
@@ -21,6 +23,7 @@ constexpr int64_t kCellBytes = 4 << 20;
 constexpr int64_t kPackBytes = 256 << 10;
 constexpr int64_t kColumnBytes = 128 << 10;
 constexpr int64_t kStretchBytes = 32 << 10;
+constexpr int64_t kRowTiles = 2;
 constexpr int64_t kProbeTiles = 2;
 constexpr int64_t kCellRows = 8;
 constexpr int64_t kCellBytes = 16 << 10;

@@ -16,6 +16,7 @@ VERBS = (
     "antidiagonal_means",
     "antidiagonal_peaks",
     "antidiagonal_scores",
+    "attend_rows",
     "block_attention",
     "count",
     "exact_slashes",

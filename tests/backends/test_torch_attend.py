@@ -124,6 +124,15 @@ def test_some_rows_are_those_of_the_whole() -> None:
     torch.testing.assert_close(part_lse, lse[:, :, rows])
 
 
+def test_batch_rows_have_rows_of_their_own() -> None:
+    call = call_in("padded chunk")
+    plan, rows = plan_for(call, 4, window=1), torch.tensor([[6, 0, 3], [1, 1, 5]])
+    whole = attend(call, plan)
+    for part, all_rows in zip(attend_rows(call, plan, rows), whole, strict=True):
+        for b in range(2):
+            torch.testing.assert_close(part[b], all_rows[b][:, rows[b]])
+
+
 def test_some_logits_are_those_of_the_whole() -> None:
     call = replace(call_in("no padding"), softcap=2.0)
     whole = logits(call, slice(None))

@@ -8,7 +8,7 @@ same machine. ``amx_emulated`` is the AMX kernel over emulated tile operations, 
 All functions run on ``torch.get_num_threads()`` threads.
 """
 
-from gossamer.backends.cpu.attend import attend
+from gossamer.backends.cpu.attend import attend, attend_rows
 from gossamer.backends.cpu.lists import ListWriter, count, finish
 from gossamer.backends.cpu.native import (
     ENVIRONMENT,
@@ -44,6 +44,7 @@ __all__ = [
     "active_isa",
     "antidiagonal_scores",
     "attend",
+    "attend_rows",
     "count",
     "exact_slashes",
     "finish",

@@ -59,7 +59,7 @@ class Plan:
     ) -> None: ...
 
 class AttentionCall:
-    """Of fp32: lse ``[B, H, S]``, sinks ``[H]`` or none."""
+    """Of fp32: lse ``[B, H, S]``, sinks ``[H]`` or none. Rows int64 ``[B, R]``, or none for all."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class AttentionCall:
         scale: float,
         softcap: float,
         threads: int,
+        rows: Array,
     ) -> None: ...
 
 class ScoreCall:

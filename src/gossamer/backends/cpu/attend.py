@@ -9,10 +9,11 @@ from torch.nn import Parameter
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
 from gossamer.backends.cpu.views import arrays, dense_rows, plan_parts, plan_view, tensor_view
 from gossamer.backends.gradient import refuse
+from gossamer.backends.torch.attend import attend_rows as definition
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_rows"]
 
 
 def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
@@ -91,8 +92,51 @@ def _cpu_attend(
         scale=scale,
         softcap=softcap,
         threads=torch.get_num_threads(),
+        rows=(0, 0),
     )
     native.attend(isa, plan_view(plan, sizes, skip), call)
+    return out, lse
+
+
+def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """See `gossamer.backends.torch.attend_rows`, which runs plans with an order or attributes, and all with a gradient.
+
+    It costs what dense attention costs for so many rows, less the tiles of 64 keys that none of them attends; where the
+    kernels are of bf16, weights are rounded to it, as in `attend`. A row's result depends neither on padding, the rest
+    of the batch nor the number of threads.
+
+    Raises:
+        RuntimeError: the kernels are not built.
+        ValueError, TypeError: as `attend`.
+    """
+    if plan.permuted or plan.pruned_mean or plan.skip is not None or call.needs_gradient:
+        return definition(call, plan, rows)
+    call.check_plan(plan)
+    q, k, v = (dense_rows(x) for x in (call.q, call.k, call.values))
+    check_tensors(q, k, v)
+    if plan.device.type != "cpu":
+        raise ValueError(f"the cpu backend takes plans on the CPU, got one on {plan.device}; move it")
+    native, rows = kernels(), rows.to("cpu", torch.int64).expand(call.batch, -1).contiguous()
+    tensors, sizes = plan_parts(plan)
+    tensors, sinks = [x.contiguous() for x in tensors], _sinks(call).contiguous()
+    out = torch.empty(*q.shape[:2], rows.shape[1], v.shape[-1], dtype=torch.float32, device="cpu")
+    lse = torch.empty(out.shape[:3], dtype=torch.float32, device="cpu")
+    if out.numel() == 0:
+        return out, lse
+    lse_array, sinks_array, row_array = arrays((lse, sinks, rows), (torch.float32, torch.float32, torch.int64))
+    view = native.AttentionCall(
+        q=tensor_view(q),
+        k=tensor_view(k),
+        v=tensor_view(v),
+        out=tensor_view(out),
+        lse=lse_array,
+        sinks=sinks_array,
+        scale=call.scale,
+        softcap=0.0 if call.softcap is None else float(call.softcap),
+        threads=torch.get_num_threads(),
+        rows=row_array,
+    )
+    native.attend(active_isa(q.dtype), plan_view(tensors, sizes), view)
     return out, lse
 
 

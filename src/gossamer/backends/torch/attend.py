@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,14 +34,24 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     plan.check()  # masks are as large as its numbers say; in kernels that would take too long
     out = torch.empty(*call.q.shape[:3], call.values.shape[-1], dtype=call.q.dtype, device=call.device)
     lse = torch.empty(call.q.shape[:3], dtype=wide(call.q[:0]).dtype, device=call.device)
-    for rows in _chunks(call):
-        part, lse[:, :, rows] = attend_rows(call, plan, rows)
+    for rows in _chunks(call, torch.arange(call.query_len, device="cpu")):
+        part, lse[:, :, rows] = _attend_rows(call, plan, rows)
         out[:, :, rows] = part.to(out.dtype)
     return out, lse
 
 
 def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`attend` for the query rows ``int64 [R]``, at once and in the dtype of all arithmetic."""
+    """`attend` for the query rows ``int64 [R]``, or ``[B, R]`` where batch rows have their own, in any order.
+
+    Returns:
+        out ``[B, H, R, Dv]`` and lse ``[B, H, R]``, both in the dtype of all arithmetic; dead rows attend nothing.
+    """
+    parts = [_attend_rows(call, plan, part) for part in _chunks(call, rows)]
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def _attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """At once."""
     mask = _for_query_heads(plan.rows_mask(rows), call)
     scores = logits(call, rows).masked_fill(~mask, float("-inf"))
     values = wide(cleared(call.values, call))
@@ -60,9 +68,9 @@ def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Te
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     if call.sinks is not None:  # a sink that is NaN says nothing of pairs that are not there
         weights = weights.masked_fill(scores == float("-inf"), 0.0)
-    weights = weights.view(call.batch, call.groups, call.share * len(rows), values.shape[-2])
+    weights = weights.view(call.batch, call.groups, call.share * rows.shape[-1], values.shape[-2])
     out = weights @ values
-    return out.view(call.batch, call.heads, len(rows), out.shape[-1]), lse
+    return out.view(call.batch, call.heads, rows.shape[-1], out.shape[-1]), lse
 
 
 def _for_query_heads(mask: Tensor, call: AttentionCall) -> Tensor:
@@ -87,8 +95,8 @@ def _left_out(scores: Tensor, call: AttentionCall, skip: float) -> Tensor:
 def _pruned(plan: SparsePlan, rows: Tensor) -> Tensor:
     """Key blocks whose mean each row attends, bool ``[B, heads, R, N]``."""
     blocks, row = plan.pruned_blocks(), plan.row_blocks(rows)
-    live = plan.extent.live_queries(plan.query_len, plan.device)[:, None, rows.to(plan.device), None]
-    return blocks.gather(2, row[..., None].expand(-1, -1, -1, blocks.shape[-1])) & live
+    live = plan.extent.live_queries(plan.query_len, plan.device).gather(1, rows.to(plan.device).expand(plan.batch, -1))
+    return blocks.gather(2, row[..., None].expand(-1, -1, -1, blocks.shape[-1])) & live[:, None, :, None]
 
 
 def _log_lengths(plan: SparsePlan) -> Tensor:
@@ -98,13 +106,19 @@ def _log_lengths(plan: SparsePlan) -> Tensor:
 
 
 def logits(call: AttentionCall, rows: Tensor | slice, keys: slice = slice(None)) -> Tensor:
-    """Logits of some query rows against some key slots, before any mask: ``[B, H, rows, keys]``, at least fp32."""
+    """Logits of some query rows against some key slots, before any mask: ``[B, H, rows, keys]``, at least fp32.
+
+    Rows are ``[R]``, or ``[B, R]``.
+    """
     return _logits(call, rows, wide(call.k[:, :, keys]))
 
 
 def _logits(call: AttentionCall, rows: Tensor | slice, keys: Tensor) -> Tensor:
     """Of some query rows and ``[B, G, keys, D]``, in the dtype of all arithmetic."""
-    q = wide(call.q[:, :, rows])
+    if isinstance(rows, Tensor) and rows.ndim == 2:
+        q = wide(call.q.take_along_dim(rows.to(call.device)[:, None, :, None], dim=2))
+    else:
+        q = wide(call.q[:, :, rows])
     # All heads of a group at once, so that keys are not expanded.
     stacked = q.reshape(call.batch, call.groups, call.share * q.shape[2], q.shape[3])
     scores = (stacked @ keys.transpose(-1, -2)).mul_(call.scale)
@@ -129,7 +143,5 @@ def cleared_queries(call: AttentionCall) -> Tensor:
     return call.q if bool(live.all()) else torch.where(live.to(call.device)[:, None, :, None], call.q, 0.0)
 
 
-def _chunks(call: AttentionCall) -> Iterator[Tensor]:
-    step = max(1, _LOGITS // max(1, call.batch * call.heads * call.key_len))
-    for start in range(0, call.query_len, step):
-        yield torch.arange(start, min(start + step, call.query_len), device="cpu")
+def _chunks(call: AttentionCall, rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(max(1, _LOGITS // max(1, call.batch * call.heads * call.key_len)), dim=-1)
