@@ -229,6 +229,19 @@ def test_an_unknown_wish_for_checks_is_named(monkeypatch: pytest.MonkeyPatch, va
         call.check_plan(SparsePlan(2, 5, 9, call.extent))
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
+def test_tensors_that_are_negated_on_reading_are_what_they_say(name: str) -> None:
+    """The bug was an output for the numbers that are stored, which have the other sign."""
+    q, k, v = tensors()
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "sinks": torch.arange(4.0)}
+    lazy = torch.complex(torch.zeros_like(given[name]), -given[name]).conj().imag
+    assert lazy.is_neg()
+    changed: dict[str, Any] = given | {name: lazy}
+    taken = getattr(AttentionCall(**changed), name)
+    assert not taken.is_neg()
+    assert torch.equal(taken, given[name])
+
+
 # Refusals
 
 
@@ -278,6 +291,7 @@ def nested(layout: torch.layout) -> torch.Tensor:
         ({"softcap": -1.0}, ValueError, r"softcap must be above 0 .* got -1\.0"),
         ({"softcap": math.nan}, ValueError, "softcap must be above 0 .* got nan"),
         ({"softcap": math.inf}, ValueError, "softcap must be above 0 and finite, .* got inf"),
+        ({"sinks": [0.0] * 4}, TypeError, "sinks must be a tensor, got list"),
         ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \(4,\), .* got \(2,\)"),
         ({"sinks": torch.zeros(1, 4)}, ValueError, r"sinks must have shape \(4,\), .* got \(1, 4\)"),
         ({"sinks": torch.zeros(4, device="meta")}, ValueError, "on cpu, got .* on meta"),

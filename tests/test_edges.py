@@ -117,6 +117,21 @@ def test_the_largest_blocks_attend_what_others_do(attend: Any, name: str) -> Non
         assert torch.equal(cpu.count(plan), plan.count_pairs())
 
 
+@pytest.mark.parametrize("name", ["block_q", "block_k"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_pairs_in_the_largest_blocks_are_counted_in_the_memory_of_the_call(name: str, ordered: bool) -> None:
+    """The bug was a list as long as a block: 16 GiB."""
+    order = torch.arange(89, -1, -1).int().expand(1, 2, 90).contiguous() if ordered else None
+    extent, mask = Extent.full(1, 90, 90), torch.ones(1, 2, 1, 1).bool()
+    sizes: dict[str, Any] = {"extent": extent, "block_q": 128, "block_k": 128, "k_order": order}
+    whole = SparsePlan.from_block_mask(mask, 90, 90, **sizes)
+    largest: dict[str, Any] = {name: MOST}
+    large = SparsePlan.from_block_mask(mask, 90, 90, **sizes | largest)
+    assert torch.equal(large.count_pairs(), whole.count_pairs())
+    band = SparsePlan(2, 90, 90, extent, window=10, **largest)
+    assert band.count_pairs().tolist() == [[sum(min(row + 1, 10) for row in range(90))] * 2]
+
+
 # Extents
 
 

@@ -149,3 +149,11 @@ def test_no_page_for_contributors_invents_an_address(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert len(text) > 400
     assert re.findall(r"\S+@\S+\.\w+|https?://", text) == []
+
+
+def test_addresses_of_the_project_are_given_everywhere_or_said_to_be_lacking():
+    """A package without any says why; one with some names the repository to who cites it too."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    addresses = {name.lower(): url for name, url in tomllib.loads(text)["project"].get("urls", {}).items()}
+    assert addresses.get("repository") == read("CITATION.cff").get("repository-code")
+    assert bool(addresses) != ("No [project.urls] yet" in text)

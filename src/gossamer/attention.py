@@ -149,7 +149,10 @@ def attend(
     if not return_lse:
         return out
     if lse is None:
-        raise ValueError("return_lse=True where a gradient is needed is not supported; call it under torch.no_grad()")
+        raise ValueError(
+            "return_lse=True where a gradient is needed or under torch.func is not supported; call it under "
+            "torch.no_grad(), outside of a transform"
+        )
     return out, lse
 
 
@@ -157,6 +160,7 @@ def _dense(call: AttentionCall, on_kernel: bool, by_torch: bool) -> tuple[Tensor
     """Every allowed pair: by torch's SDPA where it needs no S x T mask or must, else by a backend on a dense plan."""
     plain = call.sinks is None and call.softcap is None
     short = call.query_len == 1 or backends.name_of(call) == "torch"
+    by_torch = by_torch or backends.is_transformed(call)
     if by_torch or (not on_kernel and (not dense.needs_mask(call) or (plain and short))):
         return dense.dense(call), None, "sdpa" if plain else "torch"
     plan = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)

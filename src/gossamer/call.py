@@ -84,6 +84,11 @@ class AttentionCall:
 
     def __post_init__(self) -> None:
         _check_tensors(self.q, self.k, self.v)
+        for name in ("q", "k", "v", "sinks"):
+            # A view may be negated on reading (x.conj().imag is); kernels read the numbers that are stored.
+            tensor = getattr(self, name)
+            if isinstance(tensor, Tensor) and tensor.is_neg():
+                object.__setattr__(self, name, tensor.resolve_neg())
         if self.extent is None:
             object.__setattr__(self, "extent", Extent.full(self.batch, self.query_len, self.key_len))
         if self.extent.batch != self.batch:
@@ -97,6 +102,8 @@ class AttentionCall:
             raise ValueError(
                 f"softcap must be above 0 and finite, or None, got {self.softcap} (kernels take it in float32)"
             )
+        if self.sinks is not None and not isinstance(self.sinks, Tensor):
+            raise TypeError(f"sinks must be a tensor, got {type(self.sinks).__name__}")
         if self.sinks is not None and (self.sinks.shape != (self.heads,) or self.sinks.device != self.q.device):
             raise ValueError(
                 f"sinks must have shape ({self.heads},), one logit a query head, on {self.q.device}, "

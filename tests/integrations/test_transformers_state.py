@@ -8,6 +8,10 @@ import gc
 import importlib
 import logging
 import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -265,3 +269,30 @@ def test_what_is_handed_on_is_frozen() -> None:
     assert {"Observation", "Owner", "Compact", "Check", "Verification", "Stats", "_Asked"} <= {
         c.__name__ for c in classes
     }
+
+
+BY_NAME = """
+import sys
+import gossamer
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+try:
+    AutoModelForCausalLM.from_pretrained(folder, attn_implementation="gossamer")
+except ValueError as error:
+    print(error)
+import gossamer.integrations.transformers
+print(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="gossamer").config._attn_implementation)
+"""
+
+
+def test_a_model_is_loaded_by_name_after_the_import_alone(tmp_path: Path) -> None:
+    """As the documentation says, with transformers' own error before it."""
+    tiny_llama().save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BY_NAME, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    before, after = done.stdout.strip().splitlines()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    (promised,) = re.findall(r"it raises `ValueError: ([^`]+)`", page)
+    assert before.replace("`", "").startswith(promised)
+    assert after == NAME

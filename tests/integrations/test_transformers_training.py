@@ -1,4 +1,4 @@
-"""Layers in training run dense, with and without gradients; autocast; and what can't be differentiated."""
+"""Layers in training run dense, with and without gradients, derivatives forward too; and autocast."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_mode
 from tiny_transformers import ALWAYS_SPARSE, FULL, forward, padding, pair, prompt, tiny_llama
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import gossamer
-from gossamer import Policy, methods
 from gossamer.integrations.transformers import enable
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
@@ -116,15 +114,23 @@ def test_mixed_dtypes_name_the_layer() -> None:
         forward(model, prompt(), use_cache=False)
 
 
-def test_tangents_are_refused_instead_of_lost() -> None:
-    q, k, v = torch.randn(3, 1, 2, 100, 16).unbind(0)
-    policy = Policy(methods.create("a_shape", sink=2, window=16), min_tokens=8)
-    with torch.no_grad(), forward_mode.dual_level():
-        dual = forward_mode.make_dual(q, torch.ones_like(q))
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            gossamer.sparse_attention(dual, k, v, policy)
-        with pytest.raises(NotImplementedError, match=r"by no method; ask for a gradient .* or call torch's"):
-            gossamer.sparse_attention(dual, k, v, "dense", return_lse=True)
-        assert gossamer.sparse_attention(q, k, v, policy).shape == q.shape
-    with pytest.raises(NotImplementedError, match="vmap"):
-        torch.vmap(lambda t: gossamer.sparse_attention(t, k, v, policy))(torch.stack([q, q]))
+def test_derivatives_forward_are_those_of_stock_attention() -> None:
+    """Which has them on its own plain path alone."""
+    stock, model = pair("llama")
+    embedded = model.get_input_embeddings()(prompt()).detach()
+    mask = padding(left=(0, 9))
+
+    def slope(of: Any) -> torch.Tensor:
+        def live(inputs: torch.Tensor) -> torch.Tensor:
+            return of(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits[mask.bool()]
+
+        return torch.func.jvp(live, (embedded,), (embedded.cos(),))[1]
+
+    with torch.no_grad():
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = slope(stock)
+        with enable(model, "a_shape") as handle:
+            torch.testing.assert_close(slope(model), expected, atol=1e-4, rtol=1e-3)
+            assert handle.stats().fallbacks() == {"short prompt": 2}
+        with enable(model, "a_shape", **FULL), pytest.raises(NotImplementedError, match="forward-mode"):
+            slope(model)

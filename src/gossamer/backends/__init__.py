@@ -15,11 +15,11 @@ from types import ModuleType
 from torch import Tensor, bfloat16, compiler, device, float16, float32
 
 from gossamer.backends import cpu, triton
-from gossamer.backends.gradient import refuse_transforms
+from gossamer.backends.gradient import is_transformed, refuse_transforms
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 
-__all__ = ["attend", "backend_of", "name_of", "refuse_transforms", "why_slow"]
+__all__ = ["attend", "backend_of", "is_transformed", "name_of", "refuse_transforms", "why_slow"]
 
 ATTEND = "GOSSAMER_BACKEND"
 PLAN = "GOSSAMER_PLANNER"

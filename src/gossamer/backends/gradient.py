@@ -1,4 +1,4 @@
-"""What our executors do where a gradient is asked of them: they say that there is none."""
+"""What our executors do where a derivative is asked of them: they say that there is none."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from gossamer.call import AttentionCall
 
-# torch.func has no public name for this.
-_is_wrapped: Any = vars(torch._C)["_functorch"].is_functorch_wrapped_tensor
+# torch.func has no public names for these.
+_functorch: Any = vars(torch._C)["_functorch"]
 
-__all__ = ["refuse", "refuse_transforms"]
+__all__ = ["in_forward_mode", "is_transformed", "refuse", "refuse_transforms"]
 
 
 def refuse(_context: Any, *_gradients: Tensor | None) -> NoReturn:
@@ -24,22 +24,40 @@ def refuse(_context: Any, *_gradients: Tensor | None) -> NoReturn:
     )
 
 
+def in_forward_mode() -> bool:
+    """Whether somebody computes derivatives forward, by dual tensors or ``torch.func.jvp``.
+
+    Which tensors carry tangents does not always show: another transform may hide them.
+    """
+    return forward_mode._current_level >= 0
+
+
+def is_transformed(call: AttentionCall) -> bool:
+    """Whether tensors carry tangents, or belong to ``torch.func``: kernels read plain numbers and lose the rest."""
+    given = [tensor for tensor in (call.q, call.k, call.v, call.sinks) if tensor is not None]
+    if any(_functorch.is_functorch_wrapped_tensor(tensor) for tensor in given):
+        return True
+    if not in_forward_mode():
+        return False
+    # Inside a transform, tangents of a tensor from outside are hidden.
+    hidden = _functorch.peek_interpreter_stack() is not None
+    return hidden or any(forward_mode.unpack_dual(tensor).tangent is not None for tensor in given)
+
+
 def refuse_transforms(call: AttentionCall) -> None:
-    """Raise for tensors with tangents, or of ``torch.func``: kernels read plain numbers and would lose the rest.
+    """Raise where `is_transformed`.
 
     Raises:
         NotImplementedError: forward-mode derivatives, or vmap and the like.
     """
-    for tensor in (call.q, call.k, call.v, call.sinks):
-        if tensor is None:
-            continue
-        if _is_wrapped(tensor):
-            raise NotImplementedError(
-                "sparse attention does not work under torch.func (vmap, jvp, grad); put the extra dimension into the "
-                "batch, or use gossamer.methods.create('dense')"
-            )
-        if forward_mode.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                "gossamer has no forward-mode derivative, by no method; ask for a gradient (reverse mode), which runs "
-                "dense, or call torch's scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
-            )
+    if not is_transformed(call):
+        return
+    if in_forward_mode():
+        raise NotImplementedError(
+            "a sparse method has no forward-mode derivative (dual tensors, torch.func.jvp); use "
+            "gossamer.methods.create('dense'), which has one, or ask for a gradient (reverse mode), which runs dense"
+        )
+    raise NotImplementedError(
+        "a sparse method does not run under torch.func.vmap; put the extra dimension into the batch instead: "
+        "q.flatten(0, 1), and k and v likewise, in one call"
+    )

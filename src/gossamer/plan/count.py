@@ -60,8 +60,9 @@ def _count_ordered(plan: SparsePlan) -> Tensor:
         return counts
     positions = plan.k_order.cpu().long()
     dead = positions >= plan.extent.key_count[:, None, None]
-    positions = F.pad(positions.masked_fill(dead, MOST), (0, -plan.key_len % plan.block_k), value=MOST)
-    positions = positions.unflatten(-1, (-1, plan.block_k)).sort(dim=-1).values
+    width = min(plan.block_k, plan.key_len)
+    positions = F.pad(positions.masked_fill(dead, MOST), (0, -plan.key_len % width), value=MOST)
+    positions = positions.unflatten(-1, (-1, width)).sort(dim=-1).values
     for b, head in itertools.product(range(plan.batch), range(plan.heads)):
         row = b * plan.heads + head
         block_k, lengths = _csr_rows(plan.block_indptr, plan.block_indices, row, plan.num_query_blocks)
@@ -81,7 +82,7 @@ def _count_ordered_tiles(plan: SparsePlan, queries: Tensor, positions: Tensor, b
         return edges if extent.limit is None else edges - torch.searchsorted(keys, rows - extent.limit, right=True)
 
     live = (positions < MOST).sum(dim=-1)[block_k]
-    total, step = 0, max(1, _ROW_BUDGET // max(plan.block_q, plan.block_k))
+    total, step = 0, max(1, _ROW_BUDGET // min(max(plan.block_q, plan.block_k), max(plan.query_len, plan.key_len)))
     for start in range(0, block_k.numel(), step):
         part = slice(start, start + step)
         rows, keys, width = queries[part], positions[block_k[part]], live[part]
@@ -90,7 +91,7 @@ def _count_ordered_tiles(plan: SparsePlan, queries: Tensor, positions: Tensor, b
         whole = (ends == width[:, None]).all(dim=-1)
         total += int((height * width)[whole].sum())
         rows, keys = rows[~whole], keys[~whole]
-        every = rows[:, :1] + torch.arange(plan.block_q, device="cpu")
+        every = rows[:, :1] + torch.arange(min(plan.block_q, plan.query_len), device="cpu")
         total += int(seen(keys, every)[every < rows[:, 1:]].sum())
     return total
 
@@ -179,8 +180,8 @@ class _Head:
             whole &= _nearest(first, last, low, high) >= self.window
         total = int(((last - first + 1) * width)[whole].sum())
         first, last, low, high = (t[~whole] for t in (first, last, low, high))
-        offsets = torch.arange(self.plan.block_q, device="cpu")
-        step = max(1, _ROW_BUDGET // self.plan.block_q)
+        offsets = torch.arange(min(self.plan.block_q, self.plan.query_len), device="cpu")
+        step = max(1, _ROW_BUDGET // max(1, offsets.numel()))
         for start in range(0, first.numel(), step):
             part = slice(start, start + step)
             rows = first[part, None] + offsets

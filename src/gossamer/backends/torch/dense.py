@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gossamer.backends.torch.attend import cleared, cleared_queries
+from gossamer.backends.gradient import in_forward_mode
+from gossamer.backends.torch.attend import cleared, cleared_queries, wide
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent
 
@@ -76,13 +79,13 @@ def under_mask(
     batch, heads, query_len, dim = q.shape
     groups, key_len = k.shape[1], k.shape[2]
     rows = q.reshape(batch, groups, -1, dim)
-    logits = (rows @ k.transpose(-1, -2)).float().mul(scale).view(batch, heads, query_len, key_len)
+    logits = wide(rows @ k.transpose(-1, -2)).mul(scale).view(batch, heads, query_len, key_len)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     if sinks is not None:
-        extra = sinks.float().clamp(max=torch.finfo(torch.float32).max)  # infinity takes all, and is not subtracted
+        extra = sinks.to(logits).clamp(max=torch.finfo(logits.dtype).max)  # infinity takes all, and is not subtracted
         extra = extra.view(1, heads, 1, 1).expand(batch, heads, query_len, 1)
         weights = torch.cat([logits, extra], dim=-1).softmax(dim=-1)[..., :-1]
     else:
@@ -92,10 +95,18 @@ def under_mask(
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None = None, is_causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
+    """torch's scaled_dot_product_attention; also where derivatives are computed forward, which its kernels lack."""
     # Sizes are tensors while torch.jit traces.
     grouped = bool(q.shape[1] != k.shape[1])
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
-    )
+    with sdpa_kernel(SDPBackend.MATH) if in_forward_mode() else nullcontext():
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gossamer.backends.torch.dense import under_mask
+from gossamer.backends.torch.dense import sdpa, under_mask
 
 __all__ = ["causal_pairs", "dense_attention", "listed_pairs", "pairs_of_sequences", "restricted"]
 
@@ -55,10 +54,7 @@ def dense_attention(
             position_bias=position_bias,
         )[0]
     if dropout > 0 or additive:
-        out = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, scale=scale, enable_gqa=bool(query.shape[1] != key.shape[1])
-        )
-        return out.transpose(1, 2).contiguous()
+        return sdpa(query, key, value, scale, mask, dropout=dropout).transpose(1, 2).contiguous()
     return under_mask(query, key, value, mask, scale, sinks, softcap).transpose(1, 2).contiguous()
 
 
