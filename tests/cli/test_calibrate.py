@@ -167,6 +167,32 @@ def test_the_profile_runs_and_the_report_draws_it(model_path, texts, tmp_path) -
     assert main(["compare", *map(str, (*argv, *more))]) == 0
 
 
+def test_a_profile_of_a_model_alike_is_noted_and_of_another_refused(
+    model_path, texts, tmp_path, capsys, refused
+) -> None:
+    out, prompt = tmp_path / "p.json", tmp_path / "prompt.txt"
+    assert (
+        main(["calibrate", *map(str, (model_path, "--prompts", texts[0], *SMALL, "--budget", "0.8", "-o", out))]) == 0
+    )
+    prompt.write_text("w1 w2 w3 w4")
+    data = json.loads(out.read_text())
+    argv = (model_path, prompt, "--method", "per_head", "--profile", out, "--max-new-tokens", "1")
+    evaluated = ("eval", model_path, "--methods", "per_head", "--profile", out, "--lengths", "300", "--limit", "1")
+    capsys.readouterr()
+
+    def made_for(**config: Any) -> None:
+        known = json.loads(data["provenance"]["config"]) | config
+        out.write_text(json.dumps(data | {"provenance": data["provenance"] | {"config": json.dumps(known)}}))
+
+    for config, noted in (({}, False), ({"rotary": [[5, "default", 1]]}, True)):
+        made_for(**config)
+        assert main(["run", *map(str, argv)]) == 0
+        assert ("note: the profile was made for model" in capsys.readouterr().err) == noted
+    made_for(num_key_value_heads=1)
+    for refusing in (("run", *argv), (*evaluated, "--out", tmp_path / "r.jsonl")):
+        assert "num_key_value_heads 1 (here 2)" in refused(*refusing)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

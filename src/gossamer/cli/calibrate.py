@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from gossamer import __version__
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.inputs import check_environment, read_model, require_transformers
+from gossamer.cli.machine import add_dtype
+from gossamer.cli.pretrained import model_folder
 from gossamer.cli.specs import parse_method, parse_task, split_specs
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.methods import available
@@ -37,7 +39,7 @@ _FRONTIER = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "calibrate", execute, "choose a method for each head of a model, as a profile")
-    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("model", type=Path, help="folder or GGUF file of a model (nothing is downloaded)")
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="the profile; a .jsonl for pictures lies beside it"
     )
@@ -69,13 +71,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of what is timed (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_dtype(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    config = read_model(arguments.model)
+    arguments.model = model_folder(arguments.model)
+    read_model(arguments.model)
     require_transformers("calibrate")
     from gossamer.calibrate.figures import METHODS, candidates
     from gossamer.calibrate.store import Store
@@ -100,7 +103,6 @@ def execute(arguments: argparse.Namespace) -> int:
         found = _measure(arguments, subject, samples, methods, price, store, weights)
         mode, at, chosen = _choose(arguments, subject, samples, found)
         facts = {"mode": mode, "at": at, "objective": found.objective} | counted | about["prompts"]
-        facts["config_sha256"] = _digest(config)
         if weights is not None:
             facts["weights_sha256"] = _digest(weights.tolist())
         _write(arguments, subject, samples, found, chosen, facts)
@@ -263,6 +265,7 @@ def _write(
     facts: dict[str, Any],
 ) -> None:
     from gossamer.evaluate.results import machine_of
+    from gossamer.profiles.models import config_hash, written
 
     summary = found.summary(chosen)
     known = facts | {"samples": arguments.samples, "seed": arguments.seed, "machine": machine_of(subject.device)}
@@ -274,7 +277,8 @@ def _write(
         lengths=tuple(sorted({sample.length for sample in samples.listed})),
         metric=f"{found.objective}: mean over calibration prompts",
         library_version=__version__,
-        config_hash=facts["config_sha256"],
+        config=written(subject.model.config),
+        config_hash=config_hash(subject.model.config),
         prompts_hash=facts["calibration_sha256"],
         kernel=facts["cost"],
         machine=str(known["machine"].get("processor", "")),

@@ -12,6 +12,7 @@ from typing import Any
 from gossamer.methods import AShape, BlockSparse, Method, MInference, PerHead, VerticalSlash, from_dict
 from gossamer.plan.integers import MOST
 from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
+from gossamer.profiles.models import config_hash, differing
 
 __all__ = ["Profile", "Provenance"]
 
@@ -27,10 +28,11 @@ _PUBLISHED: dict[str, tuple[type[Method], tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a profile comes from. Free text and lists; nothing is looked up by it.
+    """Where a profile comes from: texts and lists. `Profile.check_config` compares the config; all else is for readers.
 
     Fields:
-        model: its id or path; config_hash: of its config, in hexadecimal.
+        model: its id or path; config: what of its config attention depends on, a text of JSON, and config_hash: its
+            SHA-256 in hexadecimal (`gossamer.profiles.models`).
         samples, prompts_hash: which prompts, and their hash; lengths: in tokens.
         metric: what ``errors`` measure; kernel: what ``costs`` hold for; machine: where they were measured.
     """
@@ -45,6 +47,7 @@ class Provenance:
     prompts_hash: str = ""
     kernel: str = ""
     machine: str = ""
+    config: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,33 @@ class Profile:
                 f"the profile is for {len(self.layers)} layers of {self.heads} heads{made_for}, but this model has "
                 f"{layers} layers of {heads}; use a profile made for it"
             )
+
+    def check_config(self, config: Any) -> str | None:
+        """That it is for the model of a transformers config.
+
+        Another shape, or another kind, number of key/value heads, width or dimension of a head where the profile says
+        which it was made for, is another model. All else, such as another base of the rotary embedding, may be a
+        version of the same.
+
+        Returns:
+            in what the model differs from the one that it was made for, as a sentence; None if in nothing known.
+
+        Raises:
+            ValueError: it is for another model; the message says in what it differs.
+        """
+        text = config.get_text_config(decoder=True)
+        layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
+        if isinstance(layers, int) and isinstance(heads, int):
+            self.check(layers, heads)
+        made_for = f"the profile was made for {shown(self.provenance.model)[1:-1] or 'another model'}"
+        found = differing(self.provenance.config, config)
+        if found is None:
+            given = self.provenance.config_hash
+            return f"{made_for}, whose config differs" if given and given != config_hash(config) else None
+        shape, others = found
+        if shape:
+            raise ValueError(f"{made_for}, with {', '.join(shape)}; use a profile made for this model")
+        return f"{made_for}, with {', '.join(others)}" if others else None
 
     def shard(self, rank: int, ranks: int, groups: int) -> Profile:
         """The heads of one rank of a tensor-parallel model, as frameworks split them: by key/value head.
