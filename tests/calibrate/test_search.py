@@ -17,12 +17,14 @@ from tiny import VOCAB, tiny_llama
 from gossamer import AttentionCall, backends, methods
 from gossamer.calibrate.choice import choose_cheapest, choose_fixed, choose_global, least_under
 from gossamer.calibrate.cost import CostModel, count_terms
-from gossamer.calibrate.figures import LayerFigures, candidates, measure_layer, of_groups
+from gossamer.calibrate.figures import FIGURES, LayerFigures, candidates, measure_layer, of_groups
 from gossamer.calibrate.prices import Measured, Modelled, Pairs
 from gossamer.calibrate.samples import Samples
 from gossamer.calibrate.search import Found, measure
 from gossamer.calibrate.store import Store
+from gossamer.calibrate.summary import held_out_words, summary_table
 from gossamer.evaluate.haystack import Haystack
+from gossamer.evaluate.metrics import bootstrap_interval
 from gossamer.evaluate.subject import Subject
 from gossamer.methods import PerHead
 from gossamer.plan import SparsePlan
@@ -263,6 +265,7 @@ def test_weights_and_objectives_change_what_is_chosen() -> None:
         "recall": torch.tensor([[[1.0, 0.9], [1.0, 0.5]]], dtype=torch.float64),
         "cost": torch.tensor([[[1.0, 0.2], [1.0, 0.2]]], dtype=torch.float64),
     }
+    figures = {name: table[None] for name, table in figures.items()}  # of one prompt
     kinds = TRIED[:2]
     assert Found(kinds, [0], figures).choose("global", 0.6).tolist() == [[0, 1]]
     assert Found(kinds, [0], figures, objective="mass").choose("global", 0.6).tolist() == [[1, 0]]
@@ -275,6 +278,35 @@ def test_weights_and_objectives_change_what_is_chosen() -> None:
     summary = found.summary(chosen)
     assert summary["held_out"] == summary["calibration"]
     assert summary["calibration"]["cost"] == pytest.approx(0.6)
+
+
+def test_a_summary_has_intervals_over_the_prompts_of_each_kind() -> None:
+    g = torch.Generator().manual_seed(0)
+    chosen_by, others = ({n: torch.rand(p, 3, 4, 2, generator=g, dtype=torch.float64) for n in FIGURES} for p in (1, 5))
+    found = Found(TRIED[:2], [0, 1, 2], chosen_by, others)
+    chosen = torch.randint(2, (3, 4), generator=g)
+    summary = found.summary(chosen)
+    assert (summary["calibration"]["prompts"], summary["calibration"]["intervals"]) == (1, {})
+    held_out = summary["held_out"]
+    assert held_out["prompts"] == 5
+    for name in FIGURES:
+        each = [
+            sum(float(others[name][p, i, j, chosen[i, j]]) for i in range(3) for j in range(4)) / 12 for p in range(5)
+        ]
+        assert held_out[name] == pytest.approx(sum(each) / 5)
+        assert held_out["intervals"][name] == pytest.approx(list(bootstrap_interval(each)))
+        assert min(each) <= held_out["intervals"][name][0] < held_out[name] < held_out["intervals"][name][1]
+    assert held_out["loss"] == held_out["error"]
+    header, *rows = summary_table(summary)
+    assert header == ["on", "prompts", "cost", "error", "recall"]
+    assert [row[:2] for row in rows] == [["calibration", "1"], ["held out", "5"]]
+    assert [" [" in row[3] for row in rows] == [False, True]
+    low, high = held_out["intervals"]["error"]
+    assert held_out_words(summary) == (
+        f"error {held_out['error']:.4f} [{low:.4f}, {high:.4f}] on 5 held-out prompts, "
+        f"{summary['calibration']['error']:.4f} on the 1 that chose"
+    )
+    assert held_out_words({"calibration": held_out}) == "no prompts were held out"
 
 
 def test_figures_survive_the_way_through_json() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,14 @@ def test_the_same_inputs_give_the_same_bytes(capsys, model_path, texts, tmp_path
         made.append([path.read_bytes() for path in sorted(folder.iterdir())])
     assert made[0] == made[1]
     assert set(said["figures"]) == {"calibration", "held_out"}
+    held_out = said["figures"]["held_out"]
+    low, high = held_out["intervals"]["error"]
+    assert (held_out["prompts"], low <= held_out["error"] <= high) == (2, True)
     profile = Profile.load(tmp_path / "one" / "p.json")
     assert (len(profile.layers), profile.heads) == (2, 4)
     known = json.loads(profile.provenance.samples)
+    assert known["figures"] == said["figures"]
+    assert f"error {held_out['error']:.4f} [{low:.4f}, {high:.4f}] on 2 held-out" in profile.provenance.held_out
     assert known["sources"] == ["prose.txt", "code.txt"]
     assert known["figures"]["calibration"]["error"] < 0.5
 
@@ -85,8 +91,8 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(model_path, texts
         patch.undo()
         patch.setattr(search, "measure_layer", counted)
         assert main([*argv, str(tmp_path / "two" / "p.json")]) == 0
-    # Two prompts and one that is held out, of two layers each; none is measured twice.
-    assert (stopped, len(measured)) == ((4, 7) if where == "layer" else (6, 6))
+    # Two prompts and two that are held out, of two layers each; none is measured twice.
+    assert (stopped, len(measured)) == ((4, 9) if where == "layer" else (8, 8))
     files = [
         [(path.name, path.read_bytes()) for path in sorted((tmp_path / name).iterdir())] for name in ("one", "two")
     ]
@@ -149,7 +155,8 @@ def test_a_bound_on_the_logits(capsys, model_path, texts, tmp_path) -> None:
     argv = [model_path, "--prompts", texts[0], *SMALL, "--mode", "cheapest", "--kl", "0.001", "-o", tmp_path / "p.json"]
     assert main(["calibrate", *map(str, argv)]) == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[0].split() == ["on", "prompts", "of", "cost", "error", "recall"]
+    assert captured.out.splitlines()[0].split() == ["on", "prompts", "cost", "error", "recall"]
+    assert re.search(r"^held out +2 .* 0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", captured.out, re.MULTILINE)
     assert "KL" in captured.err
 
 
@@ -162,6 +169,8 @@ def test_the_profile_runs_and_the_report_draws_it(model_path, texts, tmp_path) -
     assert "Methods by layer and head" in page
     assert "What budgets buy" in page
     assert "Held-out against calibration error" in page
+    row = page[page.index("<td>held out</td>") :]
+    assert re.match(r"<td>held out</td><td>2</td>(<td>0\.\d{4} <small>\[0\.\d{4}, 0\.\d{4}\]</small></td>){3}", row)
     argv = [model_path, "--methods", "per_head", "--profile", out, "--lengths", "150", "--limit", "1", "--rounds", "1"]
     more = ["--prompts", "text", "--text", texts[1], "--min-tokens", "0", "--out", tmp_path / "c.jsonl"]
     assert main(["compare", *map(str, (*argv, *more))]) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer import __version__
+from gossamer.calibrate.summary import held_out_words, summary_table
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.inputs import check_environment, read_model, require_transformers
 from gossamer.cli.machine import add_dtype
@@ -52,7 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--tasks", metavar="LIST", help=f"generated prompts beside texts (without any: {_TASKS})")
     parser.add_argument("--lengths", default="8k", help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=2, help="prompts of each text and length (default: %(default)s)")
-    parser.add_argument("--held-out-samples", type=int, default=1, metavar="N", help="likewise (default: %(default)s)")
+    parser.add_argument("--held-out-samples", type=int, default=2, metavar="N", help="likewise (default: %(default)s)")
     parser.add_argument(
         "--mode", choices=("global", "fixed", "cheapest"), default="global", help="default: %(default)s"
     )
@@ -276,6 +277,7 @@ def _write(
         samples=json.dumps(known, sort_keys=True),
         lengths=tuple(sorted({sample.length for sample in samples.listed})),
         metric=f"{found.objective}: mean over calibration prompts",
+        held_out=held_out_words(summary),
         library_version=__version__,
         config=written(subject.model.config),
         config_hash=config_hash(subject.model.config),
@@ -308,10 +310,7 @@ def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor) -> None:
     if arguments.json:
         print_json({"out": str(arguments.out), "methods": counts, "figures": summary})
     else:
-        rows = [["on prompts of", "cost", "error", "recall"]]
-        for part, figures in summary.items():
-            rows.append([part.replace("_", " "), *(f"{figures[name]:.4f}" for name in ("cost", "error", "recall"))])
-        print(table(rows))
+        print(table(summary_table(summary)))
         listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda one: -one[1]))
         print(f"\nheads: {listed}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

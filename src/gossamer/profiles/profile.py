@@ -34,7 +34,8 @@ class Provenance:
         model: its id or path; config: what of its config attention depends on, a text of JSON, and config_hash: its
             SHA-256 in hexadecimal (`gossamer.profiles.models`).
         samples, prompts_hash: which prompts, and their hash; lengths: in tokens.
-        metric: what ``errors`` measure; kernel: what ``costs`` hold for; machine: where they were measured.
+        metric: what ``errors`` measure; held_out: what they are on prompts that did not choose.
+        kernel: what ``costs`` hold for; machine: where they were measured.
     """
 
     model: str = ""
@@ -48,6 +49,7 @@ class Provenance:
     kernel: str = ""
     machine: str = ""
     config: str = ""
+    held_out: str = ""
 
 
 @dataclass(frozen=True, slots=True)
