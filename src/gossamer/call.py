@@ -181,6 +181,18 @@ class AttentionCall:
         tensors = (self.q, self.k, self.v, self.sinks)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
+    def of_groups(self, groups: Sequence[int]) -> AttentionCall:
+        """The call of some key/value heads and their query heads, in ascending order. Neighbours are not copied."""
+        first, many = (groups[0], len(groups)) if groups else (0, 0)
+        if many == self.groups:
+            return self
+        near = list(groups) == list(range(first, first + many))
+        of_keys = slice(first, first + many) if near else list(groups)
+        q = self.q.unflatten(1, (self.groups, self.share))[:, of_keys].flatten(1, 2)
+        sinks = None if self.sinks is None else self.sinks.view(self.groups, -1)[of_keys].flatten()
+        v = None if self.v is None else self.v[:, of_keys]
+        return replace(self, q=q, k=self.k[:, of_keys], v=v, sinks=sinks)
+
     def before_rotary(self) -> AttentionCall:
         """The call with q and k as they were before the model turned them; exact but for rounding.
 

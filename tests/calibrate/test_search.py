@@ -17,7 +17,7 @@ from tiny import VOCAB, tiny_llama
 from gossamer import AttentionCall, backends, methods
 from gossamer.calibrate.choice import choose_cheapest, choose_fixed, choose_global, least_under
 from gossamer.calibrate.cost import CostModel, count_terms
-from gossamer.calibrate.figures import FIGURES, LayerFigures, candidates, measure_layer, of_groups
+from gossamer.calibrate.figures import FIGURES, LayerFigures, candidates, measure_layer
 from gossamer.calibrate.prices import Measured, Modelled, Pairs
 from gossamer.calibrate.samples import Samples
 from gossamer.calibrate.search import Found, measure
@@ -85,7 +85,7 @@ def test_sinks_go_with_their_heads() -> None:
     call = gqa_call()
     with_sinks = AttentionCall(call.q, call.k, call.v, sinks=torch.tensor([0.0, 5.0, 2.0, -1.0]))
     out = dense_out(with_sinks)
-    part = of_groups(with_sinks, 1, 2)
+    part = with_sinks.of_groups([1])
     torch.testing.assert_close(dense_out(part), out[:, 2:4])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from gossamer.methods.registry import class_of
 from gossamer.oracle import log_sum_exp
 from gossamer.plan import SparsePlan
 
-__all__ = ["FIGURES", "METHODS", "LayerFigures", "candidates", "measure_layer", "of_groups"]
+__all__ = ["FIGURES", "METHODS", "LayerFigures", "candidates", "measure_layer"]
 
 FIGURES = ("error", "recall", "cost")
 METHODS = ("a_shape", "vertical_slash", "block_sparse", "xattention", "max_relative")
@@ -82,22 +82,10 @@ def measure_layer(
     parts: list[list[Tensor]] = [[] for _ in FIGURES]
     for start in range(0, call.groups, groups):
         stop = min(start + groups, call.groups)
-        part, out = of_groups(call, start, stop), dense[:, start * call.share : stop * call.share]
+        part, out = call.of_groups(range(start, stop)), dense[:, start * call.share : stop * call.share]
         for found, figures in zip(parts, _figures(part, out, methods, price), strict=True):
             found.append(figures)
     return LayerFigures(*(torch.cat(found, dim=1) for found in parts))
-
-
-def of_groups(call: AttentionCall, start: int, stop: int) -> AttentionCall:
-    """Some key/value heads of a call with their query heads; nothing is copied."""
-    heads = slice(start * call.share, stop * call.share)
-    return replace(
-        call,
-        q=call.q[:, heads],
-        k=call.k[:, start:stop],
-        v=call.values[:, start:stop],
-        sinks=None if call.sinks is None else call.sinks[heads],
-    )
 
 
 def _figures(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -79,7 +78,7 @@ class Auto(Method):
     def plan(self, call: AttentionCall) -> SparsePlan:
         if self.error == 0 or 0 in (call.batch, call.query_len, call.key_len):
             return Blocks(call, self.block, self.block).plan(window=WHOLE)
-        trial = Trial(call, self.rows)
+        trial, keys = Trial(call, self.rows), replace(call, v=None)
         plans, sources = [], []
         owner = torch.zeros(call.batch, call.heads, dtype=torch.int64, device="cpu")
         failing = torch.ones_like(owner, dtype=torch.bool)
@@ -88,7 +87,7 @@ class Auto(Method):
             if not groups:
                 break
             heads = [g * call.share + n for g in groups for n in range(call.share)]
-            plan = attempt(_of_groups(call, groups))
+            plan = attempt(keys.of_groups(groups))
             owner[failing] = len(plans)
             plans.append(plan)
             sources.append([heads.index(head) if head in heads else 0 for head in range(call.heads)])
@@ -119,11 +118,3 @@ class Auto(Method):
         blocks = Blocks(call, self.block, self.block)
         blocks.keep(last_rows=call.query_len)
         return blocks.plan(window=self.window)
-
-
-def _of_groups(call: AttentionCall, groups: Sequence[int]) -> AttentionCall:
-    """The call of some key/value heads and their query heads, for planning."""
-    if len(groups) == call.groups:
-        return replace(call, v=None)
-    q = call.q.unflatten(1, (call.groups, call.share))[:, groups].flatten(1, 2)
-    return replace(call, q=q, k=call.k[:, groups], v=None, sinks=None)
