@@ -6,16 +6,20 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from gossamer.calibrate.bench import Row, Shape, bench, break_even, costs_of, kernel_cost
+from gossamer.calibrate.bench import Row, Shape, bench, break_even, costs_of, kernel_cost, planning_costs
+from gossamer.calibrate.candidates import candidates
 from gossamer.calibrate.fit import fit, held_out_errors
 from gossamer.cli import main
+from gossamer.cli.bench import _search_space as search_space
 from gossamer.cli.bench import _table as table
-from gossamer.methods import AShape, available
+from gossamer.cli.specs import parse_method
+from gossamer.methods import AShape, Dense, PerHead, VerticalSlash, available
 from gossamer.profiles.costs import TERMS, Costs
 from gossamer.report.svg import svg_file
 from gossamer.report.timings import timings
@@ -95,6 +99,28 @@ def test_a_kernel_whose_every_call_takes_as_long_costs_calls_alone() -> None:
     assert cost.lengths == (64, 130)
 
 
+def test_planning_is_timed_for_each_method_at_each_length() -> None:
+    found = planning_costs(SHAPE, [AShape(1, 8), VerticalSlash(40, 64)], [64, 130], rounds=2, clock=ticking(0.5))
+    assert [entry.method for entry in found] == [AShape(1, 8).to_dict(), VerticalSlash(40, 64).to_dict()]
+    assert {(e.heads, e.groups, e.lengths, e.seconds) for e in found} == {(2, 1, (64, 130), (0.5, 0.5))}
+
+
+@pytest.mark.parametrize(
+    ("specs", "more"),
+    [
+        ("a_shape(window=16)", [AShape(window=16)]),
+        ("flexprefill,per_head", candidates(["flexprefill"])[1:]),
+        ("a_shape", []),
+    ],
+)
+def test_planning_is_measured_of_what_is_tried_and_of_what_is_named(specs: str, more: list[Any]) -> None:
+    named = [parse_method(spec) for spec in specs.split(",")]
+    found = search_space(specs, named)
+    assert len(found) == len(set(found))
+    assert set(found) >= {*candidates()[1:], *more}
+    assert not any(isinstance(method, (Dense, PerHead)) for method in found)
+
+
 def test_the_command_writes_costs_and_keeps_those_of_other_shapes(tmp_path: Path, capsys, monkeypatch) -> None:
     path = tmp_path / "cache" / "costs.json"
     monkeypatch.setenv("GOSSAMER_COST_MODEL", str(path))
@@ -102,7 +128,11 @@ def test_the_command_writes_costs_and_keeps_those_of_other_shapes(tmp_path: Path
     for dim in ("8", "16"):
         assert main(["bench", *sizes, "--head-dim", dim, "--cost-model", "--json"]) == 0
         assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
-    assert [cost.kernel.head_dim for cost in Costs.load(path).kernels] == [8, 16]
+    costs = Costs.load(path)
+    assert [cost.kernel.head_dim for cost in costs.kernels] == [8, 16]
+    for kernel in (cost.kernel for cost in costs.kernels):
+        for method in (*candidates()[1:], AShape(window=16)):
+            assert (costs.planning_seconds(json.loads(json.dumps(method.to_dict())), kernel, 2, 1, 100) or 0) > 0
     assert main(["bench", *sizes, "--head-dim", "8"]) == 0
     assert "a_shape is faster than dense" in capsys.readouterr().out
     path.write_text("mine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ pytest.importorskip("transformers")
 from tiny import VOCAB, tiny_llama
 
 from gossamer import AttentionCall, backends, methods
+from gossamer.calibrate.candidates import candidates
 from gossamer.calibrate.choice import choose_cheapest, choose_fixed, choose_global, least_under
 from gossamer.calibrate.cost import CostModel, count_terms
-from gossamer.calibrate.figures import FIGURES, LayerFigures, candidates, measure_layer
+from gossamer.calibrate.figures import FIGURES, LayerFigures, measure_layer
 from gossamer.calibrate.prices import Measured, Modelled, Pairs
 from gossamer.calibrate.samples import Samples
 from gossamer.calibrate.search import Found, measure
@@ -28,7 +30,7 @@ from gossamer.evaluate.metrics import bootstrap_interval
 from gossamer.evaluate.subject import Subject
 from gossamer.methods import PerHead
 from gossamer.plan import SparsePlan
-from gossamer.profiles.costs import Costs, Kernel, KernelCost
+from gossamer.profiles.costs import Costs, Kernel, KernelCost, Planning
 from gossamer.profiles.machine import Machine
 
 TRIED = (
@@ -99,7 +101,8 @@ def test_measured_costs_are_positive_and_dense_costs_one() -> None:
 def test_the_cost_of_a_model_is_its_seconds_of_the_head_and_of_planning_as_timed() -> None:
     call = gqa_call()
     seconds = {"calls": 7.0, "pairs": 1e-4, "columns": 2e-4}
-    costs = Costs(Machine.here(), (KernelCost(Kernel.of(call), seconds, 0.0, 0.0, 1, (150,)),))
+    kernel = Kernel.of(call)
+    costs = Costs(Machine.here(), (KernelCost(kernel, seconds, 0.0, 0.0, 1, (150,)),))
     ticks = itertools.count()
     price = Modelled(clock=lambda: float(next(ticks)), model=CostModel(costs))  # planning takes a second
     found = measure_layer(call, dense_out(call), TRIED, price, groups=2).cost
@@ -111,6 +114,10 @@ def test_the_cost_of_a_model_is_its_seconds_of_the_head_and_of_planning_as_timed
     counts = {name: count[0] for name, count in count_terms(call, stripes.plan(call)).items()}
     cost = measure_layer(call, dense_out(call), [stripes], price, groups=2).cost[0, 0]
     assert counts["columns"] > 0
+    known = Planning(kernel, stripes.to_dict(), 8, 4, (150,), (40.0,))  # five seconds a head
+    knows = Modelled(clock=lambda: float("nan"), model=CostModel(replace(costs, planning=(known,))))
+    with_planning = measure_layer(call, dense_out(call), [stripes], knows).cost[0, 0]
+    assert float(with_planning * dense) == pytest.approx(float(cost * dense) + 5 - 0.25)
     assert float(cost * dense) == pytest.approx(float(1e-4 * counts["pairs"] + 2e-4 * counts["columns"]) + 0.25)
 
 

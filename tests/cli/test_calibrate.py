@@ -151,6 +151,18 @@ def test_costs_of_a_machine_are_those_of_its_cost_model(model_path, texts, tmp_p
     torch.testing.assert_close(*costs, atol=1e-4, rtol=0)
 
 
+def test_costs_of_a_machine_that_knows_planning_give_the_same_bytes(model_path, texts, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GOSSAMER_COST_MODEL", str(tmp_path / "costs.json"))
+    sizes = ["--lengths", "64,150", "--rounds", "1", "--heads", "4", "--groups", "2", "--head-dim", "8"]
+    assert main(["bench", *sizes, "--cost-model"]) == 0
+    argv = ["calibrate", model_path, "--prompts", texts[0], *SMALL, "--cost", "machine", "--budget", "9"]
+    made = []
+    for name in ("one.json", "two.json"):
+        assert main([*map(str, argv), "--dtype", "float32", "-o", str(tmp_path / name)]) == 0
+        made.append((tmp_path / name).read_bytes())
+    assert made[0] == made[1]
+
+
 def test_a_bound_on_the_logits(capsys, model_path, texts, tmp_path) -> None:
     argv = [model_path, "--prompts", texts[0], *SMALL, "--mode", "cheapest", "--kl", "0.001", "-o", tmp_path / "p.json"]
     assert main(["calibrate", *map(str, argv)]) == 0

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from gossamer.calibrate.bench import Row, Shape, bench, costs_of, kernel_cost
+from gossamer.calibrate.bench import Row, Shape, bench, costs_of, kernel_cost, planning_costs
+from gossamer.calibrate.candidates import METHODS, candidates
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.inputs import check_environment, read_model, text_config
 from gossamer.cli.specs import parse_method, split_specs
@@ -66,8 +67,10 @@ def execute(arguments: argparse.Namespace) -> int:
         methods = _methods(arguments.methods, shape)
         with torch.inference_mode():
             rows = list(bench(shape, methods, lengths, rounds=arguments.rounds))
-            kernels = [] if path is None else [kernel_cost(shape, lengths, rounds=min(3, arguments.rounds))]
-            costs = costs_of(shape, rows, kernels)
+            rounds = min(3, arguments.rounds)
+            kernels = [] if path is None else [kernel_cost(shape, lengths, rounds=rounds)]
+            tried = [] if path is None else _search_space(arguments.methods, methods)
+            costs = costs_of(shape, rows, kernels, planning_costs(shape, tried, lengths, rounds=rounds))
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
     if path is not None:
@@ -83,7 +86,10 @@ def execute(arguments: argparse.Namespace) -> int:
         found = f"not up to {point.longest} tokens" if known is None else f"from about {known:.0f} tokens"
         print(f"{point.method['method']} is faster than dense: {found}")
     for cost in costs.kernels:
-        print(f"{cost.kernel}: held-out error {cost.error:.0%} (median), {cost.worst:.0%} (worst); written to {path}")
+        print(
+            f"{cost.kernel}: held-out error {cost.error:.0%} (median), {cost.worst:.0%} (worst); "
+            f"planning of {len(costs.planning)} candidates; written to {path}"
+        )
     return 0
 
 
@@ -111,6 +117,13 @@ def _methods(specs: str, shape: Shape) -> list[Method]:
             left.append(f"note: {method.name} is left out: it needs a model ({lacking})")
     print(*left, sep="\n", file=sys.stderr)
     return methods
+
+
+def _search_space(specs: str, methods: list[Method]) -> list[Method]:
+    """Whose planning is measured: what `gossamer calibrate` tries, and the candidates of what is named besides."""
+    names = [m.name for m in methods] if specs == _ALL else [s for s in split_specs(specs) if s in available()]
+    single = [method for method in methods if not hasattr(method, "layers") and method.apart]
+    return candidates([*METHODS, *(name for name in names if any(m.name == name for m in single)), *single])[1:]
 
 
 def _shape(arguments: argparse.Namespace) -> Shape:

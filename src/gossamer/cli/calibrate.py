@@ -81,7 +81,7 @@ def execute(arguments: argparse.Namespace) -> int:
     arguments.model = model_folder(arguments.model)
     read_model(arguments.model)
     require_transformers("calibrate")
-    from gossamer.calibrate.figures import METHODS, candidates
+    from gossamer.calibrate.candidates import METHODS, candidates
     from gossamer.calibrate.store import Store
     from gossamer.evaluate.runner import parse_lengths
 
