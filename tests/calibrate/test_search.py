@@ -15,21 +15,24 @@ pytest.importorskip("transformers")
 
 from tiny import VOCAB, tiny_llama
 
-from gossamer import AttentionCall, backends, methods
+from gossamer import AttentionCall, Profile, backends, enable, methods
 from gossamer.calibrate.candidates import candidates
 from gossamer.calibrate.choice import choose_cheapest, choose_fixed, choose_global, least_under
-from gossamer.calibrate.cost import CostModel, count_terms
+from gossamer.calibrate.cost import CostModel, count_terms, pairs_of_heads
 from gossamer.calibrate.figures import FIGURES, LayerFigures, measure_layer
 from gossamer.calibrate.prices import Measured, Modelled, Pairs
 from gossamer.calibrate.samples import Samples
 from gossamer.calibrate.search import Found, measure
 from gossamer.calibrate.store import Store
 from gossamer.calibrate.summary import held_out_words, summary_table
+from gossamer.evaluate.fidelity import relative_l2
 from gossamer.evaluate.haystack import Haystack
 from gossamer.evaluate.metrics import bootstrap_interval
 from gossamer.evaluate.subject import Subject
 from gossamer.methods import PerHead
+from gossamer.methods.registry import class_of
 from gossamer.plan import SparsePlan
+from gossamer.policy import Policy
 from gossamer.profiles.costs import Costs, Kernel, KernelCost, Planning
 from gossamer.profiles.machine import Machine
 
@@ -179,6 +182,7 @@ def test_bisection() -> None:
 def test_candidates_are_what_methods_declare() -> None:
     found = candidates()
     assert found[0] == methods.create("dense")
+    assert len(found) == 56  # as the page of the methods says
     assert len(set(found)) == len(found)
     assert {method.name for method in found[1:]} == {
         "a_shape",
@@ -190,8 +194,56 @@ def test_candidates_are_what_methods_declare() -> None:
     one = methods.create("a_shape", sink=1, window=2)
     assert candidates([one, "dense", one]) == [methods.create("dense"), one]
     assert len(candidates(["flexprefill"])) == 1 + len(methods.FlexPrefill.settings)
-    with pytest.raises(ValueError, match="single one"):
-        candidates(["per_head"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("per_head", "made of methods for each head"),
+        ("duo_attention", "belong to heads by their place"),
+        ("seer_attention", "belong to heads by their place"),
+        ("pbs", "cannot be one of several methods of a layer .*without an order of queries or keys"),
+        ("flash_prefill", "cannot be one of several methods of a layer .*must share pruned_mean"),
+        ("corrected", "must share pruned_mean"),
+    ],
+)
+def test_methods_that_cannot_stand_beside_others_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        candidates([name])
+
+
+APART = [
+    *("a_shape", "tri_shape", "triangle_mix", "vertical_slash", "block_sparse", "flexprefill", "xattention"),
+    *("anchor_attention", "vec_attention", "max_relative", "sparge", "prism", "stem", "cosa", "auto"),
+]
+
+
+def test_every_other_method_declares_candidates_whose_mixture_runs_as_it_was_measured() -> None:
+    """One of each method in one layer, in a model that is enabled, at the errors and costs of the search."""
+    chosen = [candidates([name])[1] for name in APART] + [methods.create("flash_prefill", version=1)]
+    assert {*APART, "flash_prefill", "pbs", "corrected", "dense", "minference", "per_head"} >= {
+        name for name in methods.available() if class_of(name).apart
+    }
+    model = tiny_llama(num_attention_heads=16, num_key_value_heads=8, hidden_size=128, num_hidden_layers=1)
+    of = Subject(model, Words(), "tiny")
+    calls: list[Any] = []
+    tokens = torch.arange(2, 302)[None] % VOCAB
+    of.hidden_states(tokens, Policy.of("dense"), calls.append)
+    call, out = calls[0].call, calls[0].out
+    figures = measure_layer(call, out, [methods.create("dense"), *chosen], Pairs(), groups=1)
+    profile = Profile((chosen,))
+    seen: list[Any] = []
+    of.hidden_states(tokens, Policy(profile.method, min_tokens=0, max_density=1.0), seen.append)
+    plan = profile.method.plan(call)
+    error = relative_l2(backends.attend(call, plan)[0][0], out[0])
+    of_heads = torch.arange(16)
+    torch.testing.assert_close(error.double(), figures.error[of_heads + 1, of_heads], atol=1e-5, rtol=1e-3)
+    share = pairs_of_heads(call, plan) / (300 * 301 / 2)
+    torch.testing.assert_close(share, figures.cost[of_heads + 1, of_heads])
+    with enable(model, profile=profile, min_tokens=0, max_density=1.0) as handle, torch.no_grad():
+        model(input_ids=tokens)
+        (layer,) = handle.stats()
+    assert layer.density == pytest.approx(float(share.mean()))
 
 
 class Words:
