@@ -163,6 +163,75 @@ def test_costs_of_a_machine_that_knows_planning_give_the_same_bytes(model_path, 
     assert made[0] == made[1]
 
 
+def test_costs_are_those_of_the_machine_where_they_are_known_else_pairs(
+    model_path, texts, tmp_path, monkeypatch, capsys
+) -> None:
+    path, out = tmp_path / "costs.json", tmp_path / "p.json"
+    monkeypatch.setenv("GOSSAMER_COST_MODEL", str(path))
+    argv = ["calibrate", model_path, "--prompts", texts[0], *SMALL, "--budget", "9", "--dtype", "float32", "-o", out]
+    q = torch.zeros(1, 1, 1, 8)
+    kernel = Kernel.of(q)
+    for known, message in (
+        (None, "there is no"),
+        (replace(kernel, head_dim=16), f"it knows no {kernel}"),
+        (kernel, None),
+    ):
+        if known is not None:
+            Costs(Machine.here(), (KernelCost(known, {"pairs": 1.0}, 0.0, 0.0, 1, (1,)),)).save(path)
+        forget()
+        assert main(list(map(str, argv))) == 0
+        err = capsys.readouterr().err
+        assert ("note: costs are counted in pairs" in err) == (message is not None)
+        assert message is None or message in err
+        kind = "pairs" if message else "machine"
+        assert Profile.load(out).provenance.kernel == f"{kind} of {kernel}"
+        assert json.loads(Profile.load(out).provenance.samples)["cost"] == kind
+    forget()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.json", "my notes", "p.json exists and is no profile: it would be lost"),
+        ("p.json", '[{"0": ["stream_llm", 1, 2, 0.5]}]', "p.json exists and is no profile"),
+        ("p.json.jsonl", '{"kind": "run"}\n', "p.json.jsonl exists and is no line of gossamer calibrate"),
+        ("p.json.jsonl", "\x00", "p.json.jsonl exists and is no line"),
+    ],
+)
+def test_other_files_are_not_written_over(refused, model_path, texts, tmp_path, name, content, message) -> None:
+    (tmp_path / name).write_text(content)
+    assert message in refused("calibrate", model_path, "--prompts", texts[0], *SMALL, "-o", tmp_path / "p.json")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
+def test_devices_are_not_written_to(refused, model_path, texts) -> None:
+    assert "is no profile" in refused("calibrate", model_path, "--prompts", texts[0], *SMALL, "-o", "/dev/full")
+
+
+def test_empty_files_and_earlier_results_are_written_over(model_path, texts, tmp_path) -> None:
+    argv = ["calibrate", model_path, "--prompts", texts[0], *SMALL, "--budget", "0.9", "-o", tmp_path / "p.json"]
+    for name in ("p.json", "p.json.jsonl"):
+        (tmp_path / name).touch()
+    for _ in range(2):
+        assert main(list(map(str, argv))) == 0
+    assert Profile.load(tmp_path / "p.json").heads == 4
+
+
+def test_the_partial_file_of_another_search_is_named(refused, model_path, texts, tmp_path, monkeypatch) -> None:
+    argv = ("calibrate", model_path, "--prompts", texts[0], *SMALL, "--budget", "0.9", "-o", tmp_path / "p.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(Profile, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(list(map(str, argv))) == 130
+    for change, what in (
+        (("--seed", "1"), "prompts"),
+        (("--methods", "a_shape"), "candidates"),
+        (("--cost", "measured"), "cost"),
+        (("--dtype", "float16"), "kernel, model"),
+    ):
+        assert f"holds figures of another {what}" in refused(*argv, *change)
+    assert main([*map(str, argv), "--budget", "0.5", "--objective", "mass"]) == 0  # chosen from the same figures
+
+
 def test_a_bound_on_the_logits(capsys, model_path, texts, tmp_path) -> None:
     argv = [model_path, "--prompts", texts[0], *SMALL, "--mode", "cheapest", "--kl", "0.001", "-o", tmp_path / "p.json"]
     assert main(["calibrate", *map(str, argv)]) == 0

@@ -205,6 +205,21 @@ def test_the_command_shows_compares_and_converts(tmp_path: Path, capsys) -> None
     assert "2 layers of 2 heads" in capsys.readouterr().out
 
 
+def test_the_command_shows_where_a_profile_is_from_on_a_line_each(tmp_path: Path, capsys) -> None:
+    origin = Provenance("m\x1b[2J\nx", lengths=(100, 200), held_out="error 0.1 [0.05, 0.2]")
+    Profile(((Dense(), AShape()),), None, origin, ((0.1, None),), ((0.5, 1.0),)).save(tmp_path / "p.json")
+    assert main(["profile", "show", str(tmp_path / "p.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:6] == [
+        "1 layers of 2 heads",
+        "model: m\\x1b[2J\\nx",
+        "lengths: 100, 200",
+        "held_out: error 0.1 [0.05, 0.2]",
+        "errors: mean 0.1, from 0.1 to 0.1",
+        "costs: mean 0.75, from 0.5 to 1",
+    ]
+
+
 def test_the_command_refuses_in_one_line(tmp_path: Path, capsys) -> None:
     for data in ("{", "{}", [[2.0]], [{"0": ["flex_vertical_and_slash", [0.9, 4096], [0.9, 4096], 1.0]}]):
         assert main(["profile", "show", str(written(tmp_path / "p.json", data))]) == 2

@@ -154,7 +154,7 @@ def measure(
     Args:
         groups: key/value heads that are looked at together.
         weights: as `Found.weights`, but of all the model's layers.
-        progress: called for each layer of each sample, when it is done.
+        progress: called for each layer of each sample that the store lacked, when it is measured.
 
     Raises:
         ValueError: a prompt cannot be made, the model's attention not be observed, or an unknown objective.
@@ -187,17 +187,14 @@ def _read(
     count = int(subject.config.num_hidden_layers)
     done = {layer for layer in range(count) if store.has(sample.key, layer)}
     if len(done) == count:
-        for layer in sorted(done):
-            progress(sample, layer)
         return done
 
     def visit(observed: Observation) -> None:
         call = observed.call
-        if call.layer is None:
+        if call.layer is None or call.layer in done:
             return
-        if not store.has(sample.key, call.layer):
-            figures = measure_layer(call, observed.out, methods, price, groups=groups)
-            store.add(sample.key, call.layer, figures)
+        figures = measure_layer(call, observed.out, methods, price, groups=groups)
+        store.add(sample.key, call.layer, figures)
         done.add(call.layer)
         progress(sample, call.layer)
 

@@ -8,12 +8,14 @@ import json
 import math
 import resource
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer import __version__
 from gossamer.calibrate.summary import held_out_words, summary_table
-from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
+from gossamer.cli.common import BadInput, add_command, first_line, one_line, print_json, table
 from gossamer.cli.inputs import check_environment, read_model, require_transformers
 from gossamer.cli.machine import add_dtype
 from gossamer.cli.pretrained import model_folder
@@ -21,13 +23,15 @@ from gossamer.cli.specs import parse_method, parse_task, split_specs
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.methods import available
 from gossamer.profiles import Profile, Provenance, read_table
-from gossamer.profiles.files import write_whole
+from gossamer.profiles.costs import Kernel, at_hand
+from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, write_whole
+from gossamer.profiles.machine import Machine
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gossamer.calibrate.prices import Price
-    from gossamer.calibrate.samples import Samples
+    from gossamer.calibrate.samples import Sample, Samples
     from gossamer.calibrate.search import Found
     from gossamer.calibrate.store import Store
     from gossamer.evaluate.subject import Subject
@@ -62,7 +66,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--kl", type=float, help="for cheapest: nats of the logits on the held-out prompts instead")
     parser.add_argument("--methods", metavar="LIST", help="whose candidates are tried (default: five, see the manual)")
     parser.add_argument(
-        "--cost", choices=("pairs", "machine", "measured"), default="pairs", help="default: %(default)s"
+        "--cost", choices=("auto", "pairs", "machine", "measured"), default="auto", help="default: machine, or pairs"
     )
     parser.add_argument("--objective", choices=("output", "squared_output", "mass"), default="output")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="what an error counts, by layer and head (JSON)")
@@ -77,6 +81,7 @@ def add_parser(commands: Any) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
     _check(arguments)
     arguments.model = model_folder(arguments.model)
     read_model(arguments.model)
@@ -91,19 +96,25 @@ def execute(arguments: argparse.Namespace) -> int:
         lengths = parse_lengths(arguments.lengths)
         subject = load_subject(arguments, max(lengths))
         samples = _samples(arguments, subject, lengths)
-        price, counted = _price(arguments)
+        kernel = Kernel.of(subject.query())
+        price, counted = _price(arguments, kernel)
         about: dict[str, Any] = {
             "model": subject.fingerprint(),
             "prompts": samples.to_dict(),
             "samples": [sample.key for sample in samples.listed],
             "candidates": [method.to_dict() for method in methods],
             "version": __version__,
+            "kernel": str(kernel),
         } | counted
+        if price.name == "measured":
+            about["machine"] = Machine.here().to_dict()
         store = Store(arguments.out.with_name(arguments.out.name + ".partial"), about)
         weights = _weights(arguments, subject)
         found = _measure(arguments, subject, samples, methods, price, store, weights)
         mode, at, chosen = _choose(arguments, subject, samples, found)
-        facts = {"mode": mode, "at": at, "objective": found.objective} | counted | about["prompts"]
+        facts = (
+            {"kernel": str(kernel), "mode": mode, "at": at, "objective": found.objective} | counted | about["prompts"]
+        )
         if weights is not None:
             facts["weights_sha256"] = _digest(weights.tolist())
         _write(arguments, subject, samples, found, chosen, facts)
@@ -112,7 +123,7 @@ def execute(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise BadInput(f"cannot write {arguments.out}: {error.strerror or first_line(error)}") from error
     store.done()
-    _print(arguments, found, chosen)
+    _print(arguments, found, chosen, time.monotonic() - started)
     return 0
 
 
@@ -137,6 +148,34 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BadInput(f"cannot write into {arguments.out.parent}: no such folder; give another --out")
     if arguments.out.is_dir():
         raise BadInput(f"{arguments.out} is a folder; give the name of a file by --out")
+    _check_place(arguments.out, _is_profile, "profile")
+    _check_place(_line_path(arguments.out), _is_line, "line of gossamer calibrate")
+
+
+def _line_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.jsonl")
+
+
+def _check_place(path: Path, ours: Callable[[Path], bool], what: str) -> None:
+    """Refuse to write over what no calibration wrote, before anything is measured."""
+    try:
+        if not path.exists() or (path.is_file() and ours(path)):
+            return
+    except (OSError, ValueError):
+        pass
+    raise BadInput(f"{path} exists and is no {what}: it would be lost; give another --out, or delete it first")
+
+
+def _is_profile(path: Path) -> bool:
+    content = read_file(path, MOST_BYTES)
+    data = parse_json(content) if content else {"schema": None}
+    return isinstance(data, dict) and "schema" in data
+
+
+def _is_line(path: Path) -> bool:
+    first = read_file(path, MOST_BYTES).partition(b"\n")[0]
+    record = parse_json(first) if first else {"kind": "calibration"}
+    return isinstance(record, dict) and record.get("kind") == "calibration"
 
 
 def _samples(arguments: argparse.Namespace, subject: Subject, lengths: Any) -> Samples:
@@ -152,13 +191,22 @@ def _samples(arguments: argparse.Namespace, subject: Subject, lengths: Any) -> S
     return Samples(subject, [*tasks, *texts], lengths, **counts, others=others, haystack=package, seed=arguments.seed)
 
 
-def _price(arguments: argparse.Namespace) -> tuple[Price, dict[str, str]]:
+def _price(arguments: argparse.Namespace, kernel: Kernel) -> tuple[Price, dict[str, str]]:
     """How costs are counted, and what a profile says of it."""
     from gossamer.calibrate.cost import CostModel
     from gossamer.calibrate.prices import Measured, Modelled, Pairs
 
-    if arguments.cost != "machine":
-        price = Pairs() if arguments.cost == "pairs" else Measured(arguments.rounds)
+    kind = arguments.cost
+    if kind == "auto":
+        costs, reason = at_hand()
+        if costs is not None and costs.kernel(kernel) is None:
+            reason = f"it knows no {kernel}"
+        kind = "pairs" if costs is None or costs.kernel(kernel) is None else "machine"
+        if kind == "pairs":
+            why = f"no cost model of this machine is at hand ({reason})"
+            print(one_line(f"note: costs are counted in pairs, since {why}"), file=sys.stderr)
+    if kind != "machine":
+        price = Pairs() if kind == "pairs" else Measured(arguments.rounds)
         return price, {"cost": price.name}
     price = Modelled(arguments.rounds, model=CostModel.here())
     return price, {"cost": price.name, "costs_sha256": _digest(price.model.costs.to_dict())}
@@ -202,9 +250,10 @@ def _measure(
     layers = int(subject.config.num_hidden_layers)
     # Attention is what is measured, many times: it grows with the square.
     cells = [
-        (s.length, samples.name(s.source), relative_cost(subject, s.length) + s.length**2)
+        (s.length, _prompt(samples, s), relative_cost(subject, s.length) + s.length**2)
         for s in samples.listed
-        for _ in range(layers)
+        for layer in range(layers)
+        if not store.has(s.key, layer)
     ]
     with Progress(cells) as progress:
         return measure(
@@ -216,8 +265,12 @@ def _measure(
             groups=arguments.groups,
             objective=arguments.objective,
             weights=weights,
-            progress=lambda sample, layer: progress.advance(sample.length, samples.name(sample.source)),
+            progress=lambda sample, layer: progress.advance(sample.length, _prompt(samples, sample)),
         )
+
+
+def _prompt(samples: Samples, sample: Sample) -> str:
+    return f"{samples.name(sample.source)}, {'held out' if sample.held_out else 'prompt'} {sample.index}"
 
 
 def _choose(
@@ -282,7 +335,7 @@ def _write(
         config=written(subject.model.config),
         config_hash=config_hash(subject.model.config),
         prompts_hash=facts["calibration_sha256"],
-        kernel=facts["cost"],
+        kernel=f"{facts['cost']} of {facts['kernel']}",
         machine=str(known["machine"].get("processor", "")),
     )
     methods = found.methods(chosen)
@@ -292,7 +345,7 @@ def _write(
     from gossamer.calibrate.record import calibration_record
 
     line = calibration_record(subject.to_dict(), found, chosen, known, _FRONTIER)
-    write_whole(arguments.out.with_name(arguments.out.name + ".jsonl"), json.dumps(line, ensure_ascii=False) + "\n")
+    write_whole(_line_path(arguments.out), json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _by_layer(found: Found, table: Tensor, layers: int) -> list[list[float | None]]:
@@ -301,7 +354,7 @@ def _by_layer(found: Found, table: Tensor, layers: int) -> list[list[float | Non
     return [rows.get(layer, [None] * table.shape[1]) for layer in range(layers)]
 
 
-def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor) -> None:
+def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor, seconds: float) -> None:
     summary = found.summary(chosen)
     counts: dict[str, int] = {}
     for index in chosen.flatten().tolist():
@@ -314,4 +367,5 @@ def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor) -> None:
         listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda one: -one[1]))
         print(f"\nheads: {listed}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{arguments.out}; pictures: gossamer report {arguments.out}.jsonl; at most {peak:.2f} GiB", file=sys.stderr)
+    line = f"{arguments.out}; pictures: gossamer report {_line_path(arguments.out)}"
+    print(one_line(f"{line}; {seconds:.0f} s, at most {peak:.2f} GiB"), file=sys.stderr)
