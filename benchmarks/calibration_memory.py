@@ -22,8 +22,9 @@ REFERENCE = Path(__file__).resolve().parent.parent / "models" / "reference"
 RUN = """
 import json, resource, sys
 from gossamer.cli import main
-code = main(sys.argv[1:])
-print(json.dumps({"code": code, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+code, used = main(sys.argv[1:]), resource.getrusage(resource.RUSAGE_SELF)
+cpu = round(used.ru_utime + used.ru_stime, 1)
+print(json.dumps({"code": code, "peak_gib": round(used.ru_maxrss / 2**20, 2), "cpu_seconds": cpu}))
 """
 
 

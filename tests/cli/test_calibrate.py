@@ -184,7 +184,7 @@ def test_costs_are_those_of_the_machine_where_they_are_known_else_pairs(
         assert ("note: costs are counted in pairs" in err) == (message is not None)
         assert message is None or message in err
         kind = "pairs" if message else "machine"
-        assert Profile.load(out).provenance.kernel == f"{kind} of {kernel}"
+        assert Profile.load(out).provenance.kernel == f"{kind} on {kernel}"
         assert json.loads(Profile.load(out).provenance.samples)["cost"] == kind
     forget()
 

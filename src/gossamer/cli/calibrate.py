@@ -335,7 +335,7 @@ def _write(
         config=written(subject.model.config),
         config_hash=config_hash(subject.model.config),
         prompts_hash=facts["calibration_sha256"],
-        kernel=f"{facts['cost']} of {facts['kernel']}",
+        kernel=f"{facts['cost']} on {facts['kernel']}",
         machine=str(known["machine"].get("processor", "")),
     )
     methods = found.methods(chosen)
