@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def test_the_same_inputs_give_the_same_bytes(capsys, model_path, texts, tmp_path
 
 
 @pytest.mark.parametrize("where", ["layer", "profile"])
-def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(model_path, texts, tmp_path, monkeypatch, where) -> None:
+def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
+    model_path, texts, tmp_path, monkeypatch, capsys, where
+) -> None:
     argv = ["calibrate", str(model_path), "--prompts", str(texts[0]), "--methods", TWO, "--lengths", "150", "-o"]
     measured: list[int | None] = []
     measure_layer = search.measure_layer
@@ -86,6 +89,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(model_path, texts
         if where == "profile":
             patch.setattr(Profile, "save", killed)
         assert main([*argv, str(tmp_path / "two" / "p.json")]) == 130
+        assert ("the same command goes on with" in capsys.readouterr().err) == (where == "layer")
         assert [path.name for path in (tmp_path / "two").iterdir()] == ["p.json.partial"]
         stopped = len(measured)
         patch.undo()
@@ -202,6 +206,23 @@ def test_other_files_are_not_written_over(refused, model_path, texts, tmp_path, 
     (tmp_path / name).write_text(content)
     assert message in refused("calibrate", model_path, "--prompts", texts[0], *SMALL, "-o", tmp_path / "p.json")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
+def test_what_was_measured_is_kept_where_no_choice_is_cheap_enough(capsys, model_path, texts, tmp_path) -> None:
+    argv = ("calibrate", model_path, "--prompts", texts[0], *SMALL, "-o", tmp_path / "p.json", "--budget")
+    assert main(list(map(str, (*argv, "0.0001")))) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "ask for at least that" in message
+    assert "p.json.partial, so that the same command with another bound" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json.partial"]
+    assert main(list(map(str, (*argv, "1")))) == 0
+
+
+def test_scipy_is_asked_for_before_anything_is_measured(refused, model_path, texts, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    argv = ("calibrate", model_path, "--prompts", texts[0], *SMALL, "--mode", "fixed", "-o", tmp_path / "p.json")
+    assert "needs scipy: pip install 'gossamer[calibrate]'" in refused(*argv)
+    assert not list(tmp_path.iterdir())
 
 
 def test_devices_are_not_written_to(refused, model_path, texts) -> None:

@@ -26,7 +26,7 @@ class Store:
     """
 
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
-        self._path, self._about = path, json.loads(json.dumps(about))
+        self.path, self._about = path, json.loads(json.dumps(about))
         self._found: dict[tuple[str, int], LayerFigures] = {}
         self._started = False
         if path is not None and path.exists():
@@ -41,11 +41,11 @@ class Store:
     def add(self, prompt: str, layer: int, figures: LayerFigures) -> None:
         """Keep, and write: the line is on the disk when this returns."""
         self._found[prompt, layer] = figures
-        if self._path is None:
+        if self.path is None:
             return
         lines = [] if self._started else [self._about]
         lines.append({"prompt": prompt, "layer": layer} | figures.to_dict())
-        with self._path.open("ab") as file:
+        with self.path.open("ab") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -53,8 +53,8 @@ class Store:
 
     def done(self) -> None:
         """The result is written: the file is no longer needed."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
         content = read_file(path)

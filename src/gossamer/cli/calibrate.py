@@ -9,12 +9,12 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer import __version__
-from gossamer.calibrate.summary import held_out_words, summary_table
+from gossamer.calibrate.summary import summary_table
+from gossamer.cli.calibration_files import check_places, line_path, write
 from gossamer.cli.common import BadInput, add_command, first_line, one_line, print_json, table
 from gossamer.cli.inputs import check_environment, read_model, require_transformers
 from gossamer.cli.machine import add_dtype
@@ -22,9 +22,8 @@ from gossamer.cli.pretrained import model_folder
 from gossamer.cli.specs import parse_method, parse_task, split_specs
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.methods import available
-from gossamer.profiles import Profile, Provenance, read_table
+from gossamer.profiles import read_table
 from gossamer.profiles.costs import Kernel, at_hand
-from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, write_whole
 from gossamer.profiles.machine import Machine
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 _TASKS = "needle_single"
-_FRONTIER = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 
 
 def add_parser(commands: Any) -> None:
@@ -86,6 +84,7 @@ def execute(arguments: argparse.Namespace) -> int:
     arguments.model = model_folder(arguments.model)
     read_model(arguments.model)
     require_transformers("calibrate")
+    _require_scipy()
     from gossamer.calibrate.candidates import METHODS, candidates
     from gossamer.calibrate.store import Store
     from gossamer.evaluate.runner import parse_lengths
@@ -111,13 +110,13 @@ def execute(arguments: argparse.Namespace) -> int:
         store = Store(arguments.out.with_name(arguments.out.name + ".partial"), about)
         weights = _weights(arguments, subject)
         found = _measure(arguments, subject, samples, methods, price, store, weights)
-        mode, at, chosen = _choose(arguments, subject, samples, found)
+        mode, at, chosen = _chosen(arguments, subject, samples, found, store)
         facts = (
             {"kernel": str(kernel), "mode": mode, "at": at, "objective": found.objective} | counted | about["prompts"]
         )
         if weights is not None:
             facts["weights_sha256"] = _digest(weights.tolist())
-        _write(arguments, subject, samples, found, chosen, facts)
+        write(arguments, subject, samples, found, chosen, facts)
     except (ValueError, TypeError, ImportError) as error:
         raise BadInput(first_line(error)) from error
     except OSError as error:
@@ -125,6 +124,14 @@ def execute(arguments: argparse.Namespace) -> int:
     store.done()
     _print(arguments, found, chosen, time.monotonic() - started)
     return 0
+
+
+def _require_scipy() -> None:
+    """Before hours of measuring that only it can end."""
+    try:
+        import scipy.optimize  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise BadInput("`gossamer calibrate` needs scipy: pip install 'gossamer[calibrate]'") from error
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -148,34 +155,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BadInput(f"cannot write into {arguments.out.parent}: no such folder; give another --out")
     if arguments.out.is_dir():
         raise BadInput(f"{arguments.out} is a folder; give the name of a file by --out")
-    _check_place(arguments.out, _is_profile, "profile")
-    _check_place(_line_path(arguments.out), _is_line, "line of gossamer calibrate")
-
-
-def _line_path(out: Path) -> Path:
-    return out.with_name(f"{out.name}.jsonl")
-
-
-def _check_place(path: Path, ours: Callable[[Path], bool], what: str) -> None:
-    """Refuse to write over what no calibration wrote, before anything is measured."""
-    try:
-        if not path.exists() or (path.is_file() and ours(path)):
-            return
-    except (OSError, ValueError):
-        pass
-    raise BadInput(f"{path} exists and is no {what}: it would be lost; give another --out, or delete it first")
-
-
-def _is_profile(path: Path) -> bool:
-    content = read_file(path, MOST_BYTES)
-    data = parse_json(content) if content else {"schema": None}
-    return isinstance(data, dict) and "schema" in data
-
-
-def _is_line(path: Path) -> bool:
-    first = read_file(path, MOST_BYTES).partition(b"\n")[0]
-    record = parse_json(first) if first else {"kind": "calibration"}
-    return isinstance(record, dict) and record.get("kind") == "calibration"
+    check_places(arguments.out)
 
 
 def _samples(arguments: argparse.Namespace, subject: Subject, lengths: Any) -> Samples:
@@ -255,22 +235,38 @@ def _measure(
         for layer in range(layers)
         if not store.has(s.key, layer)
     ]
-    with Progress(cells) as progress:
-        return measure(
-            subject,
-            samples,
-            methods,
-            price,
-            store,
-            groups=arguments.groups,
-            objective=arguments.objective,
-            weights=weights,
-            progress=lambda sample, layer: progress.advance(sample.length, _prompt(samples, sample)),
-        )
+    try:
+        with Progress(cells) as progress:
+            return measure(
+                subject,
+                samples,
+                methods,
+                price,
+                store,
+                groups=arguments.groups,
+                objective=arguments.objective,
+                weights=weights,
+                progress=lambda sample, layer: progress.advance(sample.length, _prompt(samples, sample)),
+            )
+    except KeyboardInterrupt:
+        if store.path is not None and store.path.exists():
+            print(one_line(f"stopped; the same command goes on with {store.path}"), file=sys.stderr)
+        raise
 
 
 def _prompt(samples: Samples, sample: Sample) -> str:
     return f"{samples.name(sample.source)}, {'held out' if sample.held_out else 'prompt'} {sample.index}"
+
+
+def _chosen(
+    arguments: argparse.Namespace, subject: Subject, samples: Samples, found: Found, store: Store
+) -> tuple[str, float, Tensor]:
+    """As `_choose`; where nothing fits, what was measured is not lost."""
+    try:
+        return _choose(arguments, subject, samples, found)
+    except ValueError as error:
+        kept = f"what was measured is kept in {store.path}, so that the same command with another bound takes seconds"
+        raise ValueError(f"{first_line(error)}; {kept}") from error
 
 
 def _choose(
@@ -310,50 +306,6 @@ def _least_budget(bound: float, subject: Subject, samples: Samples, found: Found
     return least_under(kl, bound, low, 1.0)
 
 
-def _write(
-    arguments: argparse.Namespace,
-    subject: Subject,
-    samples: Samples,
-    found: Found,
-    chosen: Tensor,
-    facts: dict[str, Any],
-) -> None:
-    from gossamer.evaluate.results import machine_of
-    from gossamer.profiles.models import config_hash, written
-
-    summary = found.summary(chosen)
-    known = facts | {"samples": arguments.samples, "seed": arguments.seed, "machine": machine_of(subject.device)}
-    known |= {"model_fingerprint": subject.fingerprint(), "figures": summary}
-    provenance = Provenance(
-        model=subject.name,
-        architecture=type(subject.model).__name__,
-        samples=json.dumps(known, sort_keys=True),
-        lengths=tuple(sorted({sample.length for sample in samples.listed})),
-        metric=f"{found.objective}: mean over calibration prompts",
-        held_out=held_out_words(summary),
-        library_version=__version__,
-        config=written(subject.model.config),
-        config_hash=config_hash(subject.model.config),
-        prompts_hash=facts["calibration_sha256"],
-        kernel=f"{facts['cost']} on {facts['kernel']}",
-        machine=str(known["machine"].get("processor", "")),
-    )
-    methods = found.methods(chosen)
-    of_heads = found.of_choice(chosen)
-    errors, costs = (_by_layer(found, of_heads[name], len(methods)) for name in ("error", "cost"))
-    Profile(methods, None, provenance, errors, costs).save(arguments.out)
-    from gossamer.calibrate.record import calibration_record
-
-    line = calibration_record(subject.to_dict(), found, chosen, known, _FRONTIER)
-    write_whole(_line_path(arguments.out), json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _by_layer(found: Found, table: Tensor, layers: int) -> list[list[float | None]]:
-    """Figures of heads; null for layers that were not looked at."""
-    rows = dict(zip(found.layers, table.tolist(), strict=True))
-    return [rows.get(layer, [None] * table.shape[1]) for layer in range(layers)]
-
-
 def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor, seconds: float) -> None:
     summary = found.summary(chosen)
     counts: dict[str, int] = {}
@@ -367,5 +319,5 @@ def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor, seconds:
         listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda one: -one[1]))
         print(f"\nheads: {listed}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    line = f"{arguments.out}; pictures: gossamer report {_line_path(arguments.out)}"
+    line = f"{arguments.out}; pictures: gossamer report {line_path(arguments.out)}"
     print(one_line(f"{line}; {seconds:.0f} s, at most {peak:.2f} GiB"), file=sys.stderr)
