@@ -53,7 +53,7 @@ def test_heads_of_one_method_are_planned_once_and_no_others_with_them(monkeypatc
     seen = []
     plan = VerticalSlash.plan
     monkeypatch.setattr(VerticalSlash, "plan", lambda self, call: seen.append((self, call)) or plan(self, call))
-    call = make_call("left padding", length=300, heads=8, groups=4, dim=8)
+    call = make_call("no padding", length=300, heads=8, groups=4, dim=8)
     mask = PerHead((chosen,)).plan(call).to_mask()
     (together, part), (alone, single) = seen
     assert isinstance(together, VerticalSlash)
