@@ -110,7 +110,7 @@ def test_windows_count_where_layers_have_them_and_each_kind_of_layer_has_its_rot
 
 
 def made_for(model: Any, **changes: str) -> Profile:
-    told = {"config": written(model), "config_hash": config_hash(model)} | changes
+    told: dict[str, Any] = {"config": written(model), "config_hash": config_hash(model)} | changes
     return replace(Profile.uniform(2, 4, AShape(1, 8)), provenance=Provenance("a model", **told))
 
 
