@@ -238,11 +238,12 @@ def test_empty_files_and_earlier_results_are_written_over(model_path, texts, tmp
     assert Profile.load(tmp_path / "p.json").heads == 4
 
 
-def test_the_partial_file_of_another_search_is_named(refused, model_path, texts, tmp_path, monkeypatch) -> None:
+def test_the_partial_file_of_another_search_is_named(refused, model_path, texts, tmp_path, monkeypatch, capsys) -> None:
     argv = ("calibrate", model_path, "--prompts", texts[0], *SMALL, "--budget", "0.9", "-o", tmp_path / "p.json")
     with monkeypatch.context() as patch:
         patch.setattr(Profile, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(list(map(str, argv))) == 130
+    capsys.readouterr()
     for change, what in (
         (("--seed", "1"), "prompts"),
         (("--methods", "a_shape"), "candidates"),

@@ -95,6 +95,7 @@ def execute(arguments: argparse.Namespace) -> int:
         lengths = parse_lengths(arguments.lengths)
         subject = load_subject(arguments, max(lengths))
         samples = _samples(arguments, subject, lengths)
+        weights = _weights(arguments, subject)
         kernel = Kernel.of(subject.query())
         price, counted = _price(arguments, kernel)
         about: dict[str, Any] = {
@@ -108,7 +109,6 @@ def execute(arguments: argparse.Namespace) -> int:
         if price.name == "measured":
             about["machine"] = Machine.here().to_dict()
         store = Store(arguments.out.with_name(arguments.out.name + ".partial"), about)
-        weights = _weights(arguments, subject)
         found = _measure(arguments, subject, samples, methods, price, store, weights)
         mode, at, chosen = _chosen(arguments, subject, samples, found, store)
         facts = (
