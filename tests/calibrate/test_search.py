@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ def test_planted_heads_are_recognised(noise: float) -> None:
     chosen = choose_fixed(figures.error.T, figures.cost.T, 0.56)
     right = [CANDIDATES[index].name in KNOWN_AS[name] for name, index in zip(names, chosen.tolist(), strict=True)]
     assert sum(right) >= 0.95 * len(right), [name for name, fits in zip(names, right, strict=True) if not fits]
+    assert {CANDIDATES[index].name for index in chosen.tolist()} == set().union(*KNOWN_AS.values()) & {
+        method.name for method in CANDIDATES
+    }
 
 
 def gqa_call() -> AttentionCall:
@@ -302,6 +306,27 @@ def test_an_interrupted_search_ends_with_the_same_figures(tmp_path: Path) -> Non
     path.write_text("[]\n")
     with pytest.raises(ValueError, match="another kind"):
         searched(path)
+
+
+def test_figures_changed_at_random_are_read_or_refused(tmp_path: Path) -> None:
+    path, about = tmp_path / "figures", {"model": "m"}
+    store = Store(path, about)
+    for layer in range(3):
+        store.add("a prompt", layer, LayerFigures(*(torch.rand(2, 3, dtype=torch.float64) for _ in FIGURES)))
+    good, draw, refused = path.read_bytes(), random.Random(0), []
+    pieces = (b"", b"9" * 30, b"[", b"]", b"}", b"null", b"-1", b"\xff", b"1e999", b'"x"', b"NaN", b"\n", b",")
+    for _ in range(300):
+        spoilt = bytearray(good)
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(len(spoilt))
+            spoilt[at : at + draw.choice((0, 1, 9))] = draw.choice(pieces)
+        path.write_bytes(spoilt)
+        try:
+            Store(path, about)
+        except ValueError as error:
+            refused.append(str(error))
+    assert 100 < len(refused) < 300
+    assert all("holds no figures to go on with" in one or "holds figures of another" in one for one in refused)
 
 
 def test_held_out_samples_are_others_of_the_same_text_or_another_text() -> None:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gossamer.calibrate.figures import LayerFigures
+from gossamer.calibrate.figures import FIGURES, LayerFigures
 from gossamer.profiles.files import parse_json, read_file
 
 __all__ = ["Store"]
@@ -63,7 +63,9 @@ class Store:
             lines = [parse_json(line) for line in content[:whole].split(b"\n")[:-1]]
             theirs, *figures = lines or [None]
             found = {(line["prompt"], line["layer"]): LayerFigures.from_dict(line) for line in figures}
-        except (ValueError, TypeError, KeyError):
+            if len({getattr(one, name).shape for one in found.values() for name in FIGURES}) > 1:
+                raise ValueError("figures of several shapes")
+        except (ValueError, TypeError, KeyError, RuntimeError):  # RuntimeError: what torch makes no tensor of
             raise ValueError(f"{path} holds no figures to go on with; remove it, or write elsewhere") from None
         if theirs is not None and theirs != self._about:
             names = sorted(self._about.keys() | theirs.keys()) if isinstance(theirs, dict) else []
