@@ -112,12 +112,11 @@ class Costs:
     def planning_seconds(
         self, method: Mapping[str, Any], kernel: Kernel, heads: int, groups: int, length: int
     ) -> float | None:
-        """Of making a method's plan for some heads of a prompt; None: not measured with just these fields.
+        """Of making a method's plan (its fields as JSON has them) for some heads of a prompt; None: not measured.
 
         Measured for several numbers of heads, by those with as many query heads to a key/value head, else the last.
         """
-        wanted = same_fields(method)
-        found = [entry for entry in self.planning if entry.kernel == kernel and entry.fields == wanted]
+        found = [entry for entry in self.planning if entry.kernel == kernel and entry.method == method]
         found.sort(key=lambda entry: entry.heads * groups == entry.groups * heads)
         return found[-1].seconds_of(heads, length) if found else None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gossamer.profiles.files import shown
-from gossamer.profiles.kernels import Kernel, read_count, read_kernel, read_number, same_fields
+from gossamer.profiles.kernels import Kernel, read_count, read_kernel, read_number
 
 __all__ = ["Planning", "read_planning"]
 
@@ -33,10 +33,6 @@ class Planning:
     groups: int
     lengths: tuple[int, ...]
     seconds: tuple[float, ...]
-
-    @property
-    def fields(self) -> str:
-        return same_fields(self.method)
 
     def seconds_of(self, heads: int, length: int) -> float:
         """For so many of the heads: their share, interpolated in logarithms of the length.
