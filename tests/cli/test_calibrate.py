@@ -251,7 +251,7 @@ def test_the_partial_file_of_another_search_is_named(refused, model_path, texts,
         (("--dtype", "float16"), "kernel, model"),
     ):
         assert f"holds figures of another {what}" in refused(*argv, *change)
-    assert main([*map(str, argv), "--budget", "0.5", "--objective", "mass"]) == 0  # chosen from the same figures
+    assert main([*map(str, argv), "--budget", "0.95", "--objective", "mass"]) == 0  # chosen from the same figures
 
 
 def test_a_bound_on_the_logits(capsys, model_path, texts, tmp_path) -> None:
