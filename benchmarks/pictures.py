@@ -7,19 +7,15 @@ from pathlib import Path
 
 from machines import measured
 
-from gossamer.report.svg import MARKERS, PALETTE, Panel
+from gossamer.report.svg import MARKERS, PALETTE, Panel, svg_file
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
-STYLE = "<style>svg{--grid:#ddd;--axis:#888;color:#222;font-family:sans-serif}</style>"
 BLOCK_K = 128
 
 
 def save(panel: Panel, path: Path) -> None:
-    body = panel.render().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    start = body.index(">") + 1
-    ground = f'<rect width="{panel.width}" height="{panel.height}" fill="#fff"/>'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(body[:start] + STYLE + ground + body[start:] + "\n")
+    path.write_text(svg_file(panel))
 
 
 def legend(panel: Panel, names: list[str], x: float, y: float) -> None:

@@ -39,6 +39,8 @@ _RUN = {
     "chat": False,
 }
 _TABLE = [[0.5, 0.25]]
+_POINT = {"mode": "fixed", "budget": 0.3, "cost": 0.2, "error": 0.1}
+_SUMMED = {"error": 0.2, "recall": 0.8, "cost": 0.3, "loss": 0.2, "prompts": 3, "intervals": {"error": [0.1, 0.3]}}
 
 
 def _of_method(method: str, length: int) -> dict[str, Any]:
@@ -169,7 +171,8 @@ LINES: list[dict[str, Any]] = [
         "heads": [[{"method": "a_shape"}, {"method": "dense"}]],
         "calibration": {name: [[0.1, 0.2]] for name in ("error", "recall", "cost")},
         "held_out": {name: [[0.2, 0.3]] for name in ("error", "recall", "cost")},
-        "frontier": [{"mode": "fixed", "budget": 0.3, "cost": 0.2, "error": 0.1, "held_out": 0.2}],
+        "frontier": [_POINT | {"held_out": 0.2, "held_out_interval": [0.1, 0.3]}],
+        "summary": {"calibration": _SUMMED, "held_out": _SUMMED},
         "about": {"seed": 0},
     },
 ]

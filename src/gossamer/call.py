@@ -189,16 +189,16 @@ class AttentionCall:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def of_groups(self, groups: Sequence[int]) -> AttentionCall:
-        """The call of some key/value heads and their query heads. Copies none that follow one another."""
-        chosen: slice | list[int] = list(groups)
-        if chosen == list(range(self.groups)):
+        """The call of some key/value heads and their query heads, in ascending order. Neighbours are not copied."""
+        first, many = (groups[0], len(groups)) if groups else (0, 0)
+        if many == self.groups:
             return self
-        if chosen == list(range(chosen[0], chosen[-1] + 1)):
-            chosen = slice(chosen[0], chosen[-1] + 1)
-        q = self.q.unflatten(1, (self.groups, self.share))[:, chosen].flatten(1, 2)
-        v = None if self.v is None else self.v[:, chosen]
-        sinks = None if self.sinks is None else self.sinks.view(self.groups, self.share)[chosen].flatten()
-        return replace(self, q=q, k=self.k[:, chosen], v=v, sinks=sinks)
+        near = list(groups) == list(range(first, first + many))
+        of_keys = slice(first, first + many) if near else list(groups)
+        q = self.q.unflatten(1, (self.groups, self.share))[:, of_keys].flatten(1, 2)
+        sinks = None if self.sinks is None else self.sinks.view(self.groups, -1)[of_keys].flatten()
+        v = None if self.v is None else self.v[:, of_keys]
+        return replace(self, q=q, k=self.k[:, of_keys], v=v, sinks=sinks)
 
     def before_rotary(self) -> AttentionCall:
         """The call with q and k as they were before the model turned them; exact but for rounding.

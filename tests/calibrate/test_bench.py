@@ -6,16 +6,23 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from gossamer.calibrate.bench import Row, Shape, bench, break_even, costs_of, kernel_cost
+from gossamer.calibrate.bench import Row, Shape, bench, break_even, costs_of, kernel_cost, planning_costs
+from gossamer.calibrate.candidates import candidates
 from gossamer.calibrate.fit import fit, held_out_errors
 from gossamer.cli import main
+from gossamer.cli.bench import _search_space as search_space
 from gossamer.cli.bench import _table as table
-from gossamer.methods import AShape, available
+from gossamer.cli.specs import parse_method
+from gossamer.methods import AShape, Dense, PerHead, VerticalSlash, available
 from gossamer.profiles.costs import TERMS, Costs
+from gossamer.report.svg import svg_file
+from gossamer.report.timings import timings
 
 SHAPE = Shape(2, 1, 8)
 
@@ -92,6 +99,28 @@ def test_a_kernel_whose_every_call_takes_as_long_costs_calls_alone() -> None:
     assert cost.lengths == (64, 130)
 
 
+def test_planning_is_timed_for_each_method_at_each_length() -> None:
+    found = planning_costs(SHAPE, [AShape(1, 8), VerticalSlash(40, 64)], [64, 130], rounds=2, clock=ticking(0.5))
+    assert [entry.method for entry in found] == [AShape(1, 8).to_dict(), VerticalSlash(40, 64).to_dict()]
+    assert {(e.heads, e.groups, e.lengths, e.seconds) for e in found} == {(2, 1, (64, 130), (0.5, 0.5))}
+
+
+@pytest.mark.parametrize(
+    ("specs", "more"),
+    [
+        ("a_shape(window=16)", [AShape(window=16)]),
+        ("flexprefill,per_head", candidates(["flexprefill"])[1:]),
+        ("a_shape", []),
+    ],
+)
+def test_planning_is_measured_of_what_is_tried_and_of_what_is_named(specs: str, more: list[Any]) -> None:
+    named = [parse_method(spec) for spec in specs.split(",")]
+    found = search_space(specs, named)
+    assert len(found) == len(set(found))
+    assert set(found) >= {*candidates()[1:], *more}
+    assert not any(isinstance(method, (Dense, PerHead)) for method in found)
+
+
 def test_the_command_writes_costs_and_keeps_those_of_other_shapes(tmp_path: Path, capsys, monkeypatch) -> None:
     path = tmp_path / "cache" / "costs.json"
     monkeypatch.setenv("GOSSAMER_COST_MODEL", str(path))
@@ -99,12 +128,69 @@ def test_the_command_writes_costs_and_keeps_those_of_other_shapes(tmp_path: Path
     for dim in ("8", "16"):
         assert main(["bench", *sizes, "--head-dim", dim, "--cost-model", "--json"]) == 0
         assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
-    assert [cost.kernel.head_dim for cost in Costs.load(path).kernels] == [8, 16]
+    costs = Costs.load(path)
+    assert [cost.kernel.head_dim for cost in costs.kernels] == [8, 16]
+    for kernel in (cost.kernel for cost in costs.kernels):
+        for method in (*candidates()[1:], AShape(window=16)):
+            assert (costs.planning_seconds(json.loads(json.dumps(method.to_dict())), kernel, 2, 1, 100) or 0) > 0
     assert main(["bench", *sizes, "--head-dim", "8"]) == 0
     assert "a_shape is faster than dense" in capsys.readouterr().out
     path.write_text("mine")
     assert main(["bench", *sizes, "--head-dim", "8", "--cost-model"]) == 2
     assert path.read_text() == "mine"
+
+
+def test_the_picture_has_every_method_with_its_break_even_and_its_share_of_planning() -> None:
+    def row(method: AShape, length: int, attend: float, dense: float) -> Row:
+        return Row(method, length, 0.25 * attend, 0.75 * attend, dense, 0.5)
+
+    turns, always, never = AShape(1, 8), AShape(1, 16), AShape(1, 32)
+    rows = [row(turns, 256, 2.0, 1.0), row(turns, 1024, 2.0, 4.0), row(always, 256, 0.5, 1.0)]
+    rows += [row(always, 1024, 0.5, 4.0), row(never, 256, 9.0, 1.0), row(never, 1024, 9.0, 4.0)]
+    content = svg_file(timings(rows, "<4 heads>"))
+    root = ElementTree.fromstring(content)
+    assert content.startswith("<svg ")
+    texts = [text.text or "" for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    hints = [text.text for text in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert "Seconds of attention by length: <4 heads>" in texts
+    names = [text for text in texts if text.startswith(("dense", "a_shape"))]
+    assert [name.split("; ")[-1] for name in names] == [
+        "dense",
+        "faster than dense from: about 0.5K",
+        "faster than dense from: 0.25K, the shortest",
+        "faster than dense from: not up to 1K",
+    ]
+    assert "0.5K" in texts  # beside the line
+    assert "dense: 4 at 1K tokens" in hints
+    assert sum(hint.endswith(": 25% at 0.25K tokens") for hint in hints if hint) == 3
+    dotted = [
+        line for line in root.iter("{http://www.w3.org/2000/svg}polyline") if line.get("stroke-dasharray") == "1 3"
+    ]
+    (line,) = dotted
+    first, second = (float(point.split(",")[0]) for point in (line.get("points") or "").split())
+    assert first == second == pytest.approx((52 + 708) / 2, abs=3)  # the middle, in logarithms
+
+
+def test_one_length_and_no_seconds_are_drawn_all_the_same() -> None:
+    ElementTree.fromstring(svg_file(timings([Row(AShape(1, 8), 100, 0.0, 0.0, 0.0, 0.5)], "")))
+
+
+def test_the_command_draws_a_picture(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "b.svg"
+    sizes = ["--lengths", "64,128", "--rounds", "1", "--heads", "2", "--groups", "1", "--head-dim", "8"]
+    sizes += ["--methods", "a_shape(window=16)"]
+    assert main(["bench", *sizes, "--picture", str(path)]) == 0
+    assert "a_shape(window=16)" in path.read_text()
+    for name, message in (("b.png", "ends in .svg"), ("none/b.svg", "no such folder"), ("", "ends in .svg")):
+        capsys.readouterr()
+        assert main(["bench", *sizes, "--picture", str(tmp_path / name)]) == 2
+        captured = capsys.readouterr()
+        assert (captured.out, captured.err.count("\n")) == ("", 1)
+        assert message in captured.err
+    path.unlink()
+    path.mkdir()
+    assert main(["bench", *sizes, "--picture", str(path)]) == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", [["--heads", "3"], ["--lengths", "a"], ["--rounds", "0"], ["--methods", "x"], ["none"]])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import random
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,26 @@ pytest.importorskip("transformers")
 
 from tiny import VOCAB, tiny_llama
 
-from gossamer import AttentionCall, backends, methods
+from gossamer import AttentionCall, Profile, backends, enable, methods
+from gossamer.calibrate.candidates import candidates
 from gossamer.calibrate.choice import choose_cheapest, choose_fixed, choose_global, least_under
-from gossamer.calibrate.cost import CostModel, count_terms
-from gossamer.calibrate.figures import LayerFigures, candidates, measure_layer, of_groups
+from gossamer.calibrate.cost import CostModel, count_terms, pairs_of_heads
+from gossamer.calibrate.figures import FIGURES, LayerFigures, measure_layer
 from gossamer.calibrate.prices import Measured, Modelled, Pairs
 from gossamer.calibrate.samples import Samples
 from gossamer.calibrate.search import Found, measure
 from gossamer.calibrate.store import Store
+from gossamer.calibrate.summary import held_out_words, summary_table
 from gossamer.evaluate import tasks
+from gossamer.evaluate.fidelity import relative_l2
 from gossamer.evaluate.haystack import Haystack
+from gossamer.evaluate.metrics import bootstrap_interval
 from gossamer.evaluate.subject import Subject
 from gossamer.methods import PerHead
+from gossamer.methods.registry import class_of
 from gossamer.plan import SparsePlan
-from gossamer.profiles.costs import Costs, Kernel, KernelCost
+from gossamer.policy import Policy
+from gossamer.profiles.costs import Costs, Kernel, KernelCost, Planning
 from gossamer.profiles.machine import Machine
 
 TRIED = (
@@ -51,6 +59,9 @@ def test_planted_heads_are_recognised(noise: float) -> None:
     chosen = choose_fixed(figures.error.T, figures.cost.T, 0.56)
     right = [CANDIDATES[index].name in KNOWN_AS[name] for name, index in zip(names, chosen.tolist(), strict=True)]
     assert sum(right) >= 0.95 * len(right), [name for name, fits in zip(names, right, strict=True) if not fits]
+    assert {CANDIDATES[index].name for index in chosen.tolist()} == set().union(*KNOWN_AS.values()) & {
+        method.name for method in CANDIDATES
+    }
 
 
 def gqa_call() -> AttentionCall:
@@ -85,7 +96,7 @@ def test_sinks_go_with_their_heads() -> None:
     call = gqa_call()
     with_sinks = AttentionCall(call.q, call.k, call.v, sinks=torch.tensor([0.0, 5.0, 2.0, -1.0]))
     out = dense_out(with_sinks)
-    part = of_groups(with_sinks, 1, 2)
+    part = with_sinks.of_groups([1])
     torch.testing.assert_close(dense_out(part), out[:, 2:4])
 
 
@@ -99,7 +110,8 @@ def test_measured_costs_are_positive_and_dense_costs_one() -> None:
 def test_the_cost_of_a_model_is_its_seconds_of_the_head_and_of_planning_as_timed() -> None:
     call = gqa_call()
     seconds = {"calls": 7.0, "pairs": 1e-4, "columns": 2e-4}
-    costs = Costs(Machine.here(), (KernelCost(Kernel.of(call), seconds, 0.0, 0.0, 1, (150,)),))
+    kernel = Kernel.of(call)
+    costs = Costs(Machine.here(), (KernelCost(kernel, seconds, 0.0, 0.0, 1, (150,)),))
     ticks = itertools.count()
     price = Modelled(clock=lambda: float(next(ticks)), model=CostModel(costs))  # planning takes a second
     found = measure_layer(call, dense_out(call), TRIED, price, groups=2).cost
@@ -111,6 +123,10 @@ def test_the_cost_of_a_model_is_its_seconds_of_the_head_and_of_planning_as_timed
     counts = {name: count[0] for name, count in count_terms(call, stripes.plan(call)).items()}
     cost = measure_layer(call, dense_out(call), [stripes], price, groups=2).cost[0, 0]
     assert counts["columns"] > 0
+    known = Planning(kernel, stripes.to_dict(), 8, 4, (150,), (40.0,))  # five seconds a head
+    knows = Modelled(clock=lambda: float("nan"), model=CostModel(replace(costs, planning=(known,))))
+    with_planning = measure_layer(call, dense_out(call), [stripes], knows).cost[0, 0]
+    assert float(with_planning * dense) == pytest.approx(float(cost * dense) + 5 - 0.25)
     assert float(cost * dense) == pytest.approx(float(1e-4 * counts["pairs"] + 2e-4 * counts["columns"]) + 0.25)
 
 
@@ -172,6 +188,7 @@ def test_bisection() -> None:
 def test_candidates_are_what_methods_declare() -> None:
     found = candidates()
     assert found[0] == methods.create("dense")
+    assert len(found) == 56  # as the page of the methods says
     assert len(set(found)) == len(found)
     assert {method.name for method in found[1:]} == {
         "a_shape",
@@ -183,8 +200,56 @@ def test_candidates_are_what_methods_declare() -> None:
     one = methods.create("a_shape", sink=1, window=2)
     assert candidates([one, "dense", one]) == [methods.create("dense"), one]
     assert len(candidates(["flexprefill"])) == 1 + len(methods.FlexPrefill.settings)
-    with pytest.raises(ValueError, match="single one"):
-        candidates(["per_head"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("per_head", "made of methods for each head"),
+        ("duo_attention", "belong to heads by their place"),
+        ("seer_attention", "belong to heads by their place"),
+        ("pbs", "cannot be one of several methods of a layer .*without an order of queries or keys"),
+        ("flash_prefill", "cannot be one of several methods of a layer .*must share pruned_mean"),
+        ("corrected", "must share pruned_mean"),
+    ],
+)
+def test_methods_that_cannot_stand_beside_others_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        candidates([name])
+
+
+APART = [
+    *("a_shape", "tri_shape", "triangle_mix", "vertical_slash", "block_sparse", "flexprefill", "xattention"),
+    *("anchor_attention", "vec_attention", "max_relative", "sparge", "prism", "stem", "cosa", "auto"),
+]
+
+
+def test_every_other_method_declares_candidates_whose_mixture_runs_as_it_was_measured() -> None:
+    """One of each method in one layer, in a model that is enabled, at the errors and costs of the search."""
+    chosen = [candidates([name])[1] for name in APART] + [methods.create("flash_prefill", version=1)]
+    assert {*APART, "flash_prefill", "pbs", "corrected", "dense", "minference", "per_head"} >= {
+        name for name in methods.available() if class_of(name).apart
+    }
+    model = tiny_llama(num_attention_heads=16, num_key_value_heads=8, hidden_size=128, num_hidden_layers=1)
+    of = Subject(model, Words(), "tiny")
+    calls: list[Any] = []
+    tokens = torch.arange(2, 302)[None] % VOCAB
+    of.hidden_states(tokens, Policy.of("dense"), calls.append)
+    call, out = calls[0].call, calls[0].out
+    figures = measure_layer(call, out, [methods.create("dense"), *chosen], Pairs(), groups=1)
+    profile = Profile((chosen,))
+    seen: list[Any] = []
+    of.hidden_states(tokens, Policy(profile.method, min_tokens=0, max_density=1.0), seen.append)
+    plan = profile.method.plan(call)
+    error = relative_l2(backends.attend(call, plan)[0][0], out[0])
+    of_heads = torch.arange(16)
+    torch.testing.assert_close(error.double(), figures.error[of_heads + 1, of_heads], atol=1e-5, rtol=1e-3)
+    share = pairs_of_heads(call, plan) / (300 * 301 / 2)
+    torch.testing.assert_close(share, figures.cost[of_heads + 1, of_heads])
+    with enable(model, profile=profile, min_tokens=0, max_density=1.0) as handle, torch.no_grad():
+        model(input_ids=tokens)
+        (layer,) = handle.stats()
+    assert layer.density == pytest.approx(float(share.mean()))
 
 
 class Words:
@@ -245,6 +310,27 @@ def test_an_interrupted_search_ends_with_the_same_figures(tmp_path: Path) -> Non
         searched(path)
 
 
+def test_figures_changed_at_random_are_read_or_refused(tmp_path: Path) -> None:
+    path, about = tmp_path / "figures", {"model": "m"}
+    store = Store(path, about)
+    for layer in range(3):
+        store.add("a prompt", layer, LayerFigures(*(torch.rand(2, 3, dtype=torch.float64) for _ in FIGURES)))
+    good, draw, refused = path.read_bytes(), random.Random(0), []
+    pieces = (b"", b"9" * 30, b"[", b"]", b"}", b"null", b"-1", b"\xff", b"1e999", b'"x"', b"NaN", b"\n", b",")
+    for _ in range(300):
+        spoilt = bytearray(good)
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(len(spoilt))
+            spoilt[at : at + draw.choice((0, 1, 9))] = draw.choice(pieces)
+        path.write_bytes(spoilt)
+        try:
+            Store(path, about)
+        except ValueError as error:
+            refused.append(str(error))
+    assert 100 < len(refused) < 300
+    assert all("holds no figures to go on with" in one or "holds figures of another" in one for one in refused)
+
+
 def test_held_out_samples_are_others_of_the_same_text_or_another_text() -> None:
     of = subject()
     same = Samples(of, [TEXT], [100], count=2, held_out=1, haystack=TEXT)
@@ -278,6 +364,7 @@ def test_weights_and_objectives_change_what_is_chosen() -> None:
         "recall": torch.tensor([[[1.0, 0.9], [1.0, 0.5]]], dtype=torch.float64),
         "cost": torch.tensor([[[1.0, 0.2], [1.0, 0.2]]], dtype=torch.float64),
     }
+    figures = {name: table[None] for name, table in figures.items()}  # of one prompt
     kinds = TRIED[:2]
     assert Found(kinds, [0], figures).choose("global", 0.6).tolist() == [[0, 1]]
     assert Found(kinds, [0], figures, objective="mass").choose("global", 0.6).tolist() == [[1, 0]]
@@ -290,6 +377,35 @@ def test_weights_and_objectives_change_what_is_chosen() -> None:
     summary = found.summary(chosen)
     assert summary["held_out"] == summary["calibration"]
     assert summary["calibration"]["cost"] == pytest.approx(0.6)
+
+
+def test_a_summary_has_intervals_over_the_prompts_of_each_kind() -> None:
+    g = torch.Generator().manual_seed(0)
+    chosen_by, others = ({n: torch.rand(p, 3, 4, 2, generator=g, dtype=torch.float64) for n in FIGURES} for p in (1, 5))
+    found = Found(TRIED[:2], [0, 1, 2], chosen_by, others)
+    chosen = torch.randint(2, (3, 4), generator=g)
+    summary = found.summary(chosen)
+    assert (summary["calibration"]["prompts"], summary["calibration"]["intervals"]) == (1, {})
+    held_out = summary["held_out"]
+    assert held_out["prompts"] == 5
+    for name in FIGURES:
+        each = [
+            sum(float(others[name][p, i, j, chosen[i, j]]) for i in range(3) for j in range(4)) / 12 for p in range(5)
+        ]
+        assert held_out[name] == pytest.approx(sum(each) / 5)
+        assert held_out["intervals"][name] == pytest.approx(list(bootstrap_interval(each)))
+        assert min(each) <= held_out["intervals"][name][0] < held_out[name] < held_out["intervals"][name][1]
+    assert held_out["loss"] == held_out["error"]
+    header, *rows = summary_table(summary)
+    assert header == ["on", "prompts", "cost", "error", "recall"]
+    assert [row[:2] for row in rows] == [["calibration", "1"], ["held out", "5"]]
+    assert [" [" in row[3] for row in rows] == [False, True]
+    low, high = held_out["intervals"]["error"]
+    assert held_out_words(summary) == (
+        f"error {held_out['error']:.4f} [{low:.4f}, {high:.4f}] on 5 held-out prompts, "
+        f"{summary['calibration']['error']:.4f} on the 1 that chose"
+    )
+    assert held_out_words({"calibration": held_out}) == "no prompts were held out"
 
 
 def test_figures_survive_the_way_through_json() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,15 +52,22 @@ def test_the_same_inputs_give_the_same_bytes(capsys, model_path, texts, tmp_path
         made.append([path.read_bytes() for path in sorted(folder.iterdir())])
     assert made[0] == made[1]
     assert set(said["figures"]) == {"calibration", "held_out"}
+    held_out = said["figures"]["held_out"]
+    low, high = held_out["intervals"]["error"]
+    assert (held_out["prompts"], low <= held_out["error"] <= high) == (2, True)
     profile = Profile.load(tmp_path / "one" / "p.json")
     assert (len(profile.layers), profile.heads) == (2, 4)
     known = json.loads(profile.provenance.samples)
+    assert known["figures"] == said["figures"]
+    assert f"error {held_out['error']:.4f} [{low:.4f}, {high:.4f}] on 2 held-out" in profile.provenance.held_out
     assert known["sources"] == ["prose.txt", "code.txt"]
     assert known["figures"]["calibration"]["error"] < 0.5
 
 
 @pytest.mark.parametrize("where", ["layer", "profile"])
-def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(model_path, texts, tmp_path, monkeypatch, where) -> None:
+def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
+    model_path, texts, tmp_path, monkeypatch, capsys, where
+) -> None:
     argv = ["calibrate", str(model_path), "--prompts", str(texts[0]), "--methods", TWO, "--lengths", "150", "-o"]
     measured: list[int | None] = []
     measure_layer = search.measure_layer
@@ -80,13 +89,14 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(model_path, texts
         if where == "profile":
             patch.setattr(Profile, "save", killed)
         assert main([*argv, str(tmp_path / "two" / "p.json")]) == 130
+        assert ("the same command goes on with" in capsys.readouterr().err) == (where == "layer")
         assert [path.name for path in (tmp_path / "two").iterdir()] == ["p.json.partial"]
         stopped = len(measured)
         patch.undo()
         patch.setattr(search, "measure_layer", counted)
         assert main([*argv, str(tmp_path / "two" / "p.json")]) == 0
-    # Two prompts and one that is held out, of two layers each; none is measured twice.
-    assert (stopped, len(measured)) == ((4, 7) if where == "layer" else (6, 6))
+    # Two prompts and two that are held out, of two layers each; none is measured twice.
+    assert (stopped, len(measured)) == ((4, 9) if where == "layer" else (8, 8))
     files = [
         [(path.name, path.read_bytes()) for path in sorted((tmp_path / name).iterdir())] for name in ("one", "two")
     ]
@@ -145,11 +155,111 @@ def test_costs_of_a_machine_are_those_of_its_cost_model(model_path, texts, tmp_p
     torch.testing.assert_close(*costs, atol=1e-4, rtol=0)
 
 
+def test_costs_of_a_machine_that_knows_planning_give_the_same_bytes(model_path, texts, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GOSSAMER_COST_MODEL", str(tmp_path / "costs.json"))
+    sizes = ["--lengths", "64,150", "--rounds", "1", "--heads", "4", "--groups", "2", "--head-dim", "8"]
+    assert main(["bench", *sizes, "--cost-model"]) == 0
+    argv = ["calibrate", model_path, "--prompts", texts[0], *SMALL, "--cost", "machine", "--budget", "9"]
+    made = []
+    for name in ("one.json", "two.json"):
+        assert main([*map(str, argv), "--dtype", "float32", "-o", str(tmp_path / name)]) == 0
+        made.append((tmp_path / name).read_bytes())
+    assert made[0] == made[1]
+
+
+def test_costs_are_those_of_the_machine_where_they_are_known_else_pairs(
+    model_path, texts, tmp_path, monkeypatch, capsys
+) -> None:
+    path, out = tmp_path / "costs.json", tmp_path / "p.json"
+    monkeypatch.setenv("GOSSAMER_COST_MODEL", str(path))
+    argv = ["calibrate", model_path, "--prompts", texts[0], *SMALL, "--budget", "9", "--dtype", "float32", "-o", out]
+    q = torch.zeros(1, 1, 1, 8)
+    kernel = Kernel.of(q)
+    for known, message in (
+        (None, "there is no"),
+        (replace(kernel, head_dim=16), f"it knows no {kernel}"),
+        (kernel, None),
+    ):
+        if known is not None:
+            Costs(Machine.here(), (KernelCost(known, {"pairs": 1.0}, 0.0, 0.0, 1, (1,)),)).save(path)
+        forget()
+        assert main(list(map(str, argv))) == 0
+        err = capsys.readouterr().err
+        assert ("note: costs are counted in pairs" in err) == (message is not None)
+        assert message is None or message in err
+        kind = "pairs" if message else "machine"
+        assert Profile.load(out).provenance.kernel == f"{kind} on {kernel}"
+        assert json.loads(Profile.load(out).provenance.samples)["cost"] == kind
+    forget()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.json", "my notes", "p.json exists and is no profile: it would be lost"),
+        ("p.json", '[{"0": ["stream_llm", 1, 2, 0.5]}]', "p.json exists and is no profile"),
+        ("p.json.jsonl", '{"kind": "run"}\n', "p.json.jsonl exists and is no line of gossamer calibrate"),
+        ("p.json.jsonl", "\x00", "p.json.jsonl exists and is no line"),
+    ],
+)
+def test_other_files_are_not_written_over(refused, model_path, texts, tmp_path, name, content, message) -> None:
+    (tmp_path / name).write_text(content)
+    assert message in refused("calibrate", model_path, "--prompts", texts[0], *SMALL, "-o", tmp_path / "p.json")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
+def test_what_was_measured_is_kept_where_no_choice_is_cheap_enough(capsys, model_path, texts, tmp_path) -> None:
+    argv = ("calibrate", model_path, "--prompts", texts[0], *SMALL, "-o", tmp_path / "p.json", "--budget")
+    assert main(list(map(str, (*argv, "0.0001")))) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "ask for at least that" in message
+    assert "p.json.partial, so that the same command with another bound" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json.partial"]
+    assert main(list(map(str, (*argv, "1")))) == 0
+
+
+def test_scipy_is_asked_for_before_anything_is_measured(refused, model_path, texts, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    argv = ("calibrate", model_path, "--prompts", texts[0], *SMALL, "--mode", "fixed", "-o", tmp_path / "p.json")
+    assert "needs scipy: pip install 'gossamer[calibrate]'" in refused(*argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_devices_are_not_written_to(refused, model_path, texts) -> None:
+    assert "is no profile" in refused("calibrate", model_path, "--prompts", texts[0], *SMALL, "-o", "/dev/full")
+
+
+def test_empty_files_and_earlier_results_are_written_over(model_path, texts, tmp_path) -> None:
+    argv = ["calibrate", model_path, "--prompts", texts[0], *SMALL, "--budget", "0.9", "-o", tmp_path / "p.json"]
+    for name in ("p.json", "p.json.jsonl"):
+        (tmp_path / name).touch()
+    for _ in range(2):
+        assert main(list(map(str, argv))) == 0
+    assert Profile.load(tmp_path / "p.json").heads == 4
+
+
+def test_the_partial_file_of_another_search_is_named(refused, model_path, texts, tmp_path, monkeypatch, capsys) -> None:
+    argv = ("calibrate", model_path, "--prompts", texts[0], *SMALL, "--budget", "0.9", "-o", tmp_path / "p.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(Profile, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(list(map(str, argv))) == 130
+    capsys.readouterr()
+    for change, what in (
+        (("--seed", "1"), "prompts"),
+        (("--methods", "a_shape"), "candidates"),
+        (("--cost", "measured"), "cost"),
+        (("--dtype", "float16"), "kernel, model"),
+    ):
+        assert f"holds figures of another {what}" in refused(*argv, *change)
+    assert main([*map(str, argv), "--budget", "0.95", "--objective", "mass"]) == 0  # chosen from the same figures
+
+
 def test_a_bound_on_the_logits(capsys, model_path, texts, tmp_path) -> None:
     argv = [model_path, "--prompts", texts[0], *SMALL, "--mode", "cheapest", "--kl", "0.001", "-o", tmp_path / "p.json"]
     assert main(["calibrate", *map(str, argv)]) == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[0].split() == ["on", "prompts", "of", "cost", "error", "recall"]
+    assert captured.out.splitlines()[0].split() == ["on", "prompts", "cost", "error", "recall"]
+    assert re.search(r"^held out +2 .* 0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", captured.out, re.MULTILINE)
     assert "KL" in captured.err
 
 
@@ -162,9 +272,37 @@ def test_the_profile_runs_and_the_report_draws_it(model_path, texts, tmp_path) -
     assert "Methods by layer and head" in page
     assert "What budgets buy" in page
     assert "Held-out against calibration error" in page
+    row = page[page.index("<td>held out</td>") :]
+    assert re.match(r"<td>held out</td><td>2</td>(<td>0\.\d{4} <small>\[0\.\d{4}, 0\.\d{4}\]</small></td>){3}", row)
     argv = [model_path, "--methods", "per_head", "--profile", out, "--lengths", "150", "--limit", "1", "--rounds", "1"]
     more = ["--prompts", "text", "--text", texts[1], "--min-tokens", "0", "--out", tmp_path / "c.jsonl"]
     assert main(["compare", *map(str, (*argv, *more))]) == 0
+
+
+def test_a_profile_of_a_model_alike_is_noted_and_of_another_refused(
+    model_path, texts, tmp_path, capsys, refused
+) -> None:
+    out, prompt = tmp_path / "p.json", tmp_path / "prompt.txt"
+    assert (
+        main(["calibrate", *map(str, (model_path, "--prompts", texts[0], *SMALL, "--budget", "0.8", "-o", out))]) == 0
+    )
+    prompt.write_text("w1 w2 w3 w4")
+    data = json.loads(out.read_text())
+    argv = (model_path, prompt, "--method", "per_head", "--profile", out, "--max-new-tokens", "1")
+    evaluated = ("eval", model_path, "--methods", "per_head", "--profile", out, "--lengths", "300", "--limit", "1")
+    capsys.readouterr()
+
+    def made_for(**config: Any) -> None:
+        known = json.loads(data["provenance"]["config"]) | config
+        out.write_text(json.dumps(data | {"provenance": data["provenance"] | {"config": json.dumps(known)}}))
+
+    for config, noted in (({}, False), ({"rotary": [[5, "default", 1]]}, True)):
+        made_for(**config)
+        assert main(["run", *map(str, argv)]) == 0
+        assert ("note: the profile was made for model" in capsys.readouterr().err) == noted
+    made_for(num_key_value_heads=1)
+    for refusing in (("run", *argv), (*evaluated, "--out", tmp_path / "r.jsonl")):
+        assert "num_key_value_heads 1 (here 2)" in refused(*refusing)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from listed import LISTED, Listed
 
 from gossamer import AttentionCall, Extent, SparsePlan, methods
 from gossamer.methods import AShape, Auto, BlockSparse, Dense, MaxRelative, MInference, PerHead, TriShape, VerticalSlash
@@ -43,16 +46,38 @@ def test_columns_of_all_rows_stay_one_list() -> None:
     assert other.num_column_groups == other.num_query_blocks
 
 
-def test_heads_of_one_method_are_planned_once() -> None:
-    together = planned_together(
-        [VerticalSlash(40, 64), AShape(1, 2), VerticalSlash(50, 64), VerticalSlash(40, 64, last=32), AShape(1, 3)]
-    )
-    assert [heads for _, heads in together] == [[0, 2], [1], [3], [4]]
-    first = together[0][0]
-    assert isinstance(first, VerticalSlash)
-    assert first.vertical_size == (40, 40, 50, 40, 40)
-    assert first.slash_size == 64
-    assert together[2][0] == VerticalSlash(40, 64, last=32)
+def test_heads_of_one_method_are_planned_once_and_no_others_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [VerticalSlash(40, 64), AShape(1, 2), VerticalSlash(50, 64), VerticalSlash(40, 64, last=32)]
+    chosen += [AShape(1, 3), AShape(1, 3), VerticalSlash(60, 64), AShape(1, 3)]
+    assert planned_together(chosen) == [[0, 2, 6], [1], [3], [4, 5, 7]]
+    seen = []
+    plan = VerticalSlash.plan
+    monkeypatch.setattr(VerticalSlash, "plan", lambda self, call: seen.append((self, call)) or plan(self, call))
+    call = make_call("no padding", length=300, heads=8, groups=4, dim=8)
+    mask = PerHead((chosen,)).plan(call).to_mask()
+    (together, part), (alone, single) = seen
+    assert isinstance(together, VerticalSlash)
+    assert (together.vertical_size, together.slash_size) == ((40, 40, 50, 40, 60, 40), 64)
+    assert torch.equal(part.k, call.k[:, [0, 1, 3]])
+    assert alone is chosen[3]
+    assert torch.equal(single.q, call.q[:, 2:4])
+    for head, method in enumerate(chosen):
+        whole = method.plan(call)
+        assert torch.equal(mask[:, head], whole.to_mask()[:, head * whole.heads // 8]), head
+
+
+@pytest.mark.parametrize("situation", ["no padding", "padded chunk"])
+@pytest.mark.parametrize("listed", LISTED, ids=lambda listed: listed.id)
+def test_groups_are_planned_as_in_a_call_of_their_own(listed: Listed, situation: str) -> None:
+    call = replace(make_call(situation, length=300, heads=6, groups=3, dim=16), layer=0)
+    method = listed.create(6)
+    if not method.apart or method.name in ("per_head", "minference") or method.lacks(call) is not None:
+        pytest.skip("its numbers belong to heads by their place, or the call lacks something")
+    whole, mask = method.plan(call), method.plan(call).to_mask()
+    share = 6 // whole.heads
+    for groups in ([1], [0, 2]):
+        heads = dict.fromkeys(head // share for group in groups for head in (2 * group, 2 * group + 1))
+        assert torch.equal(method.plan(call.of_groups(groups)).to_mask(), mask[:, list(heads)])
 
 
 @pytest.mark.parametrize("kind", [VerticalSlash, BlockSparse])

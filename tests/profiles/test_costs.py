@@ -14,14 +14,15 @@ import torch
 import gossamer
 from gossamer import AttentionCall, backends
 from gossamer.profiles import costs as module
-from gossamer.profiles.costs import BreakEven, Costs, Kernel, KernelCost, at_hand, default_path
+from gossamer.profiles.costs import BreakEven, Costs, Kernel, KernelCost, Planning, at_hand, default_path
 from gossamer.profiles.machine import Machine, cpu_model
 
 MACHINE = Machine("a processor", 3, "0.1")
 KERNEL = Kernel("cpu/avx512", "cpu", "float32", 64)
 COST = KernelCost(KERNEL, {"calls": 1e-5, "pairs": 2e-10}, 0.05, 0.2, 40, (512, 4096))
 POINT = BreakEven(KERNEL, {"method": "a_shape", "sink": 1, "window": 2}, 4, 1, 1234.5, 512, 4096)
-COSTS = Costs(MACHINE, (COST, replace(COST, kernel=replace(KERNEL, head_dim=128))), (POINT,))
+PLANNING = Planning(KERNEL, {"method": "block_sparse", "blocks": 8}, 4, 2, (512, 2048), (0.01, 0.04))
+COSTS = Costs(MACHINE, (COST, replace(COST, kernel=replace(KERNEL, head_dim=128))), (POINT,), (PLANNING,))
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +48,38 @@ def test_costs_are_plain_json() -> None:
 def test_newer_entries_replace_older_ones_of_the_same_kernel_and_method() -> None:
     faster = replace(COST, error=0.01)
     other = replace(POINT, heads=8)
-    both = COSTS.updated(Costs(MACHINE, (faster,), (replace(POINT, tokens=None), other)))
+    slower = replace(PLANNING, seconds=(1.0, 2.0))
+    both = COSTS.updated(Costs(MACHINE, (faster,), (replace(POINT, tokens=None), other), (slower,)))
+    assert both.planning == (slower,)
     assert both.kernels == (faster, COSTS.kernels[1])
     assert both.break_even == (replace(POINT, tokens=None), other)
+
+
+def test_planning_costs_its_heads_share_between_and_beyond_the_lengths() -> None:
+    def seconds(length: int, heads: int = 4, groups: int = 2, **fields: Any) -> float | None:
+        method = {"blocks": 8, "method": "block_sparse"} | fields
+        return COSTS.planning_seconds(method, KERNEL, heads, groups, length)
+
+    assert seconds(512) == pytest.approx(0.01)
+    assert seconds(1024) == pytest.approx(0.02)
+    assert seconds(2048) == pytest.approx(0.04)
+    assert seconds(8192) == pytest.approx(0.16)
+    assert seconds(100) == pytest.approx(0.01)
+    assert seconds(1024, 2, 1) == pytest.approx(0.01)
+    assert seconds(1024, blocks=9) is None
+    assert COSTS.planning_seconds(PLANNING.method, replace(KERNEL, dtype="bfloat16"), 4, 2, 512) is None
+    steep, falling = replace(PLANNING, seconds=(1e-6, 1.0)), replace(PLANNING, seconds=(0.02, 0.01))
+    assert steep.seconds_of(4, 4096) == pytest.approx(4.0)
+    assert falling.seconds_of(4, 4096) == pytest.approx(0.01)
+    assert replace(PLANNING, lengths=(512,), seconds=(0.01,)).seconds_of(4, 1024) == pytest.approx(0.02)
+
+
+def test_planning_of_as_many_heads_to_a_group_is_nearer() -> None:
+    alike = replace(PLANNING, heads=8, groups=2, seconds=(0.5, 0.5))
+    for order in ((PLANNING, alike), (alike, PLANNING)):
+        costs = replace(COSTS, planning=order)
+        assert costs.planning_seconds(PLANNING.method, KERNEL, 4, 1, 512) == pytest.approx(0.25)
+        assert costs.planning_seconds(PLANNING.method, KERNEL, 2, 1, 512) == pytest.approx(0.005)
 
 
 def test_nothing_is_kept_of_another_machine() -> None:
@@ -89,6 +119,14 @@ def changed(data: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str
         (("break_even", 0, "method"), {"window": 3}, r"break_even\[0\].method must be an object that names a method"),
         (("break_even", 0, "tokens"), float("nan"), r"break_even\[0\].tokens must be a number"),
         (("break_even", 0, "longest"), 2**41, r"break_even\[0\].longest must be an integer"),
+        (("planning",), [COSTS.to_dict()["planning"][0]] * 2, "planning must have one entry for each method"),
+        (("planning", 0, "method"), "x", r"planning\[0\].method must be an object that names a method, got 'x'"),
+        (("planning", 0, "heads"), 0, r"planning\[0\].heads must be an integer"),
+        (("planning", 0, "seconds"), [], r"planning\[0\].seconds must be a list that is not empty"),
+        (("planning", 0, "seconds"), [1.0, -1.0], r"planning\[0\].seconds.1 must be a number, 0 to"),
+        (("planning", 0, "seconds"), [1.0], r"planning\[0\].lengths must ascend, and have as many entries as seconds"),
+        (("planning", 0, "lengths"), [2048, 512], r"planning\[0\].lengths must ascend"),
+        (("planning", 0, "lengths"), [512, 2.5], r"planning\[0\].lengths.1 must be an integer"),
     ],
 )
 def test_wrong_files_are_named(path: tuple[Any, ...], value: Any, message: str) -> None:

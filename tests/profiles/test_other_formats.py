@@ -53,6 +53,20 @@ def test_gates_become_full_and_streaming_heads(tmp_path: Path) -> None:
         import_profile(tmp_path, heads=3)
 
 
+def test_the_file_of_gates_stands_for_its_folder(tmp_path: Path) -> None:
+    """Its numbers lie in [0, 1], as thresholds do."""
+    path = written(tmp_path / "full_attention_heads.tsv", "0.9\t0.1\n")
+    written(tmp_path / "config.json", {"sink_size": 5, "recent_size": 7})
+    for form in (None, "duo"):
+        assert import_profile(path, form).layers == ((Dense(), AShape(5, 7)),)
+
+
+@pytest.mark.parametrize("data", [{}, {"model.layers.0.self_attn.q_proj": [[3, 1]]}])
+def test_an_object_of_none_of_the_formats_is_named(data: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"t\.json is none of the formats profile, minference, duo, moa, thresholds"):
+        import_profile(written(tmp_path / "t.json", data))
+
+
 def test_lines_become_windows_of_a_length(tmp_path: Path) -> None:
     path = written(tmp_path / "moa.json", {"alphas": [[1024, 0]], "betas": [[0, 0.5]]})
     assert import_profile(path, length=8192).layers == ((AShape(64, 960), AShape(64, 4032)),)
@@ -189,6 +203,21 @@ def test_the_command_shows_compares_and_converts(tmp_path: Path, capsys) -> None
     assert [d["layer"] for d in json.loads(capsys.readouterr().out)["differing"]] == [1, 1]
     assert main(["profile", "show", str(path)]) == 0
     assert "2 layers of 2 heads" in capsys.readouterr().out
+
+
+def test_the_command_shows_where_a_profile_is_from_on_a_line_each(tmp_path: Path, capsys) -> None:
+    origin = Provenance("m\x1b[2J\nx", lengths=(100, 200), held_out="error 0.1 [0.05, 0.2]")
+    Profile(((Dense(), AShape()),), None, origin, ((0.1, None),), ((0.5, 1.0),)).save(tmp_path / "p.json")
+    assert main(["profile", "show", str(tmp_path / "p.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:6] == [
+        "1 layers of 2 heads",
+        "model: m\\x1b[2J\\nx",
+        "lengths: 100, 200",
+        "held_out: error 0.1 [0.05, 0.2]",
+        "errors: mean 0.1, from 0.1 to 0.1",
+        "costs: mean 0.75, from 0.5 to 1",
+    ]
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path, capsys) -> None:

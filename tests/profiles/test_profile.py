@@ -191,9 +191,20 @@ def test_published_pattern_files_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ({"1": ["stream_llm", 1, 2, 3]}, "layer 0, head 0: expected .* got null"),
-        ({"0": ["stream_llm", 1, 2, 3], "2": ["stream_llm", 1, 2, 3]}, "layer 0, head 1: .* got null"),
-        ({"0": ["spiral", 1, 2, 3]}, r"layer 0, head 0: .* vertical_and_slash, .* got \['spiral', 1, 2, 3\]"),
+        ({"1": ["stream_llm", 1, 2, 3]}, "layer 0 has no head 0: MInference's format names its 1 heads 0 to 0"),
+        ({"0": ["stream_llm", 1, 2, 3], "2": ["stream_llm", 1, 2, 3]}, "layer 0 has no head 1: .* its 2 heads 0 to 1"),
+        ({"0": ["spiral", 1, 2, 3]}, "layer 0, head 0: unknown type 'spiral' of MInference's format; known: vertical"),
+        ({"0": [{}, 1, 2, 3]}, r"layer 0, head 0: .* got \[{}, 1, 2, 3\]"),
+        ({"0": ["stream_llm", 0.9, 2, 3]}, "layer 0, head 0: budgets of MInference's stream_llm are whole numbers"),
+        (
+            {"0": ["stream_llm", 1, 2], "1": ["flex_vertical_and_slash", [0.9, 4096], [0.95, 4096], 1.0]},
+            r"layer 0, head 1: MInference's format has flex_vertical_and_slash .* \[\[0.9, 4096\], \[0.95, 4096\]\]"
+            r".* give a file with vertical_and_slash, stream_llm, block_sparse, or .* flexprefill",
+        ),
+        (
+            {"0": [["stream_llm", 100, 800, 31], ["block_sparse", 100, 1, 44]]},
+            "layer 0, head 0: a list of candidates, from a search .* did not choose; keep the best",
+        ),
         ({"0": ["stream_llm", 1]}, r"layer 0, head 0: .* got \['stream_llm', 1\]"),
     ],
 )

@@ -19,10 +19,10 @@ from gossamer.calibrate.fit import fit, held_out_errors
 from gossamer.call import AttentionCall
 from gossamer.methods import Method
 from gossamer.plan import Grid, SparsePlan
-from gossamer.profiles.costs import TERMS, BreakEven, Costs, Kernel, KernelCost
+from gossamer.profiles.costs import TERMS, BreakEven, Costs, Kernel, KernelCost, Planning
 from gossamer.profiles.machine import Machine
 
-__all__ = ["Row", "Shape", "bench", "break_even", "costs_of", "kernel_cost"]
+__all__ = ["Row", "Shape", "bench", "break_even", "costs_of", "kernel_cost", "planning_costs"]
 
 Clock = Callable[[], float]
 
@@ -135,6 +135,31 @@ def kernel_cost(
     return KernelCost(kernel, each, float(errors.median()), float(errors.max()), len(seconds), tuple(lengths))
 
 
+def planning_costs(
+    shape: Shape,
+    methods: Sequence[Method],
+    lengths: Sequence[int],
+    *,
+    rounds: int = 3,
+    clock: Clock = time.perf_counter,
+) -> list[Planning]:
+    """Seconds of each method's plan at each length, the methods in turns; a first round does not count."""
+    seconds: dict[Method, list[float]] = {method: [] for method in methods}
+    for length in lengths:
+        call = shape.draw(length)
+        taken: dict[Method, list[float]] = {method: [] for method in methods}
+        for once in range(rounds + 1):
+            for method, series in taken.items():
+                started = _now(call, clock)
+                method.plan(call)
+                if once:
+                    series.append(_now(call, clock) - started)
+        for method, series in taken.items():
+            seconds[method].append(median(series))
+    kernel, heads = Kernel.of(shape.draw(1)), (shape.heads, shape.groups)
+    return [Planning(kernel, m.to_dict(), *heads, tuple(lengths), tuple(found)) for m, found in seconds.items()]
+
+
 def break_even(lengths: Sequence[int], dense: Sequence[float], sparse: Sequence[float]) -> float | None:
     """The length from which sparse is faster than dense up to the longest one, interpolated in logarithms.
 
@@ -150,7 +175,9 @@ def break_even(lengths: Sequence[int], dense: Sequence[float], sparse: Sequence[
     return float(lengths[0])
 
 
-def costs_of(shape: Shape, rows: Sequence[Row], kernels: Sequence[KernelCost] = ()) -> Costs:
+def costs_of(
+    shape: Shape, rows: Sequence[Row], kernels: Sequence[KernelCost] = (), planning: Sequence[Planning] = ()
+) -> Costs:
     """What was measured, as a file of costs."""
     kernel = Kernel.of(shape.draw(1))
     by_method: dict[Method, list[Row]] = {}
@@ -162,7 +189,7 @@ def costs_of(shape: Shape, rows: Sequence[Row], kernels: Sequence[KernelCost] = 
         tokens = break_even(lengths, [row.dense_s for row in some], [row.seconds for row in some])
         given = kernel, method.to_dict(), shape.heads, shape.groups, tokens, lengths[0], lengths[-1]
         points.append(BreakEven(*given))
-    return Costs(Machine.here(), tuple(kernels), tuple(points))
+    return Costs(Machine.here(), tuple(kernels), tuple(points), tuple(planning))
 
 
 def _now(call: AttentionCall, clock: Clock) -> float:

@@ -1,11 +1,12 @@
 """What attending a plan costs: by a model of this machine's kernels, or by FLOPs.
 
 Seconds of a call are a sum of terms, each a number that the plan tells, times seconds apiece that were fitted to
-measurements (`gossamer.calibrate.fit`). Planning is no part of it.
+measurements (`gossamer.calibrate.fit`). Planning is another part, measured for each method by itself.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer.call import AttentionCall
+from gossamer.methods import Method
 from gossamer.plan import SparsePlan
 from gossamer.profiles.costs import TERMS, Costs, Kernel, at_hand
 
@@ -78,6 +80,11 @@ class CostModel:
         each = self._each(call)
         counts = count_terms(call, plan)
         return torch.stack([counts[name] * each[name] for name in counts]).sum(dim=0)
+
+    def planning(self, call: AttentionCall, method: Method) -> float | None:
+        """Seconds of a method's plan for a call; None where they were not measured with just its fields."""
+        fields = json.loads(json.dumps(method.to_dict()))
+        return self.costs.planning_seconds(fields, Kernel.of(call), call.heads, call.groups, call.query_len)
 
     def _each(self, call: AttentionCall) -> dict[str, float]:
         kernel = Kernel.of(call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,38 +13,13 @@ from gossamer import backends
 from gossamer.calibrate.prices import Price, head_costs
 from gossamer.call import AttentionCall
 from gossamer.evaluate.fidelity import listed_lse, relative_l2
-from gossamer.evaluate.settings import settings_of
 from gossamer.methods import Dense, Method
-from gossamer.methods.registry import class_of
 from gossamer.oracle import log_sum_exp
 from gossamer.plan import SparsePlan
 
-__all__ = ["FIGURES", "METHODS", "LayerFigures", "candidates", "measure_layer", "of_groups"]
+__all__ = ["FIGURES", "LayerFigures", "measure_layer"]
 
 FIGURES = ("error", "recall", "cost")
-METHODS = ("a_shape", "vertical_slash", "block_sparse", "xattention", "max_relative")
-
-
-def candidates(of: Sequence[str | Method] = METHODS) -> list[Method]:
-    """What methods of these names declare for single heads (`Method.candidates`), these methods, and first dense.
-
-    Raises:
-        ValueError: an unknown name, or a method of methods.
-    """
-    found: dict[Method, None] = {}
-    for one in of:
-        for method in [one] if isinstance(one, Method) else _declared(class_of(one)):
-            if hasattr(method, "layers"):
-                raise ValueError(
-                    f"{method.name} is made of methods for each head, and is none for a single one; leave it out"
-                )
-            if not isinstance(method, Dense):
-                found[method] = None
-    return [Dense(), *found]
-
-
-def _declared(known: type[Method]) -> list[Method]:
-    return [known.from_fields(dict(f)) for f in known.candidates] if known.candidates else settings_of(known)
 
 
 @dataclass(frozen=True)
@@ -82,22 +57,10 @@ def measure_layer(
     parts: list[list[Tensor]] = [[] for _ in FIGURES]
     for start in range(0, call.groups, groups):
         stop = min(start + groups, call.groups)
-        part, out = of_groups(call, start, stop), dense[:, start * call.share : stop * call.share]
+        part, out = call.of_groups(range(start, stop)), dense[:, start * call.share : stop * call.share]
         for found, figures in zip(parts, _figures(part, out, methods, price), strict=True):
             found.append(figures)
     return LayerFigures(*(torch.cat(found, dim=1) for found in parts))
-
-
-def of_groups(call: AttentionCall, start: int, stop: int) -> AttentionCall:
-    """Some key/value heads of a call with their query heads; nothing is copied."""
-    heads = slice(start * call.share, stop * call.share)
-    return replace(
-        call,
-        q=call.q[:, heads],
-        k=call.k[:, start:stop],
-        v=call.values[:, start:stop],
-        sinks=None if call.sinks is None else call.sinks[heads],
-    )
 
 
 def _figures(

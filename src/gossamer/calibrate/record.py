@@ -24,6 +24,7 @@ def calibration_record(
         "about": dict(about),
         "layers": list(found.layers),
         "heads": [[found.candidates[index].to_dict() for index in layer] for layer in chosen.tolist()],
+        "summary": found.summary(chosen),
         **{
             part: {name: t.tolist() for name, t in found.of_choice(chosen, held_out=out).items() if name != "loss"}
             for part, out in parts.items()
@@ -39,9 +40,15 @@ def _points(found: Found, mode: Mode, budgets: Sequence[float]) -> list[dict[str
             summary = found.summary(found.choose(mode, budget))
         except ValueError:  # nothing is so cheap
             continue
-        held_out = summary.get("held_out", {}).get("error")
-        mean = summary["calibration"]
+        mean, other = summary["calibration"], summary.get("held_out", {})
         points.append(
-            {"mode": mode, "budget": budget, "cost": mean["cost"], "error": mean["error"], "held_out": held_out}
+            {
+                "mode": mode,
+                "budget": budget,
+                "cost": mean["cost"],
+                "error": mean["error"],
+                "held_out": other.get("error"),
+                "held_out_interval": other.get("intervals", {}).get("error"),
+            }
         )
     return points

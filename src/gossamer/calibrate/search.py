@@ -4,24 +4,26 @@
     methods = found.methods(found.choose("global", 0.3))
 
 A prompt is read once, with dense attention, and each layer is looked at as it comes by, a few heads at a time: in
-memory lie the model, one layer's tensors, and figures of some bytes a head. Figures of a layer are the means over the
-prompts of what `gossamer.calibrate.figures` says.
+memory lie the model, one layer's tensors, and figures of some bytes a head (`gossamer.calibrate.figures`). The choice
+is made by their means over the prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gossamer.calibrate.choice import choose_cheapest, choose_fixed, choose_global
-from gossamer.calibrate.figures import FIGURES, LayerFigures, measure_layer
+from gossamer.calibrate.figures import FIGURES, measure_layer
 from gossamer.calibrate.prices import Price
 from gossamer.calibrate.samples import Sample, Samples
 from gossamer.calibrate.store import Store
+from gossamer.evaluate.metrics import bootstrap_interval
 from gossamer.evaluate.subject import Subject
 from gossamer.integrations.transformers import Observation
 from gossamer.methods import Dense, Method
@@ -31,7 +33,7 @@ __all__ = ["OBJECTIVES", "Found", "Mode", "measure"]
 
 Mode = Literal["fixed", "global", "cheapest"]
 Figures = dict[str, Tensor]
-"""Of `FIGURES`, each ``[layers, H, candidates]``."""
+"""Of `FIGURES`, each ``[layers, H, candidates]``, or of each prompt ``[prompts, layers, H, candidates]``."""
 
 # What is minimised, from the figures of a candidate.
 OBJECTIVES: dict[str, Callable[[Figures], Tensor]] = {
@@ -48,24 +50,32 @@ class Found:
     Fields:
         candidates: the first is dense.
         layers: the model's indices of those that were looked at.
-        calibration, held_out: means over the prompts; held_out is None where none were.
+        of_prompts, of_held_out: of each prompt that chooses, and of each other; of_held_out is None without any.
         objective: one of `OBJECTIVES`.
         weights: what an error counts, by layer and head, ``[layers, H]``; None: all alike.
     """
 
     candidates: Sequence[Method]
     layers: Sequence[int]
-    calibration: Figures
-    held_out: Figures | None = None
+    of_prompts: Figures
+    of_held_out: Figures | None = None
     objective: str = "output"
     weights: Tensor | None = field(default=None)
 
+    @cached_property
+    def calibration(self) -> Figures:
+        """Means over the prompts that choose."""
+        return _over_prompts(self.of_prompts)
+
+    @cached_property
+    def held_out(self) -> Figures | None:
+        """Means over the prompts that were held out, if any were."""
+        return None if self.of_held_out is None else _over_prompts(self.of_held_out)
+
     def losses(self, figures: Figures) -> Tensor:
-        """``[layers * H, candidates]``."""
+        """What is minimised, in the shape of the figures."""
         losses = OBJECTIVES[self.objective](figures)
-        if self.weights is not None:
-            losses = losses * self.weights.double()[..., None]
-        return losses.flatten(0, 1)
+        return losses if self.weights is None else losses * self.weights.double()[..., None]
 
     def choose(self, mode: Mode, at: float, **rules: float) -> Tensor:
         """A candidate for each head, int64 ``[layers, H]``.
@@ -77,7 +87,7 @@ class Found:
         Raises:
             ValueError: no choice is as cheap, or as good.
         """
-        losses, costs = self.losses(self.calibration), self.calibration["cost"].flatten(0, 1)
+        losses, costs = (x.flatten(0, 1) for x in (self.losses(self.calibration), self.calibration["cost"]))
         chosen = {
             "fixed": lambda: choose_fixed(losses, costs, at, **rules),
             "global": lambda: choose_global(losses, costs, at),
@@ -95,20 +105,36 @@ class Found:
         )
 
     def of_choice(self, chosen: Tensor, *, held_out: bool = False) -> dict[str, Tensor]:
-        """Of `FIGURES` and ``loss``, by layer and head, ``[layers, H]``."""
+        """Of `FIGURES` and ``loss``, means over the prompts by layer and head, ``[layers, H]``."""
         figures = self.held_out if held_out else self.calibration
         if figures is None:
             raise ValueError("no samples were held out")
-        tables = figures | {"loss": self.losses(figures).view_as(figures["cost"])}
-        return {name: table.gather(-1, chosen[..., None])[..., 0] for name, table in tables.items()}
+        return self._taken(figures, chosen)
 
-    def summary(self, chosen: Tensor) -> dict[str, dict[str, float]]:
-        """Means over the heads, on the calibration's samples and on those that were held out."""
-        parts = {"calibration": False} | ({} if self.held_out is None else {"held_out": True})
-        return {
-            part: {name: float(t.mean()) for name, t in self.of_choice(chosen, held_out=out).items()}
-            for part, out in parts.items()
-        }
+    def _taken(self, figures: Figures, chosen: Tensor) -> dict[str, Tensor]:
+        tables = figures | {"loss": self.losses(figures)}
+        return {n: t.gather(-1, chosen.expand(t.shape[:-1])[..., None])[..., 0] for n, t in tables.items()}
+
+    def summary(self, chosen: Tensor) -> dict[str, dict[str, Any]]:
+        """Means over the heads, on the calibration's prompts and on those that were held out.
+
+        Returns:
+            by ``calibration`` and ``held_out``: each of `FIGURES` and ``loss``; ``prompts``, their number; and
+            ``intervals``, 95% intervals of the means over the prompts (`bootstrap_interval`) where there are several.
+        """
+        parts = {"calibration": self.of_prompts, "held_out": self.of_held_out}
+        return {part: self._summed(figures, chosen) for part, figures in parts.items() if figures is not None}
+
+    def _summed(self, figures: Figures, chosen: Tensor) -> dict[str, Any]:
+        means = self._taken(_over_prompts(figures), chosen)
+        each = {name: t.mean(dim=(1, 2)).tolist() for name, t in self._taken(figures, chosen).items()}
+        count = len(each["error"])
+        intervals = {name: list(bootstrap_interval(values)) for name, values in each.items()} if count > 1 else {}
+        return {name: float(t.mean()) for name, t in means.items()} | {"prompts": count, "intervals": intervals}
+
+
+def _over_prompts(figures: Figures) -> Figures:
+    return {name: table.mean(dim=0) for name, table in figures.items()}
 
 
 def measure(
@@ -128,7 +154,7 @@ def measure(
     Args:
         groups: key/value heads that are looked at together.
         weights: as `Found.weights`, but of all the model's layers.
-        progress: called for each layer of each sample, when it is done.
+        progress: called for each layer of each sample that the store lacked, when it is measured.
 
     Raises:
         ValueError: a prompt cannot be made, the model's attention not be observed, or an unknown objective.
@@ -141,12 +167,10 @@ def measure(
     if not layers:
         raise ValueError(f"{type(subject.model).__name__} made no attention call that can be looked at")
     order = sorted(layers)
-    parts = []
-    for held_out in (False, True):
-        keys = [sample.key for sample in samples.listed if sample.held_out == held_out]
-        parts.append(_means(store, keys, order) if keys else None)
-    assert parts[0] is not None
-    return Found(methods, order, parts[0], parts[1], objective, None if weights is None else weights[order])
+    keys = {out: [sample.key for sample in samples.listed if sample.held_out == out] for out in (False, True)}
+    chosen_by, held_out = (_stacked(store, keys[out], order) if keys[out] else None for out in (False, True))
+    assert chosen_by is not None
+    return Found(methods, order, chosen_by, held_out, objective, None if weights is None else weights[order])
 
 
 def _read(
@@ -163,17 +187,14 @@ def _read(
     count = int(subject.config.num_hidden_layers)
     done = {layer for layer in range(count) if store.has(sample.key, layer)}
     if len(done) == count:
-        for layer in sorted(done):
-            progress(sample, layer)
         return done
 
     def visit(observed: Observation) -> None:
         call = observed.call
-        if call.layer is None:
+        if call.layer is None or call.layer in done:
             return
-        if not store.has(sample.key, call.layer):
-            figures = measure_layer(call, observed.out, methods, price, groups=groups)
-            store.add(sample.key, call.layer, figures)
+        figures = measure_layer(call, observed.out, methods, price, groups=groups)
+        store.add(sample.key, call.layer, figures)
         done.add(call.layer)
         progress(sample, call.layer)
 
@@ -181,13 +202,10 @@ def _read(
     return done
 
 
-def _means(store: Store, prompts: Sequence[str], layers: Sequence[int]) -> Figures:
-    """In the order of the prompts, so that an interrupted search ends with the same bits."""
-
-    def of(layer: int) -> list[LayerFigures]:
-        return [store.get(prompt, layer) for prompt in prompts]
-
+def _stacked(store: Store, prompts: Sequence[str], layers: Sequence[int]) -> Figures:
+    """Of each prompt, in their order, so that an interrupted search ends with the same bits."""
+    found = [[store.get(prompt, layer) for layer in layers] for prompt in prompts]
     return {
-        name: torch.stack([torch.stack([getattr(f, name) for f in of(layer)]).mean(dim=0).T for layer in layers])
+        name: torch.stack([torch.stack([getattr(of_layer, name).T for of_layer in row]) for row in found])
         for name in FIGURES
     }

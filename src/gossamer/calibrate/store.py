@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gossamer.calibrate.figures import LayerFigures
+from gossamer.calibrate.figures import FIGURES, LayerFigures
 from gossamer.profiles.files import parse_json, read_file
 
 __all__ = ["Store"]
@@ -26,7 +26,7 @@ class Store:
     """
 
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
-        self._path, self._about = path, json.loads(json.dumps(about))
+        self.path, self._about = path, json.loads(json.dumps(about))
         self._found: dict[tuple[str, int], LayerFigures] = {}
         self._started = False
         if path is not None and path.exists():
@@ -41,11 +41,11 @@ class Store:
     def add(self, prompt: str, layer: int, figures: LayerFigures) -> None:
         """Keep, and write: the line is on the disk when this returns."""
         self._found[prompt, layer] = figures
-        if self._path is None:
+        if self.path is None:
             return
         lines = [] if self._started else [self._about]
         lines.append({"prompt": prompt, "layer": layer} | figures.to_dict())
-        with self._path.open("ab") as file:
+        with self.path.open("ab") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -53,8 +53,8 @@ class Store:
 
     def done(self) -> None:
         """The result is written: the file is no longer needed."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
         content = read_file(path)
@@ -63,7 +63,9 @@ class Store:
             lines = [parse_json(line) for line in content[:whole].split(b"\n")[:-1]]
             theirs, *figures = lines or [None]
             found = {(line["prompt"], line["layer"]): LayerFigures.from_dict(line) for line in figures}
-        except (ValueError, TypeError, KeyError):
+            if len({getattr(one, name).shape for one in found.values() for name in FIGURES}) > 1:
+                raise ValueError("figures of several shapes")
+        except (ValueError, TypeError, KeyError, RuntimeError):  # RuntimeError: what torch makes no tensor of
             raise ValueError(f"{path} holds no figures to go on with; remove it, or write elsewhere") from None
         if theirs is not None and theirs != self._about:
             names = sorted(self._about.keys() | theirs.keys()) if isinstance(theirs, dict) else []

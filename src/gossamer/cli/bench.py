@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from gossamer.calibrate.bench import Row, Shape, bench, costs_of, kernel_cost
+from gossamer.calibrate.bench import Row, Shape, bench, costs_of, kernel_cost, planning_costs
+from gossamer.calibrate.candidates import METHODS, candidates
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.inputs import check_environment, read_model, text_config
 from gossamer.cli.specs import parse_method, split_specs
@@ -18,6 +19,8 @@ from gossamer.evaluate.records import label_of
 from gossamer.methods import Dense, Method, available, create
 from gossamer.policy import Policy
 from gossamer.profiles.costs import Costs, default_path, forget
+from gossamer.profiles.files import write_whole
+from gossamer.profiles.machine import cpu_model, device_name
 
 __all__ = ["add_parser"]
 
@@ -41,6 +44,7 @@ def add_parser(commands: Any) -> None:
         default="a_shape(sink=64,window=1024),vertical_slash(vertical_size=256,slash_size=512)",
         help="separated by commas; all: each with its defaults, but those made for one model (default: %(default)s)",
     )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw seconds and planning by length, as SVG")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument(
         "--cost-model", nargs="?", const="", metavar="FILE", help="also fit and write costs (default: the user's cache)"
@@ -58,16 +62,21 @@ def execute(arguments: argparse.Namespace) -> int:
     )
     if arguments.cost_model is not None and path is None:
         raise BadInput("there is no place for a cost model: GOSSAMER_COST_MODEL=off, or no home; name a file")
+    _check_picture(arguments.picture)
     try:
         methods = _methods(arguments.methods, shape)
         with torch.inference_mode():
             rows = list(bench(shape, methods, lengths, rounds=arguments.rounds))
-            kernels = [] if path is None else [kernel_cost(shape, lengths, rounds=min(3, arguments.rounds))]
-            costs = costs_of(shape, rows, kernels)
+            rounds = min(3, arguments.rounds)
+            kernels = [] if path is None else [kernel_cost(shape, lengths, rounds=rounds)]
+            tried = [] if path is None else _search_space(arguments.methods, methods)
+            costs = costs_of(shape, rows, kernels, planning_costs(shape, tried, lengths, rounds=rounds))
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
     if path is not None:
         _write(path, costs)
+    if arguments.picture is not None:
+        _draw(arguments.picture, rows, shape)
     if arguments.json:
         print_json({"rows": [row.to_dict() for row in rows], "costs": costs.to_dict(), "file": path and str(path)})
         return 0
@@ -77,7 +86,10 @@ def execute(arguments: argparse.Namespace) -> int:
         found = f"not up to {point.longest} tokens" if known is None else f"from about {known:.0f} tokens"
         print(f"{point.method['method']} is faster than dense: {found}")
     for cost in costs.kernels:
-        print(f"{cost.kernel}: held-out error {cost.error:.0%} (median), {cost.worst:.0%} (worst); written to {path}")
+        print(
+            f"{cost.kernel}: held-out error {cost.error:.0%} (median), {cost.worst:.0%} (worst); "
+            f"planning of {len(costs.planning)} candidates; written to {path}"
+        )
     return 0
 
 
@@ -107,6 +119,13 @@ def _methods(specs: str, shape: Shape) -> list[Method]:
     return methods
 
 
+def _search_space(specs: str, methods: list[Method]) -> list[Method]:
+    """Whose planning is measured: what `gossamer calibrate` tries, and the candidates of what is named besides."""
+    names = [m.name for m in methods] if specs == _ALL else [s for s in split_specs(specs) if s in available()]
+    single = [method for method in methods if not hasattr(method, "layers") and method.apart]
+    return candidates([*METHODS, *(name for name in names if any(m.name == name for m in single)), *single])[1:]
+
+
 def _shape(arguments: argparse.Namespace) -> Shape:
     sizes: dict[str, Any] = {"heads": 8, "groups": 2, "head_dim": 64}
     if arguments.model is not None:
@@ -131,6 +150,29 @@ def _lengths(text: str) -> list[int]:
     if not all(part.isdecimal() and 1 <= len(part) < 8 and int(part) for part in parts):
         raise BadInput(f"--lengths takes numbers of tokens such as 512,4096, got {text!r:.60}")
     return sorted(set(map(int, parts)))
+
+
+def _check_picture(path: Path | None) -> None:
+    """Before anything is timed."""
+    if path is None:
+        return
+    if path.suffix.lower() != ".svg":
+        raise BadInput(f"--picture draws SVG; name a file that ends in .svg, got {path}")
+    if not path.parent.is_dir():
+        raise BadInput(f"cannot write into {path.parent}: no such folder; give another --picture")
+
+
+def _draw(path: Path, rows: list[Row], shape: Shape) -> None:
+    from gossamer.report.svg import svg_file
+    from gossamer.report.timings import timings
+
+    device, dtype = torch.device(shape.device), str(shape.dtype).removeprefix("torch.")
+    where = cpu_model() if device.type == "cpu" else device_name(device)
+    about = f"{shape.heads} heads of {shape.head_dim}, {shape.groups} of keys, {dtype}, {where}"
+    try:
+        write_whole(path, svg_file(timings(rows, about)))
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from error
 
 
 def _write(path: Path, costs: Costs) -> None:

@@ -8,23 +8,29 @@ import json
 import math
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer import __version__
-from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
+from gossamer.calibrate.summary import summary_table
+from gossamer.cli.calibration_files import check_places, line_path, write
+from gossamer.cli.common import BadInput, add_command, first_line, one_line, print_json, table
 from gossamer.cli.inputs import check_environment, read_model, require_transformers
+from gossamer.cli.machine import add_dtype
+from gossamer.cli.pretrained import model_folder
 from gossamer.cli.specs import parse_method, parse_task, split_specs
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.methods import available
-from gossamer.profiles import Profile, Provenance, read_table
-from gossamer.profiles.files import write_whole
+from gossamer.profiles import read_table
+from gossamer.profiles.costs import Kernel, at_hand
+from gossamer.profiles.machine import Machine
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gossamer.calibrate.prices import Price
-    from gossamer.calibrate.samples import Samples
+    from gossamer.calibrate.samples import Sample, Samples
     from gossamer.calibrate.search import Found
     from gossamer.calibrate.store import Store
     from gossamer.evaluate.subject import Subject
@@ -32,12 +38,11 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 _TASKS = "needle_single"
-_FRONTIER = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "calibrate", execute, "choose a method for each head of a model, as a profile")
-    parser.add_argument("model", type=Path, help="folder of a transformers model (nothing is downloaded)")
+    parser.add_argument("model", type=Path, help="folder or GGUF file of a model (nothing is downloaded)")
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="the profile; a .jsonl for pictures lies beside it"
     )
@@ -50,7 +55,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--tasks", metavar="LIST", help=f"generated prompts beside texts (without any: {_TASKS})")
     parser.add_argument("--lengths", default="8k", help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=2, help="prompts of each text and length (default: %(default)s)")
-    parser.add_argument("--held-out-samples", type=int, default=1, metavar="N", help="likewise (default: %(default)s)")
+    parser.add_argument("--held-out-samples", type=int, default=2, metavar="N", help="likewise (default: %(default)s)")
     parser.add_argument(
         "--mode", choices=("global", "fixed", "cheapest"), default="global", help="default: %(default)s"
     )
@@ -59,7 +64,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--kl", type=float, help="for cheapest: nats of the logits on the held-out prompts instead")
     parser.add_argument("--methods", metavar="LIST", help="whose candidates are tried (default: five, see the manual)")
     parser.add_argument(
-        "--cost", choices=("pairs", "machine", "measured"), default="pairs", help="default: %(default)s"
+        "--cost", choices=("auto", "pairs", "machine", "measured"), default="auto", help="default: machine, or pairs"
     )
     parser.add_argument("--objective", choices=("output", "squared_output", "mass"), default="output")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="what an error counts, by layer and head (JSON)")
@@ -69,15 +74,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of what is timed (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_dtype(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
 
 
 def execute(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
     _check(arguments)
-    config = read_model(arguments.model)
+    arguments.model = model_folder(arguments.model)
+    read_model(arguments.model)
     require_transformers("calibrate")
-    from gossamer.calibrate.figures import METHODS, candidates
+    _require_scipy()
+    from gossamer.calibrate.candidates import METHODS, candidates
     from gossamer.calibrate.store import Store
     from gossamer.evaluate.runner import parse_lengths
 
@@ -87,30 +95,43 @@ def execute(arguments: argparse.Namespace) -> int:
         lengths = parse_lengths(arguments.lengths)
         subject = load_subject(arguments, max(lengths))
         samples = _samples(arguments, subject, lengths)
-        price, counted = _price(arguments)
+        weights = _weights(arguments, subject)
+        kernel = Kernel.of(subject.query())
+        price, counted = _price(arguments, kernel)
         about: dict[str, Any] = {
             "model": subject.fingerprint(),
             "prompts": samples.to_dict(),
             "samples": [sample.key for sample in samples.listed],
             "candidates": [method.to_dict() for method in methods],
             "version": __version__,
+            "kernel": str(kernel),
         } | counted
+        if price.name == "measured":
+            about["machine"] = Machine.here().to_dict()
         store = Store(arguments.out.with_name(arguments.out.name + ".partial"), about)
-        weights = _weights(arguments, subject)
         found = _measure(arguments, subject, samples, methods, price, store, weights)
-        mode, at, chosen = _choose(arguments, subject, samples, found)
-        facts = {"mode": mode, "at": at, "objective": found.objective} | counted | about["prompts"]
-        facts["config_sha256"] = _digest(config)
+        mode, at, chosen = _chosen(arguments, subject, samples, found, store)
+        facts = (
+            {"kernel": str(kernel), "mode": mode, "at": at, "objective": found.objective} | counted | about["prompts"]
+        )
         if weights is not None:
             facts["weights_sha256"] = _digest(weights.tolist())
-        _write(arguments, subject, samples, found, chosen, facts)
+        write(arguments, subject, samples, found, chosen, facts)
     except (ValueError, TypeError, ImportError) as error:
         raise BadInput(first_line(error)) from error
     except OSError as error:
         raise BadInput(f"cannot write {arguments.out}: {error.strerror or first_line(error)}") from error
     store.done()
-    _print(arguments, found, chosen)
+    _print(arguments, found, chosen, time.monotonic() - started)
     return 0
+
+
+def _require_scipy() -> None:
+    """Before hours of measuring that only it can end."""
+    try:
+        import scipy.optimize  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise BadInput("`gossamer calibrate` needs scipy: pip install 'gossamer[calibrate]'") from error
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -134,6 +155,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BadInput(f"cannot write into {arguments.out.parent}: no such folder; give another --out")
     if arguments.out.is_dir():
         raise BadInput(f"{arguments.out} is a folder; give the name of a file by --out")
+    check_places(arguments.out)
 
 
 def _samples(arguments: argparse.Namespace, subject: Subject, lengths: Any) -> Samples:
@@ -149,13 +171,22 @@ def _samples(arguments: argparse.Namespace, subject: Subject, lengths: Any) -> S
     return Samples(subject, [*tasks, *texts], lengths, **counts, others=others, haystack=package, seed=arguments.seed)
 
 
-def _price(arguments: argparse.Namespace) -> tuple[Price, dict[str, str]]:
+def _price(arguments: argparse.Namespace, kernel: Kernel) -> tuple[Price, dict[str, str]]:
     """How costs are counted, and what a profile says of it."""
     from gossamer.calibrate.cost import CostModel
     from gossamer.calibrate.prices import Measured, Modelled, Pairs
 
-    if arguments.cost != "machine":
-        price = Pairs() if arguments.cost == "pairs" else Measured(arguments.rounds)
+    kind = arguments.cost
+    if kind == "auto":
+        costs, reason = at_hand()
+        if costs is not None and costs.kernel(kernel) is None:
+            reason = f"it knows no {kernel}"
+        kind = "pairs" if costs is None or costs.kernel(kernel) is None else "machine"
+        if kind == "pairs":
+            why = f"no cost model of this machine is at hand ({reason})"
+            print(one_line(f"note: costs are counted in pairs, since {why}"), file=sys.stderr)
+    if kind != "machine":
+        price = Pairs() if kind == "pairs" else Measured(arguments.rounds)
         return price, {"cost": price.name}
     price = Modelled(arguments.rounds, model=CostModel.here())
     return price, {"cost": price.name, "costs_sha256": _digest(price.model.costs.to_dict())}
@@ -199,22 +230,43 @@ def _measure(
     layers = int(subject.config.num_hidden_layers)
     # Attention is what is measured, many times: it grows with the square.
     cells = [
-        (s.length, samples.name(s.source), relative_cost(subject, s.length) + s.length**2)
+        (s.length, _prompt(samples, s), relative_cost(subject, s.length) + s.length**2)
         for s in samples.listed
-        for _ in range(layers)
+        for layer in range(layers)
+        if not store.has(s.key, layer)
     ]
-    with Progress(cells) as progress:
-        return measure(
-            subject,
-            samples,
-            methods,
-            price,
-            store,
-            groups=arguments.groups,
-            objective=arguments.objective,
-            weights=weights,
-            progress=lambda sample, layer: progress.advance(sample.length, samples.name(sample.source)),
-        )
+    try:
+        with Progress(cells) as progress:
+            return measure(
+                subject,
+                samples,
+                methods,
+                price,
+                store,
+                groups=arguments.groups,
+                objective=arguments.objective,
+                weights=weights,
+                progress=lambda sample, layer: progress.advance(sample.length, _prompt(samples, sample)),
+            )
+    except KeyboardInterrupt:
+        if store.path is not None and store.path.exists():
+            print(one_line(f"stopped; the same command goes on with {store.path}"), file=sys.stderr)
+        raise
+
+
+def _prompt(samples: Samples, sample: Sample) -> str:
+    return f"{samples.name(sample.source)}, {'held out' if sample.held_out else 'prompt'} {sample.index}"
+
+
+def _chosen(
+    arguments: argparse.Namespace, subject: Subject, samples: Samples, found: Found, store: Store
+) -> tuple[str, float, Tensor]:
+    """As `_choose`; where nothing fits, what was measured is not lost."""
+    try:
+        return _choose(arguments, subject, samples, found)
+    except ValueError as error:
+        kept = f"what was measured is kept in {store.path}, so that the same command with another bound takes seconds"
+        raise ValueError(f"{first_line(error)}; {kept}") from error
 
 
 def _choose(
@@ -254,48 +306,7 @@ def _least_budget(bound: float, subject: Subject, samples: Samples, found: Found
     return least_under(kl, bound, low, 1.0)
 
 
-def _write(
-    arguments: argparse.Namespace,
-    subject: Subject,
-    samples: Samples,
-    found: Found,
-    chosen: Tensor,
-    facts: dict[str, Any],
-) -> None:
-    from gossamer.evaluate.results import machine_of
-
-    summary = found.summary(chosen)
-    known = facts | {"samples": arguments.samples, "seed": arguments.seed, "machine": machine_of(subject.device)}
-    known |= {"model_fingerprint": subject.fingerprint(), "figures": summary}
-    provenance = Provenance(
-        model=subject.name,
-        architecture=type(subject.model).__name__,
-        samples=json.dumps(known, sort_keys=True),
-        lengths=tuple(sorted({sample.length for sample in samples.listed})),
-        metric=f"{found.objective}: mean over calibration prompts",
-        library_version=__version__,
-        config_hash=facts["config_sha256"],
-        prompts_hash=facts["calibration_sha256"],
-        kernel=facts["cost"],
-        machine=str(known["machine"].get("processor", "")),
-    )
-    methods = found.methods(chosen)
-    of_heads = found.of_choice(chosen)
-    errors, costs = (_by_layer(found, of_heads[name], len(methods)) for name in ("error", "cost"))
-    Profile(methods, None, provenance, errors, costs).save(arguments.out)
-    from gossamer.calibrate.record import calibration_record
-
-    line = calibration_record(subject.to_dict(), found, chosen, known, _FRONTIER)
-    write_whole(arguments.out.with_name(arguments.out.name + ".jsonl"), json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _by_layer(found: Found, table: Tensor, layers: int) -> list[list[float | None]]:
-    """Figures of heads; null for layers that were not looked at."""
-    rows = dict(zip(found.layers, table.tolist(), strict=True))
-    return [rows.get(layer, [None] * table.shape[1]) for layer in range(layers)]
-
-
-def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor) -> None:
+def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor, seconds: float) -> None:
     summary = found.summary(chosen)
     counts: dict[str, int] = {}
     for index in chosen.flatten().tolist():
@@ -304,11 +315,9 @@ def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor) -> None:
     if arguments.json:
         print_json({"out": str(arguments.out), "methods": counts, "figures": summary})
     else:
-        rows = [["on prompts of", "cost", "error", "recall"]]
-        for part, figures in summary.items():
-            rows.append([part.replace("_", " "), *(f"{figures[name]:.4f}" for name in ("cost", "error", "recall"))])
-        print(table(rows))
+        print(table(summary_table(summary)))
         listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda one: -one[1]))
         print(f"\nheads: {listed}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{arguments.out}; pictures: gossamer report {arguments.out}.jsonl; at most {peak:.2f} GiB", file=sys.stderr)
+    line = f"{arguments.out}; pictures: gossamer report {line_path(arguments.out)}"
+    print(one_line(f"{line}; {seconds:.0f} s, at most {peak:.2f} GiB"), file=sys.stderr)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.inputs import (
     check_environment,
+    check_made_for,
     check_profile,
     number_list,
     read_model,
@@ -88,6 +89,7 @@ def execute(arguments: argparse.Namespace) -> int:
         check_out(arguments.out)
         job = _job(arguments, policies)
         subject = load_subject(arguments, max(job.lengths))
+        check_made_for(profile, subject.model)
         job = job.on(subject)
         prompts = list(prompts_of(job, job.windows(subject)))
         with ResultsFile(arguments.out, make_header(subject, job)) as results:

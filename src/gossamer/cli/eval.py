@@ -10,7 +10,14 @@ from typing import Any
 
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.eval_progress import Progress
-from gossamer.cli.inputs import check_environment, check_profile, read_model, read_profile, require_transformers
+from gossamer.cli.inputs import (
+    check_environment,
+    check_made_for,
+    check_profile,
+    read_model,
+    read_profile,
+    require_transformers,
+)
 from gossamer.cli.machine import add_dtype
 from gossamer.cli.pretrained import model_folder
 from gossamer.cli.specs import parse_method, parse_task, split_specs, task_names
@@ -95,6 +102,7 @@ def execute(arguments: argparse.Namespace) -> int:
         check_out(arguments.out)
         job = _job(arguments, policies)
         subject = load_subject(arguments, max(job.lengths))
+        check_made_for(profile, subject.model)
         job = job.on(subject)
         if arguments.lm_eval:
             from gossamer.evaluate import harness

@@ -12,7 +12,7 @@ import torch
 
 from gossamer import AttentionCall
 from gossamer.backends import ATTEND, PLAN, attend, backend_of, cpu
-from gossamer.cli.common import BadInput, first_line
+from gossamer.cli.common import BadInput, first_line, one_line
 from gossamer.cli.specs import takes_profile
 from gossamer.methods import MaxRelative, Method, PerHead, available
 from gossamer.methods.registry import class_of
@@ -23,6 +23,7 @@ from gossamer.profiles.files import parse_json, read_file, read_text, shown
 
 __all__ = [
     "check_environment",
+    "check_made_for",
     "check_profile",
     "number_list",
     "read_model",
@@ -139,6 +140,16 @@ def check_profile(policies: Sequence[Policy], profile: Profile | None, config: d
     for method in (policy.method for policy in policies):
         for name in method.tables:
             _check_table(method, name, text)
+
+
+def check_made_for(profile: Profile | None, model: Any) -> None:
+    """That a profile was made for a model that is loaded; what differs only a little is said on standard error."""
+    try:
+        note = None if profile is None else profile.check_config(model.config)
+    except ValueError as error:
+        raise BadInput(first_line(error)) from error
+    if note is not None:
+        print(one_line(f"note: {note}; it may fit this one less well"), file=sys.stderr)
 
 
 def _check_table(method: Method, name: str, text: Mapping[str, Any]) -> None:

@@ -6,9 +6,10 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
+from gossamer.cli.common import BadInput, add_command, first_line, one_line, print_json, table
 from gossamer.evaluate.records import label_of
 from gossamer.methods import Method
 from gossamer.policy import Policy
@@ -65,7 +66,11 @@ def _show(arguments: argparse.Namespace) -> int:
     print(f"{len(profile.layers)} layers of {profile.heads} heads")
     for name, value in profile.to_dict()["provenance"].items():
         if value:
-            print(f"{name}: {value}")
+            print(one_line(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}"))
+    for name in ("scores", "errors", "costs"):
+        numbers = [number for row in getattr(profile, name) or () for number in row if number is not None]
+        if numbers:
+            print(f"{name}: mean {fmean(numbers):.4g}, from {min(numbers):.4g} to {max(numbers):.4g}")
     counts = Counter(_label(method) for layer in profile.layers for method in layer)
     print(table([("method", "heads"), *((label, str(count)) for label, count in counts.most_common())]))
     return 0

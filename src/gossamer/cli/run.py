@@ -12,6 +12,7 @@ from typing import Any
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.inputs import (
     check_environment,
+    check_made_for,
     check_profile,
     read_model,
     read_profile,
@@ -84,6 +85,7 @@ def execute(arguments: argparse.Namespace) -> int:
     prompt = tokenize(tokenizer, text, arguments.chat)
     _check_length(config, prompt.shape[1], arguments.max_new_tokens)
     model = load_checked(arguments.model, arguments.dtype)
+    check_made_for(profile, model)
 
     contenders = {policy.method.name: policy}
     short = filtered(model, prompt, policy, *kept) if kept else None

@@ -15,6 +15,7 @@ __all__ = [
     "first_word_matches",
     "pooled_interval",
     "score_interval",
+    "shown_interval",
     "string_match_all",
     "wilson_interval",
     "words_in_order",
@@ -144,6 +145,11 @@ def pooled_interval(groups: Sequence[Sequence[float]], of: Callable[[Sequence[fl
         below += (weight * (own - low)) ** 2
         above += (weight * (high - own)) ** 2
     return mean - math.sqrt(below), mean + math.sqrt(above)
+
+
+def shown_interval(interval: Sequence[float] | None, form: str = "{:.3f}") -> str:
+    """What follows a figure in a table: its interval in brackets, or nothing."""
+    return "" if interval is None else f" [{form.format(interval[0])}, {form.format(interval[1])}]"
 
 
 def _require_values(values: Sequence[float]) -> None:

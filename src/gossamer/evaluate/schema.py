@@ -315,7 +315,21 @@ _LOGITS = _Object(
     {"method": _TEXT, **_PROMPT, "density": _SHARE, "kl": _NATS, "top1": _SHARE, "prefill_s": _SECONDS},
     {**_OF_A_PROMPT, **_MORE_OF_A_METHOD, **_MORE_SECONDS},
 )
-_OF_HEADS = {name: _list(_list(_AMOUNT, 1), 1) for name in ("error", "recall", "cost")}
+_INTERVAL = _leaf(
+    "two ascending numbers, 0 or more",
+    lambda value: (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(_AMOUNT(end, "") is None for end in value)
+        and value[0] <= value[1]
+    ),
+)
+_FIGURES = ("error", "recall", "cost")
+_SUMMED = _Object(
+    {**dict.fromkeys(_FIGURES, _AMOUNT), "prompts": _LENGTH},
+    {"loss": _AMOUNT, "intervals": _Object({}, dict.fromkeys((*_FIGURES, "loss"), _INTERVAL))},
+)
+_OF_HEADS = {name: _list(_list(_AMOUNT, 1), 1) for name in _FIGURES}
 
 
 def _heads_fit(value: dict[str, Any], where: str) -> Misfit | None:
@@ -337,11 +351,16 @@ _CALIBRATION = _Object(
         "calibration": _Object(_OF_HEADS),
         "frontier": _list(
             _Object(
-                {"mode": _TEXT, "budget": _AMOUNT, "cost": _AMOUNT, "error": _AMOUNT}, {"held_out": _or_null(_AMOUNT)}
+                {"mode": _TEXT, "budget": _AMOUNT, "cost": _AMOUNT, "error": _AMOUNT},
+                {"held_out": _or_null(_AMOUNT), "held_out_interval": _or_null(_INTERVAL)},
             )
         ),
     },
-    {"about": _OBJECT, "held_out": _Object(_OF_HEADS)},
+    {
+        "about": _OBJECT,
+        "held_out": _Object(_OF_HEADS),
+        "summary": _Object({"calibration": _SUMMED}, {"held_out": _SUMMED}),
+    },
     (_heads_fit,),
 )
 # By ``kind``. Others are those of later versions.

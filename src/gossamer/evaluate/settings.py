@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from gossamer.evaluate.metrics import Interval, bootstrap_interval
+from gossamer.evaluate.metrics import Interval, bootstrap_interval, shown_interval
 from gossamer.methods import Method
 
 __all__ = ["ComparisonRow", "bounds_of", "bounds_table", "comparison_rows", "comparison_table", "pareto", "settings_of"]
@@ -138,19 +138,15 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> list[list[str]]:
                 f"{row.length:,}",
                 f"{row.density:.3f}",
                 f"{row.recall:.3f}",
-                f"{row.error:.4f}" + _shown(row.error_interval, "{:.3f}"),
+                f"{row.error:.4f}" + shown_interval(row.error_interval),
                 f"{row.time:.3f}",
                 f"{row.plan:.0%}",
                 f"{row.over_sdpa:.3f}",
-                "-" if row.kl is None else f"{row.kl:.4f}" + _shown(row.kl_interval, "{:.3f}"),
+                "-" if row.kl is None else f"{row.kl:.4f}" + shown_interval(row.kl_interval),
                 "-" if row.top1 is None else f"{row.top1:.3f}",
             ]
         )
     return table
-
-
-def _shown(interval: Interval | None, form: str) -> str:
-    return "" if interval is None else f" [{form.format(interval[0])}, {form.format(interval[1])}]"
 
 
 def bounds_of(records: Iterable[Record]) -> dict[tuple[int, str], list[tuple[float, float, float]]]:

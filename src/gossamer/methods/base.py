@@ -27,6 +27,8 @@ class Method(ABC):
             ``layer``, ``state``, ``rotary``, ``whole prompt``. A call that lacks one runs dense; the reason is counted.
         per_head: fields that may differ between heads that are planned together (`gossamer.methods.PerHead`). Where
             they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
+        apart: a key/value head with its query heads is planned as it would be in a call of its own. False where numbers
+            of a method belong to heads by their place.
         tables: fields that hold numbers by layer and head, made for one model (`gossamer.profiles.read_table`).
         settings: fields that `gossamer compare` tries, from the sparsest to the densest; empty: the defaults alone.
         candidates: fields that `gossamer calibrate` tries for each head; empty: `settings`.
@@ -37,6 +39,7 @@ class Method(ABC):
     per_head: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[Settings] = ()
     candidates: ClassVar[Settings] = ()
+    apart: ClassVar[bool] = True
     tables: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

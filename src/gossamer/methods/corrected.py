@@ -40,6 +40,14 @@ class Corrected(Method):
             raise TypeError(f"{self.name}.base must be a method, got {type(self.base).__name__}")
         check_attributes(self.pruned_mean, self.skip, SKIP_TILE, self.name)
 
+    @property
+    def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.needs
+
+    @property
+    def apart(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.apart
+
     def lacks(self, call: AttentionCall) -> str | None:
         return self.base.lacks(call)
 

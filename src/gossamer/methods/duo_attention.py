@@ -36,6 +36,7 @@ class DuoAttention(Method):
 
     name: ClassVar[str] = "duo_attention"
     tables: ClassVar[tuple[str, ...]] = ("gates",)
+    apart: ClassVar[bool] = False
     gates: Table = ()
     sparsity: float = 0.5
     sink: int = 64

@@ -37,6 +37,7 @@ class LServe(Method):
 
     name: ClassVar[str] = "lserve"
     tables: ClassVar[tuple[str, ...]] = ("gates",)
+    apart: ClassVar[bool] = False
     gates: Table = ()
     sparsity: float = 0.5
     sink: int = 128

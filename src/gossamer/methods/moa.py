@@ -37,6 +37,7 @@ class MoA(Method):
 
     name: ClassVar[str] = "moa"
     tables: ClassVar[tuple[str, ...]] = ("alphas", "betas")
+    apart: ClassVar[bool] = False
     alphas: Table = ()
     betas: Table = ()
     sink: int = 64

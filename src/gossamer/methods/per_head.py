@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from gossamer.call import AttentionCall
@@ -19,9 +19,10 @@ __all__ = ["PerHead", "needs_of"]
 class PerHead(Method):
     """A method of its own for each query head of each layer: what a search chose for one model.
 
-    Heads of one method that differ in its `Method.per_head` fields alone are planned together, others apart; the plans
-    are merged, with their blocks refined to the common divisor. A plan whose heads are key/value heads gives each of
-    its query heads the same row.
+    Heads of one method that differ in its `Method.per_head` fields alone are planned together, others apart, each with
+    the key/value heads that it is for and no others (where `Method.apart` allows); the plans are merged, with their
+    blocks refined to the common divisor. A plan whose heads are key/value heads gives each of its query heads the same
+    row.
 
     Fields:
         layers: ``[layer][head]`` of methods, for query heads; the same number in each layer.
@@ -50,10 +51,19 @@ class PerHead(Method):
         return super().to_dict() | {"layers": [[method.to_dict() for method in layer] for layer in self.layers]}
 
     def plan(self, call: AttentionCall) -> SparsePlan:
-        together = planned_together(self.layer(call.layer, call.heads))
-        plans = [method.plan(call) for method, _ in together]
-        owner = {head: number for number, (_, heads) in enumerate(together) for head in heads}
-        return merge_plans(plans, [owner[head] for head in range(call.heads)])
+        chosen = self.layer(call.layer, call.heads)
+        plans, owner, sources = [], [0] * call.heads, []
+        for number, heads in enumerate(planned_together(chosen)):
+            first = chosen[heads[0]]
+            groups = sorted({head // call.share for head in heads}) if first.apart else list(range(call.groups))
+            planned = [group * call.share + n for group in groups for n in range(call.share)]
+            part = call if "values" in first.needs else replace(call, v=None)
+            plans.append(_stacked(chosen, heads, planned).plan(part.of_groups(groups)))
+            share = len(planned) // plans[-1].heads
+            sources.append([planned.index(head) // share if head in planned else 0 for head in range(call.heads)])
+            for head in heads:
+                owner[head] = number
+        return plans[0] if len(plans) == 1 else merge_plans(plans, owner, sources)
 
     def layer(self, index: int | None, heads: int) -> Sequence[Method]:
         """The methods of one layer's heads.
@@ -70,17 +80,20 @@ def needs_of(method: Method) -> frozenset[str]:
     return method.needs.union(*(part.needs for part in parts))
 
 
-def planned_together(methods: Sequence[Method]) -> list[tuple[Method, list[int]]]:
-    """Methods that plan all heads at once, each with the heads that it is for, as few as may be."""
+def planned_together(methods: Sequence[Method]) -> list[list[int]]:
+    """Heads whose methods plan them at once, in as few parts as may be."""
     groups: dict[Any, list[int]] = {}
     for head, method in enumerate(methods):
         shared = tuple((f.name, getattr(method, f.name)) for f in fields(method) if f.name not in method.per_head)
         groups.setdefault((type(method), shared), []).append(head)
-    return [(_stacked(methods, heads), heads) for heads in groups.values()]
+    return list(groups.values())
 
 
-def _stacked(methods: Sequence[Method], heads: list[int]) -> Method:
-    """One method for all heads. Where a field differs it holds a tuple; heads of other methods get the first value."""
+def _stacked(methods: Sequence[Method], heads: Sequence[int], planned: Sequence[int]) -> Method:
+    """One method for some heads, in a call of the ``planned`` ones.
+
+    Where a field differs it holds a tuple; heads of other methods get the first value.
+    """
     first = methods[heads[0]]
     differing = [name for name in first.per_head if len({getattr(methods[head], name) for head in heads}) > 1]
     if not differing:
@@ -89,6 +102,6 @@ def _stacked(methods: Sequence[Method], heads: list[int]) -> Method:
     for part in fields(first):
         value = getattr(first, part.name)
         if part.name in differing:
-            value = tuple(getattr(methods[head], part.name) if head in heads else value for head in range(len(methods)))
+            value = tuple(getattr(methods[head], part.name) if head in heads else value for head in planned)
         object.__setattr__(stacked, part.name, value)
     return stacked

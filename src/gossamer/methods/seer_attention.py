@@ -41,6 +41,7 @@ class SeerAttention(Method):
 
     name: ClassVar[str] = "seer_attention"
     needs: ClassVar[frozenset[str]] = frozenset({"rotary"})
+    apart: ClassVar[bool] = False
     gates: str = ""
     threshold: float = 0.002
     share: float = 0.0

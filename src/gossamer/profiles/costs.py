@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from gossamer.call import AttentionCall
 from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
-from gossamer.profiles.machine import Machine, device_name
+from gossamer.profiles.kernels import MOST_TOKENS, Kernel, read_count, read_kernel, read_number, same_fields
+from gossamer.profiles.machine import Machine
+from gossamer.profiles.planning import Planning, read_planning
 
 __all__ = [
     "ENVIRONMENT",
@@ -30,6 +29,7 @@ __all__ = [
     "Costs",
     "Kernel",
     "KernelCost",
+    "Planning",
     "at_hand",
     "default_path",
 ]
@@ -41,33 +41,7 @@ SCHEMA = 1
 TERMS: tuple[str, ...] = ("calls", "tokens", "pairs", "column_pairs", "blocks", "columns")
 # From so many tokens on methods are used whose break-even was not measured on this machine.
 MIN_TOKENS = 2048
-_MOST_SECONDS = 1e9
-_MOST_TOKENS = 2**40
 _MOST_ENTRIES = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """What computes: ``cpu/avx512`` or ``triton`` (`gossamer.backends.name_of`), on ``cpu`` or a GPU by its name, in a
-    dtype, for a head dimension."""
-
-    backend: str
-    device: str
-    dtype: str
-    head_dim: int
-
-    @classmethod
-    def of(cls, subject: AttentionCall | Tensor) -> Kernel:
-        """The one that attends a call, or queries like these."""
-        from gossamer import backends
-
-        q = subject if isinstance(subject, Tensor) else subject.q
-        dtype = str(q.dtype).removeprefix("torch.")
-        return cls(backends.name_of(subject), device_name(q.device), dtype, q.shape[-1])
-
-    def __str__(self) -> str:
-        where = self.backend if self.device == "cpu" else f"{self.backend} on {self.device}"
-        return f"{where}, {self.dtype}, head dimension {self.head_dim}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +89,12 @@ class BreakEven:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What is known of a machine's costs: for each kernel, and for methods on them."""
+    """What is known of a machine's costs: for each kernel, and for methods beside them."""
 
     machine: Machine
     kernels: tuple[KernelCost, ...] = ()
     break_even: tuple[BreakEven, ...] = ()
+    planning: tuple[Planning, ...] = ()
 
     def kernel(self, kernel: Kernel) -> KernelCost | None:
         return next((cost for cost in self.kernels if cost.kernel == kernel), None)
@@ -131,8 +106,19 @@ class Costs:
         the earliest beyond it, and from `MIN_TOKENS` on.
         """
         points = [point for point in self.break_even if point.kernel == kernel]
-        wanted = _fields(method) if points else ""
-        return max((point.pays_from for point in points if _fields(point.method) == wanted), default=None)
+        wanted = same_fields(method) if points else ""
+        return max((point.pays_from for point in points if same_fields(point.method) == wanted), default=None)
+
+    def planning_seconds(
+        self, method: Mapping[str, Any], kernel: Kernel, heads: int, groups: int, length: int
+    ) -> float | None:
+        """Of making a method's plan (its fields as JSON has them) for some heads of a prompt; None: not measured.
+
+        Measured for several numbers of heads, by those with as many query heads to a key/value head, else the last.
+        """
+        found = [entry for entry in self.planning if entry.kernel == kernel and entry.method == method]
+        found.sort(key=lambda entry: entry.heads * groups == entry.groups * heads)
+        return found[-1].seconds_of(heads, length) if found else None
 
     def updated(self, newer: Costs) -> Costs:
         """The entries of both; the newer one's where both have one. Of another machine, nothing is kept."""
@@ -140,7 +126,8 @@ class Costs:
             return newer
         kernels = {cost.kernel: cost for cost in (*self.kernels, *newer.kernels)}
         points = {_identity(point): point for point in (*self.break_even, *newer.break_even)}
-        return Costs(newer.machine, tuple(kernels.values()), tuple(points.values()))
+        plans = {_identity(entry): entry for entry in (*self.planning, *newer.planning)}
+        return Costs(newer.machine, tuple(kernels.values()), tuple(points.values()), tuple(plans.values()))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -148,6 +135,7 @@ class Costs:
             "machine": self.machine.to_dict(),
             "kernels": [_plain(cost) for cost in self.kernels],
             "break_even": [_plain(point) for point in self.break_even],
+            "planning": [_plain(entry) for entry in self.planning],
         }
 
     @classmethod
@@ -166,7 +154,10 @@ class Costs:
             raise ValueError("kernels must have one entry for each kernel")
         if len({_identity(point) for point in points}) < len(points):
             raise ValueError("break_even must have one entry for each method, number of heads and kernel")
-        return cls(Machine.from_dict(data.get("machine")), tuple(kernels), tuple(points))
+        planning = [read_planning(entry, f"planning[{i}]") for i, entry in enumerate(_entries(data, "planning"))]
+        if len({_identity(entry) for entry in planning}) < len(planning):
+            raise ValueError("planning must have one entry for each method, number of heads and kernel")
+        return cls(Machine.from_dict(data.get("machine")), tuple(kernels), tuple(points), tuple(planning))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, to a temporary name first; its folder is made if there is none.
@@ -237,15 +228,11 @@ def forget() -> None:
     _read.cache_clear()
 
 
-def _identity(point: BreakEven) -> tuple[Any, ...]:
-    return point.kernel, _fields(point.method), point.heads, point.groups
+def _identity(point: BreakEven | Planning) -> tuple[Any, ...]:
+    return point.kernel, same_fields(point.method), point.heads, point.groups
 
 
-def _fields(method: Mapping[str, Any]) -> str:
-    return json.dumps(dict(method), sort_keys=True, default=str)
-
-
-def _plain(entry: KernelCost | BreakEven) -> dict[str, Any]:
+def _plain(entry: KernelCost | BreakEven | Planning) -> dict[str, Any]:
     values = {part.name: getattr(entry, part.name) for part in fields(entry) if part.name != "kernel"}
     values |= {name: dict(value) for name, value in values.items() if isinstance(value, Mapping)}
     values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
@@ -262,13 +249,6 @@ def _entries(data: Mapping[str, Any], name: str) -> list[Any]:
     return entries
 
 
-def _kernel(entry: Mapping[str, Any], what: str) -> Kernel:
-    for name in ("backend", "device", "dtype"):
-        if not isinstance(entry.get(name), str):
-            raise ValueError(f"{what}.{name} must be text, got {shown(entry.get(name))}")
-    return Kernel(entry["backend"], entry["device"], entry["dtype"], _count(entry, "head_dim", what))
-
-
 def _kernel_cost(entry: Mapping[str, Any], what: str) -> KernelCost:
     seconds = entry.get("seconds")
     if not isinstance(seconds, dict):
@@ -276,18 +256,18 @@ def _kernel_cost(entry: Mapping[str, Any], what: str) -> KernelCost:
     for name in seconds:
         if name not in TERMS:
             raise ValueError(f"{what}.seconds has {shown(name)}, which is none of {', '.join(TERMS)}")
-        _number(seconds, name, f"{what}.seconds")
+        read_number(seconds, name, f"{what}.seconds")
     lengths = entry.get("lengths")
     if not isinstance(lengths, list):
         raise ValueError(f"{what}.lengths must be a list, got {shown(lengths)}")
     numbered = {str(i): length for i, length in enumerate(lengths)}
     return KernelCost(
-        _kernel(entry, what),
+        read_kernel(entry, what),
         {name: float(value) for name, value in seconds.items()},
-        _number(entry, "error", what),
-        _number(entry, "worst", what),
-        _count(entry, "samples", what),
-        tuple(_count(numbered, i, f"{what}.lengths") for i in numbered),
+        read_number(entry, "error", what),
+        read_number(entry, "worst", what),
+        read_count(entry, "samples", what),
+        tuple(read_count(numbered, i, f"{what}.lengths") for i in numbered),
     )
 
 
@@ -295,20 +275,6 @@ def _break_even(entry: Mapping[str, Any], what: str) -> BreakEven:
     method = entry.get("method")
     if not isinstance(method, dict) or not isinstance(method.get("method"), str):
         raise ValueError(f"{what}.method must be an object that names a method, got {shown(method)}")
-    counts = {name: _count(entry, name, what) for name in ("heads", "groups", "shortest", "longest")}
-    tokens = None if entry.get("tokens") is None else _number(entry, "tokens", what, _MOST_TOKENS)
-    return BreakEven(_kernel(entry, what), method, tokens=tokens, **counts)
-
-
-def _count(entry: Mapping[str, Any], name: str, what: str) -> int:
-    value = entry.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_TOKENS:
-        raise ValueError(f"{what}.{name} must be an integer, 1 to {_MOST_TOKENS:,}, got {shown(value)}")
-    return value
-
-
-def _number(entry: Mapping[str, Any], name: str, what: str, most: float = _MOST_SECONDS) -> float:
-    value = entry.get(name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
-        raise ValueError(f"{what}.{name} must be a number, 0 to {most:g}, got {shown(value)}")
-    return float(value)
+    counts = {name: read_count(entry, name, what) for name in ("heads", "groups", "shortest", "longest")}
+    tokens = None if entry.get("tokens") is None else read_number(entry, "tokens", what, MOST_TOKENS)
+    return BreakEven(read_kernel(entry, what), method, tokens=tokens, **counts)

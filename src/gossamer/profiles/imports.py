@@ -8,9 +8,9 @@ from pathlib import Path
 
 from gossamer.methods import AShape, Dense, Method, XAttention
 from gossamer.methods.head_tables import full_heads
-from gossamer.profiles.files import MOST_BYTES, parse_json, read_file
+from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown
 from gossamer.profiles.profile import Profile, Provenance
-from gossamer.profiles.tables import read_duo, read_moa, read_table
+from gossamer.profiles.tables import GATES, read_duo, read_moa, read_table
 
 __all__ = ["FORMATS", "import_profile"]
 
@@ -27,6 +27,7 @@ def import_profile(
 ) -> Profile:
     """A profile from any of `FORMATS`; which one it is shows in the file, where ``form`` does not say it.
 
+    A file of MInference's whose heads are of a type that no method here is, is refused with the layer and head.
     DuoAttention's full heads become `Dense`, its others `AShape`, which are the same pairs. A line of MoA becomes the
     `AShape` of its span at one length, exact to the token where MoA keeps whole blocks.
 
@@ -39,12 +40,13 @@ def import_profile(
         OSError: it cannot be read.
         ValueError: it is none of these, or ``heads`` or ``length`` is missing or does not fit.
     """
-    form = form or _form_of(Path(path))
+    path = Path(path)
+    form = form or _form_of(path)
     if form in ("profile", "minference"):
         return Profile.load(path)
     layers: Sequence[Sequence[Method]]
     if form == "duo":
-        duo = read_duo(path)
+        duo = read_duo(path.parent if path.name == GATES else path)
         share, rest = divmod(heads or len(duo.gates[0]), len(duo.gates[0]))
         if rest or not share:
             raise ValueError(f"{path} has {len(duo.gates[0])} heads a layer; {heads} is no multiple of them")
@@ -68,7 +70,7 @@ def import_profile(
 
 
 def _form_of(path: Path) -> str:
-    if path.is_dir():
+    if path.is_dir() or path.name == GATES:
         return "duo"
     content = read_file(path, MOST_BYTES)
     if content.lstrip()[:1] not in (b"[", b"{"):
@@ -79,6 +81,11 @@ def _form_of(path: Path) -> str:
         raise ValueError(f"{path} is {error}") from None
     if isinstance(data, list):
         return "thresholds" if data and isinstance(data[0], list) else "minference"
-    if "schema" in data:
-        return "profile"
-    return "moa" if "alphas" in data else "thresholds" if "threshold" in data else "profile"
+    known = {"schema": "profile", "alphas": "moa", "threshold": "thresholds"}
+    form = next((form for name, form in known.items() if name in data), None)
+    if form is None:
+        found = ", ".join(map(shown, list(data)[:5])) or "nothing"
+        raise ValueError(
+            f"{path} is none of the formats {', '.join(FORMATS)}: it has {found}, none of {', '.join(known)}"
+        )
+    return form

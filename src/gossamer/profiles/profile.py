@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gossamer.methods import AShape, BlockSparse, Method, MInference, PerHead, VerticalSlash, from_dict
-from gossamer.plan.integers import MOST
 from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
+from gossamer.profiles.minference import from_entry, is_number, to_entry
+from gossamer.profiles.models import config_hash, differing
 
 __all__ = ["Profile", "Provenance"]
 
 SCHEMA = 2
 _FIGURES = ("scores", "errors", "costs")
-# MInference's published files: the pattern's name, and the fields that its numbers fill.
-_PUBLISHED: dict[str, tuple[type[Method], tuple[str, ...]]] = {
-    "vertical_and_slash": (VerticalSlash, ("vertical_size", "slash_size")),
-    "stream_llm": (AShape, ("sink", "window")),
-    "block_sparse": (BlockSparse, ("blocks",)),
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a profile comes from. Free text and lists; nothing is looked up by it.
+    """Where a profile comes from: texts and lists. `Profile.check_config` compares the config; all else is for readers.
 
     Fields:
-        model: its id or path; config_hash: of its config, in hexadecimal.
+        model: its id or path; config: what of its config attention depends on, a text of JSON, and config_hash: its
+            SHA-256 in hexadecimal (`gossamer.profiles.models`).
         samples, prompts_hash: which prompts, and their hash; lengths: in tokens.
-        metric: what ``errors`` measure; kernel: what ``costs`` hold for; machine: where they were measured.
+        metric: what ``errors`` measure; held_out: what they are on prompts that did not choose.
+        kernel: what ``costs`` hold for; machine: where they were measured.
     """
 
     model: str = ""
@@ -45,6 +41,8 @@ class Provenance:
     prompts_hash: str = ""
     kernel: str = ""
     machine: str = ""
+    config: str = ""
+    held_out: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +99,33 @@ class Profile:
                 f"the profile is for {len(self.layers)} layers of {self.heads} heads{made_for}, but this model has "
                 f"{layers} layers of {heads}; use a profile made for it"
             )
+
+    def check_config(self, config: Any) -> str | None:
+        """That it is for the model of a transformers config.
+
+        Another shape, or another kind, number of key/value heads, width or dimension of a head where the profile says
+        which it was made for, is another model. All else, such as another base of the rotary embedding, may be a
+        version of the same.
+
+        Returns:
+            in what the model differs from the one that it was made for, as a sentence; None if in nothing known.
+
+        Raises:
+            ValueError: it is for another model; the message says in what it differs.
+        """
+        text = config.get_text_config(decoder=True)
+        layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
+        if isinstance(layers, int) and isinstance(heads, int):
+            self.check(layers, heads)
+        made_for = f"the profile was made for {shown(self.provenance.model)[1:-1] or 'another model'}"
+        found = differing(self.provenance.config, config)
+        if found is None:
+            given = self.provenance.config_hash
+            return f"{made_for}, whose config differs" if given and given != config_hash(config) else None
+        shape, others = found
+        if shape:
+            raise ValueError(f"{made_for}, with {', '.join(shape)}; use a profile made for this model")
+        return f"{made_for}, with {', '.join(others)}" if others else None
 
     def shard(self, rank: int, ranks: int, groups: int) -> Profile:
         """The heads of one rank of a tensor-parallel model, as frameworks split them: by key/value head.
@@ -191,7 +216,7 @@ class Profile:
         """
         scores = self.scores or [[None] * self.heads] * len(self.layers)
         return [
-            {str(j): _entry(method, scores[i][j], f"layer {i}, head {j}") for j, method in enumerate(layer)}
+            {str(j): to_entry(method, scores[i][j], f"layer {i}, head {j}") for j, method in enumerate(layer)}
             for i, layer in enumerate(self.layers)
         ]
 
@@ -207,43 +232,16 @@ class Profile:
         for i, layer in enumerate(layers):
             if not isinstance(layer, dict):
                 raise ValueError(f"layer {i}: expected an object of heads, got {shown(layer)}")
-            found = [_published(layer.get(str(head)), f"layer {i}, head {head}") for head in range(len(layer))]
+            missing = next((head for head in range(len(layer)) if str(head) not in layer), None)
+            if missing is not None:
+                raise ValueError(
+                    f"layer {i} has no head {missing}: MInference's format names its {len(layer)} heads 0 to "
+                    f"{len(layer) - 1}"
+                )
+            found = [from_entry(layer[str(head)], f"layer {i}, head {head}") for head in range(len(layer))]
             methods.append(tuple(method for method, _ in found))
             scores.append(tuple(score for _, score in found))
         return cls(tuple(methods), tuple(scores), Provenance(samples="a file in MInference's published format"))
-
-
-def _published(entry: Any, where: str) -> tuple[Method, float | None]:
-    """One head of a published file, with its score if it has one."""
-    kinds = list(_PUBLISHED)
-    if (
-        not isinstance(entry, list | tuple)
-        or len(entry) < 3
-        or entry[0] not in kinds
-        or not all(map(_is_number, entry[1:]))
-    ):
-        raise ValueError(
-            f"{where}: expected [type, number, number, score] with a type of {', '.join(kinds)} and numbers of at most "
-            f"{MOST}, got {shown(entry)}"
-        )
-    kind, names = _PUBLISHED[entry[0]]
-    try:
-        method = kind.from_fields({name: int(number) for name, number in zip(names, entry[1:], strict=False)})
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    return method, float(entry[3]) if len(entry) > 3 else None
-
-
-def _entry(method: Method, score: float | None, where: str) -> list[Any]:
-    for pattern, (kind, names) in _PUBLISHED.items():
-        if type(method) is kind:
-            numbers = [getattr(method, name) for name in names]
-            if kind.from_fields(dict(zip(names, numbers, strict=True))) == method:
-                return [pattern, *numbers, *[0] * (2 - len(numbers)), 0.0 if score is None else score]
-    raise ValueError(
-        f"{where}: MInference's format holds {', '.join(kind.name for kind, _ in _PUBLISHED.values())} with their "
-        f"budgets alone, not {shown(method.to_dict())}"
-    )
 
 
 def _provenance(data: Any) -> Provenance:
@@ -267,13 +265,6 @@ def _provenance(data: Any) -> Provenance:
     return Provenance(**known)
 
 
-def _is_number(value: Any) -> bool:
-    """A number that is neither NaN nor infinite, and that a float can hold."""
-    if isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) <= MOST
-    return isinstance(value, float) and math.isfinite(value)
-
-
 def _figures(rows: Any, name: str) -> tuple[tuple[float | None, ...], ...] | None:
     """Numbers or nulls by layer and head."""
     if rows is None:
@@ -282,7 +273,7 @@ def _figures(rows: Any, name: str) -> tuple[tuple[float | None, ...], ...] | Non
         raise ValueError(f"a profile's {name} must be a list (layers) of lists (heads)")
     for i, layer in enumerate(rows):
         for j, value in enumerate(layer):
-            if value is not None and not _is_number(value):
+            if value is not None and not is_number(value):
                 one = {"scores": "a score", "errors": "an error", "costs": "a cost"}[name]
                 raise ValueError(f"profile layer {i}, head {j}: {one} is a number or null, got {shown(value)}")
     return tuple(tuple(layer) for layer in rows)

@@ -12,9 +12,9 @@ from typing import Any
 from gossamer.methods import DuoAttention, MoA
 from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
 
-__all__ = ["read_duo", "read_moa", "read_table", "write_duo", "write_moa"]
+__all__ = ["GATES", "read_duo", "read_moa", "read_table", "write_duo", "write_moa"]
 
-_GATES, _CONFIG = "full_attention_heads.tsv", "config.json"
+GATES, _CONFIG = "full_attention_heads.tsv", "config.json"
 _MOST_LAYERS = _MOST_HEADS = 100_000  # more than any model has
 
 Rows = tuple[tuple[float, ...], ...]
@@ -34,7 +34,7 @@ def read_table(path: str | os.PathLike[str], field: str) -> Rows:
     """
     path = Path(path)
     if path.is_dir():
-        path = path / _GATES
+        path = path / GATES
     content = read_file(path, MOST_BYTES)
     if content.lstrip()[:1] not in (b"[", b"{"):
         return _separated(content, path)
@@ -57,7 +57,7 @@ def read_duo(folder: str | os.PathLike[str], **fields: Any) -> DuoAttention:
         ValueError: a file is something else; or a field that `DuoAttention` does not know or take.
     """
     folder = Path(folder)
-    gates = tuple(tuple(min(max(gate, 0.0), 1.0) for gate in layer) for layer in read_table(folder / _GATES, "gates"))
+    gates = tuple(tuple(min(max(gate, 0.0), 1.0) for gate in layer) for layer in read_table(folder / GATES, "gates"))
     config = _json(read_file(folder / _CONFIG, MOST_BYTES), folder / _CONFIG)
     sizes: dict[str, Any] = {"gates": gates}
     for field, name in (("sink", "sink_size"), ("recent", "recent_size")):
@@ -79,7 +79,7 @@ def write_duo(folder: str | os.PathLike[str], gates: Sequence[Sequence[float]], 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / _GATES, "".join("\t".join(repr(float(gate)) for gate in layer) + "\n" for layer in gates))
+    write_whole(folder / GATES, "".join("\t".join(repr(float(gate)) for gate in layer) + "\n" for layer in gates))
     write_json(folder / _CONFIG, {"sink_size": sink, "recent_size": recent})
 
 

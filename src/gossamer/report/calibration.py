@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gossamer.calibrate.summary import summary_table
 from gossamer.report.figure import Figure, Record, Style, Table, family_styles, legend
 from gossamer.report.html import Html
 from gossamer.report.svg import PALETTE, Panel, number
@@ -60,10 +61,12 @@ def _fields(method: dict[str, Any]) -> str:
 
 def budgets(records: Sequence[Record]) -> Figure:
     """Error against cost, for a budget of each head and for one that all share."""
-    table: Table = [["mode", "budget", "cost", "error", "held-out error"]]
+    table: Table = [["mode", "budget", "cost", "error", "held-out error", "from", "to"]]
     panels = []
     for record in _of(records):
-        table += [[p["mode"], p["budget"], p["cost"], p["error"], p.get("held_out")] for p in record["frontier"]]
+        for p in record["frontier"]:
+            interval = p.get("held_out_interval") or (None, None)
+            table.append([p["mode"], p["budget"], p["cost"], p["error"], p.get("held_out"), *interval])
         shown = dict.fromkeys(("cost", "error"), _LEAST)  # axes are logarithmic
         points = [p | {name: max(p[name], least) for name, least in shown.items()} for p in record["frontier"]]
         if points:
@@ -95,7 +98,7 @@ def _frontier(points: Sequence[Record]) -> Html:
 def held_out(records: Sequence[Record]) -> Figure:
     """Each head's error on prompts that did not choose, against that on those that did."""
     table: Table = [["mode", "layer", "head", "method", "calibration error", "held-out error"]]
-    panels = []
+    panels, words = [], []
     for record in (record for record in _of(records) if "held_out" in record):
         points = []
         for i, layer in enumerate(record["layers"]):
@@ -115,5 +118,12 @@ def held_out(records: Sequence[Record]) -> Figure:
             marker = styles[method].marker or "circle"
             panel.marker(*panel.place(mine, other), marker, styles[method].colour, hint, 0.7)
         panels.append((f"{record['mode']}: a point a head", panel.render(scale=1.4)))
-    note = "On the dashed line a head loses as much on prompts that it was not chosen by; above it, more."
-    return Figure("held-out", "Held-out against calibration error", note, panels, table)
+    for record in (record for record in _of(records) if "summary" in record):
+        header, *rows = summary_table(record["summary"])
+        words += [] if words else [["mode", *header]]
+        words += [[record["mode"], *row] for row in rows]
+    note = (
+        "On the dashed line a head loses as much on prompts that it was not chosen by; above it, more. Below, means "
+        "over all heads, with 95% intervals over the prompts."
+    )
+    return Figure("held-out", "Held-out against calibration error", note, panels, table, words=words)

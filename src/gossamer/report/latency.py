@@ -10,7 +10,7 @@ from gossamer.report.figure import Figure, Style, Table, family, label_styles, l
 from gossamer.report.html import Html
 from gossamer.report.svg import Panel, number
 
-__all__ = ["break_even", "dense_labels", "latency"]
+__all__ = ["break_even", "dense_labels", "faster_from", "latency"]
 
 Seconds = Mapping[int, float]
 
@@ -73,14 +73,15 @@ def _words(seconds: Mapping[str, Seconds], plain: Sequence[str]) -> list[list[st
         for base in plain:
             shared = sorted(set(by) & set(seconds[base]))
             point = break_even(shared, [seconds[base][n] for n in shared], [by[n] for n in shared])
-            cells.append(_from(point, shared))
+            cells.append(faster_from(point, shared))
             last = max(seconds[base])
             cells.append(f"{seconds[base][last] / by[last]:.2f}" if last in by else "-")
         table.append(cells)
     return table if plain and len(table) > 1 else []
 
 
-def _from(point: float | None, shared: Sequence[int]) -> str:
+def faster_from(point: float | None, shared: Sequence[int]) -> str:
+    """A break-even in words, for a cell of a table."""
     if not shared:
         return "-"
     if point is None:

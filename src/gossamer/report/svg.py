@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from gossamer.report.html import Html, element
 
-__all__ = ["MARKERS", "PALETTE", "Panel", "colour_of", "number", "text_on"]
+__all__ = ["MARKERS", "PALETTE", "Panel", "colour_of", "number", "stacked", "svg_file", "text_on"]
 
 # Okabe and Ito's colours, which differ for all kinds of colour vision, and markers that differ without colour.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6BB3", "#8C8C00")
@@ -19,6 +19,9 @@ _CROSS = (
 )
 # Stops of a scale like cividis: its lightness grows evenly, for all kinds of colour vision.
 _STOPS = ((0, 32, 76), (66, 78, 108), (124, 123, 120), (187, 173, 108), (255, 234, 70))
+
+# What a page says elsewhere.
+_ALONE = "<style>svg{--grid:#ddd;--axis:#888;color:#222;font-family:sans-serif}</style>"
 
 
 def colour_of(value: float) -> str:
@@ -120,6 +123,24 @@ class Panel:
             aria_label=self.title,
             style=f"max-width:{self.width * scale:.0f}px",
         )
+
+
+def stacked(panels: Sequence[Panel], title: str) -> Panel:
+    """One picture of several, from top to bottom."""
+    whole = Panel(max(panel.width for panel in panels), sum(panel.height for panel in panels), title)
+    top = 0
+    for panel in panels:
+        whole.parts.append(element("g", *panel.parts, transform=f"translate(0 {top})"))
+        top += panel.height
+    return whole
+
+
+def svg_file(panel: Panel) -> str:
+    """A picture as a file of its own, on white."""
+    body = panel.render().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    start = body.index(">") + 1
+    ground = f'<rect width="{panel.width}" height="{panel.height}" fill="#fff"/>'
+    return body[:start] + _ALONE + ground + body[start:] + "\n"
 
 
 def _title(hint: str) -> list[Html]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -28,6 +29,8 @@ from gossamer.policy import Policy
 from gossamer.profiles import Profile
 
 __all__ = ["Handle", "enable"]
+
+logger = logging.getLogger("gossamer")
 
 
 class Handle:
@@ -191,7 +194,8 @@ def enable(
         model: a transformers model whose attention goes through ``AttentionInterface``.
         method: a name from `gossamer.methods.available`, a method, or a whole policy.
         profile: methods per layer and head instead: a `Profile`, or the path of one. `method` may be left out, or name
-            what the profile holds (``minference``, ``per_head``).
+            what the profile holds (``minference``, ``per_head``). A profile of another model is refused; of one whose
+            config differs a little (`Profile.check_config`), the logger ``gossamer`` warns.
         min_tokens, max_density: thresholds of the policy; see `Policy`.
         bidirectional: also run encoders and cross-attention sparse, where the method can; else they run dense. Of
             encoder-decoders, keys with left padding run dense all the same.
@@ -199,12 +203,15 @@ def enable(
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: an unknown method or field, a model that is enabled already, one that cannot switch its attention
-            implementation, or one that shares its config with a model that is enabled otherwise; or a method that needs
-            the rotary embedding of a model that has none, or one that cannot be undone.
+        ValueError: an unknown method or field, a profile of another model, a model that is enabled already, one that
+            cannot switch its attention implementation, or one that shares its config with a model that is enabled
+            otherwise; or a method that needs the rotary embedding of a model that has none, or one that cannot be
+            undone.
         RuntimeError: later, after the first forward pass of the model, its base model or another part that reads text:
             some of its attention layers did not come here.
     """
+    if profile is not None and not isinstance(profile, Profile):
+        profile = Profile.load(profile)
     policy = _policy(method, profile, min_tokens, max_density, fields)
     modules = getattr(model, "modules", None)
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config") or modules is None:
@@ -212,7 +219,7 @@ def enable(
             f"gossamer.enable needs a transformers model (a PreTrainedModel), got {type(model).__name__}; "
             "for a pipeline, pass its .model"
         )
-    _check_profile(policy.method, model.config)
+    _check_profile(policy.method, profile, model.config)
     if any(owner_of(module) is not None for module in modules()):
         raise ValueError(
             f"this {type(model).__name__}, or a part of it, is enabled already; call disable() on its handle first"
@@ -245,7 +252,7 @@ def enable(
 
 def _policy(
     method: str | Method | Policy,
-    profile: str | os.PathLike[str] | Profile | None,
+    profile: Profile | None,
     min_tokens: int | None,
     max_density: float | None,
     fields: dict[str, Any],
@@ -253,7 +260,7 @@ def _policy(
     thresholds: dict[str, Any] = {"min_tokens": min_tokens, "max_density": max_density}
     thresholds = {name: value for name, value in thresholds.items() if value is not None}
     if profile is not None:
-        method = _of_profile(method, profile if isinstance(profile, Profile) else Profile.load(profile), fields)
+        method = _of_profile(method, profile, fields)
         fields = {}
     if isinstance(method, str):
         return Policy(methods.create(method, **fields), **thresholds)
@@ -278,9 +285,10 @@ def _of_profile(method: str | Method | Policy, profile: Profile, fields: dict[st
     return named
 
 
-def _check_profile(method: Method, config: Any) -> None:
-    """That methods per head are for this model, where its config says how many layers and heads it has."""
-    text = config.get_text_config(decoder=True)
-    layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
-    if isinstance(method, PerHead) and method.layers and isinstance(layers, int) and isinstance(heads, int):
-        Profile(method.layers).check(layers, heads)
+def _check_profile(method: Method, profile: Profile | None, config: Any) -> None:
+    """That methods per head are for this model, where its config and the profile say how that shows."""
+    if profile is None and isinstance(method, PerHead) and method.layers:
+        profile = Profile(method.layers)
+    note = None if profile is None else profile.check_config(config)
+    if note is not None:
+        logger.warning("%s; it may fit this one less well", note)
