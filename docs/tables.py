@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # Files beside this one: mkdocs finds them while it loads a hook.
+import calibration_tables
 import choices
 import family_tables
 import integer_tables
@@ -220,6 +221,15 @@ def integers_table() -> str:
     )
 
 
+def calibration_table() -> str:
+    """How calibrated profiles hold on other prompts, for each model."""
+
+    def made(found: dict[str, Any], _: Path) -> str:
+        return markdown(*calibration_tables.calibration_table(found))
+
+    return for_each_machine("calibration_*.json", made)
+
+
 def gpu_table() -> str:
     """What was timed on each GPU."""
     return for_each_machine("gpu.json", gpu_rows)
@@ -373,6 +383,7 @@ TABLES = {
     "end_to_end": end_to_end_table,
     "targets": targets_table,
     "integers": integers_table,
+    "calibration": calibration_table,
     "gpu": gpu_table,
     "demo": demo_table,
     "demo_pretrained": lambda: for_each_machine("demo_pretrained.json", demo_rows),

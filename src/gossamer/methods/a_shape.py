@@ -24,8 +24,8 @@ class AShape(Method):
     name: ClassVar[str] = "a_shape"
     settings: ClassVar[Settings] = tuple({"sink": 64, "window": window} for window in (256, 1024, 4096))
     candidates: ClassVar[Settings] = tuple(
-        {"sink": sink, "window": window} for sink in (16, 64) for window in (64, 128, 256, 512, 1024, 2048, 4096)
-    )
+        {"sink": 16, "window": window} for n in range(6, 13) for window in (1 << n, 3 << (n - 1))
+    ) + tuple({"sink": 64, "window": window} for window in (256, 1024, 4096))
     sink: int = 128
     window: int = 3968
 
