@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,7 +42,8 @@ def make_model(folder: Path, layers: int, length: int) -> None:
         max_position_embeddings=2 * length,
         dtype="bfloat16",
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
     for path in REFERENCE.glob("*token*"):
         shutil.copy(path, folder)
 

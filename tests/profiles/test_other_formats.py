@@ -221,7 +221,8 @@ def test_the_command_shows_where_a_profile_is_from_on_a_line_each(tmp_path: Path
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path, capsys) -> None:
-    for data in ("{", "{}", [[2.0]], [{"0": ["flex_vertical_and_slash", [0.9, 4096], [0.9, 4096], 1.0]}]):
+    for data in ("{", "{}", "<html>", [[2.0]], [{"0": ["flex_vertical_and_slash", [0.9, 4096], [0.9, 4096], 1.0]}]):
         assert main(["profile", "show", str(written(tmp_path / "p.json", data))]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        message = capsys.readouterr().err
+        assert (message.count("\n"), message.count("p.json")) == (1, 1)
     assert main(["profile", "show", str(tmp_path / "none")]) == 2

@@ -60,8 +60,9 @@ def import_profile(
         spans = [moa.spans(length, i, len(layer)).tolist() for i, layer in enumerate(moa.alphas)]
         layers = [[AShape(moa.sink, max(1, span - moa.sink)) for span in layer] for layer in spans]
     elif form == "thresholds":
+        table = read_table(path, "threshold")
         try:
-            layers = [[XAttention(threshold) for threshold in layer] for layer in read_table(path, "threshold")]
+            layers = [[XAttention(threshold) for threshold in layer] for layer in table]
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     else:
