@@ -119,10 +119,10 @@ def test_short_prompts_run_dense_and_are_counted() -> None:
     assert found.points[0].error == [0.0, 0.0]
 
 
-def run(path: Path, stop_after: int | None = None, **changes: Any) -> list[dict[str, Any]]:
+def run(path: Path, stop_after: int | None = None, every: bool = False, **changes: Any) -> list[dict[str, Any]]:
     of, work = subject(), job(methods=(SPARSE, SPARSER), lengths=(300,), samples=1, fidelity=0, **changes)
     with ResultsFile(path, make_header(of, work)) as results:
-        for done, _ in enumerate(compare(of, work, results, rounds=1), 1):
+        for done, _ in enumerate(compare(of, work, results, rounds=1, every_logits=every), 1):
             if done == stop_after:
                 break
     return read_lines(path.read_bytes(), path)
@@ -148,6 +148,13 @@ def test_an_interrupted_comparison_ends_with_the_same_lines(tmp_path: Path) -> N
     before = (tmp_path / "cut.jsonl").read_bytes()
     run(tmp_path / "cut.jsonl")
     assert (tmp_path / "cut.jsonl").read_bytes() == before
+
+
+def test_every_setting_may_run_through_the_whole_model(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    points = [cell for cell in cells(run(path)) if cell[0] == "point"]
+    kinds = [cell[0] for cell in cells(run(path, every=True))]
+    assert kinds.count("logits") == kinds.count("point") == len(points) == 6
 
 
 def point(method: str, plan: float, attend: float, error: float, **more: Any) -> dict[str, Any]:

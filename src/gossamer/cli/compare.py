@@ -57,6 +57,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--limit", type=int, default=1, help="prompts of each kind and length (default: %(default)s)")
     parser.add_argument("--layers", metavar="LIST", help="look at these alone, such as 0,3-5 (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="of timing; the median counts (default: %(default)s)")
+    parser.add_argument(
+        "--logits",
+        choices=("front", "all"),
+        default="front",
+        help="run these settings through the whole model: those that no other beats, or all (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=Path("compare.jsonl"), help="results; an existing file goes on")
     parser.add_argument("--haystack", default="package", help="text file for the tasks (default: gossamer's own text)")
     parser.add_argument("--text", help="text file for the prompts named text (default: the haystack)")
@@ -93,7 +99,8 @@ def execute(arguments: argparse.Namespace) -> int:
         job = job.on(subject)
         prompts = list(prompts_of(job, job.windows(subject)))
         with ResultsFile(arguments.out, make_header(subject, job)) as results:
-            for _ in compare(subject, job, results, layers=layers, rounds=arguments.rounds, progress=_progress()):
+            given = {"layers": layers, "rounds": arguments.rounds, "every_logits": arguments.logits == "all"}
+            for _ in compare(subject, job, results, **given, progress=_progress()):
                 pass
             records = results.records
     except ValueError as error:

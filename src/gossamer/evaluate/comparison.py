@@ -86,12 +86,14 @@ def compare(
     *,
     layers: Sequence[int] | None = None,
     rounds: int = 3,
+    every_logits: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Record]:
     """Measure what the file lacks and yield each new line: ``point`` and ``bounds``, then ``logits`` of the front.
 
     Args:
         layers, rounds: see `gossamer.evaluate.frontier.measure`.
+        every_logits: ``logits`` of every setting, not of the front alone.
         progress: called with a word on what is done.
 
     Raises:
@@ -106,7 +108,7 @@ def compare(
         here = [prompt for prompt in prompts if prompt.length == length]
         rows = comparison_rows([record for record in results.records if _is_of(record, here, settings)])
         front = {row.method for row in rows if row.front}
-        chosen = [setting for setting in settings if setting.head["method"] in front]
+        chosen = [setting for setting in settings if every_logits or setting.head["method"] in front]
         for prompt in here:
             yield from _logits(subject, job, results, prompt, chosen, windows, progress)
 
