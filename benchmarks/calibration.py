@@ -41,8 +41,8 @@ from torch import Tensor
 
 from gossamer import AttentionCall, __version__
 from gossamer.backends import attend
-from gossamer.calibrate.cost import CostModel
 from gossamer.calibrate.candidates import candidates
+from gossamer.calibrate.cost import CostModel
 from gossamer.calibrate.prices import Modelled
 from gossamer.calibrate.samples import Samples
 from gossamer.calibrate.search import Found, Mode, measure
