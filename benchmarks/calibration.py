@@ -324,6 +324,7 @@ def main() -> None:
     torch.manual_seed(0)
     subject = load_subject(arguments, arguments.length)
     about = {
+        **{name: [_name(kind) for kind in of_names(getattr(arguments, name))] for name in ("first", "second")},
         "model": subject.to_dict(),
         "length": arguments.length,
         "samples": arguments.samples,
