@@ -28,7 +28,10 @@ using Given = std::pair<uintptr_t, int64_t>;
 
 template <class T>
 T* pointer(const Given& array) {
-  return array.second == 0 ? nullptr : pointer<T>(array.first);
+  if (array.second == 0) return nullptr;
+  // A tensor whose storage was taken away has its elements, and no address.
+  if (array.first == 0) throw std::invalid_argument("a tensor has lost its memory; make a new plan");
+  return pointer<T>(array.first);
 }
 
 inline const Kernels& kernels_for(const std::string& isa) {

@@ -112,6 +112,15 @@ def test_tensors_that_were_resized_are_named(name: str) -> None:
         cpu.attend(call, plan)
 
 
+@pytest.mark.parametrize("name", ["block_indptr", "block_indices", "column_indptr", "column_indices"])
+def test_tensors_that_lost_their_memory_are_named(name: str) -> None:
+    plan = random_plan(11, batch=2, heads=2, query_len=150, key_len=210)
+    call = draw(plan, heads=4, groups=2, dim=32)
+    getattr(plan, name).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="lost its memory"):
+        cpu.attend(call, plan)
+
+
 @pytest.mark.parametrize("name", ["query_start", "query_count", "key_start", "key_count"])
 def test_an_extent_of_other_batch_rows_is_named(name: str) -> None:
     plan = random_plan(11, batch=2, heads=2, query_len=150, key_len=210)
