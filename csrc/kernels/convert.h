@@ -32,6 +32,25 @@ inline float scalar_as_float(const void* row, int d, DType dtype) {
   }
 }
 
+template <class V>
+inline void store_as(void* row, int d, DType dtype, typename V::Reg x) {
+  if (dtype == DType::kBFloat16)
+    V::store_bf16(static_cast<uint16_t*>(row) + d, x);
+  else if (dtype == DType::kFloat16)
+    V::store_fp16(static_cast<uint16_t*>(row) + d, x);
+  else
+    V::store(static_cast<float*>(row) + d, x);
+}
+
+inline void store_scalar(void* row, int d, DType dtype, float x) {
+  if (dtype == DType::kBFloat16)
+    static_cast<uint16_t*>(row)[d] = float_to_bf16(x);
+  else if (dtype == DType::kFloat16)
+    static_cast<uint16_t*>(row)[d] = float_to_fp16(x);
+  else
+    static_cast<float*>(row)[d] = x;
+}
+
 // A row of dim values as floats, times a factor, zero up to padded.
 template <class V>
 inline void widen_row(const void* row, DType dtype, int dim, int padded, float factor, float* out) {
@@ -47,24 +66,8 @@ template <class V>
 inline void narrow_row(const float* row, DType dtype, int dim, float factor, void* out) {
   const auto times = V::set1(factor);
   int d = 0;
-  for (; d + V::kWidth <= dim; d += V::kWidth) {
-    const auto x = V::mul(V::load(row + d), times);
-    if (dtype == DType::kBFloat16)
-      V::store_bf16(static_cast<uint16_t*>(out) + d, x);
-    else if (dtype == DType::kFloat16)
-      V::store_fp16(static_cast<uint16_t*>(out) + d, x);
-    else
-      V::store(static_cast<float*>(out) + d, x);
-  }
-  for (; d < dim; ++d) {
-    const float x = row[d] * factor;
-    if (dtype == DType::kBFloat16)
-      static_cast<uint16_t*>(out)[d] = float_to_bf16(x);
-    else if (dtype == DType::kFloat16)
-      static_cast<uint16_t*>(out)[d] = float_to_fp16(x);
-    else
-      static_cast<float*>(out)[d] = x;
-  }
+  for (; d + V::kWidth <= dim; d += V::kWidth) store_as<V>(out, d, dtype, V::mul(V::load(row + d), times));
+  for (; d < dim; ++d) store_scalar(out, d, dtype, row[d] * factor);
 }
 
 }  // namespace

@@ -44,6 +44,10 @@ struct ScoreKernels {
   // Sums 2^(logit - reference) over each `run` consecutive columns of a row: 64 / run sums a row, 0 where it sees none.
   // A row's reference is the largest logit of its calls so far, kept in maximum; -inf where it sees none here.
   void (*run_mass)(const ScorePanel&, int run, float* maximum, float* references, float* sums);
+  // The largest logit of each `run` consecutive columns of a row: 64 / run a row, -inf where it sees none.
+  void (*run_maxima)(const ScorePanel&, int run, float* maxima);
+  // Adds e = 2^(peak - top) of each peak to the sums, and sets the flags where it is above a bar.
+  void (*add_peaks)(const float* peaks, int64_t count, float top, float bar, float* sums, uint8_t* flags);
   // The largest 2^(logit + shift[row]) of each column over each `run` consecutive rows: 64 a run.
   void (*largest_mass)(const ScorePanel&, const float* shift, int run, float* largest);
   // The same without the exponential: the largest logit + shift[row].
@@ -52,6 +56,8 @@ struct ScoreKernels {
   void (*mark_above)(const ScorePanel&, const float* shift, int run, float bar, uint64_t* marks);
   // Products of queries and keys, as logits; masks and the factor take no part.
   void (*products)(const ScorePanel&);
+  // Turns each of the first `pairs` channels x with the one that lies `pairs` further, y: x cos - y sin, y cos + x sin.
+  void (*turn)(const char* row, int dim, int pairs, DType dtype, const float* cos, const float* sin, char* out);
   // Mean of consecutive rows.
   void (*mean)(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* out);
 };

@@ -24,7 +24,8 @@ class ScoreCode {
     const int depth = depth_of(list.padded_dim);
     for (int r = 0; r < list.count; ++r) {
       uint32_t* row = static_cast<uint32_t*>(out) + int64_t{r} * depth;
-      if (list.rows[r] == nullptr || Isa::kPairs) std::memset(row, 0, sizeof(uint32_t) * depth);
+      const bool padded = Isa::kPairs && list.dim < list.padded_dim;
+      if (list.rows[r] == nullptr || padded) std::memset(row, 0, sizeof(uint32_t) * depth);
       if (list.rows[r] == nullptr) continue;
       if constexpr (Isa::kPairs)
         std::memcpy(row, list.rows[r], sizeof(uint16_t) * list.dim);
@@ -36,9 +37,13 @@ class ScoreCode {
   static void pack_keys(const RowList& list, void* out) {
     alignas(64) uint32_t copies[kChunk * kMaxHeadDim];
     const int depth = depth_of(list.padded_dim);
-    pack_queries(list, copies);
     const void* rows[kChunk];
-    for (int t = 0; t < kChunk; ++t) rows[t] = copies + int64_t{t} * depth;
+    if (list.dim == list.padded_dim && (Isa::kPairs || list.dtype == DType::kFloat32)) {
+      for (int t = 0; t < kChunk; ++t) rows[t] = list.rows[t] != nullptr ? list.rows[t] : KeyRows<Isa>::zeros();
+    } else {
+      pack_queries(list, copies);
+      for (int t = 0; t < kChunk; ++t) rows[t] = copies + int64_t{t} * depth;
+    }
     transpose_keys<V>(rows, depth, static_cast<uint32_t*>(out));
   }
 
@@ -154,6 +159,38 @@ class ScoreCode {
     }
   }
 
+  static void run_maxima(const ScorePanel& panel, int run, float* maxima) {
+    multiply(panel);
+    const int runs = kChunk / run;
+    for (int r = 0; r < panel.rows; ++r) {
+      Reg z[kVectors];
+      load_row(panel, r, z);
+      float* row = panel.logits + int64_t{r} * kScorePitch;
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t) V::store(row + t * V::kWidth, z[t]);
+      for (int n = 0; n < runs; ++n) maxima[int64_t{r} * runs + n] = largest_of(row + n * run, run);
+    }
+  }
+
+  static void add_peaks(const float* peaks, int64_t count, float top, float bar, float* sums, uint8_t* flags) {
+    const Reg shift = V::set1(-top);
+    for (int64_t j = 0; j < count; j += V::kWidth) {
+      const int width = static_cast<int>(count - j < V::kWidth ? count - j : V::kWidth);
+      alignas(64) float own[V::kWidth], sum[V::kWidth];
+      for (int n = 0; n < width; ++n) {
+        own[n] = peaks[j + n];
+        sum[n] = sums[j + n];
+      }
+      for (int n = width; n < V::kWidth; ++n) own[n] = kNothing, sum[n] = 0.0f;
+      const Reg e = V::template exp2<kDegree>(V::add(V::load(own), shift));
+      V::store(sum, V::add(V::load(sum), e));
+      for (int n = 0; n < width; ++n) sums[j + n] = sum[n];
+      if (!V::any_greater(e, V::set1(bar))) continue;
+      V::store(own, e);
+      for (int n = 0; n < width; ++n) flags[j + n] |= own[n] > bar;
+    }
+  }
+
   template <bool kMass>
   static void largest(const ScorePanel& panel, const float* shift, int run, float* largest) {
     multiply(panel);
@@ -185,6 +222,22 @@ class ScoreCode {
   }
 
   static void products(const ScorePanel& panel) { multiply(panel); }
+
+  static void turn(const char* row, int dim, int pairs, DType dtype, const float* cos, const float* sin, char* out) {
+    int d = 0;
+    for (; d + V::kWidth <= pairs; d += V::kWidth) {
+      const Reg x = load_as_float<V>(row, d, dtype), y = load_as_float<V>(row, pairs + d, dtype);
+      const Reg c = V::load(cos + d), s = V::load(sin + d);
+      store_as<V>(out, d, dtype, V::add(V::mul(x, c), V::mul(V::mul(y, s), V::set1(-1.0f))));
+      store_as<V>(out, pairs + d, dtype, V::add(V::mul(y, c), V::mul(x, s)));
+    }
+    for (; d < pairs; ++d) {
+      const float x = scalar_as_float(row, d, dtype), y = scalar_as_float(row, pairs + d, dtype);
+      store_scalar(out, d, dtype, x * cos[d] - y * sin[d]);
+      store_scalar(out, pairs + d, dtype, y * cos[d] + x * sin[d]);
+    }
+    for (d = 2 * pairs; d < dim; ++d) store_scalar(out, d, dtype, scalar_as_float(row, d, dtype));
+  }
 
   static void mean(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* out) {
     constexpr int kAtOnce = 4;
@@ -233,6 +286,17 @@ class ScoreCode {
     }
   }
 
+  static inline float largest_of(const float* x, int count) {
+    if (count % V::kWidth == 0) {
+      Reg top = V::load(x);
+      for (int n = V::kWidth; n < count; n += V::kWidth) top = V::max(top, V::load(x + n));
+      return V::reduce_max(top);
+    }
+    float top = x[0];
+    for (int n = 1; n < count; ++n) top = x[n] > top ? x[n] : top;
+    return top;
+  }
+
   static inline float sum_of(const float* x, int count) {
     if (count % V::kWidth == 0) {
       Reg sum = V::load(x);
@@ -279,8 +343,9 @@ const ScoreKernels* score_kernels() {
   using Code = ScoreCode<Isa>;
   static const ScoreKernels kernels{
       Code::pack_keys, Code::pack_queries, Code::add_exponentials,      Code::raise_maxima,           Code::add_mass,
-      Code::energy,    Code::run_mass,     Code::template largest<true>, Code::template largest<false>,
-      Code::mark_above, Code::products,    Code::mean};
+      Code::energy,    Code::run_mass,     Code::run_maxima,            Code::add_peaks,
+      Code::template largest<true>,        Code::template largest<false>,
+      Code::mark_above, Code::products,    Code::turn,                  Code::mean};
   return &kernels;
 }
 

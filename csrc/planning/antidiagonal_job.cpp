@@ -30,15 +30,43 @@ AntidiagonalSetting::AntidiagonalSetting(const Kernels& kernels, const ScoreCall
       blocks_a_job(blocks_that_fit(share * row_cells, stride * piece_floats / kChunk * 4)),
       panels(ceil_div(blocks_a_job * share * row_cells, kScoreRows)) {}
 
+Range AntidiagonalSetting::tiles_of(Range cells) const {
+  if (cells.empty()) return {0, 0};
+  return {tiling.of_cell(cells.begin), tiling.of_cell(cells.end - 1) + 1};
+}
+
+Range AntidiagonalSetting::tiles_seen(int64_t b) const {
+  Range queries{0, 0};
+  for (int64_t m = part.first; m < part.stop; ++m) {
+    const Range own = grid.queries(b, m);
+    if (!own.empty()) queries = queries.empty() ? own : Range{queries.begin, own.end};
+  }
+  return tiles_of(cells.blocks_of(grid.extent.keys_of(b, queries)));
+}
+
+void AntidiagonalSetting::pack_keys(int64_t b, int64_t group, int64_t tile, float* to) const {
+  const void* rows[kChunk];
+  const int64_t first = tiling.first_cell(tile), past = tiling.past_cell(tile);
+  for (int64_t s = 0; s < stride; ++s) {
+    for (int64_t t = 0; t < kChunk; ++t) {
+      const int64_t position = (first + t) * stride + s;
+      const bool live = first + t < past && position < call.extent.key_count[b];
+      rows[t] = live ? call.k.row(b, group, call.extent.key_slot(b, position)) : nullptr;
+    }
+    kernels.pack_keys({rows, kChunk, call.q.dim, padded_dim, call.q.dtype}, to + s * piece_floats);
+  }
+}
+
 AntidiagonalScratch::AntidiagonalScratch(const AntidiagonalSetting& all)
-    : keys(all.stride * all.piece_floats),
+    : keys(all.tile_floats()),
       queries(all.panels * all.stride * all.piece_floats),
       logits(kLanes + kScoreRows * kScorePitch),
       sums(all.panels * all.tiling.count * kScoreRows * all.tiling.whole),
-      references(all.panels * all.tiling.count * kScoreRows) {}
+      references(all.panels * all.tiling.count * kScoreRows),
+      peaks(all.key_blocks) {}
 
 AntidiagonalJob::AntidiagonalJob(const AntidiagonalSetting& all, AntidiagonalScratch& scratch, int64_t group,
-                                 int64_t first, int64_t stop)
+                                 int64_t first, int64_t stop, const float* keys)
     : all_(all),
       call_(all.call),
       scratch_(scratch),
@@ -48,32 +76,37 @@ AntidiagonalJob::AntidiagonalJob(const AntidiagonalSetting& all, AntidiagonalScr
       rows_((stop - first) * all.share * all.row_cells),
       panels_(ceil_div(rows_, kScoreRows)),
       live_{call_.extent.first_position(b_), call_.extent.first_position(b_) + call_.extent.query_count[b_]},
+      keys_(keys),
       maximum_(panels_ * kScoreRows, kNothing) {
   for (int64_t r = 0; r < rows_; ++r) seen_.push_back(seen_by(r));
-  for (int64_t panel = 0; panel < panels_; ++panel) panel_tiles_.push_back(tiles_of(cells_of(panel)));
+  for (int64_t panel = 0; panel < panels_; ++panel) panel_tiles_.push_back(all_.tiles_of(cells_of(panel)));
 }
 
 void AntidiagonalJob::score(float* out) {
-  for (int64_t r = 0; r < rows_; r += all_.row_cells) {
-    float* block = out_row(out, r);
-    std::fill(block, block + all_.key_blocks, 0.0f);
-  }
-  Range tiles{all_.tiling.count, 0};
-  for (int64_t panel = 0; panel < panels_; ++panel) {
-    if (panel_tiles_[panel].empty()) continue;
-    pack_queries(panel);
-    tiles = {std::min(tiles.begin, panel_tiles_[panel].begin), std::max(tiles.end, panel_tiles_[panel].end)};
-  }
-  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-    pack_keys(tile);
-    for (int64_t panel = 0; panel < panels_; ++panel)
-      if (tile >= panel_tiles_[panel].begin && tile < panel_tiles_[panel].end) add_tile(panel, tile);
-  }
+  for (int64_t r = 0; r < rows_; r += all_.row_cells)
+    std::fill_n(out + out_row(r) * all_.key_blocks, all_.key_blocks, 0.0f);
+  for_each_tile([&](int64_t panel, int64_t tile, const ScorePanel& logits) {
+    const int64_t place = place_of(panel, tile);
+    all_.kernels.run_mass(logits, all_.tiling.run, maximum_.data() + panel * kScoreRows,
+                          scratch_.references.data() + place, scratch_.sums.data() + place * all_.tiling.whole);
+  });
   for (int64_t panel = 0; panel < panels_; ++panel) write(panel, out);
 }
 
-float* AntidiagonalJob::out_row(float* out, int64_t r) const {
-  return out + ((b_ * call_.q.heads + head(r)) * all_.part.size() + block(r) - all_.part.first) * all_.key_blocks;
+void AntidiagonalJob::score_peaks(const PeakScores& out) {
+  for (int64_t r = 0; r < rows_; r += all_.row_cells) {
+    std::fill_n(out.sums + out_row(r) * all_.key_blocks, all_.key_blocks, 0.0f);
+    std::fill_n(out.attained + out_row(r) * all_.key_blocks, all_.key_blocks, uint8_t{0});
+  }
+  for_each_tile([&](int64_t panel, int64_t tile, const ScorePanel& logits) {
+    all_.kernels.run_maxima(logits, all_.tiling.run, scratch_.sums.data() + place_of(panel, tile) * all_.tiling.whole);
+  });
+  for (int64_t panel = 0; panel < panels_; ++panel) write_peaks(panel, out);
+}
+
+// Of [batch, heads, part].
+int64_t AntidiagonalJob::out_row(int64_t r) const {
+  return (b_ * call_.q.heads + head(r)) * all_.part.size() + block(r) - all_.part.first;
 }
 
 // A row of cells sees the cells of which some query of it may attend any key.
@@ -92,11 +125,6 @@ Range AntidiagonalJob::cells_of(int64_t panel) const {
   return cells;
 }
 
-Range AntidiagonalJob::tiles_of(Range cells) const {
-  if (cells.empty()) return {0, 0};
-  return {all_.tiling.of_cell(cells.begin), all_.tiling.of_cell(cells.end - 1) + 1};
-}
-
 // Piece s holds the queries that meet the cells' keys s: the last query meets the first key. Dead ones count as zeros.
 void AntidiagonalJob::pack_queries(int64_t panel) {
   const void* rows[kScoreRows];
@@ -112,34 +140,31 @@ void AntidiagonalJob::pack_queries(int64_t panel) {
   }
 }
 
-void AntidiagonalJob::pack_keys(int64_t tile) {
-  const void* rows[kChunk];
-  const int64_t first = all_.tiling.first_cell(tile), past = all_.tiling.past_cell(tile);
-  for (int64_t s = 0; s < all_.stride; ++s) {
-    for (int64_t t = 0; t < kChunk; ++t) {
-      const int64_t position = (first + t) * all_.stride + s;
-      const bool live = first + t < past && position < call_.extent.key_count[b_];
-      rows[t] = live ? call_.k.row(b_, group_, call_.extent.key_slot(b_, position)) : nullptr;
-    }
-    all_.kernels.pack_keys({rows, kChunk, call_.q.dim, all_.padded_dim, call_.q.dtype},
-                           scratch_.keys.data() + s * all_.piece_floats);
-  }
-}
-
-void AntidiagonalJob::add_tile(int64_t panel, int64_t tile) {
-  const int64_t first = all_.tiling.first_cell(tile), past = all_.tiling.past_cell(tile);
-  const int count = static_cast<int>(rows_of(panel));
-  uint64_t masks[kScoreRows];
-  for (int64_t n = 0; n < count; ++n) {
-    const Range& seen = seen_[panel * kScoreRows + n];
-    masks[n] = bit_range(seen.begin - first, std::min(past, seen.end) - first);
+template <class Visit>
+void AntidiagonalJob::for_each_tile(const Visit& visit) {
+  Range tiles{all_.tiling.count, 0};
+  for (int64_t panel = 0; panel < panels_; ++panel) {
+    if (panel_tiles_[panel].empty()) continue;
+    pack_queries(panel);
+    tiles = {std::min(tiles.begin, panel_tiles_[panel].begin), std::max(tiles.end, panel_tiles_[panel].end)};
   }
   const float factor = call_.scale / static_cast<float>(all_.stride) * kLog2E;
-  const int64_t place = place_of(panel, tile);
-  all_.kernels.run_mass({queries(panel), scratch_.keys.data(), count, all_.padded_dim, factor, masks,
-                         scratch_.logits.data() + kLanes, static_cast<int>(all_.stride)},
-                        all_.tiling.run, maximum_.data() + panel * kScoreRows, scratch_.references.data() + place,
-                        scratch_.sums.data() + place * all_.tiling.whole);
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    if (keys_ == nullptr) all_.pack_keys(b_, group_, tile, scratch_.keys.data());
+    const float* keys = keys_ == nullptr ? scratch_.keys.data() : keys_ + tile * all_.tile_floats();
+    const int64_t first = all_.tiling.first_cell(tile), past = all_.tiling.past_cell(tile);
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      if (tile < panel_tiles_[panel].begin || tile >= panel_tiles_[panel].end) continue;
+      const int count = static_cast<int>(rows_of(panel));
+      uint64_t masks[kScoreRows];
+      for (int64_t n = 0; n < count; ++n) {
+        const Range& seen = seen_[panel * kScoreRows + n];
+        masks[n] = bit_range(seen.begin - first, std::min(past, seen.end) - first);
+      }
+      visit(panel, tile, ScorePanel{queries(panel), keys, count, all_.padded_dim, factor, masks,
+                                    scratch_.logits.data() + kLanes, static_cast<int>(all_.stride)});
+    }
+  }
 }
 
 // visit(row, weight of its sums against its maximum, its sums, first block) for every tile and row of a panel.
@@ -165,10 +190,35 @@ void AntidiagonalJob::write(int64_t panel, float* out) {
   for_each_sum(panel, [&](int64_t n, float weight, const float* sums, int64_t first) {
     if (totals[n] == 0.0) return;  // it sees nothing
     const float share = static_cast<float>(weight / totals[n]);
-    float* row = out_row(out, panel * kScoreRows + n);
+    float* row = out + out_row(panel * kScoreRows + n) * all_.key_blocks;
     const int64_t blocks = std::min(all_.tiling.whole, all_.key_blocks - first);
     for (int64_t t = 0; t < blocks; ++t) row[first + t] += share * sums[t];
   });
+}
+
+// A block may lie in several tiles.
+void AntidiagonalJob::write_peaks(int64_t panel, const PeakScores& out) {
+  const Range tiles = panel_tiles_[panel];
+  if (tiles.empty()) return;
+  std::vector<float>& peaks = scratch_.peaks;
+  const int64_t begin = all_.tiling.first_block(tiles.begin);
+  const int64_t end = std::min(all_.key_blocks, all_.tiling.first_block(tiles.end - 1) + all_.tiling.whole);
+  for (int64_t n = 0; n < rows_of(panel); ++n) {
+    std::fill(peaks.begin() + begin, peaks.begin() + end, kNothing);
+    float top = kNothing;
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      const float* own = scratch_.sums.data() + (place_of(panel, tile) + n) * all_.tiling.whole;
+      const int64_t first = all_.tiling.first_block(tile);
+      for (int64_t t = 0; t < std::min(all_.tiling.whole, all_.key_blocks - first); ++t) {
+        peaks[first + t] = std::max(peaks[first + t], own[t]);
+        top = std::max(top, own[t]);
+      }
+    }
+    if (top == kNothing) continue;  // it sees nothing
+    const int64_t place = out_row(panel * kScoreRows + n) * all_.key_blocks + begin;
+    all_.kernels.add_peaks(peaks.data() + begin, end - begin, top, std::nextafter(out.near, kNothing),
+                           out.sums + place, out.attained + place);
+  }
 }
 
 }  // namespace gossamer

@@ -44,6 +44,12 @@ struct AntidiagonalSetting {
   AntidiagonalSetting(const Kernels& kernels, const ScoreCall& call, const Grid& grid, int64_t stride,
                       const Part& part, int64_t key_blocks);
 
+  int64_t tile_floats() const { return stride * piece_floats; }
+  // Tiles that hold key cells; and those that some query block of the part sees.
+  Range tiles_of(Range cells) const;
+  Range tiles_seen(int64_t b) const;
+  void pack_keys(int64_t b, int64_t group, int64_t tile, float* to) const;
+
   const ScoreCall& call;
   const Grid& grid;
   const Grid cells;
@@ -61,18 +67,22 @@ struct AntidiagonalSetting {
 struct AntidiagonalScratch {
   explicit AntidiagonalScratch(const AntidiagonalSetting& all);
 
-  Aligned keys, queries, logits;
-  // Of each panel, tile and row: a sum for each block of the tile, and their common reference.
+  Aligned keys;  // of a tile, where a job packs them for itself
+  Aligned queries, logits;
+  // Of each panel, tile and row: a sum, or a maximum, for each block of the tile, and the sums' common reference.
   std::vector<float> sums, references;
+  std::vector<float> peaks;  // of a row: its blocks' largest logits
 };
 
 // Plan rows [first, stop) in the heads that share a key/value head: rows of cells by query block, head and cell.
 class AntidiagonalJob {
  public:
+  // `keys` are all tiles of the key/value head, packed; null: the job packs them one by one.
   AntidiagonalJob(const AntidiagonalSetting& all, AntidiagonalScratch& scratch, int64_t group, int64_t first,
-                  int64_t stop);
+                  int64_t stop, const float* keys);
 
   void score(float* out);
+  void score_peaks(const PeakScores& out);
 
  private:
   int64_t head(int64_t r) const { return group_ * all_.share + r / all_.row_cells % all_.share; }
@@ -84,24 +94,26 @@ class AntidiagonalJob {
   int64_t rows_of(int64_t panel) const { return std::min<int64_t>(kScoreRows, rows_ - panel * kScoreRows); }
   // Key cells that some row of a panel sees; and the tiles that hold them.
   Range cells_of(int64_t panel) const;
-  Range tiles_of(Range cells) const;
   int64_t place_of(int64_t panel, int64_t tile) const { return (panel * all_.tiling.count + tile) * kScoreRows; }
   float* queries(int64_t panel) const { return scratch_.queries.data() + panel * all_.stride * all_.piece_floats; }
-  float* out_row(float* out, int64_t r) const;
+  int64_t out_row(int64_t r) const;
   Range seen_by(int64_t r) const;
 
   void pack_queries(int64_t panel);
-  void pack_keys(int64_t tile);
-  void add_tile(int64_t panel, int64_t tile);
+  // visit(panel, tile, its logits' panel) for each tile that a panel sees.
+  template <class Visit>
+  void for_each_tile(const Visit& visit);
   template <class Visit>
   void for_each_sum(int64_t panel, const Visit& visit);
   void write(int64_t panel, float* out);
+  void write_peaks(int64_t panel, const PeakScores& out);
 
   const AntidiagonalSetting& all_;
   const ScoreCall& call_;
   AntidiagonalScratch& scratch_;
   const int64_t b_, group_, first_, rows_, panels_;
   const Range live_;                // positions of queries
+  const float* keys_;
   std::vector<Range> seen_;         // of each row: key cells
   std::vector<Range> panel_tiles_;  // of each panel
   std::vector<float> maximum_;

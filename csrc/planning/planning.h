@@ -35,6 +35,10 @@ void pool_keys(const Kernels& kernels, const TensorView& k, const Grid& grid, in
 void pool_queries(const Kernels& kernels, const TensorView& q, const Grid& grid, int64_t blocks, float* out,
                   int threads);
 
+// Each token's pairs of channels d and pairs + d, turned by its own cosines and sines, [batch, tokens, pairs] each.
+void turn(const Kernels& kernels, const TensorView& x, int64_t pairs, const float* cos, const float* sin,
+          const TensorView& out, int threads);
+
 // Products of pooled queries and pooled keys, contiguous fp32: out [batch, heads, part, key blocks].
 void pooled_products(const Kernels& kernels, const TensorView& queries, const TensorView& keys, const Grid& grid,
                      const Part& part, float* out, int threads);
@@ -53,6 +57,17 @@ void block_energy(const Kernels& kernels, const ScoreCall& call, const Grid& gri
 // [batch, heads, part, key_blocks].
 void antidiagonal(const Kernels& kernels, const ScoreCall& call, const Grid& grid, int64_t stride, const Part& part,
                   int64_t key_blocks, float* out);
+
+// The largest cell of each block beside the largest of its row of cells, 2^(logit - largest), summed over the rows of a
+// query block; and whether it is at least `near` in one of them: both [batch, heads, part, key_blocks].
+struct PeakScores {
+  float near;
+  float* sums;
+  uint8_t* attained;
+};
+
+void antidiagonal_peaks(const Kernels& kernels, const ScoreCall& call, const Grid& grid, int64_t stride,
+                        const Part& part, int64_t key_blocks, const PeakScores& out);
 
 // The largest share of each key in the attention of a mean query, means [batch, heads, blocks, dim], of each of a part of
 // the groups of `group` query blocks: out [batch, heads, part, width], where width is the most keys of a batch row.

@@ -25,6 +25,20 @@ void pool(const Kernels& kernels, const TensorView& x, int64_t blocks, float* ou
 
 }  // namespace
 
+void turn(const Kernels& kernels, const TensorView& x, int64_t pairs, const float* cos, const float* sin,
+          const TensorView& out, int threads) {
+  constexpr int64_t kTokensAJob = 256;
+  const int64_t stretches = ceil_div(x.tokens, kTokensAJob);
+  run_parallel(threads, x.batch * x.heads * stretches, [&](int, int64_t n) {
+    const int64_t b = n / stretches / x.heads, head = n / stretches % x.heads, first = n % stretches * kTokensAJob;
+    for (int64_t t = first; t < std::min(x.tokens, first + kTokensAJob); ++t) {
+      const int64_t angle = (b * x.tokens + t) * pairs;
+      kernels.scores->turn(x.row(b, head, t), x.dim, static_cast<int>(pairs), x.dtype, cos + angle, sin + angle,
+                           out.row(b, head, t));
+    }
+  });
+}
+
 void pool_keys(const Kernels& kernels, const TensorView& k, const Grid& grid, int64_t blocks, float* out,
                int threads) {
   pool(kernels, k, blocks, out, threads, [&](int64_t b, int64_t n) {

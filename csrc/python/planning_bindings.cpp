@@ -114,6 +114,22 @@ void bind_scores(nb::module_& m) {
       },
       "isa"_a, "q"_a, "grid"_a, nb::kw_only(), "blocks"_a, "out"_a, "threads"_a, Release());
   m.def(
+      "turn",
+      [](const std::string& isa, const TensorView& x, const Given& cos, const Given& sin, const TensorView& out,
+         int threads) {
+        const int64_t tokens = checked_product({x.batch, x.tokens}), pairs = tokens == 0 ? 0 : cos.second / tokens;
+        check_range("pairs", pairs, 0, x.dim / 2);
+        check_count("cosines", cos.second, checked_product({tokens, pairs}));
+        check_count("sines", sin.second, cos.second);
+        check_count("the output's batch", out.batch, x.batch);
+        check_count("the output's heads", out.heads, x.heads);
+        check_count("the output's tokens", out.tokens, x.tokens);
+        check_count("the output's dimensions", out.dim, x.dim);
+        if (out.dtype != x.dtype) throw std::invalid_argument("the output must have x's dtype");
+        turn(kernels_for(isa), x, pairs, pointer<float>(cos), pointer<float>(sin), out, threads);
+      },
+      "isa"_a, "x"_a, nb::kw_only(), "cos"_a, "sin"_a, "out"_a, "threads"_a, Release());
+  m.def(
       "pooled_products",
       [](const std::string& isa, const TensorView& queries, const TensorView& keys, const Grid& grid, const Part& part,
          uintptr_t out, int threads) {
@@ -177,6 +193,18 @@ void bind_scores(nb::module_& m) {
         antidiagonal(kernels_for(isa), call, grid, stride, part, key_blocks, pointer<float>(out));
       },
       "isa"_a, "call"_a, "grid"_a, "stride"_a, "part"_a, nb::kw_only(), "key_blocks"_a, "out"_a, Release());
+  m.def(
+      "antidiagonal_peaks",
+      [](const std::string& isa, const ScoreCall& call, const Grid& grid, int64_t stride, const Part& part,
+         int64_t key_blocks, float near, uintptr_t sums, uintptr_t attained) {
+        check_grid(grid, call.q);
+        check_keys(call.extent, call.k.tokens);
+        check_key_blocks(grid, key_blocks);
+        antidiagonal_peaks(kernels_for(isa), call, grid, stride, part, key_blocks,
+                           {near, pointer<float>(sums), pointer<uint8_t>(attained)});
+      },
+      "isa"_a, "call"_a, "grid"_a, "stride"_a, "part"_a, nb::kw_only(), "key_blocks"_a, "near"_a, "sums"_a,
+      "attained"_a, Release());
   m.def(
       "row_maxima",
       [](const std::string& isa, const ScoreCall& call, const Grid& grid, const Part& part, uintptr_t regions,

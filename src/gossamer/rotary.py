@@ -63,14 +63,16 @@ class Rotary:
             out[:, :, part] = self._turned(x[:, :, part], positions[:, part], back).to(x.dtype)
         return out
 
-    def _turned(self, x: Tensor, positions: Tensor, back: bool) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+    def factors(self, positions: Tensor, dtype: torch.dtype, *, back: bool = False) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, times `scaling`, by which a token's pairs are turned: ``[B, n, R / 2]``."""
         own = positions if self.offsets is None else positions + on_device(self.offsets, positions.device)[:, None]
-        frequencies = on_device(self.frequencies, x.device).to(wide)
-        angles = on_device(own, x.device)[:, None, :, None].to(wide) * frequencies
+        angles = own[..., None].to(dtype) * on_device(self.frequencies, positions.device).to(dtype)
         factor = 1 / self.scaling if back else self.scaling
-        cos, sin = angles.cos() * factor, angles.sin() * (-factor if back else factor)
-        x = x.to(wide)
+        return angles.cos() * factor, angles.sin() * (-factor if back else factor)
+
+    def _turned(self, x: Tensor, positions: Tensor, back: bool) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        cos, sin = (factor[:, None] for factor in self.factors(on_device(positions, x.device), x.dtype, back=back))
         turned, rest = x[..., : self.channels], x[..., self.channels :]
         one, other = (turned[..., 0::2], turned[..., 1::2]) if self.interleaved else turned.chunk(2, dim=-1)
         pair = one * cos - other * sin, other * cos + one * sin

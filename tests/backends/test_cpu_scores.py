@@ -17,7 +17,18 @@ from gossamer.testing import SITUATIONS, make_call, random_extent
 
 pytestmark = [needs_kernels, poisoned]
 every_situation = pytest.mark.parametrize("situation", SITUATIONS)
-EVERY_VERB = ("probe", "pool", "products", "energies", "antidiagonals", "shares", "differences", "near", "maxima")
+EVERY_VERB = (
+    "probe",
+    "pool",
+    "products",
+    "energies",
+    "antidiagonals",
+    "peaks",
+    "shares",
+    "differences",
+    "near",
+    "maxima",
+)
 every_verb = pytest.mark.parametrize("verb", EVERY_VERB)
 # block_q, block_k, stride of the antidiagonals, rows of the probe; query blocks that are grouped
 SHAPES = {
@@ -55,6 +66,9 @@ def scores_of(backend, verb: str, call: AttentionCall, shape: str, whole: bool =
         return [backend.pool_queries(call, grid), backend.pool_keys(call, grid)]
     if verb == "antidiagonals":
         return [torch.cat([backend.antidiagonal_scores(call, grid, stride, part) for part in parts], dim=2)]
+    if verb == "peaks":
+        peaks = [backend.antidiagonal_peaks(call, grid, stride, part, 0.999) for part in parts]
+        return [torch.cat([sums for sums, _ in peaks], dim=2), torch.cat([near.float() for _, near in peaks], dim=2)]
     if verb in ("shares", "differences"):
         group = GROUPS[shape]
         queries, groups = reference.pool_queries(call, grid).to(call.q.dtype), -(-rows // group)

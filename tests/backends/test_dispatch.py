@@ -17,6 +17,7 @@ VERBS = (
     "antidiagonal_peaks",
     "antidiagonal_scores",
     "attend_rows",
+    "before_rotary",
     "block_attention",
     "count",
     "exact_slashes",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from gossamer import scores
 from gossamer.blocks import Blocks
@@ -14,7 +16,7 @@ from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, Settings, require_at_least, require_share
 from gossamer.methods.merging import merge_plans
 from gossamer.methods.trial import Trial
-from gossamer.plan import SparsePlan
+from gossamer.plan import Grid, SparsePlan
 from gossamer.plan.plan import WHOLE
 from gossamer.rules import TopP
 
@@ -25,6 +27,7 @@ __all__ = ["Auto"]
 SCALE, POWER = 0.230, 0.335
 
 STRIDE = 16  # of antidiagonals, as in XAttention
+KEPT_BYTES = 512 << 20  # of their scores: as many as of 32 heads at 128K
 
 
 @dataclass(frozen=True)
@@ -78,29 +81,45 @@ class Auto(Method):
     def plan(self, call: AttentionCall) -> SparsePlan:
         if self.error == 0 or 0 in (call.batch, call.query_len, call.key_len):
             return Blocks(call, self.block, self.block).plan(window=WHOLE)
-        trial = Trial.of(call, self.rows)
+        trial, masses = Trial.of(call, self.rows), self._kept_masses(call)
+
+        def blocks(part: AttentionCall, heads: list[int], threshold: float) -> SparsePlan:
+            of_all = len(heads) == call.heads
+            own = ((rows, mass if of_all else mass[:, heads]) for rows, mass in masses)
+            return self._blocks(part, own if masses else self._masses(part), threshold)
+
+        attempts = (
+            lambda part, heads: blocks(part, heads, self.threshold),
+            lambda part, _: self._keys(part),
+            lambda part, heads: blocks(part, heads, self.fallback),
+            lambda part, _: self._everything(part),
+        )
         plans, sources = [], []
         owner = torch.zeros(call.batch, call.heads, dtype=torch.int64, device="cpu")
         failing = torch.ones_like(owner, dtype=torch.bool)
-        for attempt in (self._few_blocks, self._keys, self._more_blocks, self._everything):
+        for number, attempt in enumerate(attempts):
             groups = failing.any(dim=0).view(call.groups, -1).any(dim=1).nonzero().flatten().tolist()
             if not groups:
                 break
             heads = [g * call.share + n for g in groups for n in range(call.share)]
             tried = trial.of_groups(groups)
-            plan = attempt(tried.call)
+            plan = attempt(tried.call, heads)
             owner[failing] = len(plans)
             plans.append(plan)
             sources.append([heads.index(head) if head in heads else 0 for head in range(call.heads)])
-            if attempt != self._everything:
+            if number + 1 < len(attempts):
                 failing[:, heads] &= ~(tried.error(plan) <= self.error).cpu()  # NaN fails
         return merge_plans(plans, owner.tolist(), sources) if len(plans) > 1 else plans[0]
 
-    def _few_blocks(self, call: AttentionCall) -> SparsePlan:
-        return self._blocks(call, self.threshold)
+    def _masses(self, call: AttentionCall) -> Iterator[tuple[range, Tensor]]:
+        grid = Grid(call.extent, self.block, self.block)
+        return scores.antidiagonal_scores(call, grid, math.gcd(STRIDE, self.block))
 
-    def _more_blocks(self, call: AttentionCall) -> SparsePlan:
-        return self._blocks(call, self.fallback)
+    def _kept_masses(self, call: AttentionCall) -> list[tuple[range, Tensor]]:
+        """For both plans of blocks; none where they are too many to be kept."""
+        grid = Grid(call.extent, self.block, self.block)
+        size = 4 * call.batch * call.heads * grid.query_blocks * grid.key_blocks
+        return list(self._masses(call)) if size <= KEPT_BYTES else []
 
     def _keys(self, call: AttentionCall) -> SparsePlan:
         blocks = Blocks(call, self.block, self.block)
@@ -109,10 +128,10 @@ class Auto(Method):
             blocks.group_columns(part, shares, TopP(1 - self.left_out), group=self.group, first=self.sink)
         return blocks.plan(window=self.window)
 
-    def _blocks(self, call: AttentionCall, threshold: float) -> SparsePlan:
+    def _blocks(self, call: AttentionCall, masses: Iterable[tuple[range, Tensor]], threshold: float) -> SparsePlan:
         blocks = Blocks(call, self.block, self.block)
         blocks.keep(first=1)
-        for part, mass in scores.antidiagonal_scores(call, blocks.grid, math.gcd(STRIDE, self.block)):
+        for part, mass in masses:
             blocks.choose(part, mass, TopP(threshold, forced_first=True))
         return blocks.plan(window=self.window)
 

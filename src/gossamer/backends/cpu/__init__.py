@@ -19,9 +19,11 @@ from gossamer.backends.cpu.native import (
     supported_isas,
     why_unavailable,
 )
+from gossamer.backends.cpu.rotary import before_rotary
 from gossamer.backends.cpu.scores import (
     NEAR_BYTES,
     PART_BYTES,
+    antidiagonal_peaks,
     antidiagonal_scores,
     group_differences,
     group_shares,
@@ -42,9 +44,11 @@ __all__ = [
     "PART_BYTES",
     "ListWriter",
     "active_isa",
+    "antidiagonal_peaks",
     "antidiagonal_scores",
     "attend",
     "attend_rows",
+    "before_rotary",
     "count",
     "exact_slashes",
     "finish",

@@ -20,6 +20,7 @@ from gossamer.rules import PerHead, per_head
 __all__ = [
     "NEAR_BYTES",
     "PART_BYTES",
+    "antidiagonal_peaks",
     "antidiagonal_scores",
     "group_differences",
     "group_shares",
@@ -219,15 +220,9 @@ def group_shares(call: AttentionCall, grid: Grid, queries: Tensor, group: int, p
 def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: range) -> Tensor:
     """See `gossamer.backends.torch.antidiagonal_scores`.
 
-    Working memory of a thread: some MiB, and some KiB a key block.
+    Working memory: packed keys, at most 512 MiB of them; and of each thread some MiB, and some KiB a key block.
     """
-    _check(call, call.q, call.k)
-    if stride < 1 or grid.block_q % stride or grid.block_k % stride:
-        raise ValueError(
-            f"stride must divide block_q and block_k, got {stride} for blocks {grid.block_q} and {grid.block_k}"
-        )
-    grid = _of_call(grid, call)
-    _check_part(part, grid)
+    grid = _check_cells(call, grid, stride, part)
     scores = torch.empty(call.batch, call.heads, len(part), grid.key_blocks, device="cpu")
     if scores.numel() == 0:
         return scores
@@ -242,6 +237,28 @@ def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: rang
         out=scores.data_ptr(),
     )
     return scores
+
+
+def antidiagonal_peaks(call: AttentionCall, grid: Grid, stride: int, part: range, near: float) -> tuple[Tensor, Tensor]:
+    """See `gossamer.backends.torch.antidiagonal_peaks`. Working memory as that of `antidiagonal_scores`."""
+    grid = _check_cells(call, grid, stride, part)
+    scores = torch.empty(call.batch, call.heads, len(part), grid.key_blocks, device="cpu")
+    attained = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
+    if scores.numel() == 0:
+        return scores, attained
+    q, k = dense_rows(call.q), dense_rows(call.k)
+    kernels().antidiagonal_peaks(
+        active_isa(q.dtype),
+        score_view(q, k, call),
+        grid_view(grid),
+        stride,
+        part_view(part),
+        key_blocks=grid.key_blocks,
+        near=near,
+        sums=scores.data_ptr(),
+        attained=attained.data_ptr(),
+    )
+    return scores, attained
 
 
 def mean_row_maxima(call: AttentionCall, grid: Grid, regions: Tensor, part: range) -> Tensor:
@@ -277,6 +294,17 @@ def _check(call: AttentionCall, *tensors: Tensor) -> None:
 def _of_call(grid: Grid, call: AttentionCall) -> Grid:
     """The kernels index the call's tensors by the grid's extent: it must be the call's own."""
     return grid if grid.extent is call.extent else Grid(call.extent, grid.block_q, grid.block_k)
+
+
+def _check_cells(call: AttentionCall, grid: Grid, stride: int, part: range) -> Grid:
+    _check(call, call.q, call.k)
+    if stride < 1 or grid.block_q % stride or grid.block_k % stride:
+        raise ValueError(
+            f"stride must divide block_q and block_k, got {stride} for blocks {grid.block_q} and {grid.block_k}"
+        )
+    grid = _of_call(grid, call)
+    _check_part(part, grid)
+    return grid
 
 
 def _check_groups(call: AttentionCall, grid: Grid, queries: Tensor, group: int, part: range) -> Grid:

@@ -3,7 +3,7 @@
 from gossamer.backends.torch.attend import attend, attend_rows
 from gossamer.backends.torch.cells import antidiagonal_means, antidiagonal_peaks, antidiagonal_scores, value_norms
 from gossamer.backends.torch.choose import ListWriter, count, finish
-from gossamer.backends.torch.gates import block_attention, pool_key_bounds
+from gossamer.backends.torch.gates import before_rotary, block_attention, pool_key_bounds
 from gossamer.backends.torch.groups import group_differences, group_shares, mean_row_maxima, near_keys
 from gossamer.backends.torch.scores import (
     NEAR_BYTES,
@@ -28,6 +28,7 @@ __all__ = [
     "antidiagonal_scores",
     "attend",
     "attend_rows",
+    "before_rotary",
     "block_attention",
     "count",
     "exact_slashes",

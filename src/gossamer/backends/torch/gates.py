@@ -9,9 +9,14 @@ from torch import Tensor
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid
 
-__all__ = ["block_attention", "pool_key_bounds"]
+__all__ = ["before_rotary", "block_attention", "pool_key_bounds"]
 
 CHUNK_BYTES = 16 << 20
+
+
+def before_rotary(call: AttentionCall) -> AttentionCall:
+    """The call with q and k as they were before the model turned them. See `gossamer.AttentionCall.before_rotary`."""
+    return call.before_rotary()
 
 
 def pool_key_bounds(call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor]:
