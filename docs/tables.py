@@ -13,6 +13,7 @@ import calibration_tables
 import choices
 import family_tables
 import integer_tables
+import pretrained_tables
 from targets import targets_of
 
 from gossamer.evaluate.summary import SummaryRow, read_results, summary_rows
@@ -345,6 +346,11 @@ def kept_table() -> str:
     return "\n\n".join(markdown(*table) for table in choices.kept_tables(records))
 
 
+def of_lines(pattern: str, make: Callable[[list[dict[str, Any]]], pretrained_tables.Cells]) -> str:
+    """A table of each file of lines."""
+    return "\n\n".join(markdown(*make(read_results(path))) for path in sorted(RESULTS.glob(pattern))) or NOT_MEASURED
+
+
 def front_table() -> str:
     """What no other setting beats in time and error, for each model and machine of `gossamer compare`."""
     paths = sorted(RESULTS.glob("*/compare_*.jsonl"))
@@ -385,6 +391,10 @@ TABLES = {
     "integers": integers_table,
     "calibration": calibration_table,
     "gpu": gpu_table,
+    "heads": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.heads_table),
+    "heads_kinds": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.kinds_table),
+    "heads_reference": lambda: of_lines("reference_heads.jsonl", pretrained_tables.heads_table),
+    "heads_methods": lambda: of_lines("*/compare_*.jsonl", pretrained_tables.methods_table),
     "demo": demo_table,
     "demo_pretrained": lambda: for_each_machine("demo_pretrained.json", demo_rows),
     "methods": methods_table,

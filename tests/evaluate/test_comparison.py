@@ -193,7 +193,14 @@ def test_rows_are_means_over_prompts_and_the_front_is_what_no_other_beats() -> N
     assert bounds_table(records) == []
     figure = drawn(records)
     assert [row[1] for row in figure.table[1:]] == ["fast", "good", "beaten"]
-    assert len(figure.panels) == 2
+    assert [caption.partition(": ")[2] for caption, _ in figure.panels] == [
+        "error against time",
+        "error against density",
+        "KL of the predictions against time",
+    ]
+    assert "fast: KL 0.3000, time 0.150" in figure.panels[2][1]
+    assert "good" not in figure.panels[2][1]
+    assert len(drawn(records[:6]).panels) == 2
     assert drawn([]).panels == []
 
 

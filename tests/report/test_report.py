@@ -289,7 +289,10 @@ def test_the_first_screen_says_five_things_in_words() -> None:
 def test_without_answers_and_predictions_there_is_no_first_screen(tmp_path: Path) -> None:
     heads = [record for record in RECORDS if record["kind"] in ("run", "heads")]
     write_report(heads, tmp_path / "r.html")
-    assert 'id="overview"' not in (tmp_path / "r.html").read_text()
+    text = (tmp_path / "r.html").read_text()
+    assert 'id="overview"' not in text
+    assert text.count("<details open") == 1
+    assert text.index("<details open") < text.index("<details>")
     assert not (tmp_path / "r_csv" / "overview.csv").exists()
 
 

@@ -196,12 +196,15 @@ def _page(
     contents = (element("a", heading, href=f"#{name}") for name, heading in links)
     parts = [element("h1", title), _headline(_models(records)), _warnings(records), _first(rows, first, folder)]
     parts.append(element("nav", *contents, aria_label="Contents"))
+    folded = []
     for name, heading, table in sections:
         said = [element("li", sentence) for sentence in findings(rows)] if name == "summary" else []
-        shown = (element("ul", *said) if said else "", _html_table(table), _download(name, table, folder))
-        parts.append(_folded(name, heading, *shown))
-    parts += [_folded(figure.name, figure.title, *_drawn(figure, folder)) for figure in pictures]
-    parts.append(_folded("circumstances", "Circumstances", _circumstances(runs)))
+        shown = [element("ul", *said) if said else Html(), _html_table(table), _download(name, table, folder)]
+        folded.append((name, heading, shown))
+    folded += [(figure.name, figure.title, _drawn(figure, folder)) for figure in pictures]
+    folded.append(("circumstances", "Circumstances", [_circumstances(runs)]))
+    # Where there is nothing for a first screen, the first part stands there.
+    parts += [_folded(*part, shown=not first.panels and n == 0) for n, part in enumerate(folded)]
     return document(title, _STYLE, *(part for part in parts if part))
 
 
@@ -216,11 +219,10 @@ def _first(rows: Sequence[SummaryRow], figure: Figure, folder: str) -> Html:
     return element("section", *shown, id=figure.name)
 
 
-def _folded(name: str, heading: str, *content: object) -> Html:
+def _folded(name: str, heading: str, content: Sequence[Html], *, shown: bool) -> Html:
     """A part that opens by a click, or when a link leads into it."""
-    return element(
-        "details", element("summary", element("h2", heading)), "\n", element("section", *content, id=name), "\n"
-    )
+    part = element("section", *content, id=name)
+    return element("details", element("summary", element("h2", heading)), "\n", part, "\n", open="" if shown else None)
 
 
 def _drawn(figure: Figure, folder: str) -> list[Html]:
