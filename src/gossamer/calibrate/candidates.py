@@ -47,7 +47,8 @@ def _check(method: Method) -> None:
         merge_plans([Dense().plan(call), method.plan(call)], [0], [[0], [0]])
     except ValueError as error:
         raise ValueError(
-            f"{method.name} cannot be one of several methods of a layer ({error}); leave it out, or run it alone"
+            f"{method.name} cannot be one of several methods of a layer ({error}); leave it out, run it alone, or name "
+            "it with fields under which it can, such as flash_prefill(version=1)"
         ) from error
 
 
