@@ -158,3 +158,7 @@ def _answers(row: SummaryRow, names: Sequence[str]) -> tuple[Any, ...]:
     lost, interval = row.difference, row.difference_interval
     less = "" if lost is None or interval is None else f"{lost:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
     return (f"`{row.method}`", *map(shown, names), less)
+
+
+# The tables of what `benchmarks/pretrained_eval.py` measures.
+BESIDE_DENSE = (closeness_tables, answers_tables)

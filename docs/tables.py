@@ -346,9 +346,11 @@ def kept_table() -> str:
     return "\n\n".join(markdown(*table) for table in choices.kept_tables(records))
 
 
-def of_lines(pattern: str, make: Callable[[list[dict[str, Any]]], pretrained_tables.Cells]) -> str:
-    """A table of each file of lines."""
-    return "\n\n".join(markdown(*make(read_results(path))) for path in sorted(RESULTS.glob(pattern))) or NOT_MEASURED
+def of_lines(pattern: str, *makers: Callable[[list[dict[str, Any]]], Any]) -> str:
+    """The tables of each file of lines; a maker gives one or a list of them."""
+    made = [make(read_results(path)) for path in sorted(RESULTS.glob(pattern)) for make in makers]
+    cells = [table for some in made for table in (some if isinstance(some, list) else [some])]
+    return "\n\n".join(markdown(*table) for table in cells) or NOT_MEASURED
 
 
 def front_table() -> str:
@@ -395,6 +397,7 @@ TABLES = {
     "heads_kinds": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.kinds_table),
     "heads_reference": lambda: of_lines("reference_heads.jsonl", pretrained_tables.heads_table),
     "heads_methods": lambda: of_lines("*/compare_*.jsonl", pretrained_tables.methods_table),
+    "heads_closeness": lambda: of_lines("*/*_eval.jsonl", *pretrained_tables.BESIDE_DENSE),
     "demo": demo_table,
     "demo_pretrained": lambda: for_each_machine("demo_pretrained.json", demo_rows),
     "methods": methods_table,

@@ -10,6 +10,7 @@ each: for numbers hidden among others, and for passages word for word. How it is
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from functools import partial
@@ -46,8 +47,7 @@ ROWS = (
 def fetched() -> Path:
     """The GGUF file of SmolLM2."""
     sys.path.insert(0, str(ROOT / "models"))
-    import pretrained
-
+    pretrained = importlib.import_module("pretrained")
     return pretrained.fetch(ROOT / pretrained.FOLDER)
 
 

@@ -7,6 +7,7 @@ them; seconds are medians over the texts.
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import sys
 import time
@@ -168,11 +169,9 @@ def load(folder: Path, dtype: str, *, chat: bool = False) -> Subject:
 def machine() -> dict[str, Any]:
     """Processor and versions; what names the folder of this machine's results is among them."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import machines
-
     return {
         **examine_cpu(),
-        **machines.machine(),
+        **importlib.import_module("machines").machine(),
         "gossamer": gossamer.__version__,
         "transformers": transformers.__version__,
     }

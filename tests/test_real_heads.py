@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from repository import script
 
 from gossamer.evaluate.settings import bounds_of, comparison_rows
 from gossamer.evaluate.summary import read_results, summary_rows
@@ -93,6 +94,24 @@ def test_every_sparse_row_of_the_demo_is_faster_than_dense_attention():
         assert ours["prefill_seconds"] < torchs["prefill_seconds"]
         assert max(row["prefill_seconds"] for row in sparse) < ours["prefill_seconds"]
         assert all(row["attention_seconds"] < row["prefill_seconds"] / 2 for row in sparse)
+
+
+def test_predictions_and_answers_get_their_tables_when_they_are_measured(tmp_path, monkeypatch):
+    tables = script("docs/tables.py")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.TABLES["heads_closeness"]() == "Not measured yet."
+    one = {"length": 4096, "index": 0, "density": 0.5, "task": "passkey"}
+    tables_of_heads = {name: [[0.5]] for name in ("head_density", "recall", "oracle_recall", "relative_l2")}
+    logits = {"edges": [0, 64, 4096], "kl": [0.1, 0.2], "top1": [0.9, 0.8], "mean_kl": 0.125, "mean_top1": 0.8}
+    near = {"kind": "fidelity", **tables_of_heads, "mean": {"recall": 0.7, "oracle_recall": 0.9}, "logits": logits}
+    lines = [near | one | {"method": "fast"}, near | one | {"method": "fast", "task": "perplexity", "text": "prose"}]
+    lines += [{"kind": "sample", "score": 0.5, "prefill_s": 1.0, "method": "fast"} | one]
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "machine" / "m_eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = tables.TABLES["heads_closeness"]()
+    assert "| `fast` | 0.500 | 0.700 | 0.900 | 0.125 | 0.125 | 0.125 | 0.800 |" in found
+    assert "| setting | density | recall | oracle | KL | KL, passkey | KL, prose | top-1 |" in found
+    assert "| `fast` | 0.50 [0.05, 0.95] n 1 |" in found
 
 
 def test_what_the_reference_model_got_right_and_wrong():

@@ -99,8 +99,15 @@ def execute(arguments: argparse.Namespace) -> int:
         job = job.on(subject)
         prompts = list(prompts_of(job, job.windows(subject)))
         with ResultsFile(arguments.out, make_header(subject, job)) as results:
-            given = {"layers": layers, "rounds": arguments.rounds, "every_logits": arguments.logits == "all"}
-            for _ in compare(subject, job, results, **given, progress=_progress()):
+            for _ in compare(
+                subject,
+                job,
+                results,
+                layers=layers,
+                rounds=arguments.rounds,
+                every_logits=arguments.logits == "all",
+                progress=_progress(),
+            ):
                 pass
             records = results.records
     except ValueError as error:
