@@ -137,7 +137,8 @@ def test_a_row_depends_on_nothing_else(isa: str, dtype: torch.dtype) -> None:
         tensors, (alone.q, alone.k, alone.values), (longer.q, longer.k, longer.values), strict=True
     ):
         x[0, :, 60:360], x[1] = one[0], other[0]
-    both = AttentionCall(*tensors, Extent([-60, 0], [300, 2200], [60, 0], [300, 2200]))
+    q, k, v = tensors
+    both = AttentionCall(q, k, v, Extent([-60, 0], [300, 2200], [60, 0], [300, 2200]))
     rows = torch.tensor([[299, 7, 120]])
 
     def attended(call: AttentionCall, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,15 @@
 """The demonstrations' questions and table, with a tiny model in place of a real one."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from repository import ROOT, script
 
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent / "evaluate"))
 
-from test_runner import Chat  # noqa: E402
-from test_runner import subject as tiny  # noqa: E402
+from test_runner import Chat
+from test_runner import subject as tiny
 
-from gossamer.evaluate.subject import Subject  # noqa: E402
+from gossamer.evaluate.subject import Subject
 
 
 @pytest.fixture(scope="module")
