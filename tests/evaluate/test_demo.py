@@ -6,10 +6,10 @@ from repository import ROOT, script
 
 transformers = pytest.importorskip("transformers")
 
-from test_runner import Chat
-from test_runner import subject as tiny
+from test_runner import Chat  # noqa: E402
+from test_runner import subject as tiny  # noqa: E402
 
-from gossamer.evaluate.subject import Subject
+from gossamer.evaluate.subject import Subject  # noqa: E402
 
 
 @pytest.fixture(scope="module")
