@@ -167,15 +167,23 @@ void AntidiagonalJob::for_each_tile(const Visit& visit) {
   }
 }
 
-// visit(row, weight of its sums against its maximum, its sums, first block) for every tile and row of a panel.
+// visit(row, weight of its sums against its maximum, its sums, first block) for every tile and row of a panel. The
+// reference of a row seldom changes from tile to tile.
 template <class Visit>
 void AntidiagonalJob::for_each_sum(int64_t panel, const Visit& visit) {
+  float references[kScoreRows], weights[kScoreRows];
+  std::fill_n(references, kScoreRows, kNothing);
+  std::fill_n(weights, kScoreRows, 0.0f);
   for (int64_t tile = panel_tiles_[panel].begin; tile < panel_tiles_[panel].end; ++tile) {
     const int64_t place = place_of(panel, tile);
     for (int64_t n = 0; n < rows_of(panel); ++n) {
       const float reference = scratch_.references[place + n], top = maximum_[panel * kScoreRows + n];
-      visit(n, reference == top ? 1.0f : std::exp2(reference - top),
-            scratch_.sums.data() + (place + n) * all_.tiling.whole, all_.tiling.first_block(tile));
+      if (reference != references[n]) {
+        references[n] = reference;
+        weights[n] = reference == top ? 1.0f : std::exp2(reference - top);
+      }
+      if (weights[n] == 0.0f) continue;
+      visit(n, weights[n], scratch_.sums.data() + (place + n) * all_.tiling.whole, all_.tiling.first_block(tile));
     }
   }
 }
