@@ -81,9 +81,13 @@ LINES: list[dict[str, Any]] = [
     | {"task": "perplexity", "tokens": 1023, "nats": 2.5, "text": "a", "text_sha256": "t", "start": 7},
     {"kind": "fidelity"}
     | _of_method("fast", 1024)
+    | _seconds(0.5)
     | dict.fromkeys(("head_density", "recall", "oracle_recall", "relative_l2", "cosine"), _TABLE)
     | {
         "prompt_tokens": 1015,
+        "text": "a",
+        "text_sha256": "t",
+        "start": 7,
         "mean": dict.fromkeys(("head_density", "recall", "oracle_recall", "relative_l2", "cosine"), 0.5),
         "logits": {"edges": [0, 64, 1024], "kl": [0.1, 0.2], "top1": [0.9, 0.8], "mean_kl": 0.1, "mean_top1": 0.9},
         "maps": [_MAP],

@@ -188,7 +188,7 @@ def test_bisection() -> None:
 def test_candidates_are_what_methods_declare() -> None:
     found = candidates()
     assert found[0] == methods.create("dense")
-    assert len(found) == 56  # as the page of the methods says
+    assert len(found) == 59  # as the page of the methods says
     assert len(set(found)) == len(found)
     assert {method.name for method in found[1:]} == {
         "a_shape",

@@ -14,7 +14,8 @@ from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, wr
 
 __all__ = ["GATES", "read_duo", "read_moa", "read_table", "write_duo", "write_moa"]
 
-GATES, _CONFIG = "full_attention_heads.tsv", "config.json"
+GATES = "full_attention_heads.tsv"
+_CONFIG = "config.json"
 _MOST_LAYERS = _MOST_HEADS = 100_000  # more than any model has
 
 Rows = tuple[tuple[float, ...], ...]
