@@ -29,8 +29,8 @@ def calibration_table(found: dict[str, Any]) -> Table:
     """A row a setting, in its direction."""
     model, names = found["model"], {"first": found["first"], "second": found["second"]}
     above = (
-        f"**{model['name']}**, {found['length']:,} tokens, {model['dtype']}; profiles chosen on "
-        f"{found['samples']} prompts. In brackets 95% intervals over the prompts."
+        f"**{model['name']}**, {found['length']:,} tokens, {model['dtype']}; prompts that profiles "
+        f"were chosen on: {found['samples']}. In brackets 95% intervals and how many prompts."
     )
     rows = []
     for row in found["rows"]:
@@ -41,9 +41,9 @@ def calibration_table(found: dict[str, Any]) -> Table:
             _mean(row, "density"),
             _mean(row, "time"),
             "" if row["mode"] == "rival" else _mean(row, "time over the rival's"),
-            _mean(row, "error"),
+            _mean(row, "error", 4),
             "" if row["mode"] == "rival" else _interval(row, "error over the rival's"),
-            _mean(row, "kl"),
+            _mean(row, "kl", 4),
             "" if row["mode"] == "rival" else _interval(row, "kl over the rival's"),
             _mean(row, "top1"),
             _interval(row, "score"),
@@ -52,9 +52,12 @@ def calibration_table(found: dict[str, Any]) -> Table:
     return above, HEADER, rows
 
 
-def _mean(row: dict[str, Any], name: str) -> str:
-    return f"{row[name][0]:.3f}" if name in row else ""
+def _mean(row: dict[str, Any], name: str, digits: int = 3) -> str:
+    return f"{row[name][0]:.{digits}f}" if name in row else ""
 
 
 def _interval(row: dict[str, Any], name: str) -> str:
-    return f"{row[name][0]:.2f} ({row[name][1]:.2f} to {row[name][2]:.2f})" if name in row else ""
+    if name not in row:
+        return ""
+    mean, low, high, prompts = row[name]
+    return f"{mean:.2f} ({low:.2f} to {high:.2f}; {prompts})" if prompts > 1 else f"{mean:.2f} (one prompt)"
