@@ -11,6 +11,7 @@ from typing import Any
 # Files beside this one: mkdocs finds them while it loads a hook.
 import calibration_tables
 import choices
+import demo_tables
 import family_tables
 import integer_tables
 import pretrained_tables
@@ -271,30 +272,7 @@ def markdown(above: str, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -
 
 def demo_table() -> str:
     """The rows of the demo."""
-    return demo_rows(json.loads((ROOT / "examples" / "demo.json").read_text()))
-
-
-def demo_rows(data: dict[str, Any], _: Path = ROOT) -> str:
-    """The rows of a demo, with their KL where it was measured."""
-    rows = data["rows"]
-    with_kl = all("kl" in row for row in rows.values())
-    return markdown(
-        f"{data['machine']['model']}, {data['machine']['usable_cores']} cores, {data['dtype']}, prompts of "
-        f"{min(data['prompt_tokens']):,} tokens.",
-        ("method", "prefill s", "attention s", "density", "right", "top-1 as dense", *(["KL"] if with_kl else [])),
-        [
-            (
-                name,
-                f"{row['prefill_seconds']:.2f}",
-                f"{row['attention_seconds']:.2f}",
-                f"{row['density']:.3f}",
-                f"{row['right']}/{row['asked']}",
-                f"{row['top1_agreement']:.1%}",
-                *([f"{row['kl']:.3f}"] if with_kl else []),
-            )
-            for name, row in rows.items()
-        ],
-    )
+    return markdown(*demo_tables.demo_rows(json.loads((ROOT / "examples" / "demo.json").read_text())))
 
 
 def methods_table() -> str:
@@ -399,7 +377,7 @@ TABLES = {
     "heads_methods": lambda: of_lines("*/compare_*.jsonl", pretrained_tables.methods_table),
     "heads_closeness": lambda: of_lines("*/*_eval.jsonl", *pretrained_tables.BESIDE_DENSE),
     "demo": demo_table,
-    "demo_pretrained": lambda: for_each_machine("demo_pretrained.json", demo_rows),
+    "demo_pretrained": lambda: chosen("demo_pretrained.json", demo_tables.demo_rows),
     "methods": methods_table,
     "mutants": mutants_table,
     "kept": kept_table,

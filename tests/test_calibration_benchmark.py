@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from gossamer.methods import AShape
 from gossamer.profiles import Profile
@@ -47,3 +49,23 @@ def test_lines_go_on_only_with_the_same(script, tmp_path: Path) -> None:
     assert len(again.find(kind="setting")) == 1
     with pytest.raises(SystemExit, match="something else"):
         rows.Lines(tmp_path / "lines.jsonl", {"length": 65})
+
+
+def test_what_the_page_says_of_smollm2() -> None:
+    path = ROOT / "benchmarks" / "results" / "intel-xeon-emerald-rapids-2-cores-amx" / "calibration_smollm2.json"
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["mode"] != "rival"]
+    small = [row for row in rows if row["rival"].endswith("(vertical_size=500,slash_size=700)")]
+    assert all(0.3 < row["kl over the rival's"][0] < 0.5 for row in small)
+    for mode, time in (("global", 0.95), ("fixed", 1.12)):
+        taken = [row["time over the rival's"][0] for row in small if row["mode"] == mode]
+        assert taken == pytest.approx([time, time], abs=0.02)
+    for direction, error in (("first", 0.80), ("second", 0.93)):
+        errors = [row["error over the rival's"][0] for row in small if row["direction"] == direction]
+        assert errors == pytest.approx([error, error], abs=0.01)
+    searched = [row for row in rows if row["rival"] == "qwen2.5_7b"]
+    for row in (row for row in searched if row["mode"] == "fixed"):
+        assert row["time over the rival's"][0] == pytest.approx(0.9, abs=0.03)
+        assert row["error over the rival's"][0] == pytest.approx(0.2, abs=0.02)
+        assert row["kl over the rival's"][0] == pytest.approx(0.02, abs=0.004)
+    longer = [row["time over the rival's"][0] for row in searched if row["mode"] == "global"]
+    assert all(1.2 < time < 1.35 for time in longer)

@@ -74,27 +74,10 @@ def _cpu_attend(
     skip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_tensors(q, k, v)
-    native, isa = kernels(), active_isa(q.dtype)
-    # Held by name until the kernel is done: only their addresses are handed over.
-    q, k, v = (dense_rows(x) for x in (q, k, v))
-    plan, sinks = [x.contiguous() for x in plan], sinks.contiguous()
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device="cpu")
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
-    lse_array, sinks_array = arrays((lse, sinks), (torch.float32, torch.float32))
-    native.prefer_huge_pages(out.data_ptr(), out.nbytes)
-    call = native.AttentionCall(
-        q=tensor_view(q),
-        k=tensor_view(k),
-        v=tensor_view(v),
-        out=tensor_view(out),
-        lse=lse_array,
-        sinks=sinks_array,
-        scale=scale,
-        softcap=softcap,
-        threads=torch.get_num_threads(),
-        rows=(0, 0),
-    )
-    native.attend(isa, plan_view(plan, sizes, skip), call)
+    kernels().prefer_huge_pages(out.data_ptr(), out.nbytes)
+    _fill(out, lse, (q, k, v), sinks, plan, sizes, scale, softcap, skip)
     return out, lse
 
 
@@ -112,32 +95,51 @@ def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Te
     if plan.permuted or plan.pruned_mean or plan.skip is not None or call.needs_gradient:
         return definition(call, plan, rows)
     call.check_plan(plan)
-    q, k, v = (dense_rows(x) for x in (call.q, call.k, call.values))
+    q, k, v = call.q, call.k, call.values
     check_tensors(q, k, v)
     if plan.device.type != "cpu":
         raise ValueError(f"the cpu backend takes plans on the CPU, got one on {plan.device}; move it")
-    native, rows = kernels(), rows.to("cpu", torch.int64).expand(call.batch, -1).contiguous()
+    rows = rows.to("cpu", torch.int64).expand(call.batch, -1).contiguous()
     tensors, sizes = plan_parts(plan)
-    tensors, sinks = [x.contiguous() for x in tensors], _sinks(call).contiguous()
     out = torch.empty(*q.shape[:2], rows.shape[1], v.shape[-1], dtype=torch.float32, device="cpu")
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device="cpu")
-    if out.numel() == 0:
-        return out, lse
-    lse_array, sinks_array, row_array = arrays((lse, sinks, rows), (torch.float32, torch.float32, torch.int64))
-    view = native.AttentionCall(
+    if out.numel():
+        softcap = 0.0 if call.softcap is None else float(call.softcap)
+        _fill(out, lse, (q, k, v), _sinks(call), tensors, sizes, call.scale, softcap, rows=rows)
+    return out, lse
+
+
+def _fill(
+    out: Tensor,
+    lse: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    sinks: Tensor,
+    plan: list[Tensor],
+    sizes: list[int],
+    scale: float,
+    softcap: float,
+    skip: float | None = None,
+    rows: Tensor | None = None,
+) -> None:
+    """Attend and write; of all queries, or of some ``rows`` ``[B, R]``."""
+    native = kernels()
+    # Held by name until the kernel is done: only their addresses are handed over.
+    q, k, v = (dense_rows(x) for x in tensors)
+    plan, sinks = [x.contiguous() for x in plan], sinks.contiguous()
+    lse_array, sinks_array = arrays((lse, sinks), (torch.float32, torch.float32))
+    call = native.AttentionCall(
         q=tensor_view(q),
         k=tensor_view(k),
         v=tensor_view(v),
         out=tensor_view(out),
         lse=lse_array,
         sinks=sinks_array,
-        scale=call.scale,
-        softcap=0.0 if call.softcap is None else float(call.softcap),
+        scale=scale,
+        softcap=softcap,
         threads=torch.get_num_threads(),
-        rows=row_array,
+        rows=(0, 0) if rows is None else (rows.data_ptr(), rows.numel()),
     )
-    native.attend(active_isa(q.dtype), plan_view(tensors, sizes), view)
-    return out, lse
+    native.attend(active_isa(q.dtype), plan_view(plan, sizes, skip), call)
 
 
 @torch.library.register_fake("gossamer::cpu_attend", lib=_library)
