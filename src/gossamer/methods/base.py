@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from gossamer.call import AttentionCall
+from gossamer.methods.ranks import heads_of_rank
 from gossamer.plan import SparsePlan
 from gossamer.plan.integers import MOST
 
@@ -53,6 +54,22 @@ class Method(ABC):
     def lacks(self, call: AttentionCall) -> str | None:
         """The first of `needs` that the call does not offer, or None."""
         return call.lacks(self.needs)
+
+    def of_rank(self, rank: int, ranks: int, heads: int, groups: int) -> Method:
+        """The same for the heads that one rank of a tensor-parallel model has: its part of each of `tables`.
+
+        Args:
+            rank: 0 to ``ranks - 1``.
+            heads, groups: query heads and key/value heads of the whole model.
+
+        Raises:
+            ValueError: numbers that do not divide, or a table for other heads.
+        """
+        parts = {}
+        for name in self.tables:
+            rows = getattr(self, name)
+            parts[name] = tuple(row[heads_of_rank(len(row), rank, ranks, heads, groups)] for row in rows)
+        return replace(self, **parts) if parts else self
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types, with the discriminator ``method``."""

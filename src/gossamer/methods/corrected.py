@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from gossamer.call import AttentionCall
@@ -53,6 +53,9 @@ class Corrected(Method):
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"base": self.base.to_dict()}
+
+    def of_rank(self, rank: int, ranks: int, heads: int, groups: int) -> Method:
+        return replace(self, base=self.base.of_rank(rank, ranks, heads, groups))
 
     def plan(self, call: AttentionCall) -> SparsePlan:
         return self.base.plan(call).with_attributes(pruned_mean=self.pruned_mean, skip=self.skip)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, require_at_least, require_share
-from gossamer.methods.head_tables import Table, full_heads, of_layer, require_table, windows
+from gossamer.methods.head_tables import Table, full_heads, gates_of_rank, of_layer, require_table, windows
 from gossamer.plan import SparsePlan
 
 __all__ = ["DuoAttention"]
@@ -52,6 +52,9 @@ class DuoAttention(Method):
     def full(self) -> tuple[tuple[bool, ...], ...]:
         """The heads that are full, ``[layer][head]``."""
         return full_heads(self.gates, self.sparsity)
+
+    def of_rank(self, rank: int, ranks: int, heads: int, groups: int) -> Method:
+        return replace(self, **gates_of_rank(self.full, rank, ranks, heads, groups)) if self.gates else self
 
     def plan(self, call: AttentionCall) -> SparsePlan:
         full = of_layer(self.full, call.layer, [call.groups, call.heads], f"{self.name}.gates")

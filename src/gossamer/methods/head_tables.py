@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gossamer.methods.base import Method
+from gossamer.methods.ranks import heads_of_rank
 from gossamer.plan.plan import WHOLE
 
-__all__ = ["Table", "full_heads", "of_layer", "require_table", "windows"]
+__all__ = ["Table", "full_heads", "gates_of_rank", "of_layer", "require_table", "windows"]
 
 Table = Sequence[Sequence[float]]
 """``[layer][head]``, the same number of heads in each layer; nothing where a method was made without."""
@@ -80,6 +81,19 @@ def full_heads(gates: Table, sparsity: float) -> tuple[tuple[bool, ...], ...]:
     below = math.ceil(round(sparsity * (len(ranked) - 1), 9)) if sparsity < 1 else len(ranked)
     full = {(layer, head) for _, layer, head in ranked[: len(ranked) - below]}
     return tuple(tuple((layer, head) in full for head in range(len(heads))) for layer, heads in enumerate(gates))
+
+
+def gates_of_rank(full: Sequence[Sequence[bool]], rank: int, ranks: int, heads: int, groups: int) -> dict[str, Any]:
+    """Gates and sparsity of one tensor-parallel rank, by which its `full_heads` are those that are full in the whole.
+
+    Which heads are full depends on the gates of all: 1 and 0 stand for what was chosen among them.
+    """
+    part = [layer[heads_of_rank(len(layer), rank, ranks, heads, groups)] for layer in full]
+    count = sum(len(layer) for layer in part)
+    streaming = count - sum(sum(layer) for layer in part)
+    some = 0 < streaming < count
+    sparsity = (streaming - 0.5) / (count - 1) if some else float(streaming > 0)
+    return {"gates": tuple(tuple(map(float, layer)) for layer in part), "sparsity": sparsity}
 
 
 def windows(full: Sequence[bool], window: int) -> Tensor:

@@ -10,6 +10,7 @@ from gossamer.call import AttentionCall
 from gossamer.methods.base import Method
 from gossamer.methods.head_tables import of_layer
 from gossamer.methods.merging import merge_plans
+from gossamer.methods.ranks import heads_of_rank
 from gossamer.plan import SparsePlan
 
 __all__ = ["PerHead", "needs_of"]
@@ -64,6 +65,16 @@ class PerHead(Method):
             for head in heads:
                 owner[head] = number
         return plans[0] if len(plans) == 1 else merge_plans(plans, owner, sources)
+
+    def of_rank(self, rank: int, ranks: int, heads: int, groups: int) -> PerHead:
+        layers = [
+            [
+                method.of_rank(rank, ranks, heads, groups)
+                for method in layer[heads_of_rank(len(layer), rank, ranks, heads, groups)]
+            ]
+            for layer in self.layers
+        ]
+        return replace(self, layers=layers)
 
     def layer(self, index: int | None, heads: int) -> Sequence[Method]:
         """The methods of one layer's heads.
