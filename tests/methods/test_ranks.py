@@ -58,4 +58,3 @@ def test_what_cannot_be_split_says_so() -> None:
         METHODS["per head"].of_rank(2, 2, HEADS, GROUPS)
     with pytest.raises(ValueError, match="for 8 heads, but the model has 16 query heads and 2 key/value"):
         METHODS["moa"].of_rank(0, 2, 16, 2)
-

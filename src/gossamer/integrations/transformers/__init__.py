@@ -15,7 +15,7 @@ from gossamer.integrations.transformers.filter import filter_prompt
 from gossamer.integrations.transformers.handle import Handle, enable
 from gossamer.integrations.transformers.masks import compact_mask
 from gossamer.integrations.transformers.owners import NAME, Observation
-from gossamer.integrations.transformers.stats import LayerStats, Stats
+from gossamer.integrations.stats import LayerStats, Stats
 from gossamer.integrations.transformers.verify import Verification, verify
 
 __all__ = [

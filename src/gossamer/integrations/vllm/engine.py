@@ -1,0 +1,184 @@
+"""What one worker process of a server knows: its policies, its counters, and which layers it serves."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.attention import CallRecord, attend
+from gossamer.call import AttentionCall
+from gossamer.integrations.vllm.counters import FOLDER, Counters
+from gossamer.integrations.vllm.rows import Row, Step, choose
+from gossamer.integrations.vllm.settings import Settings
+from gossamer.methods import Dense, PerHead
+from gossamer.plan import Extent
+from gossamer.policy import Policy
+
+__all__ = ["Engine", "salt_of"]
+
+# Under vLLM's own name its log shows it as it shows its own lines.
+logger = logging.getLogger("vllm.gossamer")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Engine:
+    """The plug-in in one worker.
+
+    Args:
+        settings: for the heads of this rank.
+        like: a query ``[1, H, 1, D]`` of the dtype and device that layers have, which decides ``min_tokens``.
+        rank: of tensor parallelism; rank 0 writes the log.
+    """
+
+    def __init__(self, settings: Settings, like: Tensor, rank: int = 0) -> None:
+        self.settings = settings
+        self.default = settings.policy.resolved(like)
+        self.counters = Counters(rank)
+        self._like = like
+        self._rank = rank
+        self._next_line = 0.0
+        self._of_request: dict[str, Policy] = {}
+        if FOLDER in os.environ:
+            self.counters.write_in(Path(os.environ[FOLDER]))
+
+    def why_not(self, layer: int | None, heads: int) -> str | None:
+        """Why a layer of this index and number of query heads is not served, or None."""
+        for policy in (self.settings.policy, *self.settings.policies.values()):
+            method = policy.method
+            tables = (
+                [method.layers] if isinstance(method, PerHead) else [getattr(method, name) for name in method.tables]
+            )
+            if any(rows and (layer is None or layer >= len(rows)) for rows in tables):
+                return "layer is not in the profile"
+            if isinstance(method, PerHead) and method.layers and len(method.layers[0]) != heads:
+                return "layer has other heads than the profile"
+        return None
+
+    def policy_of(self, given: Any) -> Policy:
+        """The policy of a request that names one in ``extra_args["gossamer"]``; of others, the server's."""
+        if given is None:
+            return self.default
+        key = given if isinstance(given, str) else json.dumps(given, sort_keys=True, default=str)
+        if key not in self._of_request:
+            if len(self._of_request) >= 1024:
+                self._of_request.clear()
+            try:
+                policy = self.settings.of_request(given)[1].resolved(self._like)
+            except (ValueError, TypeError) as error:  # refused where it came in; here for engines without that door
+                logger.warning("gossamer: a request's policy cannot be used, it runs dense: %s", error)
+                policy = Policy(Dense("gossamer"), 0)
+            self._of_request[key] = policy
+        return self._of_request[key]
+
+    def step(self, starts: Tensor, lengths: Tensor, longest: int, policies: Sequence[Policy] | None) -> Step:
+        """Part the rows of a step; see `rows.choose`."""
+        self._tell()
+        rows = starts.numel() - 1
+        if longest < self.settings.min_queries:
+            return Step(
+                (), torch.empty(0, dtype=torch.int64), Counter({"decode" if longest <= 1 else "few queries": rows})
+            )
+        policies = policies or [self.default] * rows
+        return choose(starts.tolist(), lengths.tolist(), policies, self.settings.min_queries)
+
+    def refused(self, rows: int, reason: str) -> Step:
+        """A step of which no row runs a plan."""
+        self._tell()
+        return Step((), torch.empty(0, dtype=torch.int64), Counter({reason: rows}))
+
+    def attend(self, call: AttentionCall, policy: Policy) -> Tensor:
+        """``[1, H, S, D]``. A method that fails is no reason to fail a server: its row runs dense, and is counted."""
+        name = policy.method.name
+        try:
+            out = attend(call, policy, record=lambda record: self.counters.add(record, name))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            _warn_of_failure(name, str(error))
+            out = attend(
+                call,
+                Policy(Dense("gossamer")),
+                record=lambda record: self.counters.add(_failed(record), name),
+            )
+        assert isinstance(out, Tensor)
+        return out
+
+    def _tell(self) -> None:
+        """A line in the log, now and then."""
+        now = time.monotonic()
+        if self._rank == 0 and now >= self._next_line:
+            self._next_line = now + SECONDS_BETWEEN_LINES
+            line = self.counters.news()
+            if line is not None:
+                logger.info("gossamer: %s", line)
+
+
+def call_of(
+    row: Row,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    layer: int | None,
+) -> AttentionCall:
+    """One row as a call.
+
+    Args:
+        query: ``[S, H, D]``.
+        key, value: ``[1, G, T, D]``, the sequence's last T tokens; those before them lie outside every window.
+        window: the layer's sliding window, None without one.
+    """
+    keys = key.shape[2]
+    extent = Extent([keys - row.queries], [row.queries], [0], [keys], limit=window)
+    q = query.transpose(0, 1)[None]
+    return AttentionCall(q, key, value, extent, scale, sinks, softcap, layer)
+
+
+def _failed(record: CallRecord) -> CallRecord:
+    return CallRecord(
+        record.layer,
+        record.path,
+        "method failed",
+        record.density,
+        record.plan_seconds,
+        record.attention_seconds,
+        record.executor,
+        record.query_len,
+        record.key_len,
+    )
+
+
+def salt_of(settings: Settings, given: Any, salt: str | None) -> str | None:
+    """What a request's cache salt becomes: pages written under one policy are never read under another.
+
+    Args:
+        given: the policy that a request names, None for the server's.
+        salt: its own ``cache_salt``.
+
+    Raises:
+        ValueError, TypeError: a policy that is none.
+    """
+    if given is None:
+        return salt
+    text, policy = settings.of_request(given)
+    if policy == settings.policy:
+        return salt
+    return f"{salt or ''}|gossamer:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+@functools.cache
+def _warn_of_failure(name: str, message: str) -> None:
+    logger.warning("gossamer: %s fails, its rows run dense: %s", name, message)

@@ -1,0 +1,225 @@
+"""The plug-in's side of vLLM: what is registered, and where requests, workers and metrics come by.
+
+Touches vLLM in four places, each inert on a server that was not asked for gossamer: the CPU backend's class, the door
+through which requests come in (a policy that a request names is checked there), the scheduler's `Request` (its cache
+salt), and the runner (it says whose rows a step has).
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gossamer.integrations.vllm.counters import FOLDER, METRICS, announce, collected
+from gossamer.integrations.vllm.engine import Engine, logger, salt_of
+from gossamer.integrations.vllm.settings import Settings
+from gossamer.policy import Policy
+
+__all__ = ["KEY", "engine_of", "install", "policies_of", "settings_of"]
+
+KEY = "gossamer"
+"""Where a request names its policy: ``SamplingParams(extra_args={"gossamer": ...})``, ``vllm_xargs`` over HTTP."""
+CPU_BACKEND = "gossamer.integrations.vllm.cpu.SparseCPUBackend"
+GPU_BACKEND = "gossamer.integrations.vllm.gpu.SparseTritonBackend"
+
+_settings: dict[int, tuple[Any, Settings | None]] = {}
+_engines: dict[int, tuple[Any, Engine | None]] = {}
+
+
+def install() -> None:
+    """Register the backends, and wrap what is named above. A second call does nothing.
+
+    Raises:
+        ImportError, AttributeError: a vLLM that is not as expected.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.request import Request
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    wrapped = (
+        (InputProcessor, "process_inputs", _checked),
+        (Request, "__init__", _salted),
+        (GPUModelRunner, "initialize_metadata_builders", _introduced),
+    )
+    for owner, name, _ in wrapped:
+        getattr(owner, name)
+    register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+    register_backend(AttentionBackendEnum.CUSTOM, GPU_BACKEND)
+    for owner, name, wrapper in wrapped:
+        former = getattr(owner, name)
+        if not hasattr(former, "__gossamer__"):
+            setattr(owner, name, _marked(wrapper(former), former))
+    announce()
+    _show_metrics()
+
+
+def settings_of(config: Any) -> Settings | None:
+    """What a server of this `VllmConfig` was asked for, all ranks together; None for nothing.
+
+    Raises:
+        ValueError: something that cannot be done, or a profile for another model.
+    """
+    if config is None:
+        return None
+    known = _settings.get(id(config))
+    if known is None:
+        settings = Settings.read(config.additional_config)
+        if settings is not None:
+            remark = settings.for_model(config.model_config.hf_config)
+            if remark is not None:
+                logger.warning("gossamer: %s", remark)
+        known = _settings[id(config)] = (config, settings)
+    return known[1]
+
+
+def engine_of(config: Any) -> Engine | None:
+    """The plug-in of this worker; None on a server that was not asked for it. Inside a worker alone.
+
+    Raises:
+        ValueError: as `settings_of`; heads that do not divide.
+    """
+    known = _engines.get(id(config))
+    if known is None:
+        settings, engine = settings_of(config), None
+        if settings is not None:
+            from vllm.distributed import get_tensor_model_parallel_rank
+
+            model, ranks = config.model_config, config.parallel_config.tensor_parallel_size
+            rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
+            heads, groups = model.hf_text_config.num_attention_heads, model.get_total_num_kv_heads()
+            mine = settings.of_rank(rank, ranks, heads, groups)
+            like = torch.empty(1, heads // ranks, 1, model.get_head_size(), dtype=model.dtype, device="meta")
+            engine = Engine(mine, like, rank)
+            logger.info("gossamer: rows of %d queries and more run %s", mine.min_queries, mine.policy)
+        known = _engines[id(config)] = (config, engine)
+    return known[1]
+
+
+def policies_of(builder: Any, engine: Engine, rows: int) -> list[Policy] | None:
+    """The policy of each row of a step; None where all have the server's."""
+    runner = builder.runner() if getattr(builder, "runner", None) is not None else None
+    if runner is None:
+        return None
+    ids = runner.input_batch.req_ids[:rows]
+    named = [_named(runner.requests[one].sampling_params) if one in runner.requests else None for one in ids]
+    if not any(one is not None for one in named):
+        return None
+    return [engine.policy_of(one) for one in named] + [engine.default] * (rows - len(named))
+
+
+def _named(params: Any) -> Any:
+    """The policy that a request names, or None."""
+    extra = getattr(params, "extra_args", None)
+    return extra.get(KEY) if extra else None
+
+
+def _marked(wrapper: Callable[..., Any], former: Any) -> Callable[..., Any]:
+    wrapper = functools.wraps(former)(wrapper)
+    wrapper.__gossamer__ = former  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _checked(former: Callable[..., Any]) -> Callable[..., Any]:
+    """The door: a policy that cannot be used is the request's error, and reaches no worker."""
+
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = kwargs.get("params", args[2] if len(args) > 2 else None)
+        given = _named(params)
+        if given is not None:
+            settings = settings_of(self.vllm_config)
+            if settings is None:
+                raise ValueError(
+                    f"the request names a policy ({KEY}), but this server was started without gossamer: see "
+                    "--additional-config"
+                )
+            try:
+                settings.of_request(given)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{KEY}: {error}") from error
+        return former(self, *args, **kwargs)
+
+    return process_inputs
+
+
+def _salted(former: Callable[..., Any]) -> Callable[..., Any]:
+    """The scheduler's view of a request, by which pages are shared."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        params = kwargs.get("sampling_params", args[2] if len(args) > 2 else None)
+        given = _named(params)
+        if given is not None:
+            settings = next((one for _, one in _settings.values() if one is not None), None)
+            if settings is None:
+                from vllm.config import get_current_vllm_config_or_none
+
+                settings = settings_of(get_current_vllm_config_or_none()) or Settings(Policy.of("dense"))
+            try:
+                kwargs["cache_salt"] = salt_of(settings, given, kwargs.get("cache_salt"))
+            except (ValueError, TypeError):  # refused at the door; where there was none its pages are its own
+                kwargs["cache_salt"] = f"{kwargs.get('cache_salt') or ''}|gossamer:{given!r}"
+        former(self, *args, **kwargs)
+
+    return __init__
+
+
+def _introduced(former: Callable[..., Any]) -> Callable[..., Any]:
+    """The runner, which alone knows whose rows a step has, becomes known to its builders."""
+
+    def initialize_metadata_builders(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = former(self, *args, **kwargs)
+        for groups in self.attn_groups:
+            for group in groups:
+                for builder in group.metadata_builders:
+                    if hasattr(builder, "sparse"):
+                        builder.runner = weakref.ref(self)
+        return result
+
+    return initialize_metadata_builders
+
+
+class _Collector:
+    """What ``/metrics`` asks for."""
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily
+
+        rows: dict[str, list[tuple[dict[str, str], float]]] = {}
+        for metric, labels, value in collected(Path(os.environ.get(FOLDER, os.devnull))):
+            rows.setdefault(metric, []).append((labels, value))
+        for metric, found in sorted(rows.items()):
+            names = sorted(found[0][0])
+            family = CounterMetricFamily(metric, METRICS.get(metric, metric), labels=names)
+            for labels, value in found:
+                family.add_metric([labels[name] for name in names], value)
+            yield family
+
+
+def _show_metrics() -> None:
+    """Add ours to the registry that vLLM's front shows, whichever it makes."""
+    from vllm.v1.metrics import prometheus
+
+    former = prometheus.get_prometheus_registry
+    if hasattr(former, "__gossamer__"):
+        return
+
+    def get_prometheus_registry() -> Any:
+        registry = former()
+        if not getattr(registry, "__gossamer__", False):
+            registry.register(_Collector())
+            registry.__gossamer__ = True
+        return registry
+
+    marked = _marked(get_prometheus_registry, former)
+    prometheus.get_prometheus_registry = marked
+    for module in list(sys.modules.values()):
+        if getattr(module, "get_prometheus_registry", None) is former:
+            module.get_prometheus_registry = marked  # type: ignore[attr-defined]

@@ -1,0 +1,173 @@
+"""What a vLLM server was asked for: ``--additional-config '{"gossamer": {...}}'`` or ``GOSSAMER_VLLM``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gossamer.methods import Method, from_dict
+from gossamer.methods.registry import class_of
+from gossamer.policy import FEW_QUERIES, Policy
+from gossamer.profiles import Profile, read_table
+from gossamer.profiles.files import parse_json, shown
+
+__all__ = ["VARIABLE", "Settings"]
+
+VARIABLE = "GOSSAMER_VLLM"
+MIN_QUERIES = 64
+_THRESHOLDS = ("min_tokens", "max_density")
+_OURS = ("profile", "policies", "min_queries")
+_MOST = 100_000  # characters of a request's own policy
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server's policy, and those that a request may name.
+
+    Fields:
+        policy: of requests that name none.
+        profile: the file that it came from, checked against the model by `for_model`; None without one.
+        min_queries: rows with fewer queries in a step run on vLLM's own kernel: decoding, the drafts of speculative
+            decoding, short chunks. At least 32.
+        policies: by name, for requests (see `of_request`).
+    """
+
+    policy: Policy
+    profile: Profile | None = None
+    min_queries: int = MIN_QUERIES
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, additional: Any) -> Settings | None:
+        """From ``additional_config``, else from the environment; None if neither asks for anything.
+
+        Raises:
+            ValueError, TypeError: what is wrong, where, and what was expected.
+        """
+        given: Any = additional.get("gossamer") if isinstance(additional, Mapping) else None
+        source = 'additional_config["gossamer"]'
+        if given is None:
+            text, source = os.environ.get(VARIABLE, "").strip(), VARIABLE
+            if not text:
+                return None
+            given = text
+        try:
+            return cls.of(given)
+        except (ValueError, TypeError, OSError) as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    @classmethod
+    def of(cls, given: Any) -> Settings:
+        """From a method's name, JSON text, or an object.
+
+        An object has ``method`` with its fields beside it, or ``profile``, a file; and, where they should be others
+        than by default, ``min_tokens`` and ``max_density`` (see `gossamer.Policy`), ``min_queries`` and ``policies``
+        (objects of a method and thresholds by name, for requests).
+
+        Raises:
+            ValueError, TypeError: something else.
+            OSError: a file that cannot be read.
+        """
+        given = _object(given)
+        policies = given.get("policies", {})
+        if not isinstance(policies, Mapping) or not all(isinstance(name, str) and name for name in policies):
+            raise ValueError(f"policies must be an object of policies by name, got {shown(policies)}")
+        least = given.get("min_queries", MIN_QUERIES)
+        if not isinstance(least, int) or isinstance(least, bool) or least < FEW_QUERIES:
+            raise ValueError(f"min_queries must be an integer of at least {FEW_QUERIES}, got {shown(least)}")
+        named: dict[str, Policy] = {}
+        for name, one in policies.items():
+            try:
+                named[name] = _policy(_object(one), files=True)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"policies, {shown(name)}: {error}") from error
+        fields = {name: value for name, value in given.items() if name not in _OURS}
+        if "profile" not in given:
+            return cls(_policy(fields, files=True), None, least, named)
+        if set(fields) - set(_THRESHOLDS):
+            others = ", ".join(sorted(set(fields) - set(_THRESHOLDS)))
+            raise ValueError(f"a profile names a method for each head; leave {others} out")
+        if not isinstance(given["profile"], (str, os.PathLike)):
+            raise ValueError(f"profile must be the path of a file, got {shown(given['profile'])}")
+        profile = Profile.load(given["profile"])
+        return cls(Policy(profile.method, **fields), profile, least, named)
+
+    def of_request(self, given: Any) -> tuple[str, Policy]:
+        """The policy that a request names, and a text that is the same for equal policies and no others.
+
+        Args:
+            given: a name of `policies`; or a method as an object, as JSON text or, with its defaults, by its name.
+                A request names no files.
+
+        Raises:
+            ValueError, TypeError: something else.
+        """
+        if isinstance(given, str) and given in self.policies:
+            policy = self.policies[given]
+        elif isinstance(given, str) and len(given) > _MOST:
+            raise ValueError(f"a policy of {len(given)} characters; at most {_MOST} are read")
+        else:
+            try:
+                policy = _policy(_object(given), files=False)
+            except ValueError as error:
+                known = f" or one of this server's policies: {', '.join(self.policies)}" if self.policies else ""
+                raise ValueError(
+                    f"{error}; give a method's name, or an object with method and fields{known}"
+                ) from error
+        fields = {"min_tokens": policy.min_tokens, "max_density": policy.max_density}
+        return json.dumps(policy.method.to_dict() | fields, sort_keys=True), policy
+
+    def for_model(self, config: Any) -> str | None:
+        """That the profile is for the model of a transformers config; see `Profile.check_config`.
+
+        Raises:
+            ValueError: it is for another model.
+        """
+        return None if self.profile is None else self.profile.check_config(config)
+
+    def of_rank(self, rank: int, ranks: int, heads: int, groups: int) -> Settings:
+        """The same for the heads of one tensor-parallel rank.
+
+        Args:
+            heads, groups: query heads and key/value heads of the whole model.
+
+        Raises:
+            ValueError: numbers that do not divide.
+        """
+        if ranks == 1:
+            return self
+
+        def part(policy: Policy) -> Policy:
+            return replace(policy, method=policy.method.of_rank(rank, ranks, heads, groups))
+
+        return replace(
+            self, policy=part(self.policy), policies={name: part(one) for name, one in self.policies.items()}
+        )
+
+
+def _object(given: Any) -> Mapping[str, Any]:
+    """An object from itself, from its JSON, or from a method's name."""
+    if isinstance(given, str):
+        text = given.strip()
+        given = parse_json(text) if text.startswith("{") else {"method": text}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"expected a method's name or an object with method and fields, got {shown(given)}")
+    return given
+
+
+def _policy(given: Mapping[str, Any], files: bool) -> Policy:
+    """A method with its fields, and thresholds."""
+    thresholds = {name: given[name] for name in _THRESHOLDS if name in given}
+    fields = {name: value for name, value in given.items() if name not in _THRESHOLDS}
+    if files and isinstance(fields.get("method"), str):
+        for name in class_of(fields["method"]).tables:
+            if isinstance(fields.get(name), str):
+                fields[name] = read_table(fields[name], name)
+    try:
+        method: Method = from_dict(fields)
+        return Policy(method, **thresholds)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
