@@ -10,12 +10,12 @@ policy belongs to the model object. ``from_pretrained(..., attn_implementation="
 module is imported (`register` was called); such a model uses the default policy until it is enabled.
 """
 
+from gossamer.integrations.stats import LayerStats, Stats
 from gossamer.integrations.transformers.attention import hf_attention, register
 from gossamer.integrations.transformers.filter import filter_prompt
 from gossamer.integrations.transformers.handle import Handle, enable
 from gossamer.integrations.transformers.masks import compact_mask
 from gossamer.integrations.transformers.owners import NAME, Observation
-from gossamer.integrations.stats import LayerStats, Stats
 from gossamer.integrations.transformers.verify import Verification, verify
 
 __all__ = [

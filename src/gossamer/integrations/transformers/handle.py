@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from gossamer import methods
 from gossamer.attention import CallRecord
 from gossamer.call import AttentionCall
+from gossamer.integrations.stats import LayerStats, Stats
 from gossamer.integrations.transformers.attention import BIDIRECTIONAL, register
 from gossamer.integrations.transformers.configs import configs, implementations, path_to, request
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, lend, owner_of, set_owner
 from gossamer.integrations.transformers.reached import Reached
 from gossamer.integrations.transformers.rotary import Positions, rotary_module, verified
-from gossamer.integrations.stats import LayerStats, Stats
 from gossamer.integrations.transformers.supported import is_ours, refuse
 from gossamer.methods import Method
 from gossamer.methods.per_head import PerHead, needs_of
