@@ -15,6 +15,8 @@ import demo_tables
 import family_tables
 import integer_tables
 import pretrained_tables
+import serving_tables
+from marked import markdown
 from targets import targets_of
 
 from gossamer.evaluate.summary import SummaryRow, read_results, summary_rows
@@ -263,13 +265,6 @@ def gpu_rows(found: dict[str, Any], _: Path) -> str | None:
     return markdown(above, header, rows) if rows else None
 
 
-def markdown(above: str, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """A table below a line of text."""
-    lines = [above, ""] if above else []
-    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
-
-
 def demo_table() -> str:
     """The rows of the demo."""
     return markdown(*demo_tables.demo_rows(json.loads((ROOT / "examples" / "demo.json").read_text())))
@@ -371,6 +366,9 @@ TABLES = {
     "integers": integers_table,
     "calibration": calibration_table,
     "gpu": gpu_table,
+    "serving": lambda: for_each_machine(
+        "serving.json", lambda found, _: "\n\n".join(markdown(*one) for one in serving_tables.serving_tables(found))
+    ),
     "heads": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.heads_table),
     "heads_kinds": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.kinds_table),
     "heads_reference": lambda: of_lines("reference_heads.jsonl", pretrained_tables.heads_table),
