@@ -1,4 +1,4 @@
-"""Answers of generated tasks by vLLM's server with the plug-in, over HTTP, beside those of the same methods in transformers.
+"""Answers of generated tasks by vLLM's server with the plug-in, over HTTP, beside the same methods in transformers.
 
     python benchmarks/serving_answers.py MODEL [--length 16384] [--tasks needle_single,needle_multikey] [--samples 10]
         [--methods dense,max_relative,minference] [--python PYTHON] [--chunk 2048] [--out FILE]
@@ -72,11 +72,8 @@ def main() -> None:
                 for where, scores in (("server", there), ("transformers", here)):
                     row[where] = [sum(scores) / len(scores), *bootstrap_interval(scores)]
                 rows.append(row)
-                print(
-                    f"{task.label()}, {name}: server {row['server'][0]:.2f}, transformers {row['transformers'][0]:.2f}, "
-                    f"same text {same} of {len(samples)}",
-                    flush=True,
-                )
+                shown = ", ".join(f"{where} {row[where][0]:.2f}" for where in ("server", "transformers"))
+                print(f"{task.label()}, {name}: {shown}, same text {same} of {len(samples)}", flush=True)
     section = {
         "date": date.today().isoformat(),
         "machine": machine(),
