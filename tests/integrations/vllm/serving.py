@@ -118,6 +118,12 @@ class Server:
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
+def raw_post(body: bytes) -> bytes:
+    """A request for a completion as it goes over the wire."""
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    return head.encode() + b"\r\n\r\n" + body
+
+
 def total(metrics: dict[str, float], name: str, *labels: str) -> float:
     return sum(v for key, v in metrics.items() if key.startswith(name) and all(label in key for label in labels))
 

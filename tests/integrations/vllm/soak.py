@@ -1,4 +1,4 @@
-"""Mixed traffic against one server for a long time: ``python tests/integrations/vllm/soak.py [--minutes 20] [--out FILE]``.
+"""Mixed traffic against one server: ``python tests/integrations/vllm/soak.py [--minutes 20] [--out FILE]``.
 
 Clients send prompts of 40 to 6,000 tokens, a third with a prefix that others have, under the server's policy or one of
 their own; some go away in the middle, some ask for a policy that there is not. At the end: each request was answered as
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from integrations.vllm.serving import SPARSE, Server, prompt, served, total
+from integrations.vllm.serving import SPARSE, Server, prompt, raw_post, served, total
 
 SETTINGS = {"method": "max_relative", "min_tokens": 512, "policies": {"few": SPARSE, "dense": {"method": "dense"}}}
 PREFIXES = [prompt(1024 * n, 99) for n in (1, 2, 4)]
@@ -89,11 +89,8 @@ class Clients:
 
     def leave(self, ids: list[int], seconds: float) -> None:
         body = json.dumps({"model": "m", "prompt": ids, "max_tokens": 200, "stream": True}).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
         with socket.create_connection(("127.0.0.1", self.server.port)) as gone:
-            gone.sendall(head.encode() + b"\r\n\r\n" + body)
+            gone.sendall(raw_post(body))
             time.sleep(seconds)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from integrations.vllm.serving import FULL, SPARSE, Server, needs_vllm, prompt, served, total
+from integrations.vllm.serving import FULL, SPARSE, Server, needs_vllm, prompt, raw_post, served, total
 
 pytestmark = [needs_vllm, pytest.mark.slow, pytest.mark.vllm]
 
@@ -44,10 +44,9 @@ def test_a_wrong_policy_is_the_requests_error(server: Server, given: str) -> Non
 def test_clients_that_go_away_leave_a_server_that_answers(server: Server) -> None:
     before = server.first_logprob({"prompt": prompt(900, 3)})
     body = json.dumps({"model": "m", "prompt": prompt(6000, 4), "max_tokens": 500, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     for _ in range(4):
         with socket.create_connection(("127.0.0.1", server.port)) as gone:
-            gone.sendall(head.encode() + body)
+            gone.sendall(raw_post(body))
             time.sleep(0.2)
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda n: server.post({"prompt": prompt(300 + 150 * n, n)})[0], range(8)))
