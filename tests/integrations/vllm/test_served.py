@@ -102,7 +102,7 @@ def test_a_sparse_plan_changes_answers() -> None:
 
 def test_counts_add_up() -> None:
     """Each row of each step is counted once a layer: on a plan, dense on our kernel, or on vLLM's with a reason."""
-    lengths, new = (5, 70, 300, 1000), 8
+    lengths, new = (5, 400, 300, 1000), 8
     ours = run({"waves": [[prompt(length)] for length in lengths], "gossamer": SPARSE, "max_tokens": new})
     steps = len(lengths) * new
     for layer in range(6):
