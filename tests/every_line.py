@@ -124,6 +124,7 @@ LINES: list[dict[str, Any]] = [
         "kind": "lm_eval",
         "run": "r1",
         "method": "fast",
+        "profile": "mine.json",
         "method_fields": {"method": "fast"},
         "policy": "min_tokens=0,max_density=0.9",
         "task": "ruler_vt",

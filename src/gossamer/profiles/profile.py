@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from gossamer.methods import AShape, BlockSparse, Method, MInference, PerHead, VerticalSlash, from_dict
-from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
+from gossamer.profiles.files import MOST_BYTES, file_name, parse_json, read_file, shown, write_whole
 from gossamer.profiles.minference import from_entry, is_number, to_entry
 from gossamer.profiles.models import config_hash, differing
 
@@ -54,6 +54,7 @@ class Profile:
         scores: what the search measured for each, if anything, by layer and head.
         provenance: where it comes from.
         errors, costs: of each head's output and of its kernel, likewise.
+        name: by which results and tables know it; of one that was loaded, its file's. No part of what is saved.
 
     Raises:
         ValueError, TypeError: no layers, layers of different numbers of heads, scores of another shape, or something
@@ -65,6 +66,7 @@ class Profile:
     provenance: Provenance = field(default_factory=Provenance)
     errors: Sequence[Sequence[float | None]] | None = None
     costs: Sequence[Sequence[float | None]] | None = None
+    name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -146,7 +148,7 @@ class Profile:
         mine = slice(rank * self.heads // ranks, (rank + 1) * self.heads // ranks)
         figures = {name: getattr(self, name) for name in _FIGURES}
         parts = {name: rows and tuple(tuple(layer)[mine] for layer in rows) for name, rows in figures.items()}
-        return Profile(tuple(tuple(layer)[mine] for layer in self.layers), provenance=self.provenance, **parts)
+        return Profile(tuple(tuple(layer)[mine] for layer in self.layers), provenance=self.provenance, name=self.name, **parts)
 
     @classmethod
     def uniform(cls, layers: int, heads: int, method: Method) -> Profile:
@@ -177,7 +179,7 @@ class Profile:
         methods = data.get("methods")
         if not _is_table(methods):
             raise ValueError("a profile's methods must be a list (layers) of lists (heads)")
-        figures = {name: _figures(data.get(name), name) for name in _FIGURES}
+        scores, errors, costs = (_figures(data.get(name), name) for name in _FIGURES)
         layers: list[list[Method]] = []
         for i, layer in enumerate(methods or []):
             layers.append([])
@@ -186,7 +188,7 @@ class Profile:
                     layers[-1].append(from_dict(head))
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"profile layer {i}, head {j}: {error}") from error
-        return cls(tuple(tuple(layer) for layer in layers), provenance=_provenance(data.get("provenance")), **figures)
+        return cls(tuple(map(tuple, layers)), scores, _provenance(data.get("provenance")), errors, costs)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, to a temporary name first: a profile on disk is always whole."""
@@ -206,7 +208,8 @@ class Profile:
             data = parse_json(content)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
-        return cls.from_minference(data) if isinstance(data, list) else cls.from_dict(data)
+        profile = cls.from_minference(data) if isinstance(data, list) else cls.from_dict(data)
+        return replace(profile, name=file_name(path))
 
     def to_minference(self) -> list[dict[str, list[Any]]]:
         """In MInference's published format, which holds its three patterns and the budgets alone.
