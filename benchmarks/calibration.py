@@ -189,6 +189,16 @@ def _name(kind: Haystack | Task) -> str:
     return "code" if kind.name == "package" else kind.name
 
 
+def kinds(arguments: argparse.Namespace) -> Row:
+    """What results say of both kinds of prompts: names, and of a text its SHA-256, of a task all that makes it."""
+    found: Row = {}
+    for direction in ("first", "second"):
+        own = of_names(getattr(arguments, direction))
+        found[direction] = [_name(kind) for kind in own]
+        found[f"{direction}_sha256"] = [kind.sha256 if isinstance(kind, Haystack) else kind.label() for kind in own]
+    return found
+
+
 def prompts(subject: Subject, kinds: Sequence[Haystack | Task], length: int, skip: int, count: int) -> list[Tensor]:
     """``count`` of all kinds in turn, from number ``skip`` of each."""
     tasks = tuple(kind for kind in kinds if isinstance(kind, Task))
@@ -324,7 +334,7 @@ def main() -> None:
     torch.manual_seed(0)
     subject = load_subject(arguments, arguments.length)
     about = {
-        **{name: [_name(kind) for kind in of_names(getattr(arguments, name))] for name in ("first", "second")},
+        **kinds(arguments),
         "model": subject.to_dict(),
         "length": arguments.length,
         "samples": arguments.samples,

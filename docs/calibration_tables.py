@@ -32,6 +32,11 @@ def calibration_table(found: dict[str, Any]) -> Table:
         f"**{model['name']}**, {found['length']:,} tokens, {model['dtype']}; prompts that profiles "
         f"were chosen on: {found['samples']}. In brackets 95% intervals and how many prompts."
     )
+    digests: dict[str, str] = {}
+    for part, own in names.items():
+        digests |= zip(own, found.get(f"{part}_sha256", own), strict=True)
+    texts = [f"{name} `{digest[:12]}`" for name, digest in digests.items() if digest != name]
+    above += f" SHA-256 of the texts: {', '.join(texts)}." if texts else ""
     rows = []
     for row in found["rows"]:
         own = ", ".join(names.get(row["direction"], ()))
