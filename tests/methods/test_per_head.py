@@ -151,12 +151,17 @@ def test_merging_is_for_plans_of_one_call() -> None:
         merge_plans([plan(), plan()], [0, 1, 0])
 
 
-def test_pairs_are_known_where_all_are() -> None:
-    one, other = AShape(1, 5).plan(make_call("no padding", length=70, heads=2, groups=2, dim=8)), plan(window=9)
-    assert merge_plans([one, one], [0, 1])._pairs is not None
+@pytest.mark.parametrize(
+    "other", [plan(window=9), Dense().plan(make_call("no padding", length=70, heads=2, groups=2, dim=8))]
+)
+def test_pairs_are_counted_plan_by_plan(other: SparsePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = AShape(1, 5).plan(make_call("no padding", length=70, heads=2, groups=2, dim=8))
+    counted = []
+    monkeypatch.setattr("gossamer.plan.count.count_pairs", lambda plan: counted.append(plan) or count_pairs(plan))
     merged = merge_plans([one, other], [0, 1])
-    assert merged._pairs is None
-    assert torch.equal(merged.count_pairs(), count_pairs(merged))
+    found = merged.count_pairs()
+    assert counted == [other]
+    assert torch.equal(found, count_pairs(merged))
 
 
 def test_heads_may_have_other_plans_in_other_batch_rows() -> None:
