@@ -313,6 +313,8 @@ def test_a_profile_of_a_model_alike_is_noted_and_of_another_refused(
         (("--error", "1"), "are for --mode cheapest"),
         (("--mode", "cheapest", "--kl", "1", "--held-out-samples", "0"), "held-out prompts"),
         (("--budget", "nan"), "--budget must be a number"),
+        (("--nearly", "0.1", "--dense-above", "0.5"), "--nearly and --dense-above: for --mode fixed alone"),
+        (("--held-out", "a.txt", "--held-out-samples", "0"), "--held-out names texts to judge on"),
         (("--methods", "no_such"), "unknown method 'no_such'"),
         (("--methods", "per_head"), "single one"),
         (("--methods", "a_shape(windows=3)"), "windows"),
