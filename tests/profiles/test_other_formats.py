@@ -187,6 +187,18 @@ def test_the_command_shows_compares_and_converts(tmp_path: Path, capsys) -> None
     assert "2 layers of 2 heads" in capsys.readouterr().out
 
 
+def test_the_command_writes_over_profiles_alone(tmp_path: Path, capsys) -> None:
+    path, notes, empty = (tmp_path / name for name in ("p.json", "notes.txt", "empty.json"))
+    written(path, PUBLISHED)
+    notes.write_text("mine")
+    empty.touch()
+    for place, code in ((notes, 2), (tmp_path, 2), (empty, 0), (empty, 0), (path, 0)):
+        assert main(["profile", "convert", str(path), "-o", str(place)]) == code
+        assert ("is no profile: it would be lost" in capsys.readouterr().err) == bool(code)
+    assert notes.read_text() == "mine"
+    assert Profile.load(path) == Profile.load(empty)
+
+
 def test_the_command_shows_where_a_profile_is_from_on_a_line_each(tmp_path: Path, capsys) -> None:
     origin = Provenance("m\x1b[2J\nx", lengths=(100, 200), held_out="error 0.1 [0.05, 0.2]")
     Profile(((Dense(), AShape()),), None, origin, ((0.1, None),), ((0.5, 1.0),)).save(tmp_path / "p.json")
