@@ -1,4 +1,7 @@
-"""Tables of how calibrated profiles hold on other prompts, from `benchmarks/calibration.py`."""
+"""Tables of how calibrated profiles hold on other prompts, and of the memory that a calibration takes.
+
+From `benchmarks/calibration.py` and `benchmarks/calibration_memory.py`.
+"""
 
 from typing import Any
 
@@ -55,6 +58,14 @@ def calibration_table(found: dict[str, Any]) -> Table:
         )
         rows.append((chosen, f"`{row['rival']}`", MODES[row["mode"]], *figures))
     return above, HEADER, rows
+
+
+def memory_table(found: dict[str, Any]) -> Table:
+    """One calibration, in GiB."""
+    header = ("tokens", "layers", "peak, GiB", "of these besides weights", "with the weights of all layers")
+    sizes = tuple(f"{found[name]:.1f}" for name in ("peak_gib", "besides_weights_gib", "whole_gib"))
+    above = "The shape of Llama 3 8B in bfloat16, random weights; of each method the candidate that computes most."
+    return above, header, [(f"{found['length']:,}", str(found["layers"]), *sizes)]
 
 
 def _mean(row: dict[str, Any], name: str, digits: int = 3) -> str:

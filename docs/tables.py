@@ -225,11 +225,14 @@ def integers_table() -> str:
 
 def calibration_table() -> str:
     """How calibrated profiles hold on other prompts, for each model."""
+    made = calibration_tables.calibration_table
+    return for_each_machine("calibration_*.json", lambda found, _: markdown(*made(found)))
 
-    def made(found: dict[str, Any], _: Path) -> str:
-        return markdown(*calibration_tables.calibration_table(found))
 
-    return for_each_machine("calibration_*.json", made)
+def calibrate_memory_table() -> str:
+    """The most memory that a calibration took."""
+    made = calibration_tables.memory_table
+    return for_each_machine("calibrate_memory.json", lambda found, _: markdown(*made(found)))
 
 
 def gpu_table() -> str:
@@ -370,6 +373,7 @@ TABLES = {
     "targets": targets_table,
     "integers": integers_table,
     "calibration": calibration_table,
+    "calibrate_memory": calibrate_memory_table,
     "gpu": gpu_table,
     "heads": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.heads_table),
     "heads_kinds": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.kinds_table),

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
+from gossamer.calibrate.candidates import METHODS, candidates
+from gossamer.cli.specs import parse_method
 from gossamer.evaluate.haystack import load_haystack
 from gossamer.methods import AShape
 from gossamer.profiles import Profile
@@ -91,6 +93,18 @@ def test_the_page_says_which_texts_where_it_is_known(monkeypatch: pytest.MonkeyP
         found | {"first_sha256": ["ab" * 32], "second_sha256": ["cd" * 32, "needle_single"]}
     )
     assert above.endswith("SHA-256 of the texts: prose `abababababab`, code `cdcdcdcdcdcd`.")
+
+
+def test_memory_is_measured_on_the_shape_of_a_model_of_8b(script) -> None:
+    memory = script("calibration_memory")
+    assert memory.weights(memory.config(memory.LAYERS, memory.VOCABULARY, 64)) == 2 * 8_030_261_248
+    tried = [parse_method(spec) for spec in memory.LARGEST]
+    assert set(tried) <= set(candidates())
+    assert [method.name for method in tried] == list(METHODS)
+    for path in (ROOT / "benchmarks" / "results").glob("*/calibrate_memory.json"):
+        found = json.loads(path.read_text())
+        assert found["length"] == 32_768
+        assert found["whole_gib"] <= 20
 
 
 def test_what_the_page_says_of_smollm2() -> None:
