@@ -270,6 +270,7 @@ def test_the_profile_runs_and_the_report_draws_it(model_path, texts, tmp_path) -
     assert main(["report", f"{out}.jsonl", "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "Methods by layer and head" in page
+    assert "p.json, global: layers down, heads across" in page.replace("<wbr>", "")
     assert "What budgets buy" in page
     assert "Held-out against calibration error" in page
     row = page[page.index("<td>held out</td>") :]

@@ -360,6 +360,7 @@ _CALIBRATION = _Object(
     },
     {
         "about": _OBJECT,
+        "profile": _TEXT,
         "held_out": _Object(_OF_HEADS),
         "summary": _Object({"calibration": _SUMMED}, {"held_out": _SUMMED}),
     },
