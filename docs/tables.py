@@ -227,11 +227,14 @@ def integers_table() -> str:
 
 def calibration_table() -> str:
     """How calibrated profiles hold on other prompts, for each model."""
+    made = calibration_tables.calibration_table
+    return for_each_machine("calibration_*.json", lambda found, _: markdown(*made(found)))
 
-    def made(found: dict[str, Any], _: Path) -> str:
-        return markdown(*calibration_tables.calibration_table(found))
 
-    return for_each_machine("calibration_*.json", made)
+def calibrate_memory_table() -> str:
+    """The most memory that a calibration took."""
+    made = calibration_tables.memory_table
+    return for_each_machine("calibrate_memory.json", lambda found, _: markdown(*made(found)))
 
 
 def gpu_table() -> str:
@@ -365,6 +368,7 @@ TABLES = {
     "targets": targets_table,
     "integers": integers_table,
     "calibration": calibration_table,
+    "calibrate_memory": calibrate_memory_table,
     "gpu": gpu_table,
     "serving": lambda: for_each_machine(
         "serving.json", lambda found, _: "\n\n".join(markdown(*one) for one in serving_tables.serving_tables(found))

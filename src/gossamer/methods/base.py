@@ -30,6 +30,7 @@ class Method(ABC):
             they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
         apart: a key/value head with its query heads is planned as it would be in a call of its own. False where numbers
             of a method belong to heads by their place.
+        alone: a query head is planned as it would be without the others of its key/value head.
         tables: fields that hold numbers by layer and head, made for one model (`gossamer.profiles.read_table`).
         settings: fields that `gossamer compare` tries, from the sparsest to the densest; empty: the defaults alone.
         candidates: fields that `gossamer calibrate` tries for each head; empty: `settings`.
@@ -41,6 +42,7 @@ class Method(ABC):
     settings: ClassVar[Settings] = ()
     candidates: ClassVar[Settings] = ()
     apart: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
     tables: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
