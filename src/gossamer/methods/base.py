@@ -67,6 +67,11 @@ class Method(ABC):
         Raises:
             ValueError: numbers that do not divide, or a table for other heads.
         """
+        if ranks > 1 and not self.apart and not self.tables:
+            raise ValueError(
+                f"what {self.name} has learned belongs to the heads of the whole model by their place, and cannot be "
+                "split over ranks; use another method, or one rank"
+            )
         parts = {}
         for name in self.tables:
             rows = getattr(self, name)

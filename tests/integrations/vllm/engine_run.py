@@ -55,6 +55,7 @@ def poison_foreign(checks: list[bool]) -> None:
 def main() -> None:
     job = json.load(sys.stdin)
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMClientError
 
     checks: list[bool] = []
     if job.get("poison"):
@@ -78,7 +79,7 @@ def main() -> None:
         ]
         try:
             outputs = llm.generate(prompts, params, use_tqdm=False)
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             answers += [{"error": str(error)} for _ in requests]
             continue
         for output in outputs:
@@ -88,6 +89,7 @@ def main() -> None:
     result: dict[str, Any] = {"answers": answers, "checks": len(checks), "wrong": checks.count(False)}
     result["rows"] = [list(row) for row in _counted()]
     Path(sys.argv[1]).write_text(json.dumps(result))
+    llm.llm_engine.engine_core.shutdown()
 
 
 def _counted() -> list[Any]:

@@ -57,19 +57,20 @@ def run(job: dict[str, Any], **more: str) -> dict[str, Any]:
     job = {"model": str(REFERENCE), "max_tokens": 8} | job
     job["args"] = {"enforce_eager": True, "dtype": "float32", "max_model_len": 8192} | job.get("args", {})
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        done = subprocess.run(
-            [sys.executable, str(RUN), str(result)],
-            input=json.dumps(job),
-            env=environment(**more),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=900,
-            check=False,
-        )
+        result, log = Path(folder) / "result.json", Path(folder) / "log.txt"
+        with log.open("w") as out:  # a pipe would stay open for what processes of an engine outlive it
+            done = subprocess.run(
+                [sys.executable, str(RUN), str(result)],
+                input=json.dumps(job),
+                env=environment(**more),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=900,
+                check=False,
+            )
         if done.returncode:
-            raise RuntimeError(done.stdout[-8000:])
+            raise RuntimeError(log.read_text()[-8000:])
         return json.loads(result.read_text())
 
 

@@ -99,7 +99,7 @@ class Engine:
 
     def attend(self, call: AttentionCall, policy: Policy) -> Tensor:
         """``[1, H, S, D]``. A method that fails is no reason to fail a server: its row runs dense, and is counted."""
-        name = policy.method.name
+        name = policy.name
         try:
             out = attend(call, policy, record=lambda record: self.counters.add(record, name))
         except (ValueError, TypeError, NotImplementedError) as error:

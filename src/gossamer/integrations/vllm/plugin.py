@@ -135,16 +135,18 @@ def _checked(former: Callable[..., Any]) -> Callable[..., Any]:
         params = kwargs.get("params", args[2] if len(args) > 2 else None)
         given = _named(params)
         if given is not None:
+            from vllm.exceptions import VLLMValidationError
+
             settings = settings_of(self.vllm_config)
             if settings is None:
-                raise ValueError(
+                raise VLLMValidationError(
                     f"the request names a policy ({KEY}), but this server was started without gossamer: see "
                     "--additional-config"
                 )
             try:
                 settings.of_request(given)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{KEY}: {error}") from error
+                raise VLLMValidationError(f"{KEY}: {error}") from error
         return former(self, *args, **kwargs)
 
     return process_inputs
