@@ -20,7 +20,7 @@ import torch
 
 from gossamer.integrations.vllm.counters import FOLDER, METRICS, announce, collected
 from gossamer.integrations.vllm.engine import Engine, logger, salt_of
-from gossamer.integrations.vllm.settings import Settings
+from gossamer.integrations.vllm.settings import Settings, check_model
 from gossamer.policy import Policy
 
 __all__ = ["KEY", "engine_of", "install", "policies_of", "settings_of"]
@@ -142,7 +142,7 @@ def _checked(former: Callable[..., Any]) -> Callable[..., Any]:
                     "--additional-config"
                 )
             try:
-                settings.of_request(given)
+                check_model(settings.of_request(given)[1], self.vllm_config.model_config.hf_config)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{KEY}: {error}") from error
         return former(self, *args, **kwargs)
