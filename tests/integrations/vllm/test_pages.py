@@ -139,7 +139,7 @@ class TestVerify:
             (lambda k, v, cache, slots, put: put.isa, "writing to it fails: AttributeError: .*isa"),
             (lambda k, v, cache, slots, put: put(k), "writing to it fails: TypeError"),
         ],
-        ids=["swapped", "no-values", "heads", "tokens", "pages", "last", "rounded", "nothing", "interface", "arguments"],
+        ids=["swapped", "no-values", "heads", "tokens", "pages", "last", "rounded", "nothing", "interface", "given"],
     )  # fmt: skip
     def test_each_kind_of_fault_is_found(self, change: Any, message: str) -> None:
         wrong = verify(lambda *given: change(*given, writer("vec")), SHAPE, torch.float32, "vec")
