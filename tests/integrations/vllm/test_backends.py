@@ -240,7 +240,9 @@ def test_a_window_shorter_than_a_plan_pays_for_stays(kind: str) -> None:
 
 @both
 def test_requests_may_name_policies(kind: str) -> None:
-    served = Served(kind, {**DENSE, "policies": {"few": {"method": "a_shape", "sink": 1, "window": 3, "min_tokens": 0}}})
+    served = Served(
+        kind, {**DENSE, "policies": {"few": {"method": "a_shape", "sink": 1, "window": 3, "min_tokens": 0}}}
+    )
     served.run([(33, 0)])
     extra = {"a": None, "b": {"gossamer": "few"}, "c": {}, "d": None}
     runner = SimpleNamespace(
