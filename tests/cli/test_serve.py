@@ -47,7 +47,7 @@ def flag(command: list[str], name: str) -> str:
     return command[command.index(name) + 1]
 
 
-def profile_file(path: Path, layers: int = 2, heads: int = 4, **about: str) -> Path:
+def profile_file(path: Path, layers: int = 2, heads: int = 4, **about: Any) -> Path:
     Profile([[MaxRelative(0.3)] * heads] * layers, provenance=Provenance(**about)).save(path)
     return path
 

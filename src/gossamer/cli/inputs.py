@@ -131,7 +131,7 @@ def check_profile(policies: Sequence[Policy], profile: Profile | None, config: d
     sizes = [text.get(name) for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")]
     for policy in policies:
         try:
-            check_heads(policy.method, *sizes, _how_to_give)
+            check_heads(policy.method, *sizes, ways=_how_to_give)
         except ValueError as error:
             raise BadInput(str(error)) from error
 

@@ -14,6 +14,7 @@ def check_heads(
     layers: int | None,
     heads: int | None,
     groups: int | None,
+    *,
     ways: Callable[[str], str] = lambda name: "give a file of them",
 ) -> None:
     """Of methods per head and of each of `Method.tables`, in a method and in those that it holds.

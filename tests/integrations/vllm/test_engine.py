@@ -48,8 +48,12 @@ def tensors(tokens: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
 PLAIN: dict[str, Any] = {"window": None, "scale": 0.3, "softcap": None, "sinks": None, "layer": 1}
 
 
+def made(of: Row, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> AttentionCall:
+    return call_of(of, q, k, v, **{**PLAIN, **changes})
+
+
 def call(queries: int = 96, past: int = 0, window: int | None = None) -> AttentionCall:
-    return call_of(row(queries, past), *tensors(queries, queries + past), **PLAIN | {"window": window})
+    return made(row(queries, past), *tensors(queries, queries + past), window=window)
 
 
 class Failing(Method):
@@ -65,7 +69,7 @@ class Failing(Method):
 class TestACall:
     def test_is_the_row_with_its_past(self) -> None:
         q, k, v = tensors(96, 140)
-        found = call_of(row(96, 44), q, k, v, **PLAIN | {"window": 30, "softcap": 5.0, "sinks": torch.ones(4)})
+        found = made(row(96, 44), q, k, v, window=30, softcap=5.0, sinks=torch.ones(4))
         expected = AttentionCall(
             q.transpose(0, 1)[None], k, v, Extent([44], [96], [0], [140], limit=30), 0.3, torch.ones(4), 5.0, 1
         )
@@ -76,8 +80,8 @@ class TestACall:
     def test_may_have_the_last_keys_alone(self) -> None:
         """As many as its window sees: positions then count from the first that is there."""
         q, k, v = tensors(96, 140)
-        whole = call_of(row(96, 44), q, k, v, **PLAIN | {"window": 12})
-        part = call_of(row(96, 44), q, k[:, :, 33:], v[:, :, 33:], **PLAIN | {"window": 12})
+        whole = made(row(96, 44), q, k, v, window=12)
+        part = made(row(96, 44), q, k[:, :, 33:], v[:, :, 33:], window=12)
         dense = Policy(Dense("gossamer"))
         torch.testing.assert_close(engine().attend(whole, dense), engine().attend(part, dense), atol=1e-5, rtol=1e-4)
         assert part.extent.count_allowed() == whole.extent.count_allowed()
@@ -120,6 +124,14 @@ class TestAttending:
         assert [message for _, _, message in caplog.record_tuples] == [
             "gossamer: failing fails, its rows run dense (said once): no"
         ]
+
+    def test_a_plan_that_cannot_be_corrected_is_such_a_failure(self) -> None:
+        """Nothing but planning finds it out."""
+        worker, asked = engine(), call()
+        given = '{"method": "corrected", "base": {"method": "a_shape"}, "min_tokens": 0}'
+        out = worker.attend(asked, worker.policy_of(given))
+        assert total(worker, "gossamer_dense_rows", reason="method failed", layer="1") == 1
+        assert torch.equal(out, sparse_attention(asked.q, asked.k, asked.values, Dense("gossamer"), scale=0.3))
 
     def test_an_interrupt_is_none_of_its_failures(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Failing, "error", KeyboardInterrupt())

@@ -23,10 +23,11 @@ GATES = [[0.1, 0.9], [0.8, 0.2]]
 
 def llama(**changes: Any) -> LlamaConfig:
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaConfig(**sizes | {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64} | changes)
+    given: dict[str, Any] = sizes | {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64} | changes
+    return LlamaConfig(**given)
 
 
-def saved(folder: Path, layers: int = 2, heads: int = 4, **provenance: str) -> str:
+def saved(folder: Path, layers: int = 2, heads: int = 4, **provenance: Any) -> str:
     profile = replace(Profile.uniform(layers, heads, MaxRelative(0.3)), provenance=Provenance(**provenance))
     profile.save(folder / "profile.json")
     return str(folder / "profile.json")
