@@ -229,5 +229,6 @@ def _show_metrics() -> None:
     marked = _marked(get_prometheus_registry, former)
     prometheus.get_prometheus_registry = marked
     for module in list(sys.modules.values()):
-        if getattr(module, "get_prometheus_registry", None) is former:
+        # Not by `getattr`, at which modules that load late would load.
+        if getattr(module, "__dict__", {}).get("get_prometheus_registry") is former:
             module.get_prometheus_registry = marked  # type: ignore[attr-defined]
