@@ -6,6 +6,8 @@
 #   make lint     ruff and pyright
 #   make docs     the documentation, into site/
 #   make coverage all tests, and which lines of the package none of them runs
+#   make vllm     vLLM for CPUs in an environment of its own beside gossamer, .venv-vllm (Python 3.11 or newer, x86-64)
+#   make test-vllm  the tests of the plug-in inside vLLM; some minutes
 #   make wheel    a wheel into dist/; it fails without the C++ kernels
 #   make mutants  faults put into the package, which its tests must notice; an hour, and goes on where it was stopped
 #   make families which model families run under gossamer, into tests/integrations/families.json; some minutes
@@ -21,6 +23,8 @@ VENV ?= .venv
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/*/*)
 
 # The pins hold for what the build needs as well (pip reads one of the two, by its age).
@@ -28,7 +32,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv demo demo-pretrained test lint docs coverage wheel mutants families bench clean
+.PHONY: venv demo demo-pretrained test lint docs coverage vllm test-vllm wheel mutants families bench clean
 
 venv: $(STAMP)
 
@@ -61,6 +65,20 @@ coverage: $(STAMP)
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) pytest-cov
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=xml
 
+vllm: $(VLLM_STAMP)
+
+# Its packages come first there; torch, gossamer and the tests' own are those of the first environment.
+$(VLLM_STAMP): $(STAMP) requirements-vllm.txt
+	@echo "setting up $(VLLM_VENV); vLLM is a large download"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@PIP_CONSTRAINT= $(VLLM_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-vllm.txt
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_gossamer.pth
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm
+
 wheel: $(STAMP)
 	GOSSAMER_REQUIRE_KERNELS=1 $(BIN)/python -m pip wheel $(PIP_FLAGS) --no-deps --wheel-dir dist .
 
@@ -76,5 +94,5 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/planning.py
 
 clean:
-	rm -rf $(VENV) build dist site wheelhouse coverage.xml .coverage .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist site wheelhouse coverage.xml .coverage .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

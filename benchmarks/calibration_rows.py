@@ -14,16 +14,22 @@ Row = dict[str, Any]
 
 
 class Lines:
-    """Results, a line a setting and prompt."""
+    """Results, a line a setting and prompt.
+
+    Args:
+        about: what a file must be of to be gone on with; of names that its first line lacks, nothing is known.
+    """
 
     def __init__(self, path: Path, about: Row) -> None:
         self.path = path
         self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         if not self.rows:
             self.add({"kind": "about"} | about)
-        known = {name: self.rows[0][name] for name in about if name != "machine"}
-        if known != {name: about[name] for name in known}:
-            sys.exit(f"{path} holds results of something else; give another --out")
+        first = self.rows[0]
+        other = [name for name in about if name != "machine" and first.get(name, about[name]) != about[name]]
+        if first.get("kind") != "about" or other:
+            what = f"another {', '.join(other)}" if other else "something else"
+            sys.exit(f"{path} holds results of {what}; give another --out")
 
     def find(self, **wanted: Any) -> list[Row]:
         return [row for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]

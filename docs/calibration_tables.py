@@ -1,4 +1,7 @@
-"""Tables of how calibrated profiles hold on other prompts, from `benchmarks/calibration.py`."""
+"""Tables of how calibrated profiles hold on other prompts, and of the memory that a calibration takes.
+
+From `benchmarks/calibration.py` and `benchmarks/calibration_memory.py`.
+"""
 
 from typing import Any
 
@@ -32,6 +35,11 @@ def calibration_table(found: dict[str, Any]) -> Table:
         f"**{model['name']}**, {found['length']:,} tokens, {model['dtype']}; prompts that profiles "
         f"were chosen on: {found['samples']}. In brackets 95% intervals and how many prompts."
     )
+    digests: dict[str, str] = {}
+    for part, own in names.items():
+        digests |= zip(own, found.get(f"{part}_sha256", own), strict=True)
+    texts = [f"{name} `{digest[:12]}`" for name, digest in digests.items() if digest != name]
+    above += f" SHA-256 of the texts: {', '.join(texts)}." if texts else ""
     rows = []
     for row in found["rows"]:
         own = ", ".join(names.get(row["direction"], ()))
@@ -50,6 +58,14 @@ def calibration_table(found: dict[str, Any]) -> Table:
         )
         rows.append((chosen, f"`{row['rival']}`", MODES[row["mode"]], *figures))
     return above, HEADER, rows
+
+
+def memory_table(found: dict[str, Any]) -> Table:
+    """One calibration, in GiB."""
+    header = ("tokens", "layers", "peak, GiB", "of these besides weights", "with the weights of all layers")
+    sizes = tuple(f"{found[name]:.1f}" for name in ("peak_gib", "besides_weights_gib", "whole_gib"))
+    above = "The shape of Llama 3 8B in bfloat16, random weights; of each method the candidate that computes most."
+    return above, header, [(f"{found['length']:,}", str(found["layers"]), *sizes)]
 
 
 def _mean(row: dict[str, Any], name: str, digits: int = 3) -> str:

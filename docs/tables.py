@@ -15,6 +15,8 @@ import demo_tables
 import family_tables
 import integer_tables
 import pretrained_tables
+import serving_tables
+from marked import markdown
 from targets import targets_of
 
 from gossamer.evaluate.summary import SummaryRow, read_results, summary_rows
@@ -225,11 +227,14 @@ def integers_table() -> str:
 
 def calibration_table() -> str:
     """How calibrated profiles hold on other prompts, for each model."""
+    made = calibration_tables.calibration_table
+    return for_each_machine("calibration_*.json", lambda found, _: markdown(*made(found)))
 
-    def made(found: dict[str, Any], _: Path) -> str:
-        return markdown(*calibration_tables.calibration_table(found))
 
-    return for_each_machine("calibration_*.json", made)
+def calibrate_memory_table() -> str:
+    """The most memory that a calibration took."""
+    made = calibration_tables.memory_table
+    return for_each_machine("calibrate_memory.json", lambda found, _: markdown(*made(found)))
 
 
 def gpu_table() -> str:
@@ -261,13 +266,6 @@ def gpu_rows(found: dict[str, Any], _: Path) -> str | None:
     above = f"torch {machine['torch']}, Triton {machine['triton']}; medians of up to {found['rounds']} rounds."
     header = ("section", "what", "tokens", "density", "ms", "times SDPA", "times Flex", "efficiency", "of it planning")
     return markdown(above, header, rows) if rows else None
-
-
-def markdown(above: str, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """A table below a line of text."""
-    lines = [above, ""] if above else []
-    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 
 
 def demo_table() -> str:
@@ -370,7 +368,11 @@ TABLES = {
     "targets": targets_table,
     "integers": integers_table,
     "calibration": calibration_table,
+    "calibrate_memory": calibrate_memory_table,
     "gpu": gpu_table,
+    "serving": lambda: for_each_machine(
+        "serving.json", lambda found, _: "\n\n".join(markdown(*one) for one in serving_tables.serving_tables(found))
+    ),
     "heads": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.heads_table),
     "heads_kinds": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.kinds_table),
     "heads_reference": lambda: of_lines("reference_heads.jsonl", pretrained_tables.heads_table),

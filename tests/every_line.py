@@ -23,7 +23,12 @@ _MODEL = {
     "parameters": 1000,
     "dtype": "float32",
 }
-_FAST = {"method": "fast", "method_fields": {"method": "fast"}, "policy": "min_tokens=0,max_density=0.9"}
+_FAST = {
+    "method": "fast",
+    "profile": "mine.json",
+    "method_fields": {"method": "fast"},
+    "policy": "min_tokens=0,max_density=0.9",
+}
 _PROMPT = {"run": "r1", "task": "perplexity", "task_fields": {"task": "needle"}, "length": 1024, "index": 0}
 _PROMPT |= {"text": "a.txt", "text_sha256": "ab", "start": 7}
 _RUN = {
@@ -47,6 +52,7 @@ def _of_method(method: str, length: int) -> dict[str, Any]:
     return {
         "run": "r1",
         "method": method,
+        **({} if method == "dense" else {"profile": "mine.json"}),
         "method_fields": {"method": method},
         "policy": "min_tokens=0,max_density=0.9",
         "task": "needle_single",
@@ -124,6 +130,7 @@ LINES: list[dict[str, Any]] = [
         "kind": "lm_eval",
         "run": "r1",
         "method": "fast",
+        "profile": "mine.json",
         "method_fields": {"method": "fast"},
         "policy": "min_tokens=0,max_density=0.9",
         "task": "ruler_vt",
@@ -169,6 +176,7 @@ LINES: list[dict[str, Any]] = [
     },
     {
         "kind": "calibration",
+        "profile": "mine.json",
         "model": _MODEL,
         "mode": "fixed",
         "layers": [0],

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from repository import ROOT
 
+from gossamer.calibrate.candidates import METHODS, candidates
+from gossamer.cli.specs import parse_method
+from gossamer.evaluate.haystack import load_haystack
 from gossamer.methods import AShape
 from gossamer.profiles import Profile
 
@@ -47,8 +53,58 @@ def test_lines_go_on_only_with_the_same(script, tmp_path: Path) -> None:
     rows.Lines(tmp_path / "lines.jsonl", {"length": 64}).add({"kind": "setting", "direction": "first"})
     again = rows.Lines(tmp_path / "lines.jsonl", {"length": 64})
     assert len(again.find(kind="setting")) == 1
-    with pytest.raises(SystemExit, match="something else"):
+    with pytest.raises(SystemExit, match="another length; give another --out"):
         rows.Lines(tmp_path / "lines.jsonl", {"length": 65})
+    (tmp_path / "other.jsonl").write_text('{"kind": "point"}\n')
+    with pytest.raises(SystemExit, match="something else"):
+        rows.Lines(tmp_path / "other.jsonl", {"length": 64})
+
+
+def test_what_a_file_does_not_say_of_its_texts_is_unknown_and_stays_so(script, tmp_path: Path) -> None:
+    rows, path = script("calibration_rows"), tmp_path / "lines.jsonl"
+    rows.Lines(path, {"first": ["prose"]}).add({"kind": "setting"})
+    before = path.read_bytes()
+    assert len(rows.Lines(path, {"first": ["prose"], "first_sha256": ["ab"]}).find(kind="setting")) == 1
+    assert path.read_bytes() == before
+    rows.Lines(tmp_path / "new.jsonl", {"first": ["prose"], "first_sha256": ["ab"]})
+    with pytest.raises(SystemExit, match="another first_sha256"):
+        rows.Lines(tmp_path / "new.jsonl", {"first": ["prose"], "first_sha256": ["cd"]})
+
+
+def test_kinds_are_told_by_what_their_texts_hold(script, tmp_path: Path) -> None:
+    for name, text in (("a.md", "one " * 30), ("b.md", "two")):
+        (tmp_path / name).write_text(text)
+    both = f"{tmp_path}/a.md+{tmp_path}/b.md"
+    found = script("calibration").kinds(Namespace(first=both, second="package,needle_multikey(turns=2)"))
+    assert found["first"] == ["prose"]
+    assert found["first_sha256"] == [hashlib.sha256(b"one " * 30 + b"\n\ntwo").hexdigest()]
+    assert found["second"] == ["code", "needle_multikey(turns=2)"]
+    assert found["second_sha256"] == [load_haystack().sha256, "needle_multikey(turns=2)"]
+
+
+def test_the_page_says_which_texts_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"model": {"name": "m", "dtype": "bfloat16"}, "length": 64, "samples": 1, "rows": []}
+    found |= {"first": ["prose"], "second": ["code", "needle_single"]}
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    calibration_table = import_module("calibration_tables").calibration_table
+    above, _, _ = calibration_table(found)
+    assert "SHA-256" not in above
+    above, _, _ = calibration_table(
+        found | {"first_sha256": ["ab" * 32], "second_sha256": ["cd" * 32, "needle_single"]}
+    )
+    assert above.endswith("SHA-256 of the texts: prose `abababababab`, code `cdcdcdcdcdcd`.")
+
+
+def test_memory_is_measured_on_the_shape_of_a_model_of_8b(script) -> None:
+    memory = script("calibration_memory")
+    assert memory.weights(memory.config(memory.LAYERS, memory.VOCABULARY, 64)) == 2 * 8_030_261_248
+    tried = [parse_method(spec) for spec in memory.LARGEST]
+    assert set(tried) <= set(candidates())
+    assert [method.name for method in tried] == list(METHODS)
+    for path in (ROOT / "benchmarks" / "results").glob("*/calibrate_memory.json"):
+        found = json.loads(path.read_text())
+        assert found["length"] == 32_768
+        assert found["whole_gib"] <= 20
 
 
 def test_what_the_page_says_of_smollm2() -> None:

@@ -200,6 +200,15 @@ class AttentionCall:
         v = None if self.v is None else self.v[:, of_keys]
         return replace(self, q=q, k=self.k[:, of_keys], v=v, sinks=sinks)
 
+    def of_heads(self, heads: Sequence[int]) -> AttentionCall:
+        """The call of some query heads and the key/value heads that they read, as many of each; in ascending order."""
+        groups = sorted({head // self.share for head in heads})
+        if len(heads) == len(groups) * self.share:
+            return self.of_groups(groups)
+        sinks = None if self.sinks is None else self.sinks[list(heads)]
+        v = None if self.v is None else self.v[:, groups]
+        return replace(self, q=self.q[:, list(heads)], k=self.k[:, groups], v=v, sinks=sinks)
+
     def before_rotary(self) -> AttentionCall:
         """The call with q and k as they were before the model turned them; exact but for rounding.
 

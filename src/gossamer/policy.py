@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -52,11 +52,13 @@ class Policy:
             this machine, with the same fields, kernel, dtype and head dimension; 2048 if it did not, and for methods
             per head. `resolved` says which number that is.
         max_density: a plan that computes more than this share of the dense pairs is not worth it: dense.
+        profile: name of the profile that the method is from, if of one. Labels have it in place of the method's name.
     """
 
     method: Method
     min_tokens: int | None = None
     max_density: float = 0.9
+    profile: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -80,8 +82,13 @@ class Policy:
         if isinstance(method, Policy):
             return method
         if isinstance(method, Profile):
-            return cls(method.method)
+            return cls(method.method, profile=method.name)
         return cls(methods.create(method) if isinstance(method, str) else method)
+
+    @property
+    def name(self) -> str:
+        """The profile's, or the method's."""
+        return self.profile or self.method.name
 
     def resolved(self, subject: AttentionCall | Tensor) -> Policy:
         """The same with the number that ``min_tokens`` stands for, for a call or queries like these."""

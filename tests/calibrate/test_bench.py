@@ -134,8 +134,9 @@ def test_the_command_writes_costs_and_keeps_those_of_other_shapes(tmp_path: Path
         for method in (*candidates()[1:], AShape(window=16)):
             assert (costs.planning_seconds(json.loads(json.dumps(method.to_dict())), kernel, 2, 1, 100) or 0) > 0
     assert main(["bench", *sizes, "--head-dim", "8"]) == 0
-    assert "a_shape is faster than dense" in capsys.readouterr().out
+    assert "a_shape(window=16) is faster than dense" in capsys.readouterr().out
     path.write_text("mine")
+    monkeypatch.setattr("gossamer.cli.bench.bench", None)  # nothing is timed that could not be kept
     assert main(["bench", *sizes, "--head-dim", "8", "--cost-model"]) == 2
     assert path.read_text() == "mine"
 
@@ -193,10 +194,28 @@ def test_the_command_draws_a_picture(tmp_path: Path, capsys) -> None:
     assert "cannot write" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [["--heads", "3"], ["--lengths", "a"], ["--rounds", "0"], ["--methods", "x"], ["none"]])
-def test_bad_input_is_refused_in_one_line(bad: list[str], capsys) -> None:
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (["--heads", "3"], "must be a multiple of the 2"),
+        (["--lengths", "a"], "--lengths takes numbers"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--methods", "x"], "unknown method 'x'"),
+        (["--methods", "a_shape,dense"], "dense cannot be timed by itself: it is what the others are timed beside"),
+        (["--methods", "a_shape,per_head"], "per_head cannot be timed by itself: it needs a model"),
+        (["--cost-model", "/dev/null/costs.json"], "cannot write into"),
+        (["none"], "no such model"),
+        pytest.param(
+            ["--device", "cuda"], "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="")
+        ),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_before_anything_is_timed(bad, message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("gossamer.cli.bench.bench", None)
     assert main(["bench", *bad]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert message in err
 
 
 def test_all_methods_are_those_that_need_no_model_and_the_others_are_named(capsys) -> None:
@@ -209,6 +228,13 @@ def test_all_methods_are_those_that_need_no_model_and_the_others_are_named(capsy
     assert {"per_head", "moa", "seer_attention"} < left
     assert timed.isdisjoint(left)
     assert timed | left == set(available()) - {"dense"}
+
+
+def test_a_method_that_is_named_twice_is_timed_once(capsys) -> None:
+    sizes = ["--lengths", "64", "--rounds", "1", "--heads", "2", "--groups", "1", "--head-dim", "16"]
+    assert main(["bench", *sizes, "--methods", "a_shape,a_shape(window=9),a_shape", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["method"]["window"] for row in rows] == [3968, 9]
 
 
 def test_the_table_has_the_share_of_planning() -> None:

@@ -374,6 +374,8 @@ def test_weights_and_objectives_change_what_is_chosen() -> None:
     chosen = found.choose("cheapest", 0.15)
     assert chosen.tolist() == [[0, 1]]
     assert [[m.name for m in layer] for layer in found.methods(chosen)] == [["dense", "dense"], ["dense", "a_shape"]]
+    names = [[m.name for m in layer] for layer in replace(found, depth=4).methods(chosen)]
+    assert names == [["dense", "dense"], ["dense", "a_shape"], ["dense", "dense"], ["dense", "dense"]]
     summary = found.summary(chosen)
     assert summary["held_out"] == summary["calibration"]
     assert summary["calibration"]["cost"] == pytest.approx(0.6)

@@ -270,6 +270,7 @@ def test_the_profile_runs_and_the_report_draws_it(model_path, texts, tmp_path) -
     assert main(["report", f"{out}.jsonl", "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "Methods by layer and head" in page
+    assert "p.json, global: layers down, heads across" in page.replace("<wbr>", "")
     assert "What budgets buy" in page
     assert "Held-out against calibration error" in page
     row = page[page.index("<td>held out</td>") :]
@@ -313,6 +314,8 @@ def test_a_profile_of_a_model_alike_is_noted_and_of_another_refused(
         (("--error", "1"), "are for --mode cheapest"),
         (("--mode", "cheapest", "--kl", "1", "--held-out-samples", "0"), "held-out prompts"),
         (("--budget", "nan"), "--budget must be a number"),
+        (("--nearly", "0.1", "--dense-above", "0.5"), "--nearly and --dense-above: for --mode fixed alone"),
+        (("--held-out", "a.txt", "--held-out-samples", "0"), "--held-out names texts to judge on"),
         (("--methods", "no_such"), "unknown method 'no_such'"),
         (("--methods", "per_head"), "single one"),
         (("--methods", "a_shape(windows=3)"), "windows"),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gossamer.cli import main
+from gossamer import Profile
+from gossamer.cli import compare, main
+from gossamer.methods import AShape
 from gossamer.methods.registry import available, class_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
@@ -71,6 +75,14 @@ def test_all_are_the_methods_that_have_settings() -> None:
     assert {"max_relative", "vertical_slash", "a_shape"} <= set(names)
     assert "dense" not in names
     assert "per_head" not in names
+
+
+def test_all_have_the_profile_beside_them() -> None:
+    given = Namespace(methods="all", min_tokens=5)
+    profile = Profile.uniform(2, 4, AShape(4, 64))
+    without, beside = (compare._policies(given, one) for one in (None, replace(profile, name="p.json")))
+    assert beside[:-1] == without
+    assert (beside[-1].method, beside[-1].name, beside[-1].min_tokens) == (profile.method, "p.json", 5)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,9 @@ def test_a_profile_goes_to_the_methods_per_head(capsys, qwen3, tmp_path):
     assert code == 0
     dense, same, per_head = json.loads(out)["rows"]
     assert (dense["method"], same["method"]) == ("dense", LABEL)
-    assert re.fullmatch("per_head[(]layers=[0-9a-f]{6},min_tokens=0[)]", per_head["method"])
+    assert re.fullmatch("profile[.]json[(]layers=[0-9a-f]{6},min_tokens=0[)]", per_head["method"])
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert {line.get("profile") for line in lines if line.get("method") == per_head["method"]} == {"profile.json"}
     assert per_head["density"] == same["density"]
 
 

@@ -224,16 +224,28 @@ def profile(tmp_path):
     return tmp_path / "profile.json"
 
 
-@pytest.mark.parametrize("method", ["minference", "per_head"])
-def test_a_profile_gives_each_head_its_method(capsys, model_path, prompt_file, profile, method):
-    argv = ["--method", method, "--profile", profile, "--min-tokens", 0, "--max-new-tokens", 1, "--json"]
+@pytest.mark.parametrize("named", [(), ("--method", "minference"), ("--method", "per_head")])
+def test_a_profile_gives_each_head_its_method(capsys, model_path, prompt_file, profile, named):
+    argv = [*named, "--profile", profile, "--min-tokens", 0, "--max-new-tokens", 1, "--json"]
     code, out, err = run(capsys, model_path, prompt_file, *argv)
     assert code == 0, err
     data = json.loads(out)
     assert data["dense_because"] == {}
     assert data["density"] < 0.9
-    assert data["method"]["method"] == method
+    assert (data["method"]["method"], data["profile"]) == ("per_head", "profile.json")
     assert data["method"]["layers"][1][0] == {"method": "a_shape", "sink": 8, "window": 32}
+
+
+@pytest.mark.parametrize("name", ["profile.json", "dense"])
+def test_the_table_names_the_profile(capsys, model_path, prompt_file, profile, name):
+    profile = profile.rename(profile.with_name(name))
+    argv = ["--profile", profile, "--min-tokens", 0, "--max-new-tokens", 1, "--compare"]
+    code, _, err = run(capsys, model_path, prompt_file, *argv)
+    assert code == 0, err
+    rows = [line.split() for line in err.splitlines() if line.startswith((name, "dense"))]
+    assert [row[0] for row in rows] == [name, "dense"]
+    assert float(rows[0][3]) < float(rows[1][3]) == 1.0
+    assert "minference" not in err
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from gossamer import Profile
-from gossamer.cli.specs import field_values, make_method, parse_method, parse_task, split_specs
-from gossamer.methods import AShape, Dense, DuoAttention, Method, MInference, PerHead
+from gossamer import Policy, Profile
+from gossamer.cli.specs import field_values, make_policy, parse_method, parse_policy, parse_task, split_specs
+from gossamer.methods import AShape, Dense, DuoAttention, MaxRelative, Method, MInference, PerHead
 from gossamer.profiles import write_duo
 
 
@@ -119,13 +119,15 @@ def test_both_forms_of_fields_are_the_same() -> None:
         parse_method("a_shape(4)")
 
 
-def test_a_profile_is_for_methods_per_head_alone() -> None:
-    profile = Profile.uniform(2, 3, AShape(1, 5))
-    assert parse_method("minference", profile) == MInference(profile.layers)
-    assert parse_method("per_head", profile) == PerHead(profile.layers)
-    assert parse_method("dense", profile) == Dense()
+def test_a_profile_stands_for_methods_per_head_and_is_what_it_holds() -> None:
+    theirs, ours = Profile.uniform(2, 3, AShape(1, 5)), Profile.uniform(2, 3, MaxRelative())
+    for name in ("minference", "per_head"):
+        assert parse_policy(name, theirs, 7) == Policy(MInference(theirs.layers), 7)
+        assert parse_policy(name, ours, None) == Policy(PerHead(ours.layers))
+    assert parse_policy("dense", theirs, 7) == Policy(Dense(), 7)
+    assert parse_policy("a_shape(sink=4)", None, 3) == Policy(AShape(4), 3)
     with pytest.raises(ValueError, match="leave slash_size of minference out"):
-        make_method("minference", ["slash_size=9"], profile)
+        make_policy("minference", ["slash_size=9"], theirs, None)
     with pytest.raises(ValueError, match="use --profile FILE"):
         parse_method("minference(layers=[])")
 

@@ -26,7 +26,7 @@ from gossamer import Policy, Profile, methods  # noqa: E402
 from gossamer.evaluate import runner, tasks  # noqa: E402
 from gossamer.evaluate.haystack import Haystack  # noqa: E402
 from gossamer.evaluate.perplexity import Windows  # noqa: E402
-from gossamer.evaluate.records import cell_of, label_of, relabel  # noqa: E402
+from gossamer.evaluate.records import cell_of, label_of, policy_fields, relabel  # noqa: E402
 from gossamer.evaluate.runner import Job, ResultsFile, make_header  # noqa: E402
 from gossamer.evaluate.subject import Subject  # noqa: E402
 from gossamer.evaluate.summary import read_results, summary_rows  # noqa: E402
@@ -240,9 +240,20 @@ def test_labels_name_what_differs_from_the_defaults() -> None:
 def test_labels_tell_profiles_apart() -> None:
     labels = set()
     for sink in (4, 8):
-        labels.add(label_of(Policy(Profile.uniform(1, 4, methods.AShape(sink, 64)).method)))
+        profile = replace(Profile.uniform(1, 4, methods.AShape(sink, 64)), name="mine.json")
+        labels.add(label_of(Policy.of(profile)))
     assert len(labels) == 2
-    assert all(re.fullmatch("minference[(]layers=[0-9a-f]{6}[)]", label) for label in labels)
+    assert all(re.fullmatch("mine[.]json[(]layers=[0-9a-f]{6}[)]", label) for label in labels)
+
+
+def test_a_profile_of_another_name_is_another_row_and_keeps_its_own_when_read() -> None:
+    profile = Profile.uniform(1, 4, methods.AShape(4, 64))
+    lines = [
+        {"kind": "sample"} | policy_fields(Policy.of(replace(profile, name=name))) for name in ("", "a.json", "b.json")
+    ]
+    assert [line["method"].split("(")[0] for line in lines] == ["minference", "a.json", "b.json"]
+    assert len(set(map(cell_of, lines))) == 3
+    assert [relabel(line | {"method": "old"}) for line in lines] == lines
 
 
 def test_labels_of_methods_show_short_lists_and_need_no_defaults(monkeypatch) -> None:

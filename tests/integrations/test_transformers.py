@@ -170,6 +170,7 @@ class TestEnable:
             first, second = handle.stats()
             assert first.density < 0.4
             assert second.density == pytest.approx(1.0)
+            assert ("profile.json" if as_path else "per_head") in repr(handle)
 
     def test_twice_is_an_error(self) -> None:
         model = tiny_llama()

@@ -49,7 +49,7 @@ def test_columns_of_all_rows_stay_one_list() -> None:
 def test_heads_of_one_method_are_planned_once_and_no_others_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [VerticalSlash(40, 64), AShape(1, 2), VerticalSlash(50, 64), VerticalSlash(40, 64, last=32)]
     chosen += [AShape(1, 3), AShape(1, 3), VerticalSlash(60, 64), AShape(1, 3)]
-    assert planned_together(chosen) == [[0, 2, 6], [1], [3], [4, 5, 7]]
+    assert planned_together(chosen) == [[0, 2, 6], [1, 4, 5, 7], [3]]
     seen = []
     plan = VerticalSlash.plan
     monkeypatch.setattr(VerticalSlash, "plan", lambda self, call: seen.append((self, call)) or plan(self, call))
@@ -57,10 +57,11 @@ def test_heads_of_one_method_are_planned_once_and_no_others_with_them(monkeypatc
     mask = PerHead((chosen,)).plan(call).to_mask()
     (together, part), (alone, single) = seen
     assert isinstance(together, VerticalSlash)
-    assert (together.vertical_size, together.slash_size) == ((40, 40, 50, 40, 60, 40), 64)
+    assert (together.vertical_size, together.slash_size) == ((40, 50, 60), 64)
+    assert torch.equal(part.q, call.q[:, [0, 2, 6]])
     assert torch.equal(part.k, call.k[:, [0, 1, 3]])
     assert alone is chosen[3]
-    assert torch.equal(single.q, call.q[:, 2:4])
+    assert torch.equal(single.q, call.q[:, 3:4])
     for head, method in enumerate(chosen):
         whole = method.plan(call)
         assert torch.equal(mask[:, head], whole.to_mask()[:, head * whole.heads // 8]), head
@@ -78,6 +79,48 @@ def test_groups_are_planned_as_in_a_call_of_their_own(listed: Listed, situation:
     for groups in ([1], [0, 2]):
         heads = dict.fromkeys(head // share for group in groups for head in (2 * group, 2 * group + 1))
         assert torch.equal(method.plan(call.of_groups(groups)).to_mask(), mask[:, list(heads)])
+
+
+@pytest.mark.parametrize("situation", ["no padding", "padded chunk"])
+@pytest.mark.parametrize("listed", LISTED, ids=lambda listed: listed.id)
+def test_heads_are_planned_as_without_the_others_of_their_group(listed: Listed, situation: str) -> None:
+    call = replace(make_call(situation, length=300, heads=6, groups=2, dim=16), layer=0)
+    method = listed.create(6)
+    if not method.alone or method.lacks(call) is not None:
+        pytest.skip("its heads are planned together, or the call lacks something")
+    mask = method.plan(call).to_mask()
+    for heads in ([4], [0, 2, 3, 5], [1, 5]):
+        assert torch.equal(method.plan(call.of_heads(heads)).to_mask(), mask[:, heads])
+
+
+def test_as_many_heads_of_a_group_are_planned_as_the_most_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = MaxRelative(last_rows=0)
+    layer = (other, BlockSparse(2), BlockSparse(3), other, other, BlockSparse(2), other, other, other)
+    seen, made = [], BlockSparse.plan
+    monkeypatch.setattr(BlockSparse, "plan", lambda self, part: seen.append((self, part)) or made(self, part))
+    call = make_call("no padding", length=300, heads=9, groups=3, dim=16)
+    mask = PerHead((layer,)).plan(call).to_mask()
+    ((together, part),) = seen
+    assert torch.equal(part.q, call.q[:, [1, 2, 3, 5]])
+    assert torch.equal(part.k, call.k[:, :2])
+    assert together.blocks[:2] == (2, 3)
+    for head, method in enumerate(layer):
+        whole = method.plan(call)
+        assert torch.equal(mask[:, head], whole.to_mask()[:, head * whole.heads // 9]), head
+
+
+def test_bands_differ_between_heads_that_are_planned_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = make_call("left padding", length=300, heads=6, groups=3, dim=16)
+    chosen = [AShape(4, 20), AShape(4, 33), AShape(0, 20), AShape(4, 20), Dense(), AShape(300, 1)]
+    seen, made = [], AShape.plan
+    monkeypatch.setattr(AShape, "plan", lambda self, part: seen.append(made(self, part)) or seen[-1])
+    plan = PerHead((chosen,)).plan(call)
+    assert [one.heads for one in seen] == [6]
+    assert torch.as_tensor(plan.sink).tolist()[:4] == [4, 4, 0, 4]
+    for head, method in enumerate(chosen):
+        whole = method.plan(call)
+        assert torch.equal(plan.to_mask()[:, head], whole.to_mask()[:, head * whole.heads // 6]), head
+    assert torch.equal(plan.count_pairs(), count_pairs(plan))
 
 
 @pytest.mark.parametrize("kind", [VerticalSlash, BlockSparse])
@@ -151,12 +194,17 @@ def test_merging_is_for_plans_of_one_call() -> None:
         merge_plans([plan(), plan()], [0, 1, 0])
 
 
-def test_pairs_are_known_where_all_are() -> None:
-    one, other = AShape(1, 5).plan(make_call("no padding", length=70, heads=2, groups=2, dim=8)), plan(window=9)
-    assert merge_plans([one, one], [0, 1])._pairs is not None
+@pytest.mark.parametrize(
+    "other", [plan(window=9), Dense().plan(make_call("no padding", length=70, heads=2, groups=2, dim=8))]
+)
+def test_pairs_are_counted_plan_by_plan(other: SparsePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = AShape(1, 5).plan(make_call("no padding", length=70, heads=2, groups=2, dim=8))
+    counted = []
+    monkeypatch.setattr("gossamer.plan.count.count_pairs", lambda plan: counted.append(plan) or count_pairs(plan))
     merged = merge_plans([one, other], [0, 1])
-    assert merged._pairs is None
-    assert torch.equal(merged.count_pairs(), count_pairs(merged))
+    found = merged.count_pairs()
+    assert counted == [other]
+    assert torch.equal(found, count_pairs(merged))
 
 
 def test_heads_may_have_other_plans_in_other_batch_rows() -> None:

@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from gossamer import AttentionCall
-from gossamer.methods import AShape, Corrected, Dense, DuoAttention, LServe, MaxRelative, MoA, PerHead, VerticalSlash
+from gossamer.methods import (
+    AShape,
+    Corrected,
+    Dense,
+    DuoAttention,
+    LServe,
+    MaxRelative,
+    MoA,
+    PerHead,
+    SeerAttention,
+    VerticalSlash,
+)
 
 HEADS, GROUPS = 8, 4
 
@@ -58,3 +69,9 @@ def test_what_cannot_be_split_says_so() -> None:
         METHODS["per head"].of_rank(2, 2, HEADS, GROUPS)
     with pytest.raises(ValueError, match="for 8 heads, but the model has 16 query heads and 2 key/value"):
         METHODS["moa"].of_rank(0, 2, 16, 2)
+
+
+def test_learned_numbers_of_all_heads_cannot_be_split() -> None:
+    method = SeerAttention.__new__(SeerAttention)
+    with pytest.raises(ValueError, match="seer_attention has learned belongs to the heads of the whole model"):
+        method.of_rank(0, 2, HEADS, GROUPS)

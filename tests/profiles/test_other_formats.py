@@ -1,4 +1,4 @@
-"""Files of other projects as profiles and back, shards, other models; and files that were spoilt."""
+"""Files of other projects as profiles and back, other models; and files that were spoilt."""
 
 from __future__ import annotations
 
@@ -90,25 +90,7 @@ def test_provenance_and_figures_survive_the_round_trip() -> None:
         Profile.from_dict(profile.to_dict() | {"provenance": {"kernel": 3}})
 
 
-# Shards and other models
-
-
-@pytest.mark.parametrize(("groups", "ranks"), [(4, 2), (4, 4), (2, 4), (8, 1)])
-def test_shards_are_the_heads_of_each_rank_in_order(groups: int, ranks: int) -> None:
-    heads = tuple(AShape(i, 7) for i in range(8))
-    profile = Profile((heads,), (tuple(map(float, range(8))),))
-    shards = [profile.shard(rank, ranks, groups) for rank in range(ranks)]
-    assert [head for shard in shards for head in shard.layers[0]] == list(heads)
-    assert [score for shard in shards for score in (shard.scores or [()])[0]] == list(range(8))
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [((2, 2, 4), "rank must be 0 to 1"), ((0, 2, 3), "multiple of the 3"), ((0, 3, 4), "cannot be split over 3")],
-)
-def test_shards_that_do_not_divide_are_refused(given, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        Profile(((Dense(),) * 8,)).shard(*given)
+# Other models
 
 
 def test_another_model_is_refused_with_the_reason() -> None:
@@ -203,6 +185,18 @@ def test_the_command_shows_compares_and_converts(tmp_path: Path, capsys) -> None
     assert [d["layer"] for d in json.loads(capsys.readouterr().out)["differing"]] == [1, 1]
     assert main(["profile", "show", str(path)]) == 0
     assert "2 layers of 2 heads" in capsys.readouterr().out
+
+
+def test_the_command_writes_over_profiles_alone(tmp_path: Path, capsys) -> None:
+    path, notes, empty = (tmp_path / name for name in ("p.json", "notes.txt", "empty.json"))
+    written(path, PUBLISHED)
+    notes.write_text("mine")
+    empty.touch()
+    for place, code in ((notes, 2), (tmp_path, 2), (empty, 0), (empty, 0), (path, 0)):
+        assert main(["profile", "convert", str(path), "-o", str(place)]) == code
+        assert ("is no profile: it would be lost" in capsys.readouterr().err) == bool(code)
+    assert notes.read_text() == "mine"
+    assert Profile.load(path) == Profile.load(empty)
 
 
 def test_the_command_shows_where_a_profile_is_from_on_a_line_each(tmp_path: Path, capsys) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gossamer import Method, Profile
+from gossamer import Method, Policy, Profile
 from gossamer.methods import AShape, BlockSparse, Dense, MInference, PerHead, TriShape, VerticalSlash
 from gossamer.profiles import Provenance
 
@@ -22,6 +22,18 @@ def test_a_profile_survives_the_round_trip_through_a_file(tmp_path: Path) -> Non
     PROFILE.save(path)
     assert Profile.load(path) == PROFILE
     assert Profile.load(str(path)) == PROFILE
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("mine.json", "mine.json"), ("a\nb\x1b[1m", r"a\nb\x1b[1m"), ("\udc80", r"\udc80")]
+)
+def test_a_loaded_profile_has_its_files_name_and_never_saves_it(tmp_path: Path, file: str, name: str) -> None:
+    path = tmp_path / file
+    PROFILE.save(path)
+    loaded = Profile.load(path)
+    assert (loaded.name, Policy.of(loaded).name, loaded.shard(0, 2, 4).name) == (name, name, name)
+    assert "name" not in loaded.to_dict()
+    assert Policy.of(PROFILE).name == "per_head"
 
 
 @pytest.mark.parametrize("profile", [PROFILE, replace(PROFILE, scores=None), Profile(((AShape(),),))])

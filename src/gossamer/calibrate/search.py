@@ -53,6 +53,7 @@ class Found:
         of_prompts, of_held_out: of each prompt that chooses, and of each other; of_held_out is None without any.
         objective: one of `OBJECTIVES`.
         weights: what an error counts, by layer and head, ``[layers, H]``; None: all alike.
+        depth: layers of the model; None: none after the last that was looked at.
     """
 
     candidates: Sequence[Method]
@@ -61,6 +62,7 @@ class Found:
     of_held_out: Figures | None = None
     objective: str = "output"
     weights: Tensor | None = field(default=None)
+    depth: int | None = None
 
     @cached_property
     def calibration(self) -> Figures:
@@ -101,7 +103,7 @@ class Found:
         heads = chosen.shape[1]
         return tuple(
             tuple(self.candidates[index] for index in rows[layer]) if layer in rows else (Dense(),) * heads
-            for layer in range(max(self.layers) + 1)
+            for layer in range(self.depth or max(self.layers) + 1)
         )
 
     def of_choice(self, chosen: Tensor, *, held_out: bool = False) -> dict[str, Tensor]:
@@ -170,7 +172,9 @@ def measure(
     keys = {out: [sample.key for sample in samples.listed if sample.held_out == out] for out in (False, True)}
     chosen_by, held_out = (_stacked(store, keys[out], order) if keys[out] else None for out in (False, True))
     assert chosen_by is not None
-    return Found(methods, order, chosen_by, held_out, objective, None if weights is None else weights[order])
+    depth = int(subject.config.num_hidden_layers)
+    weights = None if weights is None else weights[order]
+    return Found(methods, order, chosen_by, held_out, objective, weights, depth)
 
 
 def _read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 
 from gossamer.calibrate.bench import Row, Shape, bench, costs_of, kernel_cost, planning_costs
 from gossamer.calibrate.candidates import METHODS, candidates
+from gossamer.call import AttentionCall
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.inputs import check_environment, read_model, text_config
 from gossamer.cli.specs import parse_method, split_specs
 from gossamer.cli.subjects import check_device
 from gossamer.evaluate.records import label_of
-from gossamer.methods import Dense, Method, available, create
+from gossamer.methods import Dense, Method, available, create, from_dict
 from gossamer.policy import Policy
 from gossamer.profiles.costs import Costs, default_path, forget
 from gossamer.profiles.files import write_whole
@@ -63,6 +65,8 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.cost_model is not None and path is None:
         raise BadInput("there is no place for a cost model: GOSSAMER_COST_MODEL=off, or no home; name a file")
     _check_picture(arguments.picture)
+    if path is not None:
+        _known(path)
     try:
         methods = _methods(arguments.methods, shape)
         with torch.inference_mode():
@@ -82,9 +86,9 @@ def execute(arguments: argparse.Namespace) -> int:
         return 0
     print(_table(rows))
     for point in costs.break_even:
-        known = point.tokens
+        known, label = point.tokens, label_of(Policy(from_dict(dict(point.method))))
         found = f"not up to {point.longest} tokens" if known is None else f"from about {known:.0f} tokens"
-        print(f"{point.method['method']} is faster than dense: {found}")
+        print(f"{label} is faster than dense: {found}")
     for cost in costs.kernels:
         print(
             f"{cost.kernel}: held-out error {cost.error:.0%} (median), {cost.worst:.0%} (worst); "
@@ -97,26 +101,33 @@ def _methods(specs: str, shape: Shape) -> list[Method]:
     """Those named; of ``all``, those that can plan a call by itself, and the others are named on standard error.
 
     Raises:
-        ValueError, TypeError: an unknown name or field, or a value out of range.
+        ValueError, TypeError: an unknown name or field, a value out of range, or a method that is dense or for a model.
     """
-    if specs != _ALL:
-        return [parse_method(spec) for spec in split_specs(specs)]
-    call, methods, left = shape.draw(_TRIED), [], []
-    for method in map(create, available()):
-        if isinstance(method, Dense):
-            continue
-        try:
-            lacking = method.lacks(call)
-            if lacking is None:
-                method.plan(call)
-        except ValueError as error:
-            lacking = first_line(error)
+    every = specs == _ALL
+    named = map(create, available()) if every else map(parse_method, split_specs(specs))
+    call, methods = shape.draw(_TRIED), []
+    for method in dict.fromkeys(named):
+        lacking = _lacking(method, call)
         if lacking is None:
             methods.append(method)
-        else:
-            left.append(f"note: {method.name} is left out: it needs a model ({lacking})")
-    print(*left, sep="\n", file=sys.stderr)
+        elif not every:
+            raise ValueError(f"{method.name} cannot be timed by itself: {lacking}; leave it out")
+        elif not isinstance(method, Dense):
+            print(f"note: {method.name} is left out: {lacking}", file=sys.stderr)
     return methods
+
+
+def _lacking(method: Method, call: AttentionCall) -> str | None:
+    """Why a method is not timed, or None."""
+    if isinstance(method, Dense):
+        return "it is what the others are timed beside"
+    try:
+        lacking = method.lacks(call)
+        if lacking is None:
+            method.plan(call)
+    except ValueError as error:
+        lacking = first_line(error)
+    return lacking and f"it needs a model ({lacking})"
 
 
 def _search_space(specs: str, methods: list[Method]) -> list[Method]:
@@ -175,15 +186,28 @@ def _draw(path: Path, rows: list[Row], shape: Shape) -> None:
         raise BadInput(f"cannot write {path}: {error.strerror}") from error
 
 
-def _write(path: Path, costs: Costs) -> None:
-    forget()
+def _known(path: Path) -> Costs | None:
+    """The costs that a file holds already, if it is there; before anything is timed, and once more after it."""
     try:
-        old = Costs.load(path) if path.exists() else None
-        (costs if old is None else old.updated(costs)).save(path)
+        if path.exists():
+            return Costs.load(path)
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise BadInput(f"cannot write into {folder}; name another file for the cost model")
+        return None
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}") from error
     except ValueError as error:  # not ours to overwrite
         raise BadInput(f"{first_line(error)}; it is left as it is, name another file") from error
+
+
+def _write(path: Path, costs: Costs) -> None:
+    forget()
+    old = _known(path)
+    try:
+        (costs if old is None else old.updated(costs)).save(path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from error
 
 
 def _table(rows: list[Row]) -> str:

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 _TASKS = "needle_single"
+# Of a budget for each head, with what they are where nothing is said.
+_RULES = {"nearly": 0.02, "dense_above": 0.4}
 
 
 def add_parser(commands: Any) -> None:
@@ -68,8 +71,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--objective", choices=("output", "squared_output", "mass"), default="output")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="what an error counts, by layer and head (JSON)")
-    parser.add_argument("--nearly", type=float, default=0.02, help="for fixed: errors so close are as good")
-    parser.add_argument("--dense-above", type=float, default=0.4, help="for fixed: heads that lose more run dense")
+    parser.add_argument("--nearly", type=float, help="for fixed: errors so close are as good (default: 0.02)")
+    parser.add_argument("--dense-above", type=float, help="for fixed: heads that lose more run dense (default: 0.4)")
     parser.add_argument("--groups", type=int, default=1, metavar="N", help="key/value heads in memory at a time")
     parser.add_argument("--rounds", type=int, default=3, help="of what is timed (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
@@ -114,6 +117,8 @@ def execute(arguments: argparse.Namespace) -> int:
         facts = (
             {"kernel": str(kernel), "mode": mode, "at": at, "objective": found.objective} | counted | about["prompts"]
         )
+        if mode == "fixed":
+            facts |= _rules(arguments)
         if weights is not None:
             facts["weights_sha256"] = _digest(weights.tolist())
         write(arguments, subject, samples, found, chosen, facts)
@@ -151,8 +156,15 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BadInput("--mode cheapest finds the budget; leave --budget out")
     if arguments.kl is not None and not arguments.held_out_samples:
         raise BadInput("--kl is judged on held-out prompts; ask for at least one by --held-out-samples")
+    given = [f"--{name.replace('_', '-')}" for name in _RULES if getattr(arguments, name) is not None]
+    if arguments.mode != "fixed" and given:
+        raise BadInput(f"{' and '.join(given)}: for --mode fixed alone; add it, or leave them out")
+    if arguments.held_out and not arguments.held_out_samples:
+        raise BadInput("--held-out names texts to judge on; ask for at least one prompt by --held-out-samples")
     if not arguments.out.parent.is_dir():
         raise BadInput(f"cannot write into {arguments.out.parent}: no such folder; give another --out")
+    if not os.access(arguments.out.parent, os.W_OK | os.X_OK):
+        raise BadInput(f"cannot write into {arguments.out.parent}: you may not; give another --out")
     if arguments.out.is_dir():
         raise BadInput(f"{arguments.out} is a folder; give the name of a file by --out")
     check_places(arguments.out)
@@ -279,8 +291,14 @@ def _choose(
     if arguments.mode == "cheapest":
         return "cheapest", arguments.error, found.choose("cheapest", arguments.error)
     budget = 0.3 if arguments.budget is None else arguments.budget
-    rules = {"nearly": arguments.nearly, "dense_above": arguments.dense_above} if arguments.mode == "fixed" else {}
+    rules = _rules(arguments) if arguments.mode == "fixed" else {}
     return arguments.mode, budget, found.choose(arguments.mode, budget, **rules)
+
+
+def _rules(arguments: argparse.Namespace) -> dict[str, float]:
+    """How a budget for each head is spent."""
+    given = {name: getattr(arguments, name) for name in _RULES}
+    return _RULES | {name: value for name, value in given.items() if value is not None}
 
 
 def _least_budget(bound: float, subject: Subject, samples: Samples, found: Found) -> float:
@@ -318,6 +336,7 @@ def _print(arguments: argparse.Namespace, found: Found, chosen: Tensor, seconds:
         print(table(summary_table(summary)))
         listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda one: -one[1]))
         print(f"\nheads: {listed}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, and kilobytes elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     line = f"{arguments.out}; pictures: gossamer report {line_path(arguments.out)}"
     print(one_line(f"{line}; {seconds:.0f} s, at most {peak:.2f} GiB"), file=sys.stderr)

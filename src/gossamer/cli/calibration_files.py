@@ -12,7 +12,7 @@ from gossamer import __version__
 from gossamer.calibrate.summary import held_out_words
 from gossamer.cli.common import BadInput
 from gossamer.profiles import Profile, Provenance
-from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, write_whole
+from gossamer.profiles.files import MOST_BYTES, file_name, parse_json, read_file, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,6 +105,7 @@ def write(
     from gossamer.calibrate.record import calibration_record
 
     line = calibration_record(subject.to_dict(), found, chosen, known, _FRONTIER)
+    line["profile"] = file_name(arguments.out)
     write_whole(line_path(arguments.out), json.dumps(line, ensure_ascii=False) + "\n")
 
 

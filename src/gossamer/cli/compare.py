@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,9 @@ from gossamer.cli.inputs import (
 )
 from gossamer.cli.machine import add_dtype
 from gossamer.cli.pretrained import model_folder
-from gossamer.cli.specs import parse_method, parse_task, split_specs
+from gossamer.cli.specs import parse_policy, parse_task, split_specs
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
+from gossamer.methods import PerHead
 from gossamer.methods.registry import available, class_of
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
         default=_ALL,
         metavar="LIST",
         help="names, each for several settings, or with fields, such as max_relative(alpha=0.02), for that one; "
-        "all: every method that has settings to compare (default: %(default)s)",
+        "all: every method that has settings to compare, and the profile (default: %(default)s)",
     )
     parser.add_argument(
         "--prompts",
@@ -66,7 +66,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("compare.jsonl"), help="results; an existing file goes on")
     parser.add_argument("--haystack", default="package", help="text file for the tasks (default: gossamer's own text)")
     parser.add_argument("--text", help="text file for the prompts named text (default: the haystack)")
-    parser.add_argument("--profile", type=Path, help="file with a method for each head, for minference and per_head")
+    parser.add_argument("--profile", type=Path, help="a method for each head, in place of minference or per_head")
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: as `gossamer doctor` says)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
@@ -129,16 +129,16 @@ def _policies(arguments: argparse.Namespace, profile: Profile | None) -> list[Po
 
     if arguments.methods == _ALL:
         specs = [name for name in available() if class_of(name).settings]
+        specs += [PerHead.name] * (profile is not None)
     else:
         specs = split_specs(arguments.methods)
-    made = []
+    made: list[Policy] = []
     for spec in specs:
-        known = spec in available() and class_of(spec).settings
-        made += settings_of(class_of(spec)) if known else [parse_method(spec, profile)]
-    policies = [Policy(method) for method in dict.fromkeys(made)]
-    if arguments.min_tokens is None:
-        return policies
-    return [replace(policy, min_tokens=arguments.min_tokens) for policy in policies]
+        if spec in available() and class_of(spec).settings:
+            made += [Policy(method, arguments.min_tokens) for method in settings_of(class_of(spec))]
+        else:
+            made.append(parse_policy(spec, profile, arguments.min_tokens))
+    return list(dict.fromkeys(made))
 
 
 def _job(arguments: argparse.Namespace, policies: Sequence[Policy]) -> Job:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from gossamer.cli.inputs import (
 )
 from gossamer.cli.machine import add_dtype
 from gossamer.cli.pretrained import model_folder
-from gossamer.cli.specs import parse_method, parse_task, split_specs, task_names
+from gossamer.cli.specs import parse_policy, parse_task, split_specs, task_names
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.policy import Policy
-from gossamer.profiles import Profile
 
 __all__ = ["add_parser"]
 
@@ -63,7 +61,7 @@ def add_parser(commands: Any) -> None:
         "--haystack", default="package", help="text file to hide things in (default: gossamer's own text)"
     )
     parser.add_argument("--text", help="text file for perplexity (default: the haystack)")
-    parser.add_argument("--profile", type=Path, help="file with a method for each head, for minference and per_head")
+    parser.add_argument("--profile", type=Path, help="a method for each head, in place of minference or per_head")
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: as `gossamer doctor` says)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
     add_dtype(parser)
@@ -90,7 +88,7 @@ def execute(arguments: argparse.Namespace) -> int:
     arguments.model = model_folder(arguments.model)
     config, profile = read_model(arguments.model), read_profile(arguments.profile)
     try:
-        policies = [_policy(arguments, spec, profile) for spec in split_specs(arguments.methods)]
+        policies = [parse_policy(spec, profile, arguments.min_tokens) for spec in split_specs(arguments.methods)]
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
     check_profile(policies, profile, config)
@@ -128,11 +126,6 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
     least = 0 if arguments.fidelity else 1  # without samples there is fidelity alone
     check_numbers(arguments, {"limit": least, "batch": 1, "turns": 1, "fidelity": 0, "min_tokens": 0})
     check_device(arguments.device)
-
-
-def _policy(arguments: argparse.Namespace, spec: str, profile: Profile | None) -> Policy:
-    policy = Policy(parse_method(spec, profile))
-    return policy if arguments.min_tokens is None else replace(policy, min_tokens=arguments.min_tokens)
 
 
 def _job(arguments: argparse.Namespace, policies: list[Policy]) -> Any:
@@ -185,7 +178,7 @@ def _run_harness(arguments: argparse.Namespace, subject: Any, job: Any, results:
     from gossamer.evaluate import harness
 
     for label, policy in zip(job.labels, job.methods, strict=True):
-        record = harness.record_of(label, policy, arguments.lm_eval, job.lengths, arguments.limit)
+        record = harness.record_of(policy, arguments.lm_eval, job.lengths, arguments.limit)
         if not results.has(record):
             print(f"lm-evaluation-harness: {arguments.lm_eval} with {label}", file=sys.stderr)
             results.append(record | harness.run(subject, policy, arguments.lm_eval, job.lengths, arguments.limit))
@@ -230,8 +223,7 @@ def _of_harness(arguments: argparse.Namespace, job: Any, records: list[dict[str,
 
     if not arguments.lm_eval:
         return []
-    pairs = zip(job.labels, job.methods, strict=True)
-    asked = {cell_of(harness.record_of(*pair, arguments.lm_eval, job.lengths, arguments.limit)) for pair in pairs}
+    asked = {cell_of(harness.record_of(p, arguments.lm_eval, job.lengths, arguments.limit)) for p in job.methods}
     return [record for record in records if record["kind"] == "lm_eval" and cell_of(record) in asked]
 
 

@@ -48,7 +48,7 @@ def _read(path: Path, arguments: argparse.Namespace) -> Profile:
     try:
         return import_profile(path, arguments.form, **given)
     except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from error
+        raise BadInput(f"cannot read {error.filename or path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         message = first_line(error)
         raise BadInput(message if str(path) in message else f"{path}: {message}") from error
@@ -99,15 +99,28 @@ def _diff(arguments: argparse.Namespace) -> int:
     return int(bool(found))
 
 
+def _check_place(path: Path) -> None:
+    """Refuse to write over what is neither a profile nor a list of MInference's."""
+    try:
+        if not path.exists() or (path.is_file() and not path.stat().st_size):
+            return
+        Profile.load(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{path} exists and is no profile: it would be lost; give another --out") from error
+
+
 def _convert(arguments: argparse.Namespace) -> int:
     profile = _read(arguments.file, arguments)
+    _check_place(arguments.out)
     try:
         data = profile.to_minference() if arguments.to == "minference" else profile.to_dict()
     except ValueError as error:
         raise BadInput(f"{arguments.file}: {first_line(error)}") from error
     try:
         write_whole(arguments.out, json.dumps(data, indent=1, allow_nan=False) + "\n")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise BadInput(f"cannot write {arguments.out}: {error.strerror or first_line(error)}") from error
+    except ValueError as error:
         raise BadInput(f"cannot write {arguments.out}: {first_line(error)}") from error
     if arguments.json:
         print_json({"out": str(arguments.out), "layers": len(profile.layers), "heads": profile.heads})

@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gossamer.cli.inputs import (
 )
 from gossamer.cli.machine import add_dtype
 from gossamer.cli.pretrained import model_folder
-from gossamer.cli.specs import make_method
+from gossamer.cli.specs import make_policy
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
 
@@ -48,7 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("prompt", nargs="?", default="-", help="text file; - or nothing reads standard input")
     parser.add_argument("--method", default="minference", help="see `gossamer methods` (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the method")
-    parser.add_argument("--profile", type=Path, help="file with a method for each head, for minference and per_head")
+    parser.add_argument("--profile", type=Path, help="a method for each head, in place of minference or per_head")
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: as `gossamer doctor` says)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
     add_dtype(parser)
@@ -87,36 +88,39 @@ def execute(arguments: argparse.Namespace) -> int:
     model = load_checked(arguments.model, arguments.dtype)
     check_made_for(profile, model)
 
-    contenders = {policy.method.name: policy}
+    contenders = [policy]
     short = filtered(model, prompt, policy, *kept) if kept else None
     if arguments.compare:
         # Pages the weights in, so that neither contender pays.
         _generated(generate, model, tokenizer, prompt[:, :64], policy, 1)
-        contenders["dense"] = Policy.of("dense")
-    results: dict[str, Generation] = {}
-    for name, contender in contenders.items():
+        contenders.append(Policy.of("dense"))
+    results: list[Generation] = []
+    for contender in contenders:
         stream = sys.stdout if not (arguments.json or results) else None
         read = prompt if short is None or results else short.prompt
         top1 = arguments.compare and short is None  # positions of two prompts are not comparable
-        with layer_progress(model, f"{name}: prefill"):
+        with layer_progress(model, f"{contender.name}: prefill"):
             given = model, tokenizer, read, contender, arguments.max_new_tokens, stream
-            results[name] = _generated(generate, *given, keep_top1=top1)
-    answer = results[policy.method.name]
+            results.append(_generated(generate, *given, keep_top1=top1))
+    answer, dense = results[0], results[-1]
     if short is not None:
         answer.prefill_seconds += short.seconds
-    agreement = compare_top1(answer, results["dense"]) if arguments.compare and short is None else None
+    agreement = compare_top1(answer, dense) if arguments.compare and short is None else None
     if arguments.json:
         data = {"model": str(arguments.model), "prompt_tokens": prompt.shape[1], "method": policy.method.to_dict()}
+        if policy.profile:
+            data["profile"] = policy.profile
         data |= answer.to_dict()
         if short is not None:
             data["filter"] = short.to_dict()
         if arguments.compare:
-            data["dense"] = results["dense"].to_dict()
+            data["dense"] = dense.to_dict()
             data["top1_agreement"] = agreement
         print_json(data)
         return 0
     if arguments.compare:
-        print(_comparison(results, agreement), file=sys.stderr)
+        names = [contender.name for contender in contenders]
+        print(_comparison(names, results, agreement), file=sys.stderr)
     print(*filter(None, (short and short.summary(), answer.summary())), sep="\n", file=sys.stderr)
     return 0
 
@@ -142,8 +146,7 @@ def _generated(generate: typing.Any, *given: typing.Any, **options: typing.Any) 
 
 def _make_policy(arguments: argparse.Namespace, profile: Profile | None) -> Policy:
     try:
-        policy = Policy(make_method(arguments.method, arguments.set, profile))
-        return policy if arguments.min_tokens is None else Policy(policy.method, arguments.min_tokens)
+        return make_policy(arguments.method, arguments.set, profile, arguments.min_tokens)
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
 
@@ -157,10 +160,10 @@ def _check_length(config: dict[str, Any], tokens: int, new_tokens: int) -> None:
         )
 
 
-def _comparison(results: dict[str, Generation], agreement: float | None) -> str:
-    dense = results["dense"]
+def _comparison(names: Sequence[str], results: Sequence[Generation], agreement: float | None) -> str:
+    dense = results[-1]
     rows = [_COLUMNS]
-    for name, result in results.items():
+    for name, result in zip(names, results, strict=True):
         same = sum(a == b for a, b in zip(result.tokens, dense.tokens, strict=False))
         rows.append(
             (

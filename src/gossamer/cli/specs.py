@@ -12,10 +12,20 @@ from typing import Any
 
 from gossamer import methods
 from gossamer.methods.registry import class_of
+from gossamer.policy import Policy
 from gossamer.profiles import Profile, read_table
 from gossamer.profiles.files import parse_json
 
-__all__ = ["field_values", "make_method", "parse_method", "parse_task", "split_specs", "takes_profile", "task_names"]
+__all__ = [
+    "field_values",
+    "make_policy",
+    "parse_method",
+    "parse_policy",
+    "parse_task",
+    "split_specs",
+    "takes_profile",
+    "task_names",
+]
 
 _SPEC = re.compile(r"\s*(\w+)\s*(?:\((.*)\)|:(.*))?\s*", re.DOTALL)
 _OPENING, _CLOSING = "([{", ")]}"
@@ -48,25 +58,36 @@ def _split(text: str, separator: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def parse_method(spec: str, profile: Profile | None = None) -> methods.Method:
-    """``name``, ``name(field=value,...)`` or ``name:field=value:...`` as a method; see `make_method`."""
-    return make_method(*_parse_spec(spec), profile)
-
-
-def make_method(name: str, pairs: Sequence[str], profile: Profile | None = None) -> methods.Method:
-    """A method by name, with its fields as ``FIELD=VALUE``, and the methods of a profile if it `takes_profile`.
+def parse_method(spec: str) -> methods.Method:
+    """``name``, ``name(field=value,...)`` or ``name:field=value:...`` as a method.
 
     Raises:
-        ValueError: an unknown name or field, a value of another type, or fields beside a profile.
+        ValueError: an unknown name or field, or a value of another type.
         TypeError: a field without a default is not given.
+    """
+    name, pairs = _parse_spec(spec)
+    return methods.create(name, **field_values(class_of(name), pairs))
+
+
+def parse_policy(spec: str, profile: Profile | None, min_tokens: int | None) -> Policy:
+    """As `make_policy`, of a method as `parse_method` reads it."""
+    return make_policy(*_parse_spec(spec), profile, min_tokens)
+
+
+def make_policy(name: str, pairs: Sequence[str], profile: Profile | None, min_tokens: int | None) -> Policy:
+    """A method by name, with its fields as ``FIELD=VALUE``; a profile in place of one that `takes_profile`.
+
+    Raises:
+        ValueError: as `parse_method`, or fields beside a profile.
+        TypeError: as `parse_method`.
     """
     known = class_of(name)
     fields = field_values(known, pairs)
-    if profile is not None and takes_profile(known):
-        if fields:
-            raise ValueError(f"a profile names a method for each head; leave {', '.join(fields)} of {name} out")
-        fields["layers"] = profile.layers
-    return methods.create(name, **fields)
+    if profile is None or not takes_profile(known):
+        return Policy(methods.create(name, **fields), min_tokens)
+    if fields:
+        raise ValueError(f"a profile names a method for each head; leave {', '.join(fields)} of {name} out")
+    return dataclasses.replace(Policy.of(profile), min_tokens=min_tokens)
 
 
 def takes_profile(method: type[methods.Method]) -> bool:

@@ -28,9 +28,11 @@ def check_numbers(arguments: argparse.Namespace, least_of: Mapping[str, int]) ->
 
 
 def check_device(name: str) -> None:
+    """That there is such a device here, and that it computes."""
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # whatever a kind of device raises that torch lacks
         raise BadInput(f"--device {name}: {first_line(error)}") from error
     if device.type == "meta":
         raise BadInput("--device meta: its tensors have a shape and no numbers; use cpu or cuda")

@@ -16,7 +16,7 @@ from torch import Tensor
 from gossamer.evaluate.fidelity import compare_logits
 from gossamer.evaluate.frontier import measure
 from gossamer.evaluate.perplexity import Windows
-from gossamer.evaluate.records import label_of, policy_text
+from gossamer.evaluate.records import policy_fields
 from gossamer.evaluate.results import ResultsFile
 from gossamer.evaluate.runner import PERPLEXITY, Job
 from gossamer.evaluate.settings import comparison_rows
@@ -55,11 +55,7 @@ class Setting:
 
     @property
     def head(self) -> Record:
-        return {
-            "method": label_of(self.policy),
-            "method_fields": self.policy.method.to_dict(),
-            "policy": policy_text(self.policy),
-        }
+        return policy_fields(self.policy)
 
 
 def prompts_of(job: Job, windows: Windows | None) -> Iterator[Prompt]:

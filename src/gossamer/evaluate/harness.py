@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import gossamer
-from gossamer.evaluate.records import policy_text
+from gossamer.evaluate.records import policy_fields
 from gossamer.evaluate.subject import Subject
 from gossamer.policy import Policy
 
@@ -31,13 +31,11 @@ def require() -> None:
         ) from error
 
 
-def record_of(label: str, policy: Policy, tasks: str, lengths: tuple[int, ...], limit: int) -> Record:
+def record_of(policy: Policy, tasks: str, lengths: tuple[int, ...], limit: int) -> Record:
     """What identifies a run in the results file."""
     return {
         "kind": "lm_eval",
-        "method": label,
-        "method_fields": policy.method.to_dict(),
-        "policy": policy_text(policy),
+        **policy_fields(policy),
         "task": tasks,
         "index": limit,
         "lengths": list(lengths),

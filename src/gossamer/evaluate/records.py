@@ -21,7 +21,7 @@ from gossamer.policy import Policy
 from gossamer.profiles.costs import MIN_TOKENS
 from gossamer.profiles.files import parse_json, read_file, shown
 
-__all__ = ["cell_of", "check_out", "label_of", "policy_text", "read_lines", "read_own", "relabel"]
+__all__ = ["cell_of", "check_out", "label_of", "policy_fields", "policy_text", "read_lines", "read_own", "relabel"]
 
 Record = dict[str, Any]
 
@@ -42,12 +42,20 @@ def policy_text(policy: Policy) -> str:
 def label_of(policy: Policy) -> str:
     """A method's name and what differs from the defaults: ``max_relative(alpha=0.02,min_tokens=0)``.
 
-    The layers of a profile are named by their hash. The thresholds of dense attention decide nothing and are left out.
+    Methods of a profile go by its name and the hash of their layers: ``profile.json(layers=5c3a0f)``. The thresholds of
+    dense attention decide nothing and are left out.
     """
-    return _label(policy.method.to_dict(), policy_text(policy))
+    return _label(policy.method.to_dict(), policy_text(policy), policy.profile)
 
 
-def _label(given: Mapping[str, Any], thresholds: str) -> str:
+def policy_fields(policy: Policy) -> Record:
+    """What a line says of the policy that it is the result of."""
+    named = {"profile": policy.profile} if policy.profile else {}
+    more = {"method_fields": policy.method.to_dict(), "policy": policy_text(policy)}
+    return {"method": label_of(policy)} | named | more
+
+
+def _label(given: Mapping[str, Any], thresholds: str, profile: str) -> str:
     method = given["method"]
     usual = {f.name: f.default for f in fields(class_of(method)) if f.default is not MISSING}
     # A field may hold a method.
@@ -58,7 +66,8 @@ def _label(given: Mapping[str, Any], thresholds: str) -> str:
     if method != "dense":
         usual_thresholds = policy_text(Policy.of("dense")).split(",")
         changed += [part for part in thresholds.split(",") if part not in usual_thresholds]
-    return f"{method}({','.join(changed)})" if changed else str(method)
+    name = profile or str(method)
+    return f"{name}({','.join(changed)})" if changed else name
 
 
 def _shown(value: Any) -> str:
@@ -73,7 +82,7 @@ def relabel(record: Record) -> Record:
     if "method_fields" not in record or "policy" not in record:
         return record
     try:
-        return record | {"method": _label(record["method_fields"], record["policy"])}
+        return record | {"method": _label(record["method_fields"], record["policy"], record.get("profile", ""))}
     except (ValueError, TypeError):  # a method that this version does not have, or whose defaults are not JSON
         return record
 
@@ -85,7 +94,16 @@ def cell_of(record: Record) -> tuple[Any, ...]:
     length = record.get("length") or str(record.get("lengths"))
     window = record.get("text_sha256"), record.get("start")
     policy = None if dense else record.get("policy")
-    return record["kind"], fields, policy, record.get("task"), length, record.get("index"), window
+    return (
+        record["kind"],
+        fields,
+        policy,
+        record.get("profile"),
+        record.get("task"),
+        length,
+        record.get("index"),
+        window,
+    )
 
 
 def read_lines(content: bytes, source: Path) -> list[Record]:

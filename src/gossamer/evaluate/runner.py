@@ -19,7 +19,7 @@ from torch import Tensor
 from gossamer.evaluate.fidelity import compare
 from gossamer.evaluate.haystack import Haystack
 from gossamer.evaluate.perplexity import Windows
-from gossamer.evaluate.records import label_of, policy_text
+from gossamer.evaluate.records import label_of, policy_fields
 from gossamer.evaluate.results import ResultsFile, make_header
 from gossamer.evaluate.subject import Subject
 from gossamer.evaluate.tasks import Sample, Task
@@ -226,16 +226,8 @@ def all_cells(job: Job, windows: Windows | None) -> Iterator[Cell]:
 
 
 def _row(job: Job, length: int, what: str, index: int, more: Record) -> Iterator[Cell]:
-    for label, policy in zip(job.labels, job.methods, strict=True):
-        head = {
-            "kind": more["kind"],
-            "method": label,
-            "method_fields": policy.method.to_dict(),
-            "policy": policy_text(policy),
-            "task": more["task"],
-            "length": length,
-            "index": index,
-        }
+    for policy in job.methods:
+        head = {"kind": more["kind"], **policy_fields(policy), "task": more["task"], "length": length, "index": index}
         yield Cell(length, what, index, policy, head | more)
 
 

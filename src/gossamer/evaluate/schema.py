@@ -167,6 +167,7 @@ _MODEL = _Object(
 _METHOD = {"method": _TEXT, "length": _LENGTH, "index": _COUNT, "density": _SHARE}
 _MORE_OF_A_METHOD = {
     "run": _TEXT,
+    "profile": _TEXT,
     "method_fields": _Object({"method": _TEXT}),
     "policy": _TEXT,
     "task": _TEXT,
@@ -268,6 +269,7 @@ _LM_EVAL = _Object(
     {"method": _TEXT, "scores": _mapping(_OBJECT)},
     {
         "run": _TEXT,
+        "profile": _TEXT,
         "method_fields": _Object({"method": _TEXT}),
         "policy": _TEXT,
         "task": _TEXT,
@@ -294,7 +296,7 @@ _POINT = _Object(
     },
     {
         **_OF_A_PROMPT,
-        **{name: _MORE_OF_A_METHOD[name] for name in ("method_fields", "policy", "dense_because")},
+        **{name: _MORE_OF_A_METHOD[name] for name in ("profile", "method_fields", "policy", "dense_because")},
         "layers": _Object(_LISTS),
         "observed": _list(_COUNT),
         "rounds": _COUNT,
@@ -358,6 +360,7 @@ _CALIBRATION = _Object(
     },
     {
         "about": _OBJECT,
+        "profile": _TEXT,
         "held_out": _Object(_OF_HEADS),
         "summary": _Object({"calibration": _SUMMED}, {"held_out": _SUMMED}),
     },

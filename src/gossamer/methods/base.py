@@ -30,6 +30,7 @@ class Method(ABC):
             they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
         apart: a key/value head with its query heads is planned as it would be in a call of its own. False where numbers
             of a method belong to heads by their place.
+        alone: a query head is planned as it would be without the others of its key/value head.
         tables: fields that hold numbers by layer and head, made for one model (`gossamer.profiles.read_table`).
         files: fields that name a file, read when the method plans.
         settings: fields that `gossamer compare` tries, from the sparsest to the densest; empty: the defaults alone.
@@ -42,6 +43,7 @@ class Method(ABC):
     settings: ClassVar[Settings] = ()
     candidates: ClassVar[Settings] = ()
     apart: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
     tables: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[tuple[str, ...]] = ()
 
@@ -78,6 +80,11 @@ class Method(ABC):
         Raises:
             ValueError: numbers that do not divide, or a table for other heads.
         """
+        if ranks > 1 and not self.apart and not self.tables:
+            raise ValueError(
+                f"what {self.name} has learned belongs to the heads of the whole model by their place, and cannot be "
+                "split over ranks; use another method, or one rank"
+            )
         parts = {}
         for name in self.tables:
             rows = getattr(self, name)

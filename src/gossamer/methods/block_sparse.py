@@ -27,6 +27,7 @@ class BlockSparse(Method):
     """
 
     name: ClassVar[str] = "block_sparse"
+    alone: ClassVar[bool] = True
     per_head: ClassVar[tuple[str, ...]] = ("blocks",)
     settings: ClassVar[Settings] = tuple({"blocks": blocks} for blocks in (8, 16, 32, 64))
     candidates: ClassVar[Settings] = tuple({"blocks": blocks} for blocks in (4, 8, 16, 32, 64, 100))

@@ -55,7 +55,8 @@ def merge_plans(
     taken = (torch.tensor(sources, device="cpu") + torch.tensor(start, device="cpu")[:, None]).gather(0, owners)
     block_indptr, block_indices = _gathered([_refined_blocks(plan, block_q, block_k, rows) for plan in plans], taken)
     column_indptr, column_indices = _gathered([_column_rows(plan, block_q, rows, group) for plan in plans], taken)
-    known = [plan._pairs for plan in plans if plan._pairs is not None]
+    # Those that no backend counted, such as a dense plan, are cheaper to count by themselves than when merged.
+    pairs = torch.cat([plan.count_pairs() for plan in plans], dim=1).gather(1, taken)
     return SparsePlan.unchecked(
         heads=heads,
         query_len=first.query_len,
@@ -72,7 +73,7 @@ def merge_plans(
         window=_band(plans, "window", taken),
         pruned_mean=first.pruned_mean,
         skip=first.skip,
-        pairs=None if len(known) < len(plans) else torch.cat(known, dim=1).gather(1, taken.to(known[0].device)),
+        pairs=pairs,
     )
 
 

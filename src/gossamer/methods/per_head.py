@@ -21,9 +21,9 @@ class PerHead(Method):
     """A method of its own for each query head of each layer: what a search chose for one model.
 
     Heads of one method that differ in its `Method.per_head` fields alone are planned together, others apart, each with
-    the key/value heads that it is for and no others (where `Method.apart` allows); the plans are merged, with their
-    blocks refined to the common divisor. A plan whose heads are key/value heads gives each of its query heads the same
-    row.
+    the key/value heads that it is for and no others (where `Method.apart` allows), and of these with all query heads,
+    or where `Method.alone` allows with as many as it is for; the plans are merged, with their blocks refined to the
+    common divisor. A plan whose heads are key/value heads gives each of its query heads the same row.
 
     Fields:
         layers: ``[layer][head]`` of methods, for query heads; the same number in each layer.
@@ -56,10 +56,9 @@ class PerHead(Method):
         plans, owner, sources = [], [0] * call.heads, []
         for number, heads in enumerate(planned_together(chosen)):
             first = chosen[heads[0]]
-            groups = sorted({head // call.share for head in heads}) if first.apart else list(range(call.groups))
-            planned = [group * call.share + n for group in groups for n in range(call.share)]
+            planned = _planned(heads, call.share, alone=first.alone) if first.apart else list(range(call.heads))
             part = call if "values" in first.needs else replace(call, v=None)
-            plans.append(_stacked(chosen, heads, planned).plan(part.of_groups(groups)))
+            plans.append(_stacked(chosen, heads, planned).plan(part.of_heads(planned)))
             share = len(planned) // plans[-1].heads
             sources.append([planned.index(head) // share if head in planned else 0 for head in range(call.heads)])
             for head in heads:
@@ -98,6 +97,23 @@ def planned_together(methods: Sequence[Method]) -> list[list[int]]:
         shared = tuple((f.name, getattr(method, f.name)) for f in fields(method) if f.name not in method.per_head)
         groups.setdefault((type(method), shared), []).append(head)
     return list(groups.values())
+
+
+def _planned(heads: Sequence[int], share: int, *, alone: bool) -> list[int]:
+    """Which query heads are planned for some of them: as many of each key/value head.
+
+    Args:
+        alone: as many as the key/value head with the most of them has, and not all.
+    """
+    of_group: dict[int, list[int]] = {}
+    for head in heads:
+        of_group.setdefault(head // share, []).append(head)
+    many = max(map(len, of_group.values())) if alone else share
+    planned = []
+    for group, own in of_group.items():
+        others = (head for head in range(group * share, (group + 1) * share) if head not in own)
+        planned += [*own, *others][:many]
+    return sorted(planned)
 
 
 def _stacked(methods: Sequence[Method], heads: Sequence[int], planned: Sequence[int]) -> Method:

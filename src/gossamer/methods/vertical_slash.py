@@ -48,6 +48,7 @@ class VerticalSlash(Method):
     """
 
     name: ClassVar[str] = "vertical_slash"
+    alone: ClassVar[bool] = True
     per_head: ClassVar[tuple[str, ...]] = ("vertical_size", "slash_size")
     settings: ClassVar[Settings] = tuple(
         {"vertical_size": columns, "slash_size": slashes}

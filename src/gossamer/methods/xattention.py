@@ -36,6 +36,7 @@ class XAttention(Method):
     """
 
     name: ClassVar[str] = "xattention"
+    alone: ClassVar[bool] = True
     per_head: ClassVar[tuple[str, ...]] = ("threshold",)
     settings: ClassVar[Settings] = tuple({"threshold": threshold} for threshold in (0.6, 0.75, 0.85, 0.9, 0.95))
     threshold: float = 0.9

@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MOST_BYTES", "parse_json", "read_file", "read_text", "shown", "write_whole"]
+__all__ = ["MOST_BYTES", "file_name", "parse_json", "read_file", "read_text", "shown", "write_whole"]
 
 # More than any profile, file of costs or table has: a profile of 200 layers of 200 heads has some 10 MB.
 MOST_BYTES = 64 << 20
@@ -64,6 +64,12 @@ def read_text(path: str | os.PathLike[str]) -> str:
         UnicodeDecodeError: it is not UTF-8.
     """
     return io.TextIOWrapper(io.BytesIO(read_file(path)), encoding="utf-8").read()
+
+
+def file_name(path: str | os.PathLike[str]) -> str:
+    """The last part of a path, as it can be printed anywhere: what UTF-8 or a terminal lacks is spelt out."""
+    name = Path(path).name.encode("utf-8", "backslashreplace").decode()
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:

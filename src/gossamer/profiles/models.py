@@ -9,7 +9,7 @@ from typing import Any
 
 from gossamer.profiles.files import parse_json, shown
 
-__all__ = ["attention_config", "config_hash", "differing", "written"]
+__all__ = ["attention_config", "config_hash", "differing", "key_value_heads", "written"]
 
 # What makes it another model. `attention_config` has these and more.
 SHAPE = (
@@ -67,11 +67,8 @@ def differing(text: str, config: Any) -> tuple[list[str], list[str]] | None:
 
     None where the text is none that `written` gives.
     """
-    try:
-        theirs = parse_json(text) if len(text) <= _MOST else None
-    except ValueError:
-        return None
-    if not isinstance(theirs, dict) or not set(SHAPE) <= theirs.keys():
+    theirs = _read(text)
+    if theirs is None:
         return None
     mine = attention_config(config)
 
@@ -80,6 +77,20 @@ def differing(text: str, config: Any) -> tuple[list[str], list[str]] | None:
         return [f"{name} {shown(theirs.get(name))} (here {shown(mine.get(name))})" for name in differ]
 
     return of(SHAPE), of(_OTHERS)
+
+
+def key_value_heads(text: str) -> int | None:
+    """Of a model whose `written` config is given; None where the text is none that `written` gives."""
+    groups = (_read(text) or {}).get("num_key_value_heads")
+    return groups if isinstance(groups, int) and not isinstance(groups, bool) else None
+
+
+def _read(text: str) -> dict[str, Any] | None:
+    try:
+        found = parse_json(text) if len(text) <= _MOST else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and set(SHAPE) <= found.keys() else None
 
 
 def _rotaries(text: Any) -> Iterator[Mapping[str, Any]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from gossamer.methods import AShape, BlockSparse, Method, MInference, PerHead, VerticalSlash, from_dict
-from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
+from gossamer.profiles.files import MOST_BYTES, file_name, parse_json, read_file, shown, write_whole
 from gossamer.profiles.minference import from_entry, is_number, to_entry
-from gossamer.profiles.models import config_hash, differing
+from gossamer.profiles.models import config_hash, differing, key_value_heads
 
 __all__ = ["Profile", "Provenance"]
 
@@ -54,6 +54,7 @@ class Profile:
         scores: what the search measured for each, if anything, by layer and head.
         provenance: where it comes from.
         errors, costs: of each head's output and of its kernel, likewise.
+        name: by which results and tables know it; of one that was loaded, its file's. No part of what is saved.
 
     Raises:
         ValueError, TypeError: no layers, layers of different numbers of heads, scores of another shape, or something
@@ -65,6 +66,7 @@ class Profile:
     provenance: Provenance = field(default_factory=Provenance)
     errors: Sequence[Sequence[float | None]] | None = None
     costs: Sequence[Sequence[float | None]] | None = None
+    name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -127,26 +129,57 @@ class Profile:
             raise ValueError(f"{made_for}, with {', '.join(shape)}; use a profile made for this model")
         return f"{made_for}, with {', '.join(others)}" if others else None
 
-    def shard(self, rank: int, ranks: int, groups: int) -> Profile:
-        """The heads of one rank of a tensor-parallel model, as frameworks split them: by key/value head.
+    def shard(self, rank: int, ranks: int, groups: int | None = None) -> Profile:
+        """What one rank of a tensor-parallel model runs: its query heads of each layer, counted from 0 as in its calls.
+
+        Ranks hold query heads in their order, as many each, with the key/value heads that these read; with fewer
+        key/value heads than ranks, each lies on all the ranks that read it. Where a rank has all query heads of its
+        key/value heads, its plans are those of the whole model. Where it has some of them, methods that choose for a
+        key/value head with all its query heads (`docs/methods.md` says which) choose by those that are there.
+
+        The provenance stays: compare with the config of the whole model (`check_config`) before.
 
         Args:
             rank: 0 to ``ranks - 1``.
-            groups: key/value heads of the whole model. With fewer than ranks, each is on as many ranks as share it.
+            groups: key/value heads of the whole model; by default as the provenance has them, and where it does not,
+                any number that can be split.
 
         Raises:
-            ValueError: numbers that do not divide.
+            TypeError: something is no integer.
+            ValueError: numbers that do not divide, as of a model that cannot be split so either; or a method whose
+                numbers belong to the whole model's heads.
         """
+        groups = key_value_heads(self.provenance.config) if groups is None else groups
+        for name, value in {"rank": rank, "ranks": ranks, "groups": 1 if groups is None else groups}.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+        if ranks < 1:
+            raise ValueError(f"ranks must be at least 1, got {ranks}")
         if not 0 <= rank < ranks:
             raise ValueError(f"rank must be 0 to {ranks - 1}, got {rank}")
-        if groups < 1 or self.heads % groups:
+        if groups is not None and (groups < 1 or self.heads % groups):
             raise ValueError(f"the profile's {self.heads} heads must be a multiple of the {groups} key/value heads")
-        if self.heads % ranks or (groups % ranks and ranks % groups):
-            raise ValueError(f"{self.heads} heads with {groups} key/value heads cannot be split over {ranks} ranks")
+        if self.heads % ranks or (groups is not None and groups % ranks and ranks % groups):
+            with_groups = "" if groups is None else f" with {groups} key/value heads"
+            raise ValueError(
+                f"{self.heads} heads{with_groups} cannot be split over {ranks} ranks: both numbers must be a multiple "
+                "of the ranks, or the ranks a multiple of the key/value heads"
+            )
+        if ranks > 1:
+            self._check_apart()
         mine = slice(rank * self.heads // ranks, (rank + 1) * self.heads // ranks)
-        figures = {name: getattr(self, name) for name in _FIGURES}
-        parts = {name: rows and tuple(tuple(layer)[mine] for layer in rows) for name, rows in figures.items()}
-        return Profile(tuple(tuple(layer)[mine] for layer in self.layers), provenance=self.provenance, **parts)
+        figures = {n: rows and tuple(tuple(row)[mine] for row in rows) for n in _FIGURES if (rows := getattr(self, n))}
+        return replace(self, layers=tuple(layer[mine] for layer in self.layers), **figures)
+
+    def _check_apart(self) -> None:
+        for i, layer in enumerate(self.layers):
+            for j, method in enumerate(layer):
+                if not method.apart:
+                    raise ValueError(
+                        f"profile layer {i}, head {j}: the numbers of {method.name} belong to heads of the whole model "
+                        "by their place, and cannot be split; give its heads methods of their own, such as a_shape and "
+                        "dense (`gossamer profile convert` does so with files of gates and spans)"
+                    )
 
     @classmethod
     def uniform(cls, layers: int, heads: int, method: Method) -> Profile:
@@ -177,7 +210,7 @@ class Profile:
         methods = data.get("methods")
         if not _is_table(methods):
             raise ValueError("a profile's methods must be a list (layers) of lists (heads)")
-        figures = {name: _figures(data.get(name), name) for name in _FIGURES}
+        scores, errors, costs = (_figures(data.get(name), name) for name in _FIGURES)
         layers: list[list[Method]] = []
         for i, layer in enumerate(methods or []):
             layers.append([])
@@ -186,7 +219,7 @@ class Profile:
                     layers[-1].append(from_dict(head))
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"profile layer {i}, head {j}: {error}") from error
-        return cls(tuple(tuple(layer) for layer in layers), provenance=_provenance(data.get("provenance")), **figures)
+        return cls(tuple(map(tuple, layers)), scores, _provenance(data.get("provenance")), errors, costs)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, to a temporary name first: a profile on disk is always whole."""
@@ -206,7 +239,8 @@ class Profile:
             data = parse_json(content)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
-        return cls.from_minference(data) if isinstance(data, list) else cls.from_dict(data)
+        profile = cls.from_minference(data) if isinstance(data, list) else cls.from_dict(data)
+        return replace(profile, name=file_name(path))
 
     def to_minference(self) -> list[dict[str, list[Any]]]:
         """In MInference's published format, which holds its three patterns and the budgets alone.

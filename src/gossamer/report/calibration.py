@@ -21,18 +21,23 @@ def _of(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record["kind"] == "calibration"]
 
 
+def _name(record: Record) -> str:
+    """Of a calibration, among others: the profile's name, which older lines lack, and how it was chosen."""
+    return f"{record['profile']}, {record['mode']}" if record.get("profile") else str(record["mode"])
+
+
 def chosen_methods(records: Sequence[Record]) -> Figure:
     """The map of methods and their costs."""
-    table: Table = [["mode", "layer", "head", "method", "fields", "cost", "error", "recall"]]
+    table: Table = [["profile", "layer", "head", "method", "fields", "cost", "error", "recall"]]
     found = _of(records)
     styles = family_styles(str(head["method"]) for record in found for layer in record["heads"] for head in layer)
     panels = []
     for record in found:
-        panels.append((f"{record['mode']}: layers down, heads across", _map(record, styles)))
+        panels.append((f"{_name(record)}: layers down, heads across", _map(record, styles)))
         for i, layer in enumerate(record["layers"]):
             for head, method in enumerate(record["heads"][i]):
                 figures = [record["calibration"][name][i][head] for name in ("cost", "error", "recall")]
-                table.append([record["mode"], layer, head, method["method"], _fields(method), *figures])
+                table.append([_name(record), layer, head, method["method"], _fields(method), *figures])
     note = (
         "The colour is the method; the number is what the head costs in percent of its dense attention, mean over the "
         "prompts of the calibration. The fields stand in the CSV, and where the pointer rests."
@@ -61,16 +66,16 @@ def _fields(method: dict[str, Any]) -> str:
 
 def budgets(records: Sequence[Record]) -> Figure:
     """Error against cost, for a budget of each head and for one that all share."""
-    table: Table = [["mode", "budget", "cost", "error", "held-out error", "from", "to"]]
+    table: Table = [["profile", "mode", "budget", "cost", "error", "held-out error", "from", "to"]]
     panels = []
     for record in _of(records):
         for p in record["frontier"]:
             interval = p.get("held_out_interval") or (None, None)
-            table.append([p["mode"], p["budget"], p["cost"], p["error"], p.get("held_out"), *interval])
+            table.append([_name(record), p["mode"], p["budget"], p["cost"], p["error"], p.get("held_out"), *interval])
         shown = dict.fromkeys(("cost", "error"), _LEAST)  # axes are logarithmic
         points = [p | {name: max(p[name], least) for name, least in shown.items()} for p in record["frontier"]]
         if points:
-            panels.append((f"{record['mode']}, budgets tried", _frontier(points)))
+            panels.append((f"{_name(record)}: budgets tried", _frontier(points)))
     note = (
         "Mean relative error of the heads' outputs against their mean cost, on the calibration's prompts. Further left "
         "is cheaper, further down is better. With a fixed budget heads that nothing fits run dense, so that its points "
@@ -97,14 +102,14 @@ def _frontier(points: Sequence[Record]) -> Html:
 
 def held_out(records: Sequence[Record]) -> Figure:
     """Each head's error on prompts that did not choose, against that on those that did."""
-    table: Table = [["mode", "layer", "head", "method", "calibration error", "held-out error"]]
+    table: Table = [["profile", "layer", "head", "method", "calibration error", "held-out error"]]
     panels, words = [], []
     for record in (record for record in _of(records) if "held_out" in record):
         points = []
         for i, layer in enumerate(record["layers"]):
             for head, method in enumerate(record["heads"][i]):
                 pair = [record[part]["error"][i][head] for part in ("calibration", "held_out")]
-                table.append([record["mode"], layer, head, method["method"], *pair])
+                table.append([_name(record), layer, head, method["method"], *pair])
                 points.append((method["method"], layer, head, max(pair[0], _LEAST), max(pair[1], _LEAST)))
         panel = Panel(440, 340, "held-out against calibration error")
         values = [value for point in points for value in point[3:]]
@@ -117,11 +122,11 @@ def held_out(records: Sequence[Record]) -> Figure:
             hint = f"layer {layer}, head {head}, {method}: {mine:.4f}, held out {other:.4f}"
             marker = styles[method].marker or "circle"
             panel.marker(*panel.place(mine, other), marker, styles[method].colour, hint, 0.7)
-        panels.append((f"{record['mode']}: a point a head", panel.render(scale=1.4)))
+        panels.append((f"{_name(record)}: a point a head", panel.render(scale=1.4)))
     for record in (record for record in _of(records) if "summary" in record):
         header, *rows = summary_table(record["summary"])
-        words += [] if words else [["mode", *header]]
-        words += [[record["mode"], *row] for row in rows]
+        words += [] if words else [["profile", *header]]
+        words += [[_name(record), *row] for row in rows]
     note = (
         "On the dashed line a head loses as much on prompts that it was not chosen by; above it, more. Below, means "
         "over all heads, with 95% intervals over the prompts."

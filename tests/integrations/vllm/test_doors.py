@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,16 @@ from gossamer.integrations.vllm.settings import VARIABLE
 from gossamer.methods import AShape, Dense
 
 
+class Refused(Exception):
+    """Of vLLM's exceptions the one that its server answers with 400; no ValueError."""
+
+
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = ModuleType("vllm.exceptions")
+    vars(exceptions)["VLLMValidationError"] = Refused
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.exceptions", exceptions)
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(plugin, "_settings", {})
 
@@ -64,13 +73,13 @@ class TestTheDoor:
         ],
     )
     def test_keeps_others_out(self, asked: Any, given: Any, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(Refused, match=message):
             ask(asked, given)
 
     def test_keeps_policies_out_where_no_row_says_whose_it_is(self) -> None:
         assert ask("a_shape", None, use_v2_model_runner=True) == "passed"
         assert ask("a_shape", "a_shape", use_v2_model_runner=True) == "passed"
-        with pytest.raises(ValueError, match="start the server with VLLM_USE_V2_MODEL_RUNNER=0"):
+        with pytest.raises(Refused, match="start the server with VLLM_USE_V2_MODEL_RUNNER=0"):
             ask("a_shape", "dense", use_v2_model_runner=True)
 
 

@@ -164,7 +164,7 @@ class Handle:
         state = "enabled" if self.enabled else "disabled"
         if self._enabled and model is not None and not self.enabled:
             state = "switched off by set_attn_implementation"
-        return f"<gossamer {self.policy.method.name} on {name}, {state}>"
+        return f"<gossamer {self.policy.name} on {name}, {state}>"
 
 
 def _give_back(lent: Mapping[int, tuple[Any, str]]) -> None:
@@ -262,6 +262,7 @@ def _policy(
     if profile is not None:
         method = _of_profile(method, profile, fields)
         fields = {}
+        thresholds["profile"] = profile.name
     if isinstance(method, str):
         return Policy(methods.create(method, **fields), **thresholds)
     if fields:

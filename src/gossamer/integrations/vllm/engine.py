@@ -99,7 +99,7 @@ class Engine:
 
     def attend(self, call: AttentionCall, policy: Policy) -> Tensor:
         """``[1, H, S, D]``. A method that fails is no reason to fail a server: its row runs dense, and is counted."""
-        name, pairs = policy.method.name, float(call.extent.count_allowed().sum())
+        name, pairs = policy.name, float(call.extent.count_allowed().sum())
         try:
             out = attend(call, policy, record=lambda record: self.counters.add(record, name, pairs))
         except Exception as error:

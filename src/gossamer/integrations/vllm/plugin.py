@@ -137,9 +137,11 @@ def _checked(former: Callable[..., Any]) -> Callable[..., Any]:
         params = kwargs.get("params", args[2] if len(args) > 2 else None)
         given = _named(params)
         if given is not None:
+            from vllm.exceptions import VLLMValidationError
+
             settings = settings_of(self.vllm_config)
             if settings is None:
-                raise ValueError(
+                raise VLLMValidationError(
                     f"the request names a policy ({KEY}), but this server was started without gossamer: see "
                     "--additional-config"
                 )
@@ -147,9 +149,9 @@ def _checked(former: Callable[..., Any]) -> Callable[..., Any]:
                 policy = settings.of_request(given)[1]
                 check_model(policy, self.vllm_config.model_config.hf_config)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{KEY}: {error}") from error
+                raise VLLMValidationError(f"{KEY}: {error}") from error
             if policy != settings.policy and getattr(self.vllm_config, "use_v2_model_runner", False):
-                raise ValueError(
+                raise VLLMValidationError(
                     f"{KEY}: vLLM's V2 model runner does not tell whose rows a step has, so a request cannot name a "
                     "policy; start the server with VLLM_USE_V2_MODEL_RUNNER=0"
                 )

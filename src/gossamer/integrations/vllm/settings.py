@@ -96,7 +96,7 @@ class Settings:
         if not isinstance(given["profile"], (str, os.PathLike)):
             raise ValueError(f"profile must be the path of a file, got {shown(given['profile'])}")
         profile = Profile.load(given["profile"])
-        return cls(Policy(profile.method, **fields), profile, least, named)
+        return cls(Policy(profile.method, profile=profile.name, **fields), profile, least, named)
 
     def of_request(self, given: Any) -> tuple[str, Policy]:
         """The policy that a request names, and a text that is the same for equal policies and no others.

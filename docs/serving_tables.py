@@ -1,0 +1,57 @@
+"""Tables of vLLM's server with gossamer beside the stock one, from `benchmarks/serving.py`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+FIRST = (
+    "tokens",
+    "server",
+    "seconds to the first token",
+    "times as fast as stock",
+    "attention s",
+    "its attention times as fast",
+    "share of all else",
+    "same first tokens",
+)
+LOAD = ("requests", "prompts of", "server", "requests per second", "of stock's")
+
+
+def serving_tables(found: dict[str, Any]) -> Iterator[Table]:
+    """For each model the seconds to the first token, and what a mixed load gives where it was measured."""
+    for name, section in found.items():
+        others = section["used_by_others"] or 0
+        above = (
+            f"**{name}**, {section['dtype']}, vLLM {section['vllm']}; other programs used {others:.0%} of the machine."
+        )
+        yield above, FIRST, [_first(row) for row in section["first_token"]]
+        if section["load"]:
+            yield "", LOAD, [_load(row) for row in section["load"]]
+
+
+def _first(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        f"{row['length']:,}",
+        f"`{row['contender']}`",
+        f"{row['seconds']:.2f}",
+        f"{row['ratio']:.2f}",
+        _number(row["attention_s"]),
+        _number(row["attention_ratio"]),
+        _number(row["rest_share"]),
+        f"{row['same_first_tokens']} of {row['rounds']}",
+    )
+
+
+def _load(row: dict[str, Any]) -> tuple[Any, ...]:
+    lengths = row["lengths"]
+    return (
+        row["requests"],
+        f"{lengths[0]:,} to {lengths[-1]:,} tokens",
+        f"`{row['contender']}`",
+        f"{row['requests_per_s']:.2f}",
+        f"{row['ratio']:.2f}",
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

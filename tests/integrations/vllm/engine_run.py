@@ -1,0 +1,109 @@
+"""Run vLLM once and say what it answered: a script for the Python that has vLLM, ``engine_run.py RESULT < job``.
+
+A job is JSON: ``model``, ``args`` of `vllm.LLM`, ``gossamer`` (what is asked of the plug-in, or null), ``waves`` (lists
+of requests that are generated together), ``max_tokens`` and ``poison``. A request is a list of token ids, or an object
+of ``ids`` and ``policy``. The result has each request's ``tokens``, ``logprob`` of the first, ``cached`` tokens or
+``error``; the plug-in's counters; and how many rows were attended again with all that is not theirs poisoned.
+"""
+# pyright: reportMissingImports=false
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def poison_foreign(checks: list[bool]) -> None:
+    """Attend each row a second time with NaN in every page and slot that is not its own; the outputs must agree."""
+    from gossamer.integrations.vllm import cpu
+
+    attend = cpu.SparseCPUImpl._attend
+
+    def twice(self: Any, row: Any, query: Any, key: Any, value: Any, cache: Any, table: Any, out: Any) -> None:
+        attend(self, row, query, key, value, cache, table, out)
+        page = cache.shape[2]
+        window = self.sliding_window if self.sliding_window > 0 else row.tokens + 1
+        first = max(0, row.past - window + 1) // page
+        own = table[row.index][first : -(-row.tokens // page)].long()
+        poisoned = torch.full_like(cache, torch.nan)
+        poisoned[own] = cache[own]
+        spare = -row.tokens % page
+        if spare:
+            # What lies past the last token, by writing NaN there as vLLM writes keys.
+            slots = own[-1] * page + torch.arange(page - spare, page)
+            nan = torch.full((spare, self.num_kv_heads, self.head_size), torch.nan, dtype=cache.dtype)
+            self.do_kv_cache_update(cpu._Isa(self.isa), nan, nan, poisoned, slots)
+        entries = table.clone()
+        entries[:, :first] = entries.max()
+        again = torch.full_like(out, torch.nan)
+        # Other rows' keys of this step are poisoned too.
+        mine = torch.zeros(len(query), dtype=torch.bool)
+        mine[row.start : row.end] = True
+        others = [
+            None if t is None else torch.where(mine.view(-1, *[1] * (t.ndim - 1)), t, torch.nan) for t in (key, value)
+        ]
+        attend(self, row, query, *others, poisoned, entries, again)
+        checks.append(torch.equal(out[row.start : row.end], again[row.start : row.end]))
+
+    cpu.SparseCPUImpl._attend = twice  # type: ignore[method-assign]
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMClientError
+
+    checks: list[bool] = []
+    if job.get("poison"):
+        poison_foreign(checks)
+    asked = {} if job.get("gossamer") is None else {"gossamer": job["gossamer"]}
+    llm = LLM(job["model"], additional_config=asked, seed=0, skip_tokenizer_init=True, **job.get("args", {}))
+    answers = []
+    for wave in job["waves"]:
+        requests = [one if isinstance(one, dict) else {"ids": one} for one in wave]
+        prompts = [{"prompt_token_ids": one["ids"]} for one in requests]
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=one.get("max_tokens", job["max_tokens"]),
+                logprobs=1,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args={"gossamer": one["policy"]} if "policy" in one else None,
+            )
+            for one in requests
+        ]
+        try:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        except (ValueError, VLLMClientError) as error:
+            answers += [{"error": str(error)} for _ in requests]
+            continue
+        for output in outputs:
+            found = output.outputs[0]
+            logprob = next(iter(found.logprobs[0].values())).logprob
+            answers.append({"tokens": list(found.token_ids), "logprob": logprob, "cached": output.num_cached_tokens})
+    result: dict[str, Any] = {"answers": answers, "checks": len(checks), "wrong": checks.count(False)}
+    result["rows"] = [list(row) for row in _counted()]
+    Path(sys.argv[1]).write_text(json.dumps(result))
+    llm.llm_engine.engine_core.shutdown()
+
+
+def _counted() -> list[Any]:
+    from gossamer.integrations.vllm import plugin
+    from gossamer.integrations.vllm.counters import FOLDER, collected
+
+    engines = [engine for _, engine in plugin._engines.values() if engine is not None]
+    if engines:
+        return [row for engine in engines for row in engine.counters.rows()]
+    time.sleep(1.5)  # workers write theirs once a second
+    return list(collected(Path(os.environ[FOLDER])))
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # threads of an engine in this process are not waited for
