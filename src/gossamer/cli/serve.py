@@ -19,7 +19,7 @@ from gossamer.cli.common import BadInput, add_command, first_line, one_line, pri
 from gossamer.cli.inputs import check_made_for, check_profile, read_model, read_profile, require_transformers
 from gossamer.cli.machine import add_dtype, fast_dtype
 from gossamer.cli.pretrained import model_folder
-from gossamer.cli.specs import make_method
+from gossamer.cli.specs import make_policy
 from gossamer.evaluate.records import label_of
 from gossamer.integrations.vllm.settings import Settings
 from gossamer.policy import Policy
@@ -72,8 +72,7 @@ def execute(arguments: argparse.Namespace) -> int:
         )
         return 0
     _check_installed()
-    label = label_of(policy) if profile is None else f"the methods of {arguments.profile}"
-    line = f"serving {arguments.model} by {label} at http://{arguments.host}:{arguments.port}/v1"
+    line = f"serving {arguments.model} by {label_of(policy)} at http://{arguments.host}:{arguments.port}/v1"
     print(one_line(line), file=sys.stderr, flush=True)
     sys.stdout.flush()
     os.execve(sys.executable, command, os.environ | environment)
@@ -112,13 +111,10 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 def _make_policy(arguments: argparse.Namespace, profile: Profile | None) -> Policy:
     try:
-        if profile is not None and arguments.method is None:
-            if arguments.set:
-                raise ValueError("a profile names a method for each head; leave --set out")
-            method = profile.method
-        else:
-            method = make_method(arguments.method or "minference", arguments.set, profile)
-        return Policy(method, arguments.min_tokens)
+        if profile is not None and arguments.method is None and arguments.set:
+            raise ValueError("a profile names a method for each head; leave --set out")
+        # With a profile any of the methods that take one stands for it.
+        return make_policy(arguments.method or "minference", arguments.set, profile, arguments.min_tokens)
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
 
