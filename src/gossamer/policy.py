@@ -66,8 +66,13 @@ class Policy:
                 f"Policy.method must be a gossamer.methods.Method, got {type(self.method).__name__}; "
                 "build one with gossamer.methods.create(name)"
             )
-        if self.min_tokens is not None and self.min_tokens < 0:
-            raise ValueError(f"Policy.min_tokens must not be negative, got {self.min_tokens}")
+        if self.min_tokens is not None:
+            if not isinstance(self.min_tokens, int) or isinstance(self.min_tokens, bool):
+                raise TypeError(f"Policy.min_tokens must be an integer or None, got {self.min_tokens!r}")
+            if self.min_tokens < 0:
+                raise ValueError(f"Policy.min_tokens must not be negative, got {self.min_tokens}")
+        if not isinstance(self.max_density, int | float) or isinstance(self.max_density, bool):
+            raise TypeError(f"Policy.max_density must be a number, got {self.max_density!r}")
         if not self.max_density > 0:
             raise ValueError(f"Policy.max_density must be above 0, got {self.max_density}")
 

@@ -14,7 +14,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gossamer import __version__
-from gossamer.cli import bench, calibrate, compare, doctor, eval, inspect, methods, profile, report, run, train_gates
+from gossamer.cli import (
+    bench,
+    calibrate,
+    compare,
+    doctor,
+    eval,
+    inspect,
+    methods,
+    profile,
+    report,
+    run,
+    serve,
+    train_gates,
+)
 from gossamer.cli.common import BadInput, one_line
 
 __all__ = ["main"]
@@ -29,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gossamer", description="Dynamic sparse attention for long prompts.")
     parser.add_argument("--version", action="version", version=f"gossamer {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (run, eval, compare, calibrate, report, inspect, train_gates, profile, bench, doctor, methods):
+    for module in (run, serve, eval, compare, calibrate, report, inspect, train_gates, profile, bench, doctor, methods):
         module.add_parser(commands)
     return parser
 

@@ -14,12 +14,13 @@ from gossamer import AttentionCall
 from gossamer.backends import ATTEND, PLAN, attend, backend_of, cpu
 from gossamer.cli.common import BadInput, first_line, one_line
 from gossamer.cli.specs import takes_profile
-from gossamer.methods import MaxRelative, Method, PerHead, available
+from gossamer.methods import MaxRelative, PerHead, available
 from gossamer.methods.registry import class_of
 from gossamer.plan.checks import CHECK, checks_numbers
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
 from gossamer.profiles.files import parse_json, read_file, read_text, shown
+from gossamer.profiles.heads import check_heads
 
 __all__ = [
     "check_environment",
@@ -127,19 +128,16 @@ def check_profile(policies: Sequence[Policy], profile: Profile | None, config: d
         names = [method.name for method in map(class_of, available()) if takes_profile(method)]
         raise BadInput(f"--profile is for the methods {', '.join(names)}; name one of them, or leave --profile out")
     text = text_config(config)
-    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    for method in per_head:
-        if not method.layers and type(method).plan is PerHead.plan:
-            raise BadInput(f"{method.name} has no methods for this model's heads; give a file of them by --profile")
-        shape = len(method.layers), len(method.layers[0]) if method.layers else 0
-        if method.layers and layers and heads and shape != (layers, heads):
-            raise BadInput(
-                f"the profile is for {shape[0]} layers of {shape[1]} heads, but this model has {layers} layers of "
-                f"{heads}; use a profile made for it"
-            )
-    for method in (policy.method for policy in policies):
-        for name in method.tables:
-            _check_table(method, name, text)
+    sizes = [text.get(name) for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")]
+    for policy in policies:
+        try:
+            check_heads(policy.method, *sizes, ways=_how_to_give)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+
+
+def _how_to_give(name: str) -> str:
+    return "give a file of them by --profile" if name == "layers" else f"name a file of them: {name}=@FILE"
 
 
 def check_made_for(profile: Profile | None, model: Any) -> None:
@@ -150,21 +148,6 @@ def check_made_for(profile: Profile | None, model: Any) -> None:
         raise BadInput(first_line(error)) from error
     if note is not None:
         print(one_line(f"note: {note}; it may fit this one less well"), file=sys.stderr)
-
-
-def _check_table(method: Method, name: str, text: Mapping[str, Any]) -> None:
-    """That a field of numbers by layer and head is there, and for this model."""
-    table = getattr(method, name)
-    if not table:
-        raise BadInput(f"{method.name} has no {name} for this model's heads; name a file of them: {name}=@FILE")
-    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    shared = text.get("num_key_value_heads")
-    fits = heads is None or len(table[0]) == heads or len(table[0]) == shared
-    if (layers is not None and len(table) != layers) or not fits:
-        raise BadInput(
-            f"{method.name}.{name} is for {len(table)} layers of {len(table[0])} heads, but this model has {layers} "
-            f"layers of {heads}" + (f" ({shared} for keys and values)" if shared else "") + "; use a file made for it"
-        )
 
 
 def read_prompt(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -32,6 +32,7 @@ class Method(ABC):
             of a method belong to heads by their place.
         alone: a query head is planned as it would be without the others of its key/value head.
         tables: fields that hold numbers by layer and head, made for one model (`gossamer.profiles.read_table`).
+        files: fields that name a file, read when the method plans.
         settings: fields that `gossamer compare` tries, from the sparsest to the densest; empty: the defaults alone.
         candidates: fields that `gossamer calibrate` tries for each head; empty: `settings`.
     """
@@ -44,6 +45,7 @@ class Method(ABC):
     apart: ClassVar[bool] = True
     alone: ClassVar[bool] = False
     tables: ClassVar[tuple[str, ...]] = ()
+    files: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def plan(self, call: AttentionCall) -> SparsePlan:
@@ -56,6 +58,17 @@ class Method(ABC):
     def lacks(self, call: AttentionCall) -> str | None:
         """The first of `needs` that the call does not offer, or None."""
         return call.lacks(self.needs)
+
+    def parts(self) -> Iterator[Method]:
+        """The method itself, and those that its fields hold, however deep."""
+        yield self
+        held = [getattr(self, f.name) for f in fields(self)]
+        while held:
+            one = held.pop()
+            if isinstance(one, Method):
+                yield from one.parts()
+            elif isinstance(one, (list, tuple)):
+                held.extend(one)
 
     def of_rank(self, rank: int, ranks: int, heads: int, groups: int) -> Method:
         """The same for the heads that one rank of a tensor-parallel model has: its part of each of `tables`.

@@ -42,6 +42,7 @@ class SeerAttention(Method):
     name: ClassVar[str] = "seer_attention"
     needs: ClassVar[frozenset[str]] = frozenset({"rotary"})
     apart: ClassVar[bool] = False
+    files: ClassVar[tuple[str, ...]] = ("gates",)
     gates: str = ""
     threshold: float = 0.002
     share: float = 0.0

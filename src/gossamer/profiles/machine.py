@@ -14,7 +14,7 @@ import torch
 
 from gossamer.profiles.files import shown
 
-__all__ = ["Machine", "cpu_info", "cpu_model", "device_name", "usable_cores"]
+__all__ = ["Machine", "cpu_info", "cpu_model", "device_name", "usable_cores", "usable_cpus"]
 
 _MOST_THREADS = 1_000_000
 
@@ -31,9 +31,15 @@ def cpu_model() -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
+def usable_cpus() -> list[int]:
+    """Numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(usable_cpus())
 
 
 def device_name(device: torch.device) -> str:

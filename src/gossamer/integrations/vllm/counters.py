@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import secrets
@@ -11,10 +12,9 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from gossamer.attention import CallRecord
-from gossamer.profiles.files import write_whole
+from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, write_whole
 
 __all__ = ["FOLDER", "Counters", "announce", "collected"]
 
@@ -35,6 +35,9 @@ METRICS = {
 }
 
 
+_numbers = itertools.count()
+
+
 class Counters:
     """The counters of one process. Threads may share it."""
 
@@ -46,11 +49,10 @@ class Counters:
         self._writer: threading.Thread | None = None
         self._told: dict[Key, float] = {}
 
-    def add(self, record: CallRecord, method: str) -> None:
-        """A row that ran here."""
+    def add(self, record: CallRecord, method: str, pairs: float) -> None:
+        """A row that ran here, and the pairs of query and key that dense attention computes for it."""
         layer = "-" if record.layer is None else str(record.layer)
         where = {"layer": layer, "method": method}
-        pairs = float(record.query_len) * (record.key_len - (record.query_len - 1) / 2)
         with self._lock:
             self._add("gossamer_rows", 1, path=record.path, **where)
             if record.reason is not None:
@@ -104,21 +106,22 @@ class Counters:
         return "; ".join(parts) + (f"; no plan: {why}" if why else "") + " (rows times layers)"
 
     def write_in(self, folder: Path) -> None:
-        """Have a thread keep ``<pid>.json`` in the folder up to date. A second call does nothing."""
+        """Have a thread keep a file of this process's in the folder up to date. A second call does nothing."""
         if self._writer is not None:
             return
+        path = folder / f"{os.getpid()}-{next(_numbers)}.json"
 
         def write() -> None:
-            path = folder / f"{os.getpid()}.json"
-            while True:
-                self._changed.wait()
-                self._changed.clear()
-                try:
-                    folder.mkdir(mode=0o700, exist_ok=True)
+            self._changed.wait()
+            try:
+                folder.mkdir(mode=0o700, exist_ok=True)
+                while True:
+                    self._changed.clear()
                     write_whole(path, json.dumps(self.rows()))
-                except OSError:  # the server's front has ended and taken the folder along
-                    return
-                threading.Event().wait(SECONDS_BETWEEN_FILES)
+                    threading.Event().wait(SECONDS_BETWEEN_FILES)
+                    self._changed.wait()
+            except OSError:  # the server's front has ended and taken the folder along
+                return
 
         self._writer = threading.Thread(target=write, name="gossamer-metrics", daemon=True)
         self._writer.start()
@@ -153,12 +156,18 @@ def collected(folder: Path) -> Iterator[tuple[str, dict[str, str], float]]:
     """The counters of all workers, added up."""
     total: dict[Key, float] = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-        try:
-            rows: Any = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        for metric, labels, value in rows:
-            key = metric, tuple(sorted(labels.items()))
+        for key, value in _read(path):
             total[key] = total.get(key, 0.0) + value
     for (metric, labels), value in total.items():
         yield metric, dict(labels), value
+
+
+def _read(path: Path) -> list[tuple[Key, float]]:
+    """The counters of a file; none where it is no such file."""
+    try:
+        return [
+            ((str(metric), tuple(sorted((str(name), str(label)) for name, label in labels.items()))), float(value))
+            for metric, labels, value in parse_json(read_file(path, MOST_BYTES))
+        ]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []

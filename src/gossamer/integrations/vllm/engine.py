@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ class Engine:
         self._rank = rank
         self._next_line = 0.0
         self._of_request: dict[str, Policy] = {}
+        self._failed: set[str] = set()
         if FOLDER in os.environ:
             self.counters.write_in(Path(os.environ[FOLDER]))
 
@@ -56,20 +56,20 @@ class Engine:
         """Why a layer of this index and number of query heads is not served, or None."""
         for policy in (self.settings.policy, *self.settings.policies.values()):
             method = policy.method
-            tables = (
-                [method.layers] if isinstance(method, PerHead) else [getattr(method, name) for name in method.tables]
-            )
-            if any(rows and (layer is None or layer >= len(rows)) for rows in tables):
-                return "layer is not in the profile"
-            if isinstance(method, PerHead) and method.layers and len(method.layers[0]) != heads:
-                return "layer has other heads than the profile"
+            for part in method.parts():
+                names = (*part.tables, "layers") if isinstance(part, PerHead) else part.tables
+                tables = [getattr(part, name) for name in names]
+                if any(rows and (layer is None or layer >= len(rows)) for rows in tables):
+                    return "layer is not in the profile"
+                if isinstance(part, PerHead) and part.layers and len(part.layers[0]) != heads:
+                    return "layer has other heads than the profile"
         return None
 
     def policy_of(self, given: Any) -> Policy:
         """The policy of a request that names one in ``extra_args["gossamer"]``; of others, the server's."""
         if given is None:
             return self.default
-        key = given if isinstance(given, str) else json.dumps(given, sort_keys=True, default=str)
+        key = given if isinstance(given, str) else repr(given)
         if key not in self._of_request:
             if len(self._of_request) >= 1024:
                 self._of_request.clear()
@@ -99,16 +99,18 @@ class Engine:
 
     def attend(self, call: AttentionCall, policy: Policy) -> Tensor:
         """``[1, H, S, D]``. A method that fails is no reason to fail a server: its row runs dense, and is counted."""
-        name = policy.name
+        name, pairs = policy.name, float(call.extent.count_allowed().sum())
         try:
-            out = attend(call, policy, record=lambda record: self.counters.add(record, name))
-        except (ValueError, TypeError, NotImplementedError) as error:
-            _warn_of_failure(name, str(error))
-            out = attend(
-                call,
-                Policy(Dense("gossamer")),
-                record=lambda record: self.counters.add(_failed(record), name),
-            )
+            out = attend(call, policy, record=lambda record: self.counters.add(record, name, pairs))
+        except Exception as error:
+            if name not in self._failed:
+                self._failed.add(name)
+                logger.warning("gossamer: %s fails, its rows run dense (said once): %s", name, error)
+
+            def count(record: CallRecord) -> None:
+                self.counters.add(replace(record, reason="method failed"), name, pairs)
+
+            out = attend(call, Policy(Dense("gossamer")), record=count)
         assert isinstance(out, Tensor)
         return out
 
@@ -147,20 +149,6 @@ def call_of(
     return AttentionCall(q, key, value, extent, scale, sinks, softcap, layer)
 
 
-def _failed(record: CallRecord) -> CallRecord:
-    return CallRecord(
-        record.layer,
-        record.path,
-        "method failed",
-        record.density,
-        record.plan_seconds,
-        record.attention_seconds,
-        record.executor,
-        record.query_len,
-        record.key_len,
-    )
-
-
 def salt_of(settings: Settings, given: Any, salt: str | None) -> str | None:
     """What a request's cache salt becomes: pages written under one policy are never read under another.
 
@@ -177,8 +165,3 @@ def salt_of(settings: Settings, given: Any, salt: str | None) -> str | None:
     if policy == settings.policy:
         return salt
     return f"{salt or ''}|gossamer:{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-@functools.cache
-def _warn_of_failure(name: str, message: str) -> None:
-    logger.warning("gossamer: %s fails, its rows run dense: %s", name, message)

@@ -20,7 +20,7 @@ import torch
 
 from gossamer.integrations.vllm.counters import FOLDER, METRICS, announce, collected
 from gossamer.integrations.vllm.engine import Engine, logger, salt_of
-from gossamer.integrations.vllm.settings import Settings
+from gossamer.integrations.vllm.settings import Settings, check_model
 from gossamer.policy import Policy
 
 __all__ = ["KEY", "engine_of", "install", "policies_of", "settings_of"]
@@ -92,12 +92,14 @@ def engine_of(config: Any) -> Engine | None:
         settings, engine = settings_of(config), None
         if settings is not None:
             from vllm.distributed import get_tensor_model_parallel_rank
+            from vllm.platforms import current_platform
 
             model, ranks = config.model_config, config.parallel_config.tensor_parallel_size
             rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
             heads, groups = model.hf_text_config.num_attention_heads, model.get_total_num_kv_heads()
             mine = settings.of_rank(rank, ranks, heads, groups)
-            like = torch.empty(1, heads // ranks, 1, model.get_head_size(), dtype=model.dtype, device="meta")
+            size, device = model.get_head_size(), current_platform.device_type
+            like = torch.empty(1, heads // ranks, 1, size, dtype=model.dtype, device=device)
             engine = Engine(mine, like, rank)
             logger.info("gossamer: rows of %d queries and more run %s", mine.min_queries, mine.policy)
         known = _engines[id(config)] = (config, engine)
@@ -144,9 +146,15 @@ def _checked(former: Callable[..., Any]) -> Callable[..., Any]:
                     "--additional-config"
                 )
             try:
-                settings.of_request(given)
+                policy = settings.of_request(given)[1]
+                check_model(policy, self.vllm_config.model_config.hf_config)
             except (ValueError, TypeError) as error:
                 raise VLLMValidationError(f"{KEY}: {error}") from error
+            if policy != settings.policy and getattr(self.vllm_config, "use_v2_model_runner", False):
+                raise VLLMValidationError(
+                    f"{KEY}: vLLM's V2 model runner does not tell whose rows a step has, so a request cannot name a "
+                    "policy; start the server with VLLM_USE_V2_MODEL_RUNNER=0"
+                )
         return former(self, *args, **kwargs)
 
     return process_inputs
@@ -223,5 +231,6 @@ def _show_metrics() -> None:
     marked = _marked(get_prometheus_registry, former)
     prometheus.get_prometheus_registry = marked
     for module in list(sys.modules.values()):
-        if getattr(module, "get_prometheus_registry", None) is former:
+        # Not by `getattr`, at which modules that load late would load.
+        if getattr(module, "__dict__", {}).get("get_prometheus_registry") is former:
             module.get_prometheus_registry = marked  # type: ignore[attr-defined]

@@ -72,7 +72,7 @@ def choose(starts: Sequence[int], lengths: Sequence[int], policies: Sequence[Pol
         least: rows with fewer queries run on vLLM's own kernel.
     """
     rows, others, reasons = [], [], Counter()
-    for index, (start, end, tokens, policy) in enumerate(zip(starts, starts[1:], lengths, policies, strict=False)):
+    for index, (start, end, tokens, policy) in enumerate(zip(starts[:-1], starts[1:], lengths, policies, strict=True)):
         reason = None
         if end - start < least:
             reason = "decode" if end - start <= 1 else "few queries"

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gossamer.methods import Method, from_dict
+from gossamer.methods import from_dict
 from gossamer.methods.registry import class_of
 from gossamer.policy import FEW_QUERIES, Policy
 from gossamer.profiles import Profile, read_table
 from gossamer.profiles.files import parse_json, shown
+from gossamer.profiles.heads import check_heads
 
-__all__ = ["VARIABLE", "Settings"]
+__all__ = ["VARIABLE", "Settings", "check_model"]
 
 VARIABLE = "GOSSAMER_VLLM"
 MIN_QUERIES = 64
@@ -33,12 +34,14 @@ class Settings:
         min_queries: rows with fewer queries in a step run on vLLM's own kernel: decoding, the drafts of speculative
             decoding, short chunks. At least 32.
         policies: by name, for requests (see `of_request`).
+        part: the tensor-parallel rank that it is for, as `of_rank` takes it; None for all heads.
     """
 
     policy: Policy
     profile: Profile | None = None
     min_queries: int = MIN_QUERIES
     policies: Mapping[str, Policy] = field(default_factory=dict)
+    part: tuple[int, int, int, int] | None = None
 
     @classmethod
     def read(cls, additional: Any) -> Settings | None:
@@ -82,7 +85,7 @@ class Settings:
         for name, one in policies.items():
             try:
                 named[name] = _policy(_object(one), files=True)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OSError) as error:
                 raise ValueError(f"policies, {shown(name)}: {error}") from error
         fields = {name: value for name, value in given.items() if name not in _OURS}
         if "profile" not in given:
@@ -98,6 +101,8 @@ class Settings:
     def of_request(self, given: Any) -> tuple[str, Policy]:
         """The policy that a request names, and a text that is the same for equal policies and no others.
 
+        The policy has the heads of the rank that these settings are for.
+
         Args:
             given: a name of `policies`; or a method as an object, as JSON text or, with its defaults, by its name.
                 A request names no files.
@@ -107,26 +112,30 @@ class Settings:
         """
         if isinstance(given, str) and given in self.policies:
             policy = self.policies[given]
-        elif isinstance(given, str) and len(given) > _MOST:
+            return _text(policy), policy
+        if isinstance(given, str) and len(given) > _MOST:
             raise ValueError(f"a policy of {len(given)} characters; at most {_MOST} are read")
-        else:
-            try:
-                policy = _policy(_object(given), files=False)
-            except ValueError as error:
-                known = f" or one of this server's policies: {', '.join(self.policies)}" if self.policies else ""
-                raise ValueError(
-                    f"{error}; give a method's name, or an object with method and fields{known}"
-                ) from error
-        fields = {"min_tokens": policy.min_tokens, "max_density": policy.max_density}
-        return json.dumps(policy.method.to_dict() | fields, sort_keys=True), policy
+        try:
+            policy = _policy(_object(given), files=False)
+        except ValueError as error:
+            known = f" or one of this server's policies: {', '.join(self.policies)}" if self.policies else ""
+            raise ValueError(f"{error}; give a method's name, or an object with method and fields{known}") from error
+        return _text(policy), policy if self.part is None else _of_rank(policy, self.part)
 
     def for_model(self, config: Any) -> str | None:
-        """That the profile is for the model of a transformers config; see `Profile.check_config`.
+        """That the profile and the policies are for the model of a transformers config; see `Profile.check_config`.
 
         Raises:
-            ValueError: it is for another model.
+            ValueError: one is for another model.
         """
-        return None if self.profile is None else self.profile.check_config(config)
+        remark = None if self.profile is None else self.profile.check_config(config)
+        check_model(self.policy, config)
+        for name, policy in self.policies.items():
+            try:
+                check_model(policy, config)
+            except ValueError as error:
+                raise ValueError(f"policies, {shown(name)}: {error}") from error
+        return remark
 
     def of_rank(self, rank: int, ranks: int, heads: int, groups: int) -> Settings:
         """The same for the heads of one tensor-parallel rank.
@@ -139,13 +148,38 @@ class Settings:
         """
         if ranks == 1:
             return self
+        part = rank, ranks, heads, groups
+        policies = {name: _of_rank(one, part) for name, one in self.policies.items()}
+        return replace(self, policy=_of_rank(self.policy, part), policies=policies, part=part)
 
-        def part(policy: Policy) -> Policy:
-            return replace(policy, method=policy.method.of_rank(rank, ranks, heads, groups))
 
-        return replace(
-            self, policy=part(self.policy), policies={name: part(one) for name, one in self.policies.items()}
-        )
+def check_model(policy: Policy, config: Any) -> None:
+    """That what a policy holds by layer and head is there, and for the model of a transformers config.
+
+    Raises:
+        ValueError: it is not.
+    """
+    text = config.get_text_config(decoder=True)
+    sizes = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    check_heads(policy.method, *(getattr(text, name, None) for name in sizes))
+
+
+def _of_rank(policy: Policy, part: tuple[int, int, int, int]) -> Policy:
+    return replace(policy, method=policy.method.of_rank(*part))
+
+
+def _text(policy: Policy) -> str:
+    fields = {"min_tokens": policy.min_tokens, "max_density": policy.max_density}
+    return json.dumps(_plain(policy.method.to_dict() | fields), sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    """Equal numbers as equal texts."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _object(given: Any) -> Mapping[str, Any]:
@@ -167,7 +201,10 @@ def _policy(given: Mapping[str, Any], files: bool) -> Policy:
             if isinstance(fields.get(name), str):
                 fields[name] = read_table(fields[name], name)
     try:
-        method: Method = from_dict(fields)
-        return Policy(method, **thresholds)
+        policy = Policy(from_dict(fields), **thresholds)
     except TypeError as error:
         raise ValueError(str(error)) from error
+    named = [f"{part.name}.{name}" for part in policy.method.parts() for name in part.files if getattr(part, name)]
+    if named and not files:
+        raise ValueError(f"{named[0]} names a file, which a request must not; have the server's policies name it")
+    return policy

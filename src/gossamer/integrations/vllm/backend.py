@@ -1,0 +1,265 @@
+"""What gossamer adds to a backend of vLLM's, on CPUs and GPUs: rows with many queries run a plan, all others stay.
+
+`SparseBuilder` and `SparseImpl` stand before vLLM's own classes, which do all that is not said here.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionType
+
+from gossamer.integrations.vllm.engine import Engine, call_of, logger
+from gossamer.integrations.vllm.pages import read, verify
+from gossamer.integrations.vllm.plugin import engine_of, policies_of, settings_of
+from gossamer.integrations.vllm.rows import Row, Step
+
+__all__ = ["SparseBuilder", "SparseImpl", "is_asked_for"]
+
+Stock: Any = object  # vLLM's own class comes behind in the order of inheritance
+
+
+def is_asked_for() -> bool:
+    """Whether the server that is being made asks for gossamer; true where nobody knows."""
+    config = get_current_vllm_config_or_none()
+    return config is None or settings_of(config) is not None
+
+
+class SparseImpl(Stock):
+    """One layer's attention.
+
+    A subclass says what of the cache and of vLLM's class is its own: `misfit` and `window`.
+    """
+
+    engine: Engine | None = None
+    index: int | None = None
+    reason: str | None = "not in a group of layers"
+    isa: str = ""
+    page: tuple[int, ...] = ()
+
+    def misfit(self, query: Tensor, cache: Tensor) -> bool:
+        """Whether the cache is another one than was verified."""
+        return tuple(cache.shape[1:]) != self.page or cache.dtype != query.dtype
+
+    @property
+    def window(self) -> int | None:
+        """The layer's sliding window."""
+        raise NotImplementedError
+
+    def join(self, engine: Engine, index: int | None, reason: str | None, isa: str, page: tuple[int, ...]) -> None:
+        """Become a layer that the plug-in counts and, without a reason not to, serves.
+
+        Args:
+            isa, page: the layout of its cache, and the shape ``(G, tokens, 2 * D)`` of a page.
+        """
+        self.engine, self.index, self.isa, self.page = engine, index, isa, page
+        self.reason = reason if reason is not None else engine.why_not(index, self.num_heads)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        step: Step | None = getattr(attn_metadata, "gossamer", None)
+        given = (layer, query, key, value, kv_cache)
+        if step is None or self.engine is None:
+            return super().forward(*given, attn_metadata, output, output_scale, output_block_scale)
+        reason = self._why_not(step, query, kv_cache)
+        if output_scale is not None or output_block_scale is not None:
+            reason = "quantised output"
+        if reason is not None or not step.rows:
+            self.engine.counters.add_stock(self.index, [(reason, step.count())] if reason else step.reasons.items())
+            return super().forward(*given, attn_metadata, output, output_scale, output_block_scale)
+        if step.stock is not None:
+            # They need not come first: their tokens are taken out and put back.
+            some = output.new_empty(len(step.others), *output.shape[1:])
+            super().forward(layer, query[step.others], key, value, kv_cache, step.stock, some)
+            output[step.others] = some
+            self.engine.counters.add_stock(self.index, step.reasons.items())
+        for row in step.rows:
+            self._attend(row, query, key, value, kv_cache, attn_metadata.block_table, output)
+        return output
+
+    def _why_not(self, step: Step, query: Tensor, cache: Tensor) -> str | None:
+        if self.reason is not None:
+            return self.reason
+        if self.misfit(query, cache):
+            return "unknown cache layout"
+        window = self.window
+        short = window is not None and all(window < (row.policy.min_tokens or 0) for row in step.rows)
+        return "short model window" if step.rows and short else None
+
+    def _attend(
+        self,
+        row: Row,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        cache: Tensor,
+        table: Tensor,
+        out: Tensor,
+    ) -> None:
+        assert self.engine is not None
+        mine = slice(row.start, row.end)
+        heads, groups, dim, window = self.num_heads, self.num_kv_heads, self.head_size, self.window
+        if row.past == 0 and key is not None and value is not None and self.kv_sharing_target_layer_name is None:
+            keys, values = (t[mine].view(row.queries, groups, -1).transpose(0, 1)[None] for t in (key, value))
+        else:
+            first = 0 if window is None else max(0, row.past - window + 1)
+            keys, values = read(cache, table[row.index], first, row.tokens, self.isa)
+        call = call_of(
+            row,
+            query[mine].view(row.queries, heads, dim),
+            keys,
+            values,
+            window=window,
+            scale=self.scale,
+            softcap=self.logits_soft_cap or None,
+            sinks=self.sinks,
+            layer=self.index,
+        )
+        result = self.engine.attend(call, row.policy)
+        out[mine].view(row.queries, heads, -1).copy_(result[0].transpose(0, 1))
+
+
+class SparseBuilder(Stock):
+    """Decides which rows of a step run a plan, and has vLLM's metadata made for the others alone.
+
+    A subclass says which layers and steps it cannot serve, where a step's lengths stand, and how pages lie.
+    """
+
+    runner: Any = None
+    sparse: Engine | None = None
+    serves: bool = False
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.sparse = engine_of(vllm_config)
+        if self.sparse is None:
+            return
+        spec = kv_cache_spec
+        page, isa = (spec.num_kv_heads, spec.block_size, 2 * spec.head_size), self.layout()
+        for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
+            impl = layer.impl
+            if isinstance(impl, SparseImpl):
+                reason = _why_not(impl) or self.why_not(impl) or self._verified(impl, page, isa)
+                impl.join(self.sparse, _index(name), reason, isa, page)
+                self.serves |= impl.reason is None
+
+    def layout(self) -> str:
+        """Of pages, as `pages.read` knows it."""
+        raise NotImplementedError
+
+    def stand_in(self) -> Any:
+        """As much of a layer as writing to a cache asks for."""
+        raise NotImplementedError
+
+    def why_not(self, impl: Any) -> str | None:
+        """Why a layer stays with vLLM's kernel, beside what holds for all backends; or None."""
+        raise NotImplementedError
+
+    def why_not_step(self, common: Any) -> str | None:
+        """Likewise a whole step."""
+        return None
+
+    def lengths(self, common: Any) -> tuple[Tensor, Tensor]:
+        """Of a step, on the host: where each row's queries begin and the last end, and tokens of each sequence."""
+        raise NotImplementedError
+
+    def _verified(self, impl: Any, page: tuple[int, int, int], isa: str) -> str | None:
+        def write(keys: Tensor, values: Tensor, cache: Tensor, slots: Tensor) -> None:
+            impl.do_kv_cache_update(self.stand_in(), keys, values, cache, slots)
+
+        wrong = verify(write, (3, *page), self.vllm_config.model_config.dtype, isa, self.device)
+        if wrong is None:
+            return None
+        logger.warning("gossamer: the cache of this vLLM is not as expected, its own kernel runs: %s", wrong)
+        return "unknown cache layout"
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        whole = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if self.sparse is not None:
+            whole.gossamer = self._step(self.sparse, common_attn_metadata)
+        return whole
+
+    def _step(self, sparse: Engine, common: Any) -> Step:
+        rows = common.num_reqs
+        if not self.serves:
+            return sparse.refused(rows, "layers are not served")
+        if isinstance(common.causal, Tensor) or not common.causal:
+            return sparse.refused(rows, "not causal")
+        reason = self.why_not_step(common)
+        if reason is not None:
+            return sparse.refused(rows, reason)
+        policies = policies_of(self, sparse, rows) if common.max_query_len > 1 else None
+        starts, lengths = self.lengths(common)
+        step = sparse.step(starts, lengths, common.max_query_len, policies)
+        if step.rows and step.reasons:
+            step.others = step.others.to(common.query_start_loc.device)
+            step.stock = super().build(0, _others(common, step, starts, lengths))
+        return step
+
+
+def _why_not(impl: Any) -> str | None:
+    if impl.attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
+        return "encoder attention"
+    if impl.attn_type != AttentionType.DECODER:
+        return "cross-attention"
+    return "ALiBi" if impl.alibi_slopes is not None else None
+
+
+def _index(name: str) -> int | None:
+    """The number in a layer's name."""
+    try:
+        return extract_layer_index(name)
+    except (AssertionError, ValueError):
+        return None
+
+
+def _others(common: Any, step: Step, starts: Tensor, lengths: Tensor) -> Any:
+    """vLLM's description of a step, of the rows that run no plan alone."""
+    chosen = {row.index for row in step.rows}
+    rows = torch.tensor([index for index in range(len(lengths)) if index not in chosen])
+    counts = (starts[1:] - starts[:-1])[rows]
+    begins = torch.zeros(len(rows) + 1, dtype=starts.dtype)
+    torch.cumsum(counts, 0, out=begins[1:])
+    device = common.query_start_loc.device
+    there = rows.to(device)
+    return replace(
+        common,
+        query_start_loc=begins.to(device),
+        query_start_loc_cpu=begins,
+        seq_lens=common.seq_lens[there],
+        num_reqs=len(rows),
+        num_actual_tokens=len(step.others),
+        max_query_len=int(counts.max()),
+        max_seq_len=int(lengths[rows].max()),
+        block_table_tensor=common.block_table_tensor[there],
+        slot_mapping=common.slot_mapping[step.others],
+        **dict(_per_row(common, rows)),
+    )
+
+
+def _per_row(common: Any, rows: Tensor) -> Iterator[tuple[str, Any]]:
+    """What else a description may hold by row, and what it remembers of all of them."""
+    bounds = getattr(common, "seq_lens_cpu_upper_bound", None)
+    if bounds is not None:
+        yield "seq_lens_cpu_upper_bound", bounds[rows]
+    for name in ("_num_computed_tokens_cache", "_token_to_req_indices_cache"):
+        if hasattr(common, name):
+            yield name, None

@@ -1,0 +1,117 @@
+"""Where requests come in: what is refused, and whose pages a request may read. Needs no vLLM."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+from transformers import LlamaConfig
+
+from gossamer import Policy
+from gossamer.integrations.vllm import plugin
+from gossamer.integrations.vllm.settings import VARIABLE
+from gossamer.methods import AShape, Dense
+
+
+class Refused(Exception):
+    """Of vLLM's exceptions the one that its server answers with 400; no ValueError."""
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = ModuleType("vllm.exceptions")
+    vars(exceptions)["VLLMValidationError"] = Refused
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.exceptions", exceptions)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(plugin, "_settings", {})
+
+
+def config(asked: Any = "a_shape", **more: Any) -> Any:
+    model = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+    given = {} if asked is None else {"gossamer": asked}
+    return SimpleNamespace(additional_config=given, model_config=SimpleNamespace(hf_config=model), **more)
+
+
+def params(given: Any) -> Any:
+    return SimpleNamespace(extra_args=None if given is None else {"gossamer": given})
+
+
+@plugin._checked
+def passed(self: Any, request_id: Any, prompt: Any, params: Any) -> str:
+    return "passed"
+
+
+def ask(asked: Any, given: Any, **more: Any) -> str:
+    door = SimpleNamespace(vllm_config=config(asked, **more))
+    assert passed(door, "id", "prompt", params=params(given)) == "passed"
+    return passed(door, "id", "prompt", params(given))
+
+
+class TestTheDoor:
+    @pytest.mark.parametrize("given", [None, "dense", {"method": "a_shape", "sink": 3}, '{"method": "max_relative"}'])
+    def test_lets_policies_in(self, given: Any) -> None:
+        assert ask("a_shape", given) == "passed"
+
+    @pytest.mark.parametrize(
+        ("asked", "given", "message"),
+        [
+            (None, "dense", r"names a policy \(gossamer\), but this server was started without gossamer"),
+            ("a_shape", "nothing", "gossamer: unknown method 'nothing'"),
+            ("a_shape", 3, "gossamer: expected a method's name"),
+            ("a_shape", "per_head", "gossamer: per_head has no methods for this model's heads"),
+            (
+                "a_shape",
+                {"method": "duo_attention", "gates": [[1, 0]]},
+                "gossamer: .*for 1 layers of 2 heads",
+            ),
+            ("a_shape", {"method": "seer_attention", "gates": "/etc/passwd"}, "names a file, which a request must not"),
+        ],
+    )
+    def test_keeps_others_out(self, asked: Any, given: Any, message: str) -> None:
+        with pytest.raises(Refused, match=message):
+            ask(asked, given)
+
+    def test_keeps_policies_out_where_no_row_says_whose_it_is(self) -> None:
+        assert ask("a_shape", None, use_v2_model_runner=True) == "passed"
+        assert ask("a_shape", "a_shape", use_v2_model_runner=True) == "passed"
+        with pytest.raises(Refused, match="start the server with VLLM_USE_V2_MODEL_RUNNER=0"):
+            ask("a_shape", "dense", use_v2_model_runner=True)
+
+
+class Request:
+    def __init__(self, request_id: Any, tokens: Any, sampling_params: Any = None, cache_salt: Any = None) -> None:
+        self.cache_salt = cache_salt
+
+
+class TestTheSalt:
+    @pytest.mark.parametrize(("given", "salted"), [(None, False), ("a_shape", False), ("dense", True)])
+    def test_follows_the_policy(self, given: Any, salted: bool) -> None:
+        plugin.settings_of(config())
+        request: Any = object.__new__(Request)
+        plugin._salted(Request.__init__)(request, 1, 2, sampling_params=params(given), cache_salt="mine")
+        assert (request.cache_salt != "mine") == salted
+        plugin._salted(Request.__init__)(request, 1, 2, params(given))
+        assert (request.cache_salt is not None) == salted
+
+
+class TestWhoseRows:
+    def test_each_row_has_its_request_s_policy(self) -> None:
+        named = {"a": params("dense"), "b": params(None), "c": None}
+        runner = SimpleNamespace(
+            input_batch=SimpleNamespace(req_ids=["b", "a", "c", "gone", "more"]),
+            requests={name: SimpleNamespace(sampling_params=one) for name, one in named.items()},
+        )
+        engine: Any = SimpleNamespace(
+            default=Policy(AShape()), policy_of=lambda given: Policy(Dense()) if given else engine.default
+        )
+        builder = SimpleNamespace(runner=lambda: runner)
+        found = plugin.policies_of(builder, engine, 4)
+        assert found == [engine.default, Policy(Dense()), engine.default, engine.default]
+        assert plugin.policies_of(builder, engine, 1) is None
+        assert plugin.policies_of(SimpleNamespace(runner=None), engine, 4) is None
+        assert plugin.policies_of(SimpleNamespace(runner=lambda: None), engine, 4) is None

@@ -1,0 +1,82 @@
+"""Rows of a step, parted into those that run a plan and the others. Needs no vLLM."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from gossamer import Policy
+from gossamer.integrations.vllm.rows import Row, choose
+from gossamer.methods import AShape, Dense
+
+LONG = Policy(AShape(), 500)
+
+
+def starts_of(queries: list[int]) -> list[int]:
+    return [sum(queries[:index]) for index in range(len(queries) + 1)]
+
+
+def test_rows_are_chosen_in_any_order_and_the_others_keep_their_tokens() -> None:
+    queries, lengths = [1, 600, 64, 3, 64, 1, 700], [900, 600, 64, 50, 564, 1, 1000]
+    step = choose(starts_of(queries), lengths, [LONG] * 7, 64)
+    assert step.rows == (
+        Row(1, 1, 601, 600, LONG),
+        Row(4, 668, 732, 564, LONG),
+        Row(6, 733, 1433, 1000, LONG),
+    )
+    assert [(row.queries, row.past) for row in step.rows] == [(600, 0), (64, 500), (700, 300)]
+    assert step.others.tolist() == [0, *range(601, 668), 732]
+    assert step.others.dtype == torch.int64
+    assert step.reasons == {"decode": 2, "short prompt": 1, "few queries": 1}
+    assert step.count() == 7
+
+
+def test_a_row_runs_a_plan_from_its_own_policy_s_length_on() -> None:
+    policies = [LONG, Policy(Dense(), 300), Policy(AShape(), 0), LONG]
+    step = choose([0, 400, 800, 1200, 1700], [400, 400, 400, 500], policies, 64)
+    assert [row.index for row in step.rows] == [1, 2, 3]
+    assert [row.policy for row in step.rows] == policies[1:]
+    assert step.reasons == {"short prompt": 1}
+
+
+@pytest.mark.parametrize(("queries", "reason"), [(1, "decode"), (0, "decode"), (2, "few queries"), (63, "few queries")])
+def test_rows_of_few_queries_say_why(queries: int, reason: str) -> None:
+    step = choose([0, queries], [5000], [LONG], 64)
+    assert step.rows == ()
+    assert step.reasons == {reason: 1}
+    assert step.others.tolist() == list(range(queries))
+
+
+def test_where_all_run_plans_nothing_is_left() -> None:
+    step = choose([0, 64, 128], [500, 600], [LONG] * 2, 64)
+    assert len(step.rows) == 2
+    assert step.others.numel() == 0
+    assert step.others.dtype == torch.int64
+    assert not step.reasons
+
+
+def test_a_step_without_rows_is_empty() -> None:
+    assert choose([0], [], [], 64).count() == 0
+
+
+def test_what_is_not_of_the_same_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        choose([0, 64, 128], [500, 600], [LONG], 64)
+    with pytest.raises(ValueError, match="zip"):
+        choose([0, 64, 128], [500], [LONG] * 2, 64)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_token_is_in_one_row_or_among_the_others(seed: int) -> None:
+    source = random.Random(seed)
+    queries = [source.choice([1, 1, 5, 63, 64, 65, 300]) for _ in range(source.randint(1, 30))]
+    lengths = [count + source.choice([0, 0, 400, 2000]) for count in queries]
+    step = choose(starts_of(queries), lengths, [LONG] * len(queries), 64)
+    mine = [token for row in step.rows for token in range(row.start, row.end)]
+    assert sorted(mine + step.others.tolist()) == list(range(sum(queries)))
+    assert step.count() == len(queries)
+    for row in step.rows:
+        assert row.queries == queries[row.index] >= 64
+        assert row.tokens == lengths[row.index] >= 500

@@ -1,0 +1,44 @@
+"""The page on vLLM names what is in the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from methods.listed import LISTED
+
+from gossamer.integrations.vllm.counters import METRICS
+from gossamer.methods import available
+
+ROOT = Path(__file__).resolve().parents[3]
+
+PAGE = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+
+
+def row(first: str) -> list[str]:
+    """The methods of the table's row that begins so."""
+    (line,) = re.findall(rf"^\| {first}.*$", PAGE, re.MULTILINE)
+    return re.findall(r"`(\w+)`", line.rpartition("|")[0].rpartition("|")[2])
+
+
+def test_methods_stand_where_the_tests_of_chunks_have_them() -> None:
+    whole, tail, dependent, made = map(row, ("do not depend on chunks", "likewise", "depend on them", "as the methods"))
+    assert sorted(whole + tail + dependent + made) == sorted(available())
+    by_block = {one.name for one in LISTED if one.by_block}
+    tails = {one.name for one in LISTED if one.by_block and one.tail(1)}
+    assert set(whole) == by_block - tails - set(made)
+    assert set(tail) == tails - set(made)
+
+
+def test_every_metric_is_named() -> None:
+    assert not [metric for metric in METRICS if f"`{metric}_total`" not in PAGE]
+
+
+def test_every_reason_is_named() -> None:
+    folder = ROOT / "src" / "gossamer" / "integrations" / "vllm"
+    code = (folder / "backend.py").read_text() + (folder / "cpu.py").read_text() + (folder / "gpu.py").read_text()
+    reasons = set(re.findall(r'(?:return|refused\(rows,|reason =) "([A-Za-z0-9][\w -]+)"', code))
+    reasons |= set(re.findall(r'"([\w -]+)" if ', code))
+    reasons -= {"CUSTOM", "layers are not served"}  # a name; a step of whose layers each has a reason of its own
+    assert len(reasons) > 10
+    assert not [reason for reason in reasons if f"`{reason}`" not in PAGE]
