@@ -185,9 +185,9 @@ def test_a_request_that_asks_wrongly_is_refused_and_the_engine_lives_on() -> Non
 
 
 def test_a_method_that_fails_runs_dense() -> None:
-    """Wrong for every call, which only planning finds out: numbers for another model's layers and heads."""
-    gates = [[0.0] * 3] * 6
-    asked = [{"ids": prompt(400), "policy": {"method": "duo_attention", "gates": gates, "min_tokens": 0}}, prompt(400)]
+    """Wrong for every call, which only planning finds out: bands have no pruned blocks to correct for."""
+    failing = {"method": "corrected", "base": {"method": "a_shape"}, "min_tokens": 0}
+    asked = [{"ids": prompt(400), "policy": failing}, prompt(400)]
     found = run({"waves": [[one] for one in asked], "gossamer": FULL, "max_tokens": 2})
     assert counted(found, "gossamer_dense_rows", reason="method failed") == 6
     assert found["answers"][0]["tokens"] == found["answers"][1]["tokens"]
