@@ -1,15 +1,16 @@
 """Seconds of planning by stage, torch against C++, and planning's share of a sparse attention call.
 
-    python benchmarks/planning.py [--lengths 16384 65536] [--methods minference | all] [--threads N] [--rounds N]
-        [--no-torch] [--quick] [--out FILE]
+    python benchmarks/planning.py [--lengths 16384 65536] [--methods minference | all] [--topics N] [--threads N]
+        [--rounds N] [--no-torch] [--quick] [--out FILE]
 
 One process, the planners alternating, medians of seven rounds after one that does not count (three where a round of
-planning takes over a second). The plans of both are compared first. Rows replace those of the file for the same method
-and length. Inputs are drawn with a few keys
-that many queries look for and with neighbours alike, so that plans are sparse; H 32, G 8, D 128, bf16. Stages are
-timed inside whole plans, by wrapping the functions that make them up: what is left over is "rest". "finish" chooses
-what is forced where no scores decide, builds the lists and counts the pairs. Beside each plan stands the time of
-attending it. The file stands in a folder of this machine, beside those of others.
+planning takes over a second). The plans of both are compared first. Rows replace those of the file for the same method,
+length and topics. Inputs are drawn with a few keys that many queries look for and with neighbours alike, so that plans
+are sparse; H 32, G 8, D 128, bf16. Neighbours are 512 tokens of one topic. All topics differ, so that plans get sparser
+as prompts get longer; ``--topics N`` has N of them, which recur in turn, so that the density stays about what it is at
+512 N tokens. Stages are timed inside whole plans, by wrapping the functions that make them up: what is left over is
+"rest". "finish" chooses what is forced where no scores decide, builds the lists and counts the pairs. Beside each plan
+stands the time of attending it. The file stands in a folder of this machine, beside those of others.
 
 ``--methods all`` takes every method with its default settings, in the last of 32 layers. Methods that need numbers by
 layer and head get random ones (`TABLES`); SeerAttention's gate is the untrained one. Not among them are ``dense``, with
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import statistics
@@ -73,14 +75,21 @@ def create(name: str) -> Method:
     return methods.create(name, **TABLES.get(name, {}))
 
 
-def inputs(length: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> AttentionCall:
-    """Keys and queries that drift with the position, so that near ones match, and a hundred keys that all match."""
+@functools.lru_cache(maxsize=2)
+def inputs(length: int, seed: int, dtype: torch.dtype = torch.bfloat16, topics: int | None = None) -> AttentionCall:
+    """Keys and queries that drift with the position, so that near ones match, and a hundred keys that all match.
+
+    Args:
+        topics: so many, which recur in turn; None: all differ.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(heads: int) -> Tensor:
         return torch.randn(1, heads, length, DIM, generator=generator)
 
-    topic = torch.randn(1, GROUPS, length // 512 + 1, DIM, generator=generator).repeat_interleave(512, 2)[:, :, :length]
+    stretches = length // 512 + 1
+    topic = torch.randn(1, GROUPS, stretches if topics is None else topics, DIM, generator=generator)
+    topic = topic[:, :, torch.arange(stretches) % topic.shape[2]].repeat_interleave(512, 2)[:, :, :length]
     k = draw(GROUPS) + topic
     q = draw(HEADS) + 2 * topic.repeat_interleave(HEADS // GROUPS, 1)
     lines = torch.randint(length, (100,), generator=generator)
@@ -191,13 +200,15 @@ def verify(names: list[str], length: int = 4096) -> None:
         assert torch.equal(ours.count_pairs(), count_pairs(ours)), f"{name}: pairs are counted differently"
 
 
-def measure(name: str, length: int, planners: list[str], rounds: int | None) -> dict[str, Any]:
+def measure(
+    name: str, length: int, planners: list[str], rounds: int | None, topics: int | None = None
+) -> dict[str, Any]:
     """A row; as many rounds as their seconds allow where none are given."""
     samples: dict[str, list[dict[str, float]]] = {planner: [] for planner in planners}
     executed: list[float] = []
     density = differing = 0.0
     for n in itertools.count():
-        call = inputs(length, seed=n)
+        call = inputs(length, seed=n, topics=topics)
         plans = {}
         for planner in planners[n % len(planners) :] + planners[: n % len(planners)]:
             wake_threads()
@@ -220,6 +231,7 @@ def measure(name: str, length: int, planners: list[str], rounds: int | None) -> 
     row: dict[str, Any] = {
         "method": name,
         "length": length,
+        "topics": topics,
         "density": round(density, 4),
         "execute_s": round(execute, 4),
         "execute_each_s": [round(seconds, 4) for seconds in executed],
@@ -236,6 +248,11 @@ def measure(name: str, length: int, planners: list[str], rounds: int | None) -> 
     return row
 
 
+def what(row: dict[str, Any]) -> tuple[str, int, int | None]:
+    """Of what a row is: another one of it replaces it."""
+    return row["method"], row["length"], row.get("topics")
+
+
 def print_row(row: dict[str, Any]) -> None:
     print(f"{row['method']} {row['length']}: density {row['density']:.3f}, attending {row['execute_s']:.2f} s")
     for label in ("torch", "cpp"):
@@ -250,6 +267,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536])
     every = [name for name in methods.available() if name not in PLANLESS]
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=["all", *every, *STRIDES])
+    parser.add_argument("--topics", type=int, help="so many, which recur in turn; default: all differ")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, help="default: 7, and 3 where one takes over a second")
     parser.add_argument("--no-torch", action="store_true", help="leave the torch planner out")
@@ -271,9 +289,11 @@ def main() -> int:
     started, bystanders = time.perf_counter(), Bystanders()
     for length in [2048] if arguments.quick else arguments.lengths:
         for name in names:
-            row = measure(name, length, [""] if arguments.no_torch else ["torch", ""], arguments.rounds)
+            row = measure(
+                name, length, [""] if arguments.no_torch else ["torch", ""], arguments.rounds, arguments.topics
+            )
             print_row(row)
-            kept = [old for old in kept if (old["method"], old["length"]) != (name, length)]
+            kept = [old for old in kept if what(old) != what(row)]
             kept.append({**row, "date": date.today().isoformat()})
             report = {
                 "machine": machine(),

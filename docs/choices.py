@@ -123,14 +123,25 @@ def planning_table(found: dict[str, Any]) -> Cells | None:
         (
             f"`{row['method']}`",
             f"{row['length']:,}",
+            row.get("topics") or "all differ",
             f"{row['density']:.3f}",
             f"{row['cpp_s']['total']:.2f}",
             f"{row['execute_s']:.2f}",
             f"{row['cpp_share']:.0%}",
+            f"{row['cpp_s']['total'] / row['execute_s']:.0%}",
         )
         for row in found["rows"]
     ]
-    header = ("method", "tokens", "density", "planning s", "running s", "of both, planning")
+    header = (
+        "method",
+        "tokens",
+        "topics",
+        "density",
+        "planning s",
+        "running s",
+        "of both, planning",
+        "planning over running",
+    )
     return ("", header, rows) if rows else None
 
 

@@ -251,18 +251,30 @@ def test_drifting_inputs_make_attention_sparse(script):
     assert density["drifting"] < 0.5 < density["random"]
 
 
-def test_planning_keeps_the_rows_of_other_methods(script, monkeypatch, tmp_path):
+def test_planning_keeps_the_rows_of_other_methods_and_topics(script, monkeypatch, tmp_path):
     planning = script("planning")
     monkeypatch.setattr(planning, "verify", lambda names: None)
     out = tmp_path / "planning.json"
-    out.write_text(json.dumps({"rows": [{"method": "minference", "length": 2048}]}))
+    old = [{"method": name, "length": 2048} for name in ("minference", "max_relative")]
+    out.write_text(json.dumps({"rows": old}))
     arguments = ["--quick", "--no-torch", "--methods", "max_relative", "--rounds", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["planning.py", *arguments])
-    assert planning.main() == 0
+    for topics in ([], ["--topics", "2"]):
+        monkeypatch.setattr(sys, "argv", ["planning.py", *arguments, *topics])
+        assert planning.main() == 0
     report = json.loads(out.read_text())
-    assert [row["method"] for row in report["rows"]] == ["minference", "max_relative"]
+    kept = [("minference", None), ("max_relative", None), ("max_relative", 2)]
+    assert [(row["method"], row.get("topics")) for row in report["rows"]] == kept
     assert report["date"]
     assert len(report["rows"][1]["cpp_each_s"]) == 1
+
+
+def test_topics_recur_in_turn(script):
+    planning = script("planning")
+    call = planning.inputs(2048, 0, topics=2)
+    means = call.k.float().unflatten(2, (4, 512)).mean(dim=3)
+    near, far = ((means[:, :, 0] * means[:, :, n]).sum() / means[:, :, 0].square().sum() for n in (2, 1))
+    assert near > 0.8
+    assert far < 0.5
 
 
 def test_attributes_are_measured_on_the_same_plans(script):

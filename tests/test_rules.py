@@ -14,6 +14,7 @@ from gossamer.rules import (
     AtLeast,
     Besides,
     Candidates,
+    Either,
     PerHead,
     RelativeToMax,
     Rule,
@@ -298,6 +299,23 @@ def test_besides_adds_to_a_rule_what_is_taken_anyway(row: list[float], p: int, d
         assert select(joined, row) == select(rule, row) | taken
 
 
-def test_besides_refuses_a_rule_for_all_rows() -> None:
-    with pytest.raises(ValueError, match="TopPOfAllRows needs all rows at once"):
-        Besides(TopPOfAllRows(0.5), torch.zeros(1, dtype=torch.bool))
+@given_often
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=9), eighths, eighths)
+def test_either_takes_what_one_of_two_rules_takes_by_scores_of_its_own(
+    pairs: list[tuple[int, int]], p: int, q: int
+) -> None:
+    row, other = ([float(pair[n]) for pair in pairs] for n in range(2))
+    joined = Either(TopP(p / 8), TopP(q / 8), torch.tensor(other).view(1, 1, 1, -1))
+    assert joined.unseen == 0.0
+    assert select(joined, row) == select(TopP(p / 8), row) | select(TopP(q / 8), other)
+
+
+def test_joined_rules_refuse_one_for_all_rows() -> None:
+    nothing, of_all = torch.zeros(1, dtype=torch.bool), TopPOfAllRows(0.5)
+    for make in (
+        lambda: Besides(of_all, nothing),
+        lambda: Either(of_all, TopP(0.5), nothing),
+        lambda: Either(TopP(0.5), of_all, nothing),
+    ):
+        with pytest.raises(ValueError, match="TopPOfAllRows needs all rows at once"):
+            make()

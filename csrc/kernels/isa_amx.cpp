@@ -55,8 +55,8 @@ struct Amx {
   static void begin() { TileRegisters::begin(); }
   static void end() { TileRegisters::end(); }
   static void multiply(int rows, int columns, int depth, const uint32_t* a, int64_t lda, const uint32_t* b,
-                       int64_t ldb, float* out, int64_t ldo, bool accumulate) {
-    tile_gemm<TileRegisters>(rows, columns, depth, a, lda, b, ldb, out, ldo, accumulate);
+                       int64_t ldb, float* out, int64_t ldo, bool accumulate, const Pieces& pieces = {}) {
+    tile_gemm<TileRegisters>(rows, columns, depth, a, lda, b, ldb, out, ldo, accumulate, pieces);
   }
 };
 

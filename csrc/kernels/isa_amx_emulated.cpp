@@ -53,8 +53,8 @@ struct AmxEmulated {
   static void begin() {}
   static void end() {}
   static void multiply(int rows, int columns, int depth, const uint32_t* a, int64_t lda, const uint32_t* b,
-                       int64_t ldb, float* out, int64_t ldo, bool accumulate) {
-    tile_gemm<EmulatedTileRegisters>(rows, columns, depth, a, lda, b, ldb, out, ldo, accumulate);
+                       int64_t ldb, float* out, int64_t ldo, bool accumulate, const Pieces& pieces = {}) {
+    tile_gemm<EmulatedTileRegisters>(rows, columns, depth, a, lda, b, ldb, out, ldo, accumulate, pieces);
   }
 };
 

@@ -56,10 +56,14 @@ struct ScoreKernels {
   void (*mark_above)(const ScorePanel&, const float* shift, int run, float bar, uint64_t* marks);
   // Products of queries and keys, as logits; masks and the factor take no part.
   void (*products)(const ScorePanel&);
+  // Replaces x by 2^(factor x - m) over their sum, where m is the largest factor x.
+  void (*softmax)(float* x, int64_t count, float factor);
   // Turns each of the first `pairs` channels x with the one that lies `pairs` further, y: x cos - y sin, y cos + x sin.
   void (*turn)(const char* row, int dim, int pairs, DType dtype, const float* cos, const float* sin, char* out);
   // Mean of consecutive rows.
   void (*mean)(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* out);
+  // Smallest and largest of consecutive rows, by channel.
+  void (*bounds)(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* low, float* high);
 };
 
 // What add_mass writes to diagonals may reach this far beyond the last one.

@@ -223,6 +223,32 @@ class ScoreCode {
 
   static void products(const ScorePanel& panel) { multiply(panel); }
 
+  static void softmax(float* x, int64_t count, float factor) {
+    const Reg times = V::set1(factor);
+    float top = kNothing, total = 0.0f;
+    const int64_t whole = count / V::kWidth * V::kWidth;
+    alignas(64) float rest[V::kWidth];
+    for (int n = 0; n < V::kWidth; ++n) rest[n] = whole + n < count ? x[whole + n] * factor : kNothing;
+    if (whole > 0) {
+      Reg most = V::mul(V::load(x), times);
+      for (int64_t j = V::kWidth; j < whole; j += V::kWidth) most = V::max(most, V::mul(V::load(x + j), times));
+      top = V::reduce_max(most);
+    }
+    for (int n = 0; n < V::kWidth; ++n) top = rest[n] > top ? rest[n] : top;
+    const Reg shift = V::set1(-top);
+    Reg sum = V::template exp2<kDegree>(V::add(V::load(rest), shift));
+    V::store(rest, sum);
+    for (int64_t j = 0; j < whole; j += V::kWidth) {
+      const Reg e = V::template exp2<kDegree>(V::add(V::mul(V::load(x + j), times), shift));
+      V::store(x + j, e);
+      sum = V::add(sum, e);
+    }
+    total = V::reduce_add(sum);
+    const Reg divisor = V::set1(total);
+    for (int64_t j = 0; j < whole; j += V::kWidth) V::store(x + j, V::div(V::load(x + j), divisor));
+    for (int64_t j = whole; j < count; ++j) x[j] = rest[j - whole] / total;
+  }
+
   static void turn(const char* row, int dim, int pairs, DType dtype, const float* cos, const float* sin, char* out) {
     int d = 0;
     for (; d + V::kWidth <= pairs; d += V::kWidth) {
@@ -258,6 +284,30 @@ class ScoreCode {
     }
   }
 
+  static void bounds(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* low,
+                     float* high) {
+    const Reg minus = V::set1(-1.0f);
+    int d = 0;
+    for (; d + V::kWidth <= dim; d += V::kWidth) {
+      Reg top = load_as_float<V>(rows, d, dtype), least = V::mul(top, minus);
+      for (int64_t r = 1; r < count; ++r) {
+        const Reg x = load_as_float<V>(rows + r * stride_bytes, d, dtype);
+        top = V::max(top, x);
+        least = V::max(least, V::mul(x, minus));
+      }
+      V::store(high + d, top);
+      V::store(low + d, V::mul(least, minus));
+    }
+    for (; d < dim; ++d) {
+      low[d] = high[d] = scalar_as_float(rows, d, dtype);
+      for (int64_t r = 1; r < count; ++r) {
+        const float x = scalar_as_float(rows + r * stride_bytes, d, dtype);
+        low[d] = x < low[d] ? x : low[d];
+        high[d] = x > high[d] ? x : high[d];
+      }
+    }
+  }
+
  private:
   static int depth_of(int padded_dim) { return Isa::kPairs ? padded_dim / 2 : padded_dim; }
 
@@ -265,10 +315,15 @@ class ScoreCode {
     const int depth = depth_of(panel.padded_dim);
     const uint32_t* queries = static_cast<const uint32_t*>(panel.queries);
     const uint32_t* keys = static_cast<const uint32_t*>(panel.keys);
+    const int64_t next_a = int64_t{kScoreRows} * depth, next_b = int64_t{kChunk} * depth;
     Isa::begin();
-    for (int64_t n = 0; n < panel.pieces; ++n)
-      Isa::multiply(panel.rows, kChunk, depth, queries + n * kScoreRows * depth, depth, keys + n * kChunk * depth,
-                    kChunk, panel.logits, kScorePitch, n > 0);
+    if constexpr (Isa::kRowStep > 1)  // tiles
+      Isa::multiply(panel.rows, kChunk, depth, queries, depth, keys, kChunk, panel.logits, kScorePitch, false,
+                    {panel.pieces, next_a, next_b});
+    else
+      for (int64_t n = 0; n < panel.pieces; ++n)
+        Isa::multiply(panel.rows, kChunk, depth, queries + n * next_a, depth, keys + n * next_b, kChunk, panel.logits,
+                      kScorePitch, n > 0);
     Isa::end();
   }
 
@@ -345,7 +400,8 @@ const ScoreKernels* score_kernels() {
       Code::pack_keys, Code::pack_queries, Code::add_exponentials,      Code::raise_maxima,           Code::add_mass,
       Code::energy,    Code::run_mass,     Code::run_maxima,            Code::add_peaks,
       Code::template largest<true>,        Code::template largest<false>,
-      Code::mark_above, Code::products,    Code::turn,                  Code::mean};
+      Code::mark_above, Code::products,    Code::softmax,               Code::turn,
+      Code::mean,       Code::bounds};
   return &kernels;
 }
 

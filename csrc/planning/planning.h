@@ -36,12 +36,26 @@ void pool_queries(const Kernels& kernels, const TensorView& q, const Grid& grid,
                   int threads);
 
 // Each token's pairs of channels d and pairs + d, turned by its own cosines and sines, [batch, tokens, pairs] each.
-void turn(const Kernels& kernels, const TensorView& x, int64_t pairs, const float* cos, const float* sin,
-          const TensorView& out, int threads);
+struct Turn {
+  int64_t pairs;
+  const float *cos, *sin;
+};
+
+// The same means of turned tokens, and of keys the smallest and the largest entry by channel, each as the means.
+struct Pools {
+  float *mean, *low, *high;
+};
+
+void pool_turned(const Kernels& kernels, const TensorView& x, const Turn& turn, const Grid& grid, bool keys,
+                 int64_t blocks, const Pools& out, int threads);
 
 // Products of pooled queries and pooled keys, contiguous fp32: out [batch, heads, part, key blocks].
 void pooled_products(const Kernels& kernels, const TensorView& queries, const TensorView& keys, const Grid& grid,
                      const Part& part, float* out, int threads);
+
+// The same as shares of each row's softmax over what it sees, of scale * product; 0 elsewhere.
+void pooled_shares(const Kernels& kernels, const TensorView& queries, const TensorView& keys, const Grid& grid,
+                   const Part& part, float scale, float* out, int threads);
 
 struct EnergyTiles {
   bool per_head;  // of the query block in one head; else in all heads of a group
@@ -96,6 +110,8 @@ enum class Rule : int {
   kTopPBelow = 6,
   kTopPOfAllRows = 7,
   kAtLeast = 8,
+  kAbove = 9,
+  kTopPInTiers = 10,
 };
 
 // What rows [batch, heads, rows] of a plan's lists may take and must take among `width` candidates; see Candidates in
@@ -106,7 +122,7 @@ struct Choice {
   float alpha;                // kRelativeToMax
   const float* scores;        // a row's candidates, contiguous
   const int64_t* counts;      // kTopK: one a head
-  const double* shares;       // kTopP and its kin: one a head; kAtLeast: bars
+  const double* shares;       // kTopP and its kin: one a head; kAtLeast: bars; kAbove: thresholds
   const Range* seen;          // [batch, rows]: nothing outside is chosen
   const Range* forced;        // [batch, rows]
   int64_t first;              // candidates that are forced in every row
@@ -117,6 +133,9 @@ struct Choice {
   bool mirrored;              // diagonals lie on both sides of it
   const uint8_t* everywhere;  // null, or [batch, heads, width]: candidates that every row takes
   const uint8_t* ruled_heads;  // [batch, heads]: heads for which the rule chooses; null: all
+  const uint8_t* early;       // kTopPInTiers: as the scores, candidates of the second tier
+  const uint8_t* taken;       // null, or as the scores: candidates that are taken beside what the rule chooses
+  bool unite;                 // with the bits that are there
 };
 
 inline int64_t words_of(int64_t width) { return ceil_div(width, 64); }
@@ -128,6 +147,8 @@ struct ChosenBits {
 };
 
 void choose(const Choice& choice, const ChosenBits& chosen, int threads);
+// How many of the best of each row's `width` scores hold at most a share of their sum; a share and a count a row.
+void count_top_p(const float* scores, int64_t rows, int64_t width, const double* shares, int64_t* counts, int threads);
 // The numbers of the bits that are set, ascending, from indices + starts[row] on.
 void list_bits(const uint64_t* bits, int64_t rows, int64_t width, const int64_t* starts, int32_t* indices,
                int threads);

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <vector>
 
 #include "kernels/score_job.h"
 #include "planning/planning.h"
@@ -6,6 +7,17 @@
 
 namespace gossamer {
 namespace {
+
+// Where the live tokens of a block lie.
+Range tokens_of_keys(const Grid& grid, int64_t b, int64_t n) {
+  const int64_t past = std::min((n + 1) * grid.block_k, grid.extent.key_count[b]);
+  return {grid.extent.key_slot(b, n * grid.block_k), grid.extent.key_slot(b, past)};
+}
+
+Range tokens_of_queries(const Grid& grid, int64_t b, int64_t m) {
+  const Range queries = grid.queries(b, m);
+  return {grid.extent.query_row(b, queries.begin), grid.extent.query_row(b, queries.end)};
+}
 
 // tokens_of(b, m): the tokens of block m of a batch row.
 template <class TokensOf>
@@ -25,34 +37,40 @@ void pool(const Kernels& kernels, const TensorView& x, int64_t blocks, float* ou
 
 }  // namespace
 
-void turn(const Kernels& kernels, const TensorView& x, int64_t pairs, const float* cos, const float* sin,
-          const TensorView& out, int threads) {
-  constexpr int64_t kTokensAJob = 256;
-  const int64_t stretches = ceil_div(x.tokens, kTokensAJob);
-  run_parallel(threads, x.batch * x.heads * stretches, [&](int, int64_t n) {
-    const int64_t b = n / stretches / x.heads, head = n / stretches % x.heads, first = n % stretches * kTokensAJob;
-    for (int64_t t = first; t < std::min(x.tokens, first + kTokensAJob); ++t) {
-      const int64_t angle = (b * x.tokens + t) * pairs;
-      kernels.scores->turn(x.row(b, head, t), x.dim, static_cast<int>(pairs), x.dtype, cos + angle, sin + angle,
-                           out.row(b, head, t));
+void pool_turned(const Kernels& kernels, const TensorView& x, const Turn& turn, const Grid& grid, bool keys,
+                 int64_t blocks, const Pools& out, int threads) {
+  const int64_t row_bytes = x.row_bytes(), most = keys ? grid.block_k : grid.block_q;
+  std::vector<std::vector<char>> turned(threads);
+  run_parallel(threads, x.batch * x.heads * blocks, [&](int thread, int64_t n) {
+    const int64_t b = n / blocks / x.heads, head = n / blocks % x.heads;
+    const Range tokens = keys ? tokens_of_keys(grid, b, n % blocks) : tokens_of_queries(grid, b, n % blocks);
+    float *mean = out.mean + n * x.dim, *low = keys ? out.low + n * x.dim : nullptr;
+    float* high = keys ? out.high + n * x.dim : nullptr;
+    if (tokens.empty()) {
+      for (float* pool : {mean, low, high})
+        if (pool != nullptr) std::fill(pool, pool + x.dim, 0.0f);
+      return;
     }
+    std::vector<char>& rows = turned[thread];
+    rows.resize(std::min(most, x.tokens) * row_bytes);
+    for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+      const int64_t angle = (b * x.tokens + t) * turn.pairs;
+      kernels.scores->turn(x.row(b, head, t), x.dim, static_cast<int>(turn.pairs), x.dtype, turn.cos + angle,
+                           turn.sin + angle, rows.data() + (t - tokens.begin) * row_bytes);
+    }
+    kernels.scores->mean(rows.data(), row_bytes, tokens.size(), x.dim, x.dtype, mean);
+    if (keys) kernels.scores->bounds(rows.data(), row_bytes, tokens.size(), x.dim, x.dtype, low, high);
   });
 }
 
 void pool_keys(const Kernels& kernels, const TensorView& k, const Grid& grid, int64_t blocks, float* out,
                int threads) {
-  pool(kernels, k, blocks, out, threads, [&](int64_t b, int64_t n) {
-    const int64_t past = std::min((n + 1) * grid.block_k, grid.extent.key_count[b]);
-    return Range{grid.extent.key_slot(b, n * grid.block_k), grid.extent.key_slot(b, past)};
-  });
+  pool(kernels, k, blocks, out, threads, [&](int64_t b, int64_t n) { return tokens_of_keys(grid, b, n); });
 }
 
 void pool_queries(const Kernels& kernels, const TensorView& q, const Grid& grid, int64_t blocks, float* out,
                   int threads) {
-  pool(kernels, q, blocks, out, threads, [&](int64_t b, int64_t m) {
-    const Range queries = grid.queries(b, m);
-    return Range{grid.extent.query_row(b, queries.begin), grid.extent.query_row(b, queries.end)};
-  });
+  pool(kernels, q, blocks, out, threads, [&](int64_t b, int64_t m) { return tokens_of_queries(grid, b, m); });
 }
 
 }  // namespace gossamer

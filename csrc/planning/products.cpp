@@ -1,5 +1,6 @@
 // Products of pooled queries and pooled keys: each sum is taken in one order, whatever the shape of the batch.
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "planning/panels.h"
@@ -11,12 +12,14 @@ namespace {
 
 class Products {
  public:
+  // factor: of the products as logits in powers of two, whose shares of a row are written; 0: the products are.
   Products(const Kernels& kernels, const TensorView& queries, const TensorView& keys, const Grid& grid,
-           const Part& part, int threads)
+           const Part& part, float factor, int threads)
       : queries_(queries),
         key_means_(keys),
         grid_(grid),
         part_(part),
+        factor_(factor),
         kernels_(*kernels.scores),
         threads_(threads),
         padded_(padded(kernels, keys.dim)),
@@ -60,15 +63,25 @@ class Products {
         const int64_t m = part_.first + (first + r) % size;
         const Range seen = grid_.seen(b, m);
         const float* row = scratch.logits + int64_t{r} * kScorePitch;
-        float* to = out + ((b * queries_.heads + head) * size + first + r) * width_;
+        float* to = row_of(out, b, head, first + r);
         for (int64_t j = begin; j < end; ++j) to[j] = j >= seen.begin && j < seen.end ? row[j - begin] : 0.0f;
       }
     }
+    if (factor_ == 0.0f) return;
+    for (int r = 0; r < count; ++r) {
+      const Range seen = grid_.seen(b, part_.first + (first + r) % size);
+      if (!seen.empty()) kernels_.softmax(row_of(out, b, head, first + r) + seen.begin, seen.size(), factor_);
+    }
+  }
+
+  float* row_of(float* out, int64_t b, int64_t head, int64_t r) const {
+    return out + ((b * queries_.heads + head) * part_.size() + r) * width_;
   }
 
   const TensorView &queries_, &key_means_;
   const Grid& grid_;
   const Part& part_;
+  const float factor_;
   const ScoreKernels& kernels_;
   const int threads_, padded_;
   const int64_t share_, width_, tiles_;
@@ -80,7 +93,14 @@ class Products {
 
 void pooled_products(const Kernels& kernels, const TensorView& queries, const TensorView& keys, const Grid& grid,
                      const Part& part, float* out, int threads) {
-  Products(kernels, queries, keys, grid, part, threads).run(out);
+  Products(kernels, queries, keys, grid, part, 0.0f, threads).run(out);
+}
+
+void pooled_shares(const Kernels& kernels, const TensorView& queries, const TensorView& keys, const Grid& grid,
+                   const Part& part, float scale, float* out, int threads) {
+  // Under a scale of 0 all that is seen shares alike, as it does under the smallest.
+  const float factor = scale == 0.0f ? std::numeric_limits<float>::denorm_min() : scale * kLog2E;
+  Products(kernels, queries, keys, grid, part, factor, threads).run(out);
 }
 
 }  // namespace gossamer

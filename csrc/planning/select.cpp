@@ -1,11 +1,10 @@
 // From scores to chosen candidates: rules, block diagonals and forced ranges as bits, bits as lists.
 #include <algorithm>
-#include <cstring>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "planning/planning.h"
+#include "planning/ranking.h"
 #include "runtime/parallel.h"
 
 namespace gossamer {
@@ -39,6 +38,11 @@ void choose_at_least(const float* scores, float bar, Range seen, uint64_t* bits)
     if (scores[j] >= bar && scores[j] > kNothing) set_bit(bits, j);
 }
 
+void choose_above(const float* scores, float threshold, Range seen, uint64_t* bits) {
+  if (threshold == 0) return set_range(bits, seen.begin, seen.end);
+  for (int64_t j = seen.begin; j < seen.end; ++j) bits[j / 64] |= uint64_t{scores[j] > threshold} << (j % 64);
+}
+
 // NaN counts as the largest: nth_element needs an order of all values.
 bool before(float a, float b) { return a > b || (a != a && b == b); }
 
@@ -66,114 +70,14 @@ void choose_top(const float* scores, int64_t budget, int64_t low, int64_t high, 
     }
 }
 
-// Candidates from the best score down, as a stable sort has them: of equal scores the lower index first, NaN before
-// all. Their running sums, in fp64 and in this order, are those of the torch rules.
-class Ranking {
- public:
-  void clear() { entries_.clear(); }
-  // Candidates [low, high); where is_first(j), candidate j is ranked as infinity and counts as what it is.
-  template <class IsFirst>
-  void add(const float* scores, int64_t low, int64_t high, const IsFirst& is_first) {
-    for (int64_t j = low; j < high; ++j) entries_.push_back(entry(is_first(j) ? -kNothing : scores[j], j));
-  }
-  void rank(const float* scores) {
-    sort();
-    sums_.clear();
-    double sum = 0.0;
-    for (const uint64_t entry : entries_) sums_.push_back(sum += scores[index(entry)]);
-  }
-
-  // Entries ascend as candidates are ranked.
-  static uint64_t entry(float score, int64_t index) {
-    return uint64_t{falling(score)} << 32 | static_cast<uint32_t>(index);
-  }
-  // The entry after the first `count`.
-  uint64_t past(size_t count) const { return count == 0 ? 0 : entries_[count - 1] + 1; }
-  bool empty() const { return entries_.empty(); }
-  double total() const { return sums_.back(); }
-  size_t size() const { return entries_.size(); }
-  double before(size_t rank) const { return rank == 0 ? 0.0 : sums_[rank - 1]; }
-  double up_to(size_t rank) const { return sums_[rank]; }
-  void set_first(size_t count, uint64_t* bits) const {
-    for (size_t n = 0; n < count; ++n) set_bit(bits, index(entries_[n]));
-  }
-
- private:
-  static constexpr int kDigitBits = 8;
-  static constexpr int kDigits = 32 / kDigitBits;  // of a key
-  static constexpr size_t kDigitValues = size_t{1} << kDigitBits;
-  static constexpr size_t kFew = 64;  // where counting digits costs more than comparing
-
-  static int64_t index(uint64_t entry) { return static_cast<int64_t>(entry & 0xffffffff); }
-
-  // Ascending where scores fall.
-  static uint32_t falling(float x) {
-    if (x != x) return 0;
-    x += 0.0f;  // -0 and 0 are equal
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits >> 31 ? bits : ~bits & 0x7fffffff;
-  }
-
-  void sort() {
-    if (entries_.size() < kFew) return std::sort(entries_.begin(), entries_.end());
-    uint32_t counts[kDigits][kDigitValues] = {};
-    for (const uint64_t entry : entries_)
-      for (int digit = 0; digit < kDigits; ++digit) ++counts[digit][digit_of(entry, digit)];
-    other_.resize(entries_.size());
-    for (int digit = 0; digit < kDigits; ++digit) {
-      if (counts[digit][digit_of(entries_[0], digit)] == entries_.size()) continue;
-      uint32_t before = 0;
-      for (uint32_t& count : counts[digit]) before += std::exchange(count, before);
-      for (const uint64_t entry : entries_) other_[counts[digit][digit_of(entry, digit)]++] = entry;
-      entries_.swap(other_);
-    }
-  }
-  static size_t digit_of(uint64_t entry, int digit) { return entry >> (32 + digit * kDigitBits) & (kDigitValues - 1); }
-
-  std::vector<uint64_t> entries_, other_;  // falling(score), index
-  std::vector<double> sums_;
-};
-
-// Sums of scores that are not negative, by their leading bits: an eighth of a power of two each.
-class Coarse {
- public:
-  // False where a score is negative or NaN: then sums say nothing.
-  bool sum(const float* scores, Range seen) {
-    sums_.assign(kBins, 0.0);
-    for (int64_t j = seen.begin; j < seen.end; ++j) {
-      if (!(scores[j] >= 0.0f)) return false;
-      sums_[bin(scores[j])] += scores[j];
-    }
-    total_ = 0.0;
-    for (const double part : sums_) total_ += part;
-    return total_ > 0.0 && total_ < std::numeric_limits<double>::infinity();
-  }
-  double total() const { return total_; }
-  // The lowest bin of those that together hold `limit`, from the best down.
-  uint32_t down_to(double limit) const {
-    double up_to = 0.0;
-    uint32_t n = kBins;
-    while (n > 0 && up_to < limit) up_to += sums_[--n];
-    return n;
-  }
-  static uint32_t bin(float x) {
-    x += 0.0f;  // -0 and 0 are equal
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits >> kDropped;
-  }
-
- private:
-  static constexpr int kDropped = 20;
-  static constexpr uint32_t kBins = 1 << (31 - kDropped);
-
-  std::vector<double> sums_;
-  double total_ = 0.0;
-};
-
 bool is_top_p_of_a_row(Rule rule) {
-  return rule == Rule::kTopP || rule == Rule::kTopPForced || rule == Rule::kTopPReaching || rule == Rule::kTopPBelow;
+  return rule == Rule::kTopP || rule == Rule::kTopPForced || rule == Rule::kTopPReaching ||
+         rule == Rule::kTopPBelow || rule == Rule::kTopPInTiers;
+}
+
+// Rules that take candidates up to the one that crosses a share of the row's sum.
+bool crosses(Rule rule) {
+  return rule == Rule::kTopP || rule == Rule::kTopPForced || rule == Rule::kTopPInTiers;
 }
 
 // How many of the best are chosen. Sums never fall, so that the first one that fails ends the list; see rules.py.
@@ -198,6 +102,17 @@ struct Workspace {
   Ranking ranking;
   Coarse coarse;
 };
+
+// How candidates are taken: by tiers, in each by a number; and those that come before the bulk, which goes by score.
+template <class TierOf, class By, class IsEarly>
+struct Order {
+  int tiers;
+  TierOf tier_of;
+  By by;
+  IsEarly is_early;
+};
+template <class TierOf, class By, class IsEarly>
+Order(int, TierOf, By, IsEarly) -> Order<TierOf, By, IsEarly>;
 
 class Chooser {
  public:
@@ -226,19 +141,20 @@ class Chooser {
     ranking.clear();
     for (int64_t row = 0; row < rows; ++row) {
       const Range seen = seen_by(b * rows + row);
-      ranking.add(scores, row * choice_.width + seen.begin, row * choice_.width + seen.end,
-                  [](int64_t) { return false; });
+      for (int64_t j = row * choice_.width + seen.begin; j < row * choice_.width + seen.end; ++j)
+        ranking.add(scores[j], j);
     }
     if (ranking.empty()) return;
-    ranking.rank(scores);
+    ranking.rank(scores, 1, [](int64_t) { return 0; });
     past_[head] = ranking.past(count_top_p(ranking, choice_.rule, choice_.shares[head % choice_.heads]));
   }
 
   // Row of [batch, heads, rows]: its bits, and how many are set.
   int64_t choose(int64_t row, Workspace& workspace, uint64_t* bits) const {
     const int64_t head = row / choice_.rows, b = head / choice_.heads, place = b * choice_.rows + row % choice_.rows;
-    std::fill(bits, bits + words_, uint64_t{0});
+    if (!choice_.unite) std::fill(bits, bits + words_, uint64_t{0});
     const Range seen = seen_by(place);
+    if (choice_.taken != nullptr && is_ruled(head)) set_taken(choice_.taken + row * choice_.width, seen, bits);
     if (choice_.scores != nullptr && is_ruled(head)) choose_by_rule(row, place, seen, workspace, bits);
     if (!everywhere_.empty()) set_everywhere(head, seen, bits);
     for (const int64_t diagonal : diagonals_of_[static_cast<size_t>(head)]) {
@@ -270,6 +186,10 @@ class Chooser {
     }
   }
 
+  static void set_taken(const uint8_t* taken, Range seen, uint64_t* bits) {
+    for (int64_t j = seen.begin; j < seen.end; ++j) bits[j / 64] |= uint64_t{taken[j] != 0} << (j % 64);
+  }
+
   Range seen_by(int64_t place) const {
     const int64_t begin = std::clamp<int64_t>(choice_.seen[place].begin, 0, choice_.width);
     return {begin, std::clamp<int64_t>(choice_.seen[place].end, begin, choice_.width)};
@@ -287,43 +207,68 @@ class Chooser {
       choose_at_least(scores, static_cast<float>(choice_.shares[head % choice_.heads]), seen, bits);
     if (choice_.rule == Rule::kTopK)
       choose_top(scores, choice_.counts[head % choice_.heads], seen.begin, seen.end, workspace.sorted, bits);
-    if (choice_.rule == Rule::kTopP && choose_top_p_of_many(scores, head, seen, workspace, bits)) return;
-    if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, place, head, seen, workspace.ranking, bits);
+    if (choice_.rule == Rule::kAbove)
+      choose_above(scores, static_cast<float>(choice_.shares[head % choice_.heads]), seen, bits);
+    if (is_top_p_of_a_row(choice_.rule)) choose_top_p(scores, row, place, seen, workspace, bits);
     if (choice_.rule == Rule::kTopPOfAllRows)
       for (int64_t j = seen.begin; j < seen.end; ++j)
         if (Ranking::entry(scores[j], row % choice_.rows * choice_.width + j) < past_[head]) set_bit(bits, j);
   }
 
-  // Ranks only those of many candidates that surely hold the share; false where that is not to be had.
-  bool choose_top_p_of_many(const float* scores, int64_t head, Range seen, Workspace& workspace, uint64_t* bits) const {
+  void choose_top_p(const float* scores, int64_t row, int64_t place, Range seen, Workspace& workspace,
+                    uint64_t* bits) const {
+    const int64_t head = row / choice_.rows;
     const double share = choice_.shares[head % choice_.heads];
-    if (seen.size() < kMany || share >= 1.0 || !workspace.coarse.sum(scores, seen)) return false;
+    const Range forced = choice_.forced[place];
+    const auto is_forced = [&](int64_t j) { return (j >= forced.begin && j < forced.end) || j < choice_.first; };
+    if (choice_.rule == Rule::kTopPInTiers) {
+      if (share == 1.0) return set_range(bits, seen.begin, seen.end);
+      const uint8_t* early = choice_.early + row * choice_.width;
+      const bool forces_any = forces(head);
+      const auto tier_of = [&](int64_t j) { return forces_any && is_forced(j) ? 0 : early[j] ? 1 : 2; };
+      const Order order{3, tier_of, [&](int64_t j) { return scores[j]; }, [&](int64_t j) { return tier_of(j) < 2; }};
+      return choose_in_order(scores, share, seen, order, workspace, bits);
+    }
+    const auto any = [](int64_t) { return 0; };
+    if (choice_.rule == Rule::kTopPForced && forces(head)) {
+      // As infinite ones, which other candidates may be, too.
+      const Order order{1, any, [&](int64_t j) { return is_forced(j) ? -kNothing : scores[j]; }, is_forced};
+      return choose_in_order(scores, share, seen, order, workspace, bits);
+    }
+    const Order order{1, any, [&](int64_t j) { return scores[j]; }, [](int64_t) { return false; }};
+    choose_in_order(scores, share, seen, order, workspace, bits);
+  }
+
+  template <class Ordered>
+  void choose_in_order(const float* scores, double share, Range seen, const Ordered& order, Workspace& workspace,
+                       uint64_t* bits) const {
+    if (crosses(choice_.rule) && choose_of_many(scores, share, seen, order, workspace, bits)) return;
+    Ranking& ranking = workspace.ranking;
+    ranking.clear();
+    for (int64_t j = seen.begin; j < seen.end; ++j) ranking.add(order.by(j), j);
+    if (ranking.empty()) return;
+    ranking.rank(scores, order.tiers, order.tier_of);
+    ranking.for_first(count_top_p(ranking, choice_.rule, share), [&](int64_t j) { set_bit(bits, j); });
+  }
+
+  // Ranks only those of many candidates that surely hold the share; false where that is not to be had.
+  template <class Ordered>
+  static bool choose_of_many(const float* scores, double share, Range seen, const Ordered& order, Workspace& workspace,
+                             uint64_t* bits) {
+    if (seen.size() < kMany || share >= 1.0 || !workspace.coarse.sum(scores, seen, order.is_early)) return false;
     const double limit = share * workspace.coarse.total();
     const uint32_t lowest = workspace.coarse.down_to(limit);
     Ranking& ranking = workspace.ranking;
     ranking.clear();
     for (int64_t j = seen.begin; j < seen.end; ++j)
-      if (Coarse::bin(scores[j]) >= lowest) ranking.add(scores, j, j + 1, [](int64_t) { return false; });
+      if (Coarse::bin(scores[j]) >= lowest || order.is_early(j)) ranking.add(order.by(j), j);
     if (ranking.empty()) return true;
-    ranking.rank(scores);
+    ranking.rank(scores, order.tiers, order.tier_of);
     size_t count = 0;
     while (count < ranking.size() && ranking.before(count) < limit) ++count;
     if (count == ranking.size() && ranking.total() < limit) return false;  // sums in another order may round otherwise
-    ranking.set_first(count, bits);
+    ranking.for_first(count, [&](int64_t j) { set_bit(bits, j); });
     return true;
-  }
-
-  void choose_top_p(const float* scores, int64_t place, int64_t head, Range seen, Ranking& ranking,
-                    uint64_t* bits) const {
-    const bool forced_first = choice_.rule == Rule::kTopPForced && forces(head);
-    const Range forced = choice_.forced[place];
-    ranking.clear();
-    ranking.add(scores, seen.begin, seen.end, [&](int64_t j) {
-      return forced_first && ((j >= forced.begin && j < forced.end) || j < choice_.first);
-    });
-    if (ranking.empty()) return;
-    ranking.rank(scores);
-    ranking.set_first(count_top_p(ranking, choice_.rule, choice_.shares[head % choice_.heads]), bits);
   }
 
   const Choice& choice_;
@@ -353,6 +298,33 @@ void choose(const Choice& choice, const ChosenBits& chosen, int threads) {
     Workspace workspace;
     for (int64_t row = begin; row < end; ++row)
       chosen.counts[row] = chooser.choose(row, workspace, chosen.bits + row * words_of(choice.width));
+  });
+}
+
+void count_top_p(const float* scores, int64_t rows, int64_t width, const double* shares, int64_t* counts,
+                 int threads) {
+  const auto any = [](int64_t) { return 0; };
+  std::vector<Workspace> workspaces(threads);
+  run_parallel(threads, rows, [&](int thread, int64_t row) {
+    const float* own = scores + row * width;
+    Workspace& workspace = workspaces[thread];
+    Ranking& ranking = workspace.ranking;
+    // First those that surely hold more than the share, where they are few; if they do not, all.
+    const bool few = shares[row] < 1.0 && workspace.coarse.sum(own, {0, width}, [](int64_t) { return false; });
+    const uint32_t lowest = few ? workspace.coarse.down_to(shares[row] * workspace.coarse.total()) : 0;
+    for (const uint32_t bar : {lowest, uint32_t{0}}) {
+      ranking.clear();
+      for (int64_t j = 0; j < width; ++j)
+        if (bar == 0 || Coarse::bin(own[j]) >= bar) ranking.add(own[j], j);
+      counts[row] = 0;
+      if (ranking.empty()) continue;
+      ranking.rank(own, 1, any);
+      const double limit = shares[row] * (bar == 0 ? ranking.total() : workspace.coarse.total());
+      size_t count = 0;
+      while (count < ranking.size() && ranking.up_to(count) <= limit) ++count;
+      counts[row] = static_cast<int64_t>(count);
+      if (count < ranking.size()) return;
+    }
   });
 }
 

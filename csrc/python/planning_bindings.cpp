@@ -32,7 +32,7 @@ void make_part(Part* self, int64_t first, int64_t stop) { new (self) Part{first,
 void make_choice(Choice* self, int64_t batch, int64_t heads, int64_t rows, int64_t width, Rule rule, float alpha,
                  uintptr_t scores, uintptr_t counts, uintptr_t shares, uintptr_t seen, uintptr_t forced, int64_t first,
                  uintptr_t forced_heads, uintptr_t diagonals, int64_t diagonal_count, uintptr_t origin, bool mirrored,
-                 uintptr_t everywhere, uintptr_t ruled_heads) {
+                 uintptr_t everywhere, uintptr_t ruled_heads, uintptr_t early, uintptr_t taken, bool unite) {
   new (self) Choice{batch,
                     heads,
                     rows,
@@ -51,7 +51,10 @@ void make_choice(Choice* self, int64_t batch, int64_t heads, int64_t rows, int64
                     pointer<int64_t>(origin),
                     mirrored,
                     pointer<uint8_t>(everywhere),
-                    pointer<uint8_t>(ruled_heads)};
+                    pointer<uint8_t>(ruled_heads),
+                    pointer<uint8_t>(early),
+                    pointer<uint8_t>(taken),
+                    unite};
 }
 
 void make_slashes(Slashes* self, const Extent& extent, int64_t heads, int64_t width, const Part& part,
@@ -73,14 +76,17 @@ void bind_views_of_planning(nb::module_& m) {
       .value("top_p_reaching", Rule::kTopPReaching)
       .value("top_p_below", Rule::kTopPBelow)
       .value("top_p_of_all_rows", Rule::kTopPOfAllRows)
-      .value("at_least", Rule::kAtLeast);
+      .value("at_least", Rule::kAtLeast)
+      .value("above", Rule::kAbove)
+      .value("top_p_in_tiers", Rule::kTopPInTiers);
   nb::class_<ScoreCall>(m, "ScoreCall")
       .def("__init__", &make_score_call, nb::kw_only(), "q"_a, "k"_a, "extent"_a, "scale"_a, "threads"_a);
   nb::class_<Part>(m, "Part").def("__init__", &make_part, "first"_a, "stop"_a);
   nb::class_<Choice>(m, "Choice")
       .def("__init__", &make_choice, nb::kw_only(), "batch"_a, "heads"_a, "rows"_a, "width"_a, "rule"_a, "alpha"_a,
            "scores"_a, "counts"_a, "shares"_a, "seen"_a, "forced"_a, "first"_a, "forced_heads"_a, "diagonals"_a,
-           "diagonal_count"_a, "origin"_a, "mirrored"_a, "everywhere"_a, "ruled_heads"_a);
+           "diagonal_count"_a, "origin"_a, "mirrored"_a, "everywhere"_a, "ruled_heads"_a,
+           "early"_a, "taken"_a, "unite"_a);
   nb::class_<Slashes>(m, "Slashes")
       .def("__init__", &make_slashes, nb::kw_only(), "extent"_a, "heads"_a, "width"_a, "part"_a, "columns"_a,
            "distances"_a);
@@ -114,21 +120,23 @@ void bind_scores(nb::module_& m) {
       },
       "isa"_a, "q"_a, "grid"_a, nb::kw_only(), "blocks"_a, "out"_a, "threads"_a, Release());
   m.def(
-      "turn",
-      [](const std::string& isa, const TensorView& x, const Given& cos, const Given& sin, const TensorView& out,
-         int threads) {
+      "pool_turned",
+      [](const std::string& isa, const TensorView& x, const Given& cos, const Given& sin, const Grid& grid, bool keys,
+         int64_t blocks, uintptr_t mean, uintptr_t low, uintptr_t high, int threads) {
         const int64_t tokens = checked_product({x.batch, x.tokens}), pairs = tokens == 0 ? 0 : cos.second / tokens;
         check_range("pairs", pairs, 0, x.dim / 2);
         check_count("cosines", cos.second, checked_product({tokens, pairs}));
         check_count("sines", sin.second, cos.second);
-        check_count("the output's batch", out.batch, x.batch);
-        check_count("the output's heads", out.heads, x.heads);
-        check_count("the output's tokens", out.tokens, x.tokens);
-        check_count("the output's dimensions", out.dim, x.dim);
-        if (out.dtype != x.dtype) throw std::invalid_argument("the output must have x's dtype");
-        turn(kernels_for(isa), x, pairs, pointer<float>(cos), pointer<float>(sin), out, threads);
+        check_count("the extent's batch", grid.extent.batch, x.batch);
+        if (keys)
+          check_keys(grid.extent, x.tokens);
+        else
+          check_grid(grid, x);
+        pool_turned(kernels_for(isa), x, {pairs, pointer<float>(cos), pointer<float>(sin)}, grid, keys, blocks,
+                    {pointer<float>(mean), pointer<float>(low), pointer<float>(high)}, threads);
       },
-      "isa"_a, "x"_a, nb::kw_only(), "cos"_a, "sin"_a, "out"_a, "threads"_a, Release());
+      "isa"_a, "x"_a, nb::kw_only(), "cos"_a, "sin"_a, "grid"_a, "keys"_a, "blocks"_a, "mean"_a, "low"_a, "high"_a,
+      "threads"_a, Release());
   m.def(
       "pooled_products",
       [](const std::string& isa, const TensorView& queries, const TensorView& keys, const Grid& grid, const Part& part,
@@ -139,6 +147,16 @@ void bind_scores(nb::module_& m) {
         pooled_products(kernels_for(isa), queries, keys, grid, part, pointer<float>(out), threads);
       },
       "isa"_a, "queries"_a, "keys"_a, "grid"_a, "part"_a, nb::kw_only(), "out"_a, "threads"_a, Release());
+  m.def(
+      "pooled_shares",
+      [](const std::string& isa, const TensorView& queries, const TensorView& keys, const Grid& grid, const Part& part,
+         float scale, uintptr_t out, int threads) {
+        check_heads(queries, keys);
+        check_count("the extent's batch", grid.extent.batch, queries.batch);
+        check_range("the part's end", part.stop, part.first, queries.tokens);
+        pooled_shares(kernels_for(isa), queries, keys, grid, part, scale, pointer<float>(out), threads);
+      },
+      "isa"_a, "queries"_a, "keys"_a, "grid"_a, "part"_a, nb::kw_only(), "scale"_a, "out"_a, "threads"_a, Release());
   m.def(
       "block_energy",
       [](const std::string& isa, const ScoreCall& call, const Grid& grid, const Part& part, bool per_head, bool ended,
@@ -219,6 +237,12 @@ void bind_scores(nb::module_& m) {
 void bind_lists(nb::module_& m) {
   using Release = nb::call_guard<nb::gil_scoped_release>;
   m.def("choose", &choose, "choice"_a, "chosen"_a, "threads"_a, Release());
+  m.def(
+      "count_top_p",
+      [](uintptr_t scores, int64_t rows, int64_t width, uintptr_t shares, uintptr_t counts, int threads) {
+        count_top_p(pointer<float>(scores), rows, width, pointer<double>(shares), pointer<int64_t>(counts), threads);
+      },
+      nb::kw_only(), "scores"_a, "rows"_a, "width"_a, "shares"_a, "counts"_a, "threads"_a, Release());
   m.def(
       "list_bits",
       [](uintptr_t bits, int64_t rows, int64_t width, uintptr_t starts, uintptr_t indices, int threads) {

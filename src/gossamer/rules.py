@@ -20,6 +20,7 @@ __all__ = [
     "AtLeast",
     "Besides",
     "Candidates",
+    "Either",
     "RelativeToMax",
     "Rule",
     "TopK",
@@ -276,6 +277,30 @@ class Besides(Rule):
 
     def select(self, scores: Tensor, forced: Tensor) -> Tensor:
         return self.rule.select(scores, forced) | self.taken
+
+
+class Either(Rule):
+    """What a rule chooses, and beside it what ``other`` chooses by ``others``, scores of its own for the same part.
+
+    What a row does not see must have the `Rule.unseen` of its rule in ``others``. Forced candidates use up no part of
+    the second rule's share. A rule is made for each part (Prism, 2602.08426).
+
+    Raises:
+        ValueError: one of the rules needs all rows at once.
+    """
+
+    def __init__(self, rule: Rule, other: Rule, others: Tensor) -> None:
+        for one in (rule, other):
+            if one.all_rows:
+                raise ValueError(f"{type(one).__name__} needs all rows at once, and cannot be joined part by part")
+        self.rule, self.other, self.others = rule, other, others
+
+    @property
+    def unseen(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.unseen
+
+    def select(self, scores: Tensor, forced: Tensor) -> Tensor:
+        return self.rule.select(scores, forced) | self.other.select(self.others, torch.zeros_like(forced))
 
 
 def count_top_p(scores: Tensor, p: PerHead) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = [
     "antidiagonal_scores",
     "block_attention",
     "block_sums",
+    "count_top_p",
     "group_differences",
     "group_shares",
     "key_similarity",
@@ -33,6 +34,7 @@ __all__ = [
     "masked_softmax",
     "mean_row_maxima",
     "near_keys",
+    "pool_before_rotary",
     "pool_key_bounds",
     "pool_keys",
     "pool_queries",
@@ -73,6 +75,18 @@ def block_sums(mass: Tensor, block: int, before: Tensor | None = None) -> Tensor
         source = source.clamp(0, max(0, width - 1))[:, None].expand(-1, mass.shape[1], -1)
         mass = mass.gather(2, source) * inside if width else mass
     return F.pad(mass, (0, -mass.shape[-1] % block)).unflatten(-1, (-1, block)).sum(dim=-1)
+
+
+def count_top_p(call: AttentionCall, mass: Tensor, p: PerHead) -> Tensor:
+    """How many of the best of each row's scores hold at most ``p`` of its sum; see `gossamer.rules.count_top_p`.
+
+    Args:
+        mass: ``[B, H, rows, N]``, not negative.
+
+    Returns:
+        int64 ``[B, H, rows]``.
+    """
+    return backend_of(call, "count_top_p").count_top_p(mass, p)
 
 
 def probed_blocks(call: AttentionCall, grid: Grid, columns: Tensor, last: int) -> tuple[Tensor, Tensor]:
@@ -144,6 +158,18 @@ def pool_key_bounds(call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor]:
     return backend_of(call, "pool_key_bounds").pool_key_bounds(call, grid)
 
 
+def pool_before_rotary(call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pools of q and k as they were before their rotary embedding (`AttentionCall.before_rotary`).
+
+    Returns:
+        `pool_queries` of it; both of `pool_key_bounds`; and `pool_keys`.
+
+    Raises:
+        ValueError: the call does not say how they were turned.
+    """
+    return backend_of(call, "pool_before_rotary").pool_before_rotary(call, grid)
+
+
 def pool_queries(call: AttentionCall, grid: Grid) -> Tensor:
     """Mean of the live queries of each query block, fp32 ``[B, H, M, D]``."""
     return backend_of(call, "pool_queries").pool_queries(call, grid)
@@ -180,12 +206,14 @@ def pooled_mass(
     Yields:
         plan rows, and shares fp32 ``[B, H, rows, N]``; each row sums to 1, or is 0 where it sees nothing.
     """
-    backend = backend_of(call, "pooled_scores")
     queries = pool_queries(call, grid) if queries is None else queries
     keys = pool_keys(call, grid) if keys is None else keys
+    if excluded is None:
+        yield from block_attention(call, grid, queries, keys, call.scale)
+        return
+    backend = backend_of(call, "pooled_scores")
     for part in _parts(call, grid, call.heads, backend.PART_BYTES):
-        seen = grid.sees(part, call.device)[:, None]
-        seen = seen if excluded is None else seen & ~excluded[:, :, None]
+        seen = grid.sees(part, call.device)[:, None] & ~excluded[:, :, None]
         yield part, masked_softmax(backend.pooled_scores(call, grid, queries, keys, part).mul_(call.scale), seen)
 
 

@@ -1,6 +1,7 @@
 """From equal scores, C++ chooses exactly the sets of the torch definitions, and counts exactly the pairs of a plan."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,18 +12,24 @@ from torch import Tensor
 from gossamer import Extent, SparsePlan
 from gossamer.backends import cpu
 from gossamer.backends import torch as reference
+from gossamer.backends.torch.choose import members
 from gossamer.plan import Grid
 from gossamer.plan.count import count_pairs
 from gossamer.rules import (
+    Above,
     AtLeast,
+    Besides,
     Candidates,
+    Either,
     RelativeToMax,
     Rule,
     TopK,
     TopP,
     TopPBelow,
+    TopPInTiers,
     TopPOfAllRows,
     TopPReaching,
+    count_top_p,
 )
 from gossamer.testing import random_extent, random_plan
 
@@ -42,6 +49,15 @@ RULES: dict[str, Rule] = {
     "at least": AtLeast(0.02),
     "all but -inf": AtLeast(-math.inf),
     "at least, by head": AtLeast([0.0, 0.5, math.inf, -1.0]),
+    "above": Above(0.02),
+    "above, by head": Above([0.0, 0.5, 0.1, 1e-9]),
+}
+# Those that are made for each part, of flags and scores as large as its own.
+RULES_OF_PARTS: dict[str, Callable[[Tensor, Tensor], Rule]] = {
+    "in tiers": lambda flags, _: TopPInTiers(SHARES, flags),
+    "besides": lambda flags, _: Besides(TopPBelow(SHARES), flags),
+    "besides, by head": lambda flags, _: Besides(RelativeToMax(0.5), flags[:1, :, :1]),
+    "either": lambda _, others: Either(TopP(SHARES), TopP([0.9, 0.5, 0.0, 1.0], forced_first=True), others),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
@@ -100,6 +116,23 @@ def test_rules_on_thousands_of_candidates(rule: Rule, kind: str) -> None:
     assert_same(3000, {range(5): (chosen, scores, rule)}, rows=5)
 
 
+@pytest.mark.parametrize("make", RULES_OF_PARTS.values(), ids=RULES_OF_PARTS.keys())
+@pytest.mark.parametrize("kind", ["ties", "softmax", "spoilt"])
+@pytest.mark.parametrize(("width", "rows"), [(1, ROWS), (64, ROWS), (130, ROWS), (3000, 5)])
+def test_rules_of_parts(make: Callable[[Tensor, Tensor], Rule], kind: str, width: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    fields: dict[str, Any] = {
+        "forced_heads": torch.tensor([[True, False, True, False], [True, True, False, True]]),
+        "ruled_heads": torch.tensor([[True, True, True, False], [True, True, True, True]]),
+    }
+    chosen = candidates(width, generator, rows, first=2, **fields)
+    scores, others = (draw(kind, width, generator, rows) for _ in range(2))
+    # What a row does not see counts nothing, in either scores.
+    seen, _ = members(chosen, BATCH, HEADS, width, DEVICE)
+    flags = torch.rand(scores.shape, generator=generator) < 0.1
+    assert_same(width, {range(rows): (chosen, scores, make(flags, others.masked_fill(~seen, 0.0)))}, rows)
+
+
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("rule", [None, TopK(3)], ids=["forced alone", "with a rule"])
 def test_diagonals_and_forced_ranges(rule: Rule | None, mirrored: bool) -> None:
@@ -146,6 +179,18 @@ class Half(TopK):
 def test_other_rules_run_by_their_definition(rule: Rule) -> None:
     generator = torch.Generator().manual_seed(2)
     assert_same(65, {range(ROWS): (candidates(65, generator, first=1), draw("softmax", 65, generator), rule)})
+
+
+@pytest.mark.parametrize("kind", ["ties", "softmax", "spoilt", "flat", "nothing"])
+@pytest.mark.parametrize("width", [0, 1, 64, 3000])
+def test_budgets_by_a_share(kind: str, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    shape = (BATCH, HEADS, 5, width)
+    same = {"flat": torch.ones(shape), "nothing": torch.zeros(shape)}
+    scores = same[kind] if kind in same else draw(kind, max(1, width), generator, rows=5)[..., :width]
+    for p in (SHARES, 0.3):
+        got = same_on_threads(lambda p=p: cpu.count_top_p(scores, p))
+        assert torch.equal(got, count_top_p(scores, p))
 
 
 def test_parts_in_any_order() -> None:

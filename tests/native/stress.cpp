@@ -82,13 +82,15 @@ bool choices_are_right(Problem& problem, const Kernels& kernels, int threads) {
   antidiagonal(kernels, problem.score_call(threads), grid, stride, {0, rows}, width, scores.data());
   const std::vector<Range> seen(kBatch * rows, {0, width}), nothing(kBatch * rows, {0, 0});
   const std::vector<double> shares(kQueryHeads, 1.0);
+  const std::vector<uint8_t> early(scores.size(), 1);
   bool right = true;
   for (const Rule rule :
-       {Rule::kTopP, Rule::kTopPForced, Rule::kTopPReaching, Rule::kTopPBelow, Rule::kTopPOfAllRows}) {
+       {Rule::kTopP, Rule::kTopPForced, Rule::kTopPReaching, Rule::kTopPBelow, Rule::kTopPOfAllRows,
+        Rule::kTopPInTiers}) {
     Choice choice{};
     choice.batch = kBatch, choice.heads = kQueryHeads, choice.rows = rows, choice.width = width;
     choice.rule = rule, choice.scores = scores.data(), choice.shares = shares.data();
-    choice.seen = seen.data(), choice.forced = nothing.data();
+    choice.seen = seen.data(), choice.forced = nothing.data(), choice.early = early.data();
     std::vector<int64_t> counts(kBatch * kQueryHeads * rows);
     std::vector<uint64_t> bits(counts.size() * words_of(width));
     choose(choice, {bits.data(), counts.data()}, threads);
@@ -98,7 +100,7 @@ bool choices_are_right(Problem& problem, const Kernels& kernels, int threads) {
       const int64_t held = width - std::count(own, own + width, 0.0f);  // a share of 1 is all that holds any
       right = right && std::abs(mass - std::round(mass)) < 1e-3 && mass < grid.block_q / stride + 0.5;
       if (rule == Rule::kTopP) right = right && counts[row] <= held;
-      if (rule == Rule::kTopPBelow) right = right && counts[row] == width;
+      if (rule == Rule::kTopPBelow || rule == Rule::kTopPInTiers) right = right && counts[row] == width;
     }
   }
   return right;

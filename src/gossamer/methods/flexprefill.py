@@ -14,7 +14,7 @@ from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, Settings, require_at_least, require_flag, require_share
 from gossamer.plan import SparsePlan, ceil_div
-from gossamer.rules import TopPOfAllRows, count_top_p, top_k
+from gossamer.rules import TopPOfAllRows, top_k
 
 __all__ = ["FlexPrefill"]
 
@@ -62,9 +62,9 @@ class FlexPrefill(Method):
         exact, by_means = scores.probed_blocks(call, blocks.grid, columns, self.block)
         aware = self._is_aware(exact, by_means)
         before = -(call.extent.first_position + call.extent.query_count) % self.block if self.faithful else None
-        slashes = self._best(scores.block_sums(diagonals, self.block, before), diagonals, aware)
+        slashes = self._best(call, scores.block_sums(diagonals, self.block, before), diagonals, aware)
         blocks.diagonals(slashes if self.faithful else slashes | F.pad(slashes[..., :-1], (1, 0)))
-        blocks.block_columns(self._best(exact, columns, aware))
+        blocks.block_columns(self._best(call, exact, columns, aware))
         if self.tau > 0:
             rule = TopPOfAllRows(self.gamma)
             for part, mass in scores.pooled_mass(call, blocks.grid):
@@ -78,9 +78,9 @@ class FlexPrefill(Method):
         aware = (divergence.sum(dim=-1) / 2).clamp(min=0).sqrt() < self.tau
         return aware & ~((p > 0) != (q > 0)).any(dim=-1) if self.faithful else aware
 
-    def _best(self, mass: Tensor, tokens: Tensor, aware: Tensor) -> Tensor:
+    def _best(self, call: AttentionCall, mass: Tensor, tokens: Tensor, aware: Tensor) -> Tensor:
         """The best blocks, the first among them, of a mass by block whose share by token makes the budget."""
-        count = count_top_p(tokens[:, :, None], self.gamma).squeeze(-1) + 1
+        count = scores.count_top_p(call, tokens[:, :, None], self.gamma).squeeze(-1) + 1
         budget = count // (128 if self.faithful else self.block) + 1
         least = ceil_div(self.min_budget, self.block)
         budget = budget.masked_fill(aware, 0).clamp(min=least)

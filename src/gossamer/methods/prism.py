@@ -13,7 +13,7 @@ from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, Settings, require_at_least, require_share
 from gossamer.plan import SparsePlan, ceil_div
-from gossamer.rules import Besides, TopP
+from gossamer.rules import Either, TopP
 
 __all__ = ["Prism"]
 
@@ -60,13 +60,12 @@ class Prism(Method):
         pairs = ceil_div(call.q.shape[-1], 2)
         frequency = torch.arange(call.q.shape[-1], device=call.device) % pairs  # 0 rotates fastest
         fast, slow = max(1, round(self.high * pairs)), pairs - max(1, round(self.low * pairs))
-        nothing = torch.zeros(1, dtype=torch.bool, device=call.device)
         bands = [
             scores.pooled_mass(call, blocks.grid, _calibrated(queries, band), _calibrated(keys, band))
             for band in (frequency < fast, frequency >= slow)
         ]
         for (part, high), (_, low) in zip(*bands, strict=True):
-            blocks.choose(part, high, Besides(TopP(self.p_high), TopP(self.p_low).select(low, nothing)))
+            blocks.choose(part, high, Either(TopP(self.p_high), TopP(self.p_low), low))
         return blocks.plan()
 
 

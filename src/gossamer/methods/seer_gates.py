@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from gossamer import scores
-from gossamer.backends import backend_of
 from gossamer.call import AttentionCall
 from gossamer.methods.head_tables import of_layer
 from gossamer.plan import Grid
@@ -154,9 +153,8 @@ def gate_of(call: AttentionCall, path: str) -> tuple[LayerGate, int]:
 
 def gate_inputs(call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor]:
     """Pooled q ``[B, H, M, C]`` and k ``[B, G, N, 3 * C]``, fp32, as they were before the rotary embedding."""
-    plain = backend_of(call, "before_rotary").before_rotary(call)
-    low, high = scores.pool_key_bounds(plain, grid)
-    return scores.pool_queries(plain, grid), torch.cat([high, low, scores.pool_keys(plain, grid)], dim=-1)
+    queries, low, high, keys = scores.pool_before_rotary(call, grid)
+    return queries, torch.cat([high, low, keys], dim=-1)
 
 
 def gate_scores(

@@ -9,7 +9,7 @@ All functions run on ``torch.get_num_threads()`` threads.
 """
 
 from gossamer.backends.cpu.attend import attend, attend_rows
-from gossamer.backends.cpu.lists import ListWriter, count, finish
+from gossamer.backends.cpu.lists import ListWriter, count, count_top_p, finish
 from gossamer.backends.cpu.native import (
     ENVIRONMENT,
     MAX_HEAD_DIM,
@@ -19,12 +19,13 @@ from gossamer.backends.cpu.native import (
     supported_isas,
     why_unavailable,
 )
-from gossamer.backends.cpu.rotary import before_rotary
+from gossamer.backends.cpu.rotary import pool_before_rotary
 from gossamer.backends.cpu.scores import (
     NEAR_BYTES,
     PART_BYTES,
     antidiagonal_peaks,
     antidiagonal_scores,
+    block_attention,
     group_differences,
     group_shares,
     last_query_probe,
@@ -48,8 +49,9 @@ __all__ = [
     "antidiagonal_scores",
     "attend",
     "attend_rows",
-    "before_rotary",
+    "block_attention",
     "count",
+    "count_top_p",
     "exact_slashes",
     "finish",
     "group_differences",
@@ -59,6 +61,7 @@ __all__ = [
     "last_query_probe",
     "mean_row_maxima",
     "near_keys",
+    "pool_before_rotary",
     "pool_keys",
     "pool_queries",
     "pooled_scores",

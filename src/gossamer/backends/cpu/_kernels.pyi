@@ -89,6 +89,8 @@ class Rule(Enum):
     top_p_below = 6
     top_p_of_all_rows = 7
     at_least = 8
+    above = 9
+    top_p_in_tiers = 10
 
 class Choice:
     """Addresses of fp32 scores, int64 counts, fp64 shares, int64 ranges and origins, bool masks as bytes."""
@@ -115,6 +117,9 @@ class Choice:
         mirrored: bool,
         everywhere: int,
         ruled_heads: int,
+        early: int,
+        taken: int,
+        unite: bool,
     ) -> None: ...
 
 class ChosenBits:
@@ -131,9 +136,25 @@ def attend(isa: str, plan: Plan, call: AttentionCall, /) -> None: ...
 def probe(isa: str, call: ScoreCall, *, last: int, width: int, columns: int, diagonals: int) -> None: ...
 def pool_keys(isa: str, k: Tensor, grid: Grid, *, blocks: int, out: int, threads: int) -> None: ...
 def pool_queries(isa: str, q: Tensor, grid: Grid, *, blocks: int, out: int, threads: int) -> None: ...
-def turn(isa: str, x: Tensor, *, cos: Array, sin: Array, out: Tensor, threads: int) -> None: ...
+def pool_turned(
+    isa: str,
+    x: Tensor,
+    *,
+    cos: Array,
+    sin: Array,
+    grid: Grid,
+    keys: bool,
+    blocks: int,
+    mean: int,
+    low: int,
+    high: int,
+    threads: int,
+) -> None: ...
 def pooled_products(
     isa: str, queries: Tensor, keys: Tensor, grid: Grid, part: Part, *, out: int, threads: int
+) -> None: ...
+def pooled_shares(
+    isa: str, queries: Tensor, keys: Tensor, grid: Grid, part: Part, *, scale: float, out: int, threads: int
 ) -> None: ...
 def block_energy(
     isa: str, call: ScoreCall, grid: Grid, part: Part, *, per_head: bool, ended: bool, out: int
@@ -187,6 +208,7 @@ def row_maxima(
     isa: str, call: ScoreCall, grid: Grid, part: Part, *, regions: int, region_count: int, out: int
 ) -> None: ...
 def choose(choice: Choice, chosen: ChosenBits, threads: int) -> None: ...
+def count_top_p(*, scores: int, rows: int, width: int, shares: int, counts: int, threads: int) -> None: ...
 def list_bits(*, bits: int, rows: int, width: int, starts: int, indices: int, threads: int) -> None: ...
 def place_lists(*, lists: int, counts: int, rows: int, starts: int, indices: int, threads: int) -> None: ...
 def slashes(call: Slashes, *, blocks: ChosenBits, columns: ChosenBits, threads: int) -> None: ...

@@ -5,6 +5,8 @@ From equal scores the sets are those of `gossamer.backends.torch.choose`, the de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,20 +18,25 @@ from gossamer.backends.torch.choose import ListWriter as TorchListWriter
 from gossamer.plan import SparsePlan, ceil_div
 from gossamer.plan.count import count_pairs
 from gossamer.rules import (
+    Above,
     AtLeast,
+    Besides,
     Candidates,
+    Either,
+    PerHead,
     RelativeToMax,
     Rule,
     TopK,
     TopP,
     TopPBelow,
+    TopPInTiers,
     TopPOfAllRows,
     TopPReaching,
     per_head,
     shares,
 )
 
-__all__ = ["ListWriter", "count", "finish", "list_bits", "listed"]
+__all__ = ["ListWriter", "count", "count_top_p", "finish", "list_bits", "listed"]
 
 _TOP_P = {TopPReaching: "top_p_reaching", TopPBelow: "top_p_below", TopPOfAllRows: "top_p_of_all_rows"}
 
@@ -52,18 +59,20 @@ class ListWriter(TorchListWriter):
         shape = (batch, heads, len(part), self.width)
         if scores is not None and tuple(scores.shape) != shape:
             raise ValueError(f"scores of this part must have shape {shape}, got {tuple(scores.shape)}")
-        fields = {} if scores is None or rule is None else _rule_fields(rule, heads)
-        if fields is None:
+        nothing: list[_Pass] = [(candidates, None, {})]
+        passes = nothing if scores is None or rule is None else _passes(candidates, scores, rule)
+        if passes is None:
             super().choose(part, candidates, scores, rule)
             return
-        if fields.get("rule") == "top_p_of_all_rows" and len(part) * self.width >= 1 << 32:
+        if rule is not None and rule.all_rows and len(part) * self.width >= 1 << 32:
             raise ValueError(
                 f"one list of all rows takes less than 2^32 scores a head, got {len(part)} x {self.width}; "
                 "widen the blocks"
             )
         bits = torch.empty(batch, heads, len(part), ceil_div(self.width, 64), dtype=torch.int64, device="cpu")
         counts = torch.empty(batch, heads, len(part), dtype=torch.int64, device="cpu")
-        _choose(candidates, scores if fields else None, fields, shape, bits, counts)
+        for taking, own, fields in passes:
+            _choose(taking, own, fields, shape, bits, counts)
         self.take(part, counts, bits)
 
     def build(self) -> tuple[Tensor, Tensor]:
@@ -92,9 +101,35 @@ class ListWriter(TorchListWriter):
         return indptr, indices
 
 
-def _rule_fields(rule: Rule, heads: int) -> dict[str, Any] | None:
+_Pass = tuple[Candidates, Tensor | None, dict[str, Any]]
+
+
+def _passes(candidates: Candidates, scores: Tensor, rule: Rule) -> list[_Pass] | None:
+    """What is chosen one after the other into the same bits. None for a rule that the kernels do not know."""
+    shape = scores.shape
+    if isinstance(rule, Either) and type(rule) is Either:
+        first, second = (_rule_fields(one, shape) for one in (rule.rule, rule.other))
+        if first is None or second is None:
+            return None
+        of_second = replace(candidates, forced=torch.zeros_like(candidates.forced), first=0)
+        return [(candidates, scores, first), (of_second, rule.others.expand(shape), second | {"unite": True})]
+    fields = _rule_fields(rule, shape)
+    return None if fields is None else [(candidates, scores, fields)]
+
+
+def _rule_fields(rule: Rule, shape: Sequence[int]) -> dict[str, Any] | None:
     """Of a rule that the kernels know: its name and its numbers. None for others, and for what inherits from them."""
-    kind = type(rule)
+    kind, heads = type(rule), shape[1]
+    if isinstance(rule, Besides) and kind is Besides:
+        fields = _rule_fields(rule.rule, shape)
+        return None if fields is None or "taken" in fields else fields | {"taken": _bytes(rule.taken, shape)}
+    if isinstance(rule, TopPInTiers) and kind is TopPInTiers:
+        numbers = shares(rule.p, heads, "cpu").contiguous()
+        return {"rule": "top_p_in_tiers", "shares": numbers, "early": _bytes(rule.early, shape)}
+    if isinstance(rule, Above) and kind is Above:
+        # As the definition has them, in fp32.
+        numbers = per_head(rule.threshold, heads, torch.float32, "cpu").double().contiguous()
+        return {"rule": "above", "shares": numbers}
     if isinstance(rule, RelativeToMax) and kind is RelativeToMax and isinstance(rule.alpha, (int, float)):
         return {"rule": "relative_to_max", "alpha": float(rule.alpha)}
     if isinstance(rule, AtLeast) and kind is AtLeast:
@@ -153,14 +188,37 @@ def _choose(
         mirrored=candidates.mirrored,
         everywhere=address(everywhere),
         ruled_heads=address(ruled_heads),
+        early=address(fields.get("early")),
+        taken=address(fields.get("taken")),
+        unite=fields.get("unite", False),
     )
     native.choose(choice, native.ChosenBits(bits=bits.data_ptr(), counts=counts.data_ptr()), torch.get_num_threads())
+
+
+def _bytes(flags: Tensor, shape: Sequence[int]) -> Tensor:
+    return flags.to(torch.bool).expand(*shape).contiguous()
 
 
 def _int64(values: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     if values is None:
         raise ValueError("diagonals need an origin: the candidate of each row on diagonal 0")
     return values.to("cpu", torch.int64).expand(shape).contiguous()
+
+
+def count_top_p(scores: Tensor, p: PerHead) -> Tensor:
+    """See `gossamer.rules.count_top_p`."""
+    scores = scores.float().contiguous()
+    counts = torch.empty(scores.shape[:-1], dtype=torch.int64, device="cpu")
+    numbers = shares(p, scores.shape[1], "cpu")[:, None].expand(counts.shape).contiguous()
+    kernels().count_top_p(
+        scores=scores.data_ptr(),
+        rows=counts.numel(),
+        width=scores.shape[-1],
+        shares=numbers.data_ptr(),
+        counts=counts.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return counts
 
 
 def list_bits(bits: Tensor, width: int, starts: Tensor, indices: Tensor) -> None:

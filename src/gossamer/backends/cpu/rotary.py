@@ -1,43 +1,51 @@
-"""Queries and keys as they were before the model turned them, in C++."""
+"""Pools of queries and keys as they were before the model turned them, in C++: what is turned is kept nowhere."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from gossamer.backends import torch as definition
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
-from gossamer.backends.cpu.views import arrays, dense_rows, tensor_view
+from gossamer.backends.cpu.views import address, arrays, dense_rows, grid_view, tensor_view
 from gossamer.call import AttentionCall
+from gossamer.plan import Grid
 from gossamer.rotary import Rotary
 
-__all__ = ["before_rotary"]
-
-_TOKENS = 4096  # whose cosines and sines are held at once
+__all__ = ["pool_before_rotary"]
 
 
-def before_rotary(call: AttentionCall) -> AttentionCall:
-    """See `gossamer.backends.torch.before_rotary`, which turns interleaved pairs, and what needs a gradient."""
+def pool_before_rotary(call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `gossamer.backends.torch.pool_before_rotary`, which turns interleaved pairs, and what needs a gradient."""
     if call.rotary is None or call.rotary.interleaved or call.needs_gradient:
-        return call.before_rotary()
+        return definition.pool_before_rotary(call, grid)
     check_tensors(call.q, call.k)
-    q = _turned_back(call.rotary, call.q, call.extent.query_positions(call.query_len))
-    return replace(call, q=q, k=_turned_back(call.rotary, call.k, call.extent.key_positions(call.key_len)), rotary=None)
+    call.extent.check(call.query_len, call.key_len)
+    if grid.extent is not call.extent:
+        grid = Grid(call.extent, grid.block_q, grid.block_k)
+    queries = torch.empty(call.batch, call.heads, grid.query_blocks, call.q.shape[-1], device="cpu")
+    low, high, keys = torch.empty(3, call.batch, call.groups, grid.key_blocks, call.k.shape[-1], device="cpu")
+    _pool(call.rotary, call.q, call.extent.query_positions(call.query_len), grid, queries)
+    _pool(call.rotary, call.k, call.extent.key_positions(call.key_len), grid, keys, (low, high))
+    return queries, low, high, keys
 
 
-def _turned_back(rotary: Rotary, x: Tensor, positions: Tensor) -> Tensor:
-    out, x = torch.empty(x.shape, dtype=x.dtype, device="cpu"), dense_rows(x)
-    for start in range(0, x.shape[2] if x.numel() else 0, _TOKENS):
-        part = slice(start, start + _TOKENS)
-        cos, sin = (own.contiguous() for own in rotary.factors(positions[:, part], torch.float32, back=True))
-        cosines, sines = arrays((cos, sin), (torch.float32, torch.float32))
-        kernels().turn(
-            active_isa(x.dtype),
-            tensor_view(x[:, :, part]),
-            cos=cosines,
-            sin=sines,
-            out=tensor_view(out[:, :, part]),
-            threads=torch.get_num_threads(),
-        )
-    return out
+def _pool(
+    rotary: Rotary, x: Tensor, positions: Tensor, grid: Grid, mean: Tensor, bounds: tuple[Tensor, Tensor] | None = None
+) -> None:
+    cos, sin = (own.contiguous() for own in rotary.factors(positions, torch.float32, back=True))
+    cosines, sines = arrays((cos, sin), (torch.float32, torch.float32))
+    x, (low, high) = dense_rows(x), bounds or (None, None)
+    kernels().pool_turned(
+        active_isa(x.dtype),
+        tensor_view(x),
+        cos=cosines,
+        sin=sines,
+        grid=grid_view(grid),
+        keys=bounds is not None,
+        blocks=mean.shape[2],
+        mean=mean.data_ptr(),
+        low=address(low),
+        high=address(high),
+        threads=torch.get_num_threads(),
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gossamer.backends import torch as definition
 from gossamer.backends.cpu.lists import listed
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
 from gossamer.backends.cpu.views import address, dense_rows, grid_view, part_view, score_view, tensor_view
@@ -22,6 +23,7 @@ __all__ = [
     "PART_BYTES",
     "antidiagonal_peaks",
     "antidiagonal_scores",
+    "block_attention",
     "group_differences",
     "group_shares",
     "last_query_probe",
@@ -112,6 +114,33 @@ def pooled_scores(call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor
         threads=torch.get_num_threads(),
     )
     return scores
+
+
+def block_attention(
+    call: AttentionCall, grid: Grid, queries: Tensor, keys: Tensor, scale: float, part: range
+) -> Tensor:
+    """See `gossamer.backends.torch.block_attention`, which computes what needs a gradient: gates are trained by it."""
+    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
+        return definition.block_attention(call, grid, queries, keys, scale, part)
+    _check(call, queries, keys)
+    grid = _of_call(grid, call)
+    _check_part(part, grid)
+    channels = queries.shape[-1]
+    _check_pooled(queries, "queries", (call.batch, call.heads, grid.query_blocks, channels), torch.float32)
+    _check_pooled(keys, "keys", (call.batch, keys.shape[1], grid.key_blocks, channels), torch.float32)
+    shares = torch.empty(call.batch, call.heads, len(part), grid.key_blocks, device="cpu")
+    queries, keys = queries.contiguous(), keys.contiguous()
+    kernels().pooled_shares(
+        active_isa(torch.float32),
+        tensor_view(queries),
+        tensor_view(keys),
+        grid_view(grid),
+        part_view(part),
+        scale=scale,
+        out=shares.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return shares
 
 
 def row_block_energy(

@@ -3,7 +3,7 @@
 from gossamer.backends.torch.attend import attend, attend_rows
 from gossamer.backends.torch.cells import antidiagonal_means, antidiagonal_peaks, antidiagonal_scores, value_norms
 from gossamer.backends.torch.choose import ListWriter, count, finish
-from gossamer.backends.torch.gates import before_rotary, block_attention, pool_key_bounds
+from gossamer.backends.torch.gates import block_attention, pool_before_rotary, pool_key_bounds
 from gossamer.backends.torch.groups import group_differences, group_shares, mean_row_maxima, near_keys
 from gossamer.backends.torch.scores import (
     NEAR_BYTES,
@@ -18,6 +18,7 @@ from gossamer.backends.torch.scores import (
     row_block_energy,
 )
 from gossamer.backends.torch.slashes import exact_slashes
+from gossamer.rules import count_top_p
 
 __all__ = [
     "NEAR_BYTES",
@@ -28,9 +29,9 @@ __all__ = [
     "antidiagonal_scores",
     "attend",
     "attend_rows",
-    "before_rotary",
     "block_attention",
     "count",
+    "count_top_p",
     "exact_slashes",
     "finish",
     "group_differences",
@@ -40,6 +41,7 @@ __all__ = [
     "last_query_products",
     "mean_row_maxima",
     "near_keys",
+    "pool_before_rotary",
     "pool_key_bounds",
     "pool_keys",
     "pool_queries",

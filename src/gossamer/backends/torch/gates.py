@@ -6,17 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gossamer.backends.torch.scores import pool_keys, pool_queries
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid
 
-__all__ = ["before_rotary", "block_attention", "pool_key_bounds"]
+__all__ = ["block_attention", "pool_before_rotary", "pool_key_bounds"]
 
 CHUNK_BYTES = 16 << 20
 
 
-def before_rotary(call: AttentionCall) -> AttentionCall:
-    """The call with q and k as they were before the model turned them. See `gossamer.AttentionCall.before_rotary`."""
-    return call.before_rotary()
+def pool_before_rotary(call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pools of q and k as they were before the model turned them (`gossamer.AttentionCall.before_rotary`).
+
+    Returns:
+        `pool_queries` of it, both of `pool_key_bounds`, and `pool_keys`.
+
+    Raises:
+        ValueError: the call does not say how they were turned.
+    """
+    plain = call.before_rotary()
+    return pool_queries(plain, grid), *pool_key_bounds(plain, grid), pool_keys(plain, grid)
 
 
 def pool_key_bounds(call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor]:
