@@ -40,11 +40,14 @@ struct VecAvx512 {
   static float reduce_max(Reg a) { return _mm512_reduce_max_ps(a); }
   static float reduce_add(Reg a) { return _mm512_reduce_add_ps(a); }
 
-  // vscalefps multiplies by 2^floor(x) and maps -inf to 0, so that no clamp is needed.
+  // vscalefps multiplies by 2^floor(x) and maps -inf to 0, so that no clamp is needed. Below 2^-126 the result is 0, as
+  // of the other instruction sets: numbers of that size are computed many times slower, and attention has them by the
+  // million where logits lie some 90 below the largest of their row. NaN stays.
   template <int kDegree>
   static Reg exp2(Reg x) {
     const Reg fraction = _mm512_reduce_ps(x, 1);
-    return _mm512_scalef_ps(exp2_polynomial<VecAvx512, kDegree>(fraction), x);
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, set1(-126.0f), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(normal, exp2_polynomial<VecAvx512, kDegree>(fraction), x);
   }
 
   static Reg load_bf16(const uint16_t* p) {

@@ -16,9 +16,6 @@
 #ifdef __unix__
 #include <pthread.h>
 #endif
-#if defined(__x86_64__) || defined(_M_X64)
-#include <xmmintrin.h>
-#endif
 
 namespace gossamer {
 namespace {
@@ -41,25 +38,7 @@ class Failure {
 
 using Jobs = std::function<void(int, int64_t)>;
 
-// Results below 2^-126 are 0 on this thread while it stands. Processors compute such numbers many times slower, and
-// attention has them by the million where logits lie some 90 below the largest of their row.
-class FlushToZero {
- public:
-#if defined(__x86_64__) || defined(_M_X64)
-  FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kFlush); }
-  ~FlushToZero() { _mm_setcsr((_mm_getcsr() & ~kFlush) | (before_ & kFlush)); }
-
- private:
-  static constexpr unsigned kFlush = 0x8000;
-  const unsigned before_;
-#else
-  FlushToZero() {}
-  ~FlushToZero() {}
-#endif
-};
-
 void attempt(const Jobs& job, int thread, int64_t n, Failure& failure) {
-  const FlushToZero flush;
   try {
     job(thread, n);
   } catch (...) {

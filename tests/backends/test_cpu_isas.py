@@ -57,3 +57,20 @@ def test_shares_the_openmp_runtime_of_torch(first: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True
     )
     assert done.stdout.strip() == "1"
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_below_the_normal_range_count_as_nothing(force, isa: str, dtype: str) -> None:
+    """On every instruction set alike. Of a weight of e^-88.5 of the row's largest nothing is left, not even of 1e38."""
+    force(isa)
+    if DTYPES[dtype] == torch.float16:
+        pytest.skip("has no value large enough to show it")
+    q = torch.ones(1, 1, 1, 32, dtype=DTYPES[dtype])
+    k = torch.zeros(1, 1, 2, 32, dtype=DTYPES[dtype])
+    k[:, :, 1, 0] = -88.5
+    v = torch.ones(1, 1, 2, 32, dtype=DTYPES[dtype])
+    v[:, :, 1] = 1e38
+    call = AttentionCall(q, k, v, scale=1.0)
+    out, _ = cpu.attend(call, SparsePlan.dense(1, 1, 2, call.extent))
+    assert torch.equal(out, torch.ones_like(out))
