@@ -8,7 +8,7 @@ import pytest
 import torch
 from cpu_checks import BF16_ISAS, DTYPES, draw, every_isa, needs_kernels, poisoned
 
-from gossamer import Extent, SparsePlan
+from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends import cpu
 
 pytestmark = [needs_kernels, poisoned]
