@@ -5,7 +5,7 @@ of requests that are generated together), ``max_tokens`` and ``poison``. A reque
 of ``ids`` and ``policy``. The result has each request's ``tokens``, ``logprob`` of the first, ``cached`` tokens or
 ``error``; the plug-in's counters; and how many rows were attended again with all that is not theirs poisoned.
 """
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import json
 import os
@@ -46,7 +46,7 @@ def poison_foreign(checks: list[bool]) -> None:
         others = [
             None if t is None else torch.where(mine.view(-1, *[1] * (t.ndim - 1)), t, torch.nan) for t in (key, value)
         ]
-        attend(self, row, query, *others, poisoned, entries, again)
+        attend(self, row, query, others[0], others[1], poisoned, entries, again)
         checks.append(torch.equal(out[row.start : row.end], again[row.start : row.end]))
 
     cpu.SparseCPUImpl._attend = twice  # type: ignore[method-assign]

@@ -149,7 +149,7 @@ def _ending_at(model: Any, layer: int) -> Iterator[None]:
     try:
         for module, owner in owners.items():
             policy = owner.policy
-            ending = _UpTo(policy.method, policy.min_tokens, policy.max_density, layer)
+            ending = _UpTo(policy.method, policy.min_tokens, policy.max_density, policy.profile, layer)
             set_owner(module, replace(owner, policy=ending, record=None, observe=None))
         yield
     finally:
