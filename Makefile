@@ -77,7 +77,7 @@ $(VLLM_STAMP): $(STAMP) requirements-vllm.txt
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm
+	$(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm_plugin
 
 wheel: $(STAMP)
 	GOSSAMER_REQUIRE_KERNELS=1 $(BIN)/python -m pip wheel $(PIP_FLAGS) --no-deps --wheel-dir dist .

@@ -25,6 +25,8 @@ def imported(name):
     """A module; the kernels of Triton cannot be imported everywhere."""
     if "triton" in name:
         pytest.importorskip("triton")
+    if name.startswith("gossamer.integrations.vllm."):
+        pytest.importorskip("vllm")
     return importlib.import_module(name)
 
 

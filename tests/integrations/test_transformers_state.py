@@ -37,7 +37,7 @@ from gossamer.rotary import Rotary
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
 ROOMS = (
-    "attention", "configs", "fallback", "handle", "masks", "operator", "owners", "reached", "stats", "supported",
+    "attention", "configs", "fallback", "handle", "masks", "operator", "owners", "reached", "supported",
     "verify",
 )  # fmt: skip
 SMALL: dict[str, Any] = {"sink": 1, "window": 3} | ALWAYS_SPARSE

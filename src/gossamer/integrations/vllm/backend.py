@@ -234,9 +234,9 @@ def _index(name: str) -> int | None:
 def _others(common: Any, step: Step, starts: Tensor, lengths: Tensor) -> Any:
     """vLLM's description of a step, of the rows that run no plan alone."""
     chosen = {row.index for row in step.rows}
-    rows = torch.tensor([index for index in range(len(lengths)) if index not in chosen])
+    rows = torch.tensor([index for index in range(len(lengths)) if index not in chosen], device="cpu")
     counts = (starts[1:] - starts[:-1])[rows]
-    begins = torch.zeros(len(rows) + 1, dtype=starts.dtype)
+    begins = torch.zeros(len(rows) + 1, dtype=starts.dtype, device="cpu")
     torch.cumsum(counts, 0, out=begins[1:])
     device = common.query_start_loc.device
     there = rows.to(device)

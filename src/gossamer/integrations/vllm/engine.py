@@ -87,7 +87,9 @@ class Engine:
         rows = starts.numel() - 1
         if longest < self.settings.min_queries:
             return Step(
-                (), torch.empty(0, dtype=torch.int64), Counter({"decode" if longest <= 1 else "few queries": rows})
+                (),
+                torch.empty(0, dtype=torch.int64, device="cpu"),
+                Counter({"decode" if longest <= 1 else "few queries": rows}),
             )
         policies = policies or [self.default] * rows
         return choose(starts.tolist(), lengths.tolist(), policies, self.settings.min_queries)
@@ -95,7 +97,7 @@ class Engine:
     def refused(self, rows: int, reason: str) -> Step:
         """A step of which no row runs a plan."""
         self._tell()
-        return Step((), torch.empty(0, dtype=torch.int64), Counter({reason: rows}))
+        return Step((), torch.empty(0, dtype=torch.int64, device="cpu"), Counter({reason: rows}))
 
     def attend(self, call: AttentionCall, policy: Policy) -> Tensor:
         """``[1, H, S, D]``. A method that fails is no reason to fail a server: its row runs dense, and is counted."""

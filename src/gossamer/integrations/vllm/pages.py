@@ -121,7 +121,9 @@ def verify(
         return f"pages of {page} tokens of {both // 2} channels are not tiled by 16"
     generator = torch.Generator().manual_seed(0)
     tokens = page + page // 2 + 1
-    keys, values = (torch.randn(tokens, groups, both // 2, generator=generator).to(device, dtype) for _ in range(2))
+    keys, values = (
+        torch.randn(tokens, groups, both // 2, generator=generator, device="cpu").to(device, dtype) for _ in range(2)
+    )
     cache = torch.full(shape, torch.nan, dtype=dtype, device=device)
     table = torch.tensor([2, 0], device=device)
     places = torch.arange(tokens, device=device)

@@ -82,5 +82,5 @@ def choose(starts: Sequence[int], lengths: Sequence[int], policies: Sequence[Pol
             rows.append(Row(index, start, end, tokens, policy))
         else:
             reasons[reason] += 1
-            others.append(torch.arange(start, end))
-    return Step(tuple(rows), torch.cat(others) if others else torch.empty(0, dtype=torch.int64), reasons)
+            others.append(torch.arange(start, end, device="cpu"))
+    return Step(tuple(rows), torch.cat(others) if others else torch.empty(0, dtype=torch.int64, device="cpu"), reasons)

@@ -1,4 +1,4 @@
-"""Mixed traffic against one server: ``python tests/integrations/vllm/soak.py [--minutes 20] [--out FILE]``.
+"""Mixed traffic against one server: ``python tests/integrations/vllm_plugin/soak.py [--minutes 20] [--out FILE]``.
 
 Clients send prompts of 40 to 6,000 tokens, a third with a prefix that others have, under the server's policy or one of
 their own; some go away in the middle, some ask for a policy that there is not. At the end: each request was answered as
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from integrations.vllm.serving import SPARSE, Server, prompt, raw_post, served, total
+from integrations.vllm_plugin.serving import SPARSE, Server, prompt, raw_post, served, total
 
 SETTINGS = {"method": "max_relative", "min_tokens": 512, "policies": {"few": SPARSE, "dense": {"method": "dense"}}}
 PREFIXES = [prompt(1024 * n, 99) for n in (1, 2, 4)]

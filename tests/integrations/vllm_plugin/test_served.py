@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.vllm.serving import FULL, REFERENCE, SPARSE, counted, needs_vllm, prompt, run, tokens
+from integrations.vllm_plugin.serving import FULL, REFERENCE, SPARSE, counted, needs_vllm, prompt, run, tokens
 
 pytestmark = [needs_vllm, pytest.mark.slow, pytest.mark.vllm]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from integrations.vllm.serving import FULL, SPARSE, Server, needs_vllm, prompt, raw_post, served, total
+from integrations.vllm_plugin.serving import FULL, SPARSE, Server, needs_vllm, prompt, raw_post, served, total
 
 pytestmark = [needs_vllm, pytest.mark.slow, pytest.mark.vllm]
 
