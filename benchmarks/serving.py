@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from machines import machine, results
-from timing import Bystanders, write
+from timing import write
 
 from gossamer.cli.specs import parse_method, split_specs
 from gossamer.evaluate.haystack import load_haystack
@@ -229,7 +229,6 @@ def main() -> None:
     lengths = [int(length) for length in arguments.lengths.split(",")]
     names = [STOCK, *split_specs(arguments.methods)]
     name = arguments.name or arguments.model.name
-    bystanders = Bystanders()
     found: list[dict[str, Any]] = []
     mixed: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -257,7 +256,6 @@ def main() -> None:
         "dtype": arguments.dtype,
         "chunk": arguments.chunk or None,
         "min_tokens": arguments.min_tokens,
-        "used_by_others": bystanders.share(),
         "first_token": found,
         "load": mixed,
     }

@@ -20,10 +20,7 @@ LOAD = ("requests", "prompts of", "server", "requests per second", "of stock's")
 def serving_tables(found: dict[str, Any]) -> Iterator[Table]:
     """For each model the seconds to the first token, and what a mixed load gives where it was measured."""
     for name, section in found.items():
-        others = section["used_by_others"] or 0
-        above = (
-            f"**{name}**, {section['dtype']}, vLLM {section['vllm']}; other programs used {others:.0%} of the machine."
-        )
+        above = f"**{name}**, {section['dtype']}, vLLM {section['vllm']}."
         yield above, FIRST, [_first(row) for row in section["first_token"]]
         if section["load"]:
             yield "", LOAD, [_load(row) for row in section["load"]]
