@@ -16,8 +16,8 @@ stands the time of attending it. The file stands in a folder of this machine, be
 layer and head get random ones (`TABLES`); SeerAttention's gate is the untrained one. Not among them are ``dense``, with
 no plan, and ``per_head``, which is what others make it.
 
-``antidiagonal_8`` and ``antidiagonal_16`` are XAttention's scores and selection with that stride, without what the method
-keeps beside; on one thread the torch version takes minutes at 64K.
+``antidiagonal_8`` and ``antidiagonal_16`` are XAttention's scores and selection with that stride, without what it keeps
+beside; on one thread the torch version takes minutes at 64K.
 """
 
 from __future__ import annotations

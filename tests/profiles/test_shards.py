@@ -106,9 +106,25 @@ def test_key_value_heads_are_known_from_where_the_profile_was_made() -> None:
         assert replace(profile, provenance=Provenance(config=unknown)).shard(0, 4).heads == 3
 
 
-@pytest.mark.parametrize("method", [DuoAttention(((0.5,) * 8,)), Corrected(DuoAttention(((0.5,) * 8,)))])
-def test_numbers_of_the_whole_models_heads_are_not_split(method: Method) -> None:
-    profile = Profile(((Dense(),) * 8, (Dense(),) * 7 + (method,)))
-    with pytest.raises(ValueError, match=f"layer 1, head 7: the numbers of {method.name} belong to heads of the whole"):
-        profile.shard(0, 2)
+def gated(method: Method) -> DuoAttention:
+    found = method.base if isinstance(method, Corrected) else method
+    assert isinstance(found, DuoAttention)
+    return found
+
+
+GATES = (tuple(n / 8 for n in (3, 7, 1, 0, 6, 2, 5, 4)),)
+
+
+@pytest.mark.parametrize(
+    "method", [DuoAttention(GATES, sink=2, recent=9), Corrected(DuoAttention(GATES), pruned_mean=False)]
+)
+def test_numbers_of_the_whole_models_heads_go_to_the_ranks_that_have_them(method: Method) -> None:
+    profile = Profile(((Dense(), *(method,) * 7),))
+    whole = profile.layers[0]
     assert profile.shard(0, 1) == profile
+    full = gated(method).full[0]
+    for rank in (0, 1):
+        mine = slice(4 * rank, 4 * rank + 4)
+        part = profile.shard(rank, 2).layers[0]
+        assert [type(one) for one in part] == [type(one) for one in whole[mine]]
+        assert all(gated(one).full[0] == full[mine] for one in part if not isinstance(one, Dense))

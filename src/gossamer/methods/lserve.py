@@ -58,7 +58,9 @@ class LServe(Method):
         return full_heads(self.gates, self.sparsity)
 
     def of_rank(self, rank: int, ranks: int, heads: int, groups: int) -> Method:
-        return replace(self, **gates_of_rank(self.full, rank, ranks, heads, groups)) if self.gates else self
+        return (
+            replace(self, **gates_of_rank(self.full, rank, ranks, heads, groups)) if self.gates and ranks > 1 else self
+        )
 
     def plan(self, call: AttentionCall) -> SparsePlan:
         full = of_layer(self.full, call.layer, [call.groups, call.heads], f"{self.name}.gates")

@@ -146,8 +146,8 @@ class Profile:
 
         Raises:
             TypeError: something is no integer.
-            ValueError: numbers that do not divide, as of a model that cannot be split so either; or a method whose
-                numbers belong to the whole model's heads.
+            ValueError: numbers that do not divide, as of a model that cannot be split so either; or a method that a
+                rank has no part of (`Method.of_rank`).
         """
         groups = key_value_heads(self.provenance.config) if groups is None else groups
         for name, value in {"rank": rank, "ranks": ranks, "groups": 1 if groups is None else groups}.items():
@@ -165,21 +165,10 @@ class Profile:
                 f"{self.heads} heads{with_groups} cannot be split over {ranks} ranks: both numbers must be a multiple "
                 "of the ranks, or the ranks a multiple of the key/value heads"
             )
-        if ranks > 1:
-            self._check_apart()
+        layers = self.method.of_rank(rank, ranks, self.heads, self.heads if groups is None else groups).layers
         mine = slice(rank * self.heads // ranks, (rank + 1) * self.heads // ranks)
         figures = {n: rows and tuple(tuple(row)[mine] for row in rows) for n in _FIGURES if (rows := getattr(self, n))}
-        return replace(self, layers=tuple(layer[mine] for layer in self.layers), **figures)
-
-    def _check_apart(self) -> None:
-        for i, layer in enumerate(self.layers):
-            for j, method in enumerate(layer):
-                if not method.apart:
-                    raise ValueError(
-                        f"profile layer {i}, head {j}: the numbers of {method.name} belong to heads of the whole model "
-                        "by their place, and cannot be split; give its heads methods of their own, such as a_shape and "
-                        "dense (`gossamer profile convert` does so with files of gates and spans)"
-                    )
+        return replace(self, layers=layers, **figures)
 
     @classmethod
     def uniform(cls, layers: int, heads: int, method: Method) -> Profile:
