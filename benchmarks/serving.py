@@ -1,7 +1,7 @@
 """Time to the first token of vLLM's server, stock and with gossamer's plug-in: servers on one machine, in turn.
 
     python benchmarks/serving.py MODEL [--lengths 8192,16384] [--methods LIST] [--rounds 5] [--out FILE]
-        [--python PYTHON] [--dtype bfloat16] [--chunk TOKENS] [--requests N] [--text FILE]
+        [--python PYTHON] [--dtype bfloat16] [--chunk TOKENS] [--requests N] [--text FILE] [--enforce-eager]
 
 ``--python`` is one that has vLLM and gossamer (see ``make vllm``). A server for each contender is started; they share
 all cores, and no two of them work at the same time. Each round sends every contender the same new prompt of the
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,7 @@ def served(arguments: argparse.Namespace, name: str, port: int, longest: int) ->
         str(arguments.chunk or longest),
     ]
     command += ["--no-enable-prefix-caching", "--additional-config", json.dumps(asked)]
+    command += ["--enforce-eager"] * arguments.enforce_eager
     fixed = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     log = Path(tempfile.mkstemp(suffix=".log")[1])
     with log.open("wb") as out:
@@ -116,6 +118,8 @@ def served(arguments: argparse.Namespace, name: str, port: int, longest: int) ->
                     raise RuntimeError(f"{name}: the server did not start:\n{log.read_text()[-4000:]}") from None
                 time.sleep(0.5)
         yield server
+    except urllib.error.HTTPError as error:
+        raise RuntimeError(f"{name}: {error}; its log ends so:\n{log.read_text()[-4000:]}") from error
     finally:
         process.terminate()
         try:
@@ -222,6 +226,7 @@ def main() -> None:
     parser.add_argument("--min-tokens", type=int, default=2048)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--text")
+    parser.add_argument("--enforce-eager", action="store_true", help="no compilation: servers start in seconds")
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--port", type=int, default=8900)
     parser.add_argument("--out", type=Path, default=results("serving.json"))
@@ -255,6 +260,7 @@ def main() -> None:
         "vllm": versions.stdout.split()[-2],
         "dtype": arguments.dtype,
         "chunk": arguments.chunk or None,
+        "eager": arguments.enforce_eager,
         "min_tokens": arguments.min_tokens,
         "first_token": found,
         "load": mixed,

@@ -1,7 +1,7 @@
 """Answers of generated tasks by vLLM's server with the plug-in, over HTTP, beside the same methods in transformers.
 
     python benchmarks/serving_answers.py MODEL [--length 16384] [--tasks needle_single,needle_multikey] [--samples 10]
-        [--methods dense,max_relative,minference] [--python PYTHON] [--chunk 2048] [--out FILE]
+        [--methods dense,max_relative,minference] [--python PYTHON] [--chunk 2048] [--enforce-eager] [--out FILE]
 
 One server for all: requests name their method, whose pages no other method reads. The same samples are read by the same
 model in transformers with `gossamer.enable`, in one piece; the server reads them in chunks.
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--min-tokens", type=int, default=2048)
     parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--enforce-eager", action="store_true", help="no compilation in vLLM")
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--port", type=int, default=8950)
     parser.add_argument("--out", type=Path, default=results("serving_answers.json"))
