@@ -38,12 +38,17 @@ METRICS = {
 _numbers = itertools.count()
 
 
+def _key(metric: str, labels: dict[str, str]) -> Key:
+    return metric, tuple(sorted(labels.items()))
+
+
 class Counters:
     """The counters of one process. Threads may share it."""
 
     def __init__(self, rank: int = 0) -> None:
         self._rank = str(rank)
         self._values: dict[Key, float] = {}
+        self._stock_keys: dict[int | None, dict[str, tuple[Key, Key]]] = {}
         self._lock = threading.Lock()
         self._changed = threading.Event()
         self._writer: threading.Thread | None = None
@@ -65,15 +70,24 @@ class Counters:
 
     def add_stock(self, layer: int | None, reasons: Iterable[tuple[str, int]]) -> None:
         """Rows that ran on vLLM's own kernel, and why."""
-        name = "-" if layer is None else str(layer)
+        known = self._stock_keys.setdefault(layer, {})
         with self._lock:
             for reason, rows in reasons:
-                self._add("gossamer_rows", rows, layer=name, method="stock", path="stock")
-                self._add("gossamer_dense_rows", rows, layer=name, reason=reason)
-        self._changed.set()
+                keys = known.get(reason)
+                if keys is None:  # each layer of each step comes here
+                    name = "-" if layer is None else str(layer)
+                    labels = {"layer": name, "rank": self._rank}
+                    keys = known[reason] = (
+                        _key("gossamer_rows", labels | {"method": "stock", "path": "stock"}),
+                        _key("gossamer_dense_rows", labels | {"reason": reason}),
+                    )
+                for key in keys:
+                    self._values[key] = self._values.get(key, 0.0) + rows
+        if not self._changed.is_set():
+            self._changed.set()
 
     def _add(self, metric: str, value: float, **labels: str) -> None:
-        key = metric, tuple(sorted((labels | {"rank": self._rank}).items()))
+        key = _key(metric, labels | {"rank": self._rank})
         self._values[key] = self._values.get(key, 0.0) + value
 
     def rows(self) -> list[tuple[str, dict[str, str], float]]:
