@@ -5,39 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from integrations.vllm_plugin.serving import FULL, REFERENCE, SPARSE, counted, needs_vllm, prompt, run, tokens
+from integrations.vllm_plugin.tiny_models import saved
 
 pytestmark = [needs_vllm, pytest.mark.slow, pytest.mark.vllm]
 
 MIXED = [prompt(length) for length in (5, 70, 300, 1000, 2500, 64, 129)]
 # Prefixes of one another, so that later waves find pages of the former ones.
 WAVES = [MIXED, [prompt(2500)[:2000] + prompt(300, 1), prompt(2500), prompt(1000)[:800] + prompt(90, 2), prompt(40)]]
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two kinds of layers, one with a window of 512 tokens, and a soft-cap of the logits."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=5120,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        sliding_window=512,
-        max_position_embeddings=8192,
-        query_pre_attn_scalar=32,
-        attn_logit_softcapping=5.0,
-        initializer_range=0.1,
-    )
-    path = tmp_path_factory.mktemp("gemma")
-    Gemma2ForCausalLM(config).save_pretrained(path)
-    return path
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -87,12 +62,16 @@ def test_full_plans_answer_as_the_stock_kernel(name: str) -> None:
     assert counted(ours, "gossamer_dense_rows", reason="method failed") == 0
 
 
-def test_windows_soft_caps_and_two_groups_of_layers(gemma: Path) -> None:
-    job = {"model": str(gemma), "waves": WAVES, "args": {"max_num_batched_tokens": 768, "max_num_seqs": 8}}
+@pytest.mark.parametrize(("name", "layers"), [("gemma2", 4), ("gpt_oss", 4), ("gemma3n", 6)])
+def test_windows_soft_caps_sinks_and_shared_keys(name: str, layers: int, tmp_path: Path) -> None:
+    job = {"model": str(saved(name, tmp_path)), "waves": WAVES}
+    job["args"] = {"max_num_batched_tokens": 768, "max_num_seqs": 8}
     stock, ours = run(job | {"gossamer": None}), run(job | {"gossamer": FULL})
     assert tokens(ours) == tokens(stock)
-    layers = {of["layer"] for name, of, _ in ours["rows"] if name == "gossamer_rows" and of["path"] == "sparse"}
-    assert layers == {"0", "1", "2", "3"}
+    for mine, theirs in zip(ours["answers"], stock["answers"], strict=True):
+        assert mine["logprob"] == pytest.approx(theirs["logprob"], abs=1e-3)
+    planned = {of["layer"] for metric, of, _ in ours["rows"] if metric == "gossamer_rows" and of["path"] == "sparse"}
+    assert planned == {str(layer) for layer in range(layers)}
 
 
 def test_a_sparse_plan_changes_answers() -> None:
@@ -117,11 +96,11 @@ def test_counts_add_up() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_request_sees_keys_of_others(dtype: str, gemma: Path) -> None:
+def test_no_request_sees_keys_of_others(dtype: str, tmp_path: Path) -> None:
     """Each row again, with NaN in every page, slot and key that is not its own: bit for bit the same."""
     waves = [[prompt(64 + 37 * n % 1500, n % 5) for n in range(24)] for _ in range(2)]
     args = {"dtype": dtype, "max_num_batched_tokens": 700, "max_num_seqs": 16, "num_gpu_blocks_override": 120}
-    for model in (REFERENCE, gemma):
+    for model in (REFERENCE, saved("gemma2", tmp_path), saved("gemma3n", tmp_path)):
         job = {"model": str(model), "waves": waves, "gossamer": SPARSE, "poison": True, "args": args, "max_tokens": 3}
         found = run(job)
         assert found["wrong"] == 0
