@@ -144,8 +144,6 @@ def prompts(arguments: argparse.Namespace, length: int, seed: int) -> list[int]:
 
 def first_tokens(arguments: argparse.Namespace, servers: list[Server], length: int) -> Iterator[list[int]]:
     """Each round's first tokens of the contenders."""
-    for server in servers:
-        server.complete(prompts(arguments, length, -1))
     for n in range(arguments.rounds):
         ids = prompts(arguments, length, n)
         found = {}
@@ -240,6 +238,9 @@ def main() -> None:
         servers = [
             stack.enter_context(served(arguments, one, arguments.port + i, max(lengths))) for i, one in enumerate(names)
         ]
+        for server in servers:  # warm: a plan and a dense row
+            for length in (arguments.min_tokens + 1, arguments.min_tokens // 2):
+                server.complete(prompts(arguments, length, -1))
         for length in lengths:
             same = dict.fromkeys(names, 0)
             for texts in first_tokens(arguments, servers, length):

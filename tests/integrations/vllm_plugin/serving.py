@@ -132,8 +132,8 @@ def total(metrics: dict[str, float], name: str, *labels: str) -> float:
 
 
 @contextmanager
-def served(settings: dict[str, Any], *flags: str) -> Iterator[Server]:
-    """A server of the reference model until the end of the block.
+def served(settings: dict[str, Any] | None, *flags: str) -> Iterator[Server]:
+    """A server of the reference model until the end of the block; without settings, a stock one.
 
     Raises:
         AssertionError: it does not start; the message has the end of its log.
@@ -143,7 +143,8 @@ def served(settings: dict[str, Any], *flags: str) -> Iterator[Server]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(REFERENCE)]
     command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", "8192", "--enforce-eager", "--additional-config", json.dumps({"gossamer": settings})]
+    command += ["--max-model-len", "8192", "--enforce-eager", "--additional-config"]
+    command += [json.dumps({} if settings is None else {"gossamer": settings})]
     variables = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"

@@ -1,8 +1,11 @@
-"""Mixed traffic against one server: ``python tests/integrations/vllm_plugin/soak.py [--minutes 20] [--out FILE]``.
+"""Mixed traffic against one server.
+
+    python tests/integrations/vllm_plugin/soak.py [--minutes 20] [--clients 6] [--stock] [--out FILE]
 
 Clients send prompts of 40 to 6,000 tokens, a third with a prefix that others have, under the server's policy or one of
 their own; some go away in the middle, some ask for a policy that there is not. At the end: each request was answered as
 it should be, the plug-in's counts add up, and the memory of the server's processes did not grow in the second half.
+``--stock`` sends the same traffic to a server without gossamer: what grows there is vLLM's.
 """
 
 from __future__ import annotations
@@ -36,22 +39,24 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def resident(pid: int) -> int:
-    """Bytes of a process and all that it started, memory that they share counted once a process."""
-    pages = 0
+def resident(pid: int) -> dict[str, int]:
+    """Bytes of a process and of all that it started, by name; memory that they share is counted once a process."""
+    found: dict[str, int] = {}
     for one in children(pid):
         try:
-            pages += int(Path(f"/proc/{one}/statm").read_text().split()[1])
+            name = Path(f"/proc/{one}/comm").read_text().strip()
+            pages = int(Path(f"/proc/{one}/statm").read_text().split()[1])
         except OSError:
             continue
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        found[name] = found.get(name, 0) + pages * os.sysconf("SC_PAGE_SIZE")
+    return found
 
 
 class Clients:
     """Threads that send requests until they are told to end, and what came of it."""
 
-    def __init__(self, server: Server, seed: int) -> None:
-        self.server, self.seed = server, seed
+    def __init__(self, server: Server, seed: int, stock: bool) -> None:
+        self.server, self.seed, self.stock = server, seed, stock
         self.counts: dict[str, int] = {}
         self.wrong: list[str] = []
         self.ends = threading.Event()
@@ -82,9 +87,9 @@ class Clients:
             except OSError as error:
                 self.note(kind, f"{kind}: {error}")
                 continue
-            wanted = 400 if kind == "refused" else 200
+            wanted = 400 if kind == "refused" and not self.stock else 200
             made = answer.get("usage", {}).get("completion_tokens") if status == 200 else None
-            right = status == wanted and (kind == "refused" or made == body["max_tokens"])
+            right = status == wanted and (status == 400 or made == body["max_tokens"])
             self.note(kind, None if right else f"{kind}: {status} {json.dumps(answer)[:300]}")
 
     def leave(self, ids: list[int], seconds: float) -> None:
@@ -126,14 +131,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stock", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    with served(SETTINGS, "--max-num-batched-tokens", "2048") as server:
-        clients = Clients(server, arguments.seed)
+    with served(None if arguments.stock else SETTINGS, "--max-num-batched-tokens", "2048") as server:
+        clients = Clients(server, arguments.seed, arguments.stock)
         threads = [threading.Thread(target=clients.run, args=(n,), daemon=True) for n in range(arguments.clients)]
         for thread in threads:
             thread.start()
-        began, memory = time.monotonic(), []
+        began = time.monotonic()
+        memory: list[tuple[float, dict[str, int]]] = []
         while time.monotonic() - began < 60 * arguments.minutes:
             time.sleep(5)
             memory.append((time.monotonic() - began, resident(server.process.pid)))
@@ -148,11 +155,12 @@ def main() -> int:
             if total(metrics, "vllm:num_requests_running") == 0:
                 break
             metrics = server.metrics()
-        wrong = clients.wrong + counts(metrics, 6)
+        wrong = clients.wrong + ([] if arguments.stock else counts(metrics, 6))
         running = total(metrics, "vllm:num_requests_running")
         if running:
             wrong.append(f"{running:.0f} requests still run")
-        rise = growth(memory)
+        whole = [(at, sum(parts.values())) for at, parts in memory]
+        rise = growth(whole)
         if rise > MOST_GROWTH:
             wrong.append(f"memory grew by {rise:.1%} in the second half")
         report = {
@@ -161,7 +169,10 @@ def main() -> int:
             "rows": {
                 path: total(metrics, "gossamer_rows_total", f'path="{path}"') for path in ("sparse", "dense", "stock")
             },
-            "memory_mib": [round(size / 2**20) for _, size in memory[:: max(1, len(memory) // 20)]],
+            "memory_mib": {
+                name: [round(parts.get(name, 0) / 2**20) for _, parts in memory[:: max(1, len(memory) // 20)]]
+                for name in memory[-1][1]
+            },
             "growth": round(rise, 4),
             "wrong": wrong,
         }
