@@ -56,8 +56,8 @@ void PackedWorker::pack_columns(const PackedHead& head, int64_t column_tile, con
 }
 
 void PackedWorker::pack_means(const PackedHead& head, int64_t mean_tile, const PackedTiles& to) {
-  float* scratch = reinterpret_cast<float*>(means_buffer_.reserve(o_.means_scratch() * int64_t{sizeof(float)}));
-  o_.pack_means(head.b, o_.group_of(head.first_plan_head), mean_tile * kChunk, scratch, to.keys(0), to.values(0));
+  char* room = means_buffer_.reserve(o_.means_room());
+  o_.pack_means(head.b, o_.group_of(head.first_plan_head), mean_tile * kChunk, room, to.keys(0), to.values(0));
 }
 
 void PackedWorker::attend(const RowRange& range) {
