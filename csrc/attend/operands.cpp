@@ -29,7 +29,8 @@ PackedTiles Operands::tiles(char* base) const {
   return {base, kChunk * padded_dim * unit, kChunk * padded_value_dim * unit};
 }
 
-void Operands::pack(int64_t b, int64_t group, const int32_t* positions, int count, char* keys, char* values) const {
+void Operands::pack_from(const Tokens& k, int64_t b, int64_t group, const int32_t* positions, int count, char* keys,
+                         char* values) const {
   const Extent& extent = plan.extent();
   int64_t slots[kChunk];
   for (int t = 0; t < kChunk; ++t) {
@@ -38,7 +39,7 @@ void Operands::pack(int64_t b, int64_t group, const int32_t* positions, int coun
     slots[t] = live ? extent.key_slot(b, positions[t]) : -1;
   }
   PointedRows key_rows, value_rows;
-  call.k.point_at(*kernels.scores, b, group, slots, key_rows);
+  k.point_at(*kernels.scores, b, group, slots, key_rows);
   if (values != nullptr) call.v.point_at(*kernels.scores, b, group, slots, value_rows);
   kernels.pack({call.k.dtype, key_rows.rows, value_rows.rows, call.k.dim, call.v.dim, padded_dim, padded_value_dim,
                 keys, values});

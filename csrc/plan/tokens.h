@@ -44,6 +44,8 @@ class Tokens {
 
   int64_t row_bytes() const { return int64_t{dim} * element_size(dtype); }
   bool paged() const { return pages_.table != nullptr; }
+  // Whether a row's numbers lie side by side, so that a single one costs no more than its length.
+  bool in_rows() const { return !paged() || pages_.form == PageForm::kRows; }
   // Where the rows of one head lie as they do in a tensor, else null.
   const TensorView* tensor() const { return paged() ? nullptr : &tensor_; }
 
