@@ -4,11 +4,14 @@
 #include "kernels/job.h"
 #include "plan/plan.h"
 #include "plan/tensor.h"
+#include "plan/tokens.h"
 
 namespace gossamer {
 
 struct AttentionCall {
-  TensorView q, k, v, out;
+  TensorView q;
+  Tokens k, v;
+  TensorView out;
   float* lse;          // [batch, query heads, rows of out], contiguous
   const float* sinks;  // [query heads], or null
   float scale, softcap;  // softcap 0: none

@@ -29,33 +29,43 @@ PackedTiles Operands::tiles(char* base) const {
   return {base, kChunk * padded_dim * unit, kChunk * padded_value_dim * unit};
 }
 
-void Operands::pack(int64_t b, int64_t group, const int32_t* positions, int count, char* keys, char* values) const {
+void Operands::pack_from(const Tokens& k, int64_t b, int64_t group, const int32_t* positions, int count, char* keys,
+                         char* values) const {
   const Extent& extent = plan.extent();
-  const void* key_rows[kChunk];
-  const void* value_rows[kChunk];
+  int64_t slots[kChunk];
   for (int t = 0; t < kChunk; ++t) {
     // A dead slot may hold anything, NaN too, and is never read; nor is what no position can be.
     const bool live = t < count && positions[t] >= 0 && positions[t] < extent.key_count[b];
-    const int64_t slot = live ? extent.key_slot(b, positions[t]) : 0;
-    key_rows[t] = live ? call.k.row(b, group, slot) : nullptr;
-    value_rows[t] = live ? call.v.row(b, group, slot) : nullptr;
+    slots[t] = live ? extent.key_slot(b, positions[t]) : -1;
   }
-  kernels.pack({call.k.dtype, key_rows, value_rows, call.k.dim, call.v.dim, padded_dim, padded_value_dim, keys,
-                values});
+  PointedRows key_rows, value_rows;
+  k.point_at(*kernels.scores, b, group, slots, key_rows);
+  if (values != nullptr) call.v.point_at(*kernels.scores, b, group, slots, value_rows);
+  kernels.pack({call.k.dtype, key_rows.rows, value_rows.rows, call.k.dim, call.v.dim, padded_dim, padded_value_dim,
+                keys, values});
 }
 
-void Operands::pack_means(int64_t b, int64_t group, int64_t block, float* scratch, char* keys, char* values) const {
+int64_t Operands::means_room() const {
+  const int64_t means = kChunk * int64_t{call.k.dim + call.v.dim} * int64_t{sizeof(float)};
+  const int64_t block = std::min(plan.grid.block_k, call.k.tokens);
+  return means + (call.k.paged() ? block * call.k.row_bytes() : 0) + (call.v.paged() ? block * call.v.row_bytes() : 0);
+}
+
+void Operands::pack_means(int64_t b, int64_t group, int64_t block, char* room, char* keys, char* values) const {
   const void* rows[2][kChunk] = {};
-  const TensorView* tensors[2] = {&call.k, &call.v};
+  const Tokens* tokens[2] = {&call.k, &call.v};
+  float* scratch = reinterpret_cast<float*>(room);
+  char* copies = room + kChunk * int64_t{call.k.dim + call.v.dim} * int64_t{sizeof(float)};
   const DType dtype = kernels.bf16_tiles ? DType::kBFloat16 : DType::kFloat32;
   for (int n = 0; n < 2; ++n)
     for (int t = 0; t < kChunk; ++t) {
       const int64_t begin = (block + t) * plan.grid.block_k;
       const int64_t end = std::min(begin + plan.grid.block_k, plan.extent().key_count[b]);
       if (begin >= end) break;
-      const TensorView& x = *tensors[n];
-      kernels.scores->mean(x.row(b, group, plan.extent().key_slot(b, begin)), x.token_stride, end - begin, x.dim,
-                           x.dtype, scratch);
+      const Tokens& x = *tokens[n];
+      const EvenRows from =
+          x.consecutive(*kernels.scores, b, group, plan.extent().key_slot(b, begin), end - begin, copies);
+      kernels.scores->mean(from.first, from.stride, end - begin, x.dim, x.dtype, scratch);
       uint16_t* narrow = reinterpret_cast<uint16_t*>(scratch);
       for (int d = 0; dtype == DType::kBFloat16 && d < x.dim; ++d) narrow[d] = float_to_bf16(scratch[d]);
       rows[n][t] = scratch;

@@ -37,11 +37,16 @@ class Operands {
   // The key/value head that a head of the plan reads.
   int64_t group_of(int64_t plan_head) const { return plan_head * call.k.heads / plan.heads; }
   // Packs up to 64 keys and values, by their positions; keys alone where values is null.
-  void pack(int64_t b, int64_t group, const int32_t* positions, int count, char* keys, char* values) const;
+  void pack(int64_t b, int64_t group, const int32_t* positions, int count, char* keys, char* values) const {
+    pack_from(call.k, b, group, positions, count, keys, values);
+  }
+  // The same with the keys from elsewhere.
+  void pack_from(const Tokens& k, int64_t b, int64_t group, const int32_t* positions, int count, char* keys,
+                 char* values) const;
   // Packs the means of the keys and values of 64 key blocks, from the given one on; zeros beyond the last.
-  void pack_means(int64_t b, int64_t group, int64_t block, float* scratch, char* keys, char* values) const;
-  // Floats that this needs.
-  int64_t means_scratch() const { return kChunk * int64_t{call.k.dim + call.v.dim}; }
+  void pack_means(int64_t b, int64_t group, int64_t block, char* room, char* keys, char* values) const;
+  // Bytes of room that this needs: for the means, and for a block of keys or values.
+  int64_t means_room() const;
   // What a query row that attends nothing has, in a row of the output.
   void clear_row(int64_t b, int64_t head, int64_t row) const;
 };

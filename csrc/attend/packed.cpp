@@ -15,6 +15,9 @@ namespace {
 // long prompt, it pays to look which chunks are needed at all.
 bool few_queries(const Extent& extent, int64_t b) { return extent.query_count[b] <= extent.key_count[b] / 2; }
 
+// Gathered keys, of all keys, from which on all are laid out as rows first.
+constexpr int64_t kGatheredShare = 8;
+
 }  // namespace
 
 PackedKeys::PackedKeys(const Operands& operands, const std::vector<int64_t>& batch_rows)
@@ -31,6 +34,7 @@ PackedKeys::PackedKeys(const Operands& operands, const std::vector<int64_t>& bat
     for (int64_t head = 0; head < packed_heads; ++head) {
       heads.push_back({b, head * share, share, tiles, operands.chunks(b), 0, shares, mean_tiles});
       if (shares) place_columns(heads.back());
+      place_rows(heads.back());
       tiles += heads.back().tiles();
     }
   }
@@ -79,6 +83,27 @@ void PackedKeys::place_columns(PackedHead& head) {
     }
 }
 
+// A single key of a page that does not hold it as a row costs as much as some dozen neighbours. Where a head gathers
+// enough of them, as rows of all its keys cost less.
+void PackedKeys::place_rows(PackedHead& head) const {
+  const Plan& plan = operands.plan;
+  if (operands.call.k.in_rows() || plan.columns.count == 0) return;
+  const int64_t blocks = plan.row_blocks(head.b), step = head.shares_columns ? plan.column_group : 1;
+  const int64_t keys = plan.extent().key_count[head.b];
+  int64_t gathered = 0;
+  for (int64_t h = head.first_plan_head; h < head.first_plan_head + head.plan_heads; ++h)
+    for (int64_t m = 0; m < blocks; m += step) gathered += plan.columns.row(plan.column_list(head.b, h, m)).size();
+  if (gathered < keys / kGatheredShare) return;
+  const int64_t bytes = plan.extent().key_slot(head.b, keys) * operands.call.k.row_bytes();
+  head.row_tiles = ceil_div(bytes, operands.tile_bytes());
+}
+
+Tokens PackedKeys::keys_of(const PackedHead& head) const {
+  const Tokens& k = operands.call.k;
+  if (head.row_tiles == 0) return k;
+  return TensorView{rows(head), k.batch, k.heads, k.tokens, k.dim, 0, 0, k.row_bytes(), k.dtype};
+}
+
 // Returns how many tiles of means there are.
 int64_t PackedKeys::measure_blocks(int64_t b) {
   const int64_t keys = operands.plan.extent().key_count[b], block_k = operands.plan.grid.block_k;
@@ -120,6 +145,7 @@ void PackedExecution::run() {
   keys_.base = o_.tiles(base);
   for (const Pass& pass : passes_) {
     keys_.first_tile = keys_.heads[pass.first_head].first_tile;
+    copy_rows(pass);
     pack(pass);
     run_parallel(threads, static_cast<int64_t>(pass.items.size()), [&](int thread, int64_t n) {
       workers_[thread]->attend(pass.items[static_cast<size_t>(n)].rows);
@@ -171,6 +197,22 @@ int64_t PackedExecution::most_jobs() const {
   return most;
 }
 
+void PackedExecution::copy_rows(const Pass& pass) {
+  std::vector<std::pair<const PackedHead*, int64_t>> jobs;
+  for (int64_t n = pass.first_head; n < pass.stop_head; ++n)
+    for (int64_t chunk = 0; keys_.heads[n].row_tiles > 0 && chunk < keys_.heads[n].chunks; ++chunk)
+      jobs.push_back({&keys_.heads[n], chunk});
+  run_parallel(static_cast<int>(workers_.size()), static_cast<int64_t>(jobs.size()), [&](int, int64_t n) {
+    const PackedHead& head = *jobs[n].first;
+    const Tokens& k = o_.call.k;
+    const Extent& extent = o_.plan.extent();
+    const int64_t first = jobs[n].second * kChunk, slot = extent.key_slot(head.b, first);
+    k.consecutive(*o_.kernels.scores, head.b, o_.group_of(head.first_plan_head), slot,
+                  std::min<int64_t>(kChunk, extent.key_count[head.b] - first),
+                  keys_.rows(head) + slot * k.row_bytes());
+  });
+}
+
 // Tiles of columns and means, and the chunks that some query block lists.
 void PackedExecution::pack(const Pass& pass) {
   list_needed(pass);
@@ -182,6 +224,7 @@ void PackedExecution::list_needed(const Pass& pass) {
   marks_.assign(pass.tiles, 1);
   run_parallel(static_cast<int>(workers_.size()), pass.stop_head - pass.first_head, [&](int thread, int64_t n) {
     const PackedHead& head = keys_.heads[pass.first_head + n];
+    std::fill_n(marks_.data() + head.first_row_tile() - keys_.first_tile, head.row_tiles, 0);
     if (!few_queries(o_.plan.extent(), head.b)) return;
     char* marks = marks_.data() + head.first_tile - keys_.first_tile;
     std::fill(marks, marks + head.chunks, 0);

@@ -14,16 +14,19 @@ namespace gossamer {
 class PackedWorker;
 
 // A packed head: the keys that some heads of the plan read. Its tiles lie one after the other, first its chunks of 64
-// keys, then its column lists, then the means of its key blocks.
+// keys, then its column lists, then the means of its key blocks. Where single keys are gathered from pages that do not
+// hold them as rows, all of the head's keys lie behind them as rows, in the room of some tiles.
 struct PackedHead {
   int64_t b, first_plan_head, plan_heads;
   int64_t first_tile;  // counted over all packed heads
   int64_t chunks, column_tiles;
   bool shares_columns;  // its column lists are packed once; else each query block gathers its own
   int64_t mean_tiles;
+  int64_t row_tiles = 0;
 
-  int64_t tiles() const { return chunks + column_tiles + mean_tiles; }
+  int64_t tiles() const { return chunks + column_tiles + mean_tiles + row_tiles; }
   int64_t first_mean_tile() const { return first_tile + chunks + column_tiles; }
+  int64_t first_row_tile() const { return first_mean_tile() + mean_tiles; }
 };
 
 // What the query blocks of a pass share: which tiles there are, and where they lie.
@@ -47,6 +50,11 @@ class PackedKeys {
   // The list of which a column tile is a part, and the number of the tile in it.
   std::pair<int64_t, int64_t> list_of_column_tile(const PackedHead& head, int64_t column_tile) const;
 
+  // Where the rows of a packed head's keys are of this pass, by slot.
+  char* rows(const PackedHead& head) const { return tiles_from(head.first_row_tile()).base; }
+  // What its keys are read from.
+  Tokens keys_of(const PackedHead& head) const;
+
   // Of this pass: its first tile, and where it lies.
   int64_t first_tile = 0;
   PackedTiles base;
@@ -56,6 +64,7 @@ class PackedKeys {
   int64_t column_tiles(int64_t list) const { return ceil_div(operands.plan.columns.row(list).size(), kChunk); }
   bool shares_columns(int64_t b, int64_t packed_heads) const;
   void place_columns(PackedHead& head);
+  void place_rows(PackedHead& head) const;
   int64_t measure_blocks(int64_t b);
   void bound_chunks();
 
@@ -86,6 +95,7 @@ class PackedExecution {
   void divide_into_passes();
   void add_items(int64_t packed_head, std::vector<WorkItem>& items) const;
   int64_t most_jobs() const;
+  void copy_rows(const Pass& pass);
   void pack(const Pass& pass);
   void list_needed(const Pass& pass);
 

@@ -44,7 +44,8 @@ void PackedWorker::pack_chunk(const PackedHead& head, int64_t chunk, const Packe
     std::copy_n(plan.key_ranks(head.b, head.first_plan_head) + chunk * kChunk, count, positions);
   else
     for (int t = 0; t < count; ++t) positions[t] = static_cast<int32_t>(chunk * kChunk + t);
-  o_.pack(head.b, o_.group_of(head.first_plan_head), positions, count, to.keys(0), to.values(0));
+  o_.pack_from(keys_.keys_of(head), head.b, o_.group_of(head.first_plan_head), positions, count, to.keys(0),
+               to.values(0));
 }
 
 void PackedWorker::pack_columns(const PackedHead& head, int64_t column_tile, const PackedTiles& to) {
@@ -52,12 +53,13 @@ void PackedWorker::pack_columns(const PackedHead& head, int64_t column_tile, con
   const Row columns = o_.plan.columns.row(list);
   const int32_t* first = columns.begin() + tile * kChunk;
   const int count = static_cast<int>(std::min<int64_t>(kChunk, columns.end() - first));
-  o_.pack(head.b, o_.group_of(head.first_plan_head), first, count, to.keys(0), to.values(0));
+  o_.pack_from(keys_.keys_of(head), head.b, o_.group_of(head.first_plan_head), first, count, to.keys(0),
+               to.values(0));
 }
 
 void PackedWorker::pack_means(const PackedHead& head, int64_t mean_tile, const PackedTiles& to) {
-  float* scratch = reinterpret_cast<float*>(means_buffer_.reserve(o_.means_scratch() * int64_t{sizeof(float)}));
-  o_.pack_means(head.b, o_.group_of(head.first_plan_head), mean_tile * kChunk, scratch, to.keys(0), to.values(0));
+  char* room = means_buffer_.reserve(o_.means_room());
+  o_.pack_means(head.b, o_.group_of(head.first_plan_head), mean_tile * kChunk, room, to.keys(0), to.values(0));
 }
 
 void PackedWorker::attend(const RowRange& range) {
@@ -71,7 +73,7 @@ void PackedWorker::attend(const RowRange& range) {
     columns = keys_.tiles_from(keys_.first_column_tile(head, list));
   }
   worklist_.build(rows_.block(), chunks, head.shares_columns ? &columns : nullptr, keys_.bounds(head));
-  gather();
+  gather(head);
   if (o_.plan.pruned_mean)
     worklist_.add_means(rows_.block(), keys_.tiles_from(head.first_mean_tile()), keys_.log_lengths(range.b));
   Panel panel = rows_.panel(o_);
@@ -81,15 +83,16 @@ void PackedWorker::attend(const RowRange& range) {
   o_.kernels.attend(panel);
 }
 
-void PackedWorker::gather() {
+void PackedWorker::gather(const PackedHead& head) {
   const auto& positions = worklist_.gathered();
   if (positions.empty()) return;
   const int64_t total = static_cast<int64_t>(positions.size());
   const PackedTiles tiles = o_.tiles(gather_buffer_.reserve(ceil_div(total, kChunk) * o_.tile_bytes()));
   const QueryBlock& block = rows_.block();
+  const Tokens keys = keys_.keys_of(head);
   for (int64_t n = 0; n * kChunk < total; ++n)
-    o_.pack(block.b, o_.group_of(block.plan_head), positions.data() + n * kChunk,
-            static_cast<int>(std::min<int64_t>(kChunk, total - n * kChunk)), tiles.keys(n), tiles.values(n));
+    o_.pack_from(keys, block.b, o_.group_of(block.plan_head), positions.data() + n * kChunk,
+                 static_cast<int>(std::min<int64_t>(kChunk, total - n * kChunk)), tiles.keys(n), tiles.values(n));
   worklist_.add_gathered(block, tiles, positions.data());
 }
 

@@ -22,7 +22,7 @@ class PackedWorker {
   void pack_chunk(const PackedHead& head, int64_t chunk, const PackedTiles& to);
   void pack_columns(const PackedHead& head, int64_t column_tile, const PackedTiles& to);
   void pack_means(const PackedHead& head, int64_t mean_tile, const PackedTiles& to);
-  void gather();
+  void gather(const PackedHead& head);
 
   const PackedKeys& keys_;
   const Operands& o_;

@@ -30,7 +30,7 @@ class Streamed {
       : o_(operands),
         tiles_a_stretch_(std::max<int64_t>(1, kStretchBytes / o_.tile_bytes())),
         values_fit_(!o_.kernels.bf16_tiles && o_.call.v.dtype == DType::kFloat32 &&
-                    o_.call.v.dim == o_.padded_value_dim && o_.call.v.token_stride > 0) {}
+                    o_.call.v.dim == o_.padded_value_dim) {}
 
   void run(const std::vector<int64_t>& batch_rows) {
     for (const int64_t b : batch_rows) list_items(b);
@@ -116,15 +116,17 @@ class Streamed {
   // fetches ahead for one without effect, and dropping the call.
   void prefetch(const RowRange& range, const Tile& tile) const {
     __asm__ volatile("" ::: "memory");
+    const TensorView *keys = o_.call.k.tensor(), *values = o_.call.v.tensor();
+    if (keys == nullptr || values == nullptr) return;
     const int64_t group = o_.group_of(range.plan_head);
-    const int64_t key_bytes = o_.call.k.row_bytes(), value_bytes = o_.call.v.row_bytes();
+    const int64_t key_bytes = keys->row_bytes(), value_bytes = values->row_bytes();
     const Extent& extent = o_.plan.extent();
     const int count = keys_of(tile, range.b);
     for (int t = 0; t < count; ++t) {
       const int64_t position = tile.positions != nullptr ? tile.positions[t] : tile.first_position + t;
       const int64_t slot = extent.key_slot(range.b, position);
-      const char* key = o_.call.k.row(range.b, group, slot);
-      const char* value = o_.call.v.row(range.b, group, slot);
+      const char* key = keys->row(range.b, group, slot);
+      const char* value = values->row(range.b, group, slot);
       for (int64_t byte = 0; byte < key_bytes; byte += kCacheLine) __builtin_prefetch(key + byte, 0, 2);
       for (int64_t byte = 0; byte < value_bytes; byte += kCacheLine) __builtin_prefetch(value + byte, 0, 2);
     }
@@ -145,12 +147,14 @@ class Streamed {
       positions = consecutive;
     }
     const int64_t group = o_.group_of(range.plan_head);
-    const bool in_place = values_fit_ && tile.positions == nullptr && count == kChunk;
+    EvenRows own{nullptr, 0};
+    if (values_fit_ && tile.positions == nullptr && count == kChunk)
+      own = o_.call.v.in_place(range.b, group, o_.plan.extent().key_slot(range.b, tile.first_position), kChunk);
+    const bool in_place = own.first != nullptr && own.stride > 0;
     o_.pack(range.b, group, positions, count, keys, in_place ? nullptr : values);
     tile.keys = keys;
-    const int64_t slot = o_.plan.extent().key_slot(range.b, tile.first_position);
-    tile.values = in_place ? o_.call.v.row(range.b, group, slot) : values;
-    tile.value_stride = in_place ? o_.call.v.token_stride / int64_t{sizeof(float)} : 0;
+    tile.values = in_place ? own.first : values;
+    tile.value_stride = in_place ? own.stride / int64_t{sizeof(float)} : 0;
   }
 
   void merge(const Item& item) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/job.h"
+#include "kernels/page_job.h"
 
 namespace gossamer {
 
@@ -64,6 +65,8 @@ struct ScoreKernels {
   void (*mean)(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* out);
   // Smallest and largest of consecutive rows, by channel.
   void (*bounds)(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* low, float* high);
+  // Copies tokens out of a page of a cache.
+  void (*read_page)(const PageJob&);
 };
 
 // What add_mass writes to diagonals may reach this far beyond the last one.

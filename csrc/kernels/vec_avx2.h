@@ -85,6 +85,15 @@ struct VecAvx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
   }
 
+  // Pairs (even[n], odd[n]) for n < 16.
+  static void merge_pairs(const uint16_t* even, const uint16_t* odd, uint32_t* to) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(even));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(odd));
+    const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+    _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(to), _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(to + 8), _mm256_permute2x128_si256(low, high, 0x31));
+  }
+
   // Elements [first, first + 8) of 8 rows; the stride in elements.
   static void transpose(const void* const* rows, int first, uint32_t* to, int64_t to_stride) {
     const auto row = [&](int r) { return _mm256_castsi256_ps(

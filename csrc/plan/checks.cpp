@@ -77,7 +77,7 @@ void check_range(const char* name, int64_t given, int64_t least, int64_t most) {
            ", got " + std::to_string(given));
 }
 
-void check_heads(const TensorView& q, const TensorView& k) {
+void check_heads(const TensorView& q, const Tokens& k) {
   check_count("k's batch", k.batch, q.batch);
   check_count("k's dimensions", k.dim, q.dim);
   if (k.heads == 0 || q.heads % k.heads != 0)

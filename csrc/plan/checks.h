@@ -10,6 +10,7 @@
 
 #include "plan/plan.h"
 #include "plan/tensor.h"
+#include "plan/tokens.h"
 
 namespace gossamer {
 
@@ -21,7 +22,7 @@ void check_count(const char* name, int64_t given, int64_t expected);
 void check_range(const char* name, int64_t given, int64_t least, int64_t most);
 
 // Queries and keys (or pooled ones) of one call.
-void check_heads(const TensorView& q, const TensorView& k);
+void check_heads(const TensorView& q, const Tokens& k);
 // Numbers alone: what is counted is not negative, and sums stay far below 64 bits.
 void check_numbers(const Extent& extent);
 // Live queries and keys lie within tensors of so many tokens.

@@ -30,10 +30,11 @@ void for_each_job(const AntidiagonalSetting& setting, const Run& run) {
   for (int64_t first = 0; first < groups; first += at_once) {
     const int64_t count = std::min(at_once, groups - first);
     if (keys != nullptr)
-      run_parallel(call.threads, count * tiles, [&](int, int64_t n) {
+      run_parallel(call.threads, count * tiles, [&](int thread, int64_t n) {
         const int64_t group = first + n / tiles, tile = n % tiles;
         if (tile >= seen[group / heads].begin && tile < seen[group / heads].end)
-          setting.pack_keys(group / heads, group % heads, tile, keys_of(n / tiles) + tile * setting.tile_floats());
+          setting.pack_keys(group / heads, group % heads, tile, scratch[thread],
+                            keys_of(n / tiles) + tile * setting.tile_floats());
       });
     run_parallel(call.threads, count * pieces, [&](int thread, int64_t n) {
       // The longest rows first.

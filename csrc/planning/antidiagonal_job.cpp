@@ -44,14 +44,18 @@ Range AntidiagonalSetting::tiles_seen(int64_t b) const {
   return tiles_of(cells.blocks_of(grid.extent.keys_of(b, queries)));
 }
 
-void AntidiagonalSetting::pack_keys(int64_t b, int64_t group, int64_t tile, float* to) const {
+void AntidiagonalSetting::pack_keys(int64_t b, int64_t group, int64_t tile, AntidiagonalScratch& scratch,
+                                    float* to) const {
   const void* rows[kChunk];
   const int64_t first = tiling.first_cell(tile), past = tiling.past_cell(tile);
+  const int64_t begin = first * stride, end = std::min(past * stride, call.extent.key_count[b]);
+  EvenRows given{nullptr, 0};
+  if (begin < end)
+    given = call.k.consecutive(kernels, b, group, call.extent.key_slot(b, begin), end - begin, scratch.rows.data());
   for (int64_t s = 0; s < stride; ++s) {
     for (int64_t t = 0; t < kChunk; ++t) {
       const int64_t position = (first + t) * stride + s;
-      const bool live = first + t < past && position < call.extent.key_count[b];
-      rows[t] = live ? call.k.row(b, group, call.extent.key_slot(b, position)) : nullptr;
+      rows[t] = position < end ? given.first + (position - begin) * given.stride : nullptr;
     }
     kernels.pack_keys({rows, kChunk, call.q.dim, padded_dim, call.q.dtype}, to + s * piece_floats);
   }
@@ -59,6 +63,7 @@ void AntidiagonalSetting::pack_keys(int64_t b, int64_t group, int64_t tile, floa
 
 AntidiagonalScratch::AntidiagonalScratch(const AntidiagonalSetting& all)
     : keys(all.tile_floats()),
+      rows(all.call.k.paged() ? kChunk * all.stride * all.call.k.row_bytes() : 0),
       queries(all.panels * all.stride * all.piece_floats),
       logits(kLanes + kScoreRows * kScorePitch),
       sums(all.panels * all.tiling.count * kScoreRows * all.tiling.whole),
@@ -150,7 +155,7 @@ void AntidiagonalJob::for_each_tile(const Visit& visit) {
   }
   const float factor = call_.scale / static_cast<float>(all_.stride) * kLog2E;
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-    if (keys_ == nullptr) all_.pack_keys(b_, group_, tile, scratch_.keys.data());
+    if (keys_ == nullptr) all_.pack_keys(b_, group_, tile, scratch_, scratch_.keys.data());
     const float* keys = keys_ == nullptr ? scratch_.keys.data() : keys_ + tile * all_.tile_floats();
     const int64_t first = all_.tiling.first_cell(tile), past = all_.tiling.past_cell(tile);
     for (int64_t panel = 0; panel < panels_; ++panel) {

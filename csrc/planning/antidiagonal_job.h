@@ -39,6 +39,8 @@ struct CellTiling {
   const int64_t count;
 };
 
+struct AntidiagonalScratch;
+
 // What all jobs of a call share.
 struct AntidiagonalSetting {
   AntidiagonalSetting(const Kernels& kernels, const ScoreCall& call, const Grid& grid, int64_t stride,
@@ -48,7 +50,7 @@ struct AntidiagonalSetting {
   // Tiles that hold key cells; and those that some query block of the part sees.
   Range tiles_of(Range cells) const;
   Range tiles_seen(int64_t b) const;
-  void pack_keys(int64_t b, int64_t group, int64_t tile, float* to) const;
+  void pack_keys(int64_t b, int64_t group, int64_t tile, AntidiagonalScratch& scratch, float* to) const;
 
   const ScoreCall& call;
   const Grid& grid;
@@ -68,6 +70,7 @@ struct AntidiagonalScratch {
   explicit AntidiagonalScratch(const AntidiagonalSetting& all);
 
   Aligned keys;  // of a tile, where a job packs them for itself
+  std::vector<char> rows;  // of a tile, where they have to be copied
   Aligned queries, logits;
   // Of each panel, tile and row: a sum, or a maximum, for each block of the tile, and the sums' common reference.
   std::vector<float> sums, references;

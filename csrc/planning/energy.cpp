@@ -32,7 +32,7 @@ class Energies {
       const int64_t group = n / tiles_, b = group / call_.k.heads;
       const void* rows[kChunk];
       kernels_.pack_keys(
-          list_pooled(call_.k, b, group % call_.k.heads, n % tiles_ * kChunk, width_, padded_, rows), keys(n));
+          list_pooled(*call_.k.tensor(), b, group % call_.k.heads, n % tiles_ * kChunk, width_, padded_, rows), keys(n));
     });
     const int64_t lists = call_.q.batch * call_.q.heads / together_;
     run_parallel(call_.threads, lists * part_.size(), [&](int thread, int64_t n) {

@@ -139,8 +139,8 @@ class GroupKeys {
     if (keys.empty()) return;
     const auto for_each_panel = [&](const auto& visit_panel) {
       for (int64_t tile = keys.begin / kChunk * kChunk; tile < keys.end; tile += kChunk) {
-        const void* rows[kChunk];
-        kernels_.pack_keys(list_keys(call_.k, call_.extent, b, g, tile, padded_, rows), scratch.panel.keys);
+        PointedRows rows;
+        kernels_.pack_keys(list_keys(kernels_, call_.k, call_.extent, b, g, tile, padded_, rows), scratch.panel.keys);
         for (int64_t p = 0; p < panels; ++p) {
           const int64_t runs = std::min(per_panel, count - p * per_panel);
           if (!mark(scratch, p, rows_of(runs), tile)) continue;

@@ -75,9 +75,9 @@ class Maxima {
 
   // By a tile of at most 64 keys.
   void raise(Scratch& scratch, int64_t b, int64_t g, Range queries, int64_t begin, int64_t end) {
-    const void* rows[kChunk];
+    PointedRows rows;
     PanelScratch& panel = scratch.panel;
-    kernels_.pack_keys(list_keys(call_.k, call_.extent, b, g, begin, padded_, rows), panel.keys);
+    kernels_.pack_keys(list_keys(kernels_, call_.k, call_.extent, b, g, begin, padded_, rows), panel.keys);
     for_each_panel(queries, [&](int64_t, int64_t number, int64_t first, int64_t count) {
       uint64_t any = 0;
       for (int64_t r = 0; r < count; ++r) {

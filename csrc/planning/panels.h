@@ -58,11 +58,13 @@ inline std::vector<PanelScratch> scratch_for(int threads, int padded_dim) {
 }
 
 // Keys at positions [first, first + 64) of a batch row as pointers; null where none is live.
-inline RowList list_keys(const TensorView& k, const Extent& extent, int64_t b, int64_t group, int64_t first,
-                         int padded_dim, const void** rows) {
+inline RowList list_keys(const ScoreKernels& kernels, const Tokens& k, const Extent& extent, int64_t b, int64_t group,
+                         int64_t first, int padded_dim, PointedRows& to) {
+  int64_t slots[kChunk];
   for (int64_t t = 0; t < kChunk; ++t)
-    rows[t] = first + t < extent.key_count[b] ? k.row(b, group, extent.key_slot(b, first + t)) : nullptr;
-  return {rows, kChunk, k.dim, padded_dim, k.dtype};
+    slots[t] = first + t < extent.key_count[b] ? extent.key_slot(b, first + t) : -1;
+  k.point_at(kernels, b, group, slots, to);
+  return {to.rows, kChunk, k.dim, padded_dim, k.dtype};
 }
 
 // Queries at positions [first, first + count), all of them live.

@@ -6,11 +6,13 @@
 #include "kernels/job.h"
 #include "plan/plan.h"
 #include "plan/tensor.h"
+#include "plan/tokens.h"
 
 namespace gossamer {
 
 struct ScoreCall {
-  TensorView q, k;
+  TensorView q;
+  Tokens k;
   Extent extent;
   float scale;
   int threads;
@@ -31,7 +33,7 @@ void probe(const Kernels& kernels, const ScoreCall& call, int64_t last, int64_t 
 
 // Means of the live tokens of each block; 0 where there is none. Of keys [batch, groups, blocks, dim], of queries
 // [batch, heads, blocks, dim].
-void pool_keys(const Kernels& kernels, const TensorView& k, const Grid& grid, int64_t blocks, float* out, int threads);
+void pool_keys(const Kernels& kernels, const Tokens& k, const Grid& grid, int64_t blocks, float* out, int threads);
 void pool_queries(const Kernels& kernels, const TensorView& q, const Grid& grid, int64_t blocks, float* out,
                   int threads);
 
@@ -46,7 +48,7 @@ struct Pools {
   float *mean, *low, *high;
 };
 
-void pool_turned(const Kernels& kernels, const TensorView& x, const Turn& turn, const Grid& grid, bool keys,
+void pool_turned(const Kernels& kernels, const Tokens& x, const Turn& turn, const Grid& grid, bool keys,
                  int64_t blocks, const Pools& out, int threads);
 
 // Products of pooled queries and pooled keys, contiguous fp32: out [batch, heads, part, key blocks].
@@ -62,7 +64,7 @@ struct EnergyTiles {
   bool ended;     // in causal attention a row takes part for blocks that end at or before it; else for all that begin
 };
 
-// Energies of the queries of a part against pooled keys, call.k [batch, groups, key blocks, dim]: out [batch, groups or
+// Energies of the queries of a part against pooled keys, call.k [batch, groups, key blocks, dim], a tensor: out [batch, groups or
 // heads, part, key blocks].
 void block_energy(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part, EnergyTiles of,
                   float* out);

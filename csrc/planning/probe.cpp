@@ -105,8 +105,9 @@ class Probe {
     for (int64_t tile = 0; tile < kProbeTiles; ++tile) {
       const int64_t first = job.chunk * kProbeKeys + tile * kChunk;
       if (first >= keys) return;
-      const void* rows[kChunk];
-      kernels_.pack_keys(list_keys(call_.k, call_.extent, job.b, job.group, first, padded_, rows), scratch.keys);
+      PointedRows rows;
+      kernels_.pack_keys(list_keys(kernels_, call_.k, call_.extent, job.b, job.group, first, padded_, rows),
+                         scratch.keys);
       for (int64_t h = job.group * share_; h < (job.group + 1) * share_; ++h)
         for (int64_t piece = 0; piece < own.pieces; ++piece) {
           const int count = static_cast<int>(own.piece_rows(piece));

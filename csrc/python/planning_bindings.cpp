@@ -19,7 +19,7 @@ void check_grid(const Grid& grid, const TensorView& q) {
   check_queries(grid.extent, q.tokens);
 }
 
-void make_score_call(ScoreCall* self, const TensorView& q, const TensorView& k, const Extent& extent, float scale,
+void make_score_call(ScoreCall* self, const TensorView& q, const Tokens& k, const Extent& extent, float scale,
                      int threads) {
   check_heads(q, k);
   check_count("the extent's batch", extent.batch, q.batch);
@@ -106,7 +106,7 @@ void bind_scores(nb::module_& m) {
       "isa"_a, "call"_a, nb::kw_only(), "last"_a, "width"_a, "columns"_a, "diagonals"_a, Release());
   m.def(
       "pool_keys",
-      [](const std::string& isa, const TensorView& k, const Grid& grid, int64_t blocks, uintptr_t out, int threads) {
+      [](const std::string& isa, const Tokens& k, const Grid& grid, int64_t blocks, uintptr_t out, int threads) {
         check_count("the extent's batch", grid.extent.batch, k.batch);
         check_keys(grid.extent, k.tokens);
         pool_keys(kernels_for(isa), k, grid, blocks, pointer<float>(out), threads);
@@ -121,7 +121,7 @@ void bind_scores(nb::module_& m) {
       "isa"_a, "q"_a, "grid"_a, nb::kw_only(), "blocks"_a, "out"_a, "threads"_a, Release());
   m.def(
       "pool_turned",
-      [](const std::string& isa, const TensorView& x, const Given& cos, const Given& sin, const Grid& grid, bool keys,
+      [](const std::string& isa, const Tokens& x, const Given& cos, const Given& sin, const Grid& grid, bool keys,
          int64_t blocks, uintptr_t mean, uintptr_t low, uintptr_t high, int threads) {
         const int64_t tokens = checked_product({x.batch, x.tokens}), pairs = tokens == 0 ? 0 : cos.second / tokens;
         check_range("pairs", pairs, 0, x.dim / 2);
@@ -131,7 +131,7 @@ void bind_scores(nb::module_& m) {
         if (keys)
           check_keys(grid.extent, x.tokens);
         else
-          check_grid(grid, x);
+          check_queries(grid.extent, x.tokens);
         pool_turned(kernels_for(isa), x, {pairs, pointer<float>(cos), pointer<float>(sin)}, grid, keys, blocks,
                     {pointer<float>(mean), pointer<float>(low), pointer<float>(high)}, threads);
       },
@@ -163,6 +163,7 @@ void bind_scores(nb::module_& m) {
          uintptr_t out) {
         check_grid(grid, call.q);
         check_key_blocks(grid, call.k.tokens);
+        if (call.k.paged()) throw std::invalid_argument("energies take pooled keys, which lie in no pages");
         block_energy(kernels_for(isa), call, grid, part, {per_head, ended}, pointer<float>(out));
       },
       "isa"_a, "call"_a, "grid"_a, "part"_a, nb::kw_only(), "per_head"_a, "ended"_a, "out"_a, Release());

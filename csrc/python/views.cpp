@@ -11,6 +11,7 @@
 #include "attend/executor.h"
 #include "plan/checks.h"
 #include "plan/plan.h"
+#include "plan/tokens.h"
 #include "python/bindings.h"
 
 namespace nb = nanobind;
@@ -31,6 +32,31 @@ void make_tensor(TensorView* self, uintptr_t data, const Four& shape, const Four
                         static_cast<int>(shape[3]), strides[0] * element,
                         strides[1] * element, strides[2] * element,
                         dtype};
+}
+
+// A sequence in the pages of a cache [pages, heads, ...], of which strides are given, in elements.
+void make_paged(Tokens* self, uintptr_t data, const std::array<int64_t, 2>& shape,
+                const std::array<int64_t, 2>& strides, PageForm form, int64_t page, int64_t dim, DType dtype,
+                int64_t tokens, const Given& table) {
+  const int element = element_size(dtype);
+  const bool tiles = form == PageForm::kKeyTiles || form == PageForm::kValueTiles;
+  check_range("the head dimension", dim, 1, kMaxHeadDim);
+  check_range("tokens of a page", page, 1, kMostTokens);
+  check_range("tokens", tokens, 0, kMostTokens);
+  if (tiles && (element != 2 || page % kTileTokens != 0 || dim % kTileTokens != 0))
+    throw std::invalid_argument("tiles are of 16 bits, and of 16 tokens and channels, got pages of " +
+                                std::to_string(page) + " tokens of " + std::to_string(dim) + " channels");
+  if (ceil_div(tokens, page) > table.second)
+    throw std::invalid_argument(std::to_string(table.second) + " pages of " + std::to_string(page) +
+                                " tokens cannot hold " + std::to_string(tokens) + " tokens");
+  if (data == 0 && tokens > 0) throw std::invalid_argument("the cache has lost its memory");
+  const int32_t* pages = pointer<int32_t>(table);
+  for (int64_t n = 0; n < ceil_div(tokens, page); ++n) check_range("a page of the block table", pages[n], 0, shape[0] - 1);
+  // An empty table has no address, by which pages are told from a tensor.
+  static const int32_t none = 0;
+  new (self) Tokens({pointer<char>(data), strides[0] * element, strides[1] * element, page, form,
+                     pages == nullptr ? &none : pages},
+                    shape[1], tokens, static_cast<int>(dim), dtype);
 }
 
 void make_extent(Extent* self, const Given& query_start, const Given& query_count, const Given& key_start,
@@ -85,7 +111,7 @@ void make_plan(Plan* self, const Grid& grid, int64_t heads, int64_t query_len, i
                      k_order.second});
 }
 
-void make_attention_call(AttentionCall* self, const TensorView& q, const TensorView& k, const TensorView& v,
+void make_attention_call(AttentionCall* self, const TensorView& q, const Tokens& k, const Tokens& v,
                          const TensorView& out, const Given& lse, const Given& sinks, float scale, float softcap,
                          int threads, const Given& rows) {
   check_heads(q, k);
@@ -114,6 +140,15 @@ void bind_views(nb::module_& m) {
       .value("float16", DType::kFloat16);
   nb::class_<TensorView>(m, "Tensor")
       .def("__init__", &make_tensor, "data"_a, "shape"_a, "strides"_a, "dtype"_a);
+  nb::enum_<PageForm>(m, "PageForm")
+      .value("rows", PageForm::kRows)
+      .value("columns", PageForm::kColumns)
+      .value("key_tiles", PageForm::kKeyTiles)
+      .value("value_tiles", PageForm::kValueTiles);
+  nb::class_<Tokens>(m, "Tokens")
+      .def(nb::init_implicit<const TensorView&>())
+      .def("__init__", &make_paged, nb::kw_only(), "data"_a, "shape"_a, "strides"_a, "form"_a, "page"_a, "dim"_a,
+           "dtype"_a, "tokens"_a, "table"_a);
   nb::class_<Extent>(m, "Extent")
       .def("__init__", &make_extent, nb::kw_only(), "query_start"_a, "query_count"_a, "key_start"_a, "key_count"_a,
            "causal"_a, "limit"_a.none());

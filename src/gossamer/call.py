@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, overload
 
 import torch
 from torch import Tensor
 
+from gossamer.paged import Paged
 from gossamer.plan import Extent, SparsePlan
 from gossamer.plan.checks import checks_numbers
 from gossamer.rotary import Rotary
@@ -190,15 +191,11 @@ class AttentionCall:
 
     def of_groups(self, groups: Sequence[int]) -> AttentionCall:
         """The call of some key/value heads and their query heads, in ascending order. Neighbours are not copied."""
-        first, many = (groups[0], len(groups)) if groups else (0, 0)
-        if many == self.groups:
+        if len(groups) == self.groups:
             return self
-        near = list(groups) == list(range(first, first + many))
-        of_keys = slice(first, first + many) if near else list(groups)
-        q = self.q.unflatten(1, (self.groups, self.share))[:, of_keys].flatten(1, 2)
-        sinks = None if self.sinks is None else self.sinks.view(self.groups, -1)[of_keys].flatten()
-        v = None if self.v is None else self.v[:, of_keys]
-        return replace(self, q=q, k=self.k[:, of_keys], v=v, sinks=sinks)
+        q = _of_heads(self.q.unflatten(1, (self.groups, self.share)), groups).flatten(1, 2)
+        sinks = None if self.sinks is None else self.sinks.view(self.groups, -1)[list(groups)].flatten()
+        return replace(self, q=q, k=_of_heads(self.k, groups), v=_of_heads(self.v, groups), sinks=sinks)
 
     def of_heads(self, heads: Sequence[int]) -> AttentionCall:
         """The call of some query heads and the key/value heads that they read, as many of each; in ascending order."""
@@ -206,8 +203,8 @@ class AttentionCall:
         if len(heads) == len(groups) * self.share:
             return self.of_groups(groups)
         sinks = None if self.sinks is None else self.sinks[list(heads)]
-        v = None if self.v is None else self.v[:, groups]
-        return replace(self, q=self.q[:, list(heads)], k=self.k[:, groups], v=v, sinks=sinks)
+        k, v = _of_heads(self.k, groups), _of_heads(self.v, groups)
+        return replace(self, q=self.q[:, list(heads)], k=k, v=v, sinks=sinks)
 
     def before_rotary(self) -> AttentionCall:
         """The call with q and k as they were before the model turned them; exact but for rounding.
@@ -265,6 +262,20 @@ class AttentionCall:
             )
         if checks_numbers():
             plan.check()
+
+
+@overload
+def _of_heads(x: Tensor, heads: Sequence[int]) -> Tensor: ...
+@overload
+def _of_heads(x: Tensor | None, heads: Sequence[int]) -> Tensor | None: ...
+def _of_heads(x: Tensor | None, heads: Sequence[int]) -> Tensor | None:
+    """Some heads, in ascending order, of ``[B, heads, ...]``. Neighbours are not copied."""
+    if x is None:
+        return None
+    first, last = (heads[0], heads[-1] + 1) if heads else (0, 0)
+    if last - first != len(heads):
+        return x[:, list(heads)]
+    return x.of_heads(first, last) if isinstance(x, Paged) else x[:, first:last]
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:

@@ -14,8 +14,10 @@ from stub_vllm import GROUPS, HEADS, PAGE, AttentionCGSupport, AttentionType, Co
 from torch import Tensor
 from triton_support import MARKS
 
+from gossamer.backends import cpu
 from gossamer.integrations.vllm.counters import FOLDER
 from gossamer.integrations.vllm.plugin import engine_of
+from gossamer.paged import Paged
 
 DENSE = {"method": "dense", "kernel": "gossamer", "min_tokens": 0, "min_queries": 32}
 ROWS = [(1, 20), (40, 30), (5, 33), (33, 0), (2, 0)]
@@ -126,6 +128,19 @@ def test_a_method_leaves_pairs_out(kind: str) -> None:
     assert served.total("gossamer_rows", method="a_shape", path="sparse") == 2
     assert served.total("gossamer_computed_pairs") < 0.5 * served.total("gossamer_pairs")
     assert not torch.allclose(out, served.expected(ROWS), atol=1e-2)
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="needs the C++ kernels")
+@pytest.mark.parametrize("method", ["a_shape", "max_relative", "minference"])
+def test_on_cpus_nothing_is_copied_out_of_the_pages(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Paged] = []
+    rows = Paged.rows
+    monkeypatch.setattr(Paged, "rows", lambda self: copied.append(self) or rows(self))
+    served = Served("cpu", {"method": method, "min_tokens": 0, "min_queries": 32, "max_density": 2}, window=200)
+    served.run([(40, 300), (33, 10)])
+    assert served.total("gossamer_rows", method=method, path="sparse") == 2
+    # Only where the layout is verified, which is once.
+    assert sum(one.shape[2] > 2 * PAGE for one in copied) == 0
 
 
 @both

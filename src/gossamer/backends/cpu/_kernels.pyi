@@ -5,6 +5,7 @@ An `Array` is an address with the number of elements there. What is made of them
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import overload
 
 Array = tuple[int, int]
 
@@ -15,6 +16,32 @@ class DType(Enum):
 
 class Tensor:
     def __init__(self, data: int, shape: Sequence[int], strides: Sequence[int], dtype: DType) -> None: ...
+
+class PageForm(Enum):
+    rows = 0
+    columns = 1
+    key_tiles = 2
+    value_tiles = 3
+
+class Tokens:
+    """Keys or values: of a tensor, or of one sequence in pages; strides of pages and heads, and a table int32."""
+
+    @overload
+    def __init__(self, rows: Tensor, /) -> None: ...
+    @overload
+    def __init__(
+        self,
+        *,
+        data: int,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        form: PageForm,
+        page: int,
+        dim: int,
+        dtype: DType,
+        tokens: int,
+        table: Array,
+    ) -> None: ...
 
 class Extent:
     """Of int64 ``[B]``."""
@@ -65,8 +92,8 @@ class AttentionCall:
         self,
         *,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | Tokens,
+        v: Tensor | Tokens,
         out: Tensor,
         lse: Array,
         sinks: Array,
@@ -77,7 +104,7 @@ class AttentionCall:
     ) -> None: ...
 
 class ScoreCall:
-    def __init__(self, *, q: Tensor, k: Tensor, extent: Extent, scale: float, threads: int) -> None: ...
+    def __init__(self, *, q: Tensor, k: Tensor | Tokens, extent: Extent, scale: float, threads: int) -> None: ...
 
 class Rule(Enum):
     none = 0
@@ -134,11 +161,11 @@ class Slashes:
 
 def attend(isa: str, plan: Plan, call: AttentionCall, /) -> None: ...
 def probe(isa: str, call: ScoreCall, *, last: int, width: int, columns: int, diagonals: int) -> None: ...
-def pool_keys(isa: str, k: Tensor, grid: Grid, *, blocks: int, out: int, threads: int) -> None: ...
+def pool_keys(isa: str, k: Tensor | Tokens, grid: Grid, *, blocks: int, out: int, threads: int) -> None: ...
 def pool_queries(isa: str, q: Tensor, grid: Grid, *, blocks: int, out: int, threads: int) -> None: ...
 def pool_turned(
     isa: str,
-    x: Tensor,
+    x: Tensor | Tokens,
     *,
     cos: Array,
     sin: Array,

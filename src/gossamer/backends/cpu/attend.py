@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
-from gossamer.backends.cpu.views import arrays, dense_rows, plan_parts, plan_view, tensor_view
+from gossamer.backends.cpu.views import arrays, dense_rows, plan_parts, plan_view, tensor_view, tokens_view
 from gossamer.backends.gradient import refuse
 from gossamer.backends.torch.attend import attend_rows as definition
 from gossamer.call import AttentionCall
@@ -129,8 +129,8 @@ def _fill(
     lse_array, sinks_array = arrays((lse, sinks), (torch.float32, torch.float32))
     call = native.AttentionCall(
         q=tensor_view(q),
-        k=tensor_view(k),
-        v=tensor_view(v),
+        k=tokens_view(k),
+        v=tokens_view(v),
         out=tensor_view(out),
         lse=lse_array,
         sinks=sinks_array,

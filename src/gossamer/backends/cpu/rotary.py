@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gossamer.backends import torch as definition
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
-from gossamer.backends.cpu.views import address, arrays, dense_rows, grid_view, tensor_view
+from gossamer.backends.cpu.views import address, arrays, dense_rows, grid_view, tokens_view
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid
 from gossamer.rotary import Rotary
@@ -38,7 +38,7 @@ def _pool(
     x, (low, high) = dense_rows(x), bounds or (None, None)
     kernels().pool_turned(
         active_isa(x.dtype),
-        tensor_view(x),
+        tokens_view(x),
         cos=cosines,
         sin=sines,
         grid=grid_view(grid),

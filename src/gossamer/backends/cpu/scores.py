@@ -13,7 +13,7 @@ from torch import Tensor
 from gossamer.backends import torch as definition
 from gossamer.backends.cpu.lists import listed
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
-from gossamer.backends.cpu.views import address, dense_rows, grid_view, part_view, score_view, tensor_view
+from gossamer.backends.cpu.views import address, dense_rows, grid_view, part_view, score_view, tensor_view, tokens_view
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid, ceil_div
 from gossamer.rules import PerHead, per_head
@@ -69,7 +69,7 @@ def pool_keys(call: AttentionCall, grid: Grid) -> Tensor:
     k = dense_rows(call.k)
     kernels().pool_keys(
         active_isa(k.dtype),
-        tensor_view(k),
+        tokens_view(k),
         grid_view(grid),
         blocks=grid.key_blocks,
         out=means.data_ptr(),

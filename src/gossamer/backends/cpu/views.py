@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gossamer.backends.cpu.native import DTYPES, kernels
 from gossamer.call import AttentionCall
+from gossamer.paged import Paged
 from gossamer.plan import Extent, Grid, SparsePlan
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "plan_view",
     "score_view",
     "tensor_view",
+    "tokens_view",
 ]
 
 
@@ -37,7 +39,9 @@ _PLAN_DTYPES = (*_EXTENT_DTYPES, torch.int64, torch.int32, torch.int64, *[torch.
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """The tensor as it is where its last dimension is contiguous, else a copy."""
+    """The tensor as it is where its last dimension is contiguous, else a copy. Pages stay, unless they were read."""
+    if isinstance(x, Paged):
+        return x.at_hand()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -62,6 +66,24 @@ def arrays(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[tup
 def tensor_view(x: Tensor) -> Any:
     """Of `dense_rows`, ``[B, heads, tokens, dim]``."""
     return kernels().Tensor(x.data_ptr(), x.shape, x.stride(), _dtypes()[x.dtype])
+
+
+def tokens_view(x: Tensor) -> Any:
+    """Of keys or values as `dense_rows` has them, rows or pages."""
+    if not isinstance(x, Paged):
+        return tensor_view(x)
+    pages = x.pages
+    return kernels().Tokens(
+        data=pages.data_ptr(),
+        shape=pages.shape[:2],
+        strides=pages.stride()[:2],
+        form=getattr(kernels().PageForm, x.form),
+        page=x.page,
+        dim=x.shape[3],
+        dtype=_dtypes()[x.dtype],
+        tokens=x.shape[2],
+        table=(x.table.data_ptr(), x.table.numel()),
+    )
 
 
 @functools.cache
@@ -98,7 +120,7 @@ def score_view(q: Tensor, k: Tensor, call: AttentionCall) -> Any:
     """Of `dense_rows` in place of the call's own tensors."""
     return kernels().ScoreCall(
         q=tensor_view(q),
-        k=tensor_view(k),
+        k=tokens_view(k),
         extent=extent_view(call.extent),
         scale=call.scale,
         threads=torch.get_num_threads(),

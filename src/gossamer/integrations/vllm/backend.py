@@ -18,7 +18,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
 from gossamer.integrations.vllm.engine import Engine, call_of, logger
-from gossamer.integrations.vllm.pages import read, verify
+from gossamer.integrations.vllm.pages import ROWS, paged, read, verify
 from gossamer.integrations.vllm.plugin import engine_of, policies_of, settings_of
 from gossamer.integrations.vllm.rows import Row, Step
 
@@ -121,7 +121,8 @@ class SparseImpl(Stock):
             keys, values = (t[mine].view(row.queries, groups, -1).transpose(0, 1)[None] for t in (key, value))
         else:
             first = 0 if window is None else max(0, row.past - window + 1)
-            keys, values = read(cache, table[row.index], first, row.tokens, self.isa)
+            take = read if self.isa == ROWS else paged
+            keys, values = take(cache, table[row.index], first, row.tokens, self.isa)
         call = call_of(
             row,
             query[mine].view(row.queries, heads, dim),

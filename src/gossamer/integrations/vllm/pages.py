@@ -23,49 +23,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "ROWS", "read", "verify"]
+from gossamer.paged import Paged
+
+__all__ = ["LAYOUTS", "ROWS", "paged", "read", "verify"]
 
 ROWS = "rows"
 """The layout of GPUs."""
 
-Half = Callable[[Tensor, int, int], Tensor]
-
-
-def _columns(half: Tensor, page: int, dim: int) -> Tensor:
-    return half.unflatten(2, (dim, page)).permute(1, 0, 3, 2)
-
-
-def _rows(half: Tensor, page: int, dim: int) -> Tensor:
-    return half.unflatten(2, (page, dim)).permute(1, 0, 2, 3)
-
-
-def _amx_keys(half: Tensor, page: int, dim: int) -> Tensor:
-    return half.unflatten(2, (page // 16, dim // 2, 16, 2)).permute(1, 0, 2, 4, 3, 5)
-
-
-def _amx_values(half: Tensor, page: int, dim: int) -> Tensor:
-    return half.unflatten(2, (dim // 16, page // 2, 16, 2)).permute(1, 0, 3, 5, 2, 4)
-
-
-LAYOUTS: dict[str, tuple[Half, Half]] = {
-    "vec": (_columns, _rows),
-    "vec16": (_columns, _rows),
-    "amx": (_amx_keys, _amx_values),
+LAYOUTS: dict[str, tuple[str, str]] = {
+    "vec": ("columns", "rows"),
+    "vec16": ("columns", "rows"),
+    "amx": ("key_tiles", "value_tiles"),
 }
-"""By the name of vLLM's kernel on CPUs: views of a half ``[n, G, page * D]`` as ``[G, n, (tokens), (channels)]``."""
+"""By the name of vLLM's kernel on CPUs: the forms of K and V, as `gossamer.paged.FORMS` has them."""
 
 
-def read(cache: Tensor, table: Tensor, first: int, last: int, isa: str) -> tuple[Tensor, Tensor]:
-    """Keys and values of one sequence's tokens, copied out of its pages.
+def paged(cache: Tensor, table: Tensor, first: int, last: int, isa: str) -> tuple[Paged, Paged]:
+    """Keys and values of one sequence's tokens, where they lie: nothing is copied.
 
     Args:
-        cache: ``[pages, G, page, 2 * D]``, contiguous but for `ROWS`.
+        cache: ``[pages, G, page, 2 * D]``, contiguous.
         table: int ``[n]``, the sequence's pages in order; those before ``first // page`` may be anything.
-        first, last: tokens ``first`` to ``last - 1`` are read.
-        isa: a name of `LAYOUTS`, or `ROWS`.
+        first, last: tokens ``first`` to ``last - 1`` are wanted.
+        isa: a name of `LAYOUTS`.
 
     Returns:
-        two tensors ``[1, G, last - first // page * page, D]``: they begin at the first token of a page. Of slots past
+        two of ``[1, G, last - first // page * page, D]``: they begin at the first token of a page. Of slots past
         ``last`` nothing is in them.
 
     Raises:
@@ -73,24 +56,34 @@ def read(cache: Tensor, table: Tensor, first: int, last: int, isa: str) -> tuple
         ValueError: the table is too short, or the cache is no such one.
     """
     pages, groups, page, both = cache.shape
-    dim = both // 2
+    _check(cache, table, first, last, cache.is_contiguous())
+    begin = first // page
+    halves = cache.view(pages, groups, 2, page * both // 2)
+    used, tokens = table[begin : -(-last // page)], last - begin * page
+    keys, values = (Paged(halves[:, :, half], used, tokens, page, form) for half, form in enumerate(LAYOUTS[isa]))
+    return keys, values
+
+
+def read(cache: Tensor, table: Tensor, first: int, last: int, isa: str) -> tuple[Tensor, Tensor]:
+    """The same copied out of the pages as rows. Of `ROWS` too, whose cache has any strides."""
+    if isa != ROWS:
+        keys, values = paged(cache, table, first, last, isa)
+        return keys.rows(), values.rows()
+    _check(cache, table, first, last, True)
+    _, groups, page, both = cache.shape
     begin, end = first // page, -(-last // page)
-    unknown = both % 2 or (isa != ROWS and not cache.is_contiguous())
-    if unknown or end > table.numel() or not 0 <= first < last:
+    rows = cache.transpose(0, 1)[:, table[begin:end].long()].reshape(1, groups, (end - begin) * page, both)
+    rows = rows[:, :, : last - begin * page]
+    return rows[..., : both // 2], rows[..., both // 2 :]
+
+
+def _check(cache: Tensor, table: Tensor, first: int, last: int, lies_right: bool) -> None:
+    _, _, page, both = cache.shape
+    if both % 2 or not lies_right or -(-last // page) > table.numel() or not 0 <= first < last:
         raise ValueError(
             f"cannot read tokens {first} to {last} of {table.numel()} pages from a cache of shape "
             f"{tuple(cache.shape)}; it must be contiguous [pages, heads, page, 2 * head_dim]"
         )
-    chosen, tokens = table[begin:end].long(), last - begin * page
-    if isa == ROWS:
-        rows = cache.transpose(0, 1)[:, chosen].reshape(1, groups, (end - begin) * page, both)[:, :, :tokens]
-        return rows[..., :dim], rows[..., dim:]
-    halves = cache.view(pages, groups, 2, page * dim)
-    found = []
-    for half, layout in enumerate(LAYOUTS[isa]):
-        rows = layout(halves[:, :, half].index_select(0, chosen), page, dim)
-        found.append(rows.reshape(1, groups, (end - begin) * page, dim)[:, :, :tokens])
-    return found[0], found[1]
 
 
 def verify(
