@@ -1,4 +1,7 @@
-"""Tables of vLLM's server with gossamer beside the stock one, from `benchmarks/serving.py`."""
+"""Tables of vLLM's server with gossamer beside the stock one, and of a chunk over its pages.
+
+From `benchmarks/serving.py` and `benchmarks/paged.py`.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +18,18 @@ FIRST = (
     "same first tokens",
 )
 LOAD = ("requests", "prompts of", "server", "requests per second", "of stock's")
+
+PAGED = (
+    "tokens",
+    "layout",
+    "method",
+    "density",
+    "seconds with a copy",
+    "in place",
+    "times as fast",
+    "peak MiB",
+    "in place",
+)
 
 
 def serving_tables(found: dict[str, Any]) -> Iterator[Table]:
@@ -52,3 +67,23 @@ def _load(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def paged_table(found: dict[str, Any]) -> Table:
+    """A row for each length, layout and method."""
+    return "", PAGED, [_paged(row) for row in sorted(found["rows"], key=lambda row: (row["length"], row["dtype"]))]
+
+
+def _paged(row: dict[str, Any]) -> tuple[Any, ...]:
+    copied, in_place = (row["ways"][way] for way in ("copied", "in place"))
+    return (
+        f"{row['length']:,}",
+        f"{row['layout']}, {row['dtype']}",
+        f"`{row['method']}`",
+        f"{row['density']:.2f}",
+        f"{copied['median_s']:.2f}",
+        f"{in_place['median_s']:.2f}",
+        f"{row['ratio']:.2f}",
+        copied["peak_mib"],
+        in_place["peak_mib"],
+    )

@@ -373,6 +373,7 @@ TABLES = {
     "serving": lambda: for_each_machine(
         "serving.json", lambda found, _: "\n\n".join(markdown(*one) for one in serving_tables.serving_tables(found))
     ),
+    "paged": lambda: for_each_machine("paged.json", lambda found, _: markdown(*serving_tables.paged_table(found))),
     "heads": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.heads_table),
     "heads_kinds": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.kinds_table),
     "heads_reference": lambda: of_lines("reference_heads.jsonl", pretrained_tables.heads_table),

@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "pages.h"
 #include "problem.h"
 #include "runtime/cpu_features.h"
 
@@ -173,6 +174,7 @@ void check(const std::string& isa, unsigned seed, int threads) {
   expect(choices_are_right(problem, kernels, threads), isa, seed, "choices are wrong");
   expect(slashes_are_right(problem, threads), isa, seed, "slashes are wrong");
   expect(counts_are_right(problem, threads), isa, seed, "counted pairs are wrong");
+  expect(PagedProblem(seed).is_read_right(*kernels.scores), isa, seed, "pages are read wrong");
   run_spoiled(problem, kernels, threads);
 }
 
