@@ -78,7 +78,7 @@ class Clients:
                 ids = (draw.choice(PREFIXES) + ids)[:7000]
             body: dict[str, Any] = {"prompt": ids, "max_tokens": draw.choice((1, 4, 16))}
             kind = draw.choices(("plain", "few", "dense", "gone", "refused"), (6, 1, 1, 1, 0.5))[0]
-            if kind in ("few", "dense", "refused"):
+            if kind in ("few", "dense", "refused") and not self.stock:
                 body["vllm_xargs"] = {"gossamer": "nonsense" if kind == "refused" else kind}
             if kind == "gone":
                 self.leave(ids, draw.random())
