@@ -12,7 +12,7 @@ from paged_calls import LAYOUTS, first_row, is_untouched, paged, untouched
 from test_cpu_scores import EVERY_VERB, SHAPES, scores_of
 from torch import Tensor
 
-from gossamer import AttentionCall, SparsePlan, methods
+from gossamer import AttentionCall, Extent, SparsePlan, methods
 from gossamer.backends import cpu
 from gossamer.paged import Paged
 from gossamer.plan import Grid
@@ -65,6 +65,32 @@ def test_attention(isa: str, dtype: torch.dtype, layout: str, name: str) -> None
         plan = random_plan(seed, **made_of)
         call = draw(plan, heads=4, groups=2, dim=dim, dtype=dtype, scale=0.3, softcap=[None, 9.0][seed % 2])
         own = paged(call, layout, page, seed)
+        assert_same(cpu.attend(own, plan), cpu.attend(call, plan))
+        assert untouched(own)
+
+
+@every_case
+@pytest.mark.parametrize(("query_len", "group"), [(150, 1), (150, 3), (330, 1), (330, 2)])
+def test_plans_of_many_single_keys(isa: str, dtype: torch.dtype, layout: str, query_len: int, group: int) -> None:
+    """Enough of them that a head's keys are laid out as rows first; by query block, and shared by several."""
+    extent = Extent([330 - query_len], [query_len], [0], [330])
+    blocks = Grid(extent, 64, 64).query_blocks
+    for seed, share in enumerate((0.4, 0.03)):
+        chosen = torch.rand(4, -(-blocks // group), 330, generator=torch.Generator().manual_seed(seed)) < share
+        plan = SparsePlan.from_block_mask(
+            torch.zeros(1, 4, blocks, 6, dtype=torch.bool),
+            query_len,
+            330,
+            extent=extent,
+            block_q=64,
+            block_k=64,
+            column_group=group,
+            column_indptr=torch.nn.functional.pad(chosen.sum(-1).flatten().cumsum(0), (1, 0)),
+            column_indices=chosen.flatten(0, 1).nonzero()[:, 1].to(torch.int32),
+            window=3,
+        )
+        call = draw(plan, heads=4, groups=2, dim=32, dtype=dtype)
+        own = paged(call, layout, 32)
         assert_same(cpu.attend(own, plan), cpu.attend(call, plan))
         assert untouched(own)
 
