@@ -78,6 +78,7 @@ FIELDS: dict[str, Any] = {
     "step": (2, "guided"),
     "state": [{"seen": 1}],
     "rotary": Rotary.of_base(8),
+    "bias": torch.ones(1, 2, 38),
 }
 
 

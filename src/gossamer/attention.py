@@ -90,7 +90,7 @@ def sparse_attention(
         return_lse: also return the natural log of the softmax denominator, fp32 ``[B, H, S]``.
         call: ``extent`` says where the tokens sit; without it all keys are live and the queries are the last S, and
             ``causal=False`` asks for bidirectional or cross-attention, ``limit`` for a model's own sliding window.
-            ``scale, sinks, softcap, layer, store, layout, step, state``: see `gossamer.call.AttentionCall`.
+            ``scale, sinks, softcap, bias, layer, store, layout, step, state``: see `gossamer.call.AttentionCall`.
 
     Returns:
         out ``[B, H, S, Dv]``, or ``(out, lse)``. Rows of padding are 0, their lse -inf.
@@ -158,7 +158,7 @@ def attend(
 
 def _dense(call: AttentionCall, on_kernel: bool, by_torch: bool) -> tuple[Tensor, Tensor | None, str]:
     """Every allowed pair: by torch's SDPA where it needs no S x T mask or must, else by a backend on a dense plan."""
-    plain = call.sinks is None and call.softcap is None
+    plain = dense.is_plain(call)
     short = call.query_len == 1 or backends.name_of(call) == "torch"
     by_torch = by_torch or backends.is_transformed(call)
     if by_torch or (not on_kernel and (not dense.needs_mask(call) or (plain and short))):

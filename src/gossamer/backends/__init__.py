@@ -25,6 +25,7 @@ ATTEND = "GOSSAMER_BACKEND"
 PLAN = "GOSSAMER_PLANNER"
 MAX_HEAD_DIM = 256
 _NAMES = {ATTEND: ("torch", "cpu", "triton", "flex"), PLAN: ("torch", "cpu", "triton")}
+_ATTENDING = ("attend", "attend_backward")
 _DTYPES = (float32, bfloat16, float16)
 
 
@@ -36,7 +37,7 @@ def backend_of(subject: AttentionCall | SparsePlan | Tensor, verb: str) -> Modul
     Raises:
         ValueError: an environment variable names no backend.
     """
-    environment = ATTEND if verb == "attend" else PLAN
+    environment = ATTEND if verb in _ATTENDING else PLAN
     forced = os.environ.get(environment, "")
     if forced and forced not in _NAMES[environment]:
         raise ValueError(f"{environment}={forced!r} is not known; use one of: {', '.join(_NAMES[environment])}")
@@ -47,13 +48,14 @@ def backend_of(subject: AttentionCall | SparsePlan | Tensor, verb: str) -> Modul
 
 def _fastest(subject: AttentionCall | SparsePlan | Tensor, verb: str) -> str:
     # Kernels read addresses; while torch compiles, there are none.
-    if verb != "attend" and compiler.is_compiling():
+    if verb not in _ATTENDING and compiler.is_compiling():
         return "torch"
     if isinstance(subject, SparsePlan):
         return _on(subject.device) or "torch"
     q, widest = (subject.q, _widest(subject)) if isinstance(subject, AttentionCall) else (subject, subject.shape[-1])
     name = _on(q.device)
-    if name is None or q.dtype not in _DTYPES:
+    biased = isinstance(subject, AttentionCall) and subject.bias is not None and verb.startswith("attend")
+    if name is None or biased or q.dtype not in _DTYPES:
         return "torch"
     if widest <= MAX_HEAD_DIM:
         return name
@@ -83,6 +85,8 @@ def why_slow(call: AttentionCall) -> str:
     """Why plans for a call run on the torch backend."""
     failures = {"cpu": cpu.why_unavailable, "cuda": triton.why_unavailable}
     failure = failures[call.device.type]() if call.device.type in failures else None
+    if failure is None and call.bias is not None:
+        return "no kernel for a bias"
     return failure or "no kernel for this device, dtype or head dimension"
 
 

@@ -39,6 +39,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         NotImplementedError: from ``backward()``, where an input requires a gradient.
     """
     call.check_plan(plan)
+    call.refuse_bias("the cpu backend")
     if plan.device.type != "cpu":
         raise ValueError(f"the cpu backend takes plans on the CPU, got one on {plan.device}; move it")
     tensors, sizes = plan_parts(plan)
@@ -82,7 +83,8 @@ def _cpu_attend(
 
 
 def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """See `gossamer.backends.torch.attend_rows`, which runs plans with an order or attributes, and all with a gradient.
+    """See `gossamer.backends.torch.attend_rows`, which runs plans with an order or attributes, and calls with a bias or
+    a gradient.
 
     It costs what dense attention costs for so many rows, less the tiles of 64 keys that none of them attends; where the
     kernels are of bf16, weights are rounded to it, as in `attend`. A row's result depends neither on padding, the rest
@@ -92,7 +94,8 @@ def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Te
         RuntimeError: the kernels are not built.
         ValueError, TypeError: as `attend`.
     """
-    if plan.permuted or plan.pruned_mean or plan.skip is not None or call.needs_gradient:
+    special = plan.permuted or plan.pruned_mean or plan.skip is not None
+    if special or call.needs_gradient or call.bias is not None:
         return definition(call, plan, rows)
     call.check_plan(plan)
     q, k, v = call.q, call.k, call.values
