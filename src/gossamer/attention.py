@@ -83,6 +83,8 @@ def sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by a sparse method, or dense where that is better: short prompts, decoding, plans that do not pay.
 
+    Differentiable once, for q, k, v, sinks and bias, through the output and the LSE: a selection is a constant.
+
     Args:
         q: ``[B, H, S, D]``; k: ``[B, G, T, D]``; v: ``[B, G, T, Dv]``.
         method: a method's name, a method, a profile, or a `Policy` with thresholds.
@@ -124,12 +126,12 @@ def attend(
     planned = time.perf_counter()
     if decision.plan is None:
         on_kernel = return_lse or policy.attends_on_kernel(call, decision.reason)
-        out, lse, executor = _dense(call, on_kernel, by_torch=because is not None or call.needs_gradient)
+        out, lse, executor = _dense(call, on_kernel, by_torch=because is not None and not return_lse)
     else:
         executor = backends.name_of(call)
         if executor == "torch":
             _warn_slow(backends.why_slow(call))
-        out, lse = backends.attend(call, decision.plan)
+        out, lse = backends.attend(call, decision.plan, make=None if policy.keep_plans else policy.method.plan)
     if decision.reason is not None:
         _log_once(decision.reason)
     if record is not None:
@@ -150,8 +152,8 @@ def attend(
         return out
     if lse is None:
         raise ValueError(
-            "return_lse=True where a gradient is needed or under torch.func is not supported; call it under "
-            "torch.no_grad(), outside of a transform"
+            "return_lse=True is not supported where derivatives are computed forward, or under torch.func; call it "
+            "outside of a transform"
         )
     return out, lse
 

@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
-from gossamer.backends.cpu.views import arrays, dense_rows, plan_parts, plan_view, tensor_view
+from gossamer.backends.cpu.views import arrays, dense_rows, plan_view, tensor_view
 from gossamer.backends.gradient import refuse
 from gossamer.backends.torch.attend import attend_rows as definition
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
+from gossamer.plan.parts import plan_parts
 
 __all__ = ["attend", "attend_rows"]
 
