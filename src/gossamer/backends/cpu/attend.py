@@ -25,7 +25,8 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     tokens and lists: not on padding, the rest of the batch or the number of threads. Few queries (one block of them, as
     in decoding) run split over the keys. A value that is not finite also spoils rows that do not attend it, where they
     attend another key of the same 64 (0 * inf; torch's SDPA does so for all keys), or the mean of one of 64 key blocks
-    that have means of their own; dead tokens are never read. There is no backward.
+    that have means of their own; dead tokens are never read.
+    The gradient is `attend_backward`'s.
 
     On ``avx512_bf16`` and ``amx`` the hardware takes bf16 values below the smallest normal number (1.2e-38) as 0, and
     sums below it.
