@@ -7,7 +7,7 @@ namespace gossamer {
 
 #ifndef GOSSAMER_SMALL_BUDGETS
 // Packed tiles held at once: heads are worked off in passes that fit, or one by one.
-constexpr int64_t kPackBytes = int64_t{1} << 29;
+constexpr int64_t kPackBytes = int64_t{192} << 20;
 // Of them, tiles of columns that the query blocks of a batch row share.
 constexpr int64_t kColumnBytes = int64_t{192} << 20;
 // Packed tiles of a stretch of a few queries' keys: a share of the L2 cache.
