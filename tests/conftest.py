@@ -28,6 +28,7 @@ _SMALLEST = {
     "gossamer.oracle.tiles": {"TILE_BYTES": 1, "MOST_QUERIES": 1, "MOST_KEYS": 1},
     "gossamer.backends.torch": {"PART_BYTES": 1},
     "gossamer.backends.torch.attend": {"_LOGITS": 1},
+    "gossamer.backends.torch.backward": {"_LOGITS": 1},
     "gossamer.backends.torch.gates": {"CHUNK_BYTES": 1},
     "gossamer.rotary": {"_ROWS": 1},
     "gossamer.backends.torch.scores": {"CHUNK_BYTES": 1, "PART_BYTES": 1},

@@ -134,7 +134,8 @@ def attention(call: AttentionCall, pairs: Tensor) -> tuple[Tensor, Tensor]:
             values = call.values[b, h // call.share].double()
             for i in range(call.query_len):
                 keys = [j for j in range(call.key_len) if chosen[b][h][i][j]]
-                weights = [math.exp(_logit(call, raw[b][h][i][j])) for j in keys]
+                bias = [0.0 if call.bias is None else float(call.bias[b, h // call.share, j]) for j in keys]
+                weights = [math.exp(_logit(call, raw[b][h][i][j]) + extra) for j, extra in zip(keys, bias, strict=True)]
                 total = sum(weights) + (0.0 if call.sinks is None else math.exp(float(call.sinks[h])))
                 if total:
                     lse[b, h, i] = math.log(total)

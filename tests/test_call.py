@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer import AttentionCall, Extent, SparsePlan
+from gossamer.backends import cpu, flex
 from gossamer.rotary import Rotary
 
 
@@ -37,6 +38,7 @@ OTHERS: dict[str, Any] = {
     "step": (2, "guided"),
     "state": [{"seen": 1}],
     "rotary": Rotary.of_base(8),
+    "bias": torch.ones(1, 2, 9),
 }
 
 
@@ -133,10 +135,39 @@ def test_a_call_without_values_says_so_when_they_are_asked_for() -> None:
         _ = AttentionCall(q, k).values
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
+@pytest.mark.parametrize(
+    ("bias", "error", "message"),
+    [
+        (3.0, TypeError, "bias must be a tensor of floating point, got float"),
+        (torch.ones(1, 2, 9, dtype=torch.int64), TypeError, "bias must be a tensor of floating point, got torch.int64"),
+        (torch.ones(1, 4, 9), ValueError, r"bias must have shape \(1, 2, 9\), .* got \(1, 4, 9\) on cpu"),
+        (torch.ones(1, 2, 9, device="meta"), ValueError, r"bias must have .* on cpu, got \(1, 2, 9\) on meta"),
+    ],
+)
+def test_a_bias_that_does_not_fit_is_named(bias: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        AttentionCall(*tensors(), bias=bias)
+
+
+def test_heads_take_their_bias_along() -> None:
+    bias = torch.arange(3.0).view(1, 3, 1).expand(1, 3, 9)
+    call = AttentionCall(*tensors(heads=6, groups=3), bias=bias)
+    for part in (call.of_groups([1, 2]), call.of_heads([2, 4])):
+        assert part.bias is not None
+        assert part.bias[0, :, 0].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("attend", [cpu.attend, flex.attend])
+def test_backends_without_a_bias_say_so(attend: Any) -> None:
+    call = AttentionCall(*tensors(), bias=torch.zeros(1, 2, 9))
+    with pytest.raises(ValueError, match=r"knows no bias; use gossamer\.backends\.attend"):
+        attend(call, SparsePlan.dense(2, 5, 9, call.extent))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "sinks", "bias"])
 def test_a_gradient_is_needed_where_any_tensor_wants_one(name: str) -> None:
     q, k, v = tensors()
-    given: dict[str, Any] = {"q": q, "k": k, "v": v, "sinks": torch.ones(4)}
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "sinks": torch.ones(4), "bias": torch.ones(1, 2, 9)}
     assert not AttentionCall(**given).needs_gradient
     given[name] = given[name].requires_grad_()
     call = AttentionCall(**given)

@@ -232,13 +232,6 @@ def test_wide_heads_run_elsewhere_and_are_right(wide: str) -> None:
     assert backends.name_of(call) == "torch"
 
 
-@pytest.mark.parametrize("method", ["minference", "dense"])
-def test_a_log_sum_exp_with_a_gradient_says_what_to_do(method: str) -> None:
-    q, k, v = tensors()
-    with pytest.raises(ValueError, match=r"return_lse=True where a gradient is needed .* torch\.no_grad"):
-        sparse_attention(q.requires_grad_(), k, v, method, layer=0, return_lse=True)
-
-
 @pytest.mark.parametrize("side", ["left padding", "right padding"])
 def test_training_with_a_soft_cap_leaves_padding_at_zero(side: str) -> None:
     call = replace(call_in(side, dim=8), softcap=2.0)

@@ -168,12 +168,14 @@ def test_spare_slots_of_a_cache_make_no_prompt_long(live: int, reason: str | Non
     assert policy(60).why_dense(call) == reason
 
 
-def test_a_call_that_needs_a_gradient_runs_dense() -> None:
+def test_a_call_that_needs_a_gradient_runs_dense_unless_asked_for() -> None:
     call = call_of(50, 50)
     call.q.requires_grad_()
-    assert policy().why_dense(call) == "training: sparse backends have no backward"
+    dense = replace(policy(), training=False)
+    assert dense.why_dense(call) == "training: dense unless asked for"
+    assert policy().why_dense(call) is None
     with torch.no_grad():
-        assert policy().why_dense(call) is None
+        assert dense.why_dense(call) is None
 
 
 def test_a_call_that_lacks_what_the_method_needs_runs_dense() -> None:

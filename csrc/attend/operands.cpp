@@ -87,6 +87,7 @@ void PanelRows::start(const Operands& operands, int64_t b, int64_t plan_head, in
   outputs_.clear();
   lse_.clear();
   positions_.clear();
+  places_.clear();
   sinks_.clear();
   block_ = {b, plan_head, block, kUnlimited, -kUnlimited, {}};
   block_.rules = {extent.key_count[b], plan.sink[plan_head], plan.window[plan_head], extent.limit, extent.causal};
@@ -100,6 +101,7 @@ void PanelRows::add(const Operands& operands, int64_t head, int64_t query, int64
   outputs_.push_back(call.out.row(b, head, output_row));
   lse_.push_back(call.lse + (b * call.q.heads + head) * call.out.tokens + output_row);
   positions_.push_back(position);
+  places_.emplace_back(head, extent.first_query(b) + query);
   block_.lowest = std::min(block_.lowest, position);
   block_.highest = std::max(block_.highest, position);
   if (call.sinks != nullptr) sinks_.push_back(call.sinks[head]);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "attend/executor.h"
@@ -64,6 +65,9 @@ class PanelRows {
 
   const QueryBlock& block() const { return block_; }
   int64_t position(int64_t row) const { return positions_[row]; }
+  // The head of a row's query, and its row in the tensors.
+  int64_t head(int64_t row) const { return places_[row].first; }
+  int64_t token(int64_t row) const { return places_[row].second; }
   int64_t size() const { return static_cast<int64_t>(queries_.size()); }
   void* output(int64_t row) const { return outputs_[row]; }
   float* lse(int64_t row) const { return lse_[row]; }
@@ -74,6 +78,7 @@ class PanelRows {
   std::vector<void*> outputs_;
   std::vector<float*> lse_;
   std::vector<int64_t> positions_;
+  std::vector<std::pair<int64_t, int64_t>> places_;
   std::vector<float> sinks_;
 };
 

@@ -7,14 +7,6 @@
 namespace gossamer {
 namespace {
 
-// Keys that some row may attend at all.
-Range reachable(const QueryBlock& block) {
-  const Rules& rules = block.rules;
-  if (block.lowest > block.highest) return {0, 0};
-  return {std::max<int64_t>(block.lowest - rules.limit + 1, 0),
-          std::min(rules.key_count, block.highest + (rules.causal ? 1 : rules.limit))};
-}
-
 // The largest distance between a row and a key of [first, last].
 int64_t farthest(const QueryBlock& block, int64_t first, int64_t last) {
   return std::max(block.highest - first, last - block.lowest);
@@ -28,6 +20,13 @@ bool all_allowed(const QueryBlock& block, int64_t first, int64_t last) {
 }
 
 }  // namespace
+
+Range reachable(const QueryBlock& block) {
+  const Rules& rules = block.rules;
+  if (block.lowest > block.highest) return {0, 0};
+  return {std::max<int64_t>(block.lowest - rules.limit + 1, 0),
+          std::min(rules.key_count, block.highest + (rules.causal ? 1 : rules.limit))};
+}
 
 int64_t listed_keys(const Plan& plan, int64_t b, int64_t plan_head, int64_t m) {
   const Extent& extent = plan.extent();
@@ -52,11 +51,19 @@ void Worklist::build(const QueryBlock& block, const PackedTiles& packed, const P
   if (plan_.k_order != nullptr)
     list_permuted(block, packed, bounds);
   else
-    list_in_order(block, packed, columns);
+    list_in_order(block, packed, columns, {0, block.rules.key_count});
 }
 
-void Worklist::list_in_order(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns) {
-  const auto [low, high] = reachable(block);
+void Worklist::build_within(const QueryBlock& block, const PackedTiles& packed, Range keys) {
+  tiles_.clear();
+  gathered_.clear();
+  list_in_order(block, packed, nullptr, keys);
+}
+
+void Worklist::list_in_order(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns,
+                             Range keys) {
+  const Range reached = reachable(block);
+  const int64_t low = std::max(reached.begin, keys.begin), high = std::min(reached.end, keys.end);
   if (low >= high) return;
   const Rules& rules = block.rules;
   const int64_t first_chunk = low / kChunk, last_chunk = (high - 1) / kChunk;
@@ -64,8 +71,10 @@ void Worklist::list_in_order(const QueryBlock& block, const PackedTiles& packed,
   std::fill(touched_.begin() + first_chunk, touched_.begin() + last_chunk + 1, 0);
 
   const int64_t list = plan_.block_list(block.b, block.plan_head, block.block), block_k = plan_.grid.block_k;
-  for (const int32_t selected : plan_.blocks.row(list)) {
-    const int64_t begin = selected * block_k;
+  const Row blocks = plan_.blocks.row(list);
+  const int32_t* from = low > 0 ? std::lower_bound(blocks.begin(), blocks.end(), low / block_k) : blocks.begin();
+  for (; from < blocks.end(); ++from) {
+    const int64_t begin = *from * block_k;
     if (begin >= high) break;
     select(std::max(low, begin), std::min(high, begin + block_k));
   }

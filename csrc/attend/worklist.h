@@ -32,6 +32,9 @@ struct QueryBlock {
   Rules rules;
 };
 
+// Keys that some row may attend at all.
+Range reachable(const QueryBlock& block);
+
 class Worklist {
  public:
   // For batch rows of at most that many chunks of 64 keys.
@@ -41,6 +44,8 @@ class Worklist {
   // or null: then the columns that no listed chunk covers are left in gathered(), for the caller to pack and add.
   // `bounds` are of its head's chunks, null where the plan does not order keys.
   void build(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns, const ChunkBounds* bounds);
+  // The same for keys at positions [begin, end) alone, whole chunks that the plan does not order.
+  void build_within(const QueryBlock& block, const PackedTiles& packed, Range keys);
   // `positions` is gathered(), or a copy of it that lives longer.
   void add_gathered(const QueryBlock& block, const PackedTiles& packed, const int32_t* positions);
 
@@ -51,7 +56,7 @@ class Worklist {
   const std::vector<int32_t>& gathered() const { return gathered_; }
 
  private:
-  void list_in_order(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns);
+  void list_in_order(const QueryBlock& block, const PackedTiles& packed, const PackedTiles* columns, Range keys);
   void list_permuted(const QueryBlock& block, const PackedTiles& packed, const ChunkBounds* bounds);
   // Adds to a chunk's selected keys those that are columns. Returns whether a column or band holds any of them.
   bool add_scattered(const QueryBlock& block, const Row& columns, const int32_t* positions, int64_t chunk, int count);

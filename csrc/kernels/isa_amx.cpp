@@ -1,6 +1,7 @@
 // Compiled for AVX-512 with BF16, plus AMX instructions by assembly: Intel from Sapphire Rapids on.
 #include "kernels/amx_tiles.h"
 #include "kernels/flash.h"
+#include "kernels/gradient.h"
 #include "kernels/isa.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_avx512.h"
@@ -63,7 +64,8 @@ struct Amx {
 }  // namespace
 
 const Kernels* amx_kernels() {
-  static const Kernels kernels{true, 32, pack_tile<Amx>, attend_panel<Amx>, score_kernels<Amx>()};
+  static const Kernels kernels{true, 32, pack_tile<Amx>, attend_panel<Amx>, score_kernels<Amx>(),
+                               gradient_kernels<Amx>()};
   return &kernels;
 }
 

@@ -1,6 +1,7 @@
 // The AMX kernel's code over an emulation of its tile operations, for tests on machines without AMX. Slow.
 #include "kernels/amx_tiles.h"
 #include "kernels/flash.h"
+#include "kernels/gradient.h"
 #include "kernels/isa.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_portable.h"
@@ -62,7 +63,7 @@ struct AmxEmulated {
 
 const Kernels* amx_emulated_kernels() {
   static const Kernels kernels{true, 32, pack_tile<AmxEmulated>, attend_panel<AmxEmulated>,
-                               score_kernels<AmxEmulated>()};
+                               score_kernels<AmxEmulated>(), gradient_kernels<AmxEmulated>()};
   return &kernels;
 }
 

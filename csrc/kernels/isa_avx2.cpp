@@ -1,5 +1,6 @@
 // Compiled for AVX2, FMA and F16C.
 #include "kernels/flash.h"
+#include "kernels/gradient.h"
 #include "kernels/isa.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_avx2.h"
@@ -27,7 +28,8 @@ struct Avx2 {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels{false, 16, pack_tile<Avx2>, attend_panel<Avx2>, score_kernels<Avx2>()};
+  static const Kernels kernels{false, 16, pack_tile<Avx2>, attend_panel<Avx2>, score_kernels<Avx2>(),
+                               gradient_kernels<Avx2>()};
   return &kernels;
 }
 

@@ -1,5 +1,6 @@
 // Baseline flags: runs everywhere.
 #include "kernels/flash.h"
+#include "kernels/gradient.h"
 #include "kernels/isa.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_portable.h"
@@ -27,7 +28,8 @@ struct Portable {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels{false, 16, pack_tile<Portable>, attend_panel<Portable>, score_kernels<Portable>()};
+  static const Kernels kernels{false, 16, pack_tile<Portable>, attend_panel<Portable>, score_kernels<Portable>(),
+                               gradient_kernels<Portable>()};
   return &kernels;
 }
 

@@ -85,6 +85,59 @@ struct PackJob {
   void* values;  // null: keys only
 };
 
+// Up to kMaxRows query rows for gradients. Elements are floats, or pairs of bf16; rows are padded with zeros.
+struct GradientPanel {
+  int rows, padded_rows;  // the latter a multiple of kRowPadding
+  int padded_head_dim;
+  int padded_value_dim;
+  const void* queries;          // [padded_rows][dims]; of floats, times the factor of the logits
+  const void* queries_across;   // [dims][padded_rows]
+  const void* reaching;         // what reaches the output, likewise
+  const void* reaching_across;
+  const float* lse;             // in powers of two; 0 where a row attends nothing
+  const float* level;           // sum of the output times what reaches it, less what reaches the LSE
+  const int64_t* positions;
+  float scale, softcap;
+  Rules rules;
+  // Keys as for attention; at `values` the keys again, as values are, and behind them values as keys are.
+  const Tile* tiles;
+  float* const* sums;   // of each tile: [padded_head_dim][64] for keys, then [padded_value_dim][64] for values
+  int64_t tile_count;
+  float* query_sums;    // [padded_rows][padded_head_dim], or null
+  bool needs_keys, needs_values;
+  void* scratch;        // gradient_scratch_bytes(), 64-byte aligned
+};
+
+// Rows to pack for a GradientPanel.
+struct GradientRows {
+  DType dtype;
+  int rows, padded_rows;
+  int dim, padded_dim;
+  const void* const* from;
+  float factor;  // of floats
+  void* to;
+  void* across;
+  void* scratch;  // gradient_scratch_bytes()
+};
+
+// Sums [padded_dim][64] of 64 keys, times a factor, to rows.
+struct GradientKeys {
+  DType dtype;
+  int dim;
+  int padded_dim;
+  const float* sums;
+  float factor;
+  void* const* to;  // 64 pointers; null: nothing
+};
+
+struct GradientKernels {
+  void (*pack)(const GradientRows&);
+  void (*add)(const GradientPanel&);
+  void (*write_keys)(const GradientKeys&);
+  void (*write_row)(const float* sums, DType dtype, int dim, float factor, void* to);
+  float (*product)(const void* a, const void* b, DType dtype, int dim);
+};
+
 struct ScoreKernels;
 
 // One instruction set's kernels.
@@ -94,11 +147,19 @@ struct Kernels {
   void (*pack)(const PackJob&);
   void (*attend)(const Panel&);
   const ScoreKernels* scores;
+  const GradientKernels* gradients;
 };
 
 // Layout of a panel's scratch: Q, O, S (P overwrites it), per-row state (sums, two maxima, a mask).
 constexpr int64_t panel_scratch_bytes(int padded_head_dim, int padded_value_dim) {
   return int64_t{kMaxRows} * (padded_head_dim + padded_value_dim + kChunk + 16 + 4) * 4 + 4096;
+}
+
+constexpr int kRowPadding = 32;
+
+// Weights and slopes, both also as pairs of rows, and a mask a row; or rows in pairs on their way across.
+constexpr int64_t gradient_scratch_bytes() {
+  return int64_t{kMaxRows} * (3 * kChunk * 4 + 8) + int64_t{kMaxRows} / 2 * kMaxHeadDim * 4 + 4096;
 }
 
 }  // namespace gossamer

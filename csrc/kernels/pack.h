@@ -62,20 +62,17 @@ class KeyRows {
   alignas(64) uint32_t copies_[kChunk * kMaxHeadDim];
 };
 
-// Rows 2t and 2t + 1 become pairs.
+// Two rows of dim values become one of pairs, zero up to padded; null is a row of zeros.
 template <class V>
-void merge_value_rows(const PackJob& job, int t) {
-  const void* even = job.value_rows[2 * t];
-  const void* odd = job.value_rows[2 * t + 1];
+void merge_rows(const void* even, const void* odd, int dim, int padded, uint32_t* out) {
   alignas(64) static const uint16_t nothing[kMaxHeadDim] = {};
   const uint16_t* low = even != nullptr ? static_cast<const uint16_t*>(even) : nothing;
   const uint16_t* high = odd != nullptr ? static_cast<const uint16_t*>(odd) : nothing;
-  uint32_t* out = static_cast<uint32_t*>(job.values) + int64_t{t} * job.padded_value_dim;
   constexpr int kStep = 2 * V::kWidth;
   int d = 0;
-  for (; d + kStep <= job.value_dim; d += kStep) V::merge_pairs(low + d, high + d, out + d);
-  for (; d < job.value_dim; ++d) out[d] = uint32_t{low[d]} | uint32_t{high[d]} << 16;
-  for (; d < job.padded_value_dim; ++d) out[d] = 0;
+  for (; d + kStep <= dim; d += kStep) V::merge_pairs(low + d, high + d, out + d);
+  for (; d < dim; ++d) out[d] = uint32_t{low[d]} | uint32_t{high[d]} << 16;
+  for (; d < padded; ++d) out[d] = 0;
 }
 
 template <class Isa>
@@ -85,7 +82,9 @@ void pack_tile(const PackJob& job) {
   transpose_keys<V>(keys.rows, keys.depth, static_cast<uint32_t*>(job.keys));
   if (job.values == nullptr) return;
   if constexpr (Isa::kPairs) {
-    for (int t = 0; t < kChunk / 2; ++t) merge_value_rows<V>(job, t);
+    for (int t = 0; t < kChunk / 2; ++t)
+      merge_rows<V>(job.value_rows[2 * t], job.value_rows[2 * t + 1], job.value_dim, job.padded_value_dim,
+                    static_cast<uint32_t*>(job.values) + int64_t{t} * job.padded_value_dim);
   } else {
     for (int t = 0; t < kChunk; ++t) {
       float* value = static_cast<float*>(job.values) + int64_t{t} * job.padded_value_dim;

@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "attend/executor.h"
+#include "attend/gradient.h"
 #include "plan/checks.h"
 #include "runtime/workspace.h"
 
@@ -13,7 +14,8 @@ using namespace gossamer;
 
 namespace {
 
-void attend(const std::string& isa, const Plan& plan, const AttentionCall& call) {
+// Kernels for a call that fits a plan.
+const Kernels& fitting(const std::string& isa, const Plan& plan, const AttentionCall& call) {
   const Kernels& kernels = kernels_for(isa);
   if (kernels.bf16_tiles && call.q.dtype != DType::kBFloat16)
     throw std::invalid_argument(isa + " computes in bf16 and takes nothing else");
@@ -22,11 +24,25 @@ void attend(const std::string& isa, const Plan& plan, const AttentionCall& call)
   check_count("the plan's keys", plan.key_len, call.k.tokens);
   if (plan.heads != call.q.heads && plan.heads != call.k.heads)
     throw std::invalid_argument("the plan's heads must be q's or k's, got " + std::to_string(plan.heads));
+  return kernels;
+}
+
+void attend(const std::string& isa, const Plan& plan, const AttentionCall& call) {
+  const Kernels& kernels = fitting(isa, plan, call);
   if (call.rows != nullptr && (plan.permuted() || plan.pruned_mean || plan.skips()))
     throw std::invalid_argument("some rows are attended by plans without orders and attributes");
   nb::gil_scoped_release release;
   check_orders(plan, call.threads);
   execute(kernels, plan, call);
+}
+
+void attend_backward(const std::string& isa, const Plan& plan, const GradientCall& call) {
+  const Kernels& kernels = fitting(isa, plan, call.attended);
+  if (plan.k_order != nullptr || plan.pruned_mean || plan.skips())
+    throw std::invalid_argument("gradients are of plans without an order of keys and attributes");
+  nb::gil_scoped_release release;
+  check_orders(plan, call.attended.threads);
+  find_gradients(kernels, plan, call);
 }
 
 }  // namespace
@@ -36,6 +52,7 @@ NB_MODULE(_kernels, m) {
   bind_views(m);
   bind_planning(m);
   m.def("attend", &attend);
+  m.def("attend_backward", &attend_backward);
   m.def("prefer_huge_pages",
         [](uintptr_t begin, int64_t bytes) { prefer_huge_pages(pointer<void>(begin), bytes); });
   m.def("supported", &supported_isas,

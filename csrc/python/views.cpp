@@ -9,6 +9,7 @@
 #include <new>
 
 #include "attend/executor.h"
+#include "attend/gradient.h"
 #include "plan/checks.h"
 #include "plan/plan.h"
 #include "plan/tokens.h"
@@ -131,6 +132,29 @@ void make_attention_call(AttentionCall* self, const TensorView& q, const Tokens&
                            pointer<int64_t>(rows)};
 }
 
+// A tensor like another, or one without data.
+void check_like(const char* name, const TensorView& x, const TensorView& like) {
+  const bool same = x.batch == like.batch && x.heads == like.heads && x.tokens == like.tokens && x.dim == like.dim;
+  if (!same || x.dtype != like.dtype) throw std::invalid_argument(std::string(name) + " must be like its tensor");
+}
+
+void make_gradient_call(GradientCall* self, const AttentionCall& attended, const TensorView& reaching,
+                        const Given& reaching_lse, std::optional<TensorView> queries, std::optional<TensorView> keys,
+                        std::optional<TensorView> values, const Given& sinks) {
+  if (attended.rows != nullptr) throw std::invalid_argument("gradients are of all rows");
+  check_like("what reaches the output", reaching, attended.out);
+  if (queries) check_like("the gradient of q", *queries, attended.q);
+  if (keys) check_like("the gradient of k", *keys, attended.k);
+  if (values) check_like("the gradient of v", *values, attended.v);
+  if (reaching_lse.second != 0)
+    check_count("what reaches the lse", reaching_lse.second,
+                checked_product({attended.q.batch, attended.q.heads, attended.q.tokens}));
+  if (sinks.second != 0) check_count("the gradient of sinks", sinks.second, attended.q.heads);
+  if (sinks.second != 0 && attended.sinks == nullptr) throw std::invalid_argument("the call has no sinks");
+  new (self) GradientCall{attended, reaching, pointer<float>(reaching_lse), queries.value_or(TensorView{}),
+                          keys.value_or(TensorView{}), values.value_or(TensorView{}), pointer<float>(sinks)};
+}
+
 }  // namespace
 
 void bind_views(nb::module_& m) {
@@ -160,4 +184,7 @@ void bind_views(nb::module_& m) {
   nb::class_<AttentionCall>(m, "AttentionCall")
       .def("__init__", &make_attention_call, nb::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "sinks"_a,
            "scale"_a, "softcap"_a, "threads"_a, "rows"_a);
+  nb::class_<GradientCall>(m, "GradientCall")
+      .def("__init__", &make_gradient_call, nb::kw_only(), "attended"_a, "reaching"_a, "reaching_lse"_a,
+           "queries"_a.none(), "keys"_a.none(), "values"_a.none(), "sinks"_a);
 }

@@ -83,6 +83,8 @@ def sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by a sparse method, or dense where that is better: short prompts, decoding, plans that do not pay.
 
+    Differentiable once, for q, k, v, sinks and bias, through the output and the LSE: a selection is a constant.
+
     Args:
         q: ``[B, H, S, D]``; k: ``[B, G, T, D]``; v: ``[B, G, T, Dv]``.
         method: a method's name, a method, a profile, or a `Policy` with thresholds.
@@ -90,7 +92,7 @@ def sparse_attention(
         return_lse: also return the natural log of the softmax denominator, fp32 ``[B, H, S]``.
         call: ``extent`` says where the tokens sit; without it all keys are live and the queries are the last S, and
             ``causal=False`` asks for bidirectional or cross-attention, ``limit`` for a model's own sliding window.
-            ``scale, sinks, softcap, layer, store, layout, step, state``: see `gossamer.call.AttentionCall`.
+            ``scale, sinks, softcap, bias, layer, store, layout, step, state``: see `gossamer.call.AttentionCall`.
 
     Returns:
         out ``[B, H, S, Dv]``, or ``(out, lse)``. Rows of padding are 0, their lse -inf.
@@ -124,12 +126,12 @@ def attend(
     planned = time.perf_counter()
     if decision.plan is None:
         on_kernel = return_lse or policy.attends_on_kernel(call, decision.reason)
-        out, lse, executor = _dense(call, on_kernel, by_torch=because is not None or call.needs_gradient)
+        out, lse, executor = _dense(call, on_kernel, by_torch=because is not None and not return_lse)
     else:
         executor = backends.name_of(call)
         if executor == "torch":
             _warn_slow(backends.why_slow(call))
-        out, lse = backends.attend(call, decision.plan)
+        out, lse = backends.attend(call, decision.plan, make=None if policy.keep_plans else policy.method.plan)
     if decision.reason is not None:
         _log_once(decision.reason)
     if record is not None:
@@ -150,15 +152,15 @@ def attend(
         return out
     if lse is None:
         raise ValueError(
-            "return_lse=True where a gradient is needed or under torch.func is not supported; call it under "
-            "torch.no_grad(), outside of a transform"
+            "return_lse=True is not supported where derivatives are computed forward, or under torch.func; call it "
+            "outside of a transform"
         )
     return out, lse
 
 
 def _dense(call: AttentionCall, on_kernel: bool, by_torch: bool) -> tuple[Tensor, Tensor | None, str]:
     """Every allowed pair: by torch's SDPA where it needs no S x T mask or must, else by a backend on a dense plan."""
-    plain = call.sinks is None and call.softcap is None
+    plain = dense.is_plain(call)
     short = call.query_len == 1 or backends.name_of(call) == "torch"
     by_torch = by_torch or backends.is_transformed(call)
     if by_torch or (not on_kernel and (not dense.needs_mask(call) or (plain and short))):

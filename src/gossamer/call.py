@@ -46,6 +46,7 @@ class CallFields(TypedDict, total=False):
     step: Any
     state: Sequence[dict[str, Any]] | None
     rotary: Rotary | None
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +65,8 @@ class AttentionCall:
         step: denoising step and guidance branch.
         state: one mapping for each batch row, which an integration keeps over the calls of a request.
         rotary: how the model turned q and k by position, for methods that look at them before that.
+        bias: ``[B, G, T]``, added to the logits of each key, after the soft-cap (Dynamic Mask Attention, 2508.02124).
+            Methods do not look at it. What dead slots have is never read.
 
     Raises:
         ValueError, TypeError: at construction: what was given, what was expected, what to do.
@@ -82,10 +85,11 @@ class AttentionCall:
     step: Any = None
     state: Sequence[dict[str, Any]] | None = None
     rotary: Rotary | None = None
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_tensors(self.q, self.k, self.v)
-        for name in ("q", "k", "v", "sinks"):
+        for name in ("q", "k", "v", "sinks", "bias"):
             # A view may be negated on reading (x.conj().imag is); kernels read the numbers that are stored.
             tensor = getattr(self, name)
             if isinstance(tensor, Tensor) and tensor.is_neg():
@@ -110,9 +114,21 @@ class AttentionCall:
                 f"sinks must have shape ({self.heads},), one logit a query head, on {self.q.device}, "
                 f"got {tuple(self.sinks.shape)} on {self.sinks.device}"
             )
+        if self.bias is not None:
+            self._check_bias(self.bias)
         if self.rotary is not None and self.rotary.channels > self.q.shape[-1]:
             raise ValueError(
                 f"rotary turns {self.rotary.channels} channels, but the head dimension is {self.q.shape[-1]}"
+            )
+
+    def _check_bias(self, bias: Tensor) -> None:
+        if not isinstance(bias, Tensor) or not bias.is_floating_point():
+            given = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+            raise TypeError(f"bias must be a tensor of floating point, got {given}")
+        if bias.shape != self.k.shape[:3] or bias.device != self.k.device:
+            raise ValueError(
+                f"bias must have shape {tuple(self.k.shape[:3])}, one number a key and key/value head, on "
+                f"{self.k.device}, got {tuple(bias.shape)} on {bias.device}"
             )
 
     @classmethod
@@ -186,8 +202,17 @@ class AttentionCall:
 
     @property
     def needs_gradient(self) -> bool:
-        tensors = (self.q, self.k, self.v, self.sinks)
+        tensors = (self.q, self.k, self.v, self.sinks, self.bias)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    def refuse_bias(self, backend: str) -> None:
+        """Raise where there is a bias, for a backend that has none.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if self.bias is not None:
+            raise ValueError(f"{backend} knows no bias; use gossamer.backends.attend, which finds a backend that does")
 
     def of_groups(self, groups: Sequence[int]) -> AttentionCall:
         """The call of some key/value heads and their query heads, in ascending order. Neighbours are not copied."""
@@ -195,7 +220,8 @@ class AttentionCall:
             return self
         q = _of_heads(self.q.unflatten(1, (self.groups, self.share)), groups).flatten(1, 2)
         sinks = None if self.sinks is None else self.sinks.view(self.groups, -1)[list(groups)].flatten()
-        return replace(self, q=q, k=_of_heads(self.k, groups), v=_of_heads(self.v, groups), sinks=sinks)
+        k, v, bias = (_of_heads(x, groups) for x in (self.k, self.v, self.bias))
+        return replace(self, q=q, k=k, v=v, sinks=sinks, bias=bias)
 
     def of_heads(self, heads: Sequence[int]) -> AttentionCall:
         """The call of some query heads and the key/value heads that they read, as many of each; in ascending order."""
@@ -203,8 +229,8 @@ class AttentionCall:
         if len(heads) == len(groups) * self.share:
             return self.of_groups(groups)
         sinks = None if self.sinks is None else self.sinks[list(heads)]
-        k, v = _of_heads(self.k, groups), _of_heads(self.v, groups)
-        return replace(self, q=self.q[:, list(heads)], k=k, v=v, sinks=sinks)
+        k, v, bias = (_of_heads(x, groups) for x in (self.k, self.v, self.bias))
+        return replace(self, q=self.q[:, list(heads)], k=k, v=v, sinks=sinks, bias=bias)
 
     def before_rotary(self) -> AttentionCall:
         """The call with q and k as they were before the model turned them; exact but for rounding.

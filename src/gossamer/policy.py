@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from gossamer import backends, methods
@@ -21,7 +22,7 @@ FEW_QUERIES = 32
 # itself decides. By bytes of an element; SDPA is slow at decoding in 16 bits.
 STREAMED_KEYS = {2: 512, 4: 4096}
 # The reason of a call in training; of a layer in training mode too, whose own tensors may need no gradient.
-TRAINING = "training: sparse backends have no backward"
+TRAINING = "training: dense unless asked for"
 # The reason of a call whose plan would compute nearly every pair: our own kernel then runs dense.
 TOO_DENSE = "plan too dense to pay"
 
@@ -52,6 +53,9 @@ class Policy:
             this machine, with the same fields, kernel, dtype and head dimension; 2048 if it did not, and for methods
             per head. `resolved` says which number that is.
         max_density: a plan that computes more than this share of the dense pairs is not worth it: dense.
+        training: whether a call that needs a gradient is planned like any other; else it is dense.
+        keep_plans: whether what a plan names is kept in memory until the gradient is computed; else the method makes
+            the plan again then, from the same tensors.
         profile: name of the profile that the method is from, if of one. Labels have it in place of the method's name.
     """
 
@@ -59,6 +63,8 @@ class Policy:
     min_tokens: int | None = None
     max_density: float = 0.9
     profile: str = field(default="", compare=False)
+    training: bool = True
+    keep_plans: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -73,6 +79,9 @@ class Policy:
                 raise ValueError(f"Policy.min_tokens must not be negative, got {self.min_tokens}")
         if not isinstance(self.max_density, int | float) or isinstance(self.max_density, bool):
             raise TypeError(f"Policy.max_density must be a number, got {self.max_density!r}")
+        for name in ("training", "keep_plans"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Policy.{name} must be True or False, got {getattr(self, name)!r}")
         if not self.max_density > 0:
             raise ValueError(f"Policy.max_density must be above 0, got {self.max_density}")
 
@@ -118,7 +127,8 @@ class Policy:
                 f"{self.method.name} chooses by values, but tensors on the meta device hold no values; give tensors "
                 "with values, or the method 'dense', which needs shapes alone"
             )
-        plan = self.method.plan(call)
+        with torch.no_grad():  # a selection is a constant
+            plan = self.method.plan(call)
         density = plan.density()
         return Decision(None, reason=TOO_DENSE) if density > self.max_density else Decision(plan, density)
 
@@ -126,7 +136,7 @@ class Policy:
         """Why no plan is even tried, or None; None under a method that is itself dense."""
         if isinstance(self.method, Dense):
             return None
-        if call.needs_gradient:
+        if call.needs_gradient and (not self.training or backends.is_transformed(call)):
             return TRAINING
         if call.query_len == 1 and call.extent.causal:
             return "decode"

@@ -17,8 +17,8 @@ from cpu_checks import (
 
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends import cpu
-from gossamer.backends.cpu.views import plan_parts
 from gossamer.plan import Grid
+from gossamer.plan.parts import plan_parts
 from gossamer.testing import SITUATIONS, make_call, random_plan
 
 pytestmark = [needs_kernels, poisoned]

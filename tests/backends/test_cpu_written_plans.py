@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends import cpu
-from gossamer.backends.cpu.views import plan_parts
 from gossamer.plan import Grid
+from gossamer.plan.parts import plan_parts
 from gossamer.testing import random_plan
 
 pytestmark = needs_kernels

@@ -13,6 +13,7 @@ from gossamer.backends import torch as definition
 
 VERBS = (
     "ListWriter",
+    "attend_backward",
     "antidiagonal_means",
     "antidiagonal_peaks",
     "antidiagonal_scores",
@@ -141,6 +142,15 @@ def test_wide_heads_are_served_elsewhere(dim: int, on_cuda: bool, attends: str, 
 def test_keys_and_values_count_as_wide(dim: int, value_dim: int) -> None:
     q = torch.empty(1, 1, 2, dim)
     assert name_of(backends.backend_of(AttentionCall(q, q, torch.empty(1, 1, 2, value_dim)), "attend")) == "torch"
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("verb", ["attend", "attend_rows", "attend_backward"])
+def test_a_bias_is_served_by_torch(verb: str) -> None:
+    q = tensor()
+    call = AttentionCall(q, q, q, bias=torch.zeros(1, 1, 1))
+    assert name_of(backends.backend_of(call, verb)) == "torch"
+    assert backends.why_slow(call) == "no kernel for a bias"
 
 
 @pytest.mark.usefixtures("there")

@@ -15,7 +15,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def test_the_refusal_says_what_to_do() -> None:
-    with pytest.raises(NotImplementedError, match=r"has no backward; train with gossamer\.sparse_attention"):
+    with pytest.raises(NotImplementedError, match=r"has no backward; use gossamer\.backends\.attend or"):
         gradient.refuse(None, torch.ones(1))
 
 

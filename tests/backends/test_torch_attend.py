@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from definitions import allowed_pairs, attention, call_in, everywhere, of_each_head, plan_pairs
+from gradients import with_extras
 from torch import Tensor
 
 from gossamer import AttentionCall, Extent, SparsePlan
@@ -45,6 +46,12 @@ def test_blocks_and_bands_everywhere(situation: str, heads: int) -> None:
 def test_sinks_and_soft_cap_everywhere(situation: str) -> None:
     call = replace(call_in(situation), sinks=SINKS, softcap=1.5)
     assert_attends(call, plan_for(call, 2))
+
+
+@everywhere
+def test_a_bias_everywhere(situation: str) -> None:
+    call = with_extras(call_in(situation), sinks=False)
+    assert_attends(call, plan_for(call, 4))
 
 
 @pytest.mark.parametrize("seed", range(8))

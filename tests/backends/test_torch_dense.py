@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from definitions import allowed_pairs, attention, call_in, everywhere
+from gradients import with_extras
 from torch import Tensor
 
 from gossamer import AttentionCall, Extent
@@ -13,6 +14,7 @@ from gossamer.backends.torch.dense import dense, needs_mask, sdpa, under_mask
 
 SINKS = torch.tensor([0.3, -1.0, 2.0, 0.0])
 extras = pytest.mark.parametrize("extra", [{}, {"sinks": SINKS}, {"softcap": 1.5}, {"sinks": SINKS, "softcap": 1.5}])
+every_bias = pytest.mark.parametrize("extra", [{}, {"sinks": SINKS, "softcap": 1.5}])
 
 
 def allowed(call: AttentionCall) -> Tensor:
@@ -24,6 +26,14 @@ def allowed(call: AttentionCall) -> Tensor:
 def test_dense_attention_attends_what_the_extent_allows(situation: str, extra: dict) -> None:
     """And reads nothing else: dead rows and slots hold NaN."""
     call = replace(call_in(situation), **extra)
+    torch.testing.assert_close(dense(call).double(), attention(call, allowed(call))[0], atol=1e-5, rtol=1e-5)
+
+
+@everywhere
+@every_bias
+def test_a_bias_is_added_after_the_soft_cap(situation: str, extra: dict) -> None:
+    call = with_extras(call_in(situation), sinks=False, softcap=False)
+    call = replace(call, **extra)
     torch.testing.assert_close(dense(call).double(), attention(call, allowed(call))[0], atol=1e-5, rtol=1e-5)
 
 

@@ -96,6 +96,20 @@ def test_training_in_a_graph_is_dense_and_has_its_gradient() -> None:
         torch.testing.assert_close(two.grad, one.grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
+def test_training_in_a_graph_is_sparse_where_asked_for() -> None:
+    plain = tiny_llama().train()
+    model = copy.deepcopy(plain)
+    with enable(plain, "a_shape", training=True, **SMALL):
+        plain(input_ids=prompt(), labels=prompt(), use_cache=False).loss.backward()
+    with enable(model, "a_shape", training=True, **SMALL) as handle:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled(input_ids=prompt(), labels=prompt(), use_cache=False).loss.backward()
+        assert [(row.sparse_calls, row.dense_calls) for row in handle.stats()] == [(1, 0)] * 2
+    torch.compiler.reset()
+    for (name, one), (_, two) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        torch.testing.assert_close(two.grad, one.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_is_sparse(strict: bool) -> None:
     model = tiny_llama()

@@ -10,6 +10,7 @@ import torch
 from tiny_transformers import ALWAYS_SPARSE, FULL, forward, padding, pair, prompt, tiny_llama
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gossamer import Policy, methods
 from gossamer.integrations.transformers import enable
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
@@ -92,6 +93,70 @@ def test_autocast_gives_one_dtype_as_stock_attention_does(sparse: bool) -> None:
             expected, got = (forward(one, prompt(), mask, use_cache=False) for one in (stock, model))
             torch.testing.assert_close(got.logits, expected.logits, atol=0.3, rtol=0.1)
         assert all(row.sparse_calls == 2 * sparse for row in handle.stats())
+
+
+def pairs_of(model: Any, handle: Any, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """What each layer of an enabled model attends in a prompt, bool ``[B, H, S, T]``."""
+    seen: list[torch.Tensor] = []
+
+    def look(observation: Any) -> None:
+        call = observation.call
+        seen.append(handle.policy.method.plan(call).to_mask().repeat_interleave(call.share, dim=1))
+
+    handle.observe(look)
+    with torch.no_grad():
+        model.eval()(input_ids=prompt(), attention_mask=mask, use_cache=False)
+    handle.observe(None)
+    handle.reset()
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-oss-sinks", "gemma2-softcap"])
+@pytest.mark.parametrize("keep_plans", [True, False], ids=["kept", "remade"])
+def test_training_is_sparse_where_asked_for(family: str, keep_plans: bool) -> None:
+    """As attention under the plan's mask, which is given to a stock model."""
+    stock, model = (copy.deepcopy(one) for one in pair(family))
+    with enable(model, "a_shape", training=True, keep_plans=keep_plans, **SMALL) as handle:
+        pairs = pairs_of(model, handle)
+        model.train()(input_ids=prompt(), labels=prompt(), use_cache=False).loss.backward()
+        rows = [(row.sparse_calls, row.dense_calls) for row in handle.stats()]
+        assert rows == [(1, 0)] * len(rows)
+    masks = [torch.where(layer[:, :1], 0.0, torch.finfo(torch.float32).min) for layer in pairs]
+    mask = dict(zip(("sliding_attention", "full_attention"), masks, strict=True)) if family != "llama" else masks[0]
+    stock.set_attn_implementation("eager")
+    stock.train()(input_ids=prompt(), attention_mask=mask, labels=prompt(), use_cache=False).loss.backward()
+    for (name, one), (_, two) in zip(stock.named_parameters(), model.named_parameters(), strict=True):
+        if one.grad is None:
+            assert two.grad is None, name
+        else:
+            torch.testing.assert_close(two.grad, one.grad, atol=1e-5, rtol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_a_sparse_training_is_exact(reentrant: bool) -> None:
+    plain = tiny_llama().train()
+    model = copy.deepcopy(plain)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for one in (plain, model):
+        one.enable_input_require_grads()
+        with enable(one, "a_shape", training=True, **SMALL) as handle:
+            one(input_ids=prompt(), labels=prompt()).loss.backward()
+            assert all(row.dense_calls == 0 for row in handle.stats())
+    for (name, one), (_, two) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(torch.as_tensor(two.grad), torch.as_tensor(one.grad)), name
+
+
+@pytest.mark.parametrize("name", ["training", "keep_plans"])
+def test_enable_takes_yes_or_no(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'yes'"):
+        enable(tiny_llama(), "a_shape", **{name: "yes"})
+
+
+def test_enable_says_what_a_policy_trains() -> None:
+    """The argument holds, whatever the policy says."""
+    policy = Policy(methods.create("a_shape"), training=True)
+    with enable(tiny_llama(), policy) as handle:
+        assert not handle.policy.training
 
 
 def test_autocast_trains() -> None:

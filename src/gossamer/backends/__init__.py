@@ -10,21 +10,36 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 from torch import Tensor, bfloat16, compiler, device, float16, float32
 
-from gossamer.backends import cpu, triton
+from gossamer.backends import cpu, operator, remade, triton
 from gossamer.backends.gradient import is_transformed, refuse_transforms
+from gossamer.backends.torch.attend import refuse_gradient
+from gossamer.backends.torch.backward import ALL, Gradients, Needs
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 
-__all__ = ["attend", "backend_of", "is_transformed", "name_of", "refuse_transforms", "why_slow"]
+__all__ = [
+    "ALL",
+    "Gradients",
+    "Needs",
+    "attend",
+    "attend_backward",
+    "backend_of",
+    "is_transformed",
+    "name_of",
+    "refuse_transforms",
+    "why_slow",
+]
 
 ATTEND = "GOSSAMER_BACKEND"
 PLAN = "GOSSAMER_PLANNER"
 MAX_HEAD_DIM = 256
 _NAMES = {ATTEND: ("torch", "cpu", "triton", "flex"), PLAN: ("torch", "cpu", "triton")}
+_ATTENDING = ("attend", "attend_backward")
 _DTYPES = (float32, bfloat16, float16)
 
 
@@ -36,7 +51,7 @@ def backend_of(subject: AttentionCall | SparsePlan | Tensor, verb: str) -> Modul
     Raises:
         ValueError: an environment variable names no backend.
     """
-    environment = ATTEND if verb == "attend" else PLAN
+    environment = ATTEND if verb in _ATTENDING else PLAN
     forced = os.environ.get(environment, "")
     if forced and forced not in _NAMES[environment]:
         raise ValueError(f"{environment}={forced!r} is not known; use one of: {', '.join(_NAMES[environment])}")
@@ -47,13 +62,14 @@ def backend_of(subject: AttentionCall | SparsePlan | Tensor, verb: str) -> Modul
 
 def _fastest(subject: AttentionCall | SparsePlan | Tensor, verb: str) -> str:
     # Kernels read addresses; while torch compiles, there are none.
-    if verb != "attend" and compiler.is_compiling():
+    if verb not in _ATTENDING and compiler.is_compiling():
         return "torch"
     if isinstance(subject, SparsePlan):
         return _on(subject.device) or "torch"
     q, widest = (subject.q, _widest(subject)) if isinstance(subject, AttentionCall) else (subject, subject.shape[-1])
     name = _on(q.device)
-    if name is None or q.dtype not in _DTYPES:
+    biased = isinstance(subject, AttentionCall) and subject.bias is not None and verb.startswith("attend")
+    if name is None or biased or q.dtype not in _DTYPES:
         return "torch"
     if widest <= MAX_HEAD_DIM:
         return name
@@ -74,7 +90,7 @@ def _on(where: device) -> str | None:
 
 def name_of(subject: AttentionCall | Tensor) -> str:
     """Name of the backend that attends, with its instruction set: ``cpu/avx512_bf16``, ``triton``, ``torch``."""
-    name = backend_of(subject, "attend").__name__.rpartition(".")[2]
+    name = _name(backend_of(subject, "attend"))
     dtype = subject.dtype if isinstance(subject, Tensor) else subject.q.dtype
     return f"cpu/{cpu.active_isa(dtype)}" if name == "cpu" else name
 
@@ -83,14 +99,49 @@ def why_slow(call: AttentionCall) -> str:
     """Why plans for a call run on the torch backend."""
     failures = {"cpu": cpu.why_unavailable, "cuda": triton.why_unavailable}
     failure = failures[call.device.type]() if call.device.type in failures else None
+    if failure is None and call.bias is not None:
+        return "no kernel for a bias"
     return failure or "no kernel for this device, dtype or head dimension"
 
 
-def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
+def attend(
+    call: AttentionCall, plan: SparsePlan, *, make: Callable[[AttentionCall], SparsePlan] | None = None
+) -> tuple[Tensor, Tensor]:
     """Run the plan on the best backend for the call. See `gossamer.backends.torch.attend`, the definition.
 
+    Differentiable, once.
+
+    Args:
+        make: makes the plan again for the gradient; without it the plan is kept. In graphs it is kept all the same.
+
     Raises:
+        ValueError: a gradient is needed through a plan with `SparsePlan.skip`.
         NotImplementedError: tensors that carry tangents, or belong to ``torch.func``.
     """
     refuse_transforms(call)
-    return backend_of(call, "attend").attend(call, plan)
+    if not call.needs_gradient:
+        return backend_of(call, "attend").attend(call, plan)
+    refuse_gradient(plan)
+    call.check_plan(plan)
+    name = _name(backend_of(call, "attend"))
+    if make is None or compiler.is_compiling():
+        return operator.attend(call, plan, name)
+    return remade.attend(call, plan, name, make)
+
+
+def attend_backward(
+    call: AttentionCall,
+    plan: SparsePlan,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None = None,
+    needs: Needs = ALL,
+) -> Gradients:
+    """Gradients through `attend`. See `gossamer.backends.torch.attend_backward`, the definition."""
+    given = (out, lse, grad_out, grad_lse, needs)
+    return operator.attend_backward(call, plan, _name(backend_of(call, "attend")), *given)
+
+
+def _name(backend: ModuleType) -> str:
+    return backend.__name__.rpartition(".")[2]

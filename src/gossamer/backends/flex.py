@@ -40,6 +40,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest
 
     call.check_plan(plan)
+    call.refuse_bias("FlexAttention here")
     plan.check()  # making a mask waits for the device anyway
     q, sinks, softcap = call.q, call.sinks, call.softcap
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -19,8 +19,8 @@ __all__ = ["in_forward_mode", "is_transformed", "refuse", "refuse_transforms"]
 def refuse(_context: Any, *_gradients: Tensor | None) -> NoReturn:
     """The backward of an executor's operator, for `torch.library.register_autograd`."""
     raise NotImplementedError(
-        "a gradient was asked of a sparse executor, which has no backward; train with gossamer.sparse_attention, which "
-        "runs dense attention where gradients are needed, or call the executor under torch.no_grad()"
+        "a gradient was asked of one backend's attention by itself, which has no backward; use "
+        "gossamer.backends.attend or gossamer.sparse_attention, which have one, or call it under torch.no_grad()"
     )
 
 

@@ -9,6 +9,7 @@ All functions run on ``torch.get_num_threads()`` threads.
 """
 
 from gossamer.backends.cpu.attend import attend, attend_rows
+from gossamer.backends.cpu.backward import attend_backward
 from gossamer.backends.cpu.lists import ListWriter, count, count_top_p, finish
 from gossamer.backends.cpu.native import (
     ENVIRONMENT,
@@ -48,6 +49,7 @@ __all__ = [
     "antidiagonal_peaks",
     "antidiagonal_scores",
     "attend",
+    "attend_backward",
     "attend_rows",
     "block_attention",
     "count",

@@ -103,6 +103,24 @@ class AttentionCall:
         rows: Array,
     ) -> None: ...
 
+class GradientCall:
+    """Of an attended call, its output and LSE among it; what reaches them, fp32 ``[B, H, S]`` or none for the LSE.
+
+    Gradients are zeros, to be written; None or no elements where none is asked for. Sinks fp32 ``[H]``.
+    """
+
+    def __init__(
+        self,
+        *,
+        attended: AttentionCall,
+        reaching: Tensor,
+        reaching_lse: Array,
+        queries: Tensor | None,
+        keys: Tensor | None,
+        values: Tensor | None,
+        sinks: Array,
+    ) -> None: ...
+
 class ScoreCall:
     def __init__(self, *, q: Tensor, k: Tensor | Tokens, extent: Extent, scale: float, threads: int) -> None: ...
 
@@ -160,6 +178,7 @@ class Slashes:
     def __init__(self, *, extent: Extent, heads: int, width: int, part: Part, columns: int, distances: int) -> None: ...
 
 def attend(isa: str, plan: Plan, call: AttentionCall, /) -> None: ...
+def attend_backward(isa: str, plan: Plan, call: GradientCall, /) -> None: ...
 def probe(isa: str, call: ScoreCall, *, last: int, width: int, columns: int, diagonals: int) -> None: ...
 def pool_keys(isa: str, k: Tensor | Tokens, grid: Grid, *, blocks: int, out: int, threads: int) -> None: ...
 def pool_queries(isa: str, q: Tensor, grid: Grid, *, blocks: int, out: int, threads: int) -> None: ...

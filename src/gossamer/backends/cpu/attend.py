@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
-from gossamer.backends.cpu.views import arrays, dense_rows, plan_parts, plan_view, tensor_view, tokens_view
+from gossamer.backends.cpu.views import arrays, dense_rows, plan_view, tensor_view, tokens_view
 from gossamer.backends.gradient import refuse
 from gossamer.backends.torch.attend import attend_rows as definition
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
+from gossamer.plan.parts import plan_parts
 
 __all__ = ["attend", "attend_rows"]
 
@@ -24,7 +25,8 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     tokens and lists: not on padding, the rest of the batch or the number of threads. Few queries (one block of them, as
     in decoding) run split over the keys. A value that is not finite also spoils rows that do not attend it, where they
     attend another key of the same 64 (0 * inf; torch's SDPA does so for all keys), or the mean of one of 64 key blocks
-    that have means of their own; dead tokens are never read. There is no backward.
+    that have means of their own; dead tokens are never read.
+    The gradient is `attend_backward`'s.
 
     On ``avx512_bf16`` and ``amx`` the hardware takes bf16 values below the smallest normal number (1.2e-38) as 0, and
     sums below it.
@@ -39,6 +41,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         NotImplementedError: from ``backward()``, where an input requires a gradient.
     """
     call.check_plan(plan)
+    call.refuse_bias("the cpu backend")
     if plan.device.type != "cpu":
         raise ValueError(f"the cpu backend takes plans on the CPU, got one on {plan.device}; move it")
     tensors, sizes = plan_parts(plan)
@@ -82,7 +85,8 @@ def _cpu_attend(
 
 
 def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """See `gossamer.backends.torch.attend_rows`, which runs plans with an order or attributes, and all with a gradient.
+    """See `gossamer.backends.torch.attend_rows`, which runs plans with an order or attributes, and calls with a bias or
+    a gradient.
 
     It costs what dense attention costs for so many rows, less the tiles of 64 keys that none of them attends; where the
     kernels are of bf16, weights are rounded to it, as in `attend`. A row's result depends neither on padding, the rest
@@ -92,7 +96,8 @@ def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Te
         RuntimeError: the kernels are not built.
         ValueError, TypeError: as `attend`.
     """
-    if plan.permuted or plan.pruned_mean or plan.skip is not None or call.needs_gradient:
+    special = plan.permuted or plan.pruned_mean or plan.skip is not None
+    if special or call.needs_gradient or call.bias is not None:
         return definition(call, plan, rows)
     call.check_plan(plan)
     q, k, v = call.q, call.k, call.values

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from gossamer.backends.cpu.native import kernels
-from gossamer.backends.cpu.views import address, plan_parts, plan_view
+from gossamer.backends.cpu.views import address, plan_view
 from gossamer.backends.torch.choose import ListWriter as TorchListWriter
 from gossamer.plan import SparsePlan, ceil_div
 from gossamer.plan.count import count_pairs
+from gossamer.plan.parts import plan_parts
 from gossamer.rules import (
     Above,
     AtLeast,

@@ -249,7 +249,7 @@ def group_shares(call: AttentionCall, grid: Grid, queries: Tensor, group: int, p
 def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: range) -> Tensor:
     """See `gossamer.backends.torch.antidiagonal_scores`.
 
-    Working memory: packed keys, at most 512 MiB of them; and of each thread some MiB, and some KiB a key block.
+    Working memory: packed keys, at most 192 MiB of them; and of each thread some MiB, and some KiB a key block.
     """
     grid = _check_cells(call, grid, stride, part)
     scores = torch.empty(call.batch, call.heads, len(part), grid.key_blocks, device="cpu")

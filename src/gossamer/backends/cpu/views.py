@@ -16,7 +16,7 @@ from torch import Tensor
 from gossamer.backends.cpu.native import DTYPES, kernels
 from gossamer.call import AttentionCall
 from gossamer.paged import Paged
-from gossamer.plan import Extent, Grid, SparsePlan
+from gossamer.plan import Extent, Grid
 
 __all__ = [
     "address",
@@ -25,7 +25,6 @@ __all__ = [
     "extent_view",
     "grid_view",
     "part_view",
-    "plan_parts",
     "plan_view",
     "score_view",
     "tensor_view",
@@ -127,30 +126,8 @@ def score_view(q: Tensor, k: Tensor, call: AttentionCall) -> Any:
     )
 
 
-def plan_parts(plan: SparsePlan) -> tuple[list[Tensor], list[int]]:
-    """A plan on the CPU as an operator can take it, for `plan_view`."""
-    extent, absent = plan.extent, torch.empty(0, dtype=torch.int32, device="cpu")
-    tensors = [
-        extent.query_start,
-        extent.query_count,
-        extent.key_start,
-        extent.key_count,
-        plan.block_indptr,
-        plan.block_indices,
-        plan.column_indptr,
-        plan.column_indices,
-        torch.as_tensor(plan.sink, device=plan.device),
-        torch.as_tensor(plan.window, device=plan.device),
-        absent if plan.q_order is None else plan.q_order,
-        absent if plan.k_order is None else plan.k_order,
-    ]
-    sizes = [plan.heads, plan.query_len, plan.key_len, plan.num_query_blocks, plan.column_group]
-    limit = -1 if extent.limit is None else extent.limit
-    return tensors, [*sizes, plan.block_q, plan.block_k, int(extent.causal), limit, int(plan.pruned_mean)]
-
-
 def plan_view(tensors: list[Tensor], sizes: list[int], skip: float | None = None) -> Any:
-    """Of `plan_parts`, contiguous.
+    """Of `gossamer.plan.parts.plan_parts`, contiguous.
 
     Raises:
         ValueError, TypeError: tensors and sizes that do not fit each other, as after a write to a plan's tensors.

@@ -1,6 +1,7 @@
 """The torch backend: the definition of every verb, obvious and slow, beside which all others are tested."""
 
 from gossamer.backends.torch.attend import attend, attend_rows
+from gossamer.backends.torch.backward import attend_backward
 from gossamer.backends.torch.cells import antidiagonal_means, antidiagonal_peaks, antidiagonal_scores, value_norms
 from gossamer.backends.torch.choose import ListWriter, count, finish
 from gossamer.backends.torch.gates import block_attention, pool_before_rotary, pool_key_bounds
@@ -28,6 +29,7 @@ __all__ = [
     "antidiagonal_peaks",
     "antidiagonal_scores",
     "attend",
+    "attend_backward",
     "attend_rows",
     "block_attention",
     "count",

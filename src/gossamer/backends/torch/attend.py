@@ -11,7 +11,22 @@ from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 from gossamer.plan.checks import SKIP_TILE
 
-__all__ = ["attend", "attend_rows", "cleared", "cleared_queries", "logits", "wide"]
+__all__ = [
+    "attend",
+    "attend_rows",
+    "cleared",
+    "cleared_queries",
+    "for_query_heads",
+    "log_lengths",
+    "logits",
+    "of_query_heads",
+    "products",
+    "pruned_rows",
+    "refuse_gradient",
+    "row_parts",
+    "soft_capped",
+    "wide",
+]
 
 _LOGITS = 1 << 26  # held at once
 
@@ -26,18 +41,30 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: the plan is for another call, its tensors were written since, or the call has no values; a gradient
-            is needed through a plan with `SparsePlan.skip`.
+            is needed through a plan with `SparsePlan.skip`; a bias beside `SparsePlan.pruned_mean` or ``skip``.
     """
     call.check_plan(plan)
-    if plan.skip is not None and call.needs_gradient:
-        raise ValueError("a plan with skip has no gradient; make the plan without, or attend under torch.no_grad()")
+    if call.bias is not None and (plan.pruned_mean or plan.skip is not None):
+        raise ValueError("a bias goes with plans that have neither pruned_mean nor skip; make the plan without them")
+    if call.needs_gradient:
+        refuse_gradient(plan)
     plan.check()  # masks are as large as its numbers say; in kernels that would take too long
     out = torch.empty(*call.q.shape[:3], call.values.shape[-1], dtype=call.q.dtype, device=call.device)
     lse = torch.empty(call.q.shape[:3], dtype=wide(call.q[:0]).dtype, device=call.device)
-    for rows in _chunks(call, torch.arange(call.query_len, device="cpu")):
+    for rows in row_parts(call, torch.arange(call.query_len, device="cpu"), _LOGITS):
         part, lse[:, :, rows] = _attend_rows(call, plan, rows)
         out[:, :, rows] = part.to(out.dtype)
     return out, lse
+
+
+def refuse_gradient(plan: SparsePlan) -> None:
+    """Raise for a plan that has no gradient.
+
+    Raises:
+        ValueError: what a row leaves out under `SparsePlan.skip` jumps with its logits.
+    """
+    if plan.skip is not None:
+        raise ValueError("a plan with skip has no gradient; make the plan without, or attend under torch.no_grad()")
 
 
 def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,20 +73,23 @@ def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Te
     Returns:
         out ``[B, H, R, Dv]`` and lse ``[B, H, R]``, both in the dtype of all arithmetic; dead rows attend nothing.
     """
-    parts = [_attend_rows(call, plan, part) for part in _chunks(call, rows)]
+    parts = [_attend_rows(call, plan, part) for part in row_parts(call, rows, _LOGITS)]
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 
 def _attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
     """At once."""
-    mask = _for_query_heads(plan.rows_mask(rows), call)
-    scores = logits(call, rows).masked_fill(~mask, float("-inf"))
+    mask = for_query_heads(plan.rows_mask(rows), call)
+    scores = logits(call, rows)
+    if call.bias is not None:
+        scores = scores + of_query_heads(call.bias, call)
+    scores = scores.masked_fill(~mask, float("-inf"))
     values = wide(cleared(call.values, call))
     if plan.skip is not None:
         scores = scores.masked_fill(_left_out(scores, call, plan.skip), float("-inf"))
     if plan.pruned_mean and plan.num_query_blocks:
-        means = _logits(call, rows, block_means(call.k, plan.grid)) + _log_lengths(plan).to(scores)[:, None, None]
-        pruned = _for_query_heads(_pruned(plan, rows), call)
+        means = _logits(call, rows, block_means(call.k, plan.grid)) + log_lengths(plan).to(scores)[:, None, None]
+        pruned = for_query_heads(pruned_rows(plan, rows), call)
         scores = torch.cat([scores, means.masked_fill(~pruned, float("-inf"))], dim=-1)
         values = torch.cat([values, block_means(call.values, plan.grid)], dim=-2)
     lse = torch.logsumexp(scores, dim=-1)
@@ -73,7 +103,12 @@ def _attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[T
     return out.view(call.batch, call.heads, rows.shape[-1], out.shape[-1]), lse
 
 
-def _for_query_heads(mask: Tensor, call: AttentionCall) -> Tensor:
+def of_query_heads(bias: Tensor, call: AttentionCall) -> Tensor:
+    """A bias ``[B, G, T]`` as ``[B, H, 1, T]``, in the dtype of all arithmetic."""
+    return wide(bias).repeat_interleave(call.share, dim=1)[:, :, None]
+
+
+def for_query_heads(mask: Tensor, call: AttentionCall) -> Tensor:
     """A plan's ``[B, heads, ..]`` as ``[B, H, ..]`` on the call's device."""
     return mask.to(call.device).repeat_interleave(call.heads // mask.shape[1], dim=1)
 
@@ -92,14 +127,14 @@ def _left_out(scores: Tensor, call: AttentionCall, skip: float) -> Tensor:
     return left
 
 
-def _pruned(plan: SparsePlan, rows: Tensor) -> Tensor:
+def pruned_rows(plan: SparsePlan, rows: Tensor) -> Tensor:
     """Key blocks whose mean each row attends, bool ``[B, heads, R, N]``."""
     blocks, row = plan.pruned_blocks(), plan.row_blocks(rows)
     live = plan.extent.live_queries(plan.query_len, plan.device).gather(1, rows.to(plan.device).expand(plan.batch, -1))
     return blocks.gather(2, row[..., None].expand(-1, -1, -1, blocks.shape[-1])) & live[:, None, :, None]
 
 
-def _log_lengths(plan: SparsePlan) -> Tensor:
+def log_lengths(plan: SparsePlan) -> Tensor:
     """Log of the number of live keys of each key block, ``[B, N]``."""
     low, high = plan.grid.key_block_ends()
     return (high - low).double().log()
@@ -119,10 +154,19 @@ def _logits(call: AttentionCall, rows: Tensor | slice, keys: Tensor) -> Tensor:
         q = wide(call.q.take_along_dim(rows.to(call.device)[:, None, :, None], dim=2))
     else:
         q = wide(call.q[:, :, rows])
+    return soft_capped(products(call, q, keys), call)
+
+
+def products(call: AttentionCall, q: Tensor, keys: Tensor) -> Tensor:
+    """``scale * q . k`` of ``[B, H, rows, D]`` and ``[B, G, keys, D]``: ``[B, H, rows, keys]``."""
     # All heads of a group at once, so that keys are not expanded.
     stacked = q.reshape(call.batch, call.groups, call.share * q.shape[2], q.shape[3])
     scores = (stacked @ keys.transpose(-1, -2)).mul_(call.scale)
-    scores = scores.view(call.batch, call.heads, q.shape[2], scores.shape[-1])
+    return scores.view(call.batch, call.heads, q.shape[2], scores.shape[-1])
+
+
+def soft_capped(scores: Tensor, call: AttentionCall) -> Tensor:
+    """Writes over them."""
     return scores if call.softcap is None else scores.div_(call.softcap).tanh_().mul_(call.softcap)
 
 
@@ -143,5 +187,6 @@ def cleared_queries(call: AttentionCall) -> Tensor:
     return call.q if bool(live.all()) else torch.where(live.to(call.device)[:, None, :, None], call.q, 0.0)
 
 
-def _chunks(call: AttentionCall, rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(max(1, _LOGITS // max(1, call.batch * call.heads * call.key_len)), dim=-1)
+def row_parts(call: AttentionCall, rows: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Rows in parts that hold at most so many logits, one row at least."""
+    return rows.split(max(1, most // max(1, call.batch * call.heads * call.key_len)), dim=-1)

@@ -15,15 +15,15 @@ from gossamer.backends.torch.attend import cleared, cleared_queries, wide
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent
 
-__all__ = ["dense", "sdpa", "under_mask"]
+__all__ = ["dense", "is_plain", "needs_mask", "sdpa", "under_mask"]
 
 
 def dense(call: AttentionCall) -> Tensor:
     """Every pair that the call's extent allows: ``[B, H, S, Dv]``, 0 for rows that attend nothing. Differentiable.
 
-    torch's scaled_dot_product_attention, or plain torch where there are sinks or a soft-cap, which it lacks. Holds a
-    bool mask ``[B, 1, S, T]`` unless the same keys are live in all rows and the queries are all or the last of them.
-    Dead rows and slots may hold anything.
+    torch's scaled_dot_product_attention, or plain torch where there are sinks, a soft-cap or a bias, which it lacks.
+    Holds a bool mask ``[B, 1, S, T]`` unless the same keys are live in all rows and the queries are all or the last of
+    them. Dead rows and slots may hold anything.
     """
     call = _trimmed(call)
     if not needs_mask(call):
@@ -33,7 +33,8 @@ def dense(call: AttentionCall) -> Tensor:
     some = mask.any(dim=-1, keepdim=True)
     # Rows without any key attend all of them, so that neither they nor their gradients are NaN; then they count as 0.
     q, k, v = cleared_queries(call), cleared(call.k, call), cleared(call.values, call)
-    out = under_mask(q, k, v, mask | ~some, call.scale, call.sinks, call.softcap)
+    bias = None if call.bias is None else cleared(call.bias[..., None], call)[..., 0]
+    out = under_mask(q, k, v, mask | ~some, call.scale, call.sinks, call.softcap, bias)
     return out if bool(some.all()) else torch.where(some, out, 0.0)
 
 
@@ -49,13 +50,19 @@ def _trimmed(call: AttentionCall) -> AttentionCall:
     starts = (extent.key_start - begin).clamp(min=0)  # of rows without keys, anywhere
     counts, keys = extent.query_count, extent.key_count
     inner = Extent(extent.query_start, counts, starts, keys, causal=extent.causal, limit=extent.limit)
-    return replace(call, k=call.k[:, :, begin:end], v=call.values[:, :, begin:end], extent=inner)
+    bias = None if call.bias is None else call.bias[:, :, begin:end]
+    return replace(call, k=call.k[:, :, begin:end], v=call.values[:, :, begin:end], extent=inner, bias=bias)
+
+
+def is_plain(call: AttentionCall) -> bool:
+    """Whether the logits are those of SDPA: no sinks, no soft-cap, no bias."""
+    return call.sinks is None and call.softcap is None and call.bias is None
 
 
 def needs_mask(call: AttentionCall) -> bool:
     """Whether SDPA's own causality does not describe the call."""
     extent = call.extent
-    if call.sinks is not None or call.softcap is not None or not extent.is_trivial(call.query_len, call.key_len):
+    if not is_plain(call) or not extent.is_trivial(call.query_len, call.key_len):
         return True
     first = extent.query_start  # anywhere, where attention is not causal
     reach = torch.maximum(first + call.query_len, call.key_len - first)
@@ -72,9 +79,13 @@ def under_mask(
     scale: float,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Dense attention under a bool mask ``[B, 1, S, T]`` (or broadcastable); None means no mask. Differentiable."""
-    if sinks is None and softcap is None:
+    """Dense attention under a bool mask ``[B, 1, S, T]`` (or broadcastable); None means no mask. Differentiable.
+
+    A bias is of each key, ``[B, G, T]``.
+    """
+    if sinks is None and softcap is None and bias is None:
         return sdpa(q, k, v, scale, attn_mask=mask)
     batch, heads, query_len, dim = q.shape
     groups, key_len = k.shape[1], k.shape[2]
@@ -82,6 +93,8 @@ def under_mask(
     logits = wide(rows @ k.transpose(-1, -2)).mul(scale).view(batch, heads, query_len, key_len)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias.to(logits).repeat_interleave(heads // groups, dim=1)[:, :, None]
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     if sinks is not None:

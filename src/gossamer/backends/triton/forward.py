@@ -87,6 +87,7 @@ def _seconds(arguments: tuple, config: Config) -> float:
 def _arguments(call: AttentionCall, plan: SparsePlan) -> tuple:
     """Of the operator ``gossamer::triton_attend``; see `gossamer.backends.triton.launch.Arguments`."""
     check_call(call)
+    call.refuse_bias("the Triton backend")
     call.check_plan(plan)
     plan.extent.check(plan.query_len, plan.key_len)
     plan.check_sizes()

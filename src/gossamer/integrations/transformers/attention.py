@@ -34,7 +34,7 @@ from gossamer.integrations.transformers.masks import (
     pairs_of,
     read,
 )
-from gossamer.integrations.transformers.operator import named, operator
+from gossamer.integrations.transformers.operator import named, operator, trains
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, owner_for
 from gossamer.plan import Extent
 from gossamer.policy import TRAINING
@@ -107,11 +107,11 @@ def hf_attention(
 ) -> tuple[Tensor, None]:
     """Attention for one layer, as transformers calls it.
 
-    Dense, and counted with the reason: a module in training, a mask that is not plain, packed sequences, bidirectional
-    attention that was not asked for, dropout, a position bias, and keys that the model itself was trained to choose;
-    and whatever the policy finds not worth a plan (decoding, short prompts). Under autocast all is done in its dtype.
-    Under ``torch.compile`` and ``torch.export`` a prefill is one operator, which counts when it runs; a decode step
-    and training are plain torch there, and are not counted.
+    Dense, and counted with the reason: a module in training unless its policy trains sparse, a mask that is not plain,
+    packed sequences, bidirectional attention that was not asked for, dropout, a position bias, and keys that the model
+    itself was trained to choose; and whatever the policy finds not worth a plan (decoding, short prompts). Under
+    autocast all is done in its dtype. Under ``torch.compile`` and ``torch.export`` a prefill is one operator, which
+    counts when it runs; a decode step and dense training are plain torch there, and are not counted.
 
     Args:
         query: ``[B, H, S, D]``; key: ``[B, G, T, D]``; value: ``[B, G, T, Dv]``.
@@ -175,7 +175,8 @@ def _attend(
         return _densely(module, asked, extras)
     if torch.compiler.is_compiling():
         training = module.training or (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)))
-        if training or extras.reason is not None or asked.query_len == 1:
+        dense = training and not trains(module)
+        if dense or extras.reason is not None or asked.query_len == 1:
             return _densely(module, asked, extras)
         fields = asked.mask, s_aux, asked.scale, softcap, asked.window, asked.causal, asked.layer
         return _operator(query, key, value, *fields, *named(module))
@@ -183,7 +184,7 @@ def _attend(
     owner.reached[asked.layer] += 1
     if extras.reason is not None:
         return _counted(owner, asked, extras.reason, lambda: _densely(module, asked, extras))
-    return _by_policy(owner, asked, TRAINING if module.training else None)
+    return _by_policy(owner, asked, TRAINING if module.training and not owner.policy.training else None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

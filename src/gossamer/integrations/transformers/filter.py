@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -149,7 +149,8 @@ def _ending_at(model: Any, layer: int) -> Iterator[None]:
     try:
         for module, owner in owners.items():
             policy = owner.policy
-            ending = _UpTo(policy.method, policy.min_tokens, policy.max_density, policy.profile, layer)
+            given = {part.name: getattr(policy, part.name) for part in fields(policy)}
+            ending = _UpTo(**given, layer=layer)
             set_owner(module, replace(owner, policy=ending, record=None, observe=None))
         yield
     finally:

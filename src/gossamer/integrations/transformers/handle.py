@@ -183,6 +183,8 @@ def enable(
     min_tokens: int | None = None,
     max_density: float | None = None,
     bidirectional: bool = False,
+    training: bool = False,
+    keep_plans: bool = True,
     **fields: Any,
 ) -> Handle:
     """Run a transformers model's attention through gossamer: prefill by a sparse method, decoding dense.
@@ -199,6 +201,9 @@ def enable(
         min_tokens, max_density: thresholds of the policy; see `Policy`.
         bidirectional: also run encoders and cross-attention sparse, where the method can; else they run dense. Of
             encoder-decoders, keys with left padding run dense all the same.
+        training: run layers in ``model.train()``, and calls that need a gradient, sparse too; else they are dense.
+        keep_plans: keep each layer's plan until its gradient is computed; False: make it again then. As `training`, in
+            place of what a `Policy` says.
         **fields: hyperparameters of the method, where `method` is a name.
 
     Raises:
@@ -213,6 +218,7 @@ def enable(
     if profile is not None and not isinstance(profile, Profile):
         profile = Profile.load(profile)
     policy = _policy(method, profile, min_tokens, max_density, fields)
+    policy = dataclasses.replace(policy, training=training, keep_plans=keep_plans)
     modules = getattr(model, "modules", None)
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config") or modules is None:
         raise TypeError(

@@ -7,7 +7,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -145,4 +145,4 @@ def _default_owner() -> Owner:
         "A deep copy of an enabled model is such a one; enable it too.",
         NAME,
     )
-    return Owner(Policy.of("minference"), None)
+    return Owner(replace(Policy.of("minference"), training=False), None)
