@@ -183,18 +183,19 @@ class Gradients {
 
   void pack_tile(const GradientUnit& unit, const int32_t* positions, int count, char* to) const {
     const Extent& extent = o_.plan.extent();
-    const void *keys[kChunk], *values[kChunk];
+    int64_t slots[kChunk];
     for (int t = 0; t < kChunk; ++t) {
       const bool live = t < count && positions[t] >= 0 && positions[t] < extent.key_count[unit.b];
-      const int64_t slot = live ? extent.key_slot(unit.b, positions[t]) : 0;
-      keys[t] = live ? o_.call.k.row(unit.b, unit.group, slot) : nullptr;
-      values[t] = live ? o_.call.v.row(unit.b, unit.group, slot) : nullptr;
+      slots[t] = live ? extent.key_slot(unit.b, positions[t]) : -1;
     }
+    PointedRows keys, values;
+    o_.call.k.point_at(*o_.kernels.scores, unit.b, unit.group, slots, keys);
+    o_.call.v.point_at(*o_.kernels.scores, unit.b, unit.group, slots, values);
     const DType dtype = o_.call.k.dtype;
     const int dim = o_.call.k.dim, value_dim = o_.call.v.dim;
     char* key_rows = to + sizes_.tiles.key_bytes;
-    o_.kernels.pack({dtype, keys, keys, dim, dim, o_.padded_dim, o_.padded_dim, to, key_rows});
-    o_.kernels.pack({dtype, values, values, value_dim, value_dim, o_.padded_value_dim, o_.padded_value_dim,
+    o_.kernels.pack({dtype, keys.rows, keys.rows, dim, dim, o_.padded_dim, o_.padded_dim, to, key_rows});
+    o_.kernels.pack({dtype, values.rows, values.rows, value_dim, value_dim, o_.padded_value_dim, o_.padded_value_dim,
                      key_rows + kChunk * o_.padded_dim * sizes_.number_bytes, nullptr});
   }
 

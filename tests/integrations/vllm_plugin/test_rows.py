@@ -19,14 +19,14 @@ def starts_of(queries: list[int]) -> list[int]:
 
 
 def test_rows_are_chosen_in_any_order_and_the_others_keep_their_tokens() -> None:
-    queries, lengths = [1, 600, 64, 3, 64, 1, 700], [900, 600, 64, 50, 564, 1, 1000]
+    queries, lengths = [1, 600, 64, 3, 64, 1, 700], [900, 600, 64, 50, 2564, 1, 1000]
     step = choose(starts_of(queries), lengths, [LONG] * 7, 64)
     assert step.rows == (
         Row(1, 1, 601, 600, LONG),
-        Row(4, 668, 732, 564, LONG),
+        Row(4, 668, 732, 2564, LONG),
         Row(6, 733, 1433, 1000, LONG),
     )
-    assert [(row.queries, row.past) for row in step.rows] == [(600, 0), (64, 500), (700, 300)]
+    assert [(row.queries, row.past) for row in step.rows] == [(600, 0), (64, 2500), (700, 300)]
     assert step.others.tolist() == [0, *range(601, 668), 732]
     assert step.others.dtype == torch.int64
     assert step.reasons == {"decode": 2, "short prompt": 1, "few queries": 1}
@@ -49,8 +49,19 @@ def test_rows_of_few_queries_say_why(queries: int, reason: str) -> None:
     assert step.others.tolist() == list(range(queries))
 
 
+@pytest.mark.parametrize(
+    ("queries", "tokens", "runs"), [(500, 500, True), (499, 501, True), (64, 1989, True), (64, 1988, False)]
+)
+def test_a_chunk_has_as_many_pairs_as_the_shortest_prompt(queries: int, tokens: int, runs: bool) -> None:
+    pairs = sum(tokens - queries + 1 + row for row in range(queries))
+    assert (pairs >= 500 * 501 // 2) == runs
+    step = choose([0, queries], [tokens], [LONG], 64)
+    assert len(step.rows) == runs
+    assert step.reasons == ({} if runs else {"short chunk": 1})
+
+
 def test_where_all_run_plans_nothing_is_left() -> None:
-    step = choose([0, 64, 128], [500, 600], [LONG] * 2, 64)
+    step = choose([0, 64, 128], [2500, 2600], [LONG] * 2, 64)
     assert len(step.rows) == 2
     assert step.others.numel() == 0
     assert step.others.dtype == torch.int64

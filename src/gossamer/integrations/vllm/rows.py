@@ -70,6 +70,9 @@ def choose(starts: Sequence[int], lengths: Sequence[int], policies: Sequence[Pol
         lengths: tokens of each sequence, the queries of this step included.
         policies: of each row, with ``min_tokens`` as numbers.
         least: rows with fewer queries run on vLLM's own kernel.
+
+    A plan pays by the pairs of query and key that it spares: a chunk with fewer pairs than a whole prompt of
+    ``min_tokens`` does not run one either.
     """
     rows, others, reasons = [], [], Counter()
     for index, (start, end, tokens, policy) in enumerate(zip(starts[:-1], starts[1:], lengths, policies, strict=True)):
@@ -78,9 +81,16 @@ def choose(starts: Sequence[int], lengths: Sequence[int], policies: Sequence[Pol
             reason = "decode" if end - start <= 1 else "few queries"
         elif tokens < (policy.min_tokens or 0):
             reason = "short prompt"
+        elif _pairs(end - start, tokens) < _pairs(policy.min_tokens or 0, policy.min_tokens or 0):
+            reason = "short chunk"
         if reason is None:
             rows.append(Row(index, start, end, tokens, policy))
         else:
             reasons[reason] += 1
             others.append(torch.arange(start, end, device="cpu"))
     return Step(tuple(rows), torch.cat(others) if others else torch.empty(0, dtype=torch.int64, device="cpu"), reasons)
+
+
+def _pairs(queries: int, tokens: int) -> int:
+    """Of the last queries of a sequence and the keys that each may see."""
+    return queries * (2 * tokens - queries + 1) // 2
