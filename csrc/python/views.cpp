@@ -133,7 +133,7 @@ void make_attention_call(AttentionCall* self, const TensorView& q, const Tokens&
 }
 
 // A tensor like another, or one without data.
-void check_like(const char* name, const TensorView& x, const TensorView& like) {
+void check_like(const char* name, const TensorView& x, const Tokens& like) {
   const bool same = x.batch == like.batch && x.heads == like.heads && x.tokens == like.tokens && x.dim == like.dim;
   if (!same || x.dtype != like.dtype) throw std::invalid_argument(std::string(name) + " must be like its tensor");
 }
