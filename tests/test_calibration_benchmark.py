@@ -136,6 +136,14 @@ def test_what_the_page_says_of_small_budgets() -> None:
 
 
 def test_what_the_page_says_of_the_reference_model() -> None:
-    assert held("reference", LARGE, "global", "error over the rival's") == pytest.approx([0.2, 0.2], abs=0.02)
-    assert held("reference", LARGE, "global", "time over the rival's") == pytest.approx([1.28, 1.28], abs=0.02)
+    assert held("reference", LARGE, "global", "error over the rival's") == pytest.approx([0.39, 0.49], abs=0.006)
+    assert held("reference", LARGE, "global", "time over the rival's") == pytest.approx([1.13, 0.80], abs=0.006)
+    assert held("reference", SMALL, "global", "error over the rival's") == pytest.approx([0.90, 0.86], abs=0.006)
+    assert held("reference", SMALL, "global", "time over the rival's") == pytest.approx([0.90, 1.04], abs=0.006)
     assert not held("reference", SMALL, "fixed", "error over the rival's")
+
+
+def test_what_the_page_says_of_answers() -> None:
+    assert held("reference", SMALL, "dense", "score") == pytest.approx([0.91], abs=0.005)
+    assert held("reference", SMALL, "rival", "score") == pytest.approx([0.91, 0.91], abs=0.005)
+    assert held("reference", SMALL, "global", "score") == pytest.approx([0.13, 0.13], abs=0.005)
