@@ -297,6 +297,19 @@ def gpu_benchmark(script):
     return script("gpu")
 
 
+def test_training_is_measured_on_steps_that_compute_the_same(script):
+    training = script("training")
+    shape = training.SHAPES["sparse"][1]
+    given = training.inputs(torch.float32, 128, shape, 0)
+    by_torch, by_plan = training.by_torch(*given[:3]), training.by_plan(training.dense_plan(shape, 128), *given[:3])
+    torch.testing.assert_close(by_plan, by_torch, atol=1e-5, rtol=1e-4)
+    rows = [*training.dense(128, 1), *training.sparse(512, 1)]
+    assert [row["section"] for row in rows] == ["dense"] * 4 + ["sparse"] * 4
+    assert all(len(row["dense"]["wall_s"]) == 1 for row in rows)
+    assert all(row["ratio"] > 0 for row in rows)
+    assert 0.1 < rows[-1]["density"] < 1
+
+
 @needs_triton
 def test_nothing_is_timed_on_a_gpu_while_a_kernel_is_wrong(gpu_benchmark, monkeypatch, tmp_path, capsys):
     checks = importlib.import_module("gpu_verify")

@@ -50,6 +50,19 @@ def test_readme_shows_the_committed_runs_of_the_demos(path):
     assert script("examples/reading.py").report(figures) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_page_of_training_shows_the_committed_figures():
+    (path,) = (ROOT / "benchmarks" / "results").glob("*/training.json")
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for row in json.loads(path.read_text())["rows"]:
+        if row["section"] == "memory":
+            assert f"{row['beside_mib']} MiB in {row['dtype']}" in text
+            continue
+        seconds = row["dense" if row["section"] == "dense" else "sparse"]["median_s"]
+        start = f"| {row['dtype']} | {row['length']} | {row['heads']} / {row['groups']} | {row['dim']} |"
+        lines = [line for line in text.splitlines() if line.startswith(start)]
+        assert any(f"| {seconds:.2f} | {row['ratio']:.1f} times" in line for line in lines), start
+
+
 def test_the_repository_is_long_enough_for_the_demo():
     assert len(script("examples/reading.py").repository_text()) > 4 * script("examples/demo.py").TOKENS
 

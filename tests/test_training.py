@@ -145,6 +145,7 @@ def test_inputs_that_need_no_gradient_get_none_computed(
     live = replace(call, **leaf)
     policy = planted(plan, keep_plans=keep_plans)
     out, lse = sparse_attention(live.q, live.k, live.values, policy, return_lse=True, **keywords(live))
+    assert given.lse is not None
     ((out * given.out).sum() + (lse * given.lse).sum()).backward()
     assert asked == [Needs(), Needs(*(name == chosen for name in NAMES))]
     assert torch.equal(torch.as_tensor(leaf[chosen].grad), torch.as_tensor(whole[chosen]))
@@ -230,6 +231,7 @@ def test_a_graph_has_the_same_gradient(monkeypatch: pytest.MonkeyPatch, backend:
     leaves = leaves_of(call)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     out, lse = compiled(*leaves.values())
+    assert given.lse is not None
     ((out * given.out).sum() + (lse * given.lse)[lse.isfinite()].sum()).backward()
     torch.compiler.reset()
     for name, leaf in leaves.items():
@@ -259,4 +261,4 @@ def test_a_plan_comes_back_from_its_parts() -> None:
 @pytest.mark.parametrize("name", ["training", "keep_plans"])
 def test_a_policy_takes_yes_or_no(name: str) -> None:
     with pytest.raises(TypeError, match=rf"Policy\.{name} must be True or False, got 1"):
-        Policy(methods.create("dense"), **{name: 1})
+        Policy(methods.create("dense"), **{name: 1})  # type: ignore[arg-type]

@@ -212,8 +212,9 @@ class Gradients {
       for (size_t unit = 0; unit < pass.size(); ++unit)
         if (strip * strip_chunks_ < o_.chunks(pass[unit].b)) jobs.push_back({static_cast<int64_t>(unit), strip});
     failed_ = false;
-    run_jobs(static_cast<int64_t>(jobs.size()), [&](Worker& worker, int64_t n) {
-      const Job job = jobs[static_cast<size_t>(n)];
+    std::atomic<size_t> next{0};  // which of several threads gets which number first, nobody promises
+    run_jobs(static_cast<int64_t>(jobs.size()), [&](Worker& worker, int64_t) {
+      const Job job = jobs[next++];
       try {
         for (PanelItem& item : panels_)
           if (item.unit == job.unit) add_strip(worker, pass[static_cast<size_t>(job.unit)], job.strip, item);
