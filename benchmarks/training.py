@@ -27,7 +27,7 @@ from machines import machine
 from timing import ROUNDS, Series, alternate, write
 from torch import Tensor
 
-from gossamer import AttentionCall, SparsePlan, backends
+from gossamer import AttentionCall, Extent, SparsePlan, backends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Heads, key/value heads, head dimension. Beside torch without grouped heads, which its fast kernel lacks on CPUs.
@@ -61,8 +61,7 @@ def by_plan(plan: SparsePlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def dense_plan(shape: tuple[int, int, int], length: int) -> SparsePlan:
-    call = AttentionCall(*(torch.empty(1, n, length, 1, device="meta") for n in shape[:2]))
-    return SparsePlan.dense(shape[1], length, length, call.extent)
+    return SparsePlan.dense(shape[1], length, length, Extent.full(1, length, length))
 
 
 def sparse_plan(shape: tuple[int, int, int], length: int) -> SparsePlan:

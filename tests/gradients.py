@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gossamer import AttentionCall, SparsePlan
 from gossamer.plan import Grid, ceil_div
 
-NAMES = ("q", "k", "v", "sinks", "bias")
+NAMES: tuple[str, ...] = ("q", "k", "v", "sinks", "bias")
 # Of the gradient's norm: rounding of fp64; of fp32 sums; beyond those see `assert_near`.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 

@@ -77,6 +77,7 @@ def test_long_inputs_in_several_strips_on_several_threads(dtype: torch.dtype, ca
     call = AttentionCall(q.to(dtype), k.to(dtype), v.to(dtype), plan.extent, sinks=torch.randn(4, generator=generator))
     given = reaching(call)
     found = same_on_threads(lambda: [x for x in gradients(call, plan, given).values() if x is not None])
+    assert call.sinks is not None
     exact = replace(call, q=call.q.double(), k=call.k.double(), v=call.values.double(), sinks=call.sinks.double())
     out, lse = definition.attend(exact, plan)
     assert given.lse is not None

@@ -149,7 +149,7 @@ def test_checkpointing_a_sparse_training_is_exact(reentrant: bool) -> None:
 @pytest.mark.parametrize("name", ["training", "keep_plans"])
 def test_enable_takes_yes_or_no(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} must be True or False, got 'yes'"):
-        enable(tiny_llama(), "a_shape", **{name: "yes"})
+        enable(tiny_llama(), "a_shape", **{name: "yes"})  # type: ignore[arg-type]
 
 
 def test_enable_says_what_a_policy_trains() -> None:
