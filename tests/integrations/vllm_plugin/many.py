@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from integrations.vllm_plugin.serving import SPARSE, prompt, run, tokens
@@ -23,9 +24,9 @@ SETTINGS = {"method": "dense", "kernel": "gossamer", "min_tokens": 0, "max_densi
 PREFIXES = [prompt(length, 99) for length in (128, 512, 1500)]
 
 
-def requests(count: int, seed: int) -> list[dict[str, object]]:
+def requests(count: int, seed: int) -> list[dict[str, Any]]:
     draw = random.Random(seed)
-    made: list[dict[str, object]] = []
+    made: list[dict[str, Any]] = []
     for n in range(count):
         ids = prompt(draw.choice((3, 40, 90, 200, 400, 900, 1500)) + draw.randrange(40), n)
         if n % 3 == 0:

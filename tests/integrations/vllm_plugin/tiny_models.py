@@ -50,8 +50,9 @@ def gpt_oss() -> PreTrainedModel:
             layer_types=WINDOWED_EVERY_OTHER * 2,
         )
     )
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=2.0)
     return model
 
 
