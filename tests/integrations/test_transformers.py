@@ -99,7 +99,7 @@ class TestHandle:
     def test_short_prompts_run_dense_by_default(self) -> None:
         model = tiny_llama()
         with enable(model) as handle:
-            assert handle.policy == Policy(methods.create("minference"))
+            assert handle.policy == Policy(methods.create("minference"), training=False)
             forward(model, prompt())
             assert handle.stats().fallbacks() == {"short prompt": 2}
 
@@ -151,12 +151,14 @@ class TestEnable:
     def test_method_fields_and_thresholds_make_the_policy(self) -> None:
         model = tiny_llama()
         with enable(model, "a_shape", sink=3, window=9, min_tokens=5, max_density=0.5) as handle:
-            expected = Policy(methods.create("a_shape", sink=3, window=9), min_tokens=5, max_density=0.5)
+            expected = Policy(
+                methods.create("a_shape", sink=3, window=9), min_tokens=5, max_density=0.5, training=False
+            )
             assert handle.policy == expected
         with enable(model, methods.create("a_shape", sink=2, window=8)) as handle:
-            assert handle.policy == Policy(methods.create("a_shape", sink=2, window=8))
+            assert handle.policy == Policy(methods.create("a_shape", sink=2, window=8), training=False)
         with enable(model, expected, min_tokens=7) as handle:
-            assert handle.policy == Policy(expected.method, min_tokens=7, max_density=0.5)
+            assert handle.policy == Policy(expected.method, min_tokens=7, max_density=0.5, training=False)
 
     @pytest.mark.parametrize("as_path", [True, False])
     def test_a_profile_decides_head_by_head(self, as_path: bool, tmp_path: Any) -> None:
