@@ -1,0 +1,40 @@
+"""What the pages say of vLLM's server stands in the committed results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from repository import ROOT
+
+FOLDER = ROOT / "benchmarks" / "results" / "intel-xeon-emerald-rapids-2-cores-amx"
+
+
+def first_token(model: str, contender: str, length: int) -> dict[str, Any]:
+    rows = json.loads((FOLDER / "serving.json").read_text())[model]["first_token"]
+    return next(row for row in rows if (row["contender"], row["length"]) == (contender, length))
+
+
+def test_of_qwen() -> None:
+    model = "Qwen2.5-Coder-0.5B-Instruct"
+    fast, stock = first_token(model, "max_relative", 16384), first_token(model, "stock", 16384)
+    assert fast["ratio"] == pytest.approx(1.90, abs=0.005)
+    assert fast["attention_ratio"] == pytest.approx(9.2, abs=0.05)
+    assert fast["rest_share"] == pytest.approx(0.88, abs=0.005)
+    assert stock["rest_share"] == pytest.approx(0.40, abs=0.005)
+
+
+def test_of_a_mixed_load() -> None:
+    found = json.loads((FOLDER / "serving.json").read_text())
+    shares = {name: [round(row["ratio"], 2) for row in found[name]["load"]] for name in found}
+    assert shares["reference"] == [1.0, 0.91, 1.10, 1.01]
+    assert shares["reference, not compiled"] == [1.0, 0.96, 1.03, 0.96]
+
+
+def test_of_answers() -> None:
+    found = json.loads((FOLDER / "serving_answers.json").read_text())["reference"]
+    assert (found["length"], found["chunk"], len(found["rows"])) == (16384, 2048, 6)
+    for row in found["rows"]:
+        assert row["same_texts"] == row["samples"] == 8
+        assert row["server"][0] == row["transformers"][0] == 1
