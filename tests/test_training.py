@@ -262,3 +262,21 @@ def test_a_plan_comes_back_from_its_parts() -> None:
 def test_a_policy_takes_yes_or_no(name: str) -> None:
     with pytest.raises(TypeError, match=rf"Policy\.{name} must be True or False, got 1"):
         Policy(methods.create("dense"), **{name: 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["dense", "a_shape"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_bias_may_be_of_any_dtype(method: str, dtype: torch.dtype, given: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 40, 8, generator=generator).to(dtype) for heads in (4, 2))
+    numbers = torch.linspace(-2, 2, 80).view(1, 2, 40).to(torch.bfloat16)  # the same in all of them
+    policy = Policy(methods.create(method), min_tokens=0)
+    out = []
+    for bias in (numbers.to(given, copy=True).requires_grad_(), numbers.float().requires_grad_()):
+        result = sparse_attention(q, k, k, policy, bias=bias)
+        result.float().sum().backward()
+        assert bias.grad is not None
+        assert bias.grad.dtype == bias.dtype
+        out.append(result.detach())
+    assert torch.equal(*out)

@@ -30,6 +30,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "a window": {"method": "a_shape", "limit": 10},
     "both ways": {"method": "a_shape", "causal": False},
     "sinks": {"method": "a_shape", "sinks": SINKS},
+    "a bias": {"method": "a_shape", "bias": torch.linspace(-1, 1, 80, dtype=torch.float64).view(1, 2, 40)},
     "a soft-cap": {"method": "a_shape", "softcap": 3.0},
     "a plan too dense": {"method": Policy(methods.create("a_shape", sink=2, window=40), min_tokens=8)},
 }
@@ -155,3 +156,14 @@ def test_plain_tensors_are_not_transformed() -> None:
     with forward_mode.dual_level():
         assert not is_transformed(AttentionCall(q, k, v))
         assert is_transformed(AttentionCall(q, k, v, sinks=forward_mode.make_dual(SINKS, SINKS)))
+
+
+@pytest.mark.parametrize("name", ["sinks", "bias"])
+@torch.no_grad()
+def test_tangents_of_sinks_and_bias_alone_are_seen(name: str) -> None:
+    """A sparse plan would lose them without a word."""
+    given = {"sinks": SINKS.double(), "bias": torch.zeros(1, 2, 40, dtype=torch.float64)}[name]
+    with forward_mode.dual_level():
+        dual = forward_mode.make_dual(given, torch.ones_like(given))
+        with pytest.raises(NotImplementedError, match=r"no forward-mode derivative .* which sparse methods have"):
+            sparse_attention(*tensors(), SPARSE, **{name: dual})

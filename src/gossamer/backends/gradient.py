@@ -34,7 +34,7 @@ def in_forward_mode() -> bool:
 
 def is_transformed(call: AttentionCall) -> bool:
     """Whether tensors carry tangents, or belong to ``torch.func``: kernels read plain numbers and lose the rest."""
-    given = [tensor for tensor in (call.q, call.k, call.v, call.sinks) if tensor is not None]
+    given = [tensor for tensor in (call.q, call.k, call.v, call.sinks, call.bias) if tensor is not None]
     if any(_functorch.is_functorch_wrapped_tensor(tensor) for tensor in given):
         return True
     if not in_forward_mode():
@@ -55,7 +55,8 @@ def refuse_transforms(call: AttentionCall) -> None:
     if in_forward_mode():
         raise NotImplementedError(
             "a sparse method has no forward-mode derivative (dual tensors, torch.func.jvp); use "
-            "gossamer.methods.create('dense'), which has one, or ask for a gradient (reverse mode), which runs dense"
+            "gossamer.methods.create('dense'), which has one, or ask for a gradient "
+            "(reverse mode), which sparse methods have"
         )
     raise NotImplementedError(
         "a sparse method does not run under torch.func.vmap; put the extra dimension into the batch instead: "

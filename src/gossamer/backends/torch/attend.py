@@ -105,7 +105,8 @@ def _attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[T
 
 def of_query_heads(bias: Tensor, call: AttentionCall) -> Tensor:
     """A bias ``[B, G, T]`` as ``[B, H, 1, T]``, in the dtype of all arithmetic."""
-    return wide(bias).repeat_interleave(call.share, dim=1)[:, :, None]
+    own = torch.promote_types(call.q.dtype, torch.float32)  # whatever the bias has
+    return bias.to(own).repeat_interleave(call.share, dim=1)[:, :, None]
 
 
 def for_query_heads(mask: Tensor, call: AttentionCall) -> Tensor:
