@@ -38,3 +38,10 @@ def test_of_answers() -> None:
     for row in found["rows"]:
         assert row["same_texts"] == row["samples"] == 8
         assert row["server"][0] == row["transformers"][0] == 1
+
+
+def test_of_what_is_not_attention_at_32k() -> None:
+    for model in ("reference", "reference, not compiled"):
+        assert 0.1 < first_token(model, "stock", 32768)["rest_share"] < 0.15
+        for method in ("max_relative", "minference"):
+            assert 0.295 < first_token(model, method, 32768)["rest_share"] < 0.505
