@@ -37,7 +37,7 @@ def in_child(module: str, section: str, request: Request, environment: dict[str,
         "[print(json.dumps(row)) for row in rows]"
     )
     quick = "1" if request.quick else "0"
-    arguments = [str(Path(__file__).parent), str(torch.get_num_threads()), module, section, quick, *more]
+    arguments = [str(Path(__file__).parent), str(torch.get_num_threads()), module, section, quick, *map(str, more)]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, **environment},

@@ -48,12 +48,18 @@ class Request:
 
 @functools.cache
 def gemm_rate(dtype: str, quick: bool) -> float:
-    """FLOP/s of torch's matrix product, the best of several."""
-    size = 1024 if quick else 4096
+    """FLOP/s of torch's matrix product, the best of several; of a small one where a large one would take minutes."""
+    wake_threads()
+    small = product_rate(dtype, 512, 2)
+    if small < 5e9:
+        return small
+    return product_rate(dtype, 1024, 4) if quick else product_rate(dtype, 4096, 8)
+
+
+def product_rate(dtype: str, size: int, times: int) -> float:
     a, b = (torch.randn(size, size).to(DTYPES[dtype]) for _ in range(2))
     best = math.inf
-    wake_threads()
-    for _ in range(4 if quick else 8):
+    for _ in range(times):
         started = time.perf_counter()
         torch.mm(a, b)
         best = min(best, time.perf_counter() - started)

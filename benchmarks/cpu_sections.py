@@ -32,6 +32,7 @@ from gossamer.backends import cpu
 
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 LENGTHS = (4096, 16384, 32768, 65536, 131072)
+HELD = ", all held to AVX2"
 KINDS = [(dtype, dim) for dtype in DTYPES for dim in (128, 64)]
 
 
@@ -167,7 +168,7 @@ def parts(request: Request) -> Rows:
 
 
 def instruction_sets(request: Request) -> Rows:
-    """Each instruction set forced, against SDPA as it is; AVX2 also against an SDPA that is held to AVX2."""
+    """Each instruction set forced, against SDPA as it is."""
     for isa in cpu.supported_isas():
         if isa == "amx_emulated":
             continue
@@ -180,19 +181,29 @@ def instruction_sets(request: Request) -> Rows:
                     shape = Shape(length, 4, 1, dim, dtype)
                     tenth = {"10%": partial(random_blocks, shape, 0.1)}
                     yield from compare(request, shape, dense(shape) | tenth | structured(shape))
-    if "avx2" in cpu.supported_isas() and torch.backends.cpu.get_cpu_capability() != "AVX2":
-        limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-        if request.lacks(what="dense, all held to AVX2"):
-            yield from in_child("cpu_sections", "held_to_avx2", request, {**limits, cpu.ENVIRONMENT: "avx2"})
 
 
-def held_to_avx2(request: Request) -> Rows:
-    """Both contenders on AVX2. Runs in a process of its own."""
+def avx2(request: Request) -> Rows:
+    """All contenders on AVX2, as on processors that have no more: in a process of its own where this one has."""
+    if "avx2" not in cpu.supported_isas():
+        return
+    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    for dtype, dim in [(dtype, dim) for dtype in ("fp32", "bf16") for dim in (64, 128)]:
+        for length in (1024,) if request.quick else (8192, 16384, 32768) if dtype == "fp32" else (8192, 16384):
+            if request.lacks(what="dense" + HELD, length=length, dtype=dtype, dim=dim):
+                environment_there = {**limits, cpu.ENVIRONMENT: "avx2"}
+                yield from in_child("cpu_sections", "held_to_avx2", request, environment_there, length, dtype, dim)
+
+
+def held_to_avx2(request: Request, length: str, dtype: str, dim: str) -> Rows:
+    """A dense plan, and sparse ones of 32K tokens."""
     assert torch.backends.cpu.get_cpu_capability() == "AVX2"
-    for dtype in DTYPES:
-        shape = Shape(1024 if request.quick else 8192, 4, 1, 128, dtype)
-        for row in compare(request, shape, dense(shape)):
-            yield {**row, "what": "dense, all held to AVX2"}
+    shape = Shape(int(length), 4, 1, int(dim), dtype)
+    plans = dense(shape)
+    if shape.length == 32768:
+        plans |= {f"{share:.0%} in 64x128": partial(random_blocks, shape, share, 128) for share in (0.1, 0.05)}
+    for row in compare(request, shape, plans):
+        yield {**row, "what": row["what"] + HELD}
 
 
 def decode(request: Request) -> Rows:
@@ -255,6 +266,7 @@ SECTIONS: dict[str, Callable[[Request], Rows]] = {
     "flex": flex,
     "parts": parts,
     "instruction_sets": instruction_sets,
+    "avx2": avx2,
     "decode": decode,
     "growth": growth,
     "memory": memory,

@@ -131,7 +131,7 @@ def parts_of(sections: dict[str, Any]) -> str | None:
         )
         for row in (
             *besides,
-            *(row for name in ("flex", "parts", "decode", "instruction_sets") for row in of(name)),
+            *(row for name in ("flex", "parts", "decode", "instruction_sets", "avx2") for row in of(name)),
         )
     ]
     header = ("what", "dtype", "head dim", "tokens", "kernel", "density", "times SDPA", "times Flex", "rate")

@@ -27,7 +27,7 @@ inline int even_part(int depth, int longest) {
   return (depth + parts - 1) / parts;
 }
 
-// softcap * tanh(logit / softcap); tanh by the exponential of the absolute value.
+// softcap * tanh(logit / softcap) in powers of two; tanh by the exponential of the absolute value.
 template <class V>
 inline typename V::Reg soft_cap(typename V::Reg logit, float softcap) {
   const auto x = V::mul(logit, V::set1(1.0f / softcap));
@@ -39,7 +39,7 @@ inline typename V::Reg soft_cap(typename V::Reg logit, float softcap) {
   series = V::fma(series, square, V::set1(-1.0f / 3));
   series = V::fma(V::mul(series, square), V::abs(x), V::abs(x));
   const auto magnitude = V::select_less(V::abs(x), V::set1(0.1f), series, large);
-  return V::mul(V::copy_sign(magnitude, x), V::set1(softcap));
+  return V::mul(V::copy_sign(magnitude, x), V::set1(softcap * kLog2E));
 }
 
 // Online softmax. Masked logits become -inf before anything else: neither they nor their values reach the running
@@ -62,7 +62,7 @@ class PanelKernel {
         part_(Isa::kPairs ? depth_ : even_part(depth_, panel.rows > kFewRows ? kLongestSum : kLongestSumOfFew)),
         // fp32 queries carry the factor, and logits come out of the product in powers of two; bf16 ones stay exact.
         query_factor_(Isa::kPairs ? 1.0f : panel.softcap > 0 ? panel.scale : panel.scale * kLog2E),
-        logit_factor_(panel.softcap > 0 ? kLog2E : Isa::kPairs ? panel.scale * kLog2E : 1.0f) {
+        logit_factor_(panel.softcap > 0 ? 1.0f : panel.scale * kLog2E) {
     float* next = static_cast<float*>(panel.scratch);
     const auto take = [&next](int64_t floats) {
       float* taken = next;
@@ -191,9 +191,13 @@ class PanelKernel {
   inline typename V::Reg load_row(int r, const float* added, typename V::Reg* z) {
     const float* row = logits_ + int64_t{r} * kChunk;
     const uint64_t mask = masks_[r];
-    const auto factor = V::set1(logit_factor_);
 #pragma GCC unroll 16
-    for (int t = 0; t < kVectors; ++t) z[t] = V::mul(V::load(row + t * V::kWidth), factor);
+    for (int t = 0; t < kVectors; ++t) z[t] = V::load(row + t * V::kWidth);
+    if constexpr (Isa::kPairs) {
+      const auto factor = V::set1(logit_factor_);
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t) z[t] = V::mul(z[t], factor);
+    }
     if constexpr (kAdded) {
 #pragma GCC unroll 16
       for (int t = 0; t < kVectors; ++t) z[t] = V::add(z[t], V::load(added + t * V::kWidth));
@@ -269,7 +273,8 @@ class PanelKernel {
 
   const Panel& panel_;
   const int dim_, value_dim_, depth_, part_;
-  const float query_factor_, logit_factor_;
+  const float query_factor_;
+  const float logit_factor_;  // of pairs: fp32 queries carry it
   SortedKeys sorted_;  // of the last scattered tile
   bool masked_ = false;  // masks_ are not all ones
   bool out_written_ = false;

@@ -13,18 +13,26 @@ template <class Isa, int R, int C>
 inline void micro_kernel(int depth, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* out,
                          int64_t ldo, bool accumulate) {
   using V = typename Isa::Vec;
+  // Every loop over acc is unrolled, or the compiler keeps acc in memory and stores all of it in each step.
   typename V::Reg acc[R][C];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[r][c] = V::zero();
   for (int d = 0; d < depth; ++d) {
     typename Isa::Operand columns[C];
+#pragma GCC unroll 4
     for (int c = 0; c < C; ++c) columns[c] = Isa::load(b + d * ldb + c * V::kWidth);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const auto element = Isa::broadcast(a + r * lda + d);
+#pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r][c] = Isa::mac(element, columns[c], acc[r][c]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       float* sum = out + r * ldo + c * V::kWidth;
       V::store(sum, accumulate ? V::add(V::load(sum), acc[r][c]) : acc[r][c]);

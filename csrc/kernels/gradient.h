@@ -40,7 +40,7 @@ class GradientKernel {
         part_(Isa::kPairs ? depth_ : even_part(depth_, kLongestSum)),
         value_part_(Isa::kPairs ? value_depth_ : even_part(value_depth_, kLongestSum)),
         capped_factor_(Isa::kPairs ? panel.scale : 1.0f),
-        logit_factor_(panel.softcap > 0 ? kLog2E : Isa::kPairs ? panel.scale * kLog2E : 1.0f) {
+        logit_factor_(Isa::kPairs && !(panel.softcap > 0) ? panel.scale * kLog2E : 1.0f) {
     float* next = static_cast<float*>(panel.scratch);
     const auto take = [&next](int64_t floats) {
       float* taken = next;
@@ -160,9 +160,9 @@ class GradientKernel {
     }
   }
 
-  // Logits become capped ones, and slopes those before the cap.
+  // Logits become capped ones in powers of two, and slopes those before the cap.
   void cap(typename V::Reg* p, typename V::Reg* s) const {
-    const auto factor = V::set1(capped_factor_), inverse = V::set1(1.0f / panel_.softcap);
+    const auto factor = V::set1(capped_factor_), inverse = V::set1(1.0f / (panel_.softcap * kLog2E));
     for (int t = 0; t < kVectors; ++t) {
       p[t] = soft_cap<V>(V::mul(p[t], factor), panel_.softcap);
       const auto share = V::mul(p[t], inverse);

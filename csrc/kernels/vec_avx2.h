@@ -50,17 +50,15 @@ struct VecAvx2 {
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
   }
 
-  // Below 2^-126 the result is 0: the exponent is built by a shift, which knows no denormals.
+  // For x below 128. Below 2^-126 the result is 0, also of -inf, whose polynomial is NaN: the exponent is built by a
+  // shift, which knows no denormals. NaN stays.
   template <int kDegree>
   static Reg exp2(Reg x) {
-    const Reg tiny = _mm256_set1_ps(-126.0f);
-    const Reg clamped = _mm256_min_ps(_mm256_max_ps(tiny, x), _mm256_set1_ps(127.0f));
-    const Reg whole = _mm256_floor_ps(clamped);
-    const Reg power = exp2_polynomial<VecAvx2, kDegree>(_mm256_sub_ps(clamped, whole));
-    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
-    const Reg scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), exponent));
-    const Reg kept = _mm256_and_ps(scaled, _mm256_cmp_ps(x, tiny, _CMP_NLT_UQ));
-    return _mm256_blendv_ps(kept, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const Reg whole = _mm256_floor_ps(x);
+    const Reg power = exp2_polynomial<VecAvx2, kDegree>(_mm256_sub_ps(x, whole));
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+    const Reg scaled = _mm256_mul_ps(power, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+    return _mm256_and_ps(scaled, _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ));
   }
 
   static Reg load_bf16(const uint16_t* p) {
