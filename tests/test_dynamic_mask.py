@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gossamer.modules import DynamicMask, DynamicMaskAttention, plan_of_scores
 from gossamer.plan import Extent
 
+NAMES: list[str] = ["A", "dt_proj.weight", "v_proj.weight"]
 CONFIG = SimpleNamespace(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, keep_window_size=12)
 
 
@@ -102,10 +103,10 @@ def test_the_gradient_reaches_all_parameters_and_is_right(form: Any) -> None:
     cos, sin = (part.double() for part in turned(30))
 
     def run(*given: Tensor) -> Tensor:
-        replaced = dict(zip(("A", "dt_proj.weight", "v_proj.weight"), given, strict=True))
+        replaced: dict[str, Tensor] = dict(zip(NAMES, given, strict=True))
         return torch.func.functional_call(made, replaced, (x, (cos, sin)))[0]
 
-    given = [made.get_parameter(name).detach().requires_grad_() for name in ("A", "dt_proj.weight", "v_proj.weight")]
+    given = [made.get_parameter(name).detach().requires_grad_() for name in NAMES]
     assert torch.autograd.gradcheck(run, given, eps=1e-7, atol=1e-5, fast_mode=True)
     made(x, (cos, sin))[0].square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in made.parameters())
