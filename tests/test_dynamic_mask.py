@@ -67,7 +67,8 @@ def test_what_comes_later_changes_a_selection_by_sequence_alone() -> None:
     extent, scores = Extent.full(1, 40, 40), torch.randn(1, 2, 40)
     later = scores.clone()
     later[..., 30:] += 100
-    for per, same in (("query", True), ("sequence", False)):
+    expected: list[tuple[Any, bool]] = [("query", True), ("sequence", False)]
+    for per, same in expected:
         before, after = (plan_of_scores(x, extent, 40, keep=6, per=per).to_mask()[:, :, :30] for x in (scores, later))
         assert torch.equal(before, after) == same
 
