@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attend/executor.h"
+#include "attend/gradient.h"
 #include "kernels/half.h"
 #include "planning/planning.h"
 
@@ -57,6 +58,7 @@ class Problem {
     fill(q, kQueryHeads, query_len, [&](int64_t b, int64_t row) { return is_live_query(b, row); });
     for (auto* keys : {&k, &v})
       fill(*keys, kGroups, key_len, [&](int64_t b, int64_t slot) { return is_live_key(b, slot - key_start[b]); });
+    fill(reaching, kQueryHeads, query_len, [&](int64_t b, int64_t row) { return is_live_query(b, row); });
     out.resize(q.size());
     lse.resize(kBatch * kQueryHeads * query_len);
   }
@@ -84,6 +86,38 @@ class Problem {
                              view(out, kQueryHeads, query_len), lse.data(), sinks.empty() ? nullptr : sinks.data(),
                              kScale, 0.0f, threads};
     execute(kernels, plan(), call);
+  }
+
+  bool has_gradients() const { return !permute_keys && !has_blocks_alone(); }
+  // Of q, k and v, one behind the other, and of the sinks; after attend().
+  struct Gradients {
+    std::vector<char> q, k, v;
+    std::vector<float> sinks;
+
+    bool operator==(const Gradients& other) const {
+      return q == other.q && k == other.k && v == other.v && sinks == other.sinks;
+    }
+  };
+  Gradients gradients(const Kernels& kernels, int threads) {
+    Gradients found{std::vector<char>(q.size()), std::vector<char>(k.size()), std::vector<char>(v.size()),
+                    std::vector<float>(sinks.size())};
+    const AttentionCall call{view(q, kQueryHeads, query_len), view(k, kGroups, key_len), view(v, kGroups, key_len),
+                             view(out, kQueryHeads, query_len), lse.data(), sinks.empty() ? nullptr : sinks.data(),
+                             kScale, 0.0f, threads};
+    find_gradients(kernels, plan(),
+                   {call, view(reaching, kQueryHeads, query_len), nullptr, view(found.q, kQueryHeads, query_len),
+                    view(found.k, kGroups, key_len), view(found.v, kGroups, key_len),
+                    sinks.empty() ? nullptr : found.sinks.data()});
+    return found;
+  }
+  // The largest error of the gradient of a sample of queries.
+  double gradient_error(const Gradients& found) const {
+    double worst = 0.0;
+    for (int64_t b = 0; b < kBatch; ++b)
+      for (int64_t h = 0; h < kQueryHeads; ++h)
+        for (int64_t row = 0; row < query_len; row += 1 + query_len / 8)
+          worst = std::max(worst, query_gradient_error(found, b, h, row));
+    return worst;
   }
 
   // Writes numbers into the lists that no valid plan has there, but for the ends of the row pointers.
@@ -143,6 +177,7 @@ class Problem {
   std::vector<int32_t> block_indices, column_indices, sink, window, q_order, k_order;
   std::vector<float> sinks;
   std::vector<char> q, k, v, out;
+  std::vector<char> reaching;  // what reaches the output, for gradients
   std::vector<float> lse;
 
  private:
@@ -340,6 +375,29 @@ class Problem {
     }
     double worst = std::abs(lse[query_row] - std::log(total));
     for (int d = 0; d < dim; ++d) worst = std::max(worst, std::abs(read(out, query_row, d) - sums[d] / total));
+    return worst == worst ? worst : 1e9;
+  }
+
+  double query_gradient_error(const Gradients& found, int64_t b, int64_t h, int64_t row) const {
+    const int64_t plan_head = h * heads / kQueryHeads, group = h * kGroups / kQueryHeads;
+    const int64_t query_row = (b * kQueryHeads + h) * query_len + row;
+    const int64_t first_row = (b * kGroups + group) * key_len + key_start[b];
+    std::vector<Term> terms;
+    if (is_live_query(b, row)) list_terms(b, plan_head, query_row, query_start[b] + row, first_row, terms);
+    double total = sinks.empty() ? 0.0 : std::exp(double{sinks[h]}), level = 0.0;
+    for (const Term& term : terms) total += std::exp(term.logit);
+    std::vector<double> slopes, expected(dim);
+    for (const Term& term : terms) {
+      double slope = 0.0;
+      for (int d = 0; d < dim; ++d) slope += read(reaching, query_row, d) * read(v, term.first_row, d);
+      slopes.push_back(slope);
+      level += std::exp(term.logit) / total * slope;
+    }
+    for (size_t n = 0; n < terms.size(); ++n)
+      for (int d = 0; d < dim; ++d)
+        expected[d] += kScale * std::exp(terms[n].logit) / total * (slopes[n] - level) * read(k, terms[n].first_row, d);
+    double worst = 0.0;
+    for (int d = 0; d < dim; ++d) worst = std::max(worst, std::abs(read(found.q, query_row, d) - expected[d]));
     return worst == worst ? worst : 1e9;
   }
 };

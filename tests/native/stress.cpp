@@ -156,10 +156,20 @@ bool counts_are_right(const Problem& problem, int threads) {
   return true;
 }
 
+// Those of queries are what the definition has, and all are the same on any number of threads, which strips of keys
+// that wait for one another decide.
+bool gradients_are_right(Problem& problem, const Kernels& kernels, int threads) {
+  if (!problem.has_gradients()) return true;
+  const Problem::Gradients found = problem.gradients(kernels, threads);
+  if (!(found == problem.gradients(kernels, 5 - threads))) return false;
+  return problem.gradient_error(found) <= (problem.dtype == DType::kFloat32 ? 0.005 : 0.1);
+}
+
 // A plan whose lists were written after it was checked: whatever comes out, nothing is read or written outside.
 void run_spoiled(Problem& problem, const Kernels& kernels, int threads) {
   problem.spoil_lists();
   problem.attend(kernels, threads);
+  if (problem.has_gradients()) problem.gradients(kernels, threads);
   std::vector<int64_t> counts(kBatch * problem.heads);
   if (!problem.is_permuted()) count_pairs(problem.plan(), counts.data(), threads);
 }
@@ -169,6 +179,7 @@ void check(const std::string& isa, unsigned seed, int threads) {
   Problem problem(seed, kernels.bf16_tiles);
   problem.attend(kernels, threads);
   expect(problem.error() <= (problem.dtype == DType::kBFloat16 ? 0.06 : 0.005), isa, seed, "attention is wrong");
+  expect(gradients_are_right(problem, kernels, threads), isa, seed, "gradients are wrong");
   expect(probe_is_right(problem, kernels, threads), isa, seed, "the probe is wrong");
   expect(pooled_scores_are_right(problem, kernels, threads), isa, seed, "pooled scores are wrong");
   expect(choices_are_right(problem, kernels, threads), isa, seed, "choices are wrong");
