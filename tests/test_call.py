@@ -157,9 +157,9 @@ def test_heads_take_their_bias_along() -> None:
         assert part.bias[0, :, 0].tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("attend", [cpu.attend, flex.attend])
-def test_backends_without_a_bias_say_so(attend: Any) -> None:
-    call = AttentionCall(*tensors(), bias=torch.zeros(1, 2, 9))
+@pytest.mark.parametrize(("attend", "softcap"), [(cpu.attend, 3.0), (flex.attend, None)])
+def test_backends_without_a_bias_say_so(attend: Any, softcap: float | None) -> None:
+    call = AttentionCall(*tensors(), bias=torch.zeros(1, 2, 9), softcap=softcap)
     with pytest.raises(ValueError, match=r"knows no bias; use gossamer\.backends\.attend"):
         attend(call, SparsePlan.dense(2, 5, 9, call.extent))
 

@@ -51,7 +51,8 @@ def test_gradients_everywhere(monkeypatch: pytest.MonkeyPatch, isa: str, dtype: 
     for number, situation in list(enumerate(EVERYWHERE))[turn :: len(KINDS)]:
         call = call_in(situation, length=length, dim=24, dtype=dtype)
         if number % 2:
-            call = with_extras(call, bias=False, softcap=number % 4 == 1)
+            # A bias is computed as dimensions, but beside a soft-cap and in fp16.
+            call = with_extras(call, bias=number % 4 == 3 and dtype != torch.float16, softcap=number % 4 == 1)
         plan, given = plan_under(call, **KINDS[kind]), reaching(call, lse=number % 3 == 0)
         poison(call, given)
         assert_near(call, plan, given, gradients(call, plan, given))

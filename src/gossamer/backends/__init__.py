@@ -16,6 +16,7 @@ from types import ModuleType
 from torch import Tensor, bfloat16, compiler, device, float16, float32
 
 from gossamer.backends import cpu, operator, remade, triton
+from gossamer.backends.cpu.bias import takes_bias
 from gossamer.backends.gradient import is_transformed, refuse_transforms
 from gossamer.backends.torch.attend import refuse_gradient
 from gossamer.backends.torch.backward import ALL, Gradients, Needs
@@ -68,8 +69,10 @@ def _fastest(subject: AttentionCall | SparsePlan | Tensor, verb: str) -> str:
         return _on(subject.device) or "torch"
     q, widest = (subject.q, _widest(subject)) if isinstance(subject, AttentionCall) else (subject, subject.shape[-1])
     name = _on(q.device)
-    biased = isinstance(subject, AttentionCall) and subject.bias is not None and verb.startswith("attend")
-    if name is None or biased or q.dtype not in _DTYPES:
+    if isinstance(subject, AttentionCall) and subject.bias is not None and verb.startswith("attend"):
+        # The one that has dimensions for it.
+        return "cpu" if name == "cpu" and verb != "attend_rows" and takes_bias(subject) else "torch"
+    if name is None or q.dtype not in _DTYPES:
         return "torch"
     if widest <= MAX_HEAD_DIM:
         return name

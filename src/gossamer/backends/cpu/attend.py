@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gossamer.backends.cpu.bias import takes_bias, with_bias_as_dimensions
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
 from gossamer.backends.cpu.views import arrays, dense_rows, plan_view, tensor_view, tokens_view
 from gossamer.backends.gradient import refuse
 from gossamer.backends.torch.attend import attend_rows as definition
+from gossamer.backends.torch.attend import refuse_bias_beside
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 from gossamer.plan.parts import plan_parts
@@ -26,6 +28,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     in decoding) run split over the keys. A value that is not finite also spoils rows that do not attend it, where they
     attend another key of the same 64 (0 * inf; torch's SDPA does so for all keys), or the mean of one of 64 key blocks
     that have means of their own; dead tokens are never read.
+    A bias is computed as dimensions of queries and keys, which are copied for it: in fp32 and bf16, without a soft-cap.
     The gradient is `attend_backward`'s.
 
     On ``avx512_bf16`` and ``amx`` the hardware takes bf16 values below the smallest normal number (1.2e-38) as 0, and
@@ -41,7 +44,9 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         NotImplementedError: from ``backward()``, where an input requires a gradient.
     """
     call.check_plan(plan)
-    call.refuse_bias("the cpu backend")
+    refuse_bias_beside(call, plan)
+    if not takes_bias(call):
+        call.refuse_bias("the cpu backend, beside a soft-cap, in fp16 or at this head dimension or scale,")
     if plan.device.type != "cpu":
         raise ValueError(f"the cpu backend takes plans on the CPU, got one on {plan.device}; move it")
     tensors, sizes = plan_parts(plan)
@@ -49,6 +54,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     # An operator's dispatch would take as long as all the rest of a short call.
     plain = not call.needs_gradient and not torch.compiler.is_compiling() and type(call.q) in (Tensor, Parameter)
     operator = _cpu_attend if plain else torch.ops.gossamer.cpu_attend
+    call = with_bias_as_dimensions(call)
     return operator(call.q, call.k, call.values, _sinks(call), tensors, sizes, call.scale, softcap, plan.skip)
 
 

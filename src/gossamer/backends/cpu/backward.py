@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gossamer.backends.cpu.bias import gradient_of_bias, takes_bias, with_bias_as_dimensions
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
 from gossamer.backends.cpu.views import arrays, dense_rows, plan_view, tensor_view
 from gossamer.backends.torch.attend import refuse_gradient
@@ -28,19 +29,23 @@ def attend_backward(
 ) -> Gradients:
     """See `gossamer.backends.torch.attend_backward`, the definition, which also runs what the kernels lack.
 
-    That is: plans with an order of keys or with ``pruned_mean``, and calls with a bias. All else is computed in fp32,
-    where the kernels are of bf16 from weights and slopes that are rounded to it, on ``torch.get_num_threads()``
-    threads without the GIL. Bit for bit, gradients do not depend on the number of threads. Beside the gradients it
-    holds about 200 MiB, or as much as the keys and values of one head take as floats, twice.
+    That is: plans with an order of keys or with ``pruned_mean``, and a bias that `attend` does not take. All else is
+    computed in fp32, where the kernels are of bf16 from weights and slopes that are rounded to it, on
+    ``torch.get_num_threads()`` threads without the GIL. Bit for bit, gradients do not depend on the number of threads.
+    Beside the gradients it holds about 200 MiB, or as much as the keys and values of one head take as floats, twice.
 
     Raises:
         RuntimeError: the kernels are not built.
         ValueError, TypeError: as the definition and `attend`.
     """
     refuse_gradient(plan)
-    if plan.k_order is not None or plan.pruned_mean or call.bias is not None:
+    if plan.k_order is not None or plan.pruned_mean or not takes_bias(call):
         return definition(call, plan, out, lse, grad_out, grad_lse, needs)
     call.check_plan(plan)
+    if call.bias is not None:
+        wider = needs._replace(k=needs.k or needs.bias, bias=False)
+        found = attend_backward(with_bias_as_dimensions(call), plan, out, lse, grad_out, grad_lse, wider)
+        return _without_dimensions(call, found, needs)
     q, k, v = (dense_rows(x) for x in (call.q, call.k, call.values))
     check_tensors(q, k, v, out, grad_out)
     if plan.device.type != "cpu":
@@ -83,3 +88,13 @@ def attend_backward(
     )
     native.attend_backward(active_isa(q.dtype), plan_view(tensors, sizes), gradients)
     return found
+
+
+def _without_dimensions(call: AttentionCall, found: Gradients, needs: Needs) -> Gradients:
+    """From the gradients of a call whose bias was dimensions."""
+    dim = call.q.shape[-1]
+    return found._replace(
+        q=None if found.q is None else found.q[..., :dim].contiguous(),
+        k=found.k[..., :dim].contiguous() if needs.k and found.k is not None else None,
+        bias=gradient_of_bias(call, found.k) if needs.bias and found.k is not None else None,
+    )

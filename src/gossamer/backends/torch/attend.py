@@ -44,8 +44,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
             is needed through a plan with `SparsePlan.skip`; a bias beside `SparsePlan.pruned_mean` or ``skip``.
     """
     call.check_plan(plan)
-    if call.bias is not None and (plan.pruned_mean or plan.skip is not None):
-        raise ValueError("a bias goes with plans that have neither pruned_mean nor skip; make the plan without them")
+    refuse_bias_beside(call, plan)
     if call.needs_gradient:
         refuse_gradient(plan)
     plan.check()  # masks are as large as its numbers say; in kernels that would take too long
@@ -55,6 +54,16 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         part, lse[:, :, rows] = _attend_rows(call, plan, rows)
         out[:, :, rows] = part.to(out.dtype)
     return out, lse
+
+
+def refuse_bias_beside(call: AttentionCall, plan: SparsePlan) -> None:
+    """Raise for a bias beside an attribute of the plan.
+
+    Raises:
+        ValueError: the call has a bias, and the plan `SparsePlan.pruned_mean` or ``skip``.
+    """
+    if call.bias is not None and (plan.pruned_mean or plan.skip is not None):
+        raise ValueError("a bias goes with plans that have neither pruned_mean nor skip; make the plan without them")
 
 
 def refuse_gradient(plan: SparsePlan) -> None:
@@ -92,12 +101,14 @@ def _attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[T
         pruned = for_query_heads(pruned_rows(plan, rows), call)
         scores = torch.cat([scores, means.masked_fill(~pruned, float("-inf"))], dim=-1)
         values = torch.cat([values, block_means(call.values, plan.grid)], dim=-2)
+    # By the softmax, not by the LSE: beside large logits that has no room for the log of a sum.
     lse = torch.logsumexp(scores, dim=-1)
+    weights = scores.softmax(dim=-1).masked_fill((lse == float("-inf"))[..., None], 0.0)
     if call.sinks is not None:
-        lse = torch.logaddexp(lse, call.sinks.to(lse).view(1, -1, 1))
-    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    if call.sinks is not None:  # a sink that is NaN says nothing of pairs that are not there
-        weights = weights.masked_fill(scores == float("-inf"), 0.0)
+        sinks = call.sinks.to(lse).view(1, -1, 1)
+        # A sink that is NaN says nothing of pairs that are not there.
+        weights = (weights * torch.sigmoid(lse - sinks)[..., None]).masked_fill(scores == float("-inf"), 0.0)
+        lse = torch.logaddexp(lse, sinks)
     weights = weights.view(call.batch, call.groups, call.share * rows.shape[-1], values.shape[-2])
     out = weights @ values
     return out.view(call.batch, call.heads, rows.shape[-1], out.shape[-1]), lse
