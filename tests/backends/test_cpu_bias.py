@@ -111,10 +111,11 @@ def test_training_with_a_bias_runs_on_the_kernels(monkeypatch: pytest.MonkeyPatc
     for backend in ("cpu", "torch"):
         monkeypatch.setenv("GOSSAMER_BACKEND", backend)
         call = call_of(torch.linspace(-1, 1, 40))
-        leaves = [x.clone().requires_grad_() for x in (call.q, call.k, call.values, call.bias) if x is not None]
+        assert call.bias is not None
+        q, k, v, bias = leaves = [x.clone().requires_grad_() for x in (call.q, call.k, call.values, call.bias)]
         method = gossamer.methods.create("a_shape", sink=4, window=9)
         policy = gossamer.Policy(method, min_tokens=1)
-        out = gossamer.sparse_attention(*leaves[:3], policy, bias=leaves[3])
+        out = gossamer.sparse_attention(q, k, v, policy, bias=bias)
         out.square().sum().backward()
         found.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for ours, expected in zip(*found, strict=True):
