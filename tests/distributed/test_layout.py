@@ -1,5 +1,7 @@
 """Which positions a rank owns, and which keys it has at a step."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def test_runs_start_at_units_and_do_not_touch(kind: str, length: int, ranks: int
     for rank in range(ranks):
         runs = dealt.runs(rank)
         assert all(run.start % unit == 0 and run.slot % unit == 0 and run.tokens > 0 for run in runs)
-        assert all(one.stop < other.start for one, other in zip(runs, runs[1:], strict=False))
+        assert all(one.stop < other.start for one, other in itertools.pairwise(runs))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,20 @@
 """Attention over a sequence that several processes share, on ``torch.distributed``."""
 
 from gossamer.distributed.layout import KINDS, Layout, Run
+from gossamer.distributed.ring import RingPlan, merge, ring_attention
 from gossamer.distributed.selection import Selection, VerticalSlashes, selection_of
 from gossamer.distributed.steps import Piece, pieces_of
 
-__all__ = ["KINDS", "Layout", "Piece", "Run", "Selection", "VerticalSlashes", "pieces_of", "selection_of"]
+__all__ = [
+    "KINDS",
+    "Layout",
+    "Piece",
+    "RingPlan",
+    "Run",
+    "Selection",
+    "VerticalSlashes",
+    "merge",
+    "pieces_of",
+    "ring_attention",
+    "selection_of",
+]

@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How ``length`` positions are dealt out to ``ranks`` processes, in units of ``unit`` positions (the last is short).
+    """How ``length`` positions are dealt out to ``ranks`` processes, in units of ``unit`` positions; the last is short.
 
     A rank holds its tokens in the order of their positions.
 
@@ -135,7 +135,8 @@ class Layout:
         """
         if x.shape[dim] != self.length:
             raise ValueError(f"dimension {dim} must have the layout's {self.length} positions, got {tuple(x.shape)}")
-        return torch.cat([x.narrow(dim, run.start, run.tokens) for run in self.runs(rank)] or [x.narrow(dim, 0, 0)], dim)
+        parts = [x.narrow(dim, run.start, run.tokens) for run in self.runs(rank)]
+        return torch.cat(parts or [x.narrow(dim, 0, 0)], dim)
 
     def join(self, parts: Sequence[Tensor], dim: int = 2) -> Tensor:
         """The whole tensor of all ranks' parts.

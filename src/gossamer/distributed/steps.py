@@ -165,7 +165,8 @@ def _cut(selection: Selection, pairs: list[tuple[Run, Run]]) -> Piece | None:
     plan = _plan(mask, extent, one.tokens, other.tokens, block, group, lists, window=selection.window)
     if plan is None:
         return None
-    return Piece(*(Part(tuple((pair[n].slot, pair[n].tokens) for pair in pairs)) for n in (0, 1)), plan)
+    parts = [Part(tuple((pair[n].slot, pair[n].tokens) for pair in pairs)) for n in (0, 1)]
+    return Piece(parts[0], parts[1], plan)
 
 
 def _live(selection: Selection, spans: list[tuple[int, int]]) -> Tensor:
