@@ -1,5 +1,6 @@
 """Attention over a sequence that several processes share, on ``torch.distributed``."""
 
+from gossamer.distributed.index import TopP, plan_vertical_slash
 from gossamer.distributed.layout import KINDS, Layout, Run
 from gossamer.distributed.ring import RingPlan, merge, ring_attention
 from gossamer.distributed.selection import Selection, VerticalSlashes, selection_of
@@ -12,9 +13,11 @@ __all__ = [
     "RingPlan",
     "Run",
     "Selection",
+    "TopP",
     "VerticalSlashes",
     "merge",
     "pieces_of",
+    "plan_vertical_slash",
     "ring_attention",
     "selection_of",
 ]
