@@ -74,10 +74,9 @@ def of_formula(case: Case) -> tuple[Tensor, Tensor]:
             before = rows[:, None] - torch.arange(live)
             weights = logits.masked_fill(before < 0, float("-inf")).softmax(-1)
             mass = torch.zeros(len(bands[b, h]) + 1, dtype=torch.float64)
-            for i, j in (before >= 0).nonzero().tolist():
-                band, beyond = divmod(int(before[i, j]), 64)
-                mass[band] += weights[i, j] * (1 - beyond / 64)
-                mass[band + 1] += weights[i, j] * beyond / 64
+            band, share = before[before >= 0] // 64, before[before >= 0] % 64 / 64
+            mass.index_add_(0, band, weights[before >= 0] * (1 - share))
+            mass.index_add_(0, band + 1, weights[before >= 0] * share)
             for chosen, masses, most in (
                 (columns[b, h], weights.sum(0), budget.most),
                 (bands[b, h], mass, -(-budget.most // 64)),
