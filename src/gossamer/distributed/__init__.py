@@ -4,6 +4,7 @@ from gossamer.distributed.index import TopP, plan_vertical_slash
 from gossamer.distributed.layout import KINDS, Layout, Run
 from gossamer.distributed.ring import RingPlan, merge, ring_attention
 from gossamer.distributed.selection import Selection, VerticalSlashes, selection_of
+from gossamer.distributed.simulate import Simulation, planted, simulate
 from gossamer.distributed.steps import Piece, pieces_of
 
 __all__ = [
@@ -13,11 +14,14 @@ __all__ = [
     "RingPlan",
     "Run",
     "Selection",
+    "Simulation",
     "TopP",
     "VerticalSlashes",
     "merge",
     "pieces_of",
     "plan_vertical_slash",
+    "planted",
     "ring_attention",
     "selection_of",
+    "simulate",
 ]
