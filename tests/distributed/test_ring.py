@@ -132,6 +132,7 @@ def cases(kinds: tuple[str, ...] = KINDS) -> list[Case]:
         found += [Case(kind, seed=seed, length=(90, 64, 13, 5)[(seed + n) % 4]) for seed in range(8)]
         found += [
             Case(kind, plan="dense", shared=True),
+            Case(kind, plan="dense", shared=True, length=700, unit=128),
             Case(kind, plan="dense", heads=3, groups=3, length=37, value_dim=8),
             Case(kind, plan="band", seed=1, softcap=2.0),
             Case(kind, plan="limit", seed=2, shared=True, length=75),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from test_layout import layout
 from test_steps import plans
 
 from gossamer import Extent, SparsePlan
-from gossamer.distributed import KINDS, Layout, pieces_of, planted, selection_of, simulate
-from gossamer.distributed.simulate import Machine, Shape, work_of
+from gossamer.distributed import KINDS, Layout, RingPlan, pieces_of, planted, ring_attention, selection_of, simulate
+from gossamer.distributed.simulate import Layer, Machine, work_of
 
-SHAPE = Shape(groups=2, head_dim=8, itemsize=4)
+LAYER = Layer(heads=2, groups=2, head_dim=8, itemsize=4)
 
 
 def counted(selection, dealt: Layout) -> torch.Tensor:
@@ -64,7 +66,8 @@ def test_planted_plans_are_balanced_in_stripes_and_not_in_pieces() -> None:
     machine = Machine(1e9, 5e8, 1e10)
 
     def imbalance(kind: str) -> float:
-        return simulate(selection, Layout(kind, 65536, 32), SHAPE, machine).mean_imbalance
+        layer = Layer(heads=8, groups=2, head_dim=8)
+        return simulate(selection, Layout(kind, 65536, 32), layer, machine).mean_imbalance
 
     assert imbalance("striped") <= 1.1
     assert imbalance("zigzag") >= 1.5
@@ -73,16 +76,46 @@ def test_planted_plans_are_balanced_in_stripes_and_not_in_pieces() -> None:
 
 def test_bytes_are_those_of_keys_and_of_their_sums() -> None:
     dealt = Layout("striped", 128, 4, 8)
-    found = simulate(selection_of(dense(128), 8), dealt, SHAPE, Machine(1e6, 1e6, 1e6))
+    found = simulate(selection_of(dense(128), 8), dealt, LAYER, Machine(1e6, 1e6, 1e6))
     keys = 2 * 2 * 8 * 4 * 32
     assert found.sent_forward == 3 * keys
     assert found.sent_backward == 3 * keys + 4 * keys  # sums are fp32 too, and go home
 
 
+def sent(rank: int, dealt: Layout) -> tuple[int, int]:
+    """Bytes that a rank really sends, forward and backward."""
+    total, send = [0], torch.distributed.batch_isend_irecv
+
+    def counting(operations):
+        total[0] += sum(one.tensor.nbytes for one in operations if one.op is torch.distributed.isend)
+        return send(operations)
+
+    torch.distributed.batch_isend_irecv = counting
+    q, k, v = (torch.randn(1, 2, dealt.tokens(rank), 8, requires_grad=True) for _ in range(3))
+    out, _ = ring_attention(q, k, v, RingPlan.dense(dealt, rank, heads=2))
+    forward = total[0]
+    out.sum().backward()
+    return forward, total[0] - forward
+
+
+@pytest.mark.parametrize(("count", "kind"), [(2, "striped"), (4, "hierarchical")])
+def test_bytes_are_those_that_a_ring_sends(count: int, kind: str, tmp_path: Path) -> None:
+    dealt = layout(kind, 88, count, 8)
+    found = simulate(selection_of(dense(88), 8), dealt, LAYER, Machine(1e6, 1e6, 1e6))
+    really = [torch.load(path) for path in ranks.run(sent, count, tmp_path, dealt)]
+    assert found.sent_forward == max(forward for forward, _ in really)
+    assert found.sent_backward == max(backward for _, backward in really)
+
+
+def test_a_plan_of_other_heads_is_refused() -> None:
+    with pytest.raises(ValueError, match="the plan has 2 heads"):
+        simulate(selection_of(dense(64), 8), Layout("striped", 64, 2, 8), Layer(4, 1, 8), Machine(1.0, 1.0, 1.0))
+
+
 def test_an_infinitely_fast_network_leaves_the_work() -> None:
     dealt = Layout("striped", 128, 4, 8)
     selection = selection_of(dense(128), 8)
-    found = simulate(selection, dealt, SHAPE, Machine(1e3, 5e2, 1e18))
+    found = simulate(selection, dealt, LAYER, Machine(1e3, 5e2, 1e18))
     work = work_of(selection, dealt)
     assert found.forward_s == pytest.approx(float(work.sum(dim=1).max()) / 1e3, rel=0.2)
     assert found.forward_s >= float(work.sum(dim=1).max()) / 1e3 - 1e-9
@@ -94,10 +127,10 @@ def test_a_slow_network_is_waited_for_and_a_nested_ring_hides_the_slow_part() ->
     slow = Machine(1e9, 1e9, 1e6, between_nodes=2.5e5)
     selection = selection_of(dense(128), 8)
     keys = 2 * 2 * 8 * 4 * 32
-    flat = simulate(selection, Layout("striped", 128, 4, 8), SHAPE, slow)
+    flat = simulate(selection, Layout("striped", 128, 4, 8), LAYER, slow)
     assert flat.forward_s == pytest.approx(3 * keys / 1e6, rel=0.01)
-    nested = simulate(selection, Layout("hierarchical", 128, 4, 8, 2), SHAPE, slow)
-    apart = simulate(selection, Layout("hierarchical", 128, 4, 8, 1), SHAPE, slow)
+    nested = simulate(selection, Layout("hierarchical", 128, 4, 8, 2), LAYER, slow)
+    apart = simulate(selection, Layout("hierarchical", 128, 4, 8, 1), LAYER, slow)
     # Two nodes: one slow message beside one fast, then a fast one; else three slow ones.
     assert nested.forward_s == pytest.approx((4 + 1) * keys / 1e6, rel=0.01)
     assert apart.forward_s == pytest.approx(12 * keys / 1e6, rel=0.01)

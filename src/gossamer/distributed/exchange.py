@@ -50,7 +50,6 @@ class Exchange:
 
     Attributes:
         rank: in the group.
-        sent_bytes: by this rank so far.
     """
 
     def __init__(self, layout: Layout, group: Group | None = None) -> None:
@@ -61,7 +60,6 @@ class Exchange:
             raise ValueError(f"the layout is for {layout.ranks} ranks, but the group has {ranks}")
         self.layout, self.group = layout, group
         self.rank = dist.get_rank(group)
-        self.sent_bytes = 0
 
     def swap(self, to: int, sent: Sequence[Tensor], source: int, received: Sequence[Tensor], what: str) -> Pending:
         """Send tensors to one rank and receive some from another, without waiting. Empty ones stay.
@@ -73,7 +71,6 @@ class Exchange:
             return Pending(list(sent), what)
         operations = [dist.P2POp(dist.isend, x, self._global(to), self.group) for x in sent if x.numel()]
         operations += [dist.P2POp(dist.irecv, x, self._global(source), self.group) for x in received if x.numel()]
-        self.sent_bytes += sum(x.numel() * x.element_size() for x in sent)
         try:
             works = dist.batch_isend_irecv(operations) if operations else []
         except RuntimeError as error:

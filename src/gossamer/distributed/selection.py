@@ -72,7 +72,7 @@ class OfPlan(Selection):
 
     @property
     def column_group(self) -> int | None:
-        if self.plan.column_group >= self.plan.num_query_blocks:
+        if self.plan.column_group >= self.plan.num_query_blocks or not self.plan.column_indices.numel():
             return None
         return self.plan.column_group * (self.plan.block_q // self.block)
 

@@ -13,15 +13,16 @@ from gossamer.distributed.layout import Layout
 from gossamer.distributed.selection import Selection, VerticalSlashes
 from gossamer.plan import ceil_div
 
-__all__ = ["Machine", "Shape", "Simulation", "planted", "simulate", "work_of"]
+__all__ = ["Layer", "Machine", "Simulation", "planted", "simulate", "work_of", "work_of_units"]
 
 _ENTRIES = 1 << 24  # of a mask of blocks, held at once
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Key/value heads, head dimension and bytes of a number of one layer; its batch is the selection's."""
+class Layer:
+    """Query heads, key/value heads, head dimension and bytes of a number of one layer; its batch is the selection's."""
 
+    heads: int
     groups: int
     head_dim: int
     itemsize: int = 2
@@ -119,42 +120,59 @@ def planted(
     )
 
 
-def work_of(selection: Selection, layout: Layout) -> Tensor:
+def work_of(selection: Selection, layout: Layout, units: Tensor | None = None) -> Tensor:
     """Pairs of all heads that each rank computes at each step, fp64 ``[ranks, steps]``.
 
-    Counted by block: a selected one has all its pairs, the diagonal one half of them, another those of its columns
-    or of a window, whichever are more. Exact where no band and no column meet in a block that is not selected.
+    Args:
+        units: `work_of_units`, where it is known already.
     """
-    block, blocks = selection.block, ceil_div(layout.length, selection.block)
-    owners = layout.unit_owners().repeat_interleave(layout.unit // block)[:blocks]
-    ranks = layout.ranks
-    by_source = torch.zeros(ranks, ranks, dtype=torch.float64, device="cpu")
-    for rows, work in _rows(selection, blocks):
-        sums = torch.zeros(len(rows), ranks, dtype=torch.float64, device="cpu").index_add_(1, owners, work)
-        by_source.index_add_(0, owners[rows], sums)
+    units = work_of_units(selection, layout.unit) if units is None else units
+    owners, ranks = layout.unit_owners(), layout.ranks
+    by_source = torch.zeros(len(owners), ranks, dtype=torch.float64, device="cpu").index_add_(1, owners, units)
+    by_source = torch.zeros(ranks, ranks, dtype=torch.float64, device="cpu").index_add_(0, owners, by_source)
     sources = torch.tensor([[layout.source(r, step) for step in range(ranks)] for r in range(ranks)], device="cpu")
     return by_source.gather(1, sources)
 
 
+def work_of_units(selection: Selection, unit: int) -> Tensor:
+    """Pairs of all heads of each unit of queries with each unit of keys, fp64 ``[units, units]``.
+
+    Counted by block: a selected one has all its pairs, the diagonal one half of them, another those of its columns
+    or of a window, whichever are more. Exact where no band and no column meet in a block that is not selected.
+    """
+    blocks = ceil_div(int(selection.lengths.max()) if selection.batch else 0, selection.block)
+    count = ceil_div(blocks * selection.block, unit)
+    of_unit = torch.arange(blocks, device="cpu") // (unit // selection.block)
+    total = torch.zeros(count, count, dtype=torch.float64, device="cpu")
+    for rows, work in _rows(selection, blocks):
+        sums = torch.zeros(len(rows), count, dtype=torch.float64, device="cpu").index_add_(1, of_unit, work.double())
+        total.index_add_(0, of_unit[rows], sums)
+    return total
+
+
 def _rows(selection: Selection, blocks: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some blocks of queries, and their pairs with each block of keys, fp64 ``[rows, blocks]``, of all heads."""
+    """Some blocks of queries, and their pairs with each block of keys, ``[rows, blocks]``, of all heads."""
     block, every = selection.block, torch.arange(blocks, device="cpu")
+    edges = (selection.lengths[:, None] - every * block).clamp(0, block) / block  # short ends
     step = max(1, _ENTRIES // max(1, selection.batch * selection.heads * blocks))
     for first in range(0, blocks, step):
         rows = torch.arange(first, min(first + step, blocks), device="cpu")
-        pairs = selection.blocks(rows[None], every[None])[:, :, 0].double() * block**2
-        columns = _columns(selection, rows, blocks)  # [B, heads, rows, blocks]
-        sunk = (selection.sink[:, None] - every * block).clamp(0, block)[:, None]
-        pairs = torch.maximum(pairs, block * torch.maximum(columns, sunk.double()))
         before = rows[:, None] - every
-        pairs = torch.maximum(pairs, _within(before, selection.window, block))
+        pairs = selection.blocks(rows[None], every[None])[:, :, 0].float().mul_(block**2)
+        pairs = torch.maximum(pairs, _columns(selection, rows, blocks).mul_(block))
+        if bool(selection.sink.any()):
+            sunk = (selection.sink[:, None] - every * block).clamp(0, block)[:, None]
+            pairs = torch.maximum(pairs, block * sunk.float())
+        if bool(selection.window.any()):
+            pairs = torch.maximum(pairs, _within(before, selection.window, block))
         if selection.limit is not None:
             pairs = torch.minimum(pairs, _within(before, torch.tensor([selection.limit], device="cpu"), block))
         most = torch.where(before == 0, block * (block + 1) / 2, float(block**2)).masked_fill(before < 0, 0.0)
         pairs = torch.minimum(pairs, most)
-        edges = (selection.lengths[:, None] - every * block).clamp(0, block) / block  # short ends
-        share = edges[:, None, rows, None] * edges[:, None, None, :]
-        yield rows, (pairs * share).sum(dim=(0, 1))
+        if bool((edges == 1).all()):
+            yield rows, pairs.sum(dim=(0, 1))
+        else:
+            yield rows, (pairs * edges[:, None, rows, None] * edges[:, None, None]).sum(dim=(0, 1))
 
 
 def _columns(selection: Selection, rows: Tensor, blocks: int) -> Tensor:
@@ -164,32 +182,42 @@ def _columns(selection: Selection, rows: Tensor, blocks: int) -> Tensor:
     entries = selection.columns(groups)
     count = selection.batch * selection.heads * len(groups)
     key = entries.row * blocks + entries.number // selection.block
-    found = torch.bincount(key, minlength=count * blocks).double()
+    found = torch.bincount(key, minlength=count * blocks).float()
     return found.view(selection.batch, selection.heads, len(groups), blocks)[:, :, which]
 
 
 def _within(before: Tensor, window: Tensor, block: int) -> Tensor:
-    """Pairs at distances below a window, of blocks at so many blocks before; fp64 ``[1, windows, rows, blocks]``."""
+    """Pairs at distances below a window, of blocks at so many blocks before; fp32 ``[1, windows, rows, blocks]``."""
     row = torch.arange(block, device="cpu")
     nearest = int(before.min()) if before.numel() else 0
     distances = torch.arange(nearest, int(before.max()) + 1 if before.numel() else 0, device="cpu")
     # Of query row x of a block, keys y with 0 <= before * block + x - y < window.
     last = distances[None, :, None] * block + row
     first = last - window[:, None, None] + 1
-    counts = (last.clamp(max=block - 1) - first.clamp(min=0) + 1).clamp(min=0).double().sum(dim=-1)
+    counts = (last.clamp(max=block - 1) - first.clamp(min=0) + 1).clamp(min=0).float().sum(dim=-1)
     return counts[:, before - nearest][None]
 
 
-def simulate(selection: Selection, layout: Layout, shape: Shape, machine: Machine) -> Simulation:
+def simulate(
+    selection: Selection, layout: Layout, layer: Layer, machine: Machine, *, units: Tensor | None = None
+) -> Simulation:
     """One layer in a ring: each rank begins a step when it is done with the last one and its keys have come.
 
     Keys of the next step are under way from the moment that both ends have begun this one, as `ring_attention` has it;
     gradients from the moment that they are summed, and are needed when the next step is computed.
+
+    Args:
+        units: `work_of_units`, which is the same for all layouts of a unit.
+
+    Raises:
+        ValueError: the plan is for another number of heads.
     """
-    work = work_of(selection, layout)
+    if selection.heads not in (layer.heads, layer.groups):
+        raise ValueError(f"the plan has {selection.heads} heads, the layer {layer.heads} and {layer.groups} of keys")
+    work = work_of(selection, layout, units) * (layer.heads // selection.heads)
     tokens = [layout.tokens(rank) * selection.batch for rank in range(layout.ranks)]
-    keys = [2 * shape.groups * shape.head_dim * shape.itemsize * count for count in tokens]
-    sums = [2 * shape.groups * shape.head_dim * 4 * count for count in tokens]
+    keys = [2 * layer.groups * layer.head_dim * layer.itemsize * count for count in tokens]
+    sums = [2 * layer.groups * layer.head_dim * 4 * count for count in tokens]
     forward = work / machine.pairs_per_second
     backward = work / machine.pairs_per_second_backward
     forward_s, sent = _run(layout, forward, machine, keys, None)
