@@ -18,7 +18,7 @@ _context.set_forkserver_preload(["pytest", "gossamer.distributed", "gossamer.tes
 TIME_OUT = 60.0  # of a message, in seconds; more than a busy machine needs
 
 
-def run(job: Callable[..., Any], ranks: int, folder: Path, *given: Any, time_out: float = TIME_OUT) -> list[Any]:
+def run(job: Callable[..., Any], ranks: int, folder: Path, *given: Any) -> list[Any]:
     """``job(rank, *given)`` in so many processes; what each returned.
 
     Raises:
@@ -27,7 +27,7 @@ def run(job: Callable[..., Any], ranks: int, folder: Path, *given: Any, time_out
     folder.mkdir(parents=True, exist_ok=True)
     answers = _context.SimpleQueue()
     started = [
-        _context.Process(target=_one, args=(job, rank, ranks, str(folder), answers, given, time_out), daemon=True)
+        _context.Process(target=_one, args=(job, rank, ranks, str(folder), answers, given), daemon=True)
         for rank in range(ranks)
     ]
     for process in started:
@@ -46,16 +46,14 @@ def run(job: Callable[..., Any], ranks: int, folder: Path, *given: Any, time_out
     return [found.get(rank) for rank in range(ranks)]
 
 
-def _one(
-    job: Callable[..., Any], rank: int, ranks: int, folder: str, answers: Any, given: tuple, time_out: float
-) -> None:
+def _one(job: Callable[..., Any], rank: int, ranks: int, folder: str, answers: Any, given: tuple) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     path = Path(folder) / f"{rank}.pt"
     try:
         where = f"file://{folder}/store"
         dist.init_process_group(
-            "gloo", init_method=where, rank=rank, world_size=ranks, timeout=timedelta(seconds=time_out)
+            "gloo", init_method=where, rank=rank, world_size=ranks, timeout=timedelta(seconds=TIME_OUT)
         )
         answer = job(rank, *given)
         torch.save(answer, path)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
@@ -25,7 +27,8 @@ def attend_until_one_ends(rank: int, ends: str, folder: str) -> str:
     layout = Layout("striped", LENGTH, torch.distributed.get_world_size(), 8)
     plan = RingPlan.dense(layout, rank, heads=2)
     given = tensors(layout.tokens(rank))
-    out = attend(given, plan)
+    group = torch.distributed.new_group(timeout=timedelta(seconds=2))
+    out = attend(given, plan, group)
     if rank == 1 and ends in ("before", "hangs"):
         while ends == "hangs" and not all((Path(folder) / f"told {other}").exists() for other in (0, 2)):
             time.sleep(0.05)
@@ -34,7 +37,7 @@ def attend_until_one_ends(rank: int, ends: str, folder: str) -> str:
         if ends == "backward":
             out.sum().backward() if rank != 1 else os._exit(0)
         else:
-            attend(given, plan)
+            attend(given, plan, group)
     except RuntimeError as error:
         (Path(folder) / f"told {rank}").touch()
         return str(error)
@@ -43,15 +46,15 @@ def attend_until_one_ends(rank: int, ends: str, folder: str) -> str:
 
 @pytest.mark.parametrize("ends", ["before", "backward", "hangs"])
 def test_a_rank_that_ends_or_hangs_ends_the_others(ends: str, tmp_path: Path) -> None:
-    answers = ranks.run(attend_until_one_ends, 3, tmp_path, ends, str(tmp_path), time_out=2.0)
+    answers = ranks.run(attend_until_one_ends, 3, tmp_path, ends, str(tmp_path))
     assert answers[1] is None
     told = [torch.load(path) for path in (answers[0], answers[2])]
     assert all("a rank of the group has ended" in message for message in told)
 
 
-def attend(given: list[torch.Tensor], plan: RingPlan) -> torch.Tensor:
+def attend(given: list[torch.Tensor], plan: RingPlan, group: Any = None) -> torch.Tensor:
     q, k, v = given
-    return ring_attention(q, k, v, plan)[0]
+    return ring_attention(q, k, v, plan, group=group)[0]
 
 
 def misused(rank: int) -> list[str]:
