@@ -14,8 +14,15 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "gossamer.distributed", "gossamer.testing"])
+_preloaded = ["pytest", "gossamer.distributed", "gossamer.testing"]
+_context.set_forkserver_preload(_preloaded)
 TIME_OUT = 60.0  # of a message, in seconds; more than a busy machine needs
+
+
+def preload(*modules: str) -> None:
+    """Have them imported once for all processes; when a test module is imported, before any process is started."""
+    _preloaded.extend(modules)
+    _context.set_forkserver_preload(_preloaded)
 
 
 def run(job: Callable[..., Any], ranks: int, folder: Path, *given: Any) -> list[Any]:
