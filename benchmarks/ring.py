@@ -1,6 +1,6 @@
 """A step of training in one attention layer, forward and backward: processes in a ring beside one process.
 
-    python benchmarks/ring.py [--length N] [--rounds N] [--quick] [--out FILE]
+    python benchmarks/ring.py [--length N] [--rounds N] [--dtypes fp32,bf16] [--quick] [--out FILE]
 
 One process computes with as many threads as there are processes in the ring, which have one each; they take turns on
 fresh inputs, medians of the rounds after one that does not count. ``ratio`` is its seconds over the ring's: 1 where
@@ -220,10 +220,10 @@ def predicted(spec: Spec, ring: Ring, really: float) -> dict[str, Any]:
     }
 
 
-def rows(length: int, rounds: int) -> Iterator[dict[str, Any]]:
+def rows(length: int, rounds: int, dtypes: list[str]) -> Iterator[dict[str, Any]]:
     for ranks in (2, 4):
         ring = Ring(ranks)
-        for dtype in DTYPES:
+        for dtype in dtypes:
             for plan in ("dense", "planted"):
                 long = ranks > 2 and length > 8192  # more processes than cores, only for the simulator
                 spec = Spec(plan, dtype, 8192 if long else length)
@@ -235,12 +235,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=min(5, ROUNDS))
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="1K, one round")
     parser.add_argument("--out", type=Path, help="a JSON file; without it rows are printed alone")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     report = []
-    for row in rows(1024 if arguments.quick else arguments.length, 1 if arguments.quick else arguments.rounds):
+    length, rounds = (1024, 1) if arguments.quick else (arguments.length, arguments.rounds)
+    for row in rows(length, rounds, arguments.dtypes.split(",")):
         print(json.dumps(row), flush=True)
         report.append(row)
     if arguments.out is not None:

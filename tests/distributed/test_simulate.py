@@ -13,7 +13,7 @@ from test_steps import plans
 
 from gossamer import Extent, SparsePlan
 from gossamer.distributed import KINDS, Layout, RingPlan, pieces_of, planted, ring_attention, selection_of, simulate
-from gossamer.distributed.simulate import Layer, Machine, work_of
+from gossamer.distributed.simulate import Layer, Machine, work_of, work_of_units
 
 LAYER = Layer(heads=2, groups=2, head_dim=8, itemsize=4)
 
@@ -141,3 +141,16 @@ def test_a_machine_that_does_nothing_is_refused(field: str) -> None:
     numbers = {"pairs_per_second": 1.0, "pairs_per_second_backward": 1.0, "bandwidth": 1.0} | {field: 0.0}
     with pytest.raises(ValueError, match=field):
         Machine(**numbers)
+
+
+def test_the_page_gives_the_imbalance_of_planted_plans() -> None:
+    selection, machine = planted(65536, heads=8, verticals=500, slashes=64), Machine(1e9, 5e8, 1e10)
+    units, layer = work_of_units(selection, 128), Layer(heads=8, groups=2, head_dim=8)
+    striped, zigzag, contiguous = (
+        simulate(selection, Layout(kind, 65536, 32), layer, machine, units=units).mean_imbalance
+        for kind in ("striped", "zigzag", "contiguous")
+    )
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    said = f"{striped:.2f} striped, {zigzag:.2f} in zigzag and {contiguous:.2f} in contiguous pieces"
+    assert said in page, said
+    assert striped <= 1.1
