@@ -13,6 +13,7 @@ import torch
 from gossamer.calibrate.bench import Row, Shape, bench, costs_of, kernel_cost, planning_costs
 from gossamer.calibrate.candidates import METHODS, candidates
 from gossamer.call import AttentionCall
+from gossamer.cli import ring
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.inputs import check_environment, read_model, text_config
 from gossamer.cli.specs import parse_method, split_specs
@@ -27,6 +28,7 @@ from gossamer.profiles.machine import cpu_model, device_name
 __all__ = ["add_parser"]
 
 _ALL = "all"
+_LENGTHS = "512,1024,2048,4096,8192"
 _TRIED = 256  # tokens of the call by which it shows whether a method needs more than a call
 
 
@@ -40,7 +42,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--head-dim", type=int, help="default: 64, or the model's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--lengths", default="512,1024,2048,4096,8192", help="default: %(default)s")
+    parser.add_argument("--lengths", help=f"default: {_LENGTHS}; with --ring {ring.LENGTHS}")
     parser.add_argument(
         "--methods",
         default="a_shape(sink=64,window=1024),vertical_slash(vertical_size=256,slash_size=512)",
@@ -51,12 +53,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--cost-model", nargs="?", const="", metavar="FILE", help="also fit and write costs (default: the user's cache)"
     )
+    ring.add_arguments(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
     check_device(arguments.device)
     check_environment(arguments.device)
-    shape, lengths = _shape(arguments), _lengths(arguments.lengths)
+    shape = _shape(arguments)
+    if arguments.ring is not None:
+        return ring.execute(arguments, shape, _lengths(arguments.lengths or ring.LENGTHS))
+    lengths = _lengths(arguments.lengths or _LENGTHS)
     if arguments.rounds < 1:
         raise BadInput(f"--rounds must be at least 1, got {arguments.rounds}")
     path = (

@@ -182,6 +182,8 @@ def _attend(
         return _operator(query, key, value, *fields, *named(module))
     owner = owner_for(module)
     owner.reached[asked.layer] += 1
+    if owner.context is not None:
+        return _shared(owner.context, asked, extras)
     if extras.reason is not None:
         return _counted(owner, asked, extras.reason, lambda: _densely(module, asked, extras))
     return _by_policy(owner, asked, TRAINING if module.training and not owner.policy.training else None)
@@ -224,6 +226,15 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     if owner.observe is not None and asked.query_len > 1:
         owner.observe(Observation(call, out))
     return out.transpose(1, 2).contiguous()
+
+
+def _shared(attend_shared: Callable[[AttentionCall], Tensor], asked: _Asked, extras: _Extras) -> Tensor:
+    """``[B, S, H, Dv]`` of tokens whose mask only the context knows."""
+    if extras.reason is not None or not asked.causal:
+        raise ValueError(f"a context-parallel model cannot have {extras.reason or 'layers that are not causal'}")
+    fields = {"scale": asked.scale, "sinks": asked.sinks, "softcap": asked.softcap, "layer": asked.layer}
+    call = AttentionCall(asked.query, asked.key, asked.value, **fields)
+    return attend_shared(call).transpose(1, 2).contiguous()
 
 
 def _run_operator(owner: Owner, *tensors_and_fields: Any) -> Tensor:

@@ -19,6 +19,7 @@ from gossamer.call import AttentionCall
 from gossamer.integrations.stats import LayerStats, Stats
 from gossamer.integrations.transformers.attention import BIDIRECTIONAL, register
 from gossamer.integrations.transformers.configs import configs, implementations, path_to, request
+from gossamer.integrations.transformers.context import Context
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, lend, owner_of, set_owner
 from gossamer.integrations.transformers.reached import Reached
 from gossamer.integrations.transformers.rotary import Positions, rotary_module, verified
@@ -37,6 +38,9 @@ class Handle:
     """An enabled model. `enable` makes it; as a context manager it disables the model on the way out.
 
     It holds the model weakly: a handle that is kept does not keep the model in memory.
+
+    Attributes:
+        context: reads prompts that the ranks of a group share, where ``context_parallel`` was given; else None.
     """
 
     def __init__(self, model: nn.Module, policy: Policy, lent: dict[int, tuple[Any, str]]) -> None:
@@ -49,6 +53,7 @@ class Handle:
         self._hook: Any = None
         self._visit: Callable[[Observation], None] | None = None
         self._instead: Callable[[AttentionCall], Tensor] | None = None
+        self.context: Context | None = None
         self._own(model, None)
         self._enabled = True
         for config, previous in lent.values():
@@ -103,6 +108,20 @@ class Handle:
         self._instead = attend
         self._own(model, self._visit)
 
+    def share(self, model: nn.Module, group: Any, kind: str) -> None:
+        """Have the ranks of a group share each prompt; see `enable`.
+
+        Raises:
+            ValueError: a method or a model that ranks cannot share, or no process group. The handle is then disabled.
+        """
+        held = self._model
+        try:
+            self.context = Context(held, self.policy, group, kind)
+        except ValueError:
+            self.disable()
+            raise
+        self._own(model, None)
+
     def find_rotary(self, model: nn.Module) -> None:
         """Have calls say how the model turned their q and k, after a look at two tokens.
 
@@ -141,9 +160,10 @@ class Handle:
 
     def _own(self, model: nn.Module, visit: Callable[[Observation], None] | None, enabled: bool = True) -> None:
         rotary = None if self._positions is None else self._positions.of
+        shared = None if self.context is None else self.context.attend
         self._visit = visit
         for part, counter in self._reached.counters(model):
-            owner = Owner(self.policy, self._record, visit, counter, rotary, self._instead) if enabled else None
+            owner = Owner(self.policy, self._record, visit, counter, rotary, self._instead, shared) if enabled else None
             for module in part.modules():
                 set_owner(module, owner)
 
@@ -185,6 +205,8 @@ def enable(
     bidirectional: bool = False,
     training: bool = False,
     keep_plans: bool = True,
+    context_parallel: Any = None,
+    context_layout: str = "striped",
     **fields: Any,
 ) -> Handle:
     """Run a transformers model's attention through gossamer: prefill by a sparse method, decoding dense.
@@ -204,11 +226,16 @@ def enable(
         training: run layers in ``model.train()``, and calls that need a gradient, sparse too; else they are dense.
         keep_plans: keep each layer's plan until its gradient is computed; False: make it again then. As `training`, in
             place of what a `Policy` says.
+        context_parallel: a ``torch.distributed`` group (True: all processes) whose ranks share each prompt, for
+            prompts larger than the memory of one; they are read by `Handle.context`, without gradients. The method is
+            then ``dense``, ``a_shape`` or ``vertical_slash``, and `Handle.stats` counts nothing.
+        context_layout: which rank has which tokens, see `gossamer.distributed.Layout`.
         **fields: hyperparameters of the method, where `method` is a name.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: an unknown method or field, a profile of another model, a model that is enabled already, one that
+        ValueError: an unknown method or field, one that ranks cannot share, a profile of another model, a model that
+            is enabled already, one with sliding windows where ranks share prompts, one that
             cannot switch its attention implementation, or one that shares its config with a model that is enabled
             otherwise; or a method that needs the rotary embedding of a model that has none, or one that cannot be
             undone.
@@ -247,6 +274,8 @@ def enable(
         )
     lent = {key: (config, former) for key, (config, former) in before.items() if is_ours(config)}
     handle = Handle(model, policy, lent)
+    if context_parallel is not None:
+        handle.share(model, context_parallel, context_layout)
     if "rotary" in needs_of(policy.method):
         try:
             handle.find_rotary(model)

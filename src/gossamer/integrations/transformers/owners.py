@@ -60,6 +60,7 @@ class Owner:
             ``layer_idx``.
         rotary: how the model turned a call's q and k, where somebody asked for it.
         instead: makes the output ``[B, H, S, Dv]`` of calls with several queries, in place of the policy.
+        context: the same of all calls, where several processes share a prompt; what it is given has no extent.
     """
 
     policy: Policy
@@ -68,6 +69,7 @@ class Owner:
     reached: Counter[int | None] = field(default_factory=Counter)
     rotary: Callable[[Extent], Rotary | None] | None = None
     instead: Callable[[AttentionCall], Tensor] | None = None
+    context: Callable[[AttentionCall], Tensor] | None = None
 
 
 _owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
