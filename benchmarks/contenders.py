@@ -218,7 +218,7 @@ class Bench:
     prompts: Prompts
     report: Report
 
-    def ask(self, contender: Contender, prompts: Sequence[list[int]], prefix: Sequence[str] = (), **more: Any) -> Any:
+    def ask(self, contender: Contender, prompts: Sequence[list[int]], **more: Any) -> Any:
         """Versions and answers of a child."""
         python = {"openvino": self.arguments.others, "llama.cpp": self.arguments.others, "vllm": self.arguments.vllm}
         threads = self.arguments.threads
@@ -231,7 +231,8 @@ class Bench:
             "warm_up": self.prompts.ids(WARM_UP, 10**6),
             "prompts": prompts,
         }
-        command = [*prefix, python.get(contender.library, sys.executable), str(HERE / "contender_child.py")]
+        command = shlex.split(self.arguments.prefix)
+        command += [python.get(contender.library, sys.executable), str(HERE / "contender_child.py")]
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         first, *answers = parse(call(command, json.dumps(request | more), environment))
         if len(answers) != len(prompts):
@@ -245,7 +246,7 @@ class Bench:
         if not lengths:
             return
         prompts = [self.prompts.ids(length, number) for length in lengths]
-        versions, answers = self.ask(contender, prompts, shlex.split(self.arguments.prefix))
+        versions, answers = self.ask(contender, prompts)
         rows = [known | {"length": n} | answer for n, answer in zip(lengths, answers, strict=True)]
         self.report.add("runs", rows, contender.name, versions)
         for row in rows:
@@ -307,7 +308,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=16, help="so-manieth position of the loss")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=Path, default=Path("build/contenders"))
-    parser.add_argument("--prefix", default="", help="a command that runs the timed ones")
+    parser.add_argument("--prefix", default="", help="a command that runs the others")
     parser.add_argument("--others", default=".venv-contenders/bin/python", help="has OpenVINO GenAI and xllamacpp")
     parser.add_argument("--vllm", default=".venv-vllm/bin/python")
     parser.add_argument("--out", type=Path)
