@@ -77,7 +77,7 @@ class Vllm:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": ""}
         os.environ |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-        import vllm
+        import vllm  # pyright: ignore[reportMissingImports]
 
         longest = max(map(len, request["prompts"])) + 8
         self.vllm, self.versions = vllm, {"vllm": vllm.__version__}
@@ -111,7 +111,7 @@ class LlamaCpp:
     def __init__(self, request: dict[str, Any], settings: dict[str, Any]) -> None:
         from importlib.metadata import version
 
-        import xllamacpp
+        import xllamacpp  # pyright: ignore[reportMissingImports]
 
         params = xllamacpp.CommonParams()
         params.model.path = request["model"]
@@ -147,8 +147,8 @@ class OpenVino:
     """OpenVINO GenAI's pipeline of continuous batching, the one that has sparse attention."""
 
     def __init__(self, request: dict[str, Any], settings: dict[str, Any]) -> None:
-        import openvino
-        import openvino_genai
+        import openvino  # pyright: ignore[reportMissingImports]
+        import openvino_genai  # pyright: ignore[reportMissingImports]
 
         self.openvino, self.genai = openvino, openvino_genai
         self.request, self.settings = request, settings
@@ -156,7 +156,7 @@ class OpenVino:
         self.fixed = {"INFERENCE_NUM_THREADS": request["threads"]}
         self.pipeline: Any = None
 
-    def _start(self) -> None:
+    def _start(self) -> Any:
         scheduler = self.genai.SchedulerConfig()
         scheduler.enable_prefix_caching = False
         scheduler.max_num_seqs = 1
@@ -170,11 +170,10 @@ class OpenVino:
             scheduler.use_sparse_attention = True
             scheduler.sparse_attention_config = self.genai.SparseAttentionConfig(mode=kind, **sparse)
         model = self.request["model"]
-        self.pipeline = self.genai.LLMPipeline(model, "CPU", scheduler_config=scheduler, **self.fixed)
+        return self.genai.LLMPipeline(model, "CPU", scheduler_config=scheduler, **self.fixed)
 
     def first_token(self, ids: Ids) -> Answer:
-        if self.pipeline is None:
-            self._start()
+        self.pipeline = self.pipeline or self._start()
         config = self.genai.GenerationConfig(max_new_tokens=1, do_sample=False, ignore_eos=True)
         tokens = self.genai.TokenizedInputs(
             self.openvino.Tensor(np.array([ids], dtype=np.int64)),

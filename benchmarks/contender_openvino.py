@@ -52,7 +52,7 @@ class Paged:
     """A model with paged attention, its caches and the settings of a pipeline."""
 
     def __init__(self, folder: str, threads: int, settings: Mapping[str, Any]) -> None:
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports]
         from openvino._offline_transformations import (  # pyright: ignore[reportMissingImports]
             paged_attention_transformation,
         )
@@ -68,7 +68,7 @@ class Paged:
 
     def _only_wanted(self, model: Any) -> None:
         """Let the head compute the logits of wanted tokens alone."""
-        from openvino import opset13
+        from openvino import opset13  # pyright: ignore[reportMissingImports]
 
         node = model.outputs[0].get_node()
         while node.get_type_name() != "MatMul":

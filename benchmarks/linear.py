@@ -79,13 +79,12 @@ def quantised_dynamically(engine: str) -> Callable[[nn.Module], None]:
     """torch.ao's linear layers: int8 weights by output channel where the engine can, activations by the tensor."""
 
     def apply(model: nn.Module) -> None:
-        import torch.ao.quantization as quantization
+        from torch.ao.quantization import quantize_dynamic
+        from torch.ao.quantization.qconfig import default_dynamic_qconfig, per_channel_dynamic_qconfig
 
         torch.backends.quantized.engine = engine
-        by_channel = engine != "qnnpack"
-        configs = (quantization.per_channel_dynamic_qconfig, quantization.default_dynamic_qconfig)
-        config = configs[0] if by_channel else configs[1]
-        replaced(model, lambda layer: quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear: config}))
+        config = default_dynamic_qconfig if engine == "qnnpack" else per_channel_dynamic_qconfig
+        replaced(model, lambda layer: quantize_dynamic(nn.Sequential(layer), {nn.Linear: config}))
 
     return apply
 

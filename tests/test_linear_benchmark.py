@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from repository import script as loaded
 from torch import nn
 
 
-def model() -> nn.Module:
-    made = nn.Module()
+def model() -> Any:
+    made: Any = nn.Module()
     made.block = nn.ModuleDict({"up": nn.Linear(4, 6), "down": nn.Linear(6, 4)})
     made.lm_head = nn.Linear(4, 9)
     return made
