@@ -78,9 +78,12 @@ CONTENDERS = {
         Contender(REFERENCE, "transformers"),
         ours("dense", "dense(kernel=gossamer)"),
         ours("max_relative", "max_relative"),
+        ours("max_relative 0.05", "max_relative(alpha=0.05)"),
+        ours("max_relative 0.02", "max_relative(alpha=0.02)"),
         ours("minference 256/1024", "minference(vertical_size=256,slash_size=1024)"),
         ours("minference 512/2048", "minference(vertical_size=512,slash_size=2048)"),
         ours("xattention", "xattention"),
+        ours("xattention as openvino's", "xattention(threshold=0.9,stride=8,block=64)"),
         openvino("dense"),
         openvino("trishape", mode="TRISHAPE", chunk=256),
         openvino("trishape 128/896", mode="TRISHAPE", chunk=256, num_retained_recent_tokens_in_cache=896),
@@ -180,19 +183,25 @@ class Prompts:
 
 
 class Report:
-    """The file of a model's results, written whole after each measurement."""
+    """The file of a model's results, written whole after each measurement; what others wrote meanwhile stays."""
 
     def __init__(self, path: Path, about: Row) -> None:
-        self.path = path
-        self.found: Row = json.loads(path.read_text()) if path.exists() else {}
-        if self.found and self.found["model"] != about["model"]:
-            raise SystemExit(f"{path} holds results of another model, {self.found['model']}; move it away")
-        self.found = {"runs": [], "losses": [], "versions": {}, "unavailable": {}} | self.found | about
+        self.path, self.about = path, about
+        self.found: Row = {}
+        self._read()
+
+    def _read(self) -> None:
+        known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        if known and known["model"] != self.about["model"]:
+            raise SystemExit(f"{self.path} holds results of another model, {known['model']}; move it away")
+        self.found = {"runs": [], "losses": [], "versions": {}, "unavailable": {}} | known | self.about
 
     def lacks(self, kind: str, **wanted: Any) -> bool:
+        self._read()
         return not any(all(row[name] == value for name, value in wanted.items()) for row in self.found[kind])
 
     def add(self, kind: str, rows: Sequence[Row], name: str, versions: Row) -> None:
+        self._read()
         self.found[kind] += rows
         self.found["versions"][name] = versions
         self.found["unavailable"].pop(name, None)
@@ -200,6 +209,7 @@ class Report:
 
     def cannot(self, name: str, why: str) -> None:
         print(f"{name}: cannot take part: {why}", flush=True)
+        self._read()
         self.found["unavailable"][name] = why
         self._write()
 
@@ -318,7 +328,9 @@ def main() -> None:
         parser.error(f"--only takes {', '.join(CONTENDERS)}; got {unknown[0]!r}")
     name = arguments.name or arguments.model.stem
     known = {"name": name} | ({"sha256": file_hash(arguments.model)} if arguments.model.is_file() else {})
-    about = {"machine": machine(), "model": known, "threads": arguments.threads}
+    about = {"machine": machine(), "model": known} | (
+        {"threads": arguments.threads} if "time" in arguments.what else {}
+    )
     report = Report(arguments.out or results(f"contenders_{name}.json"), about)
     weights = Weights(arguments.model, arguments.work / name, arguments.others)
     bench = Bench(arguments, weights, Prompts(weights.of("folder")), report)
