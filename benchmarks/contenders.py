@@ -36,7 +36,7 @@ from typing import Any
 
 from contender_rows import REFERENCE, closeness, summary
 from machines import machine, results
-from timing import write
+from timing import Bystanders, write
 
 from gossamer.cli.pretrained import file_hash, model_folder
 from gossamer.evaluate.haystack import load_haystack
@@ -251,12 +251,14 @@ class Bench:
 
     def time(self, contender: Contender, number: int) -> None:
         """One round of a contender, at the lengths that it lacks."""
-        known = {"contender": contender.name, "round": number}
+        known: Row = {"contender": contender.name, "round": number}
         lengths = [n for n in self.arguments.lengths if self.report.lacks("runs", length=n, **known)]
         if not lengths:
             return
         prompts = [self.prompts.ids(length, number) for length in lengths]
+        bystanders = Bystanders()
         versions, answers = self.ask(contender, prompts)
+        known["used_by_others"] = bystanders.share()
         rows = [known | {"length": n} | answer for n, answer in zip(lengths, answers, strict=True)]
         self.report.add("runs", rows, contender.name, versions)
         for row in rows:

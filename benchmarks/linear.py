@@ -33,7 +33,7 @@ import torch
 import transformers
 from contenders import Prompts, kept
 from machines import machine, results
-from timing import wake_threads, write
+from timing import Bystanders, wake_threads, write
 from torch import Tensor, nn
 
 from gossamer.cli.pretrained import file_hash, model_folder
@@ -196,14 +196,16 @@ def shares(model: Any, prompts: Prompts, arguments: argparse.Namespace) -> Itera
     methods = split_specs(arguments.methods)
     plain(model)
     for length in arguments.lengths:
+        bystanders = Bystanders()
         runs: dict[str, list[Row]] = {name: [] for name in methods}
         for number in range(arguments.rounds):
             turned = number % len(methods)
             for name in [*methods[turned:], *methods[:turned]]:
                 prefill(model, prompts.ids(WARM_UP, 10**6), name)
                 runs[name].append(prefill(model, prompts.ids(length, number), name)[0])
+        share = bystanders.share()
         for name in methods:
-            found = medians(runs[name])
+            found = medians(runs[name]) | {"used_by_others": share}
             found |= {f"{part}_share": round(found[f"{part}_s"] / found["total_s"], 4) for part in PARTS}
             yield {"length": length, "method": name, **found, "rounds": arguments.rounds}
 
@@ -239,11 +241,13 @@ def variants(model: Any, prompts: Prompts, arguments: argparse.Namespace) -> Ite
             continue
         runs: list[Row] = []
         bases: list[Row] = []
+        bystanders = Bystanders()
         for number in range(arguments.rounds):
             ids = prompts.ids(length, number)
             for one in (number % 2, 1 - number % 2):
                 with engine_of(name if one else ""):
                     (runs if one else bases).append(prefill(other if one else base, ids, DENSE)[0])
+        share = bystanders.share()
         ids = prompts.ids(length, 0)
         expected = prefill(base, ids, DENSE, positions)[1] if expected is None else expected
         with engine_of(name):
@@ -253,7 +257,14 @@ def variants(model: Any, prompts: Prompts, arguments: argparse.Namespace) -> Ite
             f"{part}_ratio": round(statistics.median(a[f"{part}_s"] / b[f"{part}_s"] for a, b in pairs), 3)
             for part in ("linear", "total")
         }
-        yield {"variant": name, "length": length, **medians(runs), **found, "rounds": arguments.rounds}
+        yield {
+            "variant": name,
+            "length": length,
+            **medians(runs),
+            **found,
+            "rounds": arguments.rounds,
+            "used_by_others": share,
+        }
         del other
 
 
