@@ -7,6 +7,7 @@
 #   make docs     the documentation, into site/
 #   make coverage all tests, and which lines of the package none of them runs
 #   make vllm     vLLM for CPUs in an environment of its own beside gossamer, .venv-vllm (Python 3.11 or newer, x86-64)
+#   make contenders  first tokens of OpenVINO GenAI, llama.cpp, vLLM and transformers beside ours, on SmolLM2; hours
 #   make test-vllm  the tests of the plug-in inside vLLM; some minutes
 #   make wheel    a wheel into dist/; it fails without the C++ kernels
 #   make mutants  faults put into the package, which its tests must notice; an hour, and goes on where it was stopped
@@ -25,6 +26,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
+OTHERS_VENV ?= .venv-contenders
+OTHERS_STAMP := $(OTHERS_VENV)/.installed
 SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/*/*)
 
 # The pins hold for what the build needs as well (pip reads one of the two, by its age).
@@ -32,7 +35,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv demo demo-pretrained test lint docs coverage vllm test-vllm wheel mutants families bench clean
+.PHONY: venv demo demo-pretrained test lint docs coverage vllm test-vllm contenders wheel mutants families bench clean
 
 venv: $(STAMP)
 
@@ -79,6 +82,20 @@ $(VLLM_STAMP): $(STAMP) requirements-vllm.txt
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm_plugin
 
+# As above. Its transformers is the one that optimum-intel takes.
+$(OTHERS_STAMP): $(STAMP) requirements-contenders.txt
+	@echo "setting up $(OTHERS_VENV)"
+	@$(PYTHON) -m venv $(OTHERS_VENV)
+	@PIP_CONSTRAINT= $(OTHERS_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-contenders.txt
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(OTHERS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_gossamer.pth
+	@touch $@
+
+contenders: $(OTHERS_STAMP) $(VLLM_STAMP)
+	$(BIN)/python models/pretrained.py
+	$(BIN)/python benchmarks/contenders.py build/pretrained/smollm2.gguf --others $(OTHERS_VENV)/bin/python \
+	  --vllm $(VLLM_VENV)/bin/python
+
 wheel: $(STAMP)
 	GOSSAMER_REQUIRE_KERNELS=1 $(BIN)/python -m pip wheel $(PIP_FLAGS) --no-deps --wheel-dir dist .
 
@@ -94,5 +111,5 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/planning.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist site wheelhouse coverage.xml .coverage .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(OTHERS_VENV) build dist site wheelhouse coverage.xml .coverage .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Pictures of each machine's results/<machine>/cpu.json for the documentation: `python benchmarks/pictures.py`."""
+"""Pictures of each machine's cpu.json and contenders_*.json for the documentation: `python benchmarks/pictures.py`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gossamer.report.svg import MARKERS, PALETTE, Panel, svg_file
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 BLOCK_K = 128
+NO_LOSS = 1e-5
 
 
 def save(panel: Panel, path: Path) -> None:
@@ -95,7 +96,35 @@ def roofline(sections: dict) -> Panel:
     return panel
 
 
+def losses(found: dict) -> Panel:
+    """KL divergence against seconds to the first token at the longest length; programs are told apart by colour."""
+    length = max(row["length"] for row in found["rows"] if "seconds" in row)
+    rows = [row for row in found["rows"] if row["length"] == length and "seconds" in row]
+    programs = list(dict.fromkeys(row["contender"].split()[0] for row in rows))
+    points = {row["contender"]: max(row.get("kl", 0.0), NO_LOSS) for row in rows}
+    panel = Panel(640, 440, f"Loss against seconds to the first token, {length:,} tokens of {found['model']['name']}")
+    seconds = [row["seconds"] for row in rows]
+    ticks = [round(min(seconds) + n * (max(seconds) - min(seconds)) / 4, 1) for n in range(5)]
+    names = ("seconds to the first token", f"KL divergence, nats; {NO_LOSS:g}: less, or exact attention")
+    wide = (min(seconds) * 0.9, max(seconds) * 1.3)
+    panel.axes(wide, (NO_LOSS / 2, max(points.values()) * 2), names, (True, True), ticks)
+    for row in rows:
+        name, _, setting = row["contender"].partition(" ")
+        n, kl = programs.index(name), points[row["contender"]]
+        x, y = panel.place(row["seconds"], kl)
+        shape, colour = MARKERS[n % len(MARKERS)], PALETTE[n % len(PALETTE)]
+        panel.marker(x, y, shape, colour, f"{row['contender']}: {row['seconds']:.1f} s, KL {kl:.2g}")
+        if kl > NO_LOSS:
+            panel.text(x + 7, y + 4, setting, "start", size=9)
+    legend(panel, programs, 500, 34)
+    return panel
+
+
 def main() -> None:
+    for file in measured("contenders_*.json"):
+        found = json.loads(file.read_text())
+        if any("seconds" in row for row in found["rows"]):
+            save(losses(found), IMAGES / file.parent.name / f"{file.stem}.svg")
     for file in measured("cpu.json"):
         sections = json.loads(file.read_text())["sections"]
         if {"gemm", "prefill", "decode"} <= sections.keys():

@@ -11,8 +11,10 @@ from typing import Any
 # Files beside this one: mkdocs finds them while it loads a hook.
 import calibration_tables
 import choices
+import contender_tables
 import demo_tables
 import family_tables
+import gpu_tables
 import integer_tables
 import pretrained_tables
 import serving_tables
@@ -239,33 +241,7 @@ def calibrate_memory_table() -> str:
 
 def gpu_table() -> str:
     """What was timed on each GPU."""
-    return for_each_machine("gpu.json", gpu_rows)
-
-
-def gpu_rows(found: dict[str, Any], _: Path) -> str | None:
-    def shown(row: dict[str, Any], field: str, form: str) -> str:
-        return "" if row.get(field) is None else format(row[field], form)
-
-    rows = [
-        (
-            name,
-            f"`{row['what']}`",
-            shown(row, "length", ","),
-            shown(row, "density", ".4f"),
-            format(1e3 * seconds, ",.2f"),
-            shown(row, "speedup_over_sdpa", ".1f") or shown(row, "share_of_best_sdpa", ".2f"),
-            shown(row, "speedup_over_flex", ".1f"),
-            shown(row, "efficiency", ".2f"),
-            shown(row, "planning_share", ".0%"),
-        )
-        for name, section in found["sections"].items()
-        for row in section["rows"]
-        if (seconds := row.get("median_s") or row.get("seconds_whole")) and name != "tune"
-    ]
-    machine = found["machine"]
-    above = f"torch {machine['torch']}, Triton {machine['triton']}; medians of up to {found['rounds']} rounds."
-    header = ("section", "what", "tokens", "density", "ms", "times SDPA", "times Flex", "efficiency", "of it planning")
-    return markdown(above, header, rows) if rows else None
+    return chosen("gpu.json", gpu_tables.gpu_rows)
 
 
 def demo_table() -> str:
@@ -373,6 +349,12 @@ TABLES = {
     "serving": lambda: for_each_machine(
         "serving.json", lambda found, _: "\n\n".join(markdown(*one) for one in serving_tables.serving_tables(found))
     ),
+    "contenders": lambda: for_each_machine(
+        "contenders_*.json",
+        lambda found, _: "\n\n".join(markdown(*one) for one in contender_tables.contender_tables(found)),
+    ),
+    "linear_shares": lambda: chosen("linear_*.json", contender_tables.shares_table),
+    "linear_variants": lambda: chosen("linear_*.json", contender_tables.variants_table),
     "paged": lambda: for_each_machine("paged.json", lambda found, _: markdown(*serving_tables.paged_table(found))),
     "heads": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.heads_table),
     "heads_kinds": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.kinds_table),
@@ -396,4 +378,8 @@ TABLES = {
     "families_cannot": lambda: markdown(*family_tables.cannot_table()),
     "families_unverified": lambda: markdown(*family_tables.unverified_table()),
 }
-PICTURES = {"cpu_latency": "Seconds against length", "cpu_roofline": "Roofline"}
+PICTURES = {
+    "contenders_*": "Loss against seconds to the first token",
+    "cpu_latency": "Seconds against length",
+    "cpu_roofline": "Roofline",
+}
