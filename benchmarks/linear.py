@@ -205,9 +205,9 @@ def shares(model: Any, prompts: Prompts, arguments: argparse.Namespace) -> Itera
                 runs[name].append(prefill(model, prompts.ids(length, number), name)[0])
         share = bystanders.share()
         for name in methods:
-            found = medians(runs[name]) | {"used_by_others": share}
+            found = medians(runs[name])
             found |= {f"{part}_share": round(found[f"{part}_s"] / found["total_s"], 4) for part in PARTS}
-            yield {"length": length, "method": name, **found, "rounds": arguments.rounds}
+            yield {"length": length, "method": name, **found, "rounds": arguments.rounds, "used_by_others": share}
 
 
 PARTS = ("linear", "attention", "rest")
