@@ -83,20 +83,32 @@ class TestTheDoor:
             ask("a_shape", "dense", use_v2_model_runner=True)
 
 
-class Request:
-    def __init__(self, request_id: Any, tokens: Any, sampling_params: Any = None, cache_salt: Any = None) -> None:
-        self.cache_salt = cache_salt
+@plugin._salted
+def salted(self: Any, request: Any) -> str | None:
+    return request.cache_salt
 
 
 class TestTheSalt:
-    @pytest.mark.parametrize(("given", "salted"), [(None, False), ("a_shape", False), ("dense", True)])
-    def test_follows_the_policy(self, given: Any, salted: bool) -> None:
-        plugin.settings_of(config())
-        request: Any = object.__new__(Request)
-        plugin._salted(Request.__init__)(request, 1, 2, sampling_params=params(given), cache_salt="mine")
-        assert (request.cache_salt != "mine") == salted
-        plugin._salted(Request.__init__)(request, 1, 2, params(given))
-        assert (request.cache_salt is not None) == salted
+    @pytest.mark.parametrize(("given", "changed"), [(None, False), ("a_shape", False), ("dense", True), ("no", True)])
+    def test_follows_the_policy(self, given: Any, changed: bool) -> None:
+        core = SimpleNamespace(vllm_config=config())
+        request = SimpleNamespace(sampling_params=params(given), cache_salt="mine")
+        assert (salted(core, request) != "mine") == changed
+        assert request.cache_salt == "mine"
+        request.cache_salt = None
+        assert (salted(core, request) is not None) == changed
+
+    def test_follows_the_policy_of_the_engine_that_the_request_goes_to(self) -> None:
+        """Of two in a process, or of one whose workers and front are other processes."""
+        first, second = (SimpleNamespace(vllm_config=config(asked)) for asked in ("dense", "a_shape"))
+        request = SimpleNamespace(sampling_params=params("dense"), cache_salt=None)
+        assert salted(second, request) is not None
+        assert salted(first, request) is None
+        assert salted(second, request) is not None
+
+    def test_stays_on_a_server_that_was_not_asked(self) -> None:
+        request = SimpleNamespace(sampling_params=params("dense"), cache_salt="gossamer:x")
+        assert salted(SimpleNamespace(vllm_config=config(None)), request) == "gossamer:x"
 
 
 class TestWhoseRows:

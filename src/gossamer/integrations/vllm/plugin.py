@@ -1,8 +1,8 @@
 """The plug-in's side of vLLM: what is registered, and where requests, workers and metrics come by.
 
 Touches vLLM in four places, each inert on a server that was not asked for gossamer: the CPU backend's class, the door
-through which requests come in (a policy that a request names is checked there), the scheduler's `Request` (its cache
-salt), and the runner (it says whose rows a step has).
+through which requests come in (a policy that a request names is checked there), the door of the scheduler's process (the
+request's cache salt), and the runner (it says whose rows a step has).
 """
 # pyright: reportMissingImports=false
 
@@ -41,13 +41,13 @@ def install() -> None:
         ImportError, AttributeError: a vLLM that is not as expected.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.request import Request
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     wrapped = (
         (InputProcessor, "process_inputs", _checked),
-        (Request, "__init__", _salted),
+        (EngineCore, "preprocess_add_request", _salted),
         (GPUModelRunner, "initialize_metadata_builders", _introduced),
     )
     for owner, name, _ in wrapped:
@@ -161,24 +161,22 @@ def _checked(former: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _salted(former: Callable[..., Any]) -> Callable[..., Any]:
-    """The scheduler's view of a request, by which pages are shared."""
+    """The scheduler's door, whose process may have no worker and no front: here it is said whose pages may be shared."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        params = kwargs.get("sampling_params", args[2] if len(args) > 2 else None)
-        given = _named(params)
-        if given is not None:
-            settings = next((one for _, one in _settings.values() if one is not None), None)
-            if settings is None:
-                from vllm.config import get_current_vllm_config_or_none
-
-                settings = settings_of(get_current_vllm_config_or_none()) or Settings(Policy.of("dense"))
+    def preprocess_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        settings, salt = settings_of(self.vllm_config), request.cache_salt
+        if settings is not None:
+            given = _named(request.sampling_params)
             try:
-                kwargs["cache_salt"] = salt_of(settings, given, kwargs.get("cache_salt"))
-            except (ValueError, TypeError):  # refused at the door; where there was none its pages are its own
-                kwargs["cache_salt"] = f"{kwargs.get('cache_salt') or ''}|gossamer:{given!r}"
-        former(self, *args, **kwargs)
+                request.cache_salt = salt_of(settings, given, salt)
+            except (ValueError, TypeError):  # refused at the front's; where there was none its pages are its own
+                request.cache_salt = f"gossamer:{given!r}:{salt or ''}"
+        try:
+            return former(self, request, *args, **kwargs)
+        finally:
+            request.cache_salt = salt  # it may be sent once more
 
-    return __init__
+    return preprocess_add_request
 
 
 def _introduced(former: Callable[..., Any]) -> Callable[..., Any]:
