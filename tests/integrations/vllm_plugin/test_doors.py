@@ -111,6 +111,16 @@ class TestTheSalt:
         assert salted(SimpleNamespace(vllm_config=config(None)), request) == "gossamer:x"
 
 
+class TestADraftModel:
+    def test_is_not_the_model_that_the_profile_is_for(self) -> None:
+        asked = {"method": "duo_attention", "gates": [[1, 0]] * 3}
+        with pytest.raises(ValueError, match="for 3 layers of 2 heads, but this model has 2"):
+            plugin.settings_of(config(asked))
+        draft = config(asked)
+        draft.model_config.runner_type = "draft"
+        assert plugin.settings_of(draft) is not None
+
+
 class TestWhoseRows:
     def test_each_row_has_its_request_s_policy(self) -> None:
         named = {"a": params("dense"), "b": params(None), "c": None}

@@ -73,7 +73,8 @@ def settings_of(config: Any) -> Settings | None:
     known = _settings.get(id(config))
     if known is None:
         settings = Settings.read(config.additional_config)
-        if settings is not None:
+        # A draft model's layers run, as far as they can, what the server was asked for: no profile is made for them.
+        if settings is not None and getattr(config.model_config, "runner_type", None) != "draft":
             remark = settings.for_model(config.model_config.hf_config)
             if remark is not None:
                 logger.warning("gossamer: %s", remark)
