@@ -9,6 +9,7 @@ request's cache salt), and the runner (it says whose rows a step has).
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 import weakref
@@ -40,17 +41,21 @@ def install() -> None:
     Raises:
         ImportError, AttributeError: a vLLM that is not as expected.
     """
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.metrics import prometheus
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    if current_platform.is_cpu():  # vLLM would load it for servers that were not asked too
+        importlib.import_module(CPU_BACKEND.rpartition(".")[0])
     wrapped = (
         (InputProcessor, "process_inputs", _checked),
         (EngineCore, "preprocess_add_request", _salted),
         (GPUModelRunner, "initialize_metadata_builders", _introduced),
     )
-    for owner, name, _ in wrapped:
+    for owner, name in [(owner, name) for owner, name, _ in wrapped] + [(prometheus, "get_prometheus_registry")]:
         getattr(owner, name)
     register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
     register_backend(AttentionBackendEnum.CUSTOM, GPU_BACKEND)
