@@ -122,6 +122,26 @@ class TestADraftModel:
 
 
 class TestWhoseRows:
+    @pytest.mark.parametrize(
+        ("asked", "backends", "told"),
+        [
+            ("dense", ["stock"], True),
+            ("dense", ["stock", "ours"], False),
+            (None, ["stock"], False),
+            ("dense", [], False),
+        ],
+    )
+    def test_a_server_without_a_layer_of_ours_says_so(
+        self, asked: Any, backends: list[str], told: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        builders: list[Any] = [type("Builder", (), {"sparse": None} if one == "ours" else {})() for one in backends]
+        groups = [[SimpleNamespace(metadata_builders=[one])] for one in builders]
+        runner: Any = type("Runner", (), {})()
+        runner.attn_groups, runner.vllm_config = groups, config(asked)
+        assert plugin._introduced(lambda self: "made")(runner) == "made"
+        assert ("--attention-backend CUSTOM" in caplog.text) == told
+        assert [one.runner() for one in builders if hasattr(one, "sparse")] == [runner] * backends.count("ours")
+
     def test_each_row_has_its_request_s_policy(self) -> None:
         named = {"a": params("dense"), "b": params(None), "c": None}
         runner = SimpleNamespace(

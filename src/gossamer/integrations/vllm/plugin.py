@@ -1,7 +1,7 @@
 """The plug-in's side of vLLM: what is registered, and where requests, workers and metrics come by.
 
 Touches vLLM in four places, each inert on a server that was not asked for gossamer: the CPU backend's class, the door
-through which requests come in (a policy that a request names is checked there), the door of the scheduler's process (the
+through which requests come in (a policy that a request names is checked there), that of the scheduler's process (the
 request's cache salt), and the runner (it says whose rows a step has).
 """
 # pyright: reportMissingImports=false
@@ -167,7 +167,7 @@ def _checked(former: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _salted(former: Callable[..., Any]) -> Callable[..., Any]:
-    """The scheduler's door, whose process may have no worker and no front: here it is said whose pages may be shared."""
+    """The door of the scheduler, whose process may have neither workers nor front: pages are shared by what it says."""
 
     def preprocess_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         settings, salt = settings_of(self.vllm_config), request.cache_salt
@@ -190,11 +190,15 @@ def _introduced(former: Callable[..., Any]) -> Callable[..., Any]:
 
     def initialize_metadata_builders(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = former(self, *args, **kwargs)
-        for groups in self.attn_groups:
-            for group in groups:
-                for builder in group.metadata_builders:
-                    if hasattr(builder, "sparse"):
-                        builder.runner = weakref.ref(self)
+        builders = [one for groups in self.attn_groups for group in groups for one in group.metadata_builders]
+        ours = [one for one in builders if hasattr(one, "sparse")]
+        for builder in ours:
+            builder.runner = weakref.ref(self)
+        if builders and not ours and settings_of(self.vllm_config) is not None:
+            logger.warning(
+                "gossamer: asked for, but no layer of this model runs on its backend; on GPUs that needs "
+                "--attention-backend CUSTOM"
+            )
         return result
 
     return initialize_metadata_builders
