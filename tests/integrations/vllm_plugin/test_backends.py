@@ -171,6 +171,23 @@ def test_a_layer_that_cannot_be_served_says_why(kind: str, more: dict[str, Any],
     refused(Served(kind, **more), reason)
 
 
+@both
+def test_a_layer_whose_rows_are_parts_of_sequences_stays(kind: str) -> None:
+    """vLLM's chunked attention: a step's rows are not its requests', whose policies would go to other rows."""
+    served = Served(kind)
+    vars(served.config.layers["layers.3"])["attention_chunk_size"] = 64
+    refused(served, "chunked attention")
+
+
+@both
+def test_a_draft_model_s_layers_are_not_those_of_a_profile(kind: str) -> None:
+    gates = [[1.0, 0.0]] * 9
+    served = Served(kind, {"method": "duo_attention", "gates": gates, "min_tokens": 0, "min_queries": 32})
+    served.config.layers["draft_model.layers.3"] = served.config.layers["layers.3"]
+    served.builder = served.make(SPEC, ["draft_model.layers.3"], served.config, torch.device("cpu"))
+    refused(served, "layer is not in the profile")
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

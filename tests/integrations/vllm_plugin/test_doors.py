@@ -83,23 +83,65 @@ class TestTheDoor:
             ask("a_shape", "dense", use_v2_model_runner=True)
 
 
-class Request:
-    def __init__(self, request_id: Any, tokens: Any, sampling_params: Any = None, cache_salt: Any = None) -> None:
-        self.cache_salt = cache_salt
+@plugin._salted
+def salted(self: Any, request: Any) -> str | None:
+    return request.cache_salt
 
 
 class TestTheSalt:
-    @pytest.mark.parametrize(("given", "salted"), [(None, False), ("a_shape", False), ("dense", True)])
-    def test_follows_the_policy(self, given: Any, salted: bool) -> None:
-        plugin.settings_of(config())
-        request: Any = object.__new__(Request)
-        plugin._salted(Request.__init__)(request, 1, 2, sampling_params=params(given), cache_salt="mine")
-        assert (request.cache_salt != "mine") == salted
-        plugin._salted(Request.__init__)(request, 1, 2, params(given))
-        assert (request.cache_salt is not None) == salted
+    @pytest.mark.parametrize(("given", "changed"), [(None, False), ("a_shape", False), ("dense", True), ("no", True)])
+    def test_follows_the_policy(self, given: Any, changed: bool) -> None:
+        core = SimpleNamespace(vllm_config=config())
+        request = SimpleNamespace(sampling_params=params(given), cache_salt="mine")
+        assert (salted(core, request) != "mine") == changed
+        assert request.cache_salt == "mine"
+        request.cache_salt = None
+        assert (salted(core, request) is not None) == changed
+
+    def test_follows_the_policy_of_the_engine_that_the_request_goes_to(self) -> None:
+        """Of two in a process, or of one whose workers and front are other processes."""
+        first, second = (SimpleNamespace(vllm_config=config(asked)) for asked in ("dense", "a_shape"))
+        request = SimpleNamespace(sampling_params=params("dense"), cache_salt=None)
+        assert salted(second, request) is not None
+        assert salted(first, request) is None
+        assert salted(second, request) is not None
+
+    def test_stays_on_a_server_that_was_not_asked(self) -> None:
+        request = SimpleNamespace(sampling_params=params("dense"), cache_salt="gossamer:x")
+        assert salted(SimpleNamespace(vllm_config=config(None)), request) == "gossamer:x"
+
+
+class TestADraftModel:
+    def test_is_not_the_model_that_the_profile_is_for(self) -> None:
+        asked = {"method": "duo_attention", "gates": [[1, 0]] * 3}
+        with pytest.raises(ValueError, match="for 3 layers of 2 heads, but this model has 2"):
+            plugin.settings_of(config(asked))
+        draft = config(asked)
+        draft.model_config.runner_type = "draft"
+        assert plugin.settings_of(draft) is not None
 
 
 class TestWhoseRows:
+    @pytest.mark.parametrize(
+        ("asked", "backends", "told"),
+        [
+            ("dense", ["stock"], True),
+            ("dense", ["stock", "ours"], False),
+            (None, ["stock"], False),
+            ("dense", [], False),
+        ],
+    )
+    def test_a_server_without_a_layer_of_ours_says_so(
+        self, asked: Any, backends: list[str], told: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        builders: list[Any] = [type("Builder", (), {"sparse": None} if one == "ours" else {})() for one in backends]
+        groups = [[SimpleNamespace(metadata_builders=[one])] for one in builders]
+        runner: Any = type("Runner", (), {})()
+        runner.attn_groups, runner.vllm_config = groups, config(asked)
+        assert plugin._introduced(lambda self: "made")(runner) == "made"
+        assert ("--attention-backend CUSTOM" in caplog.text) == told
+        assert [one.runner() for one in builders if hasattr(one, "sparse")] == [runner] * backends.count("ours")
+
     def test_each_row_has_its_request_s_policy(self) -> None:
         named = {"a": params("dense"), "b": params(None), "c": None}
         runner = SimpleNamespace(

@@ -237,6 +237,16 @@ class TestSalt:
         salts = {salt_of(self.SERVER, "dense", salt) for salt in (None, "a", "b")}
         assert len(salts) == 3
 
+    def test_a_salt_of_the_request_s_own_does_not_pass_for_that_of_a_policy(self) -> None:
+        ours = salt_of(self.SERVER, "dense", None)
+        assert ours
+        forged = [ours, f"plain:{ours}", f"gossamer:plain:{ours}"]
+        found = [salt_of(self.SERVER, None, salt) for salt in forged]
+        assert len({ours, *found}) == 4
+        a = salt_of(self.SERVER, "dense", "a")
+        assert salt_of(self.SERVER, None, a) != a
+        assert salt_of(self.SERVER, None, "mine") == "mine"
+
     def test_a_policy_that_is_none_has_no_salt(self) -> None:
         with pytest.raises(ValueError, match="unknown method 'x'"):
             salt_of(self.SERVER, "x", None)

@@ -21,7 +21,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "chunks of 2,048": ({"waves": WAVES, "args": {"max_num_batched_tokens": 2048, "max_num_seqs": 8}}, {}),
     "preemption": (
         {
-            "waves": [[prompt(900, n) for n in range(6)]],
+            # Five hold 40 of the 44 pages, and each asks for one more at its 1,025th token.
+            "waves": [[prompt(1000, n) for n in range(6)]],
             "args": {"num_gpu_blocks_override": 45, "max_model_len": 2048},
             "max_tokens": 40,
         },
@@ -60,6 +61,12 @@ def test_full_plans_answer_as_the_stock_kernel(name: str) -> None:
     for mine, theirs in zip(ours["answers"], stock["answers"], strict=True):
         assert mine["logprob"] == pytest.approx(theirs["logprob"], abs=0.2 if "float16" in name else 1e-3)
     assert counted(ours, "gossamer_dense_rows", reason="method failed") == 0
+    # What the case is about took place.
+    assert (ours["preempted"] > 0) == (name == "preemption")
+    cached = [answer["cached"] > 0 for answer in ours["answers"]]
+    assert any(cached[len(MIXED) :]) == (len(job["waves"]) > 1)
+    if name == "drafts":  # its prompts have no such rows
+        assert counted(ours, "gossamer_dense_rows", reason="few queries") > 0
 
 
 @pytest.mark.parametrize(("name", "layers"), [("gemma2", 4), ("gpt_oss", 4), ("gemma3n", 6)])
@@ -131,6 +138,20 @@ def test_pages_of_one_policy_are_not_read_under_another() -> None:
     assert logprobs[6] == pytest.approx(stock[0]["logprob"], abs=1e-3)
     assert abs(logprobs[2] - logprobs[0]) > 1e-3
     assert abs(logprobs[4] - logprobs[2]) > 1e-4
+
+
+def test_pages_of_one_policy_are_not_read_under_another_where_workers_are_processes() -> None:
+    """The scheduler's process has no layers then, and must know what the server was asked for nevertheless."""
+    long = prompt(1500)
+    asked = [{"ids": long}, {"ids": long, "policy": "dense"}, {"ids": long, "policy": "few"}, {"ids": long}]
+    settings = SPARSE | {"policies": {"few": SPARSE}}
+    found = run(
+        {"waves": [[one] for one in asked], "gossamer": settings, "args": {"tensor_parallel_size": 2}, "max_tokens": 2},
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
+    )["answers"]
+    assert [answer["cached"] > 0 for answer in found] == [False, False, True, True]
+    assert abs(found[1]["logprob"] - found[0]["logprob"]) > 1e-3
 
 
 def test_policies_in_one_batch() -> None:

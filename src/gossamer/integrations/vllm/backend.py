@@ -158,7 +158,7 @@ class SparseBuilder(Stock):
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             impl = layer.impl
             if isinstance(impl, SparseImpl):
-                reason = _why_not(impl) or self.why_not(impl) or self._verified(impl, page, isa)
+                reason = _why_not(layer) or self.why_not(impl) or self._verified(impl, page, isa)
                 impl.join(self.sparse, _index(name), reason, isa, page)
                 self.serves |= impl.reason is None
 
@@ -216,7 +216,10 @@ class SparseBuilder(Stock):
         return step
 
 
-def _why_not(impl: Any) -> str | None:
+def _why_not(layer: Any) -> str | None:
+    impl = layer.impl
+    if getattr(layer, "attention_chunk_size", None) is not None:
+        return "chunked attention"  # its rows are parts of sequences, and do not say whose
     if impl.attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
         return "encoder attention"
     if impl.attn_type != AttentionType.DECODER:
@@ -225,7 +228,9 @@ def _why_not(impl: Any) -> str | None:
 
 
 def _index(name: str) -> int | None:
-    """The number in a layer's name."""
+    """The number in a layer's name; None for a draft model's, which count from 0 again."""
+    if name.startswith("draft_model."):
+        return None
     try:
         return extract_layer_index(name)
     except (AssertionError, ValueError):

@@ -156,14 +156,13 @@ def salt_of(settings: Settings, given: Any, salt: str | None) -> str | None:
 
     Args:
         given: the policy that a request names, None for the server's.
-        salt: its own ``cache_salt``.
+        salt: its own ``cache_salt``, which cannot pass for one of ours.
 
     Raises:
         ValueError, TypeError: a policy that is none.
     """
-    if given is None:
-        return salt
-    text, policy = settings.of_request(given)
-    if policy == settings.policy:
-        return salt
-    return f"{salt or ''}|gossamer:{hashlib.sha256(text.encode()).hexdigest()}"
+    if given is not None:
+        text, policy = settings.of_request(given)
+        if policy != settings.policy:
+            return f"gossamer:{hashlib.sha256(text.encode()).hexdigest()}:{salt or ''}"
+    return f"gossamer:plain:{salt}" if salt is not None and salt.startswith("gossamer:") else salt

@@ -1,14 +1,15 @@
 """The plug-in's side of vLLM: what is registered, and where requests, workers and metrics come by.
 
 Touches vLLM in four places, each inert on a server that was not asked for gossamer: the CPU backend's class, the door
-through which requests come in (a policy that a request names is checked there), the scheduler's `Request` (its cache
-salt), and the runner (it says whose rows a step has).
+through which requests come in (a policy that a request names is checked there), that of the scheduler's process (the
+request's cache salt), and the runner (it says whose rows a step has).
 """
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 import weakref
@@ -40,17 +41,21 @@ def install() -> None:
     Raises:
         ImportError, AttributeError: a vLLM that is not as expected.
     """
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.request import Request
+    from vllm.v1.metrics import prometheus
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    if current_platform.is_cpu():  # vLLM would load it for servers that were not asked too
+        importlib.import_module(CPU_BACKEND.rpartition(".")[0])
     wrapped = (
         (InputProcessor, "process_inputs", _checked),
-        (Request, "__init__", _salted),
+        (EngineCore, "preprocess_add_request", _salted),
         (GPUModelRunner, "initialize_metadata_builders", _introduced),
     )
-    for owner, name, _ in wrapped:
+    for owner, name in [(owner, name) for owner, name, _ in wrapped] + [(prometheus, "get_prometheus_registry")]:
         getattr(owner, name)
     register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
     register_backend(AttentionBackendEnum.CUSTOM, GPU_BACKEND)
@@ -73,7 +78,8 @@ def settings_of(config: Any) -> Settings | None:
     known = _settings.get(id(config))
     if known is None:
         settings = Settings.read(config.additional_config)
-        if settings is not None:
+        # A draft model's layers run, as far as they can, what the server was asked for: no profile is made for them.
+        if settings is not None and getattr(config.model_config, "runner_type", None) != "draft":
             remark = settings.for_model(config.model_config.hf_config)
             if remark is not None:
                 logger.warning("gossamer: %s", remark)
@@ -161,24 +167,22 @@ def _checked(former: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _salted(former: Callable[..., Any]) -> Callable[..., Any]:
-    """The scheduler's view of a request, by which pages are shared."""
+    """The door of the scheduler, whose process may have neither workers nor front: pages are shared by what it says."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        params = kwargs.get("sampling_params", args[2] if len(args) > 2 else None)
-        given = _named(params)
-        if given is not None:
-            settings = next((one for _, one in _settings.values() if one is not None), None)
-            if settings is None:
-                from vllm.config import get_current_vllm_config_or_none
-
-                settings = settings_of(get_current_vllm_config_or_none()) or Settings(Policy.of("dense"))
+    def preprocess_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        settings, salt = settings_of(self.vllm_config), request.cache_salt
+        if settings is not None:
+            given = _named(request.sampling_params)
             try:
-                kwargs["cache_salt"] = salt_of(settings, given, kwargs.get("cache_salt"))
-            except (ValueError, TypeError):  # refused at the door; where there was none its pages are its own
-                kwargs["cache_salt"] = f"{kwargs.get('cache_salt') or ''}|gossamer:{given!r}"
-        former(self, *args, **kwargs)
+                request.cache_salt = salt_of(settings, given, salt)
+            except (ValueError, TypeError):  # refused at the front's; where there was none its pages are its own
+                request.cache_salt = f"gossamer:{given!r}:{salt or ''}"
+        try:
+            return former(self, request, *args, **kwargs)
+        finally:
+            request.cache_salt = salt  # it may be sent once more
 
-    return __init__
+    return preprocess_add_request
 
 
 def _introduced(former: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,11 +190,15 @@ def _introduced(former: Callable[..., Any]) -> Callable[..., Any]:
 
     def initialize_metadata_builders(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = former(self, *args, **kwargs)
-        for groups in self.attn_groups:
-            for group in groups:
-                for builder in group.metadata_builders:
-                    if hasattr(builder, "sparse"):
-                        builder.runner = weakref.ref(self)
+        builders = [one for groups in self.attn_groups for group in groups for one in group.metadata_builders]
+        ours = [one for one in builders if hasattr(one, "sparse")]
+        for builder in ours:
+            builder.runner = weakref.ref(self)
+        if builders and not ours and settings_of(self.vllm_config) is not None:
+            logger.warning(
+                "gossamer: asked for, but no layer of this model runs on its backend; on GPUs that needs "
+                "--attention-backend CUSTOM"
+            )
         return result
 
     return initialize_metadata_builders
