@@ -11,7 +11,7 @@ from gossamer.report.svg import MARKERS, PALETTE, Panel, svg_file
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 BLOCK_K = 128
-NO_LOSS = 1e-5
+NO_LOSS = 1e-3
 
 
 def save(panel: Panel, path: Path) -> None:
@@ -108,6 +108,7 @@ def losses(found: dict) -> Panel:
     names = ("seconds to the first token", f"KL divergence, nats; {NO_LOSS:g}: less, or exact attention")
     wide = (min(seconds) * 0.9, max(seconds) * 1.3)
     panel.axes(wide, (NO_LOSS / 2, max(points.values()) * 2), names, (True, True), ticks)
+    marks: list[tuple[float, float, str]] = []
     for row in rows:
         name, _, setting = row["contender"].partition(" ")
         n, kl = programs.index(name), points[row["contender"]]
@@ -115,9 +116,33 @@ def losses(found: dict) -> Panel:
         shape, colour = MARKERS[n % len(MARKERS)], PALETTE[n % len(PALETTE)]
         panel.marker(x, y, shape, colour, f"{row['contender']}: {row['seconds']:.1f} s, KL {kl:.2g}")
         if kl > NO_LOSS:
-            panel.text(x + 7, y + 4, setting, "start", size=9)
+            marks.append((x, y, setting))
+    for x, y, setting, anchor in placed(marks):
+        panel.text(x, y, setting, anchor, size=9)
     legend(panel, programs, 500, 34)
     return panel
+
+
+def placed(marks: list[tuple[float, float, str]]) -> list[tuple[float, float, str, str]]:
+    """Where the names of marks go: right or left of them, or higher or lower, where no other name or mark is."""
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in marks]
+    found: list[tuple[float, float, str, str]] = []
+    for x, y, name in sorted(marks, key=lambda mark: -mark[1]):
+        width = 5 * len(name)
+        choices: list[tuple[float, float, str]] = [
+            (x + side * 8, y + 3 + rise, "start" if side > 0 else "end")
+            for rise in (0, 11, -11, 22)
+            for side in (1, -1)
+        ]
+        boxes = [(a if c == "start" else a - width, b - 8, a + width if c == "start" else a, b) for a, b, c in choices]
+        n = next((n for n, box in enumerate(boxes) if box[0] > 60 and not any(overlap(box, o) for o in taken)), 0)
+        taken.append(boxes[n])
+        found.append((choices[n][0], choices[n][1], name, choices[n][2]))
+    return found
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def main() -> None:
