@@ -45,3 +45,15 @@ def test_of_what_is_not_attention_at_32k() -> None:
         assert 0.1 < first_token(model, "stock", 32768)["rest_share"] < 0.15
         for method in ("max_relative", "minference"):
             assert 0.295 < first_token(model, method, 32768)["rest_share"] < 0.505
+
+
+def test_of_what_was_run_by_hand() -> None:
+    file = ROOT / "benchmarks" / "results" / "intel-xeon-ice-lake-2-cores-avx512" / "vllm_checks.json"
+    many, equal = (json.loads(file.read_text())[name] for name in ("many", "equal"))
+    page = " ".join((ROOT / "docs" / "vllm.md").read_text().split())
+    assert (many["requests"], many["rows_that_differ"]) == (1000, 0)
+    assert many["dense_requests_with_other_tokens_than_alone"] == 0
+    assert f"each of {many['rows_attended_twice']:,} rows" in page
+    assert f"each of the {many['dense_requests']} requests with dense plans" in page
+    assert equal["requests_with_the_same_tokens"] == equal["requests"]
+    assert f"greedy tokens for each of {equal['requests']} requests" in page
