@@ -1,5 +1,6 @@
 """Which backend serves which call, plan and tensor: `gossamer.backends.backend_of` and what stands on it."""
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -146,11 +147,13 @@ def test_keys_and_values_count_as_wide(dim: int, value_dim: int) -> None:
 
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("verb", ["attend", "attend_rows", "attend_backward"])
-def test_a_bias_is_served_by_torch(verb: str) -> None:
+def test_a_bias_is_served_by_the_kernels_that_have_dimensions_for_it(verb: str) -> None:
     q = tensor()
     call = AttentionCall(q, q, q, bias=torch.zeros(1, 1, 1))
-    assert name_of(backends.backend_of(call, verb)) == "torch"
-    assert backends.why_slow(call) == "no kernel for a bias"
+    assert name_of(backends.backend_of(call, verb)) == ("torch" if verb == "attend_rows" else "cpu")
+    for other in (replace(call, softcap=2.0), replace(call, q=q.half(), k=q.half(), v=q.half())):
+        assert name_of(backends.backend_of(other, verb)) == "torch"
+        assert backends.why_slow(other) == "no kernel for a bias"
 
 
 @pytest.mark.usefixtures("there")
