@@ -8,13 +8,15 @@ A kind of prompts is a list of texts (files, those joined by ``+`` as one), and 
 Profiles are chosen on the first kind of text and judged on the second, and the other way round. The *rivals* are
 budgets that the authors of MInference use, for all heads alike, and what their search found for other models
 (``--published``: files of theirs, stretched over the layers and heads of this one: layer i of n takes theirs at the
-same depth). For each rival two profiles are chosen from the same candidates: with a budget for each head alike, and
-with one that all share. Their budgets are moved until attention, planning included, takes as long as under the
-rival, on a prompt of the calibration's own. What is printed and written was then measured on prompts that no choice
-saw, settings in turns:
+same depth). For each rival three profiles are chosen from the same candidates: with a budget for each head alike,
+with one that all share, and with one that all share where the last queries count as much as all together (*asked*,
+what `gossamer calibrate` does unless told otherwise). Their budgets are moved until attention, planning included,
+takes as long as under the rival, on a prompt of the calibration's own. What is printed and written was then measured
+on prompts that no choice saw, settings in turns:
 
 *error*: relative L2 error of the attention's output, mean over layers and heads, each layer given what it has in a
-dense run. *seconds*: planning and attending of all layers. *kl*, *top1*: of the logits of a whole sparse run.
+dense run. *seconds*: planning and attending of all layers. *kl*, *top1*: of the logits of a whole sparse run;
+*last_kl*: at the last positions of the prompt alone.
 *answers*: scores of generated tasks, for one of the rivals, the profiles beside it, and dense attention.
 
 Each line of the results is one setting on one prompt; a run that was stopped goes on where it was. Of the *stages*
@@ -28,7 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from gossamer import AttentionCall, SparsePlan, __version__
 from gossamer.backends import attend
 from gossamer.calibrate.candidates import candidates
 from gossamer.calibrate.cost import CostModel
+from gossamer.calibrate.figures import LAST_QUERIES
 from gossamer.calibrate.prices import Modelled
 from gossamer.calibrate.samples import Samples
 from gossamer.calibrate.search import Found, Mode, measure
@@ -69,7 +72,11 @@ RIVALS = (
     "vertical_slash(vertical_size=500,slash_size=700)",
     "vertical_slash(vertical_size=100,slash_size=800)",
 )
-MODES: tuple[Mode, ...] = ("fixed", "global")
+MODES: dict[str, tuple[Mode, str]] = {
+    "fixed": ("fixed", "output"),
+    "global": ("global", "output"),
+    "asked": ("global", "asked"),
+}
 # Seconds within this share are equal.
 NEAR = 0.02
 STEPS = 4
@@ -141,21 +148,22 @@ def matched(found: Found, rival: str, method: Method, calls: Sequence[AttentionC
     """Profiles that take as long as the rival on captured calls, by both ways to share out."""
     least = float(found.calibration["cost"].amin(dim=-1).mean()) * (1 + 1e-6)
     made = []
-    for mode in MODES:
+    for name, (mode, objective) in MODES.items():
+        judged = replace(found, objective=objective)
         low, high, best = least, 1.0, None
         budget = (low + high) / 2
         before = None
         for step in range(MOST_STEPS):
             if step >= STEPS and best is not None:
                 break
-            tried = PerHead(found.methods(found.choose(mode, budget)))
+            tried = PerHead(found.methods(judged.choose(mode, budget)))
             if tried == before:
                 break
             before = tried
             mine, theirs = seconds(calls, [tried, method])
-            print(f"  {mode} {budget:.4f}: {mine:.3f} s, {rival} {theirs:.3f} s", file=sys.stderr, flush=True)
+            print(f"  {name} {budget:.4f}: {mine:.3f} s, {rival} {theirs:.3f} s", file=sys.stderr, flush=True)
             if mine <= theirs * (1 + NEAR):
-                best, low = Setting(rival, mode, tried, budget), budget
+                best, low = Setting(rival, name, tried, budget), budget
             else:
                 high = budget
             if abs(mine / theirs - 1) <= NEAR or high - low < 1e-3:
@@ -163,7 +171,7 @@ def matched(found: Found, rival: str, method: Method, calls: Sequence[AttentionC
             guess = budget * theirs / mine
             budget = guess if low < guess < high else (low + high) / 2
         if best is None:
-            print(f"  {mode}: no profile takes as little time as {rival}", file=sys.stderr, flush=True)
+            print(f"  {name}: no profile takes as little time as {rival}", file=sys.stderr, flush=True)
             continue
         made.append(best)
     return made
@@ -285,8 +293,10 @@ def take_logits(arguments: argparse.Namespace, subject: Subject, direction: str,
         for start in range(0, len(settings), TOGETHER):
             some = settings[start : start + TOGETHER]
             runs = [subject.hidden_states(tokens, one.policy)[0] for one in some]
-            for one, logits in zip(some, compare_logits(subject, dense, runs), strict=True):
-                lines.add(where | one.head | {"kl": logits["mean_kl"], "top1": logits["mean_top1"]})
+            last = compare_logits(subject, dense[-LAST_QUERIES:], [run[-LAST_QUERIES:] for run in runs])
+            for one, logits, of_last in zip(some, compare_logits(subject, dense, runs), last, strict=True):
+                figures = {"kl": logits["mean_kl"], "top1": logits["mean_top1"], "last_kl": of_last["mean_kl"]}
+                lines.add(where | one.head | figures)
 
 
 def take_answers(arguments: argparse.Namespace, subject: Subject, direction: str, lines: Lines) -> None:

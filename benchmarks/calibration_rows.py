@@ -57,6 +57,7 @@ def summary(lines: Lines) -> Iterator[Row]:
             "error over the rival's": _ratios(points, rival_points, lambda row: row["error"]),
             "kl": [row["kl"] for row in logits],
             "kl over the rival's": _ratios(logits, rival_logits, lambda row: row["kl"]),
+            "last kl": [row["last_kl"] for row in logits if "last_kl" in row],
             "top1": [row["top1"] for row in logits],
             "score": [row["score"] for row in lines.find(kind="answer", **(of | {"direction": way}))],
         }.items():

@@ -10,6 +10,7 @@ MODES = {
     "rival": "as it is",
     "fixed": "a budget for each head alike",
     "global": "a budget that all heads share",
+    "asked": "the same, last queries as much as all",
     "dense": "dense",
 }
 HEADER = (
@@ -23,6 +24,7 @@ HEADER = (
     "error over the other's",
     "KL",
     "KL over the other's",
+    "KL of the last 64",
     "top-1",
     "answers right",
 )
@@ -53,6 +55,7 @@ def calibration_table(found: dict[str, Any]) -> Table:
             "" if row["mode"] == "rival" else _interval(row, "error over the rival's"),
             _mean(row, "kl", 4),
             "" if row["mode"] == "rival" else _interval(row, "kl over the rival's"),
+            _mean(row, "last kl", 4),
             _mean(row, "top1"),
             _interval(row, "score"),
         )

@@ -74,7 +74,7 @@ def test_figures_are_those_of_the_heads_in_a_merged_plan_and_of_attention_writte
     call = gqa_call()
     out = dense_out(call)
     by_one, by_all = (measure_layer(call, out, TRIED, Pairs(), groups=groups) for groups in (1, 2))
-    for name in ("error", "recall", "cost"):
+    for name in FIGURES:
         torch.testing.assert_close(getattr(by_one, name), getattr(by_all, name), atol=1e-6, rtol=1e-6)
     chosen = (1, 2, 0, 2)
     plan = PerHead(((*(TRIED[index] for index in chosen),),)).plan(AttentionCall(call.q, call.k, call.v, layer=0))
@@ -86,8 +86,12 @@ def test_figures_are_those_of_the_heads_in_a_merged_plan_and_of_attention_writte
     inside = weights * mask
     expected, got = weights @ v, inside / inside.sum(-1, keepdim=True) @ v
     error = (got - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2))
+    last, of_last = (x[:, -64:] for x in (got, expected))
+    last_error = (last - of_last).norm(dim=(1, 2)) / of_last.norm(dim=(1, 2))
+    assert not torch.allclose(error, last_error, rtol=1e-2)
     for head, index in enumerate(chosen):
         assert float(by_one.error[index, head]) == pytest.approx(float(error[head]), abs=1e-5)
+        assert float(by_one.last_error[index, head]) == pytest.approx(float(last_error[head]), abs=1e-5)
         assert float(by_one.recall[index, head]) == pytest.approx(float(inside[head].sum(-1).mean()), abs=1e-5)
         assert float(by_one.cost[index, head]) == pytest.approx(int(mask[head].sum()) / int(seen.sum()))
 
@@ -361,16 +365,18 @@ def test_weights_and_objectives_change_what_is_chosen() -> None:
     pytest.importorskip("scipy")
     figures = {
         "error": torch.tensor([[[0.0, 0.4], [0.0, 0.3]]], dtype=torch.float64),
+        "last_error": torch.tensor([[[0.0, 0.4], [0.0, 0.7]]], dtype=torch.float64),
         "recall": torch.tensor([[[1.0, 0.9], [1.0, 0.5]]], dtype=torch.float64),
         "cost": torch.tensor([[[1.0, 0.2], [1.0, 0.2]]], dtype=torch.float64),
     }
     figures = {name: table[None] for name, table in figures.items()}  # of one prompt
     kinds = TRIED[:2]
-    assert Found(kinds, [0], figures).choose("global", 0.6).tolist() == [[0, 1]]
+    assert Found(kinds, [0], figures).choose("global", 0.6).tolist() == [[1, 0]]  # it loses what is asked for
+    assert Found(kinds, [0], figures, objective="output").choose("global", 0.6).tolist() == [[0, 1]]
     assert Found(kinds, [0], figures, objective="mass").choose("global", 0.6).tolist() == [[1, 0]]
     weights = torch.tensor([[1.0, 9.0]])
-    assert Found(kinds, [0], figures, weights=weights).choose("global", 0.6).tolist() == [[1, 0]]
-    found = Found(kinds, [1], figures, figures)
+    found = Found(kinds, [1], figures, figures, objective="output")
+    assert replace(found, weights=weights).choose("global", 0.6).tolist() == [[1, 0]]
     chosen = found.choose("cheapest", 0.15)
     assert chosen.tolist() == [[0, 1]]
     assert [[m.name for m in layer] for layer in found.methods(chosen)] == [["dense", "dense"], ["dense", "a_shape"]]
@@ -397,9 +403,9 @@ def test_a_summary_has_intervals_over_the_prompts_of_each_kind() -> None:
         assert held_out[name] == pytest.approx(sum(each) / 5)
         assert held_out["intervals"][name] == pytest.approx(list(bootstrap_interval(each)))
         assert min(each) <= held_out["intervals"][name][0] < held_out[name] < held_out["intervals"][name][1]
-    assert held_out["loss"] == held_out["error"]
+    assert held_out["loss"] == pytest.approx((held_out["error"] + held_out["last_error"]) / 2)
     header, *rows = summary_table(summary)
-    assert header == ["on", "prompts", "cost", "error", "recall"]
+    assert header == ["on", "prompts", "cost", "error", "of the last queries", "recall"]
     assert [row[:2] for row in rows] == [["calibration", "1"], ["held out", "5"]]
     assert [" [" in row[3] for row in rows] == [False, True]
     low, high = held_out["intervals"]["error"]
@@ -412,5 +418,5 @@ def test_a_summary_has_intervals_over_the_prompts_of_each_kind() -> None:
 
 def test_figures_survive_the_way_through_json() -> None:
     g = torch.Generator().manual_seed(0)
-    figures = LayerFigures(*(torch.rand(2, 3, generator=g, dtype=torch.float64) for _ in range(3)))
+    figures = LayerFigures(*(torch.rand(2, 3, generator=g, dtype=torch.float64) for _ in FIGURES))
     assert torch.equal(LayerFigures.from_dict(figures.to_dict()).error, figures.error)

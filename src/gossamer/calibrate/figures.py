@@ -17,9 +17,11 @@ from gossamer.methods import Dense, Method
 from gossamer.oracle import log_sum_exp
 from gossamer.plan import SparsePlan
 
-__all__ = ["FIGURES", "LayerFigures", "measure_layer"]
+__all__ = ["FIGURES", "LAST_QUERIES", "LayerFigures", "measure_layer"]
 
-FIGURES = ("error", "recall", "cost")
+FIGURES = ("error", "last_error", "recall", "cost")
+LAST_QUERIES = 64
+"""Where a prompt asks what is to be answered: as many as `vertical_slash` looks at."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class LayerFigures:
 
     Fields:
         error: relative L2 error of the output, with values.
+        last_error: likewise, of the last `LAST_QUERIES` queries.
         recall: attention mass inside the plan, mean over the queries.
         cost: over that of the head's dense attention.
     """
 
     error: Tensor
+    last_error: Tensor
     recall: Tensor
     cost: Tensor
 
@@ -63,9 +67,7 @@ def measure_layer(
     return LayerFigures(*(torch.cat(found, dim=1) for found in parts))
 
 
-def _figures(
-    call: AttentionCall, dense: Tensor, methods: Sequence[Method], price: Price
-) -> tuple[Tensor, Tensor, Tensor]:
+def _figures(call: AttentionCall, dense: Tensor, methods: Sequence[Method], price: Price) -> tuple[Tensor, ...]:
     lse = log_sum_exp(call)
     everything = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
     whole = price.of_heads(call, everything)
@@ -75,14 +77,15 @@ def _figures(
     for method in methods:
         if isinstance(method, Dense):
             ones = torch.ones(call.heads, dtype=torch.float64, device="cpu")
-            rows.append((torch.zeros_like(ones), ones, ones))
+            rows.append((torch.zeros_like(ones), torch.zeros_like(ones), ones, ones))
             continue
         plan = method.plan(call)
         out, kept = backends.attend(call, plan)
         kept = listed_lse(call, plan, kept)
         recall = (kept - lse)[0, :, live].exp().clamp(max=1.0).mean(dim=-1)
-        error = relative_l2(out[0, :, live], expected)
-        rows.append((error.double().cpu(), recall.double().cpu(), head_costs(price, call, method, plan, whole)))
-        del out, kept
-    error, recall, cost = (torch.stack(figure) for figure in zip(*rows, strict=True))
-    return error, recall, cost
+        got = out[0, :, live]
+        error, last = relative_l2(got, expected), relative_l2(got[:, -LAST_QUERIES:], expected[:, -LAST_QUERIES:])
+        lost = [figure.double().cpu() for figure in (error, last, recall)]
+        rows.append((*lost, head_costs(price, call, method, plan, whole)))
+        del out, kept, got
+    return tuple(torch.stack(figure) for figure in zip(*rows, strict=True))

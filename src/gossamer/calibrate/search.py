@@ -37,6 +37,7 @@ Figures = dict[str, Tensor]
 
 # What is minimised, from the figures of a candidate.
 OBJECTIVES: dict[str, Callable[[Figures], Tensor]] = {
+    "asked": lambda figures: (figures["error"] + figures["last_error"]) / 2,
     "output": lambda figures: figures["error"],
     "squared_output": lambda figures: figures["error"].square(),
     "mass": lambda figures: 1 - figures["recall"],
@@ -51,7 +52,7 @@ class Found:
         candidates: the first is dense.
         layers: the model's indices of those that were looked at.
         of_prompts, of_held_out: of each prompt that chooses, and of each other; of_held_out is None without any.
-        objective: one of `OBJECTIVES`.
+        objective: one of `OBJECTIVES`; ``asked`` counts the last queries, where a prompt asks, as much as all together.
         weights: what an error counts, by layer and head, ``[layers, H]``; None: all alike.
         depth: layers of the model; None: none after the last that was looked at.
     """
@@ -60,7 +61,7 @@ class Found:
     layers: Sequence[int]
     of_prompts: Figures
     of_held_out: Figures | None = None
-    objective: str = "output"
+    objective: str = "asked"
     weights: Tensor | None = field(default=None)
     depth: int | None = None
 
@@ -147,7 +148,7 @@ def measure(
     store: Store,
     *,
     groups: int = 1,
-    objective: str = "output",
+    objective: str = "asked",
     weights: Tensor | None = None,
     progress: Callable[[Sample, int], None] = lambda sample, layer: None,
 ) -> Found:

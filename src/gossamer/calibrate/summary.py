@@ -11,14 +11,15 @@ __all__ = ["held_out_words", "summary_table"]
 
 Summary = Mapping[str, Mapping[str, Any]]
 """As `gossamer.calibrate.search.Found.summary`."""
-_COLUMNS = ("cost", "error", "recall")
+_COLUMNS = {"cost": "cost", "error": "error", "last_error": "of the last queries", "recall": "recall"}
 
 
 def summary_table(summary: Summary) -> list[list[str]]:
     """Header first; means over the heads with 95% intervals over the prompts."""
-    rows = [["on", "prompts", *_COLUMNS]]
+    names = [name for name in _COLUMNS if all(name in figures for figures in summary.values())]
+    rows = [["on", "prompts", *(_COLUMNS[name] for name in names)]]
     for part, figures in summary.items():
-        rows.append([part.replace("_", " "), str(figures["prompts"]), *(_shown(figures, name) for name in _COLUMNS)])
+        rows.append([part.replace("_", " "), str(figures["prompts"]), *(_shown(figures, name) for name in names)])
     return rows
 
 

@@ -69,7 +69,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--cost", choices=("auto", "pairs", "machine", "measured"), default="auto", help="default: machine, or pairs"
     )
-    parser.add_argument("--objective", choices=("output", "squared_output", "mass"), default="output")
+    objectives = ("asked", "output", "squared_output", "mass")
+    parser.add_argument("--objective", choices=objectives, default="asked", help="default: %(default)s")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="what an error counts, by layer and head (JSON)")
     parser.add_argument("--nearly", type=float, help="for fixed: errors so close are as good (default: 0.02)")
     parser.add_argument("--dense-above", type=float, help="for fixed: heads that lose more run dense (default: 0.4)")

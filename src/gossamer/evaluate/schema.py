@@ -327,11 +327,14 @@ _INTERVAL = _leaf(
     ),
 )
 _FIGURES = ("error", "recall", "cost")
+_LATER = ("last_error", "loss")  # older lines lack the first
 _SUMMED = _Object(
     {**dict.fromkeys(_FIGURES, _AMOUNT), "prompts": _LENGTH},
-    {"loss": _AMOUNT, "intervals": _Object({}, dict.fromkeys((*_FIGURES, "loss"), _INTERVAL))},
+    dict.fromkeys(_LATER, _AMOUNT) | {"intervals": _Object({}, dict.fromkeys((*_FIGURES, *_LATER), _INTERVAL))},
 )
 _OF_HEADS = {name: _list(_list(_AMOUNT, 1), 1) for name in _FIGURES}
+_LATER_OF_HEADS = {"last_error": _list(_list(_AMOUNT, 1), 1)}
+_OF_PART = _Object(_OF_HEADS, _LATER_OF_HEADS)
 
 
 def _heads_fit(value: dict[str, Any], where: str) -> Misfit | None:
@@ -340,7 +343,8 @@ def _heads_fit(value: dict[str, Any], where: str) -> Misfit | None:
     if len(shape) != len(value["layers"]) or len(set(shape)) != 1:
         return Misfit("heads", "a list of as many layers as layers, of as many heads each", "others")
     parts = [part for part in ("calibration", "held_out") if part in value]
-    names = [(p, name) for p in parts for name in _OF_HEADS if [len(layer) for layer in value[p][name]] != shape]
+    tables = [(p, name) for p in parts for name in _OF_HEADS | _LATER_OF_HEADS if name in value[p]]
+    names = [(p, name) for p, name in tables if [len(layer) for layer in value[p][name]] != shape]
     return _first(Misfit(f"{p}.{name}", "a list of as many layers and heads as heads", "others") for p, name in names)
 
 
@@ -350,7 +354,7 @@ _CALIBRATION = _Object(
         "mode": _TEXT,
         "layers": _list(_COUNT, 1),
         "heads": _list(_list(_Object({"method": _TEXT}), 1), 1),
-        "calibration": _Object(_OF_HEADS),
+        "calibration": _OF_PART,
         "frontier": _list(
             _Object(
                 {"mode": _TEXT, "budget": _AMOUNT, "cost": _AMOUNT, "error": _AMOUNT},
@@ -361,7 +365,7 @@ _CALIBRATION = _Object(
     {
         "about": _OBJECT,
         "profile": _TEXT,
-        "held_out": _Object(_OF_HEADS),
+        "held_out": _OF_PART,
         "summary": _Object({"calibration": _SUMMED}, {"held_out": _SUMMED}),
     },
     (_heads_fit,),
