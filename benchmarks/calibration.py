@@ -2,6 +2,7 @@
 
     python benchmarks/calibration.py MODEL --out FILE.jsonl [--length 7680] [--first LIST] [--second LIST] [--samples 2]
         [--prompts 8] [--published FILE,FILE] [--tasks LIST] [--answers N] [--answered RIVAL] [--stages LIST]
+        [--directions first,second]
 
 A kind of prompts is a list of texts (files, those joined by ``+`` as one), and of tasks of `gossamer eval`.
 
@@ -339,6 +340,7 @@ def main() -> None:
     parser.add_argument("--answered", default=RIVALS[1])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--stages", default=",".join(("search", *STAGES)))
+    parser.add_argument("--directions", default="first,second")
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -358,7 +360,7 @@ def main() -> None:
     lines = Lines(arguments.out, about | {"machine": machine()})
     stages = split_specs(arguments.stages)
     for stage in stages:
-        for direction in ("first", "second"):
+        for direction in split_specs(arguments.directions):
             if stage == "search":
                 searched(arguments, subject, direction)
             else:

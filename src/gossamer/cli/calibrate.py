@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
         "--mode", choices=("global", "fixed", "cheapest"), default="global", help="default: %(default)s"
     )
     parser.add_argument("--budget", type=float, help="share of dense attention that heads may cost (default: 0.3)")
-    parser.add_argument("--error", type=float, help="for cheapest: the mean error that is accepted")
+    parser.add_argument("--error", type=float, help="for cheapest: the mean error, by --objective, that is accepted")
     parser.add_argument("--kl", type=float, help="for cheapest: nats of the logits on the held-out prompts instead")
     parser.add_argument("--methods", metavar="LIST", help="whose candidates are tried (default: five, see the manual)")
     parser.add_argument(
