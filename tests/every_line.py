@@ -181,7 +181,7 @@ LINES: list[dict[str, Any]] = [
         "mode": "fixed",
         "layers": [0],
         "heads": [[{"method": "a_shape"}, {"method": "dense"}]],
-        "calibration": {name: [[0.1, 0.2]] for name in ("error", "recall", "cost")},
+        "calibration": {name: [[0.1, 0.2]] for name in ("error", "last_error", "recall", "cost")},
         "held_out": {name: [[0.2, 0.3]] for name in ("error", "recall", "cost")},
         "frontier": [_POINT | {"held_out": 0.2, "held_out_interval": [0.1, 0.3]}],
         "summary": {"calibration": _SUMMED, "held_out": _SUMMED},

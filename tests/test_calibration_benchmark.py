@@ -107,10 +107,13 @@ def test_memory_is_measured_on_the_shape_of_a_model_of_8b(script) -> None:
         assert found["whole_gib"] <= 20
 
 
-def held(model: str, rival: str, mode: str, figure: str) -> list[float]:
+EMERALD, ICE = "intel-xeon-emerald-rapids-2-cores-amx", "intel-xeon-ice-lake-2-cores-avx512"
+
+
+def held(model: str, rival: str, mode: str, figure: str, machine: str = EMERALD) -> list[float]:
     """Means of both directions."""
-    folder = ROOT / "benchmarks" / "results" / "intel-xeon-emerald-rapids-2-cores-amx"
-    rows = json.loads((folder / f"calibration_{model}.json").read_text())["rows"]
+    path = ROOT / "benchmarks" / "results" / machine / f"calibration_{model}.json"
+    rows = json.loads(path.read_text())["rows"]
     return [row[figure][0] for row in rows if row["mode"] == mode and row["rival"].startswith(rival)]
 
 
@@ -147,3 +150,22 @@ def test_what_the_page_says_of_answers() -> None:
     assert held("reference", SMALL, "dense", "score") == pytest.approx([0.91], abs=0.005)
     assert held("reference", SMALL, "rival", "score") == pytest.approx([0.91, 0.91], abs=0.005)
     assert held("reference", SMALL, "global", "score") == pytest.approx([0.13, 0.13], abs=0.005)
+
+
+def test_what_the_page_says_of_last_queries() -> None:
+    def found(rival: str, mode: str, figure: str) -> list[float]:
+        return held("reference", rival, mode, figure, ICE)
+
+    assert [found(SMALL, mode, "score") for mode in ("dense", "rival", "asked")] == [[1.0], [1.0, 1.0], [1.0, 1.0]]
+    assert found(SMALL, "global", "score") == pytest.approx([0.19, 0.22], abs=0.005)
+    for mode in ("global", "asked"):
+        assert all(time < 1.005 for time in found(SMALL, mode, "time over the rival's"))
+        assert all(error < 1 for error in found(SMALL, mode, "error over the rival's"))
+        assert all(0.995 < time < 1.045 for time in found(LARGE, mode, "time over the rival's"))
+        assert all(0.105 < error < 0.175 for error in found(LARGE, mode, "error over the rival's"))
+        assert all(kl < 0.0015 for kl in found(LARGE, mode, "kl over the rival's"))
+    assert all(kl < 0.4 for kl in found(SMALL, "global", "kl over the rival's"))
+    assert found(SMALL, "asked", "kl over the rival's") == pytest.approx([0.83, 0.76], abs=0.005)
+    theirs, ours = found(SMALL, "rival", "last kl"), found(SMALL, "asked", "last kl")
+    assert [b / a for a, b in zip(theirs, ours, strict=True)] == pytest.approx([0.7, 0.8], abs=0.05)
+    assert found(LARGE, "rival", "time") == pytest.approx([0.5, 0.5], abs=0.01)
