@@ -29,10 +29,11 @@ def connectors(config: Any) -> Iterator[str]:
     """The names of the KV connectors of a `VllmConfig`; of several that are one, each."""
     transfer = getattr(config, "kv_transfer_config", None)
     name = getattr(transfer, "kv_connector", None)
-    if name is None:
+    if transfer is None or name is None:
         return
-    if name != "MultiConnector" or getattr(transfer, "kv_connector_module_path", None):
-        yield name if not getattr(transfer, "kv_connector_module_path", None) else f"{name} (not vLLM's own)"
+    elsewhere = getattr(transfer, "kv_connector_module_path", None)
+    if elsewhere or name != "MultiConnector":
+        yield f"{name} (not vLLM's own)" if elsewhere else name
         return
     for child in transfer.kv_connector_extra_config.get("connectors", ()):
         own = isinstance(child, Mapping) and not child.get("kv_connector_module_path")
