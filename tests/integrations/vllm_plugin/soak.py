@@ -4,10 +4,10 @@
 
 Clients send prompts of 40 to 6,000 tokens, a third with a prefix that others have, under the server's policy or one of
 their own; some go away in the middle, some ask for a policy that there is not. Before it is measured, each page of the
-cache is written to, for a cache takes memory when it is first touched, and there is traffic for some minutes. At the
-end: each request was answered as it should be, the counters agree with what was sent and with each other, and the
-memory of the server's processes did not grow. ``--stock`` sends the same traffic to a server without gossamer: what
-grows there is vLLM's. With ``--core`` a server has one core and one thread, so that both can run at once.
+cache is written to, the server sees steps of many sizes, and there is traffic for some minutes: all of these take
+memory when they are new, without gossamer too. At the end: each request was answered as it should be, the counters
+agree with what was sent and with each other, and the memory of the server's processes did not grow. ``--stock`` sends
+the same traffic to a server without gossamer: what grows there is vLLM's. With ``--core`` a server has one core and one thread, so that both can run at once.
 """
 
 from __future__ import annotations
@@ -153,11 +153,16 @@ def against_sent(metrics: dict[str, float], clients: Clients, stock: bool) -> li
     return wrong
 
 
-def fill(server: Server) -> None:
-    """Write to each page of the cache: pages are taken in turn, and prompts with nothing in common share none."""
-    length = 6912
-    for n in range(-(-(PAGES + 54) * PAGE // length)):
-        status, answer = server.post({"prompt": prompt(length, -n - 1), "max_tokens": 1})
+def fill(server: Server, lengths: int) -> None:
+    """Write to each page of the cache, and have steps of many sizes, twice: a server takes memory for what is new.
+
+    Pages are taken in turn, and prompts with nothing in common share none. What vLLM's linear layers keep of a number
+    of tokens, and what the allocator keeps, no longer grows then (see ``passes.py``).
+    """
+    draw = random.Random(0)
+    sizes = [6912] * -(-(PAGES + 54) * PAGE // 6912) + 2 * [draw.randrange(40, 2048) for _ in range(lengths)]
+    for n, size in enumerate(sizes):
+        status, answer = server.post({"prompt": prompt(size, -n - 1), "max_tokens": 1})
         if status != 200:
             raise RuntimeError(f"{status} {answer}")
 
@@ -167,6 +172,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--warm", type=float, default=4, help="minutes of traffic before it is measured")
+    parser.add_argument("--lengths", type=int, default=130, help="sizes of a step that the server sees before that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--core", type=int)
     parser.add_argument("--stock", action="store_true")
@@ -177,7 +183,7 @@ def main() -> int:
         os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": str(arguments.core), "OMP_NUM_THREADS": "1"}
     flags = ("--max-num-batched-tokens", "2048", "--num-gpu-blocks-override", str(PAGES))
     with served(None if arguments.stock else SETTINGS, *flags) as server:
-        fill(server)
+        fill(server, arguments.lengths)
         filled = server.metrics()
         clients = Clients(server, arguments.seed, arguments.stock)
         threads = [threading.Thread(target=clients.run, args=(n,), daemon=True) for n in range(arguments.clients)]
