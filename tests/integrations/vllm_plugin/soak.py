@@ -7,7 +7,8 @@ their own; some go away in the middle, some ask for a policy that there is not. 
 cache is written to, the server sees steps of many sizes, and there is traffic for some minutes: all of these take
 memory when they are new, without gossamer too. At the end: each request was answered as it should be, the counters
 agree with what was sent and with each other, and the memory of the server's processes did not grow. ``--stock`` sends
-the same traffic to a server without gossamer: what grows there is vLLM's. With ``--core`` a server has one core and one thread, so that both can run at once.
+the same traffic to a server without gossamer: what grows there is vLLM's. With ``--core`` a server has one core and one
+thread, so that both can run at once.
 """
 
 from __future__ import annotations
