@@ -1,7 +1,8 @@
 """Time to the first token of vLLM's server, stock and with gossamer's plug-in: servers on one machine, in turn.
 
     python benchmarks/serving.py MODEL [--lengths 8192,16384] [--methods LIST] [--rounds 5] [--out FILE]
-        [--python PYTHON] [--dtype bfloat16] [--chunk TOKENS] [--requests N] [--text FILE] [--enforce-eager]
+        [--python PYTHON] [--dtype bfloat16] [--chunk TOKENS] [--requests N] [--load-rounds 3] [--text FILE]
+        [--enforce-eager]
 
 ``--python`` is one that has vLLM and gossamer (see ``make vllm``). A server for each contender is started; they share
 all cores, and no two of them work at the same time. Each round sends every contender the same new prompt of the
@@ -11,7 +12,8 @@ are medians over the rounds, *ratio* the median of the stock server's seconds ov
 *attention*: what the plug-in counted, planning included. The stock kernel counts nothing: its attention is taken as
 what remains of its seconds without all else that the server with dense plans did, in the same round.
 
-*requests per second* are of N requests of mixed lengths that are sent at once, 16 tokens each to be generated.
+*requests per second* are of N requests of mixed lengths that are sent at once, 16 tokens each to be generated; *ratio*
+is the median of a contender's over the stock server's in the same round. ``--rounds 0`` measures the load alone.
 """
 
 from __future__ import annotations
@@ -193,7 +195,7 @@ def rows(servers: list[Server], length: int, same: dict[str, int]) -> Iterator[d
 def load(arguments: argparse.Namespace, servers: list[Server], longest: int) -> Iterator[dict[str, Any]]:
     """Requests per second of many requests at once."""
     lengths = [length for length in MIXED if length <= longest]
-    for n in range(3):
+    for n in range(arguments.load_rounds):
         asked = [prompts(arguments, lengths[i % len(lengths)], 1000 * (n + 1) + i) for i in range(arguments.requests)]
         for server in servers[n % len(servers) :] + servers[: n % len(servers)]:
             started = time.perf_counter()
@@ -208,6 +210,7 @@ def load(arguments: argparse.Namespace, servers: list[Server], longest: int) -> 
             "requests": arguments.requests,
             "lengths": lengths,
             "requests_per_s": statistics.median(server.rates),
+            "each_per_s": [round(rate, 3) for rate in server.rates],
             "ratio": statistics.median(a / b for a, b in zip(server.rates, stock.rates, strict=True)),
         }
 
@@ -220,6 +223,7 @@ def main() -> None:
     parser.add_argument("--methods", default=f"{DENSE},max_relative")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=0, help="of the mixed load; 0 leaves it out")
+    parser.add_argument("--load-rounds", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=0, help="tokens of a step; 0 for whole prompts")
     parser.add_argument("--min-tokens", type=int, default=2048)
     parser.add_argument("--dtype", default="bfloat16")
@@ -241,7 +245,7 @@ def main() -> None:
         for server in servers:  # warm: a plan and a dense row
             for length in (arguments.min_tokens + 1, arguments.min_tokens // 2):
                 server.complete(prompts(arguments, length, -1))
-        for length in lengths:
+        for length in lengths if arguments.rounds else ():
             same = dict.fromkeys(names, 0)
             for texts in first_tokens(arguments, servers, length):
                 for server, text in zip(servers, texts, strict=True):

@@ -128,6 +128,22 @@ def test_a_plan_may_be_as_dense_as_the_threshold(max_density: float, reason: str
     assert decision.density == (1.0 if reason else 0.36)
 
 
+@pytest.mark.parametrize(("max_density", "planned"), [(0.8, True), (0.79, False)])
+def test_a_method_that_is_known_to_choose_too_much_is_not_asked(max_density: float, planned: bool) -> None:
+    calls: list[AttentionCall] = []
+
+    @dataclass(frozen=True)
+    class Generous(Planned):
+        name: ClassVar[str] = "generous"
+
+        def least_density(self, call: AttentionCall) -> float:
+            return 0.8
+
+    decision = policy(max_density=max_density, method=Generous(2, (calls,))).decide(call_of(40, 60))
+    assert len(calls) == planned
+    assert decision.reason == (None if planned else TOO_DENSE)
+
+
 def test_a_dense_method_needs_no_reason() -> None:
     decision = Policy(Dense(), min_tokens=10_000).decide(call_of(1, 60))
     assert (decision.plan, decision.density, decision.reason) == (None, 1.0, None)

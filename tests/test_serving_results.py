@@ -47,13 +47,41 @@ def test_of_what_is_not_attention_at_32k() -> None:
             assert 0.295 < first_token(model, method, 32768)["rest_share"] < 0.505
 
 
+CHECKS = ROOT / "benchmarks" / "results" / "intel-xeon-ice-lake-2-cores-avx512" / "vllm_checks.json"
+
+
+def page_of_vllm() -> str:
+    return " ".join((ROOT / "docs" / "vllm.md").read_text().split())
+
+
 def test_of_what_was_run_by_hand() -> None:
-    file = ROOT / "benchmarks" / "results" / "intel-xeon-ice-lake-2-cores-avx512" / "vllm_checks.json"
-    many, equal = (json.loads(file.read_text())[name] for name in ("many", "equal"))
-    page = " ".join((ROOT / "docs" / "vllm.md").read_text().split())
+    many, equal = (json.loads(CHECKS.read_text())[name] for name in ("many", "equal"))
+    page = page_of_vllm()
     assert (many["requests"], many["rows_that_differ"]) == (1000, 0)
     assert many["dense_requests_with_other_tokens_than_alone"] == 0
     assert f"each of {many['rows_attended_twice']:,} rows" in page
     assert f"each of the {many['dense_requests']} requests with dense plans" in page
     assert equal["requests_with_the_same_tokens"] == equal["requests"]
     assert f"greedy tokens for each of {equal['requests']} requests" in page
+
+
+def test_of_the_soak() -> None:
+    found = json.loads(CHECKS.read_text())["soak"]
+    ours, stock, page = found["max_relative"], found["stock"], page_of_vllm()
+    sent = ours["requests"]
+    answered = sum(sent[kind] for kind in ("plain", "few", "dense"))
+    assert ours["finished"] == answered
+    assert stock["finished"] == sum(n for kind, n in stock["requests"].items() if kind != "gone")
+    gone, refused = sent["gone"], sent["refused"]
+    assert (
+        f"Of {sum(sent.values())} requests {gone} were abandoned, {refused} refused, and the other {answered}" in page
+    )
+    decoded = ours["no_plan"]["decode"] + ours["no_plan"]["few queries"]
+    # Each answer's first token comes from a row of its prompt; those who went away had tokens made for them too.
+    assert ours["tokens_of_answers"] - answered <= decoded
+    assert sum(ours["rows"].values()) % 6 == 0
+    rises = [{name: sizes[-1] - sizes[0] for name, sizes in one["memory_mib"].items()} for one in (ours, stock)]
+    assert all(rise < 1 for one in rises for name, rise in one.items() if name != "VLLM::Worker")
+    worker = ours["memory_mib"]["VLLM::Worker"][0]
+    mine, its = (round(one["VLLM::Worker"]) for one in rises)
+    assert f"took {mine} MiB more, of {worker:,.0f}, and the stock server's {its}" in page

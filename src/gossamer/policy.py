@@ -127,6 +127,8 @@ class Policy:
                 f"{self.method.name} chooses by values, but tensors on the meta device hold no values; give tensors "
                 "with values, or the method 'dense', which needs shapes alone"
             )
+        if self.method.least_density(call) > self.max_density:
+            return Decision(None, reason=TOO_DENSE)
         with torch.no_grad():  # a selection is a constant
             plan = self.method.plan(call)
         density = plan.density()

@@ -59,6 +59,14 @@ class Method(ABC):
         """The first of `needs` that the call does not offer, or None."""
         return call.lacks(self.needs)
 
+    def least_density(self, call: AttentionCall) -> float:
+        """A share of the pairs that any plan for the call computes, known before a value is looked at; 0 if none is.
+
+        `Policy.max_density` is held to it first, so that budgets above a short prompt's length cost no planning.
+        """
+        del call
+        return 0.0
+
     def parts(self) -> Iterator[Method]:
         """The method itself, and those that its fields hold, however deep."""
         yield self

@@ -36,6 +36,10 @@ class MInference(PerHead):
         require_at_least(self, 1, "last")
 
     def plan(self, call: AttentionCall) -> SparsePlan:
-        if self.layers:
-            return super().plan(call)
-        return VerticalSlash(self.vertical_size, self.slash_size, self.last).plan(call)
+        return super().plan(call) if self.layers else self._everywhere().plan(call)
+
+    def least_density(self, call: AttentionCall) -> float:
+        return super().least_density(call) if self.layers else self._everywhere().least_density(call)
+
+    def _everywhere(self) -> VerticalSlash:
+        return VerticalSlash(self.vertical_size, self.slash_size, self.last)

@@ -73,6 +73,15 @@ class VerticalSlash(Method):
     def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return frozenset({"causal"} if self.exact else ())
 
+    def least_density(self, call: AttentionCall) -> float:
+        """1 where a head's budget has all columns or all diagonals, in each head."""
+        keys = call.extent.longest
+        columns = at_least(self.vertical_size, FORCED_COLUMNS) >= keys
+        unit = 1 if self.exact else BLOCK
+        # One band more than blocks: distances are those of tokens, bands those of blocks.
+        diagonals = at_least(self.slash_size, MINIMUM_DIAGONALS, unit) >= -(-keys // unit) + (not self.exact)
+        return float((columns | diagonals).all())
+
     def plan(self, call: AttentionCall) -> SparsePlan:
         columns, diagonals = scores.last_query_probe(call, self.last)
         columns[..., :FORCED_COLUMNS] = float("inf")

@@ -41,13 +41,14 @@ def poison_foreign(checks: list[bool]) -> None:
         entries = table.clone()
         entries[:, :first] = entries.max()
         again = torch.full_like(out, torch.nan)
-        # Other rows' keys of this step are poisoned too.
+        # Other rows' queries, keys and values of this step are poisoned too.
         mine = torch.zeros(len(query), dtype=torch.bool)
         mine[row.start : row.end] = True
-        others = [
-            None if t is None else torch.where(mine.view(-1, *[1] * (t.ndim - 1)), t, torch.nan) for t in (key, value)
+        others: list[Any] = [
+            None if t is None else torch.where(mine.view(-1, *[1] * (t.ndim - 1)), t, torch.nan)
+            for t in (query, key, value)
         ]
-        attend(self, row, query, others[0], others[1], poisoned, entries, again)
+        attend(self, row, others[0], others[1], others[2], poisoned, entries, again)
         checks.append(torch.equal(out[row.start : row.end], again[row.start : row.end]))
 
     cpu.SparseCPUImpl._attend = twice  # type: ignore[method-assign]

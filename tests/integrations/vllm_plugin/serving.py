@@ -30,6 +30,7 @@ needs_vllm = pytest.mark.skipif(_found is None or _found.origin is None, reason=
 # A plan for every row that may have one, with all pairs in it.
 FULL = {"method": "a_shape", "sink": 1, "window": 1 << 20, "min_tokens": 0, "max_density": 2}
 SPARSE = {"method": "a_shape", "sink": 1, "window": 64, "min_tokens": 0}
+_READ = ("gossamer", "vllm:num_requests", "vllm:request_success_total", "vllm:generation_tokens_total")
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -115,9 +116,7 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         time.sleep(1.5)  # workers write once a second
-        lines = [
-            line for line in self.get("/metrics").splitlines() if line.startswith(("gossamer", "vllm:num_requests"))
-        ]
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(_READ)]
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 

@@ -1,11 +1,14 @@
 """Mixed traffic against one server.
 
-    python tests/integrations/vllm_plugin/soak.py [--minutes 20] [--clients 6] [--stock] [--out FILE]
+    python tests/integrations/vllm_plugin/soak.py [--minutes 20] [--clients 6] [--core 0] [--stock] [--out FILE]
 
 Clients send prompts of 40 to 6,000 tokens, a third with a prefix that others have, under the server's policy or one of
-their own; some go away in the middle, some ask for a policy that there is not. At the end: each request was answered as
-it should be, the plug-in's counts add up, and the memory of the server's processes did not grow in the second half.
-``--stock`` sends the same traffic to a server without gossamer: what grows there is vLLM's.
+their own; some go away in the middle, some ask for a policy that there is not. Before it is measured, each page of the
+cache is written to, the server sees steps of many sizes, and there is traffic for some minutes: all of these take
+memory when they are new, without gossamer too. At the end: each request was answered as it should be, the counters
+agree with what was sent and with each other, and the memory of the server's processes did not grow. ``--stock`` sends
+the same traffic to a server without gossamer: what grows there is vLLM's. With ``--core`` a server has one core and one
+thread, so that both can run at once.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ from integrations.vllm_plugin.serving import SPARSE, Server, prompt, raw_post, s
 
 SETTINGS = {"method": "max_relative", "min_tokens": 512, "policies": {"few": SPARSE, "dense": {"method": "dense"}}}
 PREFIXES = [prompt(1024 * n, 99) for n in (1, 2, 4)]
-# So few that all were written to before the second half: a cache takes memory when it is first touched.
-PAGES = 400
-# Of the second half's memory, by a line through it: more is a leak.
-MOST_GROWTH = 0.02
+PAGES, PAGE = 400, 128
+# Of a process's memory while it is measured, by a line through it: more is a leak.
+MOST_GROWTH = 0.01
+INTERVAL = 10.0  # seconds
 
 
 def children(pid: int) -> list[int]:
@@ -60,12 +63,14 @@ class Clients:
     def __init__(self, server: Server, seed: int, stock: bool) -> None:
         self.server, self.seed, self.stock = server, seed, stock
         self.counts: dict[str, int] = {}
+        self.made = 0  # tokens of answers
         self.wrong: list[str] = []
         self.ends = threading.Event()
         self._lock = threading.Lock()
 
-    def note(self, kind: str, wrong: str | None = None) -> None:
+    def note(self, kind: str, wrong: str | None = None, made: int = 0) -> None:
         with self._lock:
+            self.made += made
             self.counts[kind] = self.counts.get(kind, 0) + 1
             if wrong is not None:
                 self.wrong.append(wrong)
@@ -92,7 +97,7 @@ class Clients:
             wanted = 400 if kind == "refused" and not self.stock else 200
             made = answer.get("usage", {}).get("completion_tokens") if status == 200 else None
             right = status == wanted and (status == 400 or made == body["max_tokens"])
-            self.note(kind, None if right else f"{kind}: {status} {json.dumps(answer)[:300]}")
+            self.note(kind, None if right else f"{kind}: {status} {json.dumps(answer)[:300]}", made or 0)
 
     def leave(self, ids: list[int], seconds: float) -> None:
         body = json.dumps({"model": "m", "prompt": ids, "max_tokens": 200, "stream": True}).encode()
@@ -102,16 +107,15 @@ class Clients:
 
 
 def growth(memory: list[tuple[float, int]]) -> float:
-    """Of a line through the second half of the measurements: its rise over its mean."""
-    half = memory[len(memory) // 2 :]
-    times, sizes = [t for t, _ in half], [size for _, size in half]
+    """Of a line through measurements: its rise over its mean."""
+    times, sizes = [t for t, _ in memory], [size for _, size in memory]
     middle, mean = sum(times) / len(times), sum(sizes) / len(sizes)
     spread = sum((t - middle) ** 2 for t in times)
-    slope = sum((t - middle) * (size - mean) for t, size in half) / spread if spread else 0.0
+    slope = sum((t - middle) * (size - mean) for t, size in memory) / spread if spread else 0.0
     return slope * (times[-1] - times[0]) / mean
 
 
-def counts(metrics: dict[str, float], layers: int) -> list[str]:
+def disagreements(metrics: dict[str, float], layers: int) -> list[str]:
     """What does not add up in the plug-in's counters."""
     wrong = []
     rows = [total(metrics, "gossamer_rows_total", f'layer="{layer}"') for layer in range(layers)]
@@ -128,61 +132,128 @@ def counts(metrics: dict[str, float], layers: int) -> list[str]:
     return wrong
 
 
+def against_sent(metrics: dict[str, float], clients: Clients, stock: bool) -> list[str]:
+    """What in the counters does not agree with what the clients sent."""
+    wrong = []
+    answered = sum(n for kind, n in clients.counts.items() if kind != "gone" and (stock or kind != "refused"))
+    finished = total(metrics, "vllm:request_success_total")
+    # Who went away may have been done before the server knew.
+    if not answered <= finished <= answered + clients.counts.get("gone", 0):
+        wrong.append(f"{answered} requests were answered, but vLLM counts {finished:.0f}")
+    if stock:
+        return wrong
+    # Each token but a request's first is made by a row of one query; those who went away had some made for them.
+    few = ('layer="0"', 'reason="decode"'), ('layer="0"', 'reason="few queries"')
+    decoded = sum(total(metrics, "gossamer_dense_rows_total", *labels) for labels in few)
+    made = total(metrics, "vllm:generation_tokens_total")
+    if not clients.made - answered <= decoded or decoded > made + 2 * sum(clients.counts.values()):
+        wrong.append(f"{clients.made} tokens of {answered} answers, {made:.0f} in all, {decoded:.0f} rows that decode")
+    prefilled = total(metrics, "gossamer_rows_total", 'layer="0"') - decoded
+    if prefilled + decoded < clients.made:
+        wrong.append(f"{clients.made} tokens were made by {prefilled + decoded:.0f} rows")
+    return wrong
+
+
+def fill(server: Server, lengths: int) -> None:
+    """Write to each page of the cache, and have steps of many sizes, twice: a server takes memory for what is new.
+
+    Pages are taken in turn, and prompts with nothing in common share none. What vLLM's linear layers keep of a number
+    of tokens, and what the allocator keeps, no longer grows then (see ``passes.py``).
+    """
+    draw = random.Random(0)
+    sizes = [6912] * -(-(PAGES + 54) * PAGE // 6912) + 2 * [draw.randrange(40, 2048) for _ in range(lengths)]
+    for n, size in enumerate(sizes):
+        status, answer = server.post({"prompt": prompt(size, -n - 1), "max_tokens": 1})
+        if status != 200:
+            raise RuntimeError(f"{status} {answer}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--warm", type=float, default=4, help="minutes of traffic before it is measured")
+    parser.add_argument("--lengths", type=int, default=130, help="sizes of a step that the server sees before that")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--core", type=int)
     parser.add_argument("--stock", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.core is not None:
+        os.sched_setaffinity(0, {arguments.core})
+        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": str(arguments.core), "OMP_NUM_THREADS": "1"}
     flags = ("--max-num-batched-tokens", "2048", "--num-gpu-blocks-override", str(PAGES))
     with served(None if arguments.stock else SETTINGS, *flags) as server:
+        fill(server, arguments.lengths)
+        filled = server.metrics()
         clients = Clients(server, arguments.seed, arguments.stock)
         threads = [threading.Thread(target=clients.run, args=(n,), daemon=True) for n in range(arguments.clients)]
         for thread in threads:
             thread.start()
-        began = time.monotonic()
-        memory: list[tuple[float, dict[str, int]]] = []
-        while time.monotonic() - began < 60 * arguments.minutes:
-            time.sleep(5)
-            memory.append((time.monotonic() - began, resident(server.process.pid)))
-            if server.process.poll() is not None:
-                print(server.log.read_text()[-4000:], file=sys.stderr)
-                return 1
+        memory = watched(server, 60 * arguments.warm, 60 * arguments.minutes)
         clients.ends.set()
         for thread in threads:
-            thread.join(300)
+            thread.join(600)
+        lost = sum(thread.is_alive() for thread in threads)
         metrics = server.metrics()
         for _ in range(60):
             if total(metrics, "vllm:num_requests_running") == 0:
                 break
             metrics = server.metrics()
-        wrong = clients.wrong + ([] if arguments.stock else counts(metrics, 6))
-        running = total(metrics, "vllm:num_requests_running")
-        if running:
-            wrong.append(f"{running:.0f} requests still run")
-        whole = [(at, sum(parts.values())) for at, parts in memory]
-        rise = growth(whole)
-        if rise > MOST_GROWTH:
-            wrong.append(f"memory grew by {rise:.1%} in the second half")
-        report = {
-            "minutes": arguments.minutes,
-            "requests": clients.counts,
-            "rows": {
-                path: total(metrics, "gossamer_rows_total", f'path="{path}"') for path in ("sparse", "dense", "stock")
-            },
-            "memory_mib": {
-                name: [round(parts.get(name, 0) / 2**20) for _, parts in memory[:: max(1, len(memory) // 20)]]
-                for name in memory[-1][1]
-            },
-            "growth": round(rise, 4),
-            "wrong": wrong,
-        }
+        rows = {path: total(metrics, "gossamer_rows_total", f'path="{path}"') for path in ("sparse", "dense", "stock")}
+        since = {name: value - filled.get(name, 0.0) for name, value in metrics.items()}
+    wrong = clients.wrong + against_sent(since, clients, arguments.stock)
+    if not arguments.stock:
+        wrong += disagreements(metrics, 6)
+    if lost:
+        wrong.append(f"{lost} requests were never answered")
+    running = total(metrics, "vllm:num_requests_running") + total(metrics, "vllm:num_requests_waiting")
+    if running:
+        wrong.append(f"{running:.0f} requests still run")
+    parts = {name: [(at, parts.get(name, 0)) for at, parts in memory] for name in memory[-1][1]}
+    rises = {name: round(growth(sizes), 5) for name, sizes in parts.items()}
+    wrong += [f"memory of {name} grew by {rise:.1%}" for name, rise in rises.items() if rise > MOST_GROWTH]
+    report = {
+        "minutes": arguments.minutes,
+        "warm_minutes": arguments.warm,
+        "requests": clients.counts,
+        "finished": total(since, "vllm:request_success_total"),
+        "tokens_of_answers": clients.made,
+        "rows": rows,
+        "no_plan": reasons(metrics),
+        "memory_mib": {
+            name: [round(size / 2**20, 1) for _, size in sizes[:: round(30 / INTERVAL)]]
+            for name, sizes in parts.items()
+        },
+        "growth": rises,
+        "wrong": wrong,
+    }
     print(json.dumps(report, indent=1))
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if wrong else 0
+
+
+def reasons(metrics: dict[str, float]) -> dict[str, float]:
+    """Rows of the first layer that ran no plan, by reason."""
+    found = {}
+    for name, value in metrics.items():
+        if name.startswith("gossamer_dense_rows_total") and 'layer="0"' in name:
+            found[name.partition('reason="')[2].partition('"')[0]] = value
+    return found
+
+
+def watched(server: Server, warm: float, seconds: float) -> list[tuple[float, dict[str, int]]]:
+    """The memory of a server's processes, from ``warm`` seconds on."""
+    began = time.monotonic()
+    memory: list[tuple[float, dict[str, int]]] = []
+    while (now := time.monotonic() - began) < warm + seconds:
+        if now >= warm:
+            memory.append((now, resident(server.process.pid)))
+        time.sleep(INTERVAL)
+        if server.process.poll() is not None:
+            raise RuntimeError(f"the server ended: {server.log.read_text()[-4000:]}")
+    return memory
 
 
 if __name__ == "__main__":

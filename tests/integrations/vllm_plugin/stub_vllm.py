@@ -48,6 +48,15 @@ class Common:
     _num_computed_tokens_cache: Any = None
 
 
+@dataclass
+class Metadata:
+    """What a stock builder makes."""
+
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+
+
 class Builder:
     """A stock builder."""
 
@@ -66,9 +75,7 @@ class Builder:
         assert common.query_start_loc.tolist() == common.query_start_loc_cpu.tolist()
         assert len(common.seq_lens) == len(common.block_table_tensor) == common.num_reqs
         assert len(common.slot_mapping) == common.num_actual_tokens == int(common.query_start_loc[-1])
-        return SimpleNamespace(
-            query_start_loc=common.query_start_loc, seq_lens=common.seq_lens, block_table=common.block_table_tensor
-        )
+        return Metadata(common.query_start_loc, common.seq_lens, common.block_table_tensor)
 
 
 class Impl:
@@ -161,6 +168,7 @@ class Config:
     additional_config: Any
     layers: dict[str, Attention] = field(default_factory=dict)
     parallel_config: Any = field(default_factory=lambda: SimpleNamespace(tensor_parallel_size=1))
+    kv_transfer_config: Any = None
 
     @property
     def model_config(self) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gossamer.attention import CallRecord
-from gossamer.integrations.vllm.counters import FOLDER, METRICS, Counters, announce, collected
+from gossamer.integrations.vllm.counters import FOLDER, METRICS, Counters, collected
 
 
 def record(**changes: Any) -> CallRecord:
@@ -218,7 +218,24 @@ class TestAnnounce:
         assert Path(done.stdout.strip()).parent == tmp_path
         assert list(tmp_path.glob("gossamer-vllm-*")) == []
 
-    def test_the_folder_of_a_parent_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(FOLDER, "given")
-        announce()
-        assert os.environ[FOLDER] == "given"
+    def test_workers_have_the_folder_of_their_front_and_other_servers_one_of_their_own(self, tmp_path: Path) -> None:
+        code = (
+            "import multiprocessing, os, subprocess, sys; from gossamer.integrations.vllm import counters as c\n"
+            "def named(queue): c.announce(); queue.put(os.environ[c.FOLDER])\n"
+            "def main():\n"
+            "    c.announce(); mine = os.environ[c.FOLDER]\n"
+            "    for kind in ('spawn', 'fork'):\n"
+            "        context = multiprocessing.get_context(kind); queue = context.Queue()\n"
+            "        worker = context.Process(target=named, args=(queue,)); worker.start()\n"
+            "        assert queue.get() == mine, kind\n"
+            "        worker.join()\n"
+            "    if len(sys.argv) == 1:\n"
+            "        done = subprocess.check_output([sys.executable, __file__, 'server'], text=True)\n"
+            "        assert done and done != mine\n"
+            "    print(mine, end='')\n"
+            "if __name__ == '__main__': main()\n"
+        )
+        script = tmp_path / "server.py"
+        script.write_text(code)
+        done = subprocess.run([sys.executable, str(script)], timeout=120, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

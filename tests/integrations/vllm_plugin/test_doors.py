@@ -106,6 +106,25 @@ class TestTheSalt:
         assert salted(first, request) is None
         assert salted(second, request) is not None
 
+    @pytest.mark.parametrize(
+        ("asked", "given", "changed"),
+        [("a_shape", None, True), ("a_shape", "a_shape", True), ("dense", None, False), ("dense", "dense", False)],
+    )
+    def test_has_the_server_s_policy_where_pages_go_elsewhere(self, asked: str, given: Any, changed: bool) -> None:
+        request = SimpleNamespace(sampling_params=params(given), cache_salt="mine")
+        transfer = SimpleNamespace(kv_connector="OffloadingConnector", kv_connector_module_path=None)
+        core = SimpleNamespace(vllm_config=config(asked, kv_transfer_config=transfer))
+        assert (salted(core, request) != "mine") == changed
+        assert request.cache_salt == "mine"
+
+    def test_is_the_same_for_one_policy_on_two_servers(self) -> None:
+        transfer = SimpleNamespace(kv_connector="OffloadingConnector", kv_connector_module_path=None)
+        first, second = (
+            SimpleNamespace(vllm_config=config(asked, kv_transfer_config=transfer)) for asked in ("a_shape", "auto")
+        )
+        plain, naming = (SimpleNamespace(sampling_params=params(g), cache_salt=None) for g in (None, "a_shape"))
+        assert salted(first, plain) == salted(first, naming) == salted(second, naming) != salted(second, plain)
+
     def test_stays_on_a_server_that_was_not_asked(self) -> None:
         request = SimpleNamespace(sampling_params=params("dense"), cache_salt="gossamer:x")
         assert salted(SimpleNamespace(vllm_config=config(None)), request) == "gossamer:x"

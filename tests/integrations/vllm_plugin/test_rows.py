@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import torch
 
 from gossamer import Policy
-from gossamer.integrations.vllm.rows import Row, choose
+from gossamer.integrations.vllm.rows import Row, choose, put, taken
 from gossamer.methods import AShape, Dense
 
 LONG = Policy(AShape(), 500)
@@ -27,8 +28,7 @@ def test_rows_are_chosen_in_any_order_and_the_others_keep_their_tokens() -> None
         Row(6, 733, 1433, 1000, LONG),
     )
     assert [(row.queries, row.past) for row in step.rows] == [(600, 0), (64, 2500), (700, 300)]
-    assert step.others.tolist() == [0, *range(601, 668), 732]
-    assert step.others.dtype == torch.int64
+    assert step.others == ((0, 1), (601, 668), (732, 733))
     assert step.reasons == {"decode": 2, "short prompt": 1, "few queries": 1}
     assert step.count() == 7
 
@@ -46,7 +46,7 @@ def test_rows_of_few_queries_say_why(queries: int, reason: str) -> None:
     step = choose([0, queries], [5000], [LONG], 64)
     assert step.rows == ()
     assert step.reasons == {reason: 1}
-    assert step.others.tolist() == list(range(queries))
+    assert step.others == (((0, queries),) if queries else ())
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,7 @@ def test_a_chunk_has_as_many_pairs_as_the_shortest_prompt(queries: int, tokens: 
 def test_where_all_run_plans_nothing_is_left() -> None:
     step = choose([0, 64, 128], [2500, 2600], [LONG] * 2, 64)
     assert len(step.rows) == 2
-    assert step.others.numel() == 0
-    assert step.others.dtype == torch.int64
+    assert step.others == ()
     assert not step.reasons
 
 
@@ -86,8 +85,25 @@ def test_each_token_is_in_one_row_or_among_the_others(seed: int) -> None:
     lengths = [count + source.choice([0, 0, 400, 2000]) for count in queries]
     step = choose(starts_of(queries), lengths, [LONG] * len(queries), 64)
     mine = [token for row in step.rows for token in range(row.start, row.end)]
-    assert sorted(mine + step.others.tolist()) == list(range(sum(queries)))
+    spans = [token for start, end in step.others for token in range(start, end)]
+    assert sorted(mine + spans) == list(range(sum(queries)))
+    # Spans that touch are one.
+    assert all(former[1] < later[0] for former, later in itertools.pairwise(step.others))
     assert step.count() == len(queries)
     for row in step.rows:
         assert row.queries == queries[row.index] >= 64
         assert row.tokens == lengths[row.index] >= 500
+
+
+@pytest.mark.parametrize("spans", [((0, 4),), ((2, 5),), ((0, 1), (3, 7)), ((1, 2), (3, 4), (6, 9))])
+def test_what_is_taken_is_put_back_where_it_was(spans: tuple[tuple[int, int], ...]) -> None:
+    tokens = torch.arange(27.0).view(9, 3)
+    some = taken(tokens, spans)
+    assert torch.equal(some, tokens[[token for start, end in spans for token in range(start, end)]])
+    assert (some.untyped_storage().data_ptr() == tokens.untyped_storage().data_ptr()) == (len(spans) == 1)
+    into = torch.zeros(9, 3)
+    put(into, spans, some + 1)
+    inside = torch.zeros(9, 1, dtype=torch.bool)
+    for start, end in spans:
+        inside[start:end] = True
+    assert torch.equal(into, torch.where(inside, tokens + 1, 0.0))

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
 from gossamer.integrations.vllm.engine import Engine, call_of, logger
+from gossamer.integrations.vllm.limits import why_not
 from gossamer.integrations.vllm.pages import ROWS, paged, read, verify
 from gossamer.integrations.vllm.plugin import engine_of, policies_of, settings_of
-from gossamer.integrations.vllm.rows import Row, Step
+from gossamer.integrations.vllm.rows import Row, Step, put, taken
 
 __all__ = ["SparseBuilder", "SparseImpl", "is_asked_for"]
 
@@ -86,10 +88,14 @@ class SparseImpl(Stock):
             self.engine.counters.add_stock(self.index, [(reason, step.count())] if reason else step.reasons.items())
             return super().forward(*given, attn_metadata, output, output_scale, output_block_scale)
         if step.stock is not None:
-            # They need not come first: their tokens are taken out and put back.
-            some = output.new_empty(len(step.others), *output.shape[1:])
-            super().forward(layer, query[step.others], key, value, kv_cache, step.stock, some)
-            output[step.others] = some
+            # They need not come first, nor together: then their tokens are taken out and put back.
+            some = taken(query, step.others)
+            apart = len(step.others) > 1
+            into = output.new_empty(len(some), *output.shape[1:]) if apart else taken(output, step.others)
+            super().forward(layer, some, key, value, kv_cache, step.stock, into)
+            if apart:
+                put(output, step.others, into)
+        if step.reasons:
             self.engine.counters.add_stock(self.index, step.reasons.items())
         for row in step.rows:
             self._attend(row, query, key, value, kv_cache, attn_metadata.block_table, output)
@@ -154,11 +160,12 @@ class SparseBuilder(Stock):
         if self.sparse is None:
             return
         spec = kv_cache_spec
+        of_server = why_not(vllm_config)
         page, isa = (spec.num_kv_heads, spec.block_size, 2 * spec.head_size), self.layout()
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             impl = layer.impl
             if isinstance(impl, SparseImpl):
-                reason = _why_not(layer) or self.why_not(impl) or self._verified(impl, page, isa)
+                reason = of_server or _why_not(layer) or self.why_not(impl) or self._verified(impl, page, isa)
                 impl.join(self.sparse, _index(name), reason, isa, page)
                 self.serves |= impl.reason is None
 
@@ -195,6 +202,7 @@ class SparseBuilder(Stock):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         whole = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if self.sparse is not None:
+            whole.__class__ = _with_step(type(whole))
             whole.gossamer = self._step(self.sparse, common_attn_metadata)
         return whole
 
@@ -210,10 +218,16 @@ class SparseBuilder(Stock):
         policies = policies_of(self, sparse, rows) if common.max_query_len > 1 else None
         starts, lengths = self.lengths(common)
         step = sparse.step(starts, lengths, common.max_query_len, policies)
-        if step.rows and step.reasons:
-            step.others = step.others.to(common.query_start_loc.device)
+        if step.rows and step.others:
             step.stock = super().build(0, _others(common, step, starts, lengths))
         return step
+
+
+@functools.cache
+def _with_step(metadata: type) -> type:
+    """vLLM's metadata with a field for ours: where it is copied (as for ``--kv-sharing-fast-prefill``), fields are."""
+    names = {"__annotations__": {"gossamer": Any}, "gossamer": None}
+    return dataclass(type(metadata.__name__, (metadata,), names))
 
 
 def _why_not(layer: Any) -> str | None:
@@ -252,11 +266,11 @@ def _others(common: Any, step: Step, starts: Tensor, lengths: Tensor) -> Any:
         query_start_loc_cpu=begins,
         seq_lens=common.seq_lens[there],
         num_reqs=len(rows),
-        num_actual_tokens=len(step.others),
+        num_actual_tokens=int(begins[-1]),
         max_query_len=int(counts.max()),
         max_seq_len=int(lengths[rows].max()),
         block_table_tensor=common.block_table_tensor[there],
-        slot_mapping=common.slot_mapping[step.others],
+        slot_mapping=taken(common.slot_mapping, step.others),
         **dict(_per_row(common, rows)),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import json
+import multiprocessing
 import os
 import secrets
 import shutil
@@ -36,6 +37,7 @@ METRICS = {
 
 
 _numbers = itertools.count()
+_announced: set[int] = set()  # processes: a fork has what its parent's set has
 
 
 def _key(metric: str, labels: dict[str, str]) -> Key:
@@ -152,9 +154,14 @@ def _told(method: str, found: dict[str, float]) -> str:
 
 
 def announce() -> None:
-    """Name a folder for the workers of this server, unless a parent did; nothing is made until one writes."""
-    if FOLDER in os.environ:
+    """Name a folder for the workers of this server, unless its front did; nothing is made until one writes.
+
+    Workers are children of the front by `multiprocessing`. Any other child of a process with the plug-in is a server of
+    its own, which has the parent's environment and must not write into the parent's folder.
+    """
+    if FOLDER in os.environ and (multiprocessing.parent_process() is not None or os.getpid() in _announced):
         return
+    _announced.add(os.getpid())
     folder = Path(tempfile.gettempdir()) / f"gossamer-vllm-{os.getpid()}-{secrets.token_hex(4)}"
     os.environ[FOLDER] = str(folder)
     owner = os.getpid()

@@ -12,13 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gossamer.attention import CallRecord, attend
 from gossamer.call import AttentionCall
 from gossamer.integrations.vllm.counters import FOLDER, Counters
-from gossamer.integrations.vllm.rows import Row, Step, choose
+from gossamer.integrations.vllm.rows import Row, Step, choose, decodes
 from gossamer.integrations.vllm.settings import Settings
 from gossamer.methods import Dense, PerHead
 from gossamer.plan import Extent
@@ -85,19 +84,16 @@ class Engine:
         """Part the rows of a step; see `rows.choose`."""
         self._tell()
         rows = starts.numel() - 1
-        if longest < self.settings.min_queries:
-            return Step(
-                (),
-                torch.empty(0, dtype=torch.int64, device="cpu"),
-                Counter({"decode" if longest <= 1 else "few queries": rows}),
-            )
+        short = longest < self.settings.min_queries
+        if short and not any(map(decodes, policies or [self.default])):
+            return Step((), (), Counter({"decode" if longest <= 1 else "few queries": rows}))
         policies = policies or [self.default] * rows
         return choose(starts.tolist(), lengths.tolist(), policies, self.settings.min_queries)
 
     def refused(self, rows: int, reason: str) -> Step:
         """A step of which no row runs a plan."""
         self._tell()
-        return Step((), torch.empty(0, dtype=torch.int64, device="cpu"), Counter({reason: rows}))
+        return Step((), (), Counter({reason: rows}))
 
     def attend(self, call: AttentionCall, policy: Policy) -> Tensor:
         """``[1, H, S, D]``. A method that fails is no reason to fail a server: its row runs dense, and is counted."""
@@ -151,18 +147,19 @@ def call_of(
     return AttentionCall(q, key, value, extent, scale, sinks, softcap, layer)
 
 
-def salt_of(settings: Settings, given: Any, salt: str | None) -> str | None:
+def salt_of(settings: Settings, given: Any, salt: str | None, shared: bool = False) -> str | None:
     """What a request's cache salt becomes: pages written under one policy are never read under another.
 
     Args:
         given: the policy that a request names, None for the server's.
         salt: its own ``cache_salt``, which cannot pass for one of ours.
+        shared: whether pages outlive the server or go to others, as by a KV connector: then the server's own policy is
+            in the salt too, unless it is dense, whose pages are as vLLM's.
 
     Raises:
         ValueError, TypeError: a policy that is none.
     """
-    if given is not None:
-        text, policy = settings.of_request(given)
-        if policy != settings.policy:
-            return f"gossamer:{hashlib.sha256(text.encode()).hexdigest()}:{salt or ''}"
+    text, policy = (settings.text, settings.policy) if given is None else settings.of_request(given)
+    if policy != settings.policy or (shared and not isinstance(policy.method, Dense)):
+        return f"gossamer:{hashlib.sha256(text.encode()).hexdigest()}:{salt or ''}"
     return f"gossamer:plain:{salt}" if salt is not None and salt.startswith("gossamer:") else salt

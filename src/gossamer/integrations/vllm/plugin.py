@@ -21,6 +21,7 @@ import torch
 
 from gossamer.integrations.vllm.counters import FOLDER, METRICS, announce, collected
 from gossamer.integrations.vllm.engine import Engine, logger, salt_of
+from gossamer.integrations.vllm.limits import connectors, shares_pages, why_not
 from gossamer.integrations.vllm.settings import Settings, check_model
 from gossamer.policy import Policy
 
@@ -107,9 +108,18 @@ def engine_of(config: Any) -> Engine | None:
             size, device = model.get_head_size(), current_platform.device_type
             like = torch.empty(1, heads // ranks, 1, size, dtype=model.dtype, device=device)
             engine = Engine(mine, like, rank)
-            logger.info("gossamer: rows of %d queries and more run %s", mine.min_queries, mine.policy)
+            _tell(mine, config)
         known = _engines[id(config)] = (config, engine)
     return known[1]
+
+
+def _tell(settings: Settings, config: Any) -> None:
+    reason = why_not(config)
+    if reason is None:
+        logger.info("gossamer: rows of %d queries and more run %s", settings.min_queries, settings.policy)
+        return
+    of = f"{reason} ({', '.join(connectors(config))})" if reason == "KV connector" else reason
+    logger.warning("gossamer: vLLM's own kernel runs all rows of this server: %s", of)
 
 
 def policies_of(builder: Any, engine: Engine, rows: int) -> list[Policy] | None:
@@ -174,7 +184,7 @@ def _salted(former: Callable[..., Any]) -> Callable[..., Any]:
         if settings is not None:
             given = _named(request.sampling_params)
             try:
-                request.cache_salt = salt_of(settings, given, salt)
+                request.cache_salt = salt_of(settings, given, salt, shares_pages(self.vllm_config))
             except (ValueError, TypeError):  # refused at the front's; where there was none its pages are its own
                 request.cache_salt = f"gossamer:{given!r}:{salt or ''}"
         try:

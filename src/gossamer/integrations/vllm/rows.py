@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gossamer.policy import Policy
 
-__all__ = ["Row", "Step", "choose"]
+__all__ = ["Row", "Step", "choose", "decodes", "put", "taken"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +48,32 @@ class Step:
 
     Fields:
         rows: those that run a plan.
-        others: tokens of the step that belong to other rows, int64 ``[n]``.
+        others: where the tokens of other rows lie in the step, as spans from a first to before a last, in order.
         stock: vLLM's metadata for the other rows alone; None if there are none.
         reasons: why the other rows do not, and how many.
     """
 
     rows: tuple[Row, ...]
-    others: Tensor
+    others: tuple[tuple[int, int], ...]
     reasons: Counter[str]
     stock: Any = None
 
     def count(self) -> int:
         return len(self.rows) + sum(self.reasons.values())
+
+
+def decodes(policy: Policy) -> bool:
+    """Whether a policy's method chooses what a query that decodes reads. None does yet: this is decoding's place.
+
+    A row of one query, or of the few of speculative decoding, for which this holds is a `Row` like a chunk's. All
+    behind it takes such rows as they are, which a test shows: `SparseImpl` hands the sequence's pages to
+    `Engine.attend` without a copy, where a method that selects pages makes its plan, and `Policy.why_dense` is what
+    still says "decode" of every call of one query. Two things are to be done then: `SparseBuilder._step` asks whose
+    rows a step has where it has prompts alone, and on GPUs such steps must stay out of vLLM's graphs, as those with
+    prompts do (`SparseTritonBuilder._cudagraph_support`).
+    """
+    del policy
+    return False
 
 
 def choose(starts: Sequence[int], lengths: Sequence[int], policies: Sequence[Policy], least: int) -> Step:
@@ -74,21 +88,43 @@ def choose(starts: Sequence[int], lengths: Sequence[int], policies: Sequence[Pol
     A plan pays by the pairs of query and key that it spares: a chunk with fewer pairs than a whole prompt of
     ``min_tokens`` does not run one either.
     """
-    rows, others, reasons = [], [], Counter()
+    rows, reasons = [], Counter()
+    others: list[tuple[int, int]] = []
     for index, (start, end, tokens, policy) in enumerate(zip(starts[:-1], starts[1:], lengths, policies, strict=True)):
-        reason = None
-        if end - start < least:
-            reason = "decode" if end - start <= 1 else "few queries"
-        elif tokens < (policy.min_tokens or 0):
-            reason = "short prompt"
-        elif _pairs(end - start, tokens) < _pairs(policy.min_tokens or 0, policy.min_tokens or 0):
-            reason = "short chunk"
+        reason = _why_not(end - start, tokens, policy, least)
         if reason is None:
             rows.append(Row(index, start, end, tokens, policy))
-        else:
-            reasons[reason] += 1
-            others.append(torch.arange(start, end, device="cpu"))
-    return Step(tuple(rows), torch.cat(others) if others else torch.empty(0, dtype=torch.int64, device="cpu"), reasons)
+            continue
+        reasons[reason] += 1
+        if others and others[-1][1] == start:
+            others[-1] = others[-1][0], end
+        elif start < end:
+            others.append((start, end))
+    return Step(tuple(rows), tuple(others), reasons)
+
+
+def _why_not(queries: int, tokens: int, policy: Policy, least: int) -> str | None:
+    if queries < least:
+        if decodes(policy):
+            return None
+        return "decode" if queries <= 1 else "few queries"
+    shortest = policy.min_tokens or 0
+    if tokens < shortest:
+        return "short prompt"
+    return "short chunk" if _pairs(queries, tokens) < _pairs(shortest, shortest) else None
+
+
+def taken(tokens: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """The first dimension's spans, one behind the other; a view where there is one."""
+    parts = [tokens[start:end] for start, end in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def put(into: Tensor, spans: Sequence[tuple[int, int]], values: Tensor) -> None:
+    """Write what was made of `taken` to where it was taken from."""
+    counts = [end - start for start, end in spans]
+    for (start, end), part in zip(spans, values.split(counts), strict=True):
+        into[start:end] = part
 
 
 def _pairs(queries: int, tokens: int) -> int:

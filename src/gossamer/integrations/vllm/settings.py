@@ -98,6 +98,11 @@ class Settings:
         profile = Profile.load(given["profile"])
         return cls(Policy(profile.method, profile=profile.name, **fields), profile, least, named)
 
+    @property
+    def text(self) -> str:
+        """Of the server's policy, as `of_request` has it."""
+        return _text(self.policy)
+
     def of_request(self, given: Any) -> tuple[str, Policy]:
         """The policy that a request names, and a text that is the same for equal policies and no others.
 
