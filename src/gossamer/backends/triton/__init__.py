@@ -8,6 +8,7 @@ Nothing waits for the device but `finish`, `ListWriter.build` and `count`, once 
 """
 
 from gossamer.backends.triton.availability import interprets, is_available, why_unavailable
+from gossamer.backends.triton.backward import attend_backward
 from gossamer.backends.triton.choose import ListWriter, finish
 from gossamer.backends.triton.forward import attend, autotune
 from gossamer.backends.triton.pairs import count
@@ -26,6 +27,7 @@ __all__ = [
     "ListWriter",
     "antidiagonal_scores",
     "attend",
+    "attend_backward",
     "autotune",
     "count",
     "finish",
