@@ -22,14 +22,18 @@ from gossamer.backends.triton.config import power_of_two
 from gossamer.backends.triton.kernels import choices
 
 INTEGERS = dict.fromkeys(("block_indices", "column_indices", "q_order", "k_order", "k_rank", "selected_bits"), "*i32")
+INTEGERS |= dict.fromkeys(("row_indices", "gathered", "lists", "members"), "*i32")
 FLOATS = (
+    "reaching_lse", "level", "base", "k_grad", "v_grad",
     "lse", "top", "total", "columns", "partial", "diagonals", "energy", "reference", "scores", "sinks", "queries",
     "keys",
 )  # fmt: skip
 TYPES = INTEGERS | {f"{name}_ptr": "*fp32" for name in FLOATS}
 TYPES |= dict.fromkeys(("block_indptr", "column_indptr", "indptr_ptr", "pairs_ptr"), "*i64")
+TYPES |= dict.fromkeys(("row_indptr", "gathered_indptr", "list_indptr"), "*i64")
 TYPES |= dict.fromkeys(("flags_ptr", "forced_heads_ptr", "everywhere_ptr"), "*u8")
 TYPES |= dict.fromkeys(("scale_log2", "softcap_log2", "softcap_slope", "skip_log2", "slope", "alpha"), "fp32")
+TYPES |= dict(scale="fp32")
 FLAGS = ("HAS_BLOCKS", "HAS_COLUMNS", "Q_ORDER", "K_ORDER", "SOFTCAP", "SINKS")
 ATTRIBUTES = ("MEANS", "SKIP")  # of plans of blocks alone
 INSTRUCTIONS = {
@@ -82,6 +86,34 @@ def compile_attend(
     constants |= dict(HALVES=halves, BLOCK_Q=block, BLOCK_K=block, TILE_M=tile[0], TILE_N=tile[1])
     constants |= {name: name in flags for name in (*FLAGS, *ATTRIBUTES)} | dict(DESCRIPTORS=descriptors)
     return compile_kernel(kernels.attend, capability, constants, warps=warps, stages=stages, **types)
+
+
+def compile_backward(
+    capability: int, dtype: str, dim: int, flags: set[str], *, share: int = 4, block: int = 64, only: str | None = None
+) -> dict[str, Any]:
+    """The kernels of gradients, in the table's tile."""
+    chosen = config.choose_backward(config.Problem((capability // 10, 0), dim, 4 if dtype == "fp32" else 2, 64, 64, 17))
+    block_d = power_of_two(dim)
+    constants: dict[str, Any] = dict(SHARE=share, DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d)
+    constants |= dict(BLOCK_Q=block, BLOCK_K=block, TILE_M=chosen.tile_m, TILE_N=chosen.tile_n)
+    constants |= dict(SOFTCAP="SOFTCAP" in flags, HAS_BLOCKS="HAS_BLOCKS" in flags)
+    orders = {name: name in flags for name in ("Q_ORDER", "K_ORDER")}
+    asked = dict(OF_KEYS=True, OF_VALUES=True)
+    variants = {
+        "query_gradients": orders | dict(HAS_COLUMNS="HAS_COLUMNS" in flags, MEANS="MEANS" in flags)
+        | dict(REACHING_LSE=True, PASS=2),
+        "key_gradients": orders | asked | dict(TOGETHER=1, BANDS=True, ADD="HAS_COLUMNS" in flags),
+        "column_gradients": orders | asked,
+        "mean_gradients": asked | dict(TOGETHER=1),
+    }  # fmt: skip
+    like_q: dict[str, str] = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "reaching_ptr", "out_ptr"), "*" + dtype)
+    like_q |= dict.fromkeys(("k_means", "v_means", "grad_ptr"), "*" + dtype)
+    options: dict[str, Any] = dict(warps=chosen.warps, stages=chosen.stages)
+    return {
+        name: compile_kernel(getattr(kernels, name), capability, constants | own, **options, **like_q)
+        for name, own in variants.items()
+        if only in (None, name)
+    }
 
 
 def compile_products(capability: int, dtype: str, dim: int, share: int, only: str | None = None) -> dict[str, Any]:
