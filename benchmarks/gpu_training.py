@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 from gpu_report import Row
-from gpu_setting import Cell, Contender, Setting, flex, flops, full_plan, on_triton, torch_contenders
+from gpu_setting import Cell, Contender, Setting, flex, full_plan, on_triton, torch_contenders
 from gpu_timing import Series, alternate
 from torch import Tensor
 from workloads import random_blocks_of
@@ -16,8 +16,6 @@ from workloads import random_blocks_of
 from gossamer import AttentionCall, SparsePlan, backends
 
 DENSITIES = (0.1,)
-# Five products backward beside two forward.
-_PRODUCTS = 7 / 2
 
 
 def training(setting: Setting) -> Iterator[Cell]:
@@ -28,7 +26,7 @@ def training(setting: Setting) -> Iterator[Cell]:
 
 
 def _training(setting: Setting, length: int, block: int) -> Iterator[Row]:
-    heads, groups, dim = setting.shape
+    heads, groups, _ = setting.shape
     plans = {"dense": full_plan(setting, length)} | {
         f"{share:.0%}": random_blocks_of(groups, length, share, block_q=block, block_k=block) for share in DENSITIES
     }
@@ -47,10 +45,10 @@ def _training(setting: Setting, length: int, block: int) -> Iterator[Row]:
             length=length,
             scope=f"training {block}",
         )
-    yield from _rows(series, densities, length, _PRODUCTS * flops(length, heads, dim))
+    yield from _rows(series, densities, length)
 
 
-def _rows(series: dict[str, Series], densities: dict[str, float], length: int, work: float) -> Iterator[Row]:
+def _rows(series: dict[str, Series], densities: dict[str, float], length: int) -> Iterator[Row]:
     rivals = {name: one.median for name, one in series.items() if name.startswith("sdpa") and one.median}
     best, base = min(rivals.values(), default=None), series["dense"].median
     for name, density in densities.items():
@@ -60,7 +58,6 @@ def _rows(series: dict[str, Series], densities: dict[str, float], length: int, w
             "what": f"step, {name}",
             "length": length,
             "density": round(density, 5),
-            "tflops": round(density * work / own / 1e12, 2) if own else None,
             "efficiency": round(base / own * density, 3) if own and base else None,
             "speedup_over_sdpa": round(best / own, 3) if own and best else None,
             "speedup_over_flex": round(theirs / own, 3) if own and theirs else None,

@@ -255,7 +255,6 @@ FIGURES = {
     "blocks": {"density": 0.01234, "tflops": 612.34, "efficiency": 0.812, "speedup_over_flex": 1.234, **SERIES},
     "training": {
         "density": 0.01234,
-        "tflops": 612.34,
         "efficiency": 0.812,
         "speedup_over_sdpa": 21.234,
         "speedup_over_flex": 1.234,
