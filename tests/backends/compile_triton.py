@@ -23,15 +23,19 @@ from gossamer.backends.triton.kernels import choices
 
 INTEGERS = dict.fromkeys(("block_indices", "column_indices", "q_order", "k_order", "k_rank", "selected_bits"), "*i32")
 FLOATS = (
+    "reaching_lse", "level", "base", "k_grad", "v_grad",
     "lse", "top", "total", "columns", "partial", "diagonals", "energy", "reference", "scores", "sinks", "queries",
     "keys",
 )  # fmt: skip
 TYPES = INTEGERS | {f"{name}_ptr": "*fp32" for name in FLOATS}
 TYPES |= dict.fromkeys(("block_indptr", "column_indptr", "indptr_ptr", "pairs_ptr"), "*i64")
+TYPES |= dict.fromkeys(("row_indptr", "gathered_indptr", "list_indptr"), "*i64")
 TYPES |= dict.fromkeys(("flags_ptr", "forced_heads_ptr", "everywhere_ptr"), "*u8")
 TYPES |= dict.fromkeys(("scale_log2", "softcap_log2", "softcap_slope", "skip_log2", "slope", "alpha"), "fp32")
+TYPES |= dict(scale="fp32")
 FLAGS = ("HAS_BLOCKS", "HAS_COLUMNS", "Q_ORDER", "K_ORDER", "SOFTCAP", "SINKS")
 ATTRIBUTES = ("MEANS", "SKIP")  # of plans of blocks alone
+BACKWARD = ("query_gradients", "key_gradients", "column_gradients", "mean_gradients")
 INSTRUCTIONS = {
     "asynchronous-copy": "cp.async.c",
     "tensor-copy": "cp.async.bulk.tensor",
@@ -82,6 +86,36 @@ def compile_attend(
     constants |= dict(HALVES=halves, BLOCK_Q=block, BLOCK_K=block, TILE_M=tile[0], TILE_N=tile[1])
     constants |= {name: name in flags for name in (*FLAGS, *ATTRIBUTES)} | dict(DESCRIPTORS=descriptors)
     return compile_kernel(kernels.attend, capability, constants, warps=warps, stages=stages, **types)
+
+
+def compile_backward(
+    capability: int, dtype: str, dim: int, flags: set[str], only: tuple[str, ...] = BACKWARD
+) -> dict[str, Any]:
+    """The kernels of gradients, in the table's tile, for blocks of 64 and four heads that share a plan."""
+    chosen = config.choose_backward(config.Problem((capability // 10, 0), dim, 4 if dtype == "fp32" else 2, 64, 64, 17))
+    block_d = power_of_two(dim)
+    constants: dict[str, Any] = dict(SHARE=4, DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d)
+    constants |= dict(BLOCK_Q=64, BLOCK_K=64, TILE_M=chosen.tile_m, TILE_N=chosen.tile_n)
+    constants |= dict(SOFTCAP="SOFTCAP" in flags, HAS_BLOCKS="HAS_BLOCKS" in flags)
+    orders = {name: name in flags for name in ("Q_ORDER", "K_ORDER")}
+    asked = dict(OF_KEYS=True, OF_VALUES=True)
+    variants = {
+        "query_gradients": orders | dict(HAS_COLUMNS="HAS_COLUMNS" in flags, MEANS="MEANS" in flags)
+        | dict(REACHING_LSE=True, PASS=2),
+        "key_gradients": orders | asked | dict(TOGETHER=1, BANDS=True, ADD="HAS_COLUMNS" in flags),
+        "column_gradients": orders | asked,
+        "mean_gradients": asked | dict(TOGETHER=1),
+    }  # fmt: skip
+    like_q = ("q_ptr", "k_ptr", "v_ptr", "reaching_ptr", "out_ptr", "k_means", "v_means", "grad_ptr")
+    types: dict[str, str] = dict.fromkeys(like_q, "*" + dtype)
+    types |= dict.fromkeys(("row_indices", "gathered", "lists", "members"), "*i32")
+    return {
+        name: compile_kernel(
+            getattr(kernels, name), capability, constants | own, warps=chosen.warps, stages=chosen.stages, **types
+        )
+        for name, own in variants.items()
+        if name in only
+    }
 
 
 def compile_products(capability: int, dtype: str, dim: int, share: int, only: str | None = None) -> dict[str, Any]:
@@ -161,12 +195,16 @@ def main(capability: int) -> None:
         compiled |= {
             "attend-attributes": compile_attend(capability, "fp16", 128, (64, 64), {"HAS_BLOCKS", *ATTRIBUTES})
         }
+        every = {"HAS_BLOCKS", "SOFTCAP", "Q_ORDER", "K_ORDER"}
+        compiled |= compile_backward(capability, "fp16", 80, every, ("column_gradients", "mean_gradients"))
     else:
         compiled = {"attend": compile_chosen("bf16", 128, 64, {"HAS_BLOCKS", "HAS_COLUMNS"})}
         compiled |= {"attend-attributes": compile_chosen("bf16", 128, 64, {"HAS_BLOCKS", *ATTRIBUTES})}
         compiled |= {"attend-fp32": compile_chosen("fp32", 128, 64, set())}
         compiled |= {"sums-fp32": compile_products(90, "fp32", 128, 1, only="probe_sums")["probe_sums"]}
         compiled |= compile_products(90, "bf16", 128, 4)
+        listed = {"HAS_BLOCKS", "HAS_COLUMNS"}
+        compiled |= compile_backward(90, "bf16", 128, listed, ("query_gradients", "key_gradients"))
     for name, kernel in compiled.items():
         found = [word for word, instruction in INSTRUCTIONS.items() if instruction in kernel.asm["ptx"]]
         print(name, *resources(kernel), *found)

@@ -11,6 +11,7 @@ from tiny_transformers import ALWAYS_SPARSE, FULL, forward, padding, pair, promp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gossamer import Policy, methods
+from gossamer.backends import triton
 from gossamer.integrations.transformers import enable
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
@@ -199,3 +200,18 @@ def test_derivatives_forward_are_those_of_stock_attention() -> None:
             assert handle.stats().fallbacks() == {"short prompt": 2}
         with enable(model, "a_shape", **FULL), pytest.raises(NotImplementedError, match="forward-mode"):
             slope(model)
+
+
+@pytest.mark.skipif(not triton.is_available(), reason=f"{triton.why_unavailable()}")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels on the CPU")
+def test_a_model_trains_on_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gradients = tiny_llama().train(), dict[str, dict[str, torch.Tensor]]()
+    for name in ("torch", "triton"):
+        monkeypatch.setenv("GOSSAMER_BACKEND", name)
+        one, ids = copy.deepcopy(model), prompt()
+        with enable(one, "a_shape", training=True, **SMALL) as handle:
+            one(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            assert all(row.sparse_calls == 1 for row in handle.stats())
+        gradients[name] = {key: torch.as_tensor(p.grad) for key, p in one.named_parameters()}
+    for key, expected in gradients["torch"].items():
+        torch.testing.assert_close(gradients["triton"][key], expected, atol=1e-5, rtol=1e-3)

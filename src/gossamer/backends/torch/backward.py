@@ -24,7 +24,7 @@ from gossamer.backends.torch.scores import block_means
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
 
-__all__ = ["ALL", "Gradients", "Needs", "attend_backward"]
+__all__ = ["ALL", "Gradients", "Needs", "attend_backward", "shared_by_keys"]
 
 _LOGITS = 1 << 22  # held at once
 
@@ -181,9 +181,14 @@ class _Sums:
         if sums.shape[2] == self.slots:
             return sums
         own, means = sums[:, :, : self.slots], sums[:, :, self.slots :]
-        low, high = (ends.to(sums.device) for ends in self.plan.grid.key_block_ends())
-        share = means / (high - low).clamp(min=1)[:, None, :, None]
-        position = self.call.extent.key_positions(self.call.key_len, sums.device)
-        block = (position // self.plan.block_k).clamp(0, means.shape[2] - 1)[:, None, :, None]
-        live = self.call.extent.live_keys(self.call.key_len, sums.device)[:, None, :, None]
-        return own + torch.where(live, share.take_along_dim(block, dim=2), 0.0)
+        return own + shared_by_keys(means, self.call, self.plan)
+
+
+def shared_by_keys(means: Tensor, call: AttentionCall, plan: SparsePlan) -> Tensor:
+    """What means of key blocks have, ``[B, G, N, dim]``, shared out among the live keys of each: ``[B, G, T, dim]``."""
+    low, high = (ends.to(means.device) for ends in plan.grid.key_block_ends())
+    share = means / (high - low).clamp(min=1)[:, None, :, None]
+    position = call.extent.key_positions(call.key_len, means.device)
+    block = (position // plan.block_k).clamp(0, means.shape[2] - 1)[:, None, :, None]
+    live = call.extent.live_keys(call.key_len, means.device)[:, None, :, None]
+    return torch.where(live, share.take_along_dim(block, dim=2), 0.0)

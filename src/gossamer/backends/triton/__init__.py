@@ -4,10 +4,12 @@ Its verbs mean what those of `gossamer.backends.torch` mean, and choose the same
 and imported by the first call. With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, the same code
 runs on CPU tensors, slowly: that is how it is tested.
 
-Nothing waits for the device but `finish`, `ListWriter.build` and `count`, once each, for numbers that the host needs.
+Nothing waits for the device but `finish`, `ListWriter.build`, `count` and, of long lists, `attend_backward`, once or
+twice each, for numbers that the host needs.
 """
 
 from gossamer.backends.triton.availability import interprets, is_available, why_unavailable
+from gossamer.backends.triton.backward import attend_backward
 from gossamer.backends.triton.choose import ListWriter, finish
 from gossamer.backends.triton.forward import attend, autotune
 from gossamer.backends.triton.pairs import count
@@ -26,6 +28,7 @@ __all__ = [
     "ListWriter",
     "antidiagonal_scores",
     "attend",
+    "attend_backward",
     "autotune",
     "count",
     "finish",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Config", "Problem", "candidates", "choose", "forget", "tune"]
+__all__ = ["Config", "Problem", "candidates", "choose", "choose_backward", "forget", "tune"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,11 @@ _TABLE: dict[tuple[int, int], tuple[Config, Config]] = {
 # Exact fp32 products have no tensor cores: they are unrolled, and of a tile whose operands overflow the registers the
 # assembler puts everything into local memory.
 _FP32 = {64: Config(64, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(32, 16, 8, 1)}
+# Of the backward kernels, whose accumulators and operands are more: rows and keys of a tile by the largest padded head
+# dimension, of 2-byte elements and of fp32.
+_BACKWARD = {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)}
+_BACKWARD_FP32 = {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
+_INTERPRETED_BACKWARD = Config(64, 64, 4, 1)
 _INTERPRETED = Config(128, 64, 4, 1)  # the fewer steps, the sooner; capability (0, 0)
 _SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # 100 KiB of shared memory, unlike others of their generation
 _MOST_WITH_COLUMNS = 64  # keys of a tile: what finds columns takes the registers of more
@@ -100,6 +105,14 @@ def power_of_two(n: int) -> int:
 def choose(problem: Problem) -> Config:
     """The tuned configuration for a problem, else the table's, fitted to its blocks."""
     return _tuned.get(problem) or _fit(_from_table(problem), problem)
+
+
+def choose_backward(problem: Problem) -> Config:
+    """The table's configuration for the kernels of gradients: it fits no block, which they cut into tiles."""
+    if problem.capability[0] == 0:
+        return _INTERPRETED_BACKWARD
+    table = _BACKWARD_FP32 if problem.element_size > 2 else _BACKWARD
+    return next(config for dim, config in table.items() if problem.dim <= dim)
 
 
 def candidates(problem: Problem) -> list[Config]:

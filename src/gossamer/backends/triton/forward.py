@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,10 @@ from gossamer.backends.triton.device import check_call, extent_on
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan, on_device
 
-__all__ = ["attend", "autotune"]
+if TYPE_CHECKING:
+    from gossamer.backends.triton.launch import Arguments
+
+__all__ = ["arguments_of", "attend", "autotune"]
 
 _WARM_UP, _REPEAT = 10, 30  # milliseconds of a candidate's measurement
 
@@ -82,6 +86,13 @@ def _seconds(arguments: tuple, config: Config) -> float:
         raise
     milliseconds = do_bench(lambda: launch(given, config=config), warmup=_WARM_UP, rep=_REPEAT, return_mode="median")
     return float(milliseconds) / 1e3  # pyright: ignore[reportArgumentType]
+
+
+def arguments_of(call: AttentionCall, plan: SparsePlan) -> Arguments:
+    """Of the operator, by name. Imports Triton."""
+    from gossamer.backends.triton.launch import Arguments
+
+    return Arguments(*_arguments(call, plan))
 
 
 def _arguments(call: AttentionCall, plan: SparsePlan) -> tuple:

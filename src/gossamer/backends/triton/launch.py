@@ -23,9 +23,19 @@ from gossamer.backends.triton.scores import block_means
 from gossamer.plan import ceil_div
 from gossamer.plan.checks import SKIP_TILE
 
-__all__ = ["Arguments", "describable", "launch", "offers_descriptors"]
+__all__ = [
+    "MARK_TILE",
+    "Arguments",
+    "describable",
+    "inverse",
+    "launch",
+    "means_of",
+    "numbers_of",
+    "offers_descriptors",
+    "problem_of",
+]
 
-_MARK_TILE = 128
+MARK_TILE = 128
 _MOST_BITMAP_BYTES = 64 << 20
 
 
@@ -80,7 +90,7 @@ def launch(given: Arguments, *, config: Config | None = None) -> tuple[Tensor, T
     if out.numel() == 0 or blocks == 0:
         return out.to(q.dtype), lse
     given = _prepared(given)
-    config = config or choose(_problem(given))
+    config = config or choose(problem_of(given))
     if given.skip is not None:
         config = _with_skip_tiles(config, given)
     share, words = heads // plan_heads, ceil_div(key_blocks, 32)
@@ -89,7 +99,7 @@ def launch(given: Arguments, *, config: Config | None = None) -> tuple[Tensor, T
     if given.needs_bitmap:
         rows, together = _rows_at_once(rows, together, blocks * words * 4)
         bits = torch.empty(rows * blocks, words, dtype=torch.int32, device=q.device)
-    arguments = _tensors(given, config) | _numbers(given) | _constants(given, config)
+    arguments = _tensors(given, config) | numbers_of(given) | _constants(given, config)
     arguments |= dict(out_ptr=out, lse_ptr=lse, selected_bits=bits, together=together, blocks=blocks, words=words)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         for first_row in range(0, batch * plan_heads, rows):
@@ -97,7 +107,7 @@ def launch(given: Arguments, *, config: Config | None = None) -> tuple[Tensor, T
             if given.needs_bitmap:
                 bits.zero_()
                 lists = (given.block_indptr, given.block_indices, bits, first_row * blocks, words)
-                mark_blocks[(plan_rows,)](*lists, TILE=_MARK_TILE)
+                mark_blocks[(plan_rows,)](*lists, TILE=MARK_TILE)
             programs = plan_rows * ceil_div(block_q * share, config.tile_m)
             attend[(programs,)](**arguments, first_row=first_row, num_warps=config.warps, num_stages=config.stages)
     return out.to(q.dtype), lse
@@ -119,7 +129,7 @@ def _with_skip_tiles(config: Config, given: Arguments) -> Config:
     return replace(config, tile_n=SKIP_TILE, stages=min(config.stages, 1 if wide else 2))
 
 
-def _means(given: Arguments) -> tuple[Tensor, Tensor]:
+def means_of(given: Arguments) -> tuple[Tensor, Tensor]:
     """Of the keys and values of each key block, ``[B, G, N, dim]`` in q's dtype; anything where they are not needed."""
     if not given.pruned_mean:
         return given.q, given.q
@@ -129,7 +139,8 @@ def _means(given: Arguments) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def _problem(given: Arguments) -> Problem:
+def problem_of(given: Arguments) -> Problem:
+    """What the choice of tiles goes by."""
     heads, block_q, block_k = given.shape[:3]
     parts = {"blocks": given.block_indices.numel() > 0, "columns": given.column_indices.numel() > 0}
     return Problem.of(given.q, given.v, heads, block_q, block_k, given.k.shape[2], **parts)
@@ -149,12 +160,13 @@ def _tensors(given: Arguments, config: Config) -> dict[str, Any]:
         tensors |= dict(zip((f"{name}_batch_stride", f"{name}_head_stride", f"{name}_stride"), strides, strict=True))
     lists = ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order")
     tensors |= {name: getattr(given, name) for name in lists}
-    tensors |= dict(zip(("k_means", "v_means"), _means(given), strict=True))
+    tensors |= dict(zip(("k_means", "v_means"), means_of(given), strict=True))
     tensors |= dict(sink_ptr=given.sink, window_ptr=given.window, extent_ptr=given.extent, sinks_ptr=given.sinks)
-    return tensors | dict(k_rank=_inverse(given.k_order) if given.needs_bitmap else given.k_order)
+    return tensors | dict(k_rank=inverse(given.k_order) if given.needs_bitmap else given.k_order)
 
 
-def _numbers(given: Arguments) -> dict[str, Any]:
+def numbers_of(given: Arguments) -> dict[str, Any]:
+    """Of the kernel, that are no constants."""
     heads, _, _, column_group, blocks, key_blocks, _ = given.shape
     log2_e = math.log2(math.e)
     return dict(
@@ -252,7 +264,7 @@ def _rows_at_once(rows: int, together: int, bytes_a_row: int) -> tuple[int, int]
     return most - most % together, together
 
 
-def _inverse(order: Tensor) -> Tensor:
+def inverse(order: Tensor) -> Tensor:
     """Rank by original index, of the last dimension."""
     if not order.numel():
         return order

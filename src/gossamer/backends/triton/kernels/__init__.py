@@ -11,24 +11,30 @@ from gossamer.backends.triton.kernels.antidiagonals import antidiagonal_mass
 from gossamer.backends.triton.kernels.attend import attend
 from gossamer.backends.triton.kernels.choices import choose_rows, list_bits
 from gossamer.backends.triton.kernels.columns import mark_blocks
+from gossamer.backends.triton.kernels.key_gradients import column_gradients, key_gradients, mean_gradients
 from gossamer.backends.triton.kernels.means import block_means, mean_products, merge_energies, row_energies
 from gossamer.backends.triton.kernels.pairs import count_columns, count_pairs
 from gossamer.backends.triton.kernels.probe import merge_diagonals, merge_sums, probe_mass, probe_sums
+from gossamer.backends.triton.kernels.query_gradients import query_gradients
 
 __all__ = [
     "antidiagonal_mass",
     "attend",
     "block_means",
     "choose_rows",
+    "column_gradients",
     "count_columns",
     "count_pairs",
+    "key_gradients",
     "list_bits",
     "mark_blocks",
+    "mean_gradients",
     "mean_products",
     "merge_diagonals",
     "merge_energies",
     "merge_sums",
     "probe_mass",
     "probe_sums",
+    "query_gradients",
     "row_energies",
 ]

@@ -15,8 +15,6 @@ tiles out, tiles come in ascending order.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -25,20 +23,13 @@ from gossamer.backends.triton.kernels.columns import Columns, column_runs, full_
 from gossamer.backends.triton.kernels.extent import load_extent
 from gossamer.backends.triton.kernels.pruned import Means, add_means, wholly_seen
 from gossamer.backends.triton.kernels.ranges import Bands, band_tiles, key_ranges
-from gossamer.backends.triton.kernels.softmax import Keys, Logits, Queries, fresh, with_sinks
+from gossamer.backends.triton.kernels.rows import load_queries, tile_rows
+from gossamer.backends.triton.kernels.softmax import FORWARD, Keys, Logits, fresh, with_sinks
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_keys"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-
-
-class Rows(NamedTuple):
-    """Rows of a tile, ``[TILE_M]`` each: query rows, query heads, and which of them exist."""
-
-    row: Any
-    head: Any
-    exists: Any
 
 
 @triton.jit(
@@ -84,13 +75,14 @@ def attend(
     queries = load_queries(q_ptr, q_head_stride, q_stride, extent, rows, DIM, BLOCK_D)
     selected = selected_bits + ((plan_row - first_row).to(tl.int64) * blocks + block) * words
     state = attend_keys(
+        fresh(TILE_M, BLOCK_DV, HALVES),
         queries,
         Keys(
             k_ptr + extent.key_start.to(tl.int64) * k_stride, v_ptr + extent.key_start.to(tl.int64) * v_stride,
             k_stride, v_stride, k_descriptor, v_descriptor, b, group, extent.key_start, DIM, VALUE_DIM, TILE_N,
             DESCRIPTORS,
         ),
-        Logits(scale_log2, softcap_log2, softcap_slope, skip_log2, SOFTCAP, SKIP),
+        Logits(scale_log2, softcap_log2, softcap_slope, skip_log2, SOFTCAP, SKIP, FORWARD),
         extent,
         Bands(tl.load(sink_ptr + plan_head), tl.load(window_ptr + plan_head)),
         Blocks(
@@ -101,8 +93,6 @@ def attend(
             column_indptr + wide_row * column_lists + block // column_group, column_indices,
             selected, k_rank + wide_row * key_len, HAS_COLUMNS,
         ),
-        BLOCK_DV,
-        HALVES,
     )  # fmt: skip
     if MEANS:
         low, high = wholly_seen(extent, block, BLOCK_Q, BLOCK_K)
@@ -110,7 +100,7 @@ def attend(
         state = add_means(
             state,
             queries,
-            Logits(scale_log2, softcap_log2, softcap_slope, skip_log2, SOFTCAP, SKIP),
+            Logits(scale_log2, softcap_log2, softcap_slope, skip_log2, SOFTCAP, SKIP, FORWARD),
             Means(
                 k_means + first_mean * DIM, v_means + first_mean * VALUE_DIM, selected, low, high, extent.keys, DIM,
                 VALUE_DIM, BLOCK_K, TILE_N, HAS_BLOCKS,
@@ -123,38 +113,8 @@ def attend(
 
 
 @triton.jit
-def tile_rows(
-    extent, block, tile, plan_head, query_len, order,
-    SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_M: tl.constexpr, PERMUTED: tl.constexpr,
-):  # fmt: skip
-    packed = tile * TILE_M + tl.arange(0, TILE_M)
-    inside = packed < BLOCK_Q * SHARE
-    token = block * BLOCK_Q + packed // SHARE
-    if PERMUTED:  # blocks of ranks
-        inside = inside & (token < query_len)
-        position = extent.first + tl.load(order + token, mask=inside, other=0)
-    else:  # blocks of positions, from the one that holds the first live query
-        position = extent.first // BLOCK_Q * BLOCK_Q + token
-    exists = inside & (position >= extent.first) & (position < extent.past)
-    return Rows(position - extent.query_start, plan_head * SHARE + packed % SHARE, exists)
-
-
-@triton.jit
-def load_queries(base, head_stride, stride, extent, rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    pointers = base + rows.head.to(tl.int64) * head_stride + rows.row.to(tl.int64) * stride
-    dim = tl.arange(0, BLOCK_D)
-    q = tl.load(pointers[:, None] + dim[None, :], mask=rows.exists[:, None] & (dim < DIM)[None, :], other=0.0)
-    positions = rows.row + extent.query_start
-    lowest = tl.min(tl.where(rows.exists, positions, 1 << 30), 0)
-    highest = tl.max(tl.where(rows.exists, positions, -(1 << 30)), 0)
-    return Queries(q, positions, lowest, highest)
-
-
-@triton.jit
-def attend_keys(
-    queries, keys, logits, extent, bands, blocks, columns, BLOCK_DV: tl.constexpr, HALVES: tl.constexpr
-):  # fmt: skip
-    state = fresh(queries.q.shape[0], BLOCK_DV, HALVES)
+def attend_keys(state, queries, keys, logits, extent, bands, blocks, columns):
+    """The state after all keys that bands, blocks and columns name: of the softmax, or of slopes."""
     ranges = key_ranges(queries, extent, bands)
     in_bands = band_tiles(queries, bands, ranges, keys.TILE_N)
     listed = block_tiles(blocks, ranges, keys.TILE_N)

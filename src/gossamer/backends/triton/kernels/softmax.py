@@ -14,16 +14,22 @@ import triton.language as tl
 from gossamer.backends.triton.kernels.matrices import product
 
 __all__ = [
+    "ATTENDED",
     "BY_KEY",
     "BY_PAIR",
+    "FORWARD",
+    "SLOPES",
     "UNMASKED",
     "Keys",
     "Logits",
     "Queries",
+    "Slopes",
     "Softmax",
+    "add_slopes",
     "capped",
     "fold",
     "fresh",
+    "no_slopes",
     "weighed",
     "with_sinks",
 ]
@@ -33,18 +39,27 @@ __all__ = [
 UNMASKED = tl.constexpr(0)
 BY_KEY = tl.constexpr(1)
 BY_PAIR = tl.constexpr(2)
+# What a pass over the keys finds: the softmax; which rows attend anything; that, and the gradients of the queries.
+FORWARD = tl.constexpr(0)
+ATTENDED = tl.constexpr(1)
+SLOPES = tl.constexpr(2)
 
 
 class Queries(NamedTuple):
     """Query rows of one tile: tokens times the query heads that share them.
 
-    Fields: q ``[TILE_M, BLOCK_D]``; positions ``[TILE_M]``; the lowest and highest of those that are live.
+    Fields: q ``[TILE_M, BLOCK_D]``; positions ``[TILE_M]``; the lowest and highest of those that are live. In the
+    backward pass alone: the gradient that reaches the outputs ``[TILE_M, BLOCK_DV]``; the LSE in units of log2, and
+    what a slope is measured from, ``[TILE_M]``.
     """
 
     q: Any
     positions: Any
     lowest: Any
     highest: Any
+    reaching: Any
+    base: Any
+    level: Any
 
 
 class Keys(NamedTuple):
@@ -68,7 +83,7 @@ class Keys(NamedTuple):
 
 class Logits(NamedTuple):
     """From products to logits in units of log2: ``scale`` is above 0, ``slope`` is 2 scale / softcap. ``skip`` is how
-    far below a row's largest logit it leaves a tile out."""
+    far below a row's largest logit it leaves a tile out. ``PASS`` is one of FORWARD, ATTENDED and SLOPES."""
 
     scale: Any
     softcap: Any
@@ -76,6 +91,7 @@ class Logits(NamedTuple):
     skip: Any
     SOFTCAP: Any
     SKIP: Any
+    PASS: Any
 
 
 class Softmax(NamedTuple):
@@ -86,6 +102,18 @@ class Softmax(NamedTuple):
     out_high: Any
     total: Any
     top: Any
+
+
+class Slopes(NamedTuple):
+    """State of the backward pass: sums of slopes times keys ``[TILE_M, BLOCK_D]``; 1 for rows that attend something."""
+
+    q: Any
+    some: Any
+
+
+@triton.jit
+def no_slopes(TILE_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    return Slopes(tl.zeros([TILE_M, BLOCK_D], dtype=tl.float32), tl.zeros([TILE_M], dtype=tl.int32))
 
 
 @triton.jit
@@ -108,6 +136,20 @@ def fold(state, queries, keys, logits, positions, keep, pairs, MASK: tl.constexp
     k = load_tile(keys.k, keys.k_descriptor, keys.k_stride, keys, positions, keep, 0, keys.DIM, BLOCK_D, MASK)
     scores = tl.zeros([queries.q.shape[0], keys.TILE_N], dtype=tl.float32)
     scores = capped(product(queries.q, tl.trans(k), scores), logits)
+    if logits.PASS == FORWARD:
+        state = add_weights(state, queries, scores, keys, logits, positions, keep, pairs, MASK)
+    else:
+        BLOCK_DV: tl.constexpr = queries.reaching.shape[1]
+        v = load_tile(
+            keys.v, keys.v_descriptor, keys.v_stride, keys, positions, keep, 0, keys.VALUE_DIM, BLOCK_DV, MASK
+        )
+        state = add_slopes(state, queries, k, v, scores, 0.0, logits, keep, pairs, MASK)
+    return state
+
+
+@triton.jit
+def add_weights(state, queries, scores, keys, logits, positions, keep, pairs, MASK: tl.constexpr):
+    """The softmax after a tile of keys, of its logits."""
     if MASK == BY_KEY:
         scores = tl.where(keep[None, :], scores, float("-inf"))
     if MASK == BY_PAIR:
@@ -164,6 +206,31 @@ def add_values(state, scores, keys, logits, positions, keep, MASK: tl.constexpr)
         )
         out_high = product(weights, v, state.out_high * shrink[:, None])
     return Softmax(out, out_high, total, top)
+
+
+@triton.jit
+def add_slopes(state, queries, k, v, scores, added, logits, keep, pairs, MASK: tl.constexpr):
+    """The state of the backward pass after one tile of keys, masked as in `fold`; ``added`` goes to their logits."""
+    exponents = scores
+    if not logits.SOFTCAP:
+        exponents = scores * logits.scale
+    weights = tl.exp2(exponents + added - queries.base[:, None])
+    reaching = product(queries.reaching, tl.trans(v), tl.zeros(scores.shape, dtype=tl.float32))
+    slopes = weights * (reaching - queries.level[:, None])
+    if logits.SOFTCAP:
+        tangent = scores / logits.softcap
+        slopes = slopes * (1.0 - tangent * tangent)
+    some = tl.full([scores.shape[0]], 1, dtype=tl.int32)
+    if MASK == BY_KEY:
+        slopes = tl.where(keep[None, :], slopes, 0.0)
+        some = some * tl.max(keep.to(tl.int32), 0)
+    if MASK == BY_PAIR:
+        slopes = tl.where(pairs, slopes, 0.0)
+        some = tl.max(pairs.to(tl.int32), 1)
+    sums = state.q
+    if logits.PASS == SLOPES:
+        sums = product(slopes, k, sums)
+    return Slopes(sums, tl.maximum(state.some, some))
 
 
 @triton.jit
