@@ -127,9 +127,9 @@ def training_curves(found: dict) -> Panel:
     """The loss of answers against steps of training, and against their seconds."""
     seconds = found["parts"]["time"]["seconds"]
     curves = {kind: found["parts"][f"{kind}-0"]["curve"] for kind in seconds if f"{kind}-0" in found["parts"]}
-    panel = Panel(640, 400, "Loss of answers against seconds of training")
+    panel = Panel(640, 400, "Loss of answers against processor seconds of training")
     ends = [(point["step"] * seconds[kind], point["answer_loss"]) for kind, curve in curves.items() for point in curve]
-    most, names = max(x for x, _ in ends), ("seconds of training, one thread", "loss of answers, nats a token")
+    most, names = max(x for x, _ in ends), ("processor seconds of training", "loss of answers, nats a token")
     heights = [y for _, y in ends]
     panel.axes((0, most * 1.05), (min(heights) * 0.9, max(heights) * 1.05), names, (False, False), even(most))
     for n, (kind, curve) in enumerate(curves.items()):

@@ -14,7 +14,7 @@ NAMES = {
     "longgen_early": "LongGen, layers 1 and 2 full",
     "window": "window of 256 and 64 first",
 }
-TRAINED = ("training", "steps", "seconds a step", "density", "text loss", "answer loss")
+TRAINED = ("training", "steps", "processor seconds a step", "density", "text loss", "answer loss")
 SERVED = ("trained", "served", "models", "text loss", "answer loss", "right", "right, 95% interval")
 
 
@@ -35,9 +35,8 @@ def right(texts: list[list[dict[str, Any]]]) -> tuple[int, int]:
 
 def interval(texts: list[list[dict[str, Any]]]) -> tuple[float, float]:
     """95% of the share of right answers, over texts: a text's questions, and its seeds, are no samples of their own."""
-    return bootstrap_interval(
-        [statistics.fmean(t["right"] / t["asked"] for t in same) for same in zip(*texts, strict=True)]
-    )
+    same = zip(*texts, strict=True)
+    return bootstrap_interval([statistics.fmean(text["right"] / text["asked"] for text in each) for each in same])
 
 
 def moments(found: dict[str, Any], kind: str) -> Iterator[tuple[str, int]]:
@@ -69,8 +68,8 @@ def extend_table(found: dict[str, Any]) -> Table:
             )
     asked = right(texts_of(found, "window", found["long_stage"]["steps"], "window", longest))[1]
     above = (
-        f"Losses in nats a token of held-out texts of {longest:,} tokens; of answers the share that is right, {asked} of each "
-        "length and model; dense and top-p training at equal steps are means over three seeds."
+        f"Losses in nats a token of held-out texts of {longest:,} tokens; of answers the share that is right, {asked} "
+        "of each length and model; dense and top-p training at equal steps are means over three seeds."
     )
     return above, (*TRAINED, *(f"right at {n:,}" for n in lengths)), rows
 

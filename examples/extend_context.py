@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 import gossamer
 
 BASE = Stage(length=512, rows=4, steps=24, rate=0.2)
-LONG = Stage(length=2048, rows=1, steps=24, rate=0.2)
+LONG = Stage(length=2048, rows=1, steps=16, rate=0.2)
 LENGTHS = (512, 1024, 2048)
 SAMPLES = 8  # texts of each length that are asked about
 CURVE = 2  # texts of the longest length, between steps
@@ -150,14 +150,14 @@ def work(parts: Parts, text: Text, only: set[str]) -> Iterator[tuple[str, Any]]:
     yield "base", parts.done("base", lambda: parts.train("base", text, None, parts.base, 0, (last,)))
     yield "base.dense", parts.done("base.dense", lambda: parts.ask(base, "dense", text))
     equal, steps = parts.long.steps, {"dense": parts.long.steps}
-    if only != {"dense"}:
+    if not only or any(not name.startswith("dense") for name in only):
         figures = parts.done("time", lambda: time_steps(parts, text))
         yield "time", figures
         steps = equal_time(parts, figures["seconds"])
     for kind, seeds in SEEDS.items():
-        if only and kind not in only:
-            continue
         for seed in seeds:
+            if only and not only & {kind, f"{kind}-{seed}"}:
+                continue
             name, longest = f"{kind}-{seed}", max(equal, steps[kind]) if seed == 0 else equal
             stage = Stage(parts.long.length, parts.long.rows, longest, parts.long.rate)
             keep = tuple({equal, longest})
@@ -185,7 +185,9 @@ def rounded(numbers: dict[str, float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "extend-context", help="folder of what is done")
-    parser.add_argument("--only", default="", help="kinds of training, with commas: for several processes at once")
+    parser.add_argument(
+        "--only", default="", help="trainings such as dense or top_p-1, with commas: for several processes"
+    )
     parser.add_argument("--until", help="stop after this part, such as base")
     parser.add_argument("--quick", action="store_true", help="a few steps, in a minute: nothing is learnt")
     parser.add_argument("--out", type=Path, help="file of the results (default: extend_context.json in the folder)")
