@@ -1,4 +1,4 @@
-"""Pictures of each machine's cpu.json and contenders_*.json for the documentation: `python benchmarks/pictures.py`."""
+"""Pictures of each machine's results for the documentation: `python benchmarks/pictures.py`."""
 
 from __future__ import annotations
 
@@ -123,6 +123,53 @@ def losses(found: dict) -> Panel:
     return panel
 
 
+def training_curves(found: dict) -> Panel:
+    """The loss of answers against steps of training, and against their seconds."""
+    seconds = found["parts"]["time"]["seconds"]
+    curves = {kind: found["parts"][f"{kind}-0"]["curve"] for kind in seconds if f"{kind}-0" in found["parts"]}
+    panel = Panel(640, 400, "Loss of answers against processor seconds of training")
+    ends = [(point["step"] * seconds[kind], point["answer_loss"]) for kind, curve in curves.items() for point in curve]
+    most, names = max(x for x, _ in ends), ("processor seconds of training", "loss of answers, nats a token")
+    heights = [y for _, y in ends]
+    panel.axes((0, most * 1.05), (min(heights) * 0.9, max(heights) * 1.05), names, (False, False), even(most))
+    for n, (kind, curve) in enumerate(curves.items()):
+        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
+        points = [panel.place(point["step"] * seconds[kind], point["answer_loss"]) for point in curve]
+        panel.line(points, colour)
+        for (x, y), point in zip(points, curve, strict=True):
+            panel.marker(x, y, marker, colour, f"{kind}, step {point['step']}: {point['answer_loss']:.3f}")
+    legend(panel, list(curves), 480, 44)
+    return panel
+
+
+def needles(found: dict) -> Panel:
+    """The share of right answers by length after equal steps, each model on the attention of its training."""
+    steps, parts = found["long_stage"]["steps"], found["parts"]
+    series = {"before": parts["base.dense"]["texts"]}
+    for kind in found["steps"]:
+        texts = [parts[name]["texts"] for seed in range(3) if (name := f"{kind}-{seed}-{steps}.{kind}") in parts]
+        series |= {kind: [text for part in texts for text in part]} if texts else {}
+    lengths = sorted({text["length"] for text in series["before"]})
+    panel = Panel(640, 400, "Right answers by length, after equal steps")
+    panel.axes((lengths[0], lengths[-1]), (0, 1), ("tokens", "share of answers"), (True, False), lengths)
+    for n, (kind, texts) in enumerate(series.items()):
+        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
+        shares = []
+        for length in lengths:
+            own = [text for text in texts if text["length"] == length]
+            shares.append(sum(text["right"] for text in own) / sum(text["asked"] for text in own))
+        points = [panel.place(*point) for point in zip(lengths, shares, strict=True)]
+        panel.line(points, colour)
+        for (x, y), share in zip(points, shares, strict=True):
+            panel.marker(x, y, marker, colour, f"{kind}: {share:.2f}")
+    legend(panel, list(series), 70, 290)
+    return panel
+
+
+def even(most: float) -> list[float]:
+    return [round(most * n / 4, 1) for n in range(5)]
+
+
 def placed(marks: list[tuple[float, float, str]]) -> list[tuple[float, float, str, str]]:
     """Where the names of marks go: right or left of them, or higher or lower, where no other name or mark is."""
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in marks]
@@ -150,6 +197,10 @@ def main() -> None:
         found = json.loads(file.read_text())
         if any("seconds" in row for row in found["rows"]):
             save(losses(found), IMAGES / file.parent.name / f"{file.stem}.svg")
+    for file in measured("extend_context.json"):
+        found = json.loads(file.read_text())
+        save(training_curves(found), IMAGES / file.parent.name / "extend_loss.svg")
+        save(needles(found), IMAGES / file.parent.name / "extend_needles.svg")
     for file in measured("cpu.json"):
         sections = json.loads(file.read_text())["sections"]
         if {"gemm", "prefill", "decode"} <= sections.keys():

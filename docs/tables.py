@@ -18,6 +18,7 @@ import gpu_tables
 import integer_tables
 import pretrained_tables
 import serving_tables
+import training_tables
 from marked import markdown
 from targets import targets_of
 
@@ -239,6 +240,11 @@ def calibrate_memory_table() -> str:
     return for_each_machine("calibrate_memory.json", lambda found, _: markdown(*made(found)))
 
 
+def of_extension(make: Callable[[dict[str, Any]], training_tables.Table]) -> str:
+    """What sparse training did to a short model's context, on each machine."""
+    return for_each_machine("extend_context.json", lambda found, _: markdown(*make(found)))
+
+
 def gpu_table() -> str:
     """What was timed on each GPU."""
     return chosen("gpu.json", gpu_tables.gpu_rows)
@@ -356,6 +362,9 @@ TABLES = {
     "linear_shares": lambda: chosen("linear_*.json", contender_tables.shares_table),
     "linear_variants": lambda: chosen("linear_*.json", contender_tables.variants_table),
     "paged": lambda: for_each_machine("paged.json", lambda found, _: markdown(*serving_tables.paged_table(found))),
+    "extend": lambda: of_extension(training_tables.extend_table),
+    "extend_seeds": lambda: of_extension(training_tables.seeds_table),
+    "extend_served": lambda: of_extension(training_tables.served_table),
     "heads": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.heads_table),
     "heads_kinds": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.kinds_table),
     "heads_reference": lambda: of_lines("reference_heads.jsonl", pretrained_tables.heads_table),
@@ -382,4 +391,6 @@ PICTURES = {
     "contenders_*": "Loss against seconds to the first token",
     "cpu_latency": "Seconds against length",
     "cpu_roofline": "Roofline",
+    "extend_loss": "Loss of answers by steps and by seconds",
+    "extend_needles": "Right answers by length",
 }

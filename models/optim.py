@@ -11,10 +11,10 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Push the singular values of each matrix [N, R, C] towards one."""
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Push the singular values of each matrix [N, R, C] towards one, by products in a dtype."""
     a, b, c = COEFFICIENTS
-    x = matrices.to(torch.bfloat16)
+    x = matrices.to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
@@ -28,8 +28,16 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay; matrices of one shape are handled together."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.02):
+    def __init__(
+        self,
+        parameters: list[torch.nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        decay: float = 0.02,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -49,13 +57,14 @@ class Muon(torch.optim.Optimizer):
                     moving.lerp_(gradient, 1 - group["momentum"])
                     updates.append(gradient.lerp(moving, group["momentum"]))
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for (parameter, _), update in zip(members, orthogonalize(torch.stack(updates)), strict=True):
+                moved = orthogonalize(torch.stack(updates), dtype=self.dtype)
+                for (parameter, _), update in zip(members, moved, strict=True):
                     parameter.mul_(1 - group["lr"] * group["decay"])
                     parameter.add_(update, alpha=-group["lr"] * scale)
 
 
-def make_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers; Adam for embedding, head and norms."""
+def make_optimizers(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, its products in a dtype; Adam for embedding, head and norms."""
     matrices, embedding, head, norms = [], [], [], []
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name:
@@ -69,7 +78,7 @@ def make_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
         {"params": head, "lr": 1.5e-3},
         {"params": norms, "lr": 3e-3},
     ]
-    optimizers = [Muon(matrices, lr=0.01), torch.optim.Adam(groups, betas=(0.9, 0.97), eps=1e-8)]
+    optimizers = [Muon(matrices, lr=0.01, dtype=dtype), torch.optim.Adam(groups, betas=(0.9, 0.97), eps=1e-8)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

@@ -37,6 +37,7 @@ class Listed:
             + ("-share" if "share" in self.small else "")
             + ("" if exact is None else "-exact" if exact else "-blocks")
             + ("-plus" if self.small.get("plus") else "")
+            + ("-stride" if self.small.get("stride") and self.name == "longgen" else "")
         )
 
     def create(self, heads: int, *, full: bool = False) -> Method:
@@ -65,6 +66,7 @@ _ANCHOR = {"theta": 1.0, "step": 2, "first_blocks": 1, "block": 32}
 _PBS = {"threshold": 0.4, "segment": 64, "block": 32}
 _FLASH = {"alpha": 0.99, "sink_blocks": 1, "window_blocks": 2, "last_tiles": 2, "block_k": 64}
 _SIMILAR = {"similarity": 0.02, "p": 0.3, "block_q": 32, "block_k": 32}
+_STRIDED = {"sink": 0, "recent": 1, "stride": 5, "offset": 2, "block": 32}
 _STEM = {"share": 0.05, "extra": 1, "decay": 0.5, "full_blocks": 0, "dense_layers": 0, "block": 32, "stride": 4}
 
 
@@ -80,6 +82,7 @@ LISTED = [
     Listed("triangle_mix", {"sink": 9, "window": 150, "last": 100, "first_layer": 0}, {}, True, lambda share: 100),
     Listed("vertical_slash", _SLASHES, {"slash_size": 10_000}, by_block=False),
     Listed("vertical_slash", _SLASHES | {"exact": True}, {"slash_size": 10_000, "exact": True}, by_block=False),
+    Listed("mtraining", {"p": 0.6}, {"p": 1.0}, by_block=False),
     Listed("block_sparse", {"blocks": 4}, {"blocks": 1000}, by_block=True),
     Listed("minference", _SLASHES, {"vertical_size": 10_000}, by_block=False),
     Listed("flexprefill", {"gamma": 0.4, "tau": 0.3, "min_budget": 32, "block": 32}, {"gamma": 1.0}, by_block=False),
@@ -98,6 +101,8 @@ LISTED = [
     Listed("lserve", _GATES | {"sink": 9, "local": 150}, _GATES | {"local": 10_000}, by_block=True),
     Listed("lserve", _GATES | _BLOCKWISE, _GATES | {"local": 10_000, "exact": False}, by_block=True),
     Listed("moa", _SPANS, _SPANS | {"betas": by_head([1.0])}, by_block=False),
+    Listed("longgen", {"recent": 2, "block": 32}, {"recent": 1000}, by_block=True),
+    Listed("longgen", _STRIDED, _STRIDED | {"stride": 1, "offset": 0}, by_block=True),
     Listed("seer_attention", {"threshold": 0.08}, {"threshold": 0.0}, True, lambda share: 65),
     Listed("seer_attention", {"share": 0.3}, {"share": 1.0}, by_block=False),
     Listed("corrected", {"base": MaxRelative(**_RELATIVE), "skip": 1.0}, {"base": MaxRelative(0.0)}, True, _tail),

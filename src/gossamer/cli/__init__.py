@@ -18,6 +18,7 @@ from gossamer.cli import (
     bench,
     calibrate,
     compare,
+    convert_hybrid,
     doctor,
     eval,
     inspect,
@@ -42,7 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gossamer", description="Dynamic sparse attention for long prompts.")
     parser.add_argument("--version", action="version", version=f"gossamer {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (run, serve, eval, compare, calibrate, report, inspect, train_gates, profile, bench, doctor, methods):
+    parts = (run, serve, eval, compare, calibrate, report, inspect, train_gates, convert_hybrid, profile)
+    for module in (*parts, bench, doctor, methods):
         module.add_parser(commands)
     return parser
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ from gossamer.cli.common import BadInput, add_command, first_line, print_json
 from gossamer.cli.inputs import check_environment, read_model, require_transformers, text_config
 from gossamer.cli.machine import add_dtype
 from gossamer.cli.pretrained import model_folder
-from gossamer.profiles.files import read_text
+from gossamer.cli.training import check_length, check_place, check_seed, read_texts, step_progress
 
 __all__ = ["add_parser"]
 
@@ -49,8 +46,8 @@ def execute(arguments: argparse.Namespace) -> int:
     check_environment(arguments.device)
     arguments.model = model_folder(arguments.model)
     config = read_model(arguments.model)
-    _check_length(arguments, text_config(config).get("max_position_embeddings"))
-    texts = [_text(name) for name in arguments.texts]
+    check_length(arguments.length, text_config(config).get("max_position_embeddings"))
+    texts = read_texts(arguments.texts)
     require_transformers("train-gates")
     from gossamer.cli.generation import load_checked, load_tokenizer
 
@@ -112,35 +109,9 @@ def _common(arguments: argparse.Namespace, model: Any, tokenizer: Any, texts: li
         "schedule": Schedule(arguments.steps, arguments.rate, "cosine" if arguments.kind == "seer" else "trapezoid"),
         "about": about,
         "path": arguments.out.with_name(arguments.out.name + ".partial"),
-        "progress": _progress(arguments.steps),
+        "progress": step_progress(arguments.steps),
         "save_every": arguments.save_every,
     }
-
-
-def _progress(steps: int) -> Callable[[int, float], None]:
-    """A bar on a terminal, else ten lines."""
-    from tqdm import tqdm
-
-    begun = time.monotonic()
-    bar = tqdm(total=steps, file=sys.stderr, disable=not sys.stderr.isatty(), unit="step")
-    first: list[int] = []
-
-    def show(step: int, loss: float) -> None:
-        first.append(step) if not first else None
-        bar.set_description(f"loss {loss:.4g}")
-        bar.update(step - bar.n)
-        if step == steps:
-            bar.close()
-        if bar.disable and (step == steps or step % max(1, steps // 10) == 0):
-            spent = time.monotonic() - begun
-            left = spent / (step - first[0] + 1) * (steps - step)
-            print(
-                f"step {step}/{steps}: loss {loss:.4g}; {spent:.0f} s so far, about {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    return show
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -154,24 +125,5 @@ def _check(arguments: argparse.Namespace) -> None:
             raise BadInput(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not 0 < arguments.rate <= 10:
         raise BadInput(f"--rate must be above 0 and at most 10, got {arguments.rate}")
-    if abs(arguments.seed) >= 2**63:
-        raise BadInput(f"--seed must fit into 64 bits, got {arguments.seed}")
-    out = arguments.out
-    if os.path.exists(out):
-        raise BadInput(f"{out} is there already; give another name, or remove it")
-    if not os.path.isdir(out.parent) or not os.access(out.parent, os.W_OK):
-        raise BadInput(f"cannot write into {out.parent}; give another --out")
-
-
-def _check_length(arguments: argparse.Namespace, limit: int | None) -> None:
-    if limit is not None and arguments.length > limit:
-        raise BadInput(f"this model takes {limit} tokens, got a length of {arguments.length}; add --length {limit}")
-
-
-def _text(name: str) -> str:
-    try:
-        return read_text(name)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{name} is not UTF-8 text") from error
-    except OSError as error:
-        raise BadInput(f"cannot read {name}: {error.strerror}") from error
+    check_seed(arguments.seed)
+    check_place(arguments.out)

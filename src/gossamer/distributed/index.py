@@ -15,6 +15,7 @@ from gossamer.backends.torch.attend import wide
 from gossamer.call import AttentionCall
 from gossamer.distributed.layout import Layout
 from gossamer.distributed.selection import VerticalSlashes
+from gossamer.methods.mtraining import best_below
 from gossamer.methods.vertical_slash import BLOCK, FORCED_BANDS, FORCED_COLUMNS, VerticalSlash, at_least
 from gossamer.plan import ceil_div
 from gossamer.plan.integers import integer
@@ -31,7 +32,7 @@ class TopP:
     """Budgets of MTraining: of columns, and of diagonals, the best that together hold less than ``p`` of the mass.
 
     Of each head by itself, and at most ``most`` tokens of either. Every query block also keeps its own key block, which
-    the authors' kernel assumes to be selected.
+    the authors' kernel assumes to be selected. ``p = 1`` takes all, up to ``most``.
 
     Fields:
         p: share of the attention of the last queries.
@@ -175,8 +176,8 @@ def _choose(probe: _Probe, budget: TopP | VerticalSlash, columns: Tensor, bands:
     else:
         positions, masses = _candidates(probe, columns, budget.most)
         asked = lengths.clamp(max=budget.last).to(device, torch.float32)[:, None]
-        chosen = _top_p(masses, budget.p * asked, budget.most)
-        slashes = _top_p(bands, budget.p * asked, ceil_div(budget.most, BLOCK))
+        chosen = best_below(masses, budget.p, asked, budget.most)
+        slashes = best_below(bands, budget.p, asked, ceil_div(budget.most, BLOCK))
         slashes[..., 0] = True
     return VerticalSlashes(
         heads=probe.call.heads,
@@ -202,10 +203,3 @@ def _candidates(probe: _Probe, columns: Tensor, most: int) -> tuple[Tensor, Tens
     masses, positions = probe.gather(masses), probe.gather(positions)
     order = positions.masked_fill(masses == float("-inf"), probe.layout.length).sort(dim=-1, stable=True).indices
     return positions.gather(-1, order), masses.gather(-1, order)
-
-
-def _top_p(masses: Tensor, share: Tensor, most: int) -> Tensor:
-    """The best whose sum, with all that are better, stays below a share; bool of the same shape."""
-    best = masses.clamp(min=0.0).sort(dim=-1, descending=True, stable=True).values
-    count = (best.double().cumsum(dim=-1) < share.double()[..., None]).sum(dim=-1)
-    return top_k(masses, count.clamp(max=most)) & (masses > 0)

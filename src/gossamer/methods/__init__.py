@@ -11,10 +11,12 @@ from gossamer.methods.dense import Dense
 from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
+from gossamer.methods.longgen import LongGen
 from gossamer.methods.lserve import LServe
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.moa import MoA
+from gossamer.methods.mtraining import MTraining
 from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
@@ -41,7 +43,9 @@ __all__ = [
     "FlashPrefill",
     "FlexPrefill",
     "LServe",
+    "LongGen",
     "MInference",
+    "MTraining",
     "MaxRelative",
     "Method",
     "MoA",

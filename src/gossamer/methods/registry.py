@@ -17,10 +17,12 @@ from gossamer.methods.dense import Dense
 from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
+from gossamer.methods.longgen import LongGen
 from gossamer.methods.lserve import LServe
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.moa import MoA
+from gossamer.methods.mtraining import MTraining
 from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
@@ -44,6 +46,7 @@ _METHODS: tuple[type[Method], ...] = (
     TriShape,
     TriangleMix,
     VerticalSlash,
+    MTraining,
     BlockSparse,
     MInference,
     MaxRelative,
@@ -60,6 +63,7 @@ _METHODS: tuple[type[Method], ...] = (
     DuoAttention,
     LServe,
     MoA,
+    LongGen,
     SeerAttention,
     Corrected,
     PerHead,

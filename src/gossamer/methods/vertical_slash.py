@@ -95,7 +95,7 @@ class VerticalSlash(Method):
         return blocks.plan()
 
 
-def band_mass(mass: Tensor) -> Tensor:
+def band_mass(mass: Tensor, forced: int = FORCED_BANDS) -> Tensor:
     """Mass of the block diagonals, ``[B, H, bands]``, band b holding distances around ``64 b``; forced ones infinite.
 
     A pair at distance d = 64 b + r lies on block diagonal b for the share (64 - r) / 64 of the rows and on b + 1 for
@@ -106,7 +106,7 @@ def band_mass(mass: Tensor) -> Tensor:
     bands = torch.zeros(*mass.shape[:2], padded.shape[2] + 1, device=mass.device)
     bands[..., :-1] += (padded * (1 - split)).sum(-1)
     bands[..., 1:] += (padded * split).sum(-1)
-    bands[..., :FORCED_BANDS] = float("inf")
+    bands[..., :forced] = float("inf")
     return bands
 
 

@@ -1,6 +1,17 @@
 """Profiles: methods per layer and head, and numbers that methods take by layer and head, as files."""
 
+from gossamer.profiles.hybrid import full_layers, hybrid_profile
 from gossamer.profiles.profile import Profile, Provenance
 from gossamer.profiles.tables import read_duo, read_moa, read_table, write_duo, write_moa
 
-__all__ = ["Profile", "Provenance", "read_duo", "read_moa", "read_table", "write_duo", "write_moa"]
+__all__ = [
+    "Profile",
+    "Provenance",
+    "full_layers",
+    "hybrid_profile",
+    "read_duo",
+    "read_moa",
+    "read_table",
+    "write_duo",
+    "write_moa",
+]
