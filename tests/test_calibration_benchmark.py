@@ -168,4 +168,6 @@ def test_what_the_page_says_of_last_queries() -> None:
     assert found(SMALL, "asked", "kl over the rival's") == pytest.approx([0.83, 0.76], abs=0.005)
     theirs, ours = found(SMALL, "rival", "last kl"), found(SMALL, "asked", "last kl")
     assert [b / a for a, b in zip(theirs, ours, strict=True)] == pytest.approx([0.7, 0.8], abs=0.05)
+    assert found(LARGE, "fixed", "time over the rival's") == pytest.approx([0.78, 0.77], abs=0.005)
+    assert found(LARGE, "fixed", "error over the rival's") == pytest.approx([0.62, 0.36], abs=0.005)
     assert found(LARGE, "rival", "time") == pytest.approx([0.5, 0.5], abs=0.01)
