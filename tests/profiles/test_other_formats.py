@@ -75,6 +75,8 @@ def test_lines_become_windows_of_a_length(tmp_path: Path) -> None:
     assert import_profile(path, length=8192).layers == ((AShape(64, 960), AShape(64, 4032)),)
     with pytest.raises(ValueError, match="say for which length"):
         import_profile(path)
+    with pytest.raises(ValueError, match="length must be at most 2147483647 tokens, got 10"):
+        import_profile(path, length=10**30)
 
 
 @pytest.mark.parametrize("content", ["[[0.9, 0.5]]", '{"threshold": [[0.9, 0.5]]}', "0.9\t0.5\n"])
