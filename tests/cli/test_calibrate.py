@@ -252,6 +252,15 @@ def test_the_partial_file_of_another_search_is_named(refused, model_path, texts,
     ):
         assert f"holds figures of another {what}" in refused(*argv, *change)
     assert main([*map(str, argv), "--budget", "0.95", "--objective", "mass"]) == 0  # chosen from the same figures
+    profile = Profile.load(tmp_path / "p.json")
+    of_errors, chosen_by = profile.provenance.metric.split("; ")
+    assert (of_errors, chosen_by) == (
+        "relative L2 error of the output, mean over the prompts that chose",
+        "chosen by mass",
+    )
+    figures = json.loads(profile.provenance.samples)["figures"]["calibration"]
+    assert float(torch.tensor(profile.errors).mean()) == pytest.approx(figures["error"])
+    assert figures["loss"] == pytest.approx(1 - figures["recall"])
 
 
 def test_a_bound_on_the_logits(capsys, model_path, texts, tmp_path) -> None:

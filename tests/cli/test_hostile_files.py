@@ -218,6 +218,18 @@ def test_any_change_of_a_profile_is_read_or_refused_in_one_line(profile, refused
     assert refusals > 100
 
 
+def test_no_text_of_a_profile_reaches_the_terminal_as_it_is(capsys, tmp_path) -> None:
+    paths = [tmp_path / name for name in ("one.json", "other.json")]
+    for path, gates in zip(paths, ("a\n\x1b[2Jb", "c\r"), strict=True):
+        text = json.dumps({"schema": 2, "methods": [[{"method": "seer_attention", "gates": gates}]]})
+        path.write_text(text)
+    assert main(["profile", "show", str(paths[0])]) == 0
+    assert main(["profile", "diff", *map(str, paths)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("a\\n\\x1b[2Jb") == 2
+    assert all(line.isprintable() for line in out.split("\n"))
+
+
 def test_every_field_of_a_method_in_a_profile_is_checked(tmp_path) -> None:
     data = Profile(((VerticalSlash(),),)).to_dict()
     for wrong in ("no", 1, None, [1]):

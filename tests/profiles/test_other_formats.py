@@ -51,6 +51,9 @@ def test_gates_become_full_and_streaming_heads(tmp_path: Path) -> None:
     assert import_profile(tmp_path, sparsity=1.0).layers[0] == (streaming, streaming)
     with pytest.raises(ValueError, match="has 2 heads a layer; 3 is no multiple"):
         import_profile(tmp_path, heads=3)
+    for heads in (0, 200_000, 2 * 10**30):  # as many would fill the memory
+        with pytest.raises(ValueError, match="heads must be 1 to 100,000, got"):
+            import_profile(tmp_path, heads=heads)
 
 
 def test_the_file_of_gates_stands_for_its_folder(tmp_path: Path) -> None:
@@ -72,6 +75,8 @@ def test_lines_become_windows_of_a_length(tmp_path: Path) -> None:
     assert import_profile(path, length=8192).layers == ((AShape(64, 960), AShape(64, 4032)),)
     with pytest.raises(ValueError, match="say for which length"):
         import_profile(path)
+    with pytest.raises(ValueError, match="length must be at most 2147483647 tokens, got 10"):
+        import_profile(path, length=10**30)
 
 
 @pytest.mark.parametrize("content", ["[[0.9, 0.5]]", '{"threshold": [[0.9, 0.5]]}', "0.9\t0.5\n"])

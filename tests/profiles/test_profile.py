@@ -87,6 +87,14 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert [found.name for found in tmp_path.iterdir()] == ["profile.json"]
 
 
+def test_a_figure_that_is_no_number_is_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            replace(PROFILE, errors=((value,) * 4,) * 2).save(path)
+    assert not path.exists()
+
+
 # What it holds
 
 
@@ -153,12 +161,25 @@ def test_bad_profiles_are_named(given: dict[str, Any], error: type[Exception], m
         ({"provenance": {"lengths": 3}}, "its lengths a list"),
         ({"provenance": {"lengths": [1.5]}}, "lengths of a profile's provenance must be integers, got 1.5"),
         ({"provenance": {"model": 3}}, "model of a profile's provenance must be text, got 3"),
+        ({"layers": 3}, "layers of a profile must be how many its methods are for, 2, got 3"),
+        ({"heads": 4.0}, "heads of a profile must be how many its methods are for, 4, got 4.0"),
+        ({"layers": None}, "layers of a profile must be how many .* 2, got null"),
+        ({"methods": [[{"method": "dense"}] * 4], "scores": None}, "layers of a profile must be how many .* 1, got 2"),
+        ({"methods": [[{"method": "per_head"}]]}, "methods: per_head.layers must hold methods for single heads"),
         ({"methods": [[{"method": "dense", "name": 1}]]}, "layer 0, head 0: method 'dense' has no field 'name'"),
     ],
 )
 def test_wrong_dictionaries_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Profile.from_dict(PROFILE.to_dict() | change)
+
+
+def test_a_models_name_from_a_file_is_shown_on_one_short_line() -> None:
+    named = replace(PROFILE, provenance=Provenance("a\n\x1b[31m" + "x" * 100_000))
+    with pytest.raises(ValueError, match="but this model has 3 layers of 4") as caught:
+        named.check(3, 4)
+    assert len(str(caught.value)) < 250
+    assert str(caught.value).isprintable()
 
 
 def test_something_else_than_a_dictionary_is_named() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gossamer.calibrate.choice import choose_cheapest, choose_fixed, choose_global
-from gossamer.calibrate.figures import FIGURES, measure_layer
+from gossamer.calibrate.figures import FIGURES, LayerFigures, measure_layer
 from gossamer.calibrate.prices import Price
 from gossamer.calibrate.samples import Sample, Samples
 from gossamer.calibrate.store import Store
@@ -160,7 +160,7 @@ def measure(
         progress: called for each layer of each sample that the store lacked, when it is measured.
 
     Raises:
-        ValueError: a prompt cannot be made, the model's attention not be observed, or an unknown objective.
+        ValueError: a prompt cannot be made, the model's attention not be observed or has NaN, or an unknown objective.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
@@ -199,12 +199,23 @@ def _read(
         if call.layer is None or call.layer in done:
             return
         figures = measure_layer(call, observed.out, methods, price, groups=groups)
+        _check_finite(figures, call.layer, f"{samples.name(sample.source)} at {sample.length} tokens")
         store.add(sample.key, call.layer, figures)
         done.add(call.layer)
         progress(sample, call.layer)
 
     subject.hidden_states(samples.tokens(sample), Policy.of("dense"), visit)
     return done
+
+
+def _check_finite(figures: LayerFigures, layer: int, prompt: str) -> None:
+    for name in FIGURES:
+        wrong = ~getattr(figures, name).isfinite().all(dim=0)
+        if wrong.any():
+            raise ValueError(
+                f"layer {layer}, head {int(wrong.nonzero()[0])}: the {name} on {prompt} is no finite number, since "
+                "the attention's numbers are none; look for NaN in the model, or try another dtype"
+            )
 
 
 def _stacked(store: Store, prompts: Sequence[str], layers: Sequence[int]) -> Figures:

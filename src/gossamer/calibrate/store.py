@@ -46,7 +46,7 @@ class Store:
         lines = [] if self._started else [self._about]
         lines.append({"prompt": prompt, "layer": layer} | figures.to_dict())
         with self.path.open("ab") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
         self._started = True
@@ -56,18 +56,24 @@ class Store:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
+    def _begins(self, content: bytes) -> bool:
+        """That it is what stays of a first line that was cut off."""
+        return json.dumps(self._about).encode().startswith(content)
+
     def _read(self, path: Path) -> None:
         content = read_file(path)
         whole = content.rfind(b"\n") + 1
         try:
             lines = [parse_json(line) for line in content[:whole].split(b"\n")[:-1]]
-            theirs, *figures = lines or [None]
+            if not (lines or self._begins(content)):
+                raise ValueError("something else, without an end of a line")
+            theirs, *figures = lines or [self._about]
             found = {(line["prompt"], line["layer"]): LayerFigures.from_dict(line) for line in figures}
             if len({getattr(one, name).shape for one in found.values() for name in FIGURES}) > 1:
                 raise ValueError("figures of several shapes")
         except (ValueError, TypeError, KeyError, RuntimeError):  # RuntimeError: what torch makes no tensor of
             raise ValueError(f"{path} holds no figures to go on with; remove it, or write elsewhere") from None
-        if theirs is not None and theirs != self._about:
+        if theirs != self._about:
             names = sorted(self._about.keys() | theirs.keys()) if isinstance(theirs, dict) else []
             other = ", ".join(name for name in names if theirs.get(name) != self._about.get(name))
             raise ValueError(
@@ -76,4 +82,4 @@ class Store:
         if whole < len(content):  # cut off within a line
             with path.open("r+b") as file:
                 file.truncate(whole)
-        self._found, self._started = found, theirs is not None
+        self._found, self._started = found, bool(lines)

@@ -89,7 +89,7 @@ def write(
         architecture=type(subject.model).__name__,
         samples=json.dumps(known, sort_keys=True),
         lengths=tuple(sorted({sample.length for sample in samples.listed})),
-        metric=f"{found.objective}: mean over calibration prompts",
+        metric=f"relative L2 error of the output, mean over the prompts that chose; chosen by {found.objective}",
         held_out=held_out_words(summary),
         library_version=__version__,
         config=written(subject.model.config),

@@ -55,7 +55,7 @@ def _read(path: Path, arguments: argparse.Namespace) -> Profile:
 
 
 def _label(method: Method) -> str:
-    return label_of(Policy(method))
+    return one_line(label_of(Policy(method)))
 
 
 def _show(arguments: argparse.Namespace) -> int:

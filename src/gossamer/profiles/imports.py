@@ -8,9 +8,10 @@ from pathlib import Path
 
 from gossamer.methods import AShape, Dense, Method, XAttention
 from gossamer.methods.head_tables import full_heads
+from gossamer.plan.integers import MOST
 from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown
 from gossamer.profiles.profile import Profile, Provenance
-from gossamer.profiles.tables import GATES, read_duo, read_moa, read_table
+from gossamer.profiles.tables import GATES, MOST_HEADS, read_duo, read_moa, read_table
 
 __all__ = ["FORMATS", "import_profile"]
 
@@ -41,6 +42,8 @@ def import_profile(
         ValueError: it is none of these, or ``heads`` or ``length`` is missing or does not fit.
     """
     path = Path(path)
+    if heads is not None and not 1 <= heads <= MOST_HEADS:
+        raise ValueError(f"heads must be 1 to {MOST_HEADS:,}, got {heads}")
     form = form or _form_of(path)
     if form in ("profile", "minference"):
         return Profile.load(path)
@@ -57,6 +60,8 @@ def import_profile(
         moa = read_moa(path)
         if length is None or length < 1:
             raise ValueError(f"{path} has spans that grow with the prompt; say for which length")
+        if length > MOST:
+            raise ValueError(f"length must be at most {MOST} tokens, got {length}")
         spans = [moa.spans(length, i, len(layer)).tolist() for i, layer in enumerate(moa.alphas)]
         layers = [[AShape(moa.sink, max(1, span - moa.sink)) for span in layer] for layer in spans]
     elif form == "thresholds":

@@ -27,7 +27,8 @@ class Provenance:
         model: its id or path; config: what of its config attention depends on, a text of JSON, and config_hash: its
             SHA-256 in hexadecimal (`gossamer.profiles.models`).
         samples, prompts_hash: which prompts, and their hash; lengths: in tokens.
-        metric: what ``errors`` measure; held_out: what they are on prompts that did not choose.
+        metric: what ``errors`` measure, and by what the methods were chosen; held_out: what they are on prompts that
+            did not choose.
         kernel: what ``costs`` hold for; machine: where they were measured.
     """
 
@@ -96,7 +97,7 @@ class Profile:
             ValueError: it is for another one.
         """
         if (len(self.layers), self.heads) != (layers, heads):
-            made_for = f" ({self.provenance.model})" if self.provenance.model else ""
+            made_for = f" ({shown(self.provenance.model)[1:-1]})" if self.provenance.model else ""
             raise ValueError(
                 f"the profile is for {len(self.layers)} layers of {self.heads} heads{made_for}, but this model has "
                 f"{layers} layers of {heads}; use a profile made for it"
@@ -208,11 +209,22 @@ class Profile:
                     layers[-1].append(from_dict(head))
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"profile layer {i}, head {j}: {error}") from error
-        return cls(tuple(map(tuple, layers)), scores, _provenance(data.get("provenance")), errors, costs)
+        provenance = _provenance(data.get("provenance"))
+        try:
+            profile = cls(tuple(map(tuple, layers)), scores, provenance, errors, costs)
+        except TypeError as error:  # a method of several heads
+            raise ValueError(f"a profile's methods: {error}") from error
+        _check_shape(data, profile)
+        return profile
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON, to a temporary name first: a profile on disk is always whole."""
-        write_whole(path, json.dumps(self.to_dict(), indent=1))
+        """Write as JSON, to a temporary name first: a profile on disk is always whole.
+
+        Raises:
+            OSError: it cannot be written.
+            ValueError: a figure is NaN or infinite, which `load` would refuse.
+        """
+        write_whole(path, json.dumps(self.to_dict(), indent=1, allow_nan=False))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -265,6 +277,14 @@ class Profile:
             methods.append(tuple(method for method, _ in found))
             scores.append(tuple(score for _, score in found))
         return cls(tuple(methods), tuple(scores), Provenance(samples="a file in MInference's published format"))
+
+
+def _check_shape(data: dict[str, Any], profile: Profile) -> None:
+    """That no layer and no head is missing, where the file says how many there are."""
+    for name, counted in (("layers", len(profile.layers)), ("heads", profile.heads)):
+        given = data.get(name, counted)
+        if type(given) is not int or given != counted:
+            raise ValueError(f"{name} of a profile must be how many its methods are for, {counted}, got {shown(given)}")
 
 
 def _provenance(data: Any) -> Provenance:

@@ -12,11 +12,11 @@ from typing import Any
 from gossamer.methods import DuoAttention, MoA
 from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
 
-__all__ = ["GATES", "read_duo", "read_moa", "read_table", "write_duo", "write_moa"]
+__all__ = ["GATES", "MOST_HEADS", "read_duo", "read_moa", "read_table", "write_duo", "write_moa"]
 
 GATES = "full_attention_heads.tsv"
 _CONFIG = "config.json"
-_MOST_LAYERS = _MOST_HEADS = 100_000  # more than any model has
+_MOST_LAYERS = MOST_HEADS = 100_000  # more than any model has
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -141,7 +141,7 @@ def _checked(data: Any, what: str) -> Rows:
         raise ValueError(f"{what} must be a list (layers) of lists (heads) of numbers, got {shown(data)}")
     if len({len(row) for row in data}) > 1:
         raise ValueError(f"{what} must have the same number of heads in each layer, got {len(data[0])} first")
-    if len(data) > _MOST_LAYERS or len(data[0]) > _MOST_HEADS:
+    if len(data) > _MOST_LAYERS or len(data[0]) > MOST_HEADS:
         raise ValueError(f"{what} has {len(data)} layers of {len(data[0])} heads: more than any model")
     for layer, row in enumerate(data):
         for head, number in enumerate(row):

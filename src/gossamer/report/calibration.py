@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gossamer.calibrate.summary import summary_table
+from gossamer.calibrate.summary import summary_figures, summary_table
 from gossamer.report.figure import Figure, Record, Style, Table, family_styles, legend
 from gossamer.report.html import Html
 from gossamer.report.svg import PALETTE, Panel, number
@@ -123,8 +123,10 @@ def held_out(records: Sequence[Record]) -> Figure:
             marker = styles[method].marker or "circle"
             panel.marker(*panel.place(mine, other), marker, styles[method].colour, hint, 0.7)
         panels.append((f"{_name(record)}: a point a head", panel.render(scale=1.4)))
-    for record in (record for record in _of(records) if "summary" in record):
-        header, *rows = summary_table(record["summary"])
+    summed = [record for record in _of(records) if "summary" in record]
+    names = summary_figures([record["summary"] for record in summed])
+    for record in summed:
+        header, *rows = summary_table(record["summary"], names)
         words += [] if words else [["profile", *header]]
         words += [[_name(record), *row] for row in rows]
     note = (
