@@ -65,6 +65,19 @@ def test_of_what_was_run_by_hand() -> None:
     assert f"greedy tokens for each of {equal['requests']} requests" in page
 
 
+def test_of_bits_in_a_stock_engine() -> None:
+    found, page = json.loads(CHECKS.read_text())["many_stock"], page_of_vllm()
+    assert f"{found['first_log_probabilities_with_the_same_bits']} of {found['requests']} first log-prob" in page
+    assert f"differed by {found['largest_difference']:.1e} at most" in page
+
+
+def test_of_memory_where_lengths_come_again() -> None:
+    found, page = json.loads(CHECKS.read_text())["passes"]["max_relative"], page_of_vllm()
+    before, _, second, third, fourth = found["memory_mib"]
+    assert f"{found['prompts']} prompts), memory rose from {before:.0f} MiB to {second:,.0f} in the first two" in page
+    assert max(third, fourth) <= second
+
+
 def test_of_the_soak() -> None:
     found = json.loads(CHECKS.read_text())["soak"]
     ours, stock, page = found["max_relative"], found["stock"], page_of_vllm()

@@ -8,9 +8,10 @@ and freed block and in other rows' keys, queries and values, and must agree bit 
 bits, what it is alone. Then each request alone, without poison: under the dense plan its tokens must be those that it
 had among the others; under another a chunk of few queries runs dense, and company decides what the chunks are.
 
-Bits of what the whole model puts out are not compared, for they differ without gossamer too: what vLLM's linear layers
-compute of a token depends on how many others are in the step. How many first log-probabilities have the same bits is
-told, and the largest difference; with ``--stock`` of an engine without gossamer.
+Bits of what the whole model puts out are not compared, for they differ without gossamer too: a request's chunks depend
+on its company, and the sums of vLLM's kernel, which runs the rows of few queries, on the chunks. How many first
+log-probabilities have the same bits is told, and the largest difference; with ``--stock`` of an engine without
+gossamer.
 """
 
 from __future__ import annotations
