@@ -6,7 +6,6 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +19,13 @@ from gpu_setting import (
     flex,
     flops,
     full_plan,
+    on_triton,
     ours,
-    planned_by,
     torch_contenders,
 )
 from gpu_timing import COMPILING_SECONDS, Series, alternate
+from gpu_training import training
 from gpu_tune import tune
-from timing import environment
 from torch import Tensor
 from workloads import random_blocks_of
 
@@ -232,7 +231,7 @@ def _model(setting: Setting, width: Width, weights: Callable[[], tuple[list[Laye
             return F.linear(F.rms_norm(x[-1:], (width.hidden,)), head)
 
         row: Row = {"what": spec, "length": length, "layers": len(layers)}
-        with _on_triton(setting):
+        with on_triton(setting):
             refusal = setting.budget.refusal(COMPILING_SECONDS)
             if refusal is None and not setting.interpreted:
                 layers[0].run(draw(), policy)  # compiles
@@ -257,15 +256,6 @@ def _model(setting: Setting, width: Width, weights: Callable[[], tuple[list[Laye
         }
 
 
-def _on_triton(setting: Setting) -> ExitStack:
-    """Without a device the library would choose the CPU's kernels: have it interpret the device's."""
-    stack = ExitStack()
-    if setting.interpreted:
-        stack.enter_context(environment("GOSSAMER_BACKEND", "triton"))
-        stack.enter_context(planned_by("triton"))
-    return stack
-
-
 def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None or math.isnan(value) else round(value, digits)
 
@@ -275,6 +265,7 @@ SECTIONS: dict[str, Callable[[Setting], Cells]] = {
     "whole": whole,
     "dense": dense,
     "blocks": blocks,
+    "training": training,
     "model": model,
     "tune": tune,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -208,6 +208,15 @@ class Attempt:
 
     def attend(self, call: AttentionCall) -> object:
         return triton.attend(call, self.plan(call))
+
+
+def on_triton(setting: Setting) -> ExitStack:
+    """Without a device the library would choose the CPU's kernels: have it interpret the device's."""
+    stack = ExitStack()
+    if setting.interpreted:
+        stack.enter_context(environment("GOSSAMER_BACKEND", "triton"))
+        stack.enter_context(planned_by("triton"))
+    return stack
 
 
 def planned_by(backend: str) -> AbstractContextManager[None]:

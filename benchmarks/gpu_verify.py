@@ -1,8 +1,8 @@
 """Is everything right on this device? `benchmarks/gpu.py` times nothing while it is not.
 
-The Triton kernel and FlexAttention against the definition in fp64, plans that were made on the device against those
-that are made on the CPU, and what is timed at the lengths at which it is timed. On a device the small checks run in
-processes of their own, where kernels compile side by side and a broken one harms no other.
+The Triton kernels and FlexAttention against the definition in fp64, gradients too, plans that were made on the device
+against those that are made on the CPU, and what is timed at the lengths at which it is timed. On a device the small
+checks run in processes of their own, where kernels compile side by side and a broken one harms no other.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from gpu_setting import planned_by
 from gpu_timing import Budget
+from gpu_verify_gradients import gradient_checks
 from gpu_verify_sizes import NotRun, forget_inputs, size_checks, validate
 from torch import Tensor
 
@@ -42,7 +43,7 @@ METHODS: list[Entry] = [
     ("max_relative", {"alpha": 0.3, "sink_blocks": 1, "window_blocks": 2, "last_rows": 256}),
 ]
 NOT_CAUSAL = ("bidirectional", "cross-attention")
-GROUPS = ("methods", "random", "options", "plans", "sizes")
+GROUPS = ("methods", "random", "options", "plans", "gradients", "sizes")
 # Dtypes, head dimensions and shares of a group take turns: some methods meet each, and few kernels compile.
 _TURNS = [
     (torch.bfloat16, 128, 4),
@@ -176,6 +177,8 @@ def _checks(device: torch.device, whole: bool, small: bool) -> Iterator[Check]:
             continue
         check = functools.partial(_check_plan, device, entry, situation, length)
         yield Check("plans", f"plan of {_label(entry)}, {situation}", check)
+    for name, check in gradient_checks(device, whole, small):
+        yield Check("gradients", name, check)
     for name, check in size_checks(device, small):
         yield Check("sizes", name, check)
 

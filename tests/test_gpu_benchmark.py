@@ -253,6 +253,14 @@ FIGURES = {
         "series": {"sdpa flash": SERIES},
     },
     "blocks": {"density": 0.01234, "tflops": 612.34, "efficiency": 0.812, "speedup_over_flex": 1.234, **SERIES},
+    "training": {
+        "density": 0.01234,
+        "efficiency": 0.812,
+        "speedup_over_sdpa": 21.234,
+        "speedup_over_flex": 1.234,
+        "rivals": {"sdpa flash": SERIES},
+        **SERIES,
+    },
     "model": {"seconds_whole": 123.456, "density": 0.01234, "speedup_over_dense": 12.345},
 }
 
@@ -265,6 +273,7 @@ def made_up_rows(script):
         "whole": ["sdpa", *setting.SPARSE],
         "dense": ["dense"],
         "blocks": ["dense in 128x128", *(f"{share:.0%} in 128x128" for share in script("gpu_sections").DENSITIES)],
+        "training": ["step, dense", *(f"step, {share:.0%}" for share in script("gpu_training").DENSITIES)],
         "model": ["dense", "minference"],
     }
     full = setting.Setting(torch.device("meta"), False, None, None)
@@ -296,6 +305,17 @@ def test_a_full_run_prints_at_most_sixty_lines_that_do_not_wrap(script, monkeypa
     assert 50 < len(lines) <= 60
     assert max(len(line) for line in lines) <= 120
     assert not [line for line in lines if "{" in line or line.endswith("...")]
+
+
+@pytest.mark.slow
+def test_steps_of_training_are_timed_on_sparse_plans(run_quick, launches):
+    status, sections = run_quick("training")
+    full, *sparse = sections["training"]["rows"]
+    assert status == 0
+    assert [row["what"] for row in (full, *sparse)] == ["step, dense", "step, 10%"]
+    assert all(row["efficiency"] > 0 and row["speedup_over_sdpa"] > 0 for row in (full, *sparse))
+    assert not [row for row in (full, *sparse) if "failure" in row]
+    assert min(launches) < 0.4
 
 
 def test_a_second_command_does_not_verify_the_same_code_again(run_quick, script, monkeypatch):

@@ -29,6 +29,7 @@ def test_exact_slashes_mixed_methods_and_every_option_are_verified(checks, scrip
         assert part in names
     for option in script("gpu_verify").OPTIONS:
         assert f"{option}: max_relative" in names
+    assert "gradients of random plan 4" in names
     assert {check.group for check in checks.values()} == set(script("gpu_verify").GROUPS)
 
 
@@ -60,6 +61,23 @@ def test_a_wrong_kernel_is_found_at_the_timed_sizes(script, monkeypatch, broken)
     monkeypatch.setattr(triton, "attend", wrong)
     with pytest.raises(AssertionError, match="exceeds"):
         named[name]()
+
+
+@pytest.mark.parametrize("broken", ["q", "k", "v", "sinks"])
+def test_a_wrong_gradient_is_found(script, monkeypatch, broken):
+    gradients = script("gpu_verify_gradients")
+    right = definition.attend_backward
+
+    def wrong(*given):
+        found = right(*given)
+        return found._replace(**{broken: getattr(found, broken) * 1.05})
+
+    monkeypatch.setattr(triton, "attend", definition.attend)
+    monkeypatch.setattr(triton, "attend_backward", right)
+    gradients.check_random(torch.device("cpu"), 1, 100)
+    monkeypatch.setattr(triton, "attend_backward", wrong)
+    with pytest.raises(AssertionError, match=f"the gradient of {broken} has an error"):
+        gradients.check_random(torch.device("cpu"), 1, 100)
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ TYPES |= dict.fromkeys(("scale_log2", "softcap_log2", "softcap_slope", "skip_log
 TYPES |= dict(scale="fp32")
 FLAGS = ("HAS_BLOCKS", "HAS_COLUMNS", "Q_ORDER", "K_ORDER", "SOFTCAP", "SINKS")
 ATTRIBUTES = ("MEANS", "SKIP")  # of plans of blocks alone
+BACKWARD = ("query_gradients", "key_gradients", "column_gradients", "mean_gradients")
 INSTRUCTIONS = {
     "asynchronous-copy": "cp.async.c",
     "tensor-copy": "cp.async.bulk.tensor",
@@ -89,13 +90,13 @@ def compile_attend(
 
 
 def compile_backward(
-    capability: int, dtype: str, dim: int, flags: set[str], *, share: int = 4, block: int = 64, only: str | None = None
+    capability: int, dtype: str, dim: int, flags: set[str], only: tuple[str, ...] = BACKWARD
 ) -> dict[str, Any]:
-    """The kernels of gradients, in the table's tile."""
+    """The kernels of gradients, in the table's tile, for blocks of 64 and four heads that share a plan."""
     chosen = config.choose_backward(config.Problem((capability // 10, 0), dim, 4 if dtype == "fp32" else 2, 64, 64, 17))
     block_d = power_of_two(dim)
-    constants: dict[str, Any] = dict(SHARE=share, DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d)
-    constants |= dict(BLOCK_Q=block, BLOCK_K=block, TILE_M=chosen.tile_m, TILE_N=chosen.tile_n)
+    constants: dict[str, Any] = dict(SHARE=4, DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d)
+    constants |= dict(BLOCK_Q=64, BLOCK_K=64, TILE_M=chosen.tile_m, TILE_N=chosen.tile_n)
     constants |= dict(SOFTCAP="SOFTCAP" in flags, HAS_BLOCKS="HAS_BLOCKS" in flags)
     orders = {name: name in flags for name in ("Q_ORDER", "K_ORDER")}
     asked = dict(OF_KEYS=True, OF_VALUES=True)
@@ -108,11 +109,12 @@ def compile_backward(
     }  # fmt: skip
     like_q: dict[str, str] = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "reaching_ptr", "out_ptr"), "*" + dtype)
     like_q |= dict.fromkeys(("k_means", "v_means", "grad_ptr"), "*" + dtype)
-    options: dict[str, Any] = dict(warps=chosen.warps, stages=chosen.stages)
     return {
-        name: compile_kernel(getattr(kernels, name), capability, constants | own, **options, **like_q)
+        name: compile_kernel(
+            getattr(kernels, name), capability, constants | own, warps=chosen.warps, stages=chosen.stages, **like_q
+        )
         for name, own in variants.items()
-        if only in (None, name)
+        if name in only
     }
 
 
@@ -193,12 +195,16 @@ def main(capability: int) -> None:
         compiled |= {
             "attend-attributes": compile_attend(capability, "fp16", 128, (64, 64), {"HAS_BLOCKS", *ATTRIBUTES})
         }
+        every = {"HAS_BLOCKS", "SOFTCAP", "Q_ORDER", "K_ORDER"}
+        compiled |= compile_backward(capability, "fp16", 80, every, ("column_gradients", "mean_gradients"))
     else:
         compiled = {"attend": compile_chosen("bf16", 128, 64, {"HAS_BLOCKS", "HAS_COLUMNS"})}
         compiled |= {"attend-attributes": compile_chosen("bf16", 128, 64, {"HAS_BLOCKS", *ATTRIBUTES})}
         compiled |= {"attend-fp32": compile_chosen("fp32", 128, 64, set())}
         compiled |= {"sums-fp32": compile_products(90, "fp32", 128, 1, only="probe_sums")["probe_sums"]}
         compiled |= compile_products(90, "bf16", 128, 4)
+        listed = {"HAS_BLOCKS", "HAS_COLUMNS"}
+        compiled |= compile_backward(90, "bf16", 128, listed, ("query_gradients", "key_gradients"))
     for name, kernel in compiled.items():
         found = [word for word, instruction in INSTRUCTIONS.items() if instruction in kernel.asm["ptx"]]
         print(name, *resources(kernel), *found)

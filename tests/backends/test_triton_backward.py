@@ -84,7 +84,12 @@ def test_every_kind_of_plan_in_every_dtype(kind: str, dtype: str) -> None:
 @pytest.mark.parametrize("seed", [1, 3, 5, 6])
 def test_random_plans(seed: int) -> None:
     """Of parts by chance, of which some are absent; blocks of several sizes, heads in groups of two."""
-    sizes = {"query_len": 50, "key_len": 60, "block_q": [16, 32][seed % 2], "block_k": [32, 16, 20][seed % 3]}
+    sizes: dict[str, Any] = {
+        "query_len": 50,
+        "key_len": 60,
+        "block_q": [16, 32][seed % 2],
+        "block_k": [32, 16, 20][seed % 3],
+    }
     plan = random_plan(seed, batch=1, heads=2, **sizes, permuted=seed == 5, causal=seed % 2 == 1, padded=seed == 6)
     call = draw(plan, heads=4, groups=2, dim=16, seed=seed)
     check(call, plan, reaching(call), SMALL if seed == 3 else None)

@@ -33,6 +33,8 @@ def test_products_are_of_tensor_cores_and_loads_asynchronous(compiled) -> None:
     capability, kernels = compiled
     usual = {"asynchronous-copy", "warpgroup-matrix" if capability >= 90 else "warp-matrix"}
     expected = {"attend": usual, "attend-attributes": usual}
+    of_gradients = ("query_gradients", "key_gradients") if capability >= 90 else ("column_gradients", "mean_gradients")
+    expected |= dict.fromkeys(of_gradients, usual)
     if capability >= 90:
         expected |= dict.fromkeys(("probe_sums", "probe_mass", "row_energies", "antidiagonal_mass"), usual)
         expected |= dict.fromkeys(("attend", "attend-attributes"), usual | {"tensor-copy"})
