@@ -38,6 +38,7 @@ _SMALLEST = {
     "gossamer.backends.triton.scores": {"PART_BYTES": 1, "_SPLIT_KEYS": 64, "_SPAN_TILES": 1, "_MERGE_TILE": 32},
     "gossamer.backends.triton.choose": {"_ROW_TILE": 32, "_WIDEST_ROW": 32},
     "gossamer.backends.triton.pairs": {"_BITMAP_BYTES": 1},
+    "gossamer.backends.triton.transpose": {"MOST_ENTRIES": 1},
     "gossamer.backends.triton.launch": {"_MOST_BITMAP_BYTES": 1},
     "gossamer.integrations.transformers.masks": {"COMPARED_BYTES": 1},
     "gossamer.evaluate._attention_map": {"_BYTES": 1},

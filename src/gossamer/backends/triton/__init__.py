@@ -4,7 +4,8 @@ Its verbs mean what those of `gossamer.backends.torch` mean, and choose the same
 and imported by the first call. With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, the same code
 runs on CPU tensors, slowly: that is how it is tested.
 
-Nothing waits for the device but `finish`, `ListWriter.build` and `count`, once each, for numbers that the host needs.
+Nothing waits for the device but `finish`, `ListWriter.build`, `count` and, of long lists, `attend_backward`, once or
+twice each, for numbers that the host needs.
 """
 
 from gossamer.backends.triton.availability import interprets, is_available, why_unavailable

@@ -25,6 +25,9 @@ from gossamer.plan import SparsePlan, ceil_div
 __all__ = ["Reached", "launch_backward"]
 
 
+_MOST_COLUMNS = 64  # of a tile: their bits are two words
+
+
 class Reached(NamedTuple):
     """What `attend` returned, and what reaches it."""
 
@@ -32,13 +35,6 @@ class Reached(NamedTuple):
     lse: Tensor
     grad_out: Tensor
     grad_lse: Tensor | None
-
-
-class _Rows(NamedTuple):
-    """Of each query row and head, fp32 ``[B, H, S]``, as the kernel of the queries' gradients leaves them."""
-
-    level: Tensor
-    base: Tensor
 
 
 def launch_backward(
@@ -57,31 +53,29 @@ def launch_backward(
     q, (plan_heads, _, _, _, blocks, key_blocks, _) = given.q, given.shape
     grad_q = torch.zeros(q.shape, dtype=_stored(given), device=q.device) if needs.q else None
     level = torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
-    rows = _Rows(level, torch.full_like(level, torch.inf))
     bits = given.block_indices
     if given.needs_bitmap:
         words = ceil_div(key_blocks, 32)
         bits = torch.zeros(q.shape[0] * plan_heads * blocks, words, dtype=torch.int32, device=q.device)
-    k_means, v_means = means_of(given)
-    some = grad_q is None or grad_q.numel() > 0
+    if not (q.numel() and blocks):
+        k, v = _no_gradients(given, needs, q.dtype)
+        return Gradients(grad_q if grad_q is None else grad_q.to(q.dtype), k, v, _of_sinks(call, reached, level, needs))
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        if blocks and some:
-            if given.needs_bitmap:
-                mark_blocks[(bits.shape[0],)](
-                    given.block_indptr, given.block_indices, bits, 0, bits.shape[1], TILE=MARK_TILE
-                )
-            shared = _shared(given, reached, config) | dict(level_ptr=rows.level, base_ptr=rows.base)
-            _query_gradients(given, reached, config, shared, bits, (k_means, v_means), grad_q)
-        found = _key_gradients(given, config, shared, bits, needs) if blocks and some else _no_gradients(given, needs)
-        if given.pruned_mean and blocks and some:
-            of_means = _mean_gradients(given, config, shared, bits, (k_means, v_means), needs)
+        if given.needs_bitmap:
+            lists = (given.block_indptr, given.block_indices, bits, 0, bits.shape[1])
+            mark_blocks[(bits.shape[0],)](*lists, TILE=MARK_TILE)
+        shared, means = _shared(given, reached, config), means_of(given)
+        shared |= dict(level_ptr=level, base_ptr=torch.full_like(level, torch.inf))
+        _query_gradients(given, reached, config, shared, bits, means, grad_q)
+        found = _key_gradients(given, config, shared, bits, needs)
+        if given.pruned_mean:
+            of_means = _mean_gradients(given, config, shared, bits, means, needs)
             found = [
-                None if own is None else own + shared_by_keys(mean, call, plan)
+                None if own is None or mean is None else own + shared_by_keys(mean, call, plan)
                 for own, mean in zip(found, of_means, strict=True)
             ]
-    k, v = (None if x is None else x.to(q.dtype) for x in found)
-    sinks = _of_sinks(call, reached.lse, rows.level) if needs.sinks and call.sinks is not None else None
-    return Gradients(None if grad_q is None else grad_q.to(q.dtype), k, v, sinks)
+    q_grad, k, v = (None if x is None else x.to(q.dtype) for x in (grad_q, *found))
+    return Gradients(q_grad, k, v, _of_sinks(call, reached, level, needs))
 
 
 def _prepared(given: Arguments) -> Arguments:
@@ -160,9 +154,10 @@ def _query_gradients(
     query_gradients[(programs,)](**shared | _keys(given) | own)
 
 
-def _no_gradients(given: Arguments, needs: Needs, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+def _no_gradients(given: Arguments, needs: Needs, dtype: torch.dtype) -> list[Tensor | None]:
+    """Of keys and values: zeros."""
     asked = ((given.k, needs.k), (given.v, needs.v))
-    return [torch.zeros(x.shape, dtype=dtype or x.dtype, device=x.device) if needed else None for x, needed in asked]
+    return [torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None for x, needed in asked]
 
 
 def _key_gradients(
@@ -172,7 +167,8 @@ def _key_gradients(
     (plan_heads, _, block_k, column_group, blocks, key_blocks, _), groups = given.shape, given.k.shape[1]
     has_blocks, has_columns = given.block_indices.numel() > 0, given.column_indices.numel() > 0
     gathered = has_blocks and given.k_order.numel() > 0
-    found = _no_gradients(given, needs, torch.float32 if gathered or has_columns else _stored(given))
+    several = gathered or has_columns or given.pruned_mean
+    found = _no_gradients(given, needs, torch.float32 if several else _stored(given))
     if not (needs.k or needs.v) or not given.k.numel():
         return found
     own = _keys(given) | dict(zip(("k_grad_ptr", "v_grad_ptr"), _pointers(found), strict=True))
@@ -199,12 +195,9 @@ def _key_gradients(
     if has_columns:
         own |= dict(selected_bits=bits, words=ceil_div(key_blocks, 32), HAS_BLOCKS=has_blocks, K_ORDER=gathered)
         own |= dict(k_rank=inverse(given.k_order) if gathered else given.k_order, column_group=column_group)
-        own |= dict(column_lists=ceil_div(blocks, column_group))
-        total = given.q.shape[0] * groups
-        parts = transposed_columns(
-            given.column_indptr, given.column_indices, total, given.k.shape[2], min(64, config.tile_n)
-        )
-        for part in parts:
+        own |= dict(column_lists=ceil_div(blocks, column_group), TILE_N=min(_MOST_COLUMNS, config.tile_n))
+        lists_of_columns = (given.column_indptr, given.column_indices, given.q.shape[0] * groups, given.k.shape[2])
+        for part in transposed_columns(*lists_of_columns, own["TILE_N"]):
             some = part._asdict()
             programs = some.pop("groups") * part.tiles
             column_gradients[(programs,)](**shared | own | some)
@@ -239,9 +232,11 @@ def _pointers(found: list[Tensor | None]) -> list[Tensor]:
     return [there if x is None else x for x in found]
 
 
-def _of_sinks(call: AttentionCall, lse: Tensor, level: Tensor) -> Tensor:
+def _of_sinks(call: AttentionCall, reached: Reached, level: Tensor, needs: Needs) -> Tensor | None:
     """Rows that are not live have level 0."""
-    assert call.sinks is not None
+    if call.sinks is None or not needs.sinks:
+        return None
+    lse = reached.lse
     sinks = call.sinks.detach().float().view(1, -1, 1)
     share = torch.where(sinks == lse, 1.0, torch.exp(sinks - lse))
     return -torch.where(level == 0, 0.0, share * level).sum(dim=(0, 2))

@@ -227,7 +227,8 @@ def mean_gradients(
         k_ptr + first_mean * DIM, v_ptr + first_mean * VALUE_DIM, DIM, VALUE_DIM, 0, number, keep, DIM,
         VALUE_DIM, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    low, high = seeing(extent, keys.lowest * BLOCK_K, keys.highest * BLOCK_K + BLOCK_K - 1)
+    lowest, highest = tl.minimum(keys.lowest, key_blocks), tl.maximum(keys.highest, -1)  # where there are none
+    low, high = seeing(extent, lowest * BLOCK_K, highest * BLOCK_K + BLOCK_K - 1)
     first_block, past_block = query_blocks(extent, low, high, BLOCK_Q)
     sums = no_sums(TILE_N, BLOCK_D, BLOCK_DV)
     for h in range(0, TOGETHER):
