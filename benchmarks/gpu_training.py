@@ -26,15 +26,11 @@ def training(setting: Setting) -> Iterator[Cell]:
 
 
 def _training(setting: Setting, length: int, block: int) -> Iterator[Row]:
-    heads, groups, _ = setting.shape
-    plans = {"dense": full_plan(setting, length)} | {
-        f"{share:.0%}": random_blocks_of(groups, length, share, block_q=block, block_k=block) for share in DENSITIES
-    }
-    densities = {name: plan.to("cpu").density() for name, plan in plans.items()}
-    contenders = {name: _step(_ours(plan.to(setting.device))) for name, plan in plans.items()}
+    plans, densities = _plans(setting, length, block)
+    contenders = {name: _step(_ours(plan)) for name, plan in plans.items()}
     contenders |= {name: _step(contender) for name, contender in torch_contenders(setting).items()}
     if not setting.interpreted:  # uncompiled it holds every pair
-        contenders["flex 10%"] = _step(flex(setting, plans["10%"].to(setting.device), heads))
+        contenders["flex 10%"] = _step(flex(setting, plans["10%"], setting.shape[0]))
     with on_triton(setting):
         series = alternate(
             setting.timer,
@@ -46,6 +42,17 @@ def _training(setting: Setting, length: int, block: int) -> Iterator[Row]:
             scope=f"training {block}",
         )
     yield from _rows(series, densities, length)
+
+
+@torch.inference_mode(False)
+def _plans(setting: Setting, length: int, block: int) -> tuple[dict[str, SparsePlan], dict[str, float]]:
+    """By name, on the device, and their densities. Autograd keeps no tensors that were made in inference mode."""
+    plans = {"dense": full_plan(setting, length)} | {
+        f"{share:.0%}": random_blocks_of(setting.shape[1], length, share, block_q=block, block_k=block)
+        for share in DENSITIES
+    }
+    densities = {name: plan.to("cpu").density() for name, plan in plans.items()}
+    return {name: plan.to(setting.device) for name, plan in plans.items()}, densities
 
 
 def _rows(series: dict[str, Series], densities: dict[str, float], length: int) -> Iterator[Row]:

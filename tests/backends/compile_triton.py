@@ -22,7 +22,6 @@ from gossamer.backends.triton.config import power_of_two
 from gossamer.backends.triton.kernels import choices
 
 INTEGERS = dict.fromkeys(("block_indices", "column_indices", "q_order", "k_order", "k_rank", "selected_bits"), "*i32")
-INTEGERS |= dict.fromkeys(("row_indices", "gathered", "lists", "members"), "*i32")
 FLOATS = (
     "reaching_lse", "level", "base", "k_grad", "v_grad",
     "lse", "top", "total", "columns", "partial", "diagonals", "energy", "reference", "scores", "sinks", "queries",
@@ -107,11 +106,12 @@ def compile_backward(
         "column_gradients": orders | asked,
         "mean_gradients": asked | dict(TOGETHER=1),
     }  # fmt: skip
-    like_q: dict[str, str] = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "reaching_ptr", "out_ptr"), "*" + dtype)
-    like_q |= dict.fromkeys(("k_means", "v_means", "grad_ptr"), "*" + dtype)
+    like_q = ("q_ptr", "k_ptr", "v_ptr", "reaching_ptr", "out_ptr", "k_means", "v_means", "grad_ptr")
+    types: dict[str, str] = dict.fromkeys(like_q, "*" + dtype)
+    types |= dict.fromkeys(("row_indices", "gathered", "lists", "members"), "*i32")
     return {
         name: compile_kernel(
-            getattr(kernels, name), capability, constants | own, warps=chosen.warps, stages=chosen.stages, **like_q
+            getattr(kernels, name), capability, constants | own, warps=chosen.warps, stages=chosen.stages, **types
         )
         for name, own in variants.items()
         if name in only
