@@ -23,15 +23,15 @@ from gossamer.backends.triton.kernels.rows import tile_rows
 from gossamer.backends.triton.kernels.softmax import Logits
 from gossamer.backends.triton.kernels.sums import (
     Reaching,
+    add_bands,
+    add_blocks,
     add_rows,
     load_keys,
     no_sums,
     outside_bands,
-    position_rows,
     query_blocks,
     seeing,
     store_sums,
-    within_bands,
 )
 
 __all__ = ["column_gradients", "key_gradients", "mean_gradients"]
@@ -56,7 +56,6 @@ def key_gradients(
     ``row_indices`` list, for each key block of each head of the plan, the query blocks that name it, ascending.
     """
     PIECES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
-    TILES: tl.constexpr = (BLOCK_Q * SHARE + TILE_M - 1) // TILE_M
     program = tl.program_id(0)
     tile = program % tiles
     group = program // tiles % groups
@@ -82,24 +81,18 @@ def key_gradients(
     for h in range(first, first + TOGETHER):
         plan_head = group * per_group + h
         plan_row = (b * plan_heads + plan_head).to(tl.int64)
-        sink, window = tl.load(sink_ptr + plan_head), tl.load(window_ptr + plan_head)
+        bands = Bands(tl.load(sink_ptr + plan_head), tl.load(window_ptr + plan_head))
         if BANDS:
-            near, past = low, tl.where(keys.lowest < sink, high, low)
-            if window > 0:
-                near = tl.where(keys.lowest < sink, low, tl.maximum(low, keys.lowest - window + 1))
-                past = tl.where(keys.lowest < sink, high, tl.minimum(high, keys.highest + window))
-            rows = tl.maximum(past - near, 0) * SHARE
-            for n in range(0, ceil_div(rows, TILE_M)):
-                those = position_rows(extent, near, rows, n, plan_head, SHARE, TILE_M)
-                sums = add_rows(
-                    sums, keys, those, within_bands(extent, Bands(sink, window), keys, those), 0.0,
-                    Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, 0),
-                    Reaching(
-                        q_ptr + b.to(tl.int64) * q_batch_stride, reaching_ptr + b.to(tl.int64) * reaching_batch_stride,
-                        level_ptr, base_ptr, q_head_stride, q_stride, reaching_head_stride, reaching_stride,
-                        b * plan_heads * SHARE, query_len, DIM, VALUE_DIM, OF_KEYS, OF_VALUES,
-                    ),
-                )  # fmt: skip
+            sums = add_bands(
+                sums, keys, extent, bands, low, high, plan_head,
+                Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, 0),
+                Reaching(
+                    q_ptr + b.to(tl.int64) * q_batch_stride, reaching_ptr + b.to(tl.int64) * reaching_batch_stride,
+                    level_ptr, base_ptr, q_head_stride, q_stride, reaching_head_stride, reaching_stride,
+                    b * plan_heads * SHARE, query_len, DIM, VALUE_DIM, OF_KEYS, OF_VALUES,
+                ),
+                SHARE, TILE_M,
+            )  # fmt: skip
         if HAS_BLOCKS:
             at = row_indptr + plan_row * key_blocks + number
             begin, end = tl.load(at), tl.load(at + 1)
@@ -107,21 +100,17 @@ def key_gradients(
                 first_block, past_block = query_blocks(extent, low, high, BLOCK_Q)
                 end = lower_bound(row_indices, begin, end, past_block)
                 begin = lower_bound(row_indices, begin, end, first_block)
-            for n in range(0, (end - begin).to(tl.int32) * TILES):
-                block = tl.load(row_indices + begin + n // TILES)
-                order = q_order + plan_row * query_len
-                those = tile_rows(
-                    extent, block, n % TILES, plan_head, query_len, order, SHARE, BLOCK_Q, TILE_M, Q_ORDER
-                )  # fmt: skip
-                sums = add_rows(
-                    sums, keys, those, outside_bands(extent, Bands(sink, window), keys, those), 0.0,
-                    Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, 0),
-                    Reaching(
-                        q_ptr + b.to(tl.int64) * q_batch_stride, reaching_ptr + b.to(tl.int64) * reaching_batch_stride,
-                        level_ptr, base_ptr, q_head_stride, q_stride, reaching_head_stride, reaching_stride,
-                        b * plan_heads * SHARE, query_len, DIM, VALUE_DIM, OF_KEYS, OF_VALUES,
-                    ),
-                )  # fmt: skip
+            sums = add_blocks(
+                sums, keys, extent, bands, row_indices + begin, (end - begin).to(tl.int32), plan_head,
+                q_order + plan_row * query_len,
+                Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, 0),
+                Reaching(
+                    q_ptr + b.to(tl.int64) * q_batch_stride, reaching_ptr + b.to(tl.int64) * reaching_batch_stride,
+                    level_ptr, base_ptr, q_head_stride, q_stride, reaching_head_stride, reaching_stride,
+                    b * plan_heads * SHARE, query_len, DIM, VALUE_DIM, OF_KEYS, OF_VALUES,
+                ),
+                SHARE, BLOCK_Q, TILE_M, Q_ORDER,
+            )  # fmt: skip
     slots = (b * groups + group).to(tl.int64) * key_len + extent.key_start + positions
     store_sums(sums, k_grad_ptr, v_grad_ptr, slots, keep, scale, DIM, VALUE_DIM, ADD, OF_KEYS, OF_VALUES)
 

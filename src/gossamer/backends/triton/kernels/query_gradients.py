@@ -10,6 +10,8 @@ the kernels of the keys' gradients it leaves what each row measures its slopes f
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -20,11 +22,21 @@ from gossamer.backends.triton.kernels.extent import load_extent
 from gossamer.backends.triton.kernels.pruned import Means, add_means, wholly_seen
 from gossamer.backends.triton.kernels.ranges import Bands
 from gossamer.backends.triton.kernels.rows import load_queries, tile_rows
-from gossamer.backends.triton.kernels.softmax import Keys, Logits, Queries, no_slopes
+from gossamer.backends.triton.kernels.softmax import SLOPES, Keys, Logits, Queries, no_slopes
 
 __all__ = ["query_gradients"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Measured(NamedTuple):
+    """Of a tile's rows: what reaches the outputs ``[TILE_M, BLOCK_DV]``; its products with them; the LSE in units of
+    log2; what reaches the LSE."""
+
+    out: Any
+    products: Any
+    base: Any
+    lse: Any
 
 
 @triton.jit(
@@ -61,25 +73,17 @@ def query_gradients(
     order = q_order + wide_row * query_len
     rows = tile_rows(extent, block, program % TILES, plan_head, query_len, order, SHARE, BLOCK_Q, TILE_M, Q_ORDER)
     own = (b * plan_heads * SHARE + rows.head).to(tl.int64) * query_len + rows.row
-    dim, value = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    exist, values = rows.exists[:, None], rows.exists[:, None] & (value < VALUE_DIM)[None, :]
     reaching_rows = reaching_ptr + b.to(tl.int64) * reaching_batch_stride
     reaching_rows += rows.head.to(tl.int64) * reaching_head_stride + rows.row.to(tl.int64) * reaching_stride
-    reaching = tl.load(reaching_rows[:, None] + value[None, :], mask=values, other=0.0)
-    out = tl.load(out_ptr + own[:, None] * VALUE_DIM + value[None, :], mask=values, other=0.0)
-    lse = tl.load(lse_ptr + own, mask=rows.exists, other=float("-inf"))
-    base = tl.where(lse == float("-inf"), 0.0, lse * _LOG2_E)
-    products = tl.sum(reaching.to(tl.float32) * out.to(tl.float32), 1)
-    level = products
-    reaching_lse = products
-    if REACHING_LSE:
-        reaching_lse = tl.load(reaching_lse_ptr + own, mask=rows.exists, other=0.0)
-        level = level - reaching_lse
-
+    measured = load_measured(
+        reaching_rows, out_ptr + own * VALUE_DIM, lse_ptr + own, reaching_lse_ptr + own, rows.exists, VALUE_DIM,
+        BLOCK_DV, REACHING_LSE,
+    )  # fmt: skip
     plain = load_queries(
         q_ptr + b.to(tl.int64) * q_batch_stride, q_head_stride, q_stride, extent, rows, DIM, BLOCK_D
     )  # fmt: skip
-    queries = Queries(plain.q, plain.positions, plain.lowest, plain.highest, reaching, base, level)
+    queries = Queries(plain.q, plain.positions, plain.lowest, plain.highest, measured.out, measured.base,
+                      measured.products - measured.lse)  # fmt: skip
     k_ptr += b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
     v_ptr += b.to(tl.int64) * v_batch_stride + group.to(tl.int64) * v_head_stride
     selected = selected_bits + (wide_row * blocks + block) * words
@@ -116,11 +120,29 @@ def query_gradients(
         )  # fmt: skip
     # What reaches an output that attends nothing says nothing; its LSE may be a sink's.
     empty = state.some == 0
-    unattended = tl.zeros_like(level)
-    if REACHING_LSE:
-        unattended = -reaching_lse
-    tl.store(level_ptr + own, tl.where(empty, unattended, level), mask=rows.exists)
-    tl.store(base_ptr + own, tl.where(empty, float("inf"), base), mask=rows.exists)
-    if PASS == 2:
+    tl.store(level_ptr + own, tl.where(empty, 0.0, measured.products) - measured.lse, mask=rows.exists)
+    tl.store(base_ptr + own, tl.where(empty, float("inf"), measured.base), mask=rows.exists)
+    if PASS == SLOPES:
+        dim = tl.arange(0, BLOCK_D)
         grad = (state.q * scale).to(grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + own[:, None] * DIM + dim[None, :], grad, mask=exist & (dim < DIM)[None, :])
+        tl.store(
+            grad_ptr + own[:, None] * DIM + dim[None, :], grad, mask=rows.exists[:, None] & (dim < DIM)[None, :]
+        )  # fmt: skip
+
+
+@triton.jit
+def load_measured(
+    reaching, out, lse, reaching_lse, exists,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, REACHING_LSE: tl.constexpr,
+):  # fmt: skip
+    """Of the rows at these pointers; 0 for those that do not exist."""
+    value = tl.arange(0, BLOCK_DV)
+    mask = exists[:, None] & (value < VALUE_DIM)[None, :]
+    reached = tl.load(reaching[:, None] + value[None, :], mask=mask, other=0.0)
+    outputs = tl.load(out[:, None] + value[None, :], mask=mask, other=0.0)
+    sums = tl.load(lse, mask=exists, other=float("-inf"))
+    products = tl.sum(reached.to(tl.float32) * outputs.to(tl.float32), 1)
+    of_lse = tl.zeros_like(products)
+    if REACHING_LSE:
+        of_lse = tl.load(reaching_lse, mask=exists, other=0.0)
+    return Measured(reached, products, tl.where(sums == float("-inf"), 0.0, sums * _LOG2_E), of_lse)

@@ -12,22 +12,22 @@ import triton
 import triton.language as tl
 
 from gossamer.backends.triton.kernels.matrices import ceil_div, load_rows, product
-from gossamer.backends.triton.kernels.rows import Rows
+from gossamer.backends.triton.kernels.rows import Rows, tile_rows
 from gossamer.backends.triton.kernels.softmax import capped
 
 __all__ = [
     "KeyTile",
     "Reaching",
     "Sums",
+    "add_bands",
+    "add_blocks",
     "add_rows",
     "load_keys",
     "no_sums",
     "outside_bands",
-    "position_rows",
     "query_blocks",
     "seeing",
     "store_sums",
-    "within_bands",
 ]
 
 
@@ -129,6 +129,40 @@ def _met(extent, keys, rows):
     distance = (rows.row + extent.query_start)[None, :] - keys.positions[:, None]
     pairs = (distance > -tl.load(extent.reach)) & (distance < tl.load(extent.reach + 1))
     return distance, pairs & keys.keep[:, None] & rows.exists[None, :]
+
+
+@triton.jit
+def add_bands(
+    sums, keys, extent, bands, low, high, plan_head, logits, reaching, SHARE: tl.constexpr, TILE_M: tl.constexpr
+):  # fmt: skip
+    """The state after the query rows of one head of the plan in whose bands some of the keys are; those from ``low`` to
+    ``high - 1`` may attend them."""
+    near, past = low, low
+    if bands.window > 0:
+        near = tl.maximum(low, keys.lowest - bands.window + 1)
+        past = tl.minimum(high, keys.highest + bands.window)
+    in_sink = keys.lowest < bands.sink
+    near, past = tl.where(in_sink, low, near), tl.where(in_sink, high, past)
+    count = tl.maximum(past - near, 0) * SHARE
+    for n in range(0, ceil_div(count, TILE_M)):
+        rows = position_rows(extent, near, count, n, plan_head, SHARE, TILE_M)
+        sums = add_rows(sums, keys, rows, within_bands(extent, bands, keys, rows), 0.0, logits, reaching)
+    return sums
+
+
+@triton.jit
+def add_blocks(
+    sums, keys, extent, bands, blocks, count, plan_head, order, logits, reaching,
+    SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_M: tl.constexpr, Q_ORDER: tl.constexpr,
+):  # fmt: skip
+    """The state after ``count`` query blocks of one head of the plan, without what is in its bands."""
+    TILES: tl.constexpr = (BLOCK_Q * SHARE + TILE_M - 1) // TILE_M
+    for n in range(0, count * TILES):
+        block = tl.load(blocks + n // TILES)
+        query_len = reaching.query_len
+        rows = tile_rows(extent, block, n % TILES, plan_head, query_len, order, SHARE, BLOCK_Q, TILE_M, Q_ORDER)
+        sums = add_rows(sums, keys, rows, outside_bands(extent, bands, keys, rows), 0.0, logits, reaching)
+    return sums
 
 
 @triton.jit
