@@ -138,7 +138,7 @@ def training_curves(found: dict) -> Panel:
         panel.line(points, colour)
         for (x, y), point in zip(points, curve, strict=True):
             panel.marker(x, y, marker, colour, f"{kind}, step {point['step']}: {point['answer_loss']:.3f}")
-    legend(panel, list(curves), 480, 44)
+    legend(panel, list(curves), 500, 140)
     return panel
 
 

@@ -364,6 +364,7 @@ TABLES = {
     "paged": lambda: for_each_machine("paged.json", lambda found, _: markdown(*serving_tables.paged_table(found))),
     "extend": lambda: of_extension(training_tables.extend_table),
     "extend_seeds": lambda: of_extension(training_tables.seeds_table),
+    "extend_differences": lambda: of_extension(training_tables.differences_table),
     "extend_served": lambda: of_extension(training_tables.served_table),
     "heads": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.heads_table),
     "heads_kinds": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.kinds_table),

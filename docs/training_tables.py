@@ -15,6 +15,11 @@ NAMES = {
     "window": "window of 256 and 64 first",
 }
 TRAINED = ("training", "steps", "processor seconds a step", "density", "text loss", "answer loss")
+COMPARED = (
+    ("each served as it was trained", ("top_p", "top_p"), ("dense", "dense")),
+    ("both served dense", ("top_p", "dense"), ("dense", "dense")),
+    ("both served top-p", ("top_p", "top_p"), ("dense", "top_p")),
+)
 SERVED = ("trained", "served", "models", "text loss", "answer loss", "right", "right, 95% interval")
 
 
@@ -84,6 +89,23 @@ def seeds_table(found: dict[str, Any]) -> Table:
     ]
     header = ("seed", "text loss, dense", "text loss, top-p", "answer loss, dense", "answer loss, top-p")
     return f"{longest:,} tokens, {steps} steps; losses in nats a token.", header, rows
+
+
+def differences_table(found: dict[str, Any]) -> Table:
+    """Top-p training less dense training at equal tokens, by seed, with intervals over texts."""
+    longest, steps = found["long_stage"]["length"], found["long_stage"]["steps"]
+    rows = []
+    for what, mine, other in COMPARED:
+        one, two = (texts_of(found, trained, steps, served, longest) for trained, served in (mine, other))
+        for name in ("loss", "answer_loss"):
+            each = [[a[name] - b[name] for a, b in zip(*pair, strict=True)] for pair in zip(one, two, strict=True)]
+            seeds = ", ".join(f"{statistics.fmean(values):+.3f}" for values in each)
+            of_texts = [statistics.fmean(values) for values in zip(*each, strict=True)]
+            low, high = bootstrap_interval(of_texts)
+            words = {"loss": "text", "answer_loss": "answers"}[name]
+            rows.append((what, words, f"{statistics.fmean(of_texts):+.3f}", f"{low:+.3f} to {high:+.3f}", seeds))
+    header = ("top-p training less dense training", "loss of", "difference", "95% interval", "by seed")
+    return "Nats a token; intervals are over texts, each a mean over the seeds.", header, rows
 
 
 def served_table(found: dict[str, Any]) -> Table:

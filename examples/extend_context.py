@@ -38,11 +38,11 @@ from safetensors.torch import load_file, save_file
 import gossamer
 
 BASE = Stage(length=512, rows=4, steps=24, rate=0.2)
-LONG = Stage(length=2048, rows=1, steps=16, rate=0.2)
+LONG = Stage(length=2048, rows=1, steps=8, rate=0.2)
 LENGTHS = (512, 1024, 2048)
-SAMPLES = 8  # texts of each length that are asked about
+SAMPLES = 6  # texts of each length that are asked about
 CURVE = 2  # texts of the longest length, between steps
-EVERY = 8  # steps between points of a curve
+EVERY = 4  # steps between points of a curve
 ROUNDS = 5  # of timing
 SEEDS = {"dense": (0, 1, 2), "top_p": (0, 1, 2), "longgen": (0,), "longgen_early": (0,), "window": (0,)}
 MOST = 2.0  # times the steps of dense training that others may take in its time
@@ -185,9 +185,7 @@ def rounded(numbers: dict[str, float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "extend-context", help="folder of what is done")
-    parser.add_argument(
-        "--only", default="", help="trainings such as dense or top_p-1, with commas: for several processes"
-    )
+    parser.add_argument("--only", default="", help="trainings such as dense,top_p-1: for several processes")
     parser.add_argument("--until", help="stop after this part, such as base")
     parser.add_argument("--quick", action="store_true", help="a few steps, in a minute: nothing is learnt")
     parser.add_argument("--out", type=Path, help="file of the results (default: extend_context.json in the folder)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -17,16 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import gossamer
 from gossamer import Policy, methods
+from gossamer.evaluate.tasks.needle import NEEDLE
 from gossamer.methods import LongGen, PerHead
 from gossamer.profiles.hybrid import hybrid_profile
 
 sys.path.insert(0, str(ROOT / "models"))
-from corpus import load_corpus
-from optim import make_optimizers
-from tasks import ANSWER, CHOICE, IGNORE, TEXT, Item, SampleMaker
-from tokenizer import encode_all
-
-from gossamer.evaluate.tasks.needle import NEEDLE
+_CORPUS, _OPTIM, _TASKS, _TOKENIZER = map(importlib.import_module, ("corpus", "optim", "tasks", "tokenizer"))
+ANSWER, CHOICE, TEXT = _TASKS.ANSWER, _TASKS.CHOICE, _TASKS.TEXT
 
 MODEL = ROOT / "models" / "reference"
 THETA = 1e4  # in place of 5e8
@@ -58,16 +56,16 @@ class Text:
     held_out: np.ndarray
 
 
-class Needles(SampleMaker):
+class Needles(_TASKS.SampleMaker):
     """The recipe's samples, with numbers of single keys alone: lists and chains take it longer to learn."""
 
-    def items(self, count: int, rng: np.random.Generator) -> list[Item]:
+    def items(self, count: int, rng: np.random.Generator) -> list[Any]:
         drawn = iter([self.words[i] for i in rng.permutation(len(self.words))])
         made = []
         for _ in range(count):
             key, value = self._name(drawn), self._number(rng)
-            fact = self.fill(NEEDLE, IGNORE, key=key, value=value)
-            made.append(Item("needle", key, [value], [fact]))
+            fact = self.fill(NEEDLE, _TASKS.IGNORE, key=key, value=value)
+            made.append(_TASKS.Item("needle", key, [value], [fact]))
         return made
 
 
@@ -89,11 +87,11 @@ def load_text(folder: Path) -> Text:
     tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
     kept = folder / "text.npz"
     if not kept.exists():
-        corpus = load_corpus()
+        corpus = _CORPUS.load_corpus()
         folder.mkdir(parents=True, exist_ok=True)
         begun = folder / f"text.{os.getpid()}.npz"
         parts = {"train": corpus.train[::EVERY], "held_out": corpus.held_out}
-        np.savez(begun, **{name: encode_all(tokenizer, texts) for name, texts in parts.items()})
+        np.savez(begun, **{name: _TOKENIZER.encode_all(tokenizer, texts) for name, texts in parts.items()})
         os.replace(begun, kept)
     with np.load(kept) as arrays:
         return Text(tokenizer, arrays["train"], arrays["held_out"])
@@ -113,7 +111,7 @@ class Trainer:
         self.model, self.stage, self.seed = model.train(), stage, seed
         self.maker = Needles(text.tokenizer, text.train)
         # bfloat16, as the recipe has it, is slow on processors without it.
-        self.optimizers = make_optimizers(model, torch.float32)
+        self.optimizers = _OPTIM.make_optimizers(model, torch.float32)
         self.losses: list[float] = []
 
     def step(self) -> None:

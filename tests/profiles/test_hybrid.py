@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 
@@ -56,14 +57,14 @@ def test_full_layers_are_dense_and_others_have_the_pattern(tmp_path) -> None:
 
 @pytest.mark.parametrize(("heads", "stride"), [(4, 8), (3, 64), (8, 4), (5, 5)])
 def test_offsets_spread_the_heads_over_a_stride(heads, stride) -> None:
-    (layer,) = hybrid_profile(1, heads, (), LongGen(sink=0, stride=stride)).layers
+    layer: Any = hybrid_profile(1, heads, (), LongGen(sink=0, stride=stride)).layers[0]
     reached = {(-method.offset) % stride for method in layer}
     assert len(reached) == min(heads, stride)
     assert all(0 <= method.offset < stride for method in layer)
 
 
 def test_an_offset_that_is_given_stays() -> None:
-    (layer,) = hybrid_profile(1, 2, (), LongGen(stride=8, offset=3)).layers
+    layer: Any = hybrid_profile(1, 2, (), LongGen(stride=8, offset=3)).layers[0]
     assert [method.offset for method in layer] == [3, 3]
 
 
