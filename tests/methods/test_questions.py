@@ -37,6 +37,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "vertical_slash": _SLASHES,
     "vertical_slash(exact=true)": _SLASHES | {"exact": True},
     "mtraining": {"p": 0.9},
+    "longgen": {"recent": 2, "block": 32},
     "minference": _SLASHES,
     "flexprefill(tau=0)": _FLEX | {"tau": 0.0},
     "flexprefill(tau=1)": _FLEX | {"tau": 1.0, "gamma": 0.98},
