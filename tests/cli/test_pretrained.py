@@ -84,7 +84,7 @@ def test_a_command_converts_once_and_names_the_folder(capsys, gguf_file: Path, c
     assert json.loads(again.out)["tokens"] == json.loads(first.out)["tokens"]
 
 
-@pytest.mark.parametrize("command", ["eval", "inspect", "compare", "doctor", "train-gates"])
+@pytest.mark.parametrize("command", ["eval", "inspect", "compare", "doctor", "train-gates", "bench"])
 def test_every_command_takes_one(command, capsys, gguf_file, converted, prompt_file, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("GOSSAMER_CACHE", str(converted))
     text = ["--lengths", "64", "--limit", "1", "--text", prompt_file, "--out", tmp_path / "r.jsonl"]
@@ -93,6 +93,7 @@ def test_every_command_takes_one(command, capsys, gguf_file, converted, prompt_f
         "compare": ["--methods", "a_shape(sink=8,window=16)", "--prompts", "text", "--rounds", "1", *text],
         "inspect": [prompt_file, "--max-tokens", "64"],
         "doctor": [],
+        "bench": ["--methods", "a_shape(window=16)", "--lengths", "64", "--rounds", "1"],
         "train-gates": ["--texts", prompt_file, "-o", tmp_path / "gates", "--steps", "1", "--length", "128"],
     }
     assert main(list(map(str, [command, gguf_file, *more[command]]))) == 0, capsys.readouterr().err

@@ -16,12 +16,13 @@ from gossamer.call import AttentionCall
 from gossamer.cli import ring
 from gossamer.cli.common import BadInput, add_command, first_line, print_json, table
 from gossamer.cli.inputs import check_environment, read_model, text_config
+from gossamer.cli.pretrained import model_folder
 from gossamer.cli.specs import parse_method, split_specs
 from gossamer.cli.subjects import check_device
 from gossamer.evaluate.records import label_of
 from gossamer.methods import Dense, Method, available, create, from_dict
 from gossamer.policy import Policy
-from gossamer.profiles.costs import Costs, default_path, forget
+from gossamer.profiles.costs import Costs, KernelCost, default_path, forget
 from gossamer.profiles.files import write_whole
 from gossamer.profiles.machine import cpu_model, device_name
 
@@ -35,7 +36,7 @@ _TRIED = 256  # tokens of the call by which it shows whether a method needs more
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "bench", execute, "time methods against dense attention, and fit a cost model")
     parser.add_argument(
-        "model", nargs="?", type=Path, help="folder of a model, for its heads (only its config is read)"
+        "model", nargs="?", type=Path, help="folder or GGUF file of a model, for its heads (only its config is read)"
     )
     parser.add_argument("--heads", type=int, help="query heads (default: 8, or the model's)")
     parser.add_argument("--groups", type=int, help="key/value heads (default: 2, or the model's)")
@@ -83,8 +84,7 @@ def execute(arguments: argparse.Namespace) -> int:
             costs = costs_of(shape, rows, kernels, planning_costs(shape, tried, lengths, rounds=rounds))
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
-    if path is not None:
-        _write(path, costs)
+    kept = None if path is None else _write(path, costs)
     if arguments.picture is not None:
         _draw(arguments.picture, rows, shape)
     if arguments.json:
@@ -98,7 +98,7 @@ def execute(arguments: argparse.Namespace) -> int:
     for cost in costs.kernels:
         print(
             f"{cost.kernel}: held-out error {cost.error:.0%} (median), {cost.worst:.0%} (worst); "
-            f"planning of {len(costs.planning)} candidates; written to {path}"
+            f"planning of {len(costs.planning)} candidates; {_where(cost, kept)} {path}"
         )
     return 0
 
@@ -146,7 +146,7 @@ def _search_space(specs: str, methods: list[Method]) -> list[Method]:
 def _shape(arguments: argparse.Namespace) -> Shape:
     sizes: dict[str, Any] = {"heads": 8, "groups": 2, "head_dim": 64}
     if arguments.model is not None:
-        config = text_config(read_model(arguments.model))
+        config = text_config(read_model(model_folder(arguments.model)))
         heads = config.get("num_attention_heads")
         sizes |= {"heads": heads, "groups": config.get("num_key_value_heads") or heads}
         hidden = config.get("hidden_size")
@@ -207,13 +207,24 @@ def _known(path: Path) -> Costs | None:
         raise BadInput(f"{first_line(error)}; it is left as it is, name another file") from error
 
 
-def _write(path: Path, costs: Costs) -> None:
+def _write(path: Path, costs: Costs) -> Costs:
+    """What the file holds then."""
     forget()
     old = _known(path)
+    kept = costs if old is None else old.updated(costs)
     try:
-        (costs if old is None else old.updated(costs)).save(path)
+        kept.save(path)
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}") from error
+    return kept
+
+
+def _where(cost: KernelCost, kept: Costs | None) -> str:
+    """Whether a file took a fit, or kept one of longer calls."""
+    found = None if kept is None else kept.kernel(cost.kernel)
+    if found is None or found == cost:
+        return "written to"
+    return f"not written, for one up to {max(found.lengths)} tokens stands in"
 
 
 def _table(rows: list[Row]) -> str:

@@ -11,10 +11,10 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
 from gossamer.profiles.kernels import MOST_TOKENS, Kernel, read_count, read_kernel, read_number, same_fields
@@ -121,13 +121,16 @@ class Costs:
         return found[-1].seconds_of(heads, length) if found else None
 
     def updated(self, newer: Costs) -> Costs:
-        """The entries of both; the newer one's where both have one. Of another machine, nothing is kept."""
+        """The entries of both. Of another machine, nothing is kept.
+
+        Where both have an entry, the newer one's, unless it was measured on shorter calls alone.
+        """
         if self.machine != newer.machine:
             return newer
-        kernels = {cost.kernel: cost for cost in (*self.kernels, *newer.kernels)}
-        points = {_identity(point): point for point in (*self.break_even, *newer.break_even)}
-        plans = {_identity(entry): entry for entry in (*self.planning, *newer.planning)}
-        return Costs(newer.machine, tuple(kernels.values()), tuple(points.values()), tuple(plans.values()))
+        kernels = _merged(self.kernels, newer.kernels, lambda cost: cost.kernel)
+        points = _merged(self.break_even, newer.break_even, _identity)
+        plans = _merged(self.planning, newer.planning, _identity)
+        return Costs(newer.machine, kernels, points, plans)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -226,6 +229,25 @@ def _read(path: Path) -> tuple[Costs | None, str]:
 def forget() -> None:
     """Read the file anew when it is needed next: it was written."""
     _read.cache_clear()
+
+
+_Entry = TypeVar("_Entry", KernelCost, BreakEven, Planning)
+
+
+def _merged(
+    older: Sequence[_Entry], newer: Sequence[_Entry], identity: Callable[[_Entry], Hashable]
+) -> tuple[_Entry, ...]:
+    found = {identity(entry): entry for entry in older}
+    for entry in newer:
+        known = found.get(identity(entry))
+        if known is None or _longest(entry) >= _longest(known):
+            found[identity(entry)] = entry
+    return tuple(found.values())
+
+
+def _longest(entry: KernelCost | BreakEven | Planning) -> int:
+    """Tokens of the longest call that was measured."""
+    return entry.longest if isinstance(entry, BreakEven) else max(entry.lengths, default=0)
 
 
 def _identity(point: BreakEven | Planning) -> tuple[Any, ...]:
