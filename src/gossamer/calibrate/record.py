@@ -47,6 +47,7 @@ def _points(found: Found, mode: Mode, budgets: Sequence[float]) -> list[dict[str
                 "budget": budget,
                 "cost": mean["cost"],
                 "error": mean["error"],
+                "loss": mean["loss"],
                 "held_out": other.get("error"),
                 "held_out_interval": other.get("intervals", {}).get("error"),
             }

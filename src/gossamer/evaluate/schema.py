@@ -358,7 +358,7 @@ _CALIBRATION = _Object(
         "frontier": _list(
             _Object(
                 {"mode": _TEXT, "budget": _AMOUNT, "cost": _AMOUNT, "error": _AMOUNT},
-                {"held_out": _or_null(_AMOUNT), "held_out_interval": _or_null(_INTERVAL)},
+                {"loss": _AMOUNT, "held_out": _or_null(_AMOUNT), "held_out_interval": _or_null(_INTERVAL)},
             )
         ),
     },

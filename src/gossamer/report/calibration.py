@@ -65,37 +65,44 @@ def _fields(method: dict[str, Any]) -> str:
 
 
 def budgets(records: Sequence[Record]) -> Figure:
-    """Error against cost, for a budget of each head and for one that all share."""
-    table: Table = [["profile", "mode", "budget", "cost", "error", "held-out error", "from", "to"]]
+    """What a choice minimises against cost, for a budget of each head and for one that all share."""
+    table: Table = [["profile", "mode", "budget", "cost", "minimised", "error", "held-out error", "from", "to"]]
     panels = []
     for record in _of(records):
         for p in record["frontier"]:
             interval = p.get("held_out_interval") or (None, None)
-            table.append([_name(record), p["mode"], p["budget"], p["cost"], p["error"], p.get("held_out"), *interval])
-        shown = dict.fromkeys(("cost", "error"), _LEAST)  # axes are logarithmic
-        points = [p | {name: max(p[name], least) for name, least in shown.items()} for p in record["frontier"]]
+            errors = [_minimised(p), p["error"], p.get("held_out")]
+            table.append([_name(record), p["mode"], p["budget"], p["cost"], *errors, *interval])
+        # Axes are logarithmic.
+        points = [p | {"cost": max(p["cost"], _LEAST), "loss": max(_minimised(p), _LEAST)} for p in record["frontier"]]
         if points:
             panels.append((f"{_name(record)}: budgets tried", _frontier(points)))
     note = (
-        "Mean relative error of the heads' outputs against their mean cost, on the calibration's prompts. Further left "
+        "What was minimised, the mean relative error of the heads' outputs as the calibration's objective counts it, "
+        "against their mean cost, on the calibration's prompts. Further left "
         "is cheaper, further down is better. With a fixed budget heads that nothing fits run dense, so that its points "
         "lie at what they cost, not at the budget."
     )
     return Figure("budgets", "What budgets buy", note, panels, table, legend=legend(_MODES) if panels else Html())
 
 
+def _minimised(point: Record) -> float:
+    """Of a point of the frontier; older lines have the error alone."""
+    return point.get("loss", point["error"])
+
+
 def _frontier(points: Sequence[Record]) -> Html:
     panel = Panel(440, 340, "error against cost")
-    costs, errors = [p["cost"] for p in points], [max(p["error"], _LEAST) for p in points]
+    costs, errors = [p["cost"] for p in points], [p["loss"] for p in points]
     ends = max(min(costs), _LEAST) * 0.85, max(costs) * 1.18
     ticks = [tick for tick in _TICKS if ends[0] <= tick <= ends[1]]
     panel.axes(ends, (min(errors) * 0.8, max(errors) * 1.25), ("cost", "relative error"), (True, True), ticks)
     for mode, style in _MODES.items():
         mine = sorted((p for p in points if p["mode"] == mode), key=lambda p: p["cost"])
-        places = [panel.place(max(p["cost"], _LEAST), max(p["error"], _LEAST)) for p in mine]
+        places = [panel.place(p["cost"], p["loss"]) for p in mine]
         panel.line(places, style.colour, 1.4, style.dash)
         for p, place in zip(mine, places, strict=True):
-            hint = f"{mode} {number(p['budget'])}: cost {p['cost']:.3f}, error {p['error']:.4f}"
+            hint = f"{mode} {number(p['budget'])}: cost {p['cost']:.3f}, error {p['loss']:.4f}"
             panel.marker(*place, style.marker, style.colour, hint)
     return panel.render(scale=1.4)
 
