@@ -104,8 +104,8 @@ def test_the_loss_of_a_teacher_is_its_divergence() -> None:
             weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
         one, two = (m(input_ids=ids).logits[0].double().log_softmax(-1) for m in (own, other))
     expected = float((two.exp() * (two - one)).sum(-1).mean())
-    assert float(hybrid_loss(own, ids, other)) == pytest.approx(expected, rel=1e-4)
-    assert float(hybrid_loss(own, ids, own)) == pytest.approx(0, abs=1e-6)
+    assert hybrid_loss(own, ids, other).item() == pytest.approx(expected, rel=1e-4)
+    assert hybrid_loss(own, ids, own).item() == pytest.approx(0, abs=1e-6)
 
 
 def stopping(after: int) -> Any:

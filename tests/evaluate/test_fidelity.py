@@ -23,6 +23,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "a_shape": {"sink": 3, "window": 40},
     "tri_shape": {"sink": 3, "window": 40, "last": 8},
     "vertical_slash": {"vertical_size": 9, "slash_size": 30},
+    "mtraining": {"p": 0.3, "last": 16},
+    "longgen": {"recent": 2, "sink": 0, "block": 16},
     "minference": {"vertical_size": 9, "slash_size": 30},
     "block_sparse": {"blocks": 1},
     "max_relative": {"last_rows": 0, "window_blocks": 1, "sink_blocks": 0, "alpha": 1.0, "block_q": 16, "block_k": 16},
