@@ -48,6 +48,14 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """600 words to train on."""
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{i * i % 97}" for i in range(600)))
+    return path
+
+
+@pytest.fixture
 def one_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the parser of the command line once: a hundred commands take no longer than they need."""
     parser = cli.make_parser()

@@ -16,13 +16,6 @@ from gossamer.profiles import Profile
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"w{i * i % 97}" for i in range(600)))
-    return path
-
-
 def convert(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[Any, str]:
     assert main(["convert-hybrid", *map(str, argv), "--json"]) == 0
     captured = capsys.readouterr()

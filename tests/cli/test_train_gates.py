@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +12,6 @@ from gossamer.methods.seer_gates import SeerGates
 from gossamer.profiles import read_duo
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"w{i * i % 97}" for i in range(600)))
-    return path
 
 
 def train(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[Any, str]:
