@@ -239,3 +239,28 @@ def test_profiles(tmp_path: Path) -> None:
     Profile([[wide] * 8] * 6).save(path)
     with pytest.raises(RuntimeError, match="the profile is for 6 layers of 8 heads"):
         run({"waves": [], "gossamer": settings})
+
+def test_a_hybrid_s_profile(tmp_path: Path) -> None:
+    """Full layers attend every pair, the others LongGen's pattern, and the model says what it does in transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import gossamer
+    from gossamer.methods import LongGen
+    from gossamer.profiles import hybrid_profile
+
+    path, ids = tmp_path / "profile.json", prompt(1500)
+    hybrid_profile(6, 4, (1, 2), LongGen(sink=1, recent=2)).save(path)
+    served = run({"waves": [[ids]], "gossamer": {"profile": str(path), "min_tokens": 0, "max_density": 0.9}})
+    model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
+    with gossamer.enable(model, profile=path, min_tokens=0, max_density=0.9) as handle, torch.inference_mode():
+        logits = model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1]
+        rows = handle.stats()
+    assert [row.sparse_calls for row in rows] == [1, 0, 0, 1, 1, 1]
+    for row in rows:
+        pairs, computed = (
+            counted(served, name, layer=str(row.layer)) for name in ("gossamer_pairs", "gossamer_computed_pairs")
+        )
+        assert computed == pytest.approx(row.density * pairs) if row.sparse_calls else computed == pairs
+    assert served["answers"][0]["tokens"][0] == int(logits.argmax())
+    assert served["answers"][0]["logprob"] == pytest.approx(float(logits.log_softmax(-1).max()), abs=1e-3)
