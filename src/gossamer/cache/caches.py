@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from gossamer.cache.layer import StoreLayer
 from gossamer.cache.policies import CachePolicy
@@ -29,8 +29,11 @@ def adopt(cache: Any, policy: CachePolicy) -> bool:
     """Give a cache stores for its layers of full attention, in place; what they hold moves over.
 
     Returns:
-        Whether it has any: a static, quantised or encoder-decoder cache stays as it is.
+        Whether it has any: a static or quantised cache stays as it is. Of an encoder-decoder's, the decoder's own is
+        meant.
     """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
     if not isinstance(cache, Cache):
         return False
     layers, count = cache.layers, len(cache.layers)

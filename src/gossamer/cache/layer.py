@@ -166,6 +166,18 @@ class StoreLayer(DynamicLayer):
         live = count.clamp(max=query_len)
         return Extent(count - query_len, live, starts, count)
 
+    def refuse(self, what: str) -> None:
+        """Raise where tokens were dropped, for attention that only a mask describes.
+
+        Raises:
+            ValueError: some were.
+        """
+        if self.dropped:
+            raise ValueError(
+                f"a cache that has dropped tokens cannot be combined with {what}, where attention knows its mask alone; "
+                "use one that drops nothing (cache='keep')"
+            )
+
     def page_bounds(self, size: int) -> Tensor:
         """See `gossamer.call.Store.page_bounds`."""
         pages = self._pages.get(size)
@@ -196,6 +208,9 @@ class StoreLayer(DynamicLayer):
         self.length += count
         self._appended += count
         keys, values = self.read()
+        if torch.compiler.is_compiling():
+            self.refuse("torch.compile")
+            return keys, values
         keys = keys[:]  # a view of its own: the layer holds nothing that holds the layer
         setattr(keys, _STORE, self)
         return keys, values
@@ -304,5 +319,9 @@ class StoreLayer(DynamicLayer):
 
 
 def store_of(keys: Tensor) -> StoreLayer | None:
-    """The layer that gave these keys by `StoreLayer.update`, if one did."""
-    return getattr(keys, _STORE, None)
+    """The layer that gave these keys by `StoreLayer.update`, if one did and holds them still.
+
+    Layers of a model that share keys may see some that have been dropped since. In graphs, none does.
+    """
+    store = None if torch.compiler.is_compiling() else getattr(keys, _STORE, None)
+    return store if store is not None and store.slots == keys.shape[2] else None
