@@ -174,8 +174,8 @@ class StoreLayer(DynamicLayer):
         """
         if self.dropped:
             raise ValueError(
-                f"a cache that has dropped tokens cannot be combined with {what}, where attention knows its mask alone; "
-                "use one that drops nothing (cache='keep')"
+                f"a cache that has dropped tokens cannot be combined with {what}, where attention knows its mask "
+                "alone; use one that drops nothing (cache='keep')"
             )
 
     def page_bounds(self, size: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from gossamer.cache.layer import StoreLayer
 
-__all__ = ["CachePolicy", "Keep", "available", "create"]
+__all__ = ["CachePolicy", "Keep", "available", "class_of", "create", "require_tokens"]
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,26 @@ def available() -> list[str]:
     return [policy.name for policy in _POLICIES]
 
 
+def class_of(name: str) -> type[CachePolicy]:
+    """The class of a policy.
+
+    Raises:
+        ValueError: no policy has this name.
+    """
+    for policy in _POLICIES:
+        if policy.name == name:
+            return policy
+    raise ValueError(f"unknown cache {name!r}; known: {', '.join(available())}")
+
+
 def create(name: str, /, **given: Any) -> CachePolicy:
     """A policy by name, with any of its fields.
 
     Raises:
         ValueError: an unknown name or field (the message lists the known ones), or a value out of range.
     """
-    for policy in _POLICIES:
-        if policy.name == name:
-            known = [f.name for f in fields(policy)]
-            unknown = sorted(set(given) - set(known))
-            if unknown:
-                raise ValueError(f"cache {name!r} has no field {unknown[0]!r}; its fields are: {', '.join(known)}")
-            return policy(**given)
-    raise ValueError(f"unknown cache {name!r}; known: {', '.join(available())}")
+    known = [f.name for f in fields(class_of(name))]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"cache {name!r} has no field {unknown[0]!r}; its fields are: {', '.join(known)}")
+    return class_of(name)(**given)
