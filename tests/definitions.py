@@ -205,3 +205,12 @@ def set_planner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("GOSSAMER_PLANNER", name)
     if pieces:
         request.getfixturevalue("smallest_constants")
+
+
+def raised(x: Tensor) -> Tensor:
+    """Of fp32: the smallest bf16 that is no smaller, by its bits. Others are as they are."""
+    if x.dtype != torch.float32:
+        return x
+    bits = x.contiguous().view(torch.int32)
+    up = torch.where((bits >= 0) & (bits & 0xFFFF != 0), bits + 0x10000, bits)
+    return (up & ~0xFFFF).view(torch.float32)

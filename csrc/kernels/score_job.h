@@ -31,6 +31,19 @@ struct ScorePanel {
   int pieces = 1;         // behind one another: kScoreRows packed queries, 64 packed keys
 };
 
+// Rows of a head's page bounds, one behind the other, against up to a few queries of as many floats.
+struct PageScores {
+  const float* queries;  // heads rows of dim
+  int heads;
+  int dim;
+  const char* pages;
+  int64_t stride_bytes;
+  int64_t count;  // of pages
+  DType dtype;
+  float* scores;         // a row of `pitch` a head
+  int64_t pitch;
+};
+
 struct ScoreKernels {
   void (*pack_keys)(const RowList&, void* out);     // count is 64
   void (*pack_queries)(const RowList&, void* out);  // count is at most kScoreRows
@@ -65,6 +78,8 @@ struct ScoreKernels {
   void (*mean)(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* out);
   // Smallest and largest of consecutive rows, by channel.
   void (*bounds)(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* low, float* high);
+  // Products of each query with each page, in one order of sums whatever else there is.
+  void (*page_scores)(const PageScores&);
   // Copies tokens out of a page of a cache.
   void (*read_page)(const PageJob&);
 };

@@ -101,6 +101,26 @@ void group_differences(const Kernels& kernels, const ScoreCall& call, const Tens
 void row_maxima(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part,
                 const Range* regions, int64_t region_count, float* out);
 
+// What one query reads of a cache, by pages of its tokens.
+struct PageChoice {
+  int64_t batch, heads, pages;  // heads: those that choose
+  int64_t size;                 // tokens of a page
+  const int64_t* keys;          // [batch]: live tokens of each row
+  int64_t sinks, recent;        // first and last tokens whose pages are read in any case; the last page always is
+  int64_t count;                // pages to read, at most, unless more are read in any case
+};
+
+// Products of queries [batch, heads, 1, dim] with what is known of each page, [batch, groups, pages, dim]: out [batch,
+// heads, pages], -inf for pages that a row does not have.
+void page_scores(const Kernels& kernels, const TensorView& queries, const TensorView& pages, const PageChoice& choice,
+                 float* out, int threads);
+
+// The tokens of the pages that each head of a choice reads, ascending: `room` for each in tokens, and how many. Scores
+// [batch, query heads, pages]; of several query heads that choose together the shares of their softmax are added.
+// A page whose score is NaN takes the place of one and is not read.
+void page_tokens(const Kernels& kernels, const float* scores, int64_t query_heads, const PageChoice& choice,
+                 int64_t room, int32_t* tokens, int64_t* counts, int threads);
+
 // The rules of rules.py. Forced candidates take part in kTopPForced; else they are united with what a rule chooses.
 enum class Rule : int {
   kNone = 0,

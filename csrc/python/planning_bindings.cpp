@@ -1,6 +1,8 @@
 // Planning for Python. The GIL is released while it runs.
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <limits>
 #include <new>
 
 #include "plan/checks.h"
@@ -66,6 +68,14 @@ void make_chosen_bits(ChosenBits* self, uintptr_t bits, uintptr_t counts) {
   new (self) ChosenBits{pointer<uint64_t>(bits), pointer<int64_t>(counts)};
 }
 
+void make_page_choice(PageChoice* self, int64_t heads, int64_t pages, int64_t size, const Given& keys, int64_t sinks,
+                      int64_t recent, int64_t count) {
+  check_range("tokens of a page", size, 1, std::numeric_limits<int32_t>::max());
+  check_range("pages", pages, 0, std::numeric_limits<int32_t>::max());
+  new (self) PageChoice{keys.second, heads, pages, size, pointer<int64_t>(keys), std::max<int64_t>(sinks, 0),
+                        std::max<int64_t>(recent, 0), count};
+}
+
 void bind_views_of_planning(nb::module_& m) {
   nb::enum_<Rule>(m, "Rule")
       .value("none", Rule::kNone)
@@ -90,6 +100,9 @@ void bind_views_of_planning(nb::module_& m) {
   nb::class_<Slashes>(m, "Slashes")
       .def("__init__", &make_slashes, nb::kw_only(), "extent"_a, "heads"_a, "width"_a, "part"_a, "columns"_a,
            "distances"_a);
+  nb::class_<PageChoice>(m, "PageChoice")
+      .def("__init__", &make_page_choice, nb::kw_only(), "heads"_a, "pages"_a, "size"_a, "keys"_a, "sinks"_a,
+           "recent"_a, "count"_a);
   nb::class_<ChosenBits>(m, "ChosenBits").def("__init__", &make_chosen_bits, nb::kw_only(), "bits"_a, "counts"_a);
 }
 
@@ -224,6 +237,35 @@ void bind_scores(nb::module_& m) {
       },
       "isa"_a, "call"_a, "grid"_a, "stride"_a, "part"_a, nb::kw_only(), "key_blocks"_a, "near"_a, "sums"_a,
       "attained"_a, Release());
+  m.def(
+      "page_scores",
+      [](const std::string& isa, const TensorView& queries, const TensorView& pages, const PageChoice& choice,
+         uintptr_t out, int threads) {
+        check_count("the choice's batch", choice.batch, queries.batch);
+        check_count("the pages' batch", pages.batch, queries.batch);
+        check_count("channels of a page", pages.dim, queries.dim);
+        check_count("pages", choice.pages, pages.tokens);
+        check_range("key heads", pages.heads, 1, queries.heads);
+        if (queries.heads % pages.heads != 0) throw std::invalid_argument("query heads must share key heads evenly");
+        if (queries.dtype != DType::kFloat32 || queries.tokens != 1)
+          throw std::invalid_argument("scores of pages are of one query in fp32");
+        page_scores(kernels_for(isa), queries, pages, choice, pointer<float>(out), threads);
+      },
+      "isa"_a, "queries"_a, "pages"_a, "choice"_a, nb::kw_only(), "out"_a, "threads"_a, Release());
+  m.def(
+      "page_tokens",
+      [](const std::string& isa, const Given& scores, int64_t query_heads, const PageChoice& choice, int64_t room,
+         const Given& tokens, const Given& counts, int threads) {
+        check_range("heads that choose", choice.heads, 1, query_heads);
+        if (query_heads % choice.heads != 0) throw std::invalid_argument("query heads must choose in equal parts");
+        check_count("scores", scores.second, checked_product({choice.batch, query_heads, choice.pages}));
+        check_count("tokens", tokens.second, checked_product({choice.batch, choice.heads, room}));
+        check_count("counts", counts.second, checked_product({choice.batch, choice.heads}));
+        page_tokens(kernels_for(isa), pointer<float>(scores), query_heads, choice, room, pointer<int32_t>(tokens),
+                    pointer<int64_t>(counts), threads);
+      },
+      "isa"_a, "scores"_a, nb::kw_only(), "query_heads"_a, "choice"_a, "room"_a, "tokens"_a, "counts"_a, "threads"_a,
+      Release());
   m.def(
       "row_maxima",
       [](const std::string& isa, const ScoreCall& call, const Grid& grid, const Part& part, uintptr_t regions,

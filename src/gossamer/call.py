@@ -42,9 +42,9 @@ class Store(Protocol):
         """The largest and the smallest value that each channel of the keys has in each page of ``size`` tokens.
 
         Returns:
-            fp32 ``[B, G, N, 2 * D]``, the D largest, then the D smallest; N is ``ceil(extent.longest / size)``. The
-            last page of a row may be a part of one; padding is in none. Of pages that a row does not have: anything
-            finite.
+            bf16 or fp16 ``[B, G, N, 2 * D]``, the D largest or just above, then the D smallest or just below; N is
+            ``ceil(extent.longest / size)``. The last page of a row may be a part of one; padding is in none. Of pages
+            that a row does not have: anything finite.
 
         Raises:
             ValueError: a size below 1.

@@ -34,6 +34,7 @@ __all__ = [
     "masked_softmax",
     "mean_row_maxima",
     "near_keys",
+    "page_scores",
     "pool_before_rotary",
     "pool_key_bounds",
     "pool_keys",
@@ -60,6 +61,16 @@ def last_query_probe(call: AttentionCall, last: int = 64) -> tuple[Tensor, Tenso
         beyond = torch.arange(call.extent.longest, device="cpu") >= keys[:, None]
         diagonals = diagonals.masked_fill(beyond[:, None].to(call.device, non_blocking=True), 0.0)
     return columns, diagonals
+
+
+def page_scores(call: AttentionCall, size: int) -> Tensor:
+    """The largest logit that each page of a call's store allows its query (Quest, 2406.10774, equation 2).
+
+    Returns:
+        fp32 ``[B, H, N]``; -inf for pages that a row does not have.
+    """
+    assert call.store is not None
+    return backend_of(call, "page_scores").page_scores(call, call.store.page_bounds(size), size)
 
 
 def block_sums(mass: Tensor, block: int, before: Tensor | None = None) -> Tensor:

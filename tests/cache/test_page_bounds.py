@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from definitions import raised
 from torch import Tensor
 
 from gossamer.cache import PageBounds
@@ -14,11 +15,12 @@ def keys_of(slots: int, *, batch: int = 2, groups: int = 2, dim: int = 5, seed: 
 
 
 def from_scratch(keys: Tensor, starts: list[int], size: int) -> list[Tensor]:
-    """Of each row, by the definition: the largest and the smallest of each channel, page by page."""
+    """Of each row, by the definition: the largest and the smallest of each channel, page by page, rounded outward."""
     rows = []
     for row, start in zip(keys, starts, strict=True):
         pages = [row[:, first : first + size] for first in range(start, keys.shape[2], size)]
-        rows.append(torch.stack([torch.cat([page.amax(1), page.amin(1)], dim=-1) for page in pages], dim=1).float())
+        bounds = [torch.cat([raised(page.amax(1)), -raised(-page.amin(1))], dim=-1) for page in pages]
+        rows.append(torch.stack(bounds, dim=1).float())
     return rows
 
 
@@ -27,12 +29,12 @@ def assert_from_scratch(pages: PageBounds, keys: Tensor, starts: list[int]) -> N
     expected = from_scratch(keys, starts, pages.size)
     assert found.shape[2] == max(row.shape[1] for row in expected)
     for row, wanted in zip(found, expected, strict=True):
-        assert torch.equal(row[:, : wanted.shape[1]], wanted)
+        assert torch.equal(row[:, : wanted.shape[1]].float(), wanted)
 
 
 @pytest.mark.parametrize("starts", [[0, 0], [3, 3], [0, 7], [16, 1]])
 @pytest.mark.parametrize("slots", [17, 48, 63])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_page_has_the_largest_and_the_smallest_of_each_channel(
     starts: list[int], slots: int, dtype: torch.dtype
 ) -> None:
@@ -95,7 +97,7 @@ def test_rows_whose_padding_turns_out_otherwise() -> None:
 def test_no_key_of_a_page_has_a_larger_logit_than_its_bound(size: int, share: int) -> None:
     keys = keys_of(130, dim=8)
     q = torch.randn(2, 2, share, 8, generator=torch.Generator().manual_seed(9))
-    bounds = PageBounds(size).of(keys, [0, 0])
+    bounds = PageBounds(size).of(keys, [0, 0]).float()
     both = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
     bound = both @ bounds.transpose(-1, -2)
     logits = q @ keys.transpose(-1, -2)

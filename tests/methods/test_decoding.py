@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from definitions import raised
 from torch import Tensor
 
 import gossamer
@@ -15,9 +16,9 @@ from gossamer import Policy, backends
 from gossamer.cache import StoreLayer
 from gossamer.call import AttentionCall
 from gossamer.methods import Dense, LServe, Method, OracleTopK, Quest, create, decoding
-from gossamer.methods.pages import page_scores
 from gossamer.plan import Extent
 from gossamer.policy import TOO_DENSE
+from gossamer.scores import page_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -64,7 +65,10 @@ def naive_bounds(call: AttentionCall, row: int, head: int, size: int) -> list[fl
     start, count = int(call.extent.key_start[row]), int(call.extent.key_count[row])
     q, keys = call.q[row, head, 0], call.k[row, head // call.share, start : start + count]
     return [
-        call.scale * sum(max(float(q[d] * x) for x in (page[:, d].max(), page[:, d].min())) for d in range(len(q)))
+        call.scale
+        * sum(
+            max(float(q[d] * x) for x in (raised(page[:, d].max()), -raised(-page[:, d].min()))) for d in range(len(q))
+        )
         for page in keys.split(size)
     ]
 

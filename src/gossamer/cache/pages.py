@@ -17,8 +17,9 @@ class PageBounds:
     from the page on in which keys were added or cut off since: what is kept is at every time, bit for bit, what all
     keys would give from scratch.
 
-    They are held in fp32 whatever the keys' dtype, so that a bound is never rounded below a logit: ``8 * D / size``
-    bytes a token and key/value head, an eighth of the bytes of keys and values in bf16 at 16 tokens a page.
+    Of keys in bf16 or fp16 they are exact. Of wider ones they are bf16 rounded outward, so that a bound is never below
+    a logit: half the bytes to read. ``4 * D / size`` bytes a token and key/value head in either case, a sixteenth of
+    the bytes of keys and values in bf16 at 16 tokens a page.
 
     Args:
         size: tokens of a page.
@@ -40,7 +41,8 @@ class PageBounds:
             starts: slot of each row's first live key. Later ones than before make all pages anew.
 
         Returns:
-            fp32 ``[B, G, N, 2 * D]``: the largest, then the smallest. N is for the row with the most live keys.
+            bf16 (fp16 for keys of that) ``[B, G, N, 2 * D]``: the largest, then the smallest. N is for the row with
+            the most live keys.
         """
         batch, groups, slots, dim = keys.shape
         pages = ceil_div(slots - min(starts, default=slots), self.size)
@@ -48,7 +50,8 @@ class PageBounds:
             self._slots, self._starts = 0, list(starts)
         if self._bounds is None or self._bounds.shape[2] < pages:
             room = max(pages + ceil_div(pages, 8), ceil_div(256, self.size))
-            grown = torch.zeros(batch, groups, room, 2 * dim, dtype=torch.float32, device=keys.device)
+            dtype = torch.float16 if keys.dtype == torch.float16 else torch.bfloat16
+            grown = torch.zeros(batch, groups, room, 2 * dim, dtype=dtype, device=keys.device)
             if self._bounds is not None:
                 grown[:, :, : self._bounds.shape[2]] = self._bounds
             self._bounds = grown
@@ -61,19 +64,24 @@ class PageBounds:
 
     def _renew(self, bounds: Tensor, keys: Tensor, start: int) -> None:
         """From the page on that holds the first new key."""
-        size, dim, slots = self.size, keys.shape[3], keys.shape[2]
+        size, slots = self.size, keys.shape[2]
         page = max(self._slots - start, 0) // size
         begin = start + page * size
         whole = max(slots - begin, 0) // size
         past = begin + whole * size
         if whole:
             pages = keys[:, :, begin:past].unflatten(2, (whole, size))
-            bounds[:, :, page : page + whole, :dim] = pages.amax(dim=3)
-            bounds[:, :, page : page + whole, dim:] = pages.amin(dim=3)
+            self._put(bounds[:, :, page : page + whole], pages, 3)
         if past < slots:
-            rest = keys[:, :, past:]
-            bounds[:, :, page + whole, :dim] = rest.amax(dim=2)
-            bounds[:, :, page + whole, dim:] = rest.amin(dim=2)
+            self._put(bounds[:, :, page + whole], keys[:, :, past:], 2)
+
+    @staticmethod
+    def _put(to: Tensor, keys: Tensor, dim: int) -> None:
+        largest, smallest = keys.amax(dim=dim), keys.amin(dim=dim)
+        if keys.dtype != to.dtype:
+            largest, smallest = _raised(largest), -_raised(-smallest)
+        width = keys.shape[-1]
+        to[..., :width], to[..., width:] = largest, smallest
 
     def cut(self, slots: int) -> None:
         """Only the first ``slots`` of the keys are left; others may follow."""
@@ -85,3 +93,10 @@ class PageBounds:
         self._starts = [self._starts[row] for row in index.tolist()] if self._starts else []
         if self._bounds is not None:
             self._bounds = self._bounds.index_select(0, index.to(self._bounds.device))
+
+
+def _raised(x: Tensor) -> Tensor:
+    """The smallest bf16 that is no smaller."""
+    near = x.to(torch.bfloat16)
+    above = torch.nextafter(near, torch.full_like(near, float("inf")))
+    return torch.where(near.to(x.dtype) < x, above, near)

@@ -15,8 +15,9 @@ from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, require_at_least, require_flag, require_share
 from gossamer.methods.head_tables import Table, full_heads, gates_of_rank, of_layer, require_table, windows
-from gossamer.methods.pages import choose, forced, page_scores, plan_of_blocks, share_read, shared
+from gossamer.methods.pages import choose, forced, plan_of_blocks, share_read, shared
 from gossamer.plan import SparsePlan, ceil_div
+from gossamer.scores import page_scores
 
 __all__ = ["LServe"]
 

@@ -9,7 +9,7 @@ import torch
 
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, Settings, require_at_least, require_flag
-from gossamer.methods.pages import choose, forced, plan_of_columns, share_read, shared
+from gossamer.methods.pages import plan_of_tokens, share_read
 from gossamer.plan import SparsePlan, on_device
 
 __all__ = ["OracleTopK"]
@@ -59,5 +59,5 @@ class OracleTopK(Method):
         logits = logits.gather(2, slot[:, None].expand(-1, call.heads, -1))
         live = position < on_device(call.extent.key_count, call.device)[:, None]
         logits = logits.masked_fill(~live[:, None], float("-inf"))
-        scores = logits if self.per_query_head else shared(logits, call.groups)
-        return plan_of_columns(call, choose(scores, forced(call, 1, scores.shape[2]), self.budget))
+        heads = call.heads if self.per_query_head else call.groups
+        return plan_of_tokens(call, logits, 1, self.budget, heads)

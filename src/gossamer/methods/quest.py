@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method, Settings, require_at_least, require_flag
-from gossamer.methods.pages import choose, forced, page_scores, plan_of_columns, share_read, shared
+from gossamer.methods.pages import plan_of_tokens, share_read
 from gossamer.plan import SparsePlan
+from gossamer.scores import page_scores
 
 __all__ = ["Quest"]
 
@@ -54,8 +55,5 @@ class Quest(Method):
         return 1.0 if dense else share_read(call, self.budget, self.page)
 
     def plan(self, call: AttentionCall) -> SparsePlan:
-        scores = page_scores(call, self.page)
-        if not self.per_query_head:
-            scores = shared(scores, call.groups)
-        held = forced(call, self.page, scores.shape[2])
-        return plan_of_columns(call, choose(scores, held, self.budget // self.page), self.page)
+        heads = call.heads if self.per_query_head else call.groups
+        return plan_of_tokens(call, page_scores(call, self.page), self.page, self.budget // self.page, heads)

@@ -20,6 +20,7 @@ from gossamer.backends.cpu.native import (
     supported_isas,
     why_unavailable,
 )
+from gossamer.backends.cpu.pages import page_scores, page_tokens
 from gossamer.backends.cpu.rotary import pool_before_rotary
 from gossamer.backends.cpu.scores import (
     NEAR_BYTES,
@@ -63,6 +64,8 @@ __all__ = [
     "last_query_probe",
     "mean_row_maxima",
     "near_keys",
+    "page_scores",
+    "page_tokens",
     "pool_before_rotary",
     "pool_keys",
     "pool_queries",

@@ -6,6 +6,7 @@ from gossamer.backends.torch.cells import antidiagonal_means, antidiagonal_peaks
 from gossamer.backends.torch.choose import ListWriter, count, finish
 from gossamer.backends.torch.gates import block_attention, pool_before_rotary, pool_key_bounds
 from gossamer.backends.torch.groups import group_differences, group_shares, mean_row_maxima, near_keys
+from gossamer.backends.torch.pages import page_scores, page_tokens
 from gossamer.backends.torch.scores import (
     NEAR_BYTES,
     PART_BYTES,
@@ -43,6 +44,8 @@ __all__ = [
     "last_query_products",
     "mean_row_maxima",
     "near_keys",
+    "page_scores",
+    "page_tokens",
     "pool_before_rotary",
     "pool_key_bounds",
     "pool_keys",
