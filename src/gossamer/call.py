@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypedDict, overload
 
@@ -21,10 +21,34 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 
 class Store(Protocol):
-    """A cache that knows more than keys and values: pages, summaries, encoded keys. Methods read it, never write it."""
+    """What a layer's cache knows of its keys besides the keys: for methods that choose what a decode step reads.
 
-    def summaries(self, layer: int | None) -> Mapping[str, Tensor]:
-        """What the store knows of a layer's keys, by name."""
+    It belongs to one layer, and is about the keys of the call that it comes with: pages and positions are counted as
+    `Extent` counts, from each row's first live key. Methods read it and never change it; what it has not worked out
+    yet, it works out when it is asked, and keeps up from then on. `gossamer.cache` has the stores.
+
+    Attributes:
+        sinks, recent: so many first and last tokens of each row are in every choice, whatever a method scores; the
+            page that holds the newest token always is.
+    """
+
+    @property
+    def sinks(self) -> int: ...
+
+    @property
+    def recent(self) -> int: ...
+
+    def page_bounds(self, size: int) -> Tensor:
+        """The largest and the smallest value that each channel of the keys has in each page of ``size`` tokens.
+
+        Returns:
+            fp32 ``[B, G, N, 2 * D]``, the D largest, then the D smallest; N is ``ceil(extent.longest / size)``. The
+            last page of a row may be a part of one; padding is in none. Of pages that a row does not have: anything
+            finite.
+
+        Raises:
+            ValueError: a size below 1.
+        """
         ...
 
 
@@ -60,7 +84,7 @@ class AttentionCall:
         sinks: ``[H]``, one extra logit a head in the softmax denominator, with no value (gpt-oss).
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the mask (Gemma 2).
         layer: the model's index of the layer, for methods that differ between layers.
-        store: a cache that knows more than k and v.
+        store: the layer's cache, where it knows more than k and v; see `Store`.
         layout: what the tokens are: text, frames of height x width, modalities.
         step: denoising step and guidance branch.
         state: one mapping for each batch row, which an integration keeps over the calls of a request.
@@ -261,6 +285,7 @@ class AttentionCall:
             "layer": self.layer is not None,
             "state": self.state is not None,
             "rotary": self.rotary is not None,
+            "one query": self.query_len == 1,
             "whole prompt": not bool((self.extent.first_position > 0).any()),
         }
         for need in sorted(needs):

@@ -1,0 +1,26 @@
+"""What decoding reads: stores that are layers of a transformers cache, and the policies that make them.
+
+A `StoreLayer` holds one layer's keys and values, grows in place, and knows more than they say: which token a slot holds
+once some were dropped, and bounds of its pages. A `CachePolicy` (by name: `create`) makes one for each layer; `adopt`
+puts them into a stock ``DynamicCache``, which is what ``gossamer.enable`` does before a model's forward pass.
+
+How a step goes, in this order:
+
+1. ``Cache.update`` calls `StoreLayer.update`: `before_update` (an eviction that makes room), then `append` and `read`.
+   The keys that it returns know their layer (`store_of`).
+2. The attention function finds the store by its keys. `StoreLayer.extent` describes the call where tokens were
+   dropped; else the mask does, and `StoreLayer.place` tells the store where each row's padding ends.
+3. The policy plans with ``call.store`` and ``call.state`` (`gossamer.call.Store`), and a backend attends.
+4. `StoreLayer.attended` sees the call: an eviction after a prefill scores its last queries and calls `keep`.
+
+A new policy is a frozen dataclass in a file of its own whose ``layer`` makes a subclass of `StoreLayer`, listed in
+``policies``. Evictions override `before_update` or `attended` and call `keep(index)`; encodings override `append`,
+`read`, `cut`, `keep` and `rearrange`.
+"""
+
+from gossamer.cache.caches import adopt, new_cache
+from gossamer.cache.layer import StoreLayer, store_of
+from gossamer.cache.pages import PageBounds
+from gossamer.cache.policies import CachePolicy, Keep, available, create
+
+__all__ = ["CachePolicy", "Keep", "PageBounds", "StoreLayer", "adopt", "available", "create", "new_cache", "store_of"]

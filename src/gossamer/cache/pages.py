@@ -1,0 +1,86 @@
+"""Bounds of pages of keys, kept up as keys are added, cut off and moved between batch rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gossamer.plan.integers import ceil_div
+
+__all__ = ["PageBounds"]
+
+
+class PageBounds:
+    """The largest and smallest value of each channel in each page of a layer's keys (Quest, 2406.10774, section 3.2).
+
+    Pages count from each row's first live key, so padding is in none. Pages are worked out from the keys themselves,
+    from the page on in which keys were added or cut off since: what is kept is at every time, bit for bit, what all
+    keys would give from scratch.
+
+    They are held in fp32 whatever the keys' dtype, so that a bound is never rounded below a logit: ``8 * D / size``
+    bytes a token and key/value head, an eighth of the bytes of keys and values in bf16 at 16 tokens a page.
+
+    Args:
+        size: tokens of a page.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"a page must hold at least 1 token, got {size}")
+        self.size = size
+        self._bounds: Tensor | None = None  # [B, G, room, 2 * D]
+        self._starts: list[int] = []
+        self._slots = 0  # slots of keys that are in the bounds
+
+    def of(self, keys: Tensor, starts: list[int]) -> Tensor:
+        """The bounds of all pages, brought up to date.
+
+        Args:
+            keys: ``[B, G, T, D]``, all keys of the layer; those that were there before are the same as before.
+            starts: slot of each row's first live key. Later ones than before make all pages anew.
+
+        Returns:
+            fp32 ``[B, G, N, 2 * D]``: the largest, then the smallest. N is for the row with the most live keys.
+        """
+        batch, groups, slots, dim = keys.shape
+        pages = ceil_div(slots - min(starts, default=slots), self.size)
+        if starts != self._starts:
+            self._slots, self._starts = 0, list(starts)
+        if self._bounds is None or self._bounds.shape[2] < pages:
+            room = max(pages + ceil_div(pages, 8), ceil_div(256, self.size))
+            grown = torch.zeros(batch, groups, room, 2 * dim, dtype=torch.float32, device=keys.device)
+            if self._bounds is not None:
+                grown[:, :, : self._bounds.shape[2]] = self._bounds
+            self._bounds = grown
+        if self._slots < slots:
+            rows = [slice(None)] if len(set(starts)) == 1 else [slice(b, b + 1) for b in range(batch)]
+            for row in rows:
+                self._renew(self._bounds[row], keys[row], starts[row.start or 0])
+            self._slots = slots
+        return self._bounds[:, :, :pages]
+
+    def _renew(self, bounds: Tensor, keys: Tensor, start: int) -> None:
+        """From the page on that holds the first new key."""
+        size, dim, slots = self.size, keys.shape[3], keys.shape[2]
+        page = max(self._slots - start, 0) // size
+        begin = start + page * size
+        whole = max(slots - begin, 0) // size
+        past = begin + whole * size
+        if whole:
+            pages = keys[:, :, begin:past].unflatten(2, (whole, size))
+            bounds[:, :, page : page + whole, :dim] = pages.amax(dim=3)
+            bounds[:, :, page : page + whole, dim:] = pages.amin(dim=3)
+        if past < slots:
+            rest = keys[:, :, past:]
+            bounds[:, :, page + whole, :dim] = rest.amax(dim=2)
+            bounds[:, :, page + whole, dim:] = rest.amin(dim=2)
+
+    def cut(self, slots: int) -> None:
+        """Only the first ``slots`` of the keys are left; others may follow."""
+        self._slots = min(self._slots, slots)
+
+    def take_rows(self, index: Tensor) -> None:
+        """Batch rows ``index`` int64, any of them more than once, take the place of all."""
+        self._starts = [self._starts[row] for row in index.tolist()] if self._starts else []
+        if self._bounds is not None:
+            self._bounds = self._bounds.index_select(0, index.to(self._bounds.device))
