@@ -66,7 +66,9 @@ def test_keys_are_scaled_by_channel_and_values_by_token() -> None:
     by_channel, by_token = (integers.quantise(outlier, 4, 32, over).decode() for over in ("tokens", "channels"))  # type: ignore[arg-type]
     plain = integers.quantise(x, 4, 32, "tokens").decode()
     assert torch.equal(by_channel[..., rest], plain[..., rest])
-    assert float((by_token - outlier)[..., :32].abs().mean()) > 10 * float((by_channel - outlier)[..., rest].abs().mean())
+    assert float((by_token - outlier)[..., :32].abs().mean()) > 10 * float(
+        (by_channel - outlier)[..., rest].abs().mean()
+    )
 
 
 def test_dead_tokens_enter_no_scale() -> None:
@@ -106,7 +108,7 @@ def test_each_token_keeps_exactly_the_rest(dim: int, sparsity: float) -> None:
     decoded = found.decode()
     for index in torch.cartesian_prod(*(torch.arange(n) for n in (2, 2, 9))):
         row = x[tuple(index)].tolist()
-        stay = sorted(sorted(range(dim), key=lambda d: (-abs(row[d]), d))[:count])  # noqa: B023
+        stay = sorted(sorted(range(dim), key=lambda d: (-abs(row[d]), d))[:count])
         assert found.packed[tuple(index)].tolist() == [row[d] for d in stay]
         assert decoded[tuple(index)].tolist() == [row[d] if d in stay else 0.0 for d in range(dim)]
         bits = [int(byte) >> bit & 1 for byte in found.bitmap[tuple(index)] for bit in range(8)]

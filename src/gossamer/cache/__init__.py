@@ -14,13 +14,14 @@ How a step goes, in this order:
 4. `StoreLayer.attended` sees the call: an eviction after a prefill scores its last queries and calls `keep`.
 
 A new policy is a frozen dataclass in a file of its own whose ``layer`` makes a subclass of `StoreLayer`, listed in
-``policies``. Evictions override `before_update` or `attended` and call `keep(index)`; encodings override `append`,
+``registry``. Evictions override `before_update` or `attended` and call `keep(index)`; encodings override `append`,
 `read`, `cut`, `keep` and `rearrange`.
 """
 
 from gossamer.cache.caches import adopt, new_cache
 from gossamer.cache.layer import StoreLayer, store_of
 from gossamer.cache.pages import PageBounds
-from gossamer.cache.policies import CachePolicy, Keep, available, create
+from gossamer.cache.policies import CachePolicy, Keep
+from gossamer.cache.registry import available, create
 
 __all__ = ["CachePolicy", "Keep", "PageBounds", "StoreLayer", "adopt", "available", "create", "new_cache", "store_of"]

@@ -49,14 +49,13 @@ class Quantised:
 
     def append(self, other: Quantised) -> Quantised:
         """These tokens and then others of the same form."""
-        pairs = ((self.codes, other.codes), (self.scale, other.scale), (self.zero, other.zero))
-        return Quantised(*(torch.cat(pair, dim=2) for pair in pairs), self.bits, self.group, self.over)
+        pairs = (self.codes, other.codes), (self.scale, other.scale), (self.zero, other.zero)
+        codes, scale, zero = (torch.cat(pair, dim=2) for pair in pairs)
+        return Quantised(codes, scale, zero, self.bits, self.group, self.over)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> Quantised:
         """With each tensor changed alike: for operations on batch rows, and to move them."""
-        return Quantised(
-            change(self.codes), change(self.scale), change(self.zero), self.bits, self.group, self.over
-        )
+        return Quantised(change(self.codes), change(self.scale), change(self.zero), self.bits, self.group, self.over)
 
 
 def quantise(x: Tensor, bits: int, group: int, over: Over, live: Tensor | None = None) -> Quantised:

@@ -1,0 +1,34 @@
+"""Policies of a cache by name, as methods are."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from gossamer.cache.evictions import PyramidKV, SnapKV, StreamingLLM
+from gossamer.cache.policies import CachePolicy, Keep
+
+__all__ = ["available", "create"]
+
+_POLICIES: tuple[type[CachePolicy], ...] = (Keep, StreamingLLM, SnapKV, PyramidKV)
+
+
+def available() -> list[str]:
+    """Names that `create` accepts."""
+    return [policy.name for policy in _POLICIES]
+
+
+def create(name: str, /, **given: Any) -> CachePolicy:
+    """A policy by name, with any of its fields.
+
+    Raises:
+        ValueError: an unknown name or field (the message lists the known ones), or a value out of range.
+    """
+    for policy in _POLICIES:
+        if policy.name == name:
+            known = [f.name for f in fields(policy)]
+            unknown = sorted(set(given) - set(known))
+            if unknown:
+                raise ValueError(f"cache {name!r} has no field {unknown[0]!r}; its fields are: {', '.join(known)}")
+            return policy(**given)
+    raise ValueError(f"unknown cache {name!r}; known: {', '.join(available())}")
