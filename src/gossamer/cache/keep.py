@@ -91,8 +91,8 @@ def sinks_and_recent(count: Tensor, sink: int, recent: int) -> Tensor:
 def pyramid_budgets(layer: int, layers: int, count: Tensor, budget: int, window: int, beta: float = 20) -> Tensor:
     """Tokens that a layer keeps of each row, its window included (PyramidKV, 2406.02069): int64 ``[B]``.
 
-    They fall evenly from the first layer to the last, which has ``(budget - window) / beta`` before the window, and are
-    ``budget`` in the mean. Rows of fewer than ``budget`` tokens keep all; rows of fewer than ``2 (budget - window)`` have
+    They fall evenly from the first layer to the last, ``(budget - window) / beta`` before its window, and their mean is
+    ``budget``. Rows of fewer than ``budget`` tokens keep all; rows of fewer than ``2 (budget - window)`` have
     ``budget`` in every layer. As in the authors' code all divisions round down.
 
     Args:

@@ -13,7 +13,7 @@ from gossamer.cache.pages import PageBounds
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent
 
-__all__ = ["StoreLayer", "store_of"]
+__all__ = ["Part", "StoreLayer", "marked", "store_of"]
 
 _STORE = "_gossamer_store"
 
@@ -170,6 +170,15 @@ class StoreLayer(DynamicLayer):
         live = count.clamp(max=query_len)
         return Extent(count - query_len, live, starts, count)
 
+    def parts(self) -> tuple[Part, ...]:
+        """Stores of some of the heads each, where one call cannot attend them all; most layers have none."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held of keys and values, without the room made ahead and what is worked out from them."""
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values) if x is not None)
+
     def page_bounds(self, size: int) -> Tensor:
         """See `gossamer.call.Store.page_bounds`."""
         pages = self._pages.get(size)
@@ -200,9 +209,7 @@ class StoreLayer(DynamicLayer):
         self.length += count
         self._appended += count
         keys, values = self.read()
-        keys = keys[:]  # a view of its own: the layer holds nothing that holds the layer
-        setattr(keys, _STORE, self)
-        return keys, values
+        return marked(keys, self), values
 
     def get_seq_length(self) -> int:
         return self.length
@@ -305,6 +312,17 @@ class StoreLayer(DynamicLayer):
     def _forget_state(self) -> None:
         for row in self.state:
             row.clear()
+
+
+Part = tuple[list[int], StoreLayer]
+"""Key/value heads of a layer, ascending, and their store."""
+
+
+def marked(keys: Tensor, store: StoreLayer) -> Tensor:
+    """Keys that know the layer that gave them."""
+    keys = keys[:]  # a view of its own: the layer holds nothing that holds the layer
+    setattr(keys, _STORE, store)
+    return keys
 
 
 def store_of(keys: Tensor) -> StoreLayer | None:

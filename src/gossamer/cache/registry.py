@@ -7,10 +7,11 @@ from typing import Any
 
 from gossamer.cache.evictions import PyramidKV, SnapKV, StreamingLLM
 from gossamer.cache.policies import CachePolicy, Keep
+from gossamer.cache.split import DuoAttention
 
 __all__ = ["available", "create"]
 
-_POLICIES: tuple[type[CachePolicy], ...] = (Keep, StreamingLLM, SnapKV, PyramidKV)
+_POLICIES: tuple[type[CachePolicy], ...] = (Keep, StreamingLLM, SnapKV, PyramidKV, DuoAttention)
 
 
 def available() -> list[str]:
