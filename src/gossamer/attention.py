@@ -131,7 +131,7 @@ def attend(
         executor = backends.name_of(call)
         if executor == "torch":
             _warn_slow(backends.why_slow(call))
-        out, lse = backends.attend(call, decision.plan, make=None if policy.keep_plans else policy.method.plan)
+        out, lse = backends.attend(call, decision.plan, make=None if policy.keep_plans else policy.planner(call).plan)
     if decision.reason is not None:
         _log_once(decision.reason)
     if record is not None:

@@ -57,6 +57,7 @@ class Policy:
         keep_plans: whether what a plan names is kept in memory until the gradient is computed; else the method makes
             the plan again then, from the same tensors.
         profile: name of the profile that the method is from, if of one. Labels have it in place of the method's name.
+        decode: chooses what a decode step reads of a cache with a store (`gossamer.methods.decoding`); None: all of it.
     """
 
     method: Method
@@ -65,6 +66,7 @@ class Policy:
     profile: str = field(default="", compare=False)
     training: bool = True
     keep_plans: bool = True
+    decode: Method | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -82,6 +84,12 @@ class Policy:
         for name in ("training", "keep_plans"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Policy.{name} must be True or False, got {getattr(self, name)!r}")
+        if self.decode is not None and not (isinstance(self.decode, Method) and self.decode.decodes):
+            given = self.decode.name if isinstance(self.decode, Method) else repr(self.decode)
+            raise ValueError(
+                f"Policy.decode must be a method that chooses what a decode step reads, got {given}; "
+                f"build one with gossamer.methods.create(name), by one of the names {', '.join(methods.decoding())}"
+            )
         if not self.max_density > 0:
             raise ValueError(f"Policy.max_density must be above 0, got {self.max_density}")
 
@@ -118,29 +126,36 @@ class Policy:
         Raises:
             ValueError: there is something to plan, on the meta device.
         """
-        reason = self.why_dense(call)
-        if reason is not None or isinstance(self.method, Dense):
+        reason, method = self.why_dense(call), self.planner(call)
+        if reason is not None or isinstance(method, Dense):
             return Decision(None, reason=reason)
         backends.refuse_transforms(call)
         if call.device.type == "meta":
             raise ValueError(
-                f"{self.method.name} chooses by values, but tensors on the meta device hold no values; give tensors "
+                f"{method.name} chooses by values, but tensors on the meta device hold no values; give tensors "
                 "with values, or the method 'dense', which needs shapes alone"
             )
-        if self.method.least_density(call) > self.max_density:
+        if method.least_density(call) > self.max_density:
             return Decision(None, reason=TOO_DENSE)
         with torch.no_grad():  # a selection is a constant
-            plan = self.method.plan(call)
+            plan = method.plan(call)
         density = plan.density()
         return Decision(None, reason=TOO_DENSE) if density > self.max_density else Decision(plan, density)
 
+    def planner(self, call: AttentionCall) -> Method:
+        """The method that a call is for: `decode` of a causal query by itself, where there is one."""
+        return self.method if self.decode is None or not _is_step(call) else self.decode
+
     def why_dense(self, call: AttentionCall) -> str | None:
         """Why no plan is even tried, or None; None under a method that is itself dense."""
-        if isinstance(self.method, Dense):
+        method = self.planner(call)
+        if isinstance(method, Dense):
             return None
         if call.needs_gradient and (not self.training or backends.is_transformed(call)):
             return TRAINING
-        if call.query_len == 1 and call.extent.causal:
+        if method is self.decode:
+            return self._why_whole(method, call)
+        if _is_step(call):
             return "decode"
         limit, keys, least = call.extent.limit, call.extent.longest, self._least(call)
         if min(limit or keys, keys) < least:
@@ -150,13 +165,24 @@ class Policy:
         lacking = self.method.lacks(call)
         return None if lacking is None else f"{self.method.name} needs {lacking}"
 
+    def _why_whole(self, method: Method, call: AttentionCall) -> str | None:
+        """Why a decode step reads the whole cache, before a plan is tried."""
+        if call.store is None:
+            return f"{method.name} needs store"
+        if call.extent.limit is not None:
+            return f"{method.name} needs a cache without the model's own window"
+        lacking = method.lacks(call)
+        return None if lacking is None else f"{method.name} needs {lacking}"
+
     def attends_on_kernel(self, call: AttentionCall, reason: str | None) -> bool:
         """Whether dense attention runs on our own kernel where torch's SDPA could do it too."""
         if isinstance(self.method, Dense):
             return self.method.kernel == "gossamer"
+        if _is_step(call) and reason != TRAINING:
+            return self.decodes_on_kernel(call.q, call.key_len)
         if reason == TOO_DENSE:
             return call.device.type == "cpu" and backends.name_of(call) != "torch"
-        return reason in ("decode", "few queries") and self.decodes_on_kernel(call.q, call.key_len)
+        return reason == "few queries" and self.decodes_on_kernel(call.q, call.key_len)
 
     def decodes_on_kernel(self, q: Tensor, key_len: int) -> bool:
         """Whether few queries like ``q`` against so many keys run on our own kernel: on CPUs, where it splits the keys.
@@ -167,3 +193,8 @@ class Policy:
             return False
         least = STREAMED_KEYS.get(q.element_size())
         return least is not None and key_len >= least and backends.name_of(q) != "torch"
+
+
+def _is_step(call: AttentionCall) -> bool:
+    """A decode step: one query, the newest token's."""
+    return call.query_len == 1 and call.extent.causal

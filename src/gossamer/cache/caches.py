@@ -39,8 +39,7 @@ def adopt(cache: Any, policy: CachePolicy) -> bool:
             layers[index] = _moved(layer, policy.layer(index, count))
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = _Made(cache, policy)  # type: ignore[assignment]  # it is only called
-        return True
-    return any(isinstance(layer, StoreLayer) for layer in layers)
+    return isinstance(cache.layer_class_to_replicate, _Made) or any(isinstance(layer, StoreLayer) for layer in layers)
 
 
 def _moved(layer: DynamicLayer, store: StoreLayer) -> StoreLayer:

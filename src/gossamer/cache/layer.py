@@ -94,15 +94,10 @@ class StoreLayer(DynamicLayer):
 
     def rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to everything that has a batch dimension, the first one."""
-        slots = self.slots
         assert self._room is not None
-        keys, values = (change(room[:, :, :slots]) for room in self._room)
-        self._room = None
-        self._make_room(slots, keys, values)
-        assert self._room is not None
-        for room, new in zip(self._room, (keys, values), strict=True):
-            room[:, :, :slots] = new
-        self._show(slots)
+        keys, values = self._room
+        self._room = change(keys), change(values)
+        self._show(self.slots)
 
     # What policies call.
 

@@ -17,8 +17,10 @@ class LayerStats:
     Fields:
         layer: the model's index of it; None collects the modules that have no ``layer_idx``.
         calls, sparse_calls, dense_calls: a batch is one call. A compiled decode step is not counted.
-        density: share of the dense causal pairs that was computed, over all calls with more than one query (so
-            decoding, which is always dense, does not dilute it); 1.0 if there were none.
+        density: share of the dense causal pairs that was computed, over all calls with more than one query; 1.0 if
+            there were none.
+        sparse_steps: sparse calls of one query, as a decode step has.
+        step_density: share of the keys that calls of one query read; 1.0 if there were none.
         plan_seconds, attention_seconds: wall-clock, estimation and execution.
         fallbacks: reason of each dense call and how often; a method that is itself dense gives none.
         executors: what ran, and how often.
@@ -31,8 +33,11 @@ class LayerStats:
     attention_seconds: float = 0.0
     fallbacks: dict[str, int] = field(default_factory=dict)
     executors: dict[str, int] = field(default_factory=dict)
+    sparse_steps: int = 0
     _computed: float = 0.0
     _pairs: float = 0.0
+    _read: float = 0.0
+    _keys: float = 0.0
 
     @property
     def calls(self) -> int:
@@ -41,6 +46,10 @@ class LayerStats:
     @property
     def density(self) -> float:
         return self._computed / self._pairs if self._pairs else 1.0
+
+    @property
+    def step_density(self) -> float:
+        return self._read / self._keys if self._keys else 1.0
 
     def add(self, call: CallRecord) -> None:
         if call.path == "sparse":
@@ -56,11 +65,15 @@ class LayerStats:
             pairs = call.query_len * (call.key_len - (call.query_len - 1) / 2)
             self._pairs += pairs
             self._computed += call.density * pairs
+        else:
+            self.sparse_steps += call.path == "sparse"
+            self._keys += call.key_len
+            self._read += call.density * call.key_len
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The layers of a model, in order; prints as a table."""
+    """The layers of a model, in order; prints as a table. Its column ``read`` is `LayerStats.step_density`."""
 
     layers: tuple[LayerStats, ...]
 
@@ -81,12 +94,17 @@ class Stats:
     def __str__(self) -> str:
         if not self.layers:
             return "no attention calls recorded"
-        lines = [f"{'layer':>5} {'calls':>6} {'sparse':>6} {'density':>7} {'plan s':>8} {'attn s':>8}  dense because"]
+        steps = any(row.sparse_steps for row in self.layers)
+        read = f" {'read':>5}" if steps else ""
+        lines = [
+            f"{'layer':>5} {'calls':>6} {'sparse':>6} {'density':>7}{read} {'plan s':>8} {'attn s':>8}  dense because"
+        ]
         for row in self.layers:
             name = "-" if row.layer is None else str(row.layer)
             why = ", ".join(f"{reason} x{count}" for reason, count in row.fallbacks.items())
+            read = f" {row.step_density:>5.3f}" if steps else ""
             lines.append(
-                f"{name:>5} {row.calls:>6} {row.sparse_calls:>6} {row.density:>7.3f} {row.plan_seconds:>8.3f} "
+                f"{name:>5} {row.calls:>6} {row.sparse_calls:>6} {row.density:>7.3f}{read} {row.plan_seconds:>8.3f} "
                 f"{row.attention_seconds:>8.3f}  {why}".rstrip()
             )
         return "\n".join(lines)

@@ -17,10 +17,12 @@ from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.moa import MoA
 from gossamer.methods.mtraining import MTraining
+from gossamer.methods.oracle_topk import OracleTopK
 from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
-from gossamer.methods.registry import available, create, from_dict
+from gossamer.methods.quest import Quest
+from gossamer.methods.registry import available, create, decoding, from_dict
 from gossamer.methods.seer_attention import SeerAttention
 from gossamer.methods.sparge import Sparge
 from gossamer.methods.stem import Stem
@@ -49,8 +51,10 @@ __all__ = [
     "MaxRelative",
     "Method",
     "MoA",
+    "OracleTopK",
     "PerHead",
     "Prism",
+    "Quest",
     "SeerAttention",
     "Sparge",
     "Stem",
@@ -61,5 +65,6 @@ __all__ = [
     "XAttention",
     "available",
     "create",
+    "decoding",
     "from_dict",
 ]

@@ -25,7 +25,8 @@ class Method(ABC):
     Class attributes:
         name: what `gossamer.methods.create`, ``enable`` and the command line know it by.
         needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``values``, ``store``, ``layout``, ``step``,
-            ``layer``, ``state``, ``rotary``, ``whole prompt``. A call that lacks one runs dense; the reason is counted.
+            ``layer``, ``state``, ``rotary``, ``one query``, ``whole prompt``. A call that lacks one runs dense; the
+            reason is counted.
         per_head: fields that may differ between heads that are planned together (`gossamer.methods.PerHead`). Where
             they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
         apart: a key/value head with its query heads is planned as it would be in a call of its own. False where numbers
@@ -33,6 +34,7 @@ class Method(ABC):
         alone: a query head is planned as it would be without the others of its key/value head.
         tables: fields that hold numbers by layer and head, made for one model (`gossamer.profiles.read_table`).
         files: fields that name a file, read when the method plans.
+        decodes: it plans calls of one query on a cache with a store: what a decode step reads (`Policy.decode`).
         settings: fields that `gossamer compare` tries, from the sparsest to the densest; empty: the defaults alone.
         candidates: fields that `gossamer calibrate` tries for each head; empty: `settings`.
     """
@@ -46,6 +48,7 @@ class Method(ABC):
     alone: ClassVar[bool] = False
     tables: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[tuple[str, ...]] = ()
+    decodes: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, call: AttentionCall) -> SparsePlan:

@@ -23,9 +23,11 @@ from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.moa import MoA
 from gossamer.methods.mtraining import MTraining
+from gossamer.methods.oracle_topk import OracleTopK
 from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
+from gossamer.methods.quest import Quest
 from gossamer.methods.seer_attention import SeerAttention
 from gossamer.methods.sparge import Sparge
 from gossamer.methods.stem import Stem
@@ -35,7 +37,7 @@ from gossamer.methods.vec_attention import VecAttention
 from gossamer.methods.vertical_slash import VerticalSlash
 from gossamer.methods.xattention import XAttention
 
-__all__ = ["GROUP", "available", "class_of", "create", "from_dict"]
+__all__ = ["GROUP", "available", "class_of", "create", "decoding", "from_dict"]
 
 GROUP = "gossamer.methods"
 
@@ -68,12 +70,19 @@ _METHODS: tuple[type[Method], ...] = (
     Corrected,
     PerHead,
 )
+# Those that choose what a decode step reads, and plan no prompt.
+_STEPS: tuple[type[Method], ...] = (Quest, OracleTopK)
 
 
 def available() -> list[str]:
-    """Names that `create` and ``gossamer.enable`` accept: ours, then those of installed packages."""
+    """Names of methods that plan prompts, which ``gossamer.enable`` accepts: ours, then those of installed packages."""
     ours = [method.name for method in _METHODS]
-    return ours + sorted(name for name in _installed() if name not in ours)
+    return ours + sorted(name for name in _installed() if name not in (*ours, *(step.name for step in _STEPS)))
+
+
+def decoding() -> list[str]:
+    """Names of ours that choose what a decode step reads: ``gossamer.enable(decode=...)`` accepts them."""
+    return [method.name for method in (*_STEPS, *_METHODS) if method.decodes]
 
 
 def class_of(name: str) -> type[Method]:
@@ -82,12 +91,13 @@ def class_of(name: str) -> type[Method]:
     Raises:
         ValueError: no method has this name, or a package's entry point names no method.
     """
-    for method in _METHODS:
+    for method in (*_METHODS, *_STEPS):
         if method.name == name:
             return method
     entry = _installed().get(name)
     if entry is None:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(available())}")
+        known = ", ".join(dict.fromkeys([*available(), *decoding()]))
+        raise ValueError(f"unknown method {name!r}; known: {known}")
     try:
         method = entry.load()
     except Exception as error:

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from gossamer.attention import CallRecord, attend
 from gossamer.backends.torch.dense import sdpa
+from gossamer.cache import StoreLayer, store_of
 from gossamer.call import AttentionCall
 from gossamer.integrations.transformers.fallback import (
     causal_pairs,
@@ -88,6 +89,7 @@ class _Asked:
     window: int | None
     causal: bool
     layer: int | None
+    store: StoreLayer | None = None
 
     @property
     def batch(self) -> int:
@@ -106,6 +108,8 @@ def hf_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention for one layer, as transformers calls it.
+
+    A decode step whose keys come from a store (`gossamer.cache`) reads what the policy's ``decode`` chooses.
 
     Dense, and counted with the reason: a module in training unless its policy trains sparse, a mask that is not plain,
     packed sequences, bidirectional attention that was not asked for, dropout, a position bias, and keys that the model
@@ -156,6 +160,7 @@ def _attend(
     **kwargs: Any,
 ) -> Tensor:
     _refuse_unknown(module, cache, block_indices, kwargs)
+    store = store_of(key)
     query, key, value = _of_one_dtype(module, query, key, value)
     asked = _Asked(
         query,
@@ -168,6 +173,7 @@ def _attend(
         sliding_window,
         bool(is_causal if is_causal is not None else getattr(module, "is_causal", True)),
         getattr(module, "layer_idx", None),
+        store,
     )
     packed = cu_seq_lens_q if cu_seq_lens_q is not None and cu_seq_lens_q.numel() > 2 else None
     extras = _Extras(dropout, position_bias, indices, packed)
@@ -185,6 +191,7 @@ def _attend(
     if owner.context is not None:
         return _shared(owner.context, asked, extras)
     if extras.reason is not None:
+        _refuse_dropped(asked, extras.reason)
         return _counted(owner, asked, extras.reason, lambda: _densely(module, asked, extras))
     return _by_policy(owner, asked, TRAINING if module.training and not owner.policy.training else None)
 
@@ -217,7 +224,11 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     keys, values = asked.key[:, :, :used], asked.value[:, :, :used]
     rotary = owner.rotary(extent) if owner.rotary is not None and asked.query_len > 1 else None
     fields = asked.scale, asked.sinks, asked.softcap, asked.layer
-    call = AttentionCall(asked.query, keys, values, extent, *fields, rotary=rotary)
+    store = asked.store
+    if store is not None:
+        store.place(extent)
+    state = None if store is None else store.state
+    call = AttentionCall(asked.query, keys, values, extent, *fields, store=store, state=state, rotary=rotary)
     if owner.instead is not None and asked.query_len > 1:
         out = owner.instead(call)
     else:
@@ -225,6 +236,8 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     assert isinstance(out, Tensor)
     if owner.observe is not None and asked.query_len > 1:
         owner.observe(Observation(call, out))
+    if store is not None and not call.needs_gradient:
+        store.attended(call)
     return out.transpose(1, 2).contiguous()
 
 
@@ -250,6 +263,10 @@ _operator = operator(_run_operator)
 def _described(asked: _Asked, owner: Owner) -> tuple[Extent | None, int, str | None]:
     """The pairs that are asked for as an extent, as far as they are one; the key slots that it is for; why dense."""
     mask, batch, keys = asked.mask, asked.batch, asked.key_len
+    kept = None if asked.store is None else asked.store.extent(asked.query_len)
+    if kept is not None:
+        _refuse_padding(asked)
+        return kept, keys, None
     if mask is not None and mask.ndim == 4 and asked.query_len > 1:
         mask = compact_of(mask)
         if mask is None or mask.shape[0] != batch:
@@ -262,11 +279,31 @@ def _described(asked: _Asked, owner: Owner) -> tuple[Extent | None, int, str | N
         return None, used, "left padding without causality" if two_sided else "mask is not plain"
     if asked.query_len == 1:
         # A single query sees every key that its mask leaves; positions matter from the second one on.
-        found = extent_of_one_query(mask, batch, keys) if owner.policy.decodes_on_kernel(asked.query, keys) else None
+        wanted = asked.store is not None or owner.policy.decodes_on_kernel(asked.query, keys)
+        found = extent_of_one_query(mask, batch, keys) if wanted else None
         return (None, keys, "decode") if found is None else (*found, None)
     if not asked.causal:
         return None, keys, "not causal"
     return *extent_of(None, batch, asked.query_len, keys, asked.window), None
+
+
+def _refuse_dropped(asked: _Asked, what: str) -> None:
+    """Raise where a store has dropped tokens, for attention that only the mask describes."""
+    if asked.store is not None and asked.store.dropped:
+        raise ValueError(
+            f"layer {asked.layer} has dropped tokens from its cache, which masks do not know: it cannot be combined "
+            f"with {what}; use a cache that drops nothing (cache='keep')"
+        )
+
+
+def _refuse_padding(asked: _Asked) -> None:
+    """Raise for padding behind tokens of a cache that has dropped some: its mask no longer says where that is."""
+    mask = asked.mask
+    if mask is None:
+        return
+    new = mask[:, -asked.query_len :] if mask.ndim == 2 else mask[:, 0, -1, -asked.query_len :]
+    if not asked.causal or not bool((new > 0 if new.dtype != torch.bool else new).all()):
+        _refuse_dropped(asked, "padding between turns, or a mask of another kind")
 
 
 def _counted(owner: Owner, asked: _Asked, reason: str | None, run: Callable[[], Tensor]) -> Tensor:

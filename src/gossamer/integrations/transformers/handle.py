@@ -13,8 +13,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from gossamer import cache as caches
 from gossamer import methods
 from gossamer.attention import CallRecord
+from gossamer.cache import CachePolicy
 from gossamer.call import AttentionCall
 from gossamer.integrations.stats import LayerStats, Stats
 from gossamer.integrations.transformers.attention import BIDIRECTIONAL, register
@@ -23,6 +25,7 @@ from gossamer.integrations.transformers.context import Context
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, lend, owner_of, set_owner
 from gossamer.integrations.transformers.reached import Reached
 from gossamer.integrations.transformers.rotary import Positions, rotary_module, verified
+from gossamer.integrations.transformers.stores import Stores
 from gossamer.integrations.transformers.supported import is_ours, refuse
 from gossamer.methods import Method
 from gossamer.methods.per_head import PerHead, needs_of
@@ -41,14 +44,18 @@ class Handle:
 
     Attributes:
         context: reads prompts that the ranks of a group share, where ``context_parallel`` was given; else None.
+        cache: what its caches keep, and how, where ``decode`` or ``cache`` was given; else None.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, lent: dict[int, tuple[Any, str]]) -> None:
-        self.policy = policy
+    def __init__(
+        self, model: nn.Module, policy: Policy, lent: dict[int, tuple[Any, str]], cache: CachePolicy | None = None
+    ) -> None:
+        self.policy, self.cache = policy, cache
         self._model = weakref.ref(model)
         self._lent = lent
         self._layers: dict[int | None, LayerStats] = {}
         self._reached = Reached(model)
+        self._stores = None if cache is None else Stores(model, cache)
         self._positions: Positions | None = None
         self._hook: Any = None
         self._visit: Callable[[Observation], None] | None = None
@@ -74,6 +81,19 @@ class Handle:
     def reset(self) -> None:
         """Start counting anew."""
         self._layers.clear()
+
+    def new_cache(self) -> Any:
+        """An empty cache with stores, to pass as ``past_key_values`` and keep over several turns.
+
+        ``generate`` without one gets the same by itself.
+
+        Raises:
+            ValueError: neither ``decode`` nor ``cache`` was given, or the handle is disabled.
+        """
+        model = self._model()
+        if self.cache is None or not self._enabled or model is None:
+            raise ValueError("there are no stores: call gossamer.enable(model, decode=...) or with cache=... first")
+        return caches.new_cache(cast(Any, model).config, self.cache)
 
     def observe(self, visit: Callable[[Observation], None] | None, *, rotary: bool = False) -> None:
         """Show ``visit`` the tensors of every attention call with several queries and a plain mask; None ends it.
@@ -150,6 +170,8 @@ class Handle:
         self._enabled = False
         self._given_back.detach()
         self._reached.stop()
+        if self._stores is not None:
+            self._stores.stop()
         if self._hook is not None:
             self._hook.remove()
         self._own(model, None, enabled=False)
@@ -184,7 +206,9 @@ class Handle:
         state = "enabled" if self.enabled else "disabled"
         if self._enabled and model is not None and not self.enabled:
             state = "switched off by set_attn_implementation"
-        return f"<gossamer {self.policy.name} on {name}, {state}>"
+        steps = "" if self.policy.decode is None else f", decoding by {self.policy.decode.name}"
+        kept = "" if self.cache is None or self.cache.name == "keep" else f", cache {self.cache.name}"
+        return f"<gossamer {self.policy.name} on {name}{steps}{kept}, {state}>"
 
 
 def _give_back(lent: Mapping[int, tuple[Any, str]]) -> None:
@@ -200,6 +224,8 @@ def enable(
     method: str | Method | Policy = "minference",
     *,
     profile: str | os.PathLike[str] | Profile | None = None,
+    decode: str | Method | None = None,
+    cache: str | CachePolicy | None = None,
     min_tokens: int | None = None,
     max_density: float | None = None,
     bidirectional: bool = False,
@@ -209,7 +235,7 @@ def enable(
     context_layout: str = "striped",
     **fields: Any,
 ) -> Handle:
-    """Run a transformers model's attention through gossamer: prefill by a sparse method, decoding dense.
+    """Run a transformers model's attention through gossamer: prefill by a sparse method, decoding dense or by another.
 
     Only this model object is affected, and of a composite model only its text part (with ``bidirectional``, all parts).
     Its weights, its config's other fields and the library stay as they are.
@@ -220,6 +246,11 @@ def enable(
         profile: methods per layer and head instead: a `Profile`, or the path of one. `method` may be left out, or name
             what the profile holds (``minference``, ``per_head``). A profile of another model is refused; of one whose
             config differs a little (`Profile.check_config`), the logger ``gossamer`` warns.
+        decode: what each decode step reads of the cache: a method's name from `gossamer.methods.decoding`, or such a
+            method. Without it, a step reads all of the cache.
+        cache: what the cache keeps, and how: a name from `gossamer.cache.available`, or a `gossamer.cache.CachePolicy`.
+            With it, or with `decode`, each cache that the model is called with gets stores for its layers of full
+            attention; `Handle.new_cache` makes one for several turns.
         min_tokens, max_density: thresholds of the policy; see `Policy`.
         bidirectional: also run encoders and cross-attention sparse, where the method can; else they run dense. Of
             encoder-decoders, keys with left padding run dense all the same.
@@ -246,6 +277,9 @@ def enable(
         profile = Profile.load(profile)
     policy = _policy(method, profile, min_tokens, max_density, fields)
     policy = dataclasses.replace(policy, training=training, keep_plans=keep_plans)
+    if decode is not None:
+        policy = dataclasses.replace(policy, decode=methods.create(decode) if isinstance(decode, str) else decode)
+    kept = _cache_policy(cache, policy, context_parallel)
     modules = getattr(model, "modules", None)
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config") or modules is None:
         raise TypeError(
@@ -273,7 +307,7 @@ def enable(
             "not go through transformers' AttentionInterface. gossamer cannot run it"
         )
     lent = {key: (config, former) for key, (config, former) in before.items() if is_ours(config)}
-    handle = Handle(model, policy, lent)
+    handle = Handle(model, policy, lent, kept)
     if context_parallel is not None:
         handle.share(model, context_parallel, context_layout)
     if "rotary" in needs_of(policy.method):
@@ -283,6 +317,16 @@ def enable(
             handle.disable()
             raise ValueError(f"{policy.method.name} looks at q and k before their rotary embedding: {error}") from error
     return handle
+
+
+def _cache_policy(cache: str | CachePolicy | None, policy: Policy, context_parallel: Any) -> CachePolicy | None:
+    if cache is not None and not isinstance(cache, str | CachePolicy):
+        raise TypeError(f"cache must be a name or a gossamer.cache.CachePolicy, got {type(cache).__name__}")
+    if (cache is not None or policy.decode is not None) and context_parallel is not None:
+        raise ValueError("ranks that share prompts decode dense: leave decode and cache out beside context_parallel")
+    if cache is None:
+        return None if policy.decode is None else caches.create("keep")
+    return caches.create(cache) if isinstance(cache, str) else cache
 
 
 def _policy(
