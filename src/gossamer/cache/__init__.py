@@ -18,10 +18,28 @@ A new policy is a frozen dataclass in a file of its own whose ``layer`` makes a 
 `read`, `cut`, `keep` and `rearrange`.
 """
 
-from gossamer.cache.caches import adopt, new_cache
-from gossamer.cache.layer import StoreLayer, store_of
+from gossamer.cache.caches import adopt, nbytes, new_cache
+from gossamer.cache.evictions import PyramidKV, SnapKV, StreamingLLM
+from gossamer.cache.layer import Part, StoreLayer, store_of
 from gossamer.cache.pages import PageBounds
 from gossamer.cache.policies import CachePolicy, Keep
 from gossamer.cache.registry import available, create
+from gossamer.cache.split import DuoAttention
 
-__all__ = ["CachePolicy", "Keep", "PageBounds", "StoreLayer", "adopt", "available", "create", "new_cache", "store_of"]
+__all__ = [
+    "CachePolicy",
+    "DuoAttention",
+    "Keep",
+    "PageBounds",
+    "Part",
+    "PyramidKV",
+    "SnapKV",
+    "StoreLayer",
+    "StreamingLLM",
+    "adopt",
+    "available",
+    "create",
+    "nbytes",
+    "new_cache",
+    "store_of",
+]

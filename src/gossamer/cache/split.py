@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor
 
 from gossamer import methods
@@ -72,7 +71,9 @@ class SplitLayer(StoreLayer):
 
     def page_bounds(self, size: int) -> Tensor:
         """There are none: each part has its own."""
-        raise ValueError(f"a layer whose heads keep different tokens has no common pages, of {size} tokens or any other")
+        raise ValueError(
+            f"a layer whose heads keep different tokens has no common pages, of {size} tokens or any other"
+        )
 
     def keep(self, index: Tensor) -> None:
         """Not here: each part keeps what it does."""
