@@ -182,7 +182,7 @@ class Policy:
             return self.decodes_on_kernel(call.q, call.key_len)
         if reason == TOO_DENSE:
             return call.device.type == "cpu" and backends.name_of(call) != "torch"
-        return reason == "few queries" and self.decodes_on_kernel(call.q, call.key_len)
+        return reason in ("decode", "few queries") and self.decodes_on_kernel(call.q, call.key_len)
 
     def decodes_on_kernel(self, q: Tensor, key_len: int) -> bool:
         """Whether few queries like ``q`` against so many keys run on our own kernel: on CPUs, where it splits the keys.

@@ -88,7 +88,11 @@ PUBLISHED = [
     (MInference(), {"layers": [], "vertical_size": 1000, "slash_size": 6096, "last": 64}),
     (BlockSparse(), {"blocks": 100, "block": 64}),
     (DuoAttention(), {"gates": (), "sparsity": 0.5, "sink": 64, "recent": 256}),
-    (LServe(), {"gates": (), "sparsity": 0.5, "sink": 128, "local": 8192, "block": 128, "exact": True}),
+    (
+        LServe(),
+        {"gates": (), "sparsity": 0.5, "sink": 128, "local": 8192, "block": 128, "exact": True}
+        | {"step_local": 256, "budget": 4096, "page": 64, "logical": 16, "interval": 4},
+    ),
     (MoA(), {"alphas": (), "betas": (), "sink": 64, "least": 128, "block": 64, "new_tokens": 1024}),
     (SeerAttention(), {"gates": "", "threshold": 0.002, "share": 0.0, "last_blocks": 2}),
     (

@@ -104,20 +104,26 @@ def plan_of_columns(call: AttentionCall, chosen: Tensor, size: int = 1) -> Spars
 
 
 def plan_of_blocks(
-    call: AttentionCall, chosen: Tensor, size: int, *, sink: Tensor | int = 0, window: Tensor | int = 0
+    call: AttentionCall, chosen: Tensor, size: int, *, sink: Tensor | None = None, window: Tensor | None = None
 ) -> SparsePlan:
-    """The plan of the query that reads whole pages, as key blocks; see `gossamer.plan.SparsePlan` for the bands.
-
-    For pages of a size that kernels are tuned for: 64 or 128.
+    """The plan of the query that reads whole pages, as key blocks, for sizes that kernels are tuned for (64, 128).
 
     Args:
-        chosen: bool ``[B, heads, N]``, with heads H or G; rows without a live query have nothing.
+        chosen: bool ``[B, heads, N]``, with heads H or G.
+        sink, window: bands int32 ``[heads]`` in place of pages, for heads that choose none; see `SparsePlan`.
     """
     batch, heads, _ = chosen.shape
-    live = on_device(call.extent.query_count > 0, call.device)
-    row, page = (chosen & live[:, None, None]).flatten(0, 1).nonzero(as_tuple=True)
+    keys = on_device(call.extent.key_count * (call.extent.query_count > 0), call.device)[:, None]
+    chosen = chosen & (torch.arange(chosen.shape[2], device=call.device) * size < keys)[:, None]
+    page = chosen.nonzero(as_tuple=True)[2]
+    counts = chosen.sum(dim=2)
     indptr = torch.zeros(batch * heads + 1, dtype=torch.int64, device=call.device)
-    torch.cumsum(torch.bincount(row, minlength=batch * heads), 0, out=indptr[1:])
+    torch.cumsum(counts.flatten(), 0, out=indptr[1:])
+    last = ((keys - 1) // size).clamp(min=0)[:, :, None].expand(-1, heads, -1)
+    pairs = counts * size - chosen.gather(2, last)[..., 0] * (-keys % size)
+    if sink is not None and window is not None:
+        banded = (sink + window.long()).to(call.device).expand(batch, -1)
+        pairs = torch.where(banded > 0, banded.minimum(keys), pairs)
     return SparsePlan.unchecked(
         heads=heads,
         query_len=call.query_len,
@@ -126,8 +132,9 @@ def plan_of_blocks(
         block_k=size,
         block_indptr=indptr,
         block_indices=page.to(torch.int32),
-        sink=sink,
-        window=window,
+        sink=0 if sink is None else sink,
+        window=0 if window is None else window,
+        pairs=pairs.cpu(),
     )
 
 
