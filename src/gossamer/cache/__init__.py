@@ -19,6 +19,7 @@ A new policy is a frozen dataclass in a file of its own whose ``layer`` makes a 
 """
 
 from gossamer.cache.caches import adopt, nbytes, new_cache
+from gossamer.cache.encodings import Int8, Kivi, Mustafar
 from gossamer.cache.evictions import PyramidKV, SnapKV, StreamingLLM
 from gossamer.cache.layer import Part, StoreLayer, store_of
 from gossamer.cache.pages import PageBounds
@@ -29,7 +30,10 @@ from gossamer.cache.split import DuoAttention
 __all__ = [
     "CachePolicy",
     "DuoAttention",
+    "Int8",
     "Keep",
+    "Kivi",
+    "Mustafar",
     "PageBounds",
     "Part",
     "PyramidKV",

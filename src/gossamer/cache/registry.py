@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from gossamer.cache.encodings import Int8, Kivi, Mustafar
 from gossamer.cache.evictions import PyramidKV, SnapKV, StreamingLLM
 from gossamer.cache.policies import CachePolicy, Keep
 from gossamer.cache.split import DuoAttention
 
 __all__ = ["available", "create"]
 
-_POLICIES: tuple[type[CachePolicy], ...] = (Keep, StreamingLLM, SnapKV, PyramidKV, DuoAttention)
+_POLICIES: tuple[type[CachePolicy], ...] = (Keep, StreamingLLM, SnapKV, PyramidKV, DuoAttention, Kivi, Int8, Mustafar)
 
 
 def available() -> list[str]:
