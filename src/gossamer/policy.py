@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gossamer import backends, methods
-from gossamer.call import AttentionCall
+from gossamer.call import AttentionCall, Store
 from gossamer.methods import Dense, Method, PerHead
 from gossamer.plan import SparsePlan
 from gossamer.profiles import Profile
@@ -164,6 +164,12 @@ class Policy:
             return "few queries"
         lacking = self.method.lacks(call)
         return None if lacking is None else f"{self.method.name} needs {lacking}"
+
+    def why_undescribed(self, store: Store | None) -> str:
+        """Why a decode step is dense for which nobody asks `decide`: its mask is for torch alone."""
+        if self.decode is None:
+            return "decode"
+        return f"{self.decode.name} needs store" if store is None else "mask is not plain"
 
     def _why_whole(self, method: Method, call: AttentionCall) -> str | None:
         """Why a decode step reads the whole cache, before a plan is tried."""

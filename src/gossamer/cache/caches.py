@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from gossamer.cache.layer import StoreLayer
 from gossamer.cache.policies import CachePolicy
@@ -32,8 +32,11 @@ def adopt(cache: Any, policy: CachePolicy, layers: int | None = None) -> bool:
         layers: how many the model has, for a cache that knows no config and makes them as they come.
 
     Returns:
-        Whether it has any: a static, quantised or encoder-decoder cache stays as it is.
+        Whether it has any: a static or quantised cache stays as it is. Of an encoder-decoder's, the decoder's own is
+        meant.
     """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
     if not isinstance(cache, Cache):
         return False
     made, grows = cache.layers, cache.layer_class_to_replicate is DynamicLayer

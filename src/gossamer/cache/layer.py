@@ -123,7 +123,7 @@ class StoreLayer(DynamicLayer):
             raise ValueError(f"keep needs slots [B, G, n] = {tuple(keys.shape[:2])} x n, got {tuple(index.shape)}")
         ascends = bool(((index.diff(dim=2) > 0) | (index[..., 1:] == -1)).all())
         if not ascends or bool(((index < -1) | (index >= slots)).any()):
-            raise ValueError(f"slots to keep must ascend, after any -1, and lie in 0 .. {slots - 1}")
+            raise ValueError(f"slots to keep must ascend and lie in 0 .. {slots - 1}, after any -1")
         padding = torch.tensor(self.starts or [0] * keys.shape[0], device=index.device)[:, None, None]
         kept = (index < padding).sum(dim=2)
         if bool((kept != kept[:, :1]).any()):
@@ -174,6 +174,18 @@ class StoreLayer(DynamicLayer):
         """Bytes of what is held of keys and values, without the room made ahead and what is worked out from them."""
         return sum(x.numel() * x.element_size() for x in (self.keys, self.values) if x is not None)
 
+    def refuse(self, what: str) -> None:
+        """Raise where tokens were dropped, for attention that only a mask describes.
+
+        Raises:
+            ValueError: some were.
+        """
+        if self.dropped:
+            raise ValueError(
+                f"a cache that has dropped tokens cannot be combined with {what}, where attention knows its mask "
+                "alone; use one that drops nothing (cache='keep')"
+            )
+
     def page_bounds(self, size: int) -> Tensor:
         """See `gossamer.call.Store.page_bounds`."""
         pages = self._pages.get(size)
@@ -204,6 +216,9 @@ class StoreLayer(DynamicLayer):
         self.length += count
         self._appended += count
         keys, values = self.read()
+        if torch.compiler.is_compiling():
+            self.refuse("torch.compile")
+            return keys, values
         return marked(keys, self), values
 
     def get_seq_length(self) -> int:
@@ -321,5 +336,9 @@ def marked(keys: Tensor, store: StoreLayer) -> Tensor:
 
 
 def store_of(keys: Tensor) -> StoreLayer | None:
-    """The layer that gave these keys by `StoreLayer.update`, if one did."""
-    return getattr(keys, _STORE, None)
+    """The layer that gave these keys by `StoreLayer.update`, if one did and holds them still.
+
+    Layers of a model that share keys may see some that have been dropped since. In graphs, none does.
+    """
+    store = None if torch.compiler.is_compiling() else getattr(keys, _STORE, None)
+    return store if store is not None and store.slots == keys.shape[2] else None

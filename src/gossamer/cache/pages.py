@@ -77,7 +77,8 @@ class PageBounds:
 
     def cut(self, slots: int) -> None:
         """Only the first ``slots`` of the keys are left; others may follow."""
-        self._slots = min(self._slots, slots)
+        if slots < self._slots:  # what is left of a page that was cut is a page anew
+            self._slots = slots - max(((slots - start) % self.size for start in self._starts), default=0)
 
     def take_rows(self, index: Tensor) -> None:
         """Batch rows ``index`` int64, any of them more than once, take the place of all."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor
 
 from gossamer import methods
@@ -50,6 +51,8 @@ class SplitLayer(StoreLayer):
         return () if self._first else self._parts
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            self.refuse("torch.compile")
         self._first = self.length == 0
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -68,6 +71,18 @@ class SplitLayer(StoreLayer):
     def attended(self, call: AttentionCall) -> None:
         for heads, store in self._parts:
             store.attended(call.of_groups(heads))
+
+    def refuse(self, what: str) -> None:
+        """Raise, but for calls that attend all heads in one.
+
+        Raises:
+            ValueError: this is none of them.
+        """
+        if self.parts() or not self._first:
+            raise ValueError(
+                f"a cache whose heads keep different tokens cannot be combined with {what}, where attention knows its "
+                "mask alone; use one that drops nothing (cache='keep')"
+            )
 
     def page_bounds(self, size: int) -> Tensor:
         """There are none: each part has its own."""

@@ -20,9 +20,6 @@ from gossamer.plan import SparsePlan, ceil_div
 
 __all__ = ["LServe"]
 
-# Of a request's state: how many steps a choice has served, and the choice, bool [heads, N].
-_CHOICE = "lserve"
-
 
 @dataclass(frozen=True)
 class LServe(Method):
@@ -139,18 +136,26 @@ class LServe(Method):
 
     def _chosen_before(self, call: AttentionCall, pages: int) -> Tensor | None:
         """What an earlier step chose, for so many pages, where it holds for this one too."""
-        found = [] if call.state is None else [row.get(_CHOICE) for row in call.state]
+        found = [] if call.state is None else [row.get(_name(call)) for row in call.state]
         if not found or any(one is None or one[0] >= self.interval for one in found):
             return None
         for row, one in zip(call.state or (), found, strict=True):
             assert one is not None
-            row[_CHOICE] = one[0] + 1, one[1]
+            row[_name(call)] = one[0] + 1, one[1]
         return torch.stack([pad(one[1], (0, pages - one[1].shape[1])) for one in found if one is not None])
 
     def _remember(self, call: AttentionCall, chosen: Tensor) -> None:
         for row, own in zip(call.state or (), chosen, strict=False):
-            row[_CHOICE] = 1, own
+            row[_name(call)] = 1, own
 
 
 def _is_step(call: AttentionCall) -> bool:
     return call.query_len == 1 and call.store is not None and call.extent.causal
+
+
+def _name(call: AttentionCall) -> str:
+    """What a request's state holds by it: how many steps a choice has served, and the choice, bool ``[heads, N]``.
+
+    Layers that share keys share their state.
+    """
+    return f"lserve of layer {call.layer}"

@@ -192,7 +192,8 @@ def _attend(
     if owner.context is not None:
         return _shared(owner.context, asked, extras)
     if extras.reason is not None:
-        _refuse_dropped(asked, extras.reason)
+        if store is not None:
+            store.refuse(extras.reason)
         return _counted(owner, asked, extras.reason, lambda: _densely(module, asked, extras))
     return _by_policy(owner, asked, TRAINING if module.training and not owner.policy.training else None)
 
@@ -268,8 +269,8 @@ def _described(asked: _Asked, owner: Owner) -> tuple[Extent | None, int, str | N
     """The pairs that are asked for as an extent, as far as they are one; the key slots that it is for; why dense."""
     mask, batch, keys = asked.mask, asked.batch, asked.key_len
     kept = None if asked.store is None else asked.store.extent(asked.query_len)
-    if kept is not None:
-        _refuse_padding(asked)
+    if asked.store is not None and kept is not None:
+        _refuse_padding(asked, asked.store)
         return kept, keys, None
     if mask is not None and mask.ndim == 4 and asked.query_len > 1:
         mask = compact_of(mask)
@@ -285,29 +286,20 @@ def _described(asked: _Asked, owner: Owner) -> tuple[Extent | None, int, str | N
         # A single query sees every key that its mask leaves; positions matter from the second one on.
         wanted = asked.store is not None or owner.policy.decodes_on_kernel(asked.query, keys)
         found = extent_of_one_query(mask, batch, keys) if wanted else None
-        return (None, keys, "decode") if found is None else (*found, None)
+        return (None, keys, owner.policy.why_undescribed(asked.store)) if found is None else (*found, None)
     if not asked.causal:
         return None, keys, "not causal"
     return *extent_of(None, batch, asked.query_len, keys, asked.window), None
 
 
-def _refuse_dropped(asked: _Asked, what: str) -> None:
-    """Raise where a store has dropped tokens, for attention that only the mask describes."""
-    if asked.store is not None and (asked.store.dropped or asked.store.parts()):
-        raise ValueError(
-            f"layer {asked.layer} has dropped tokens from its cache, which masks do not know: it cannot be combined "
-            f"with {what}; use a cache that drops nothing (cache='keep')"
-        )
-
-
-def _refuse_padding(asked: _Asked) -> None:
+def _refuse_padding(asked: _Asked, store: StoreLayer) -> None:
     """Raise for padding behind tokens of a cache that has dropped some: its mask no longer says where that is."""
     mask = asked.mask
     if mask is None:
         return
     new = mask[:, -asked.query_len :] if mask.ndim == 2 else mask[:, 0, -1, -asked.query_len :]
-    if not asked.causal or not bool((new > 0 if new.dtype != torch.bool else new).all()):
-        _refuse_dropped(asked, "padding between turns, or a mask of another kind")
+    if not asked.causal or not bool((new if new.dtype == torch.bool else new > 0).all()):
+        store.refuse("padding between turns, or a mask of another kind")
 
 
 def _counted(owner: Owner, asked: _Asked, reason: str | None, run: Callable[[], Tensor]) -> Tensor:
