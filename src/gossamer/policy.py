@@ -104,8 +104,9 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """The profile's, or the method's."""
-        return self.profile or self.method.name
+        """The profile's, or the method's; and what steps are read by: ``dense+quest``."""
+        prompts = self.profile or self.method.name
+        return prompts if self.decode is None else f"{prompts}+{self.decode.name}"
 
     def resolved(self, subject: AttentionCall | Tensor) -> Policy:
         """The same with the number that ``min_tokens`` stands for, for a call or queries like these."""

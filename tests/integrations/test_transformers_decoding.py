@@ -86,7 +86,7 @@ def test_steps_are_sparse_and_counted(method: Method) -> None:
     with enabled(ours, method) as handle:
         generate(ours, long_prompt(), LEFT, new=6)
         stats = handle.stats()
-    assert "decoding by " + method.name in repr(handle)
+    assert f"<gossamer dense+{method.name} on LlamaForCausalLM" in repr(handle)
     for layer in stats:
         assert (layer.calls, layer.sparse_steps) == (6, 5)
         assert 0.1 < layer.step_density < 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -73,9 +74,7 @@ class VotingPolicy(CachePolicy):
             )
 
     def layer(self, index: int, layers: int) -> EvictingLayer:
-        def choose(call: AttentionCall) -> Tensor | None:
-            return self.kept(call, index, layers)
-
+        choose = partial(self.kept, index=index, layers=layers)
         return EvictingLayer(choose, sinks=self.sinks, recent=self.recent)
 
     def kept(self, call: AttentionCall, index: int, layers: int) -> Tensor | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -135,6 +135,7 @@ class DuoAttention(CachePolicy):
     """
 
     name: ClassVar[str] = "duo_attention"
+    tables: ClassVar[tuple[str, ...]] = ("gates",)
     sinks: int = 64
     recent: int = 256
     gates: Table = ()
@@ -162,17 +163,14 @@ class DuoAttention(CachePolicy):
         return full_heads(self.gates, self.sparsity)
 
     def layer(self, index: int, layers: int) -> SplitLayer:
-        def make(groups: int) -> tuple[Part, ...]:
-            had = len(self.full[0])
-            whole = of_layer(self.full, index, [had if had % groups == 0 else groups], f"{self.name}.gates")
-            share = len(whole) // groups
-            kept = [any(whole[g * share : (g + 1) * share]) for g in range(groups)]
-            return self._parts(kept)
+        return SplitLayer(partial(self._parts, index))
 
-        return SplitLayer(make)
-
-    def _parts(self, kept: Sequence[bool]) -> tuple[Part, ...]:
-        full = [g for g, whole in enumerate(kept) if whole]
-        streaming = [g for g, whole in enumerate(kept) if not whole]
+    def _parts(self, index: int, groups: int) -> tuple[Part, ...]:
+        had = len(self.full[0])
+        whole = of_layer(self.full, index, [had if had % groups == 0 else groups], f"{self.name}.gates")
+        share = len(whole) // groups
+        kept = [any(whole[g * share : (g + 1) * share]) for g in range(groups)]
+        full = [g for g, all_tokens in enumerate(kept) if all_tokens]
+        streaming = [g for g, all_tokens in enumerate(kept) if not all_tokens]
         stores = StoreLayer(), StreamingLayer(sinks=self.sinks, recent=self.recent)
         return tuple((heads, store) for heads, store in zip((full, streaming), stores, strict=True) if heads)

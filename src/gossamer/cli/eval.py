@@ -19,7 +19,7 @@ from gossamer.cli.inputs import (
 )
 from gossamer.cli.machine import add_dtype
 from gossamer.cli.pretrained import model_folder
-from gossamer.cli.specs import parse_policy, parse_task, split_specs, task_names
+from gossamer.cli.specs import parse_policies, parse_task, split_specs, task_names
 from gossamer.cli.subjects import check_device, check_numbers, load_subject
 from gossamer.policy import Policy
 
@@ -36,6 +36,12 @@ def add_parser(commands: Any) -> None:
         default="dense,minference,max_relative",
         metavar="LIST",
         help="names with fields, such as max_relative(alpha=0.02); see `gossamer methods` (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--decode",
+        metavar="LIST",
+        help="what questions and answers, token by token, read of the cache: each of these under each of --methods, "
+        "such as none,quest(budget=1024) (default: none, all of it)",
     )
     parser.add_argument(
         "--tasks",
@@ -88,7 +94,7 @@ def execute(arguments: argparse.Namespace) -> int:
     arguments.model = model_folder(arguments.model)
     config, profile = read_model(arguments.model), read_profile(arguments.profile)
     try:
-        policies = [parse_policy(spec, profile, arguments.min_tokens) for spec in split_specs(arguments.methods)]
+        policies = parse_policies(arguments.methods, arguments.decode, profile, arguments.min_tokens)
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
     check_profile(policies, profile, config)

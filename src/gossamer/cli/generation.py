@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import gossamer
+from gossamer.cache import CachePolicy
 from gossamer.cli.common import BadInput, first_line
 from gossamer.cli.machine import fast_dtype
 from gossamer.integrations.transformers import filter_prompt
@@ -42,7 +43,8 @@ _HEAD_ROWS = 512
 class Generation:
     """What one generation gave and cost. Seconds are wall-clock; plan, attention and density are the prefill's alone.
 
-    ``top1`` is the model's choice at every position of the prompt, int64 ``[S]``, where it was asked for.
+    ``step_density`` is the share of the cache that new tokens read; None where nobody chose. ``top1`` is the model's
+    choice at every position of the prompt, int64 ``[S]``, where it was asked for.
     """
 
     text: str
@@ -54,6 +56,7 @@ class Generation:
     density: float
     executors: list[str]
     dense_because: dict[str, int]
+    step_density: float | None = None
     top1: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -71,6 +74,7 @@ class Generation:
             f"prefill {self.prefill_seconds:.2f} s (planning {self.plan_seconds:.2f}, attention "
             f"{self.attention_seconds:.2f}), density {self.density:.3f}, executor {', '.join(self.executors)}; "
             f"{len(self.tokens)} new tokens, {self.tokens_per_second:.1f} a second"
+            + (f", which read {self.step_density:.3f} of the cache" if self.step_density is not None else "")
             + (f"\nlayers whose prefill ran dense: {because}" if because else "")
         )
 
@@ -207,6 +211,7 @@ def generate(
     stream: TextIO | None = None,
     *,
     keep_top1: bool = False,
+    cache: CachePolicy | None = None,
 ) -> Generation:
     """Prefill ``prompt [1, S]`` by the policy, decode greedily, write the text to ``stream`` as it comes."""
     hidden: list[Tensor] = []
@@ -214,9 +219,10 @@ def generate(
     if keep_top1:
         hooks.append(model.base_model.register_forward_hook(lambda *call: hidden.append(call[-1][0])))
     printed = ""
-    with gossamer.enable(model, policy) as handle:
+    with gossamer.enable(model, policy, cache=cache) as handle:
+        held = None if handle.cache is None else handle.new_cache()
         started = time.perf_counter()
-        out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=prompt, past_key_values=held, use_cache=True, logits_to_keep=1)
         prefilled = time.perf_counter()
         for hook in hooks:
             hook.remove()
@@ -232,6 +238,7 @@ def generate(
             executors=sorted({name for layer in layers for name in layer.executors}),
             dense_because=layers.fallbacks(),
         )
+        handle.reset()
         stop = _stop_tokens(model)
         prefilled = time.perf_counter()
         while True:
@@ -247,6 +254,9 @@ def generate(
                 input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1
             )
         result.decode_seconds = time.perf_counter() - prefilled
+        layers = handle.stats()
+        if policy.decode is not None and len(layers):
+            result.step_density = sum(layer.step_density for layer in layers) / len(layers)
     if stream is not None:
         print(result.text[len(printed) :], file=stream, flush=True)
     if hidden:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -23,16 +24,23 @@ def add_parser(commands: Any) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     entries = [_entry(name) for name in methods.available()]
+    steps = [_entry(name) for name in methods.decoding()]
     if arguments.json:
-        print_json({"methods": entries})
+        print_json({"methods": entries, "decoding": steps})
         return 0
+    _print(entries)
+    print("\nof decoding (--decode):")
+    _print(steps)
+    return 0
+
+
+def _print(entries: Sequence[dict[str, Any]]) -> None:
     for entry in entries:
         print(f"{entry['method']}: {entry.get('error') or entry['summary']}")
         if "error" not in entry:
             print(f"    {_fields(entry)}")
         if entry["package"]:
             print(f"    from {entry['package']}")
-    return 0
 
 
 def _entry(name: str) -> dict[str, Any]:

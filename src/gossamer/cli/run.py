@@ -7,6 +7,7 @@ import re
 import sys
 import typing
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from gossamer.cli.inputs import (
 )
 from gossamer.cli.machine import add_dtype
 from gossamer.cli.pretrained import model_folder
-from gossamer.cli.specs import make_policy
+from gossamer.cli.specs import make_policy, parse_cache, parse_method
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
 
 if typing.TYPE_CHECKING:
+    from gossamer.cache import CachePolicy
     from gossamer.cli.generation import Generation
 
 __all__ = ["add_parser"]
@@ -50,6 +52,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--method", default="minference", help="see `gossamer methods` (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the method")
     parser.add_argument("--profile", type=Path, help="a method for each head, in place of minference or per_head")
+    parser.add_argument(
+        "--decode", metavar="SPEC", help="what each new token reads of the cache, such as quest(budget=1024); else all"
+    )
+    parser.add_argument("--cache", metavar="SPEC", help="what the cache keeps, such as keep(sinks=4); else all")
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: as `gossamer doctor` says)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
     add_dtype(parser)
@@ -63,10 +69,10 @@ def add_parser(commands: Any) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise BadInput(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
-    kept = _parse_filter(arguments.filter)
+    filtering = _parse_filter(arguments.filter)
     check_environment()
     profile = read_profile(arguments.profile)
-    policy = _make_policy(arguments, profile)
+    policy, cache = _make_policy(arguments, profile), _make_cache(arguments.cache)
     arguments.model = model_folder(arguments.model)
     config = read_model(arguments.model)
     check_profile([policy], profile, config)
@@ -89,7 +95,7 @@ def execute(arguments: argparse.Namespace) -> int:
     check_made_for(profile, model)
 
     contenders = [policy]
-    short = filtered(model, prompt, policy, *kept) if kept else None
+    short = filtered(model, prompt, policy, *filtering) if filtering else None
     if arguments.compare:
         # Pages the weights in, so that neither contender pays.
         _generated(generate, model, tokenizer, prompt[:, :64], policy, 1)
@@ -101,13 +107,18 @@ def execute(arguments: argparse.Namespace) -> int:
         top1 = arguments.compare and short is None  # positions of two prompts are not comparable
         with layer_progress(model, f"{contender.name}: prefill"):
             given = model, tokenizer, read, contender, arguments.max_new_tokens, stream
-            results.append(_generated(generate, *given, keep_top1=top1))
+            kept = None if contender is not policy else cache
+            results.append(_generated(generate, *given, keep_top1=top1, cache=kept))
     answer, dense = results[0], results[-1]
     if short is not None:
         answer.prefill_seconds += short.seconds
     agreement = compare_top1(answer, dense) if arguments.compare and short is None else None
     if arguments.json:
         data = {"model": str(arguments.model), "prompt_tokens": prompt.shape[1], "method": policy.method.to_dict()}
+        if policy.decode is not None:
+            data["decode"] = policy.decode.to_dict()
+        if cache is not None:
+            data["cache"] = cache.to_dict()
         if policy.profile:
             data["profile"] = policy.profile
         data |= answer.to_dict()
@@ -146,7 +157,18 @@ def _generated(generate: typing.Any, *given: typing.Any, **options: typing.Any) 
 
 def _make_policy(arguments: argparse.Namespace, profile: Profile | None) -> Policy:
     try:
-        return make_policy(arguments.method, arguments.set, profile, arguments.min_tokens)
+        policy = make_policy(arguments.method, arguments.set, profile, arguments.min_tokens)
+        return policy if arguments.decode is None else replace(policy, decode=parse_method(arguments.decode))
+    except (ValueError, TypeError) as error:
+        raise BadInput(first_line(error)) from error
+
+
+def _make_cache(spec: str | None) -> CachePolicy | None:
+    if spec is None:
+        return None
+    require_transformers("run --cache")
+    try:
+        return parse_cache(spec)
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
 

@@ -16,10 +16,15 @@ from gossamer.policy import Policy
 from gossamer.profiles import Profile, read_table
 from gossamer.profiles.files import parse_json
 
+if typing.TYPE_CHECKING:
+    from gossamer.cache import CachePolicy
+
 __all__ = [
     "field_values",
     "make_policy",
+    "parse_cache",
     "parse_method",
+    "parse_policies",
     "parse_policy",
     "parse_task",
     "split_specs",
@@ -69,9 +74,32 @@ def parse_method(spec: str) -> methods.Method:
     return methods.create(name, **field_values(class_of(name), pairs))
 
 
+def parse_cache(spec: str) -> CachePolicy:
+    """As `parse_method`, of what a cache keeps: ``keep(sinks=4)``.
+
+    Raises:
+        ValueError, TypeError: as `parse_method`.
+    """
+    from gossamer.cache import registry
+
+    name, pairs = _parse_spec(spec)
+    return registry.create(name, **field_values(registry.class_of(name), pairs))
+
+
 def parse_policy(spec: str, profile: Profile | None, min_tokens: int | None) -> Policy:
     """As `make_policy`, of a method as `parse_method` reads it."""
     return make_policy(*_parse_spec(spec), profile, min_tokens)
+
+
+def parse_policies(specs: str, steps: str | None, profile: Profile | None, min_tokens: int | None) -> list[Policy]:
+    """A policy for each of a list of methods and each of a list of methods for decoding, of which ``none`` is one.
+
+    Raises:
+        ValueError, TypeError: as `parse_policy`; or a method that does not choose what a step reads.
+    """
+    chosen = [None if spec == "none" else parse_method(spec) for spec in split_specs(steps or "none")]
+    policies = [parse_policy(spec, profile, min_tokens) for spec in split_specs(specs)]
+    return [dataclasses.replace(policy, decode=step) for policy in policies for step in chosen]
 
 
 def make_policy(name: str, pairs: Sequence[str], profile: Profile | None, min_tokens: int | None) -> Policy:

@@ -43,19 +43,24 @@ def label_of(policy: Policy) -> str:
     """A method's name and what differs from the defaults: ``max_relative(alpha=0.02,min_tokens=0)``.
 
     Methods of a profile go by its name and the hash of their layers: ``profile.json(layers=5c3a0f)``. The thresholds of
-    dense attention decide nothing and are left out.
+    dense attention decide nothing and are left out. What decode steps read by follows: ``dense+quest(budget=512)``.
     """
-    return _label(policy.method.to_dict(), policy_text(policy), policy.profile)
+    steps = None if policy.decode is None else policy.decode.to_dict()
+    return _label(policy.method.to_dict(), policy_text(policy), policy.profile, steps)
 
 
 def policy_fields(policy: Policy) -> Record:
     """What a line says of the policy that it is the result of."""
     named = {"profile": policy.profile} if policy.profile else {}
     more = {"method_fields": policy.method.to_dict(), "policy": policy_text(policy)}
-    return {"method": label_of(policy)} | named | more
+    steps = {} if policy.decode is None else {"decode_fields": policy.decode.to_dict()}
+    return {"method": label_of(policy)} | named | more | steps
 
 
-def _label(given: Mapping[str, Any], thresholds: str, profile: str) -> str:
+def _label(given: Mapping[str, Any], thresholds: str, profile: str, steps: Mapping[str, Any] | None = None) -> str:
+    if steps is not None:
+        usual = policy_text(Policy.of("dense"))  # thresholds are said once
+        return f"{_label(given, thresholds, profile)}+{_label(steps, usual, '')}"
     method = given["method"]
     usual = {f.name: f.default for f in fields(class_of(method)) if f.default is not MISSING}
     # A field may hold a method.
@@ -82,7 +87,8 @@ def relabel(record: Record) -> Record:
     if "method_fields" not in record or "policy" not in record:
         return record
     try:
-        return record | {"method": _label(record["method_fields"], record["policy"], record.get("profile", ""))}
+        parts = record["method_fields"], record["policy"], record.get("profile", ""), record.get("decode_fields")
+        return record | {"method": _label(*parts)}
     except (ValueError, TypeError):  # a method that this version does not have, or whose defaults are not JSON
         return record
 
@@ -90,7 +96,8 @@ def relabel(record: Record) -> Record:
 def cell_of(record: Record) -> tuple[Any, ...]:
     """What a line is the result of, within one file."""
     fields = json.dumps(record.get("method_fields"), sort_keys=True)
-    dense = (record.get("method_fields") or {}).get("method") == "dense"
+    steps = json.dumps(record.get("decode_fields"), sort_keys=True)
+    dense = (record.get("method_fields") or {}).get("method") == "dense" and "decode_fields" not in record
     length = record.get("length") or str(record.get("lengths"))
     window = record.get("text_sha256"), record.get("start")
     policy = None if dense else record.get("policy")
@@ -99,6 +106,7 @@ def cell_of(record: Record) -> tuple[Any, ...]:
         fields,
         policy,
         record.get("profile"),
+        steps,
         record.get("task"),
         length,
         record.get("index"),

@@ -338,6 +338,7 @@ def _run_task(subject: Subject, job: Job, task: Task, cells: Sequence[Cell]) -> 
                         "score": sum(turn["score"] for turn in turns) / len(turns),
                         "decode_s": answer.decode_s,
                     }
+                    | ({} if answer.read is None else {"read": answer.read})
                     | answer.cost.to_dict(),
                 )
 

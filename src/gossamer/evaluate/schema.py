@@ -170,6 +170,7 @@ _MORE_OF_A_METHOD = {
     "profile": _TEXT,
     "method_fields": _Object({"method": _TEXT}),
     "policy": _TEXT,
+    "decode_fields": _Object({"method": _TEXT}),
     "task": _TEXT,
     "task_fields": _OBJECT,
     "dense_because": _or_null(_mapping(_COUNT)),
@@ -198,6 +199,7 @@ _SAMPLE = _Object(
         "prompt_tokens": _COUNT,
         "turns": _list(_TURN),
         "one_line": _FLAG,
+        "read": _SHARE,
         "decode_s": _SECONDS,
     },
 )

@@ -44,11 +44,15 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The texts that a model gave to the turns of one sample, and what they cost."""
+    """The texts that a model gave to the turns of one sample, and what they cost.
+
+    ``read`` is the share of the cache that tokens after the context read, where a method chose it.
+    """
 
     texts: tuple[str, ...]
     cost: Cost
     decode_s: float
+    read: float | None = None
 
 
 class Subject:
@@ -118,16 +122,17 @@ class Subject:
         """Greedy answers; several samples are one batch, padded on the left where their lengths differ.
 
         An answer ends at the model's end token, after ``max_new_tokens``, or, with ``one_line``, at a line end after
-        some text. A sample
-        of several turns is read without its questions first (see `Task.turns`) and cannot be batched.
+        some text. A sample of several turns is read without its questions first (see `Task.turns`) and cannot be
+        batched. Where the policy has a method for decoding, any sample is, one by one, and its questions are read token
+        by token as well, as Quest's authors have it: what is asked is no part of what was read before.
 
         Raises:
             ValueError: a batch of samples with several turns.
         """
-        if any(len(sample.turns) > 1 for sample in samples):
-            if len(samples) > 1:
-                raise ValueError(f"samples with several turns are run one by one, got a batch of {len(samples)}")
-            return [self._converse(samples[0], policy, max_new_tokens, one_line)]
+        if any(len(sample.turns) > 1 for sample in samples) and len(samples) > 1:
+            raise ValueError(f"samples with several turns are run one by one, got a batch of {len(samples)}")
+        if policy.decode is not None or len(samples[0].turns) > 1:
+            return [self._converse(sample, policy, max_new_tokens, one_line) for sample in samples]
         prompts = [self.prompt_tokens(sample) for sample in samples]
         with gossamer.enable(self.model, policy) as handle:
             out, stop, decode = self._generate(prompts, max_new_tokens, one_line, None, handle)
@@ -140,20 +145,38 @@ class Subject:
         shared = 0
         while shared < min(map(len, prompts)) - 1 and len({prompt[shared] for prompt in prompts}) == 1:
             shared += 1
+        if policy.decode is not None:
+            read_first = self._chat_tokens(sample.context, "") if self.chat else self.tokens(sample.context)
+            alike = [a == b for a, b in zip(read_first, prompts[0][:shared], strict=False)]
+            shared = alike.index(False) if False in alike else min(shared, len(alike))
         context = torch.tensor([prompts[0][:shared]], device=self.device)
-        texts, spent = [], 0.0
+        texts, spent, steps = [], 0.0, []
         with gossamer.enable(self.model, policy) as handle:
             started = time.perf_counter()
-            read = self.model(input_ids=context, use_cache=True, logits_to_keep=1)
+            held = None if handle.cache is None else handle.new_cache()
+            read = self.model(input_ids=context, past_key_values=held, use_cache=True, logits_to_keep=1)
             self.wait()
             cost = _cost(handle.stats(), time.perf_counter() - started, 1)
             for i, prompt in enumerate(prompts):
                 last = i == len(prompts) - 1
                 cache = read.past_key_values if last else copy.deepcopy(read.past_key_values)
+                if policy.decode is not None:
+                    handle.reset()
+                    spent += self._read_on(prompt[shared:-1], cache)
                 out, stop, decode = self._generate([prompt], max_new_tokens, one_line, cache, handle)
                 spent += stop.prefill + decode
                 texts.append(self.text(out[0]))
-        return Answers(tuple(texts), cost, spent)
+                steps += [layer.step_density for layer in handle.stats()]
+        return Answers(tuple(texts), cost, spent, sum(steps) / len(steps) if policy.decode is not None else None)
+
+    def _read_on(self, tokens: Sequence[int], cache: Any) -> float:
+        """Read tokens one by one; seconds."""
+        started = time.perf_counter()
+        for token in tokens:
+            one = torch.tensor([[token]], device=self.device)
+            self.model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.wait()
+        return time.perf_counter() - started
 
     def _generate(
         self, prompts: Sequence[list[int]], max_new_tokens: int, one_line: bool, cache: Any, handle: Handle

@@ -53,7 +53,8 @@ class SummaryRow:
         recall, oracle_recall: attention mass in the plan, and in the best plan of as many whole blocks.
         kl, top1: logits against those of the dense run: nats, and share of equal choices, with their intervals over
             the prompts where there are several of each kind (`closeness_rows`).
-        density: share of the pairs that was computed.
+        density: share of the pairs that was computed, of prompts.
+        read: share of the cache that questions and answers read token by token, where a method chose it.
         prefill_s: median seconds; speedup: median of dense over that of the method, on what both have measured.
         nats: mean loss of a token of text, with its interval over windows (None for one window).
         nats_difference: the loss less that of dense on the same windows, with its interval (paired).
@@ -84,6 +85,7 @@ class SummaryRow:
     top1_interval: Interval | None = None
     dense_because: dict[str, float] = field(default_factory=dict)
     thresholds: str = ""
+    read: float | None = None
 
     @property
     def fewest(self) -> int:
@@ -164,7 +166,7 @@ def summary_rows(records: Iterable[Record]) -> list[SummaryRow]:
     order: dict[str, int] = {}
     for record in records:
         order.setdefault(record["method"], len(order) + 1)
-    plain = [label for label in order if label.startswith("dense")]
+    plain = [label for label in order if label.startswith("dense") and "+" not in label]
     baseline = "dense" if "dense" in order else next(iter(plain), None)
     rank = {label: (label != baseline, label not in plain, place) for label, place in order.items()}
     lengths = sorted({record["length"] for record in records})
@@ -215,6 +217,7 @@ def _row(label: str, length: int, mine: list[Record], dense: list[Record]) -> Su
         kl=near.kl[0] if near else None,
         top1=near.top1[0] if near else None,
         density=_mean([r["density"] for r in samples or windows or fidelity]),
+        read=_mean([r["read"] for r in samples if "read" in r]),
         prefill_s=_seconds(mine),
         speedup=dense_seconds / seconds if seconds and dense_seconds else None,
         nats=_mean(nats),
@@ -283,6 +286,7 @@ def main_table(rows: Sequence[SummaryRow]) -> list[list[str]]:
         ("KL", [_with_interval(row.kl, row.kl_interval) for row in rows]),
         ("top-1", [_with_interval(row.top1, row.top1_interval) for row in rows]),
         ("density", [_number(row.density, ".3f") for row in rows]),
+        ("read", [_number(row.read, ".3f") for row in rows]),
         ("nats", [_with_interval(row.nats, row.nats_interval) for row in rows]),
         ("more nats", [_with_interval(row.nats_difference, row.nats_difference_interval, "+") for row in rows]),
         ("prefill s", [_number(row.prefill_s, ".2f") for row in rows]),

@@ -206,9 +206,8 @@ class Handle:
         state = "enabled" if self.enabled else "disabled"
         if self._enabled and model is not None and not self.enabled:
             state = "switched off by set_attn_implementation"
-        steps = "" if self.policy.decode is None else f", decoding by {self.policy.decode.name}"
         kept = "" if self.cache is None or self.cache.name == "keep" else f", cache {self.cache.name}"
-        return f"<gossamer {self.policy.name} on {name}{steps}{kept}, {state}>"
+        return f"<gossamer {self.policy.name} on {name}{kept}, {state}>"
 
 
 def _give_back(lent: Mapping[int, tuple[Any, str]]) -> None:
