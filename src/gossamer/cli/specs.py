@@ -80,10 +80,10 @@ def parse_cache(spec: str) -> CachePolicy:
     Raises:
         ValueError, TypeError: as `parse_method`.
     """
-    from gossamer.cache import policies
+    from gossamer.cache import registry
 
     name, pairs = _parse_spec(spec)
-    return policies.create(name, **field_values(policies.class_of(name), pairs))
+    return registry.create(name, **field_values(registry.class_of(name), pairs))
 
 
 def parse_policy(spec: str, profile: Profile | None, min_tokens: int | None) -> Policy:

@@ -309,12 +309,14 @@ def enable(
     handle = Handle(model, policy, lent, kept)
     if context_parallel is not None:
         handle.share(model, context_parallel, context_layout)
-    if "rotary" in needs_of(policy.method):
+    moves = kept is not None and kept.needs_rotary()
+    if moves or "rotary" in needs_of(policy.method):
         try:
             handle.find_rotary(model)
         except ValueError as error:
             handle.disable()
-            raise ValueError(f"{policy.method.name} looks at q and k before their rotary embedding: {error}") from error
+            what = "this cache gives keys other positions" if moves else f"{policy.method.name} looks at q and k before"
+            raise ValueError(f"{what}: their rotary embedding must be known, but {error}") from error
     return handle
 
 
