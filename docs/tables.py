@@ -12,6 +12,7 @@ from typing import Any
 import calibration_tables
 import choices
 import contender_tables
+import decoding_tables
 import demo_tables
 import family_tables
 import gpu_tables
@@ -361,6 +362,7 @@ TABLES = {
     ),
     "linear_shares": lambda: chosen("linear_*.json", contender_tables.shares_table),
     "linear_variants": lambda: chosen("linear_*.json", contender_tables.variants_table),
+    "decoding": lambda: for_each_machine("decoding.json", lambda f, _: markdown(*decoding_tables.decoding_table(f))),
     "paged": lambda: for_each_machine("paged.json", lambda found, _: markdown(*serving_tables.paged_table(found))),
     "extend": lambda: of_extension(training_tables.extend_table),
     "extend_seeds": lambda: of_extension(training_tables.seeds_table),

@@ -190,3 +190,14 @@ def test_what_the_page_says_of_last_queries_on_smollm2() -> None:
     assert all(0.98 < found(mode, "time over the rival's") < 1.015 for mode in ("asked", "global"))
     scores = [8 * found(mode, "score") for mode in ("dense", "asked", "rival", "global")]
     assert scores == pytest.approx([7, 5, 5, 3])
+
+
+def test_what_the_page_says_of_last_queries_on_qwen() -> None:
+    def found(figure: str, *modes: str) -> list[float]:
+        return [held("qwen", SMALL, mode, figure, ICE)[0] for mode in modes]
+
+    assert found("error over the rival's", "asked", "global") == pytest.approx([0.90, 0.73], abs=0.005)
+    assert found("kl over the rival's", "asked", "global") == pytest.approx([0.78, 0.19], abs=0.005)
+    assert found("time over the rival's", "asked", "global") == pytest.approx([1.02, 1.06], abs=0.006)
+    assert found("last kl", "asked", "global", "rival") == pytest.approx([0.08, 0.14, 0.05], abs=0.005)
+    assert found("score", "dense", "rival", "asked", "global") == pytest.approx([0.80, 0.73, 0.57, 0.57], abs=0.005)
