@@ -44,6 +44,37 @@ def test_json_is_one_object_with_the_figures_of_the_prefill(capsys, model_path, 
     assert data["prefill_seconds"] > data["attention_seconds"] > 0
 
 
+def test_new_tokens_read_what_a_method_chooses(capsys, model_path, prompt_file):
+    steps = ["--method", "dense", "--decode", "quest(budget=64,dense_layers=0)", "--cache", "keep(sinks=4)"]
+    code, out, _ = run(capsys, model_path, prompt_file, *steps, "--max-new-tokens", 3, "--json", "--compare")
+    data = json.loads(out)
+    assert code == 0
+    assert data["decode"]["method"] == "quest"
+    assert data["cache"] == {"cache": "keep", "sinks": 4, "recent": 0}
+    assert 0.1 < data["step_density"] < 0.3
+    assert data["dense"]["step_density"] is None
+    assert "quest needs store" not in data["dense_because"]
+    code, _, err = run(capsys, model_path, prompt_file, *steps, "--max-new-tokens", 3)
+    assert code == 0
+    assert "which read 0." in err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--decode", "a_shape"], "must be a method that chooses what a decode step reads"),
+        (["--decode", "nonesuch"], "unknown method 'nonesuch'"),
+        (["--cache", "nonesuch"], "unknown cache 'nonesuch'"),
+        (["--cache", "keep(size=3)"], "cache 'keep' has no field 'size'"),
+    ],
+)
+def test_what_cannot_be_read_or_kept_is_one_line(capsys, model_path, prompt_file, option, message):
+    code, out, err = run(capsys, model_path, prompt_file, *option)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
 def test_compare_adds_a_dense_run(capsys, model_path, prompt_file):
     code, out, _ = run(capsys, model_path, prompt_file, *SPARSE, "--max-new-tokens", 3, "--json", "--compare")
     data = json.loads(out)

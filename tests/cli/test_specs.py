@@ -8,8 +8,16 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from gossamer import Policy, Profile
-from gossamer.cli.specs import field_values, make_policy, parse_method, parse_policy, parse_task, split_specs
-from gossamer.methods import AShape, Dense, DuoAttention, MaxRelative, Method, MInference, PerHead
+from gossamer.cli.specs import (
+    field_values,
+    make_policy,
+    parse_method,
+    parse_policies,
+    parse_policy,
+    parse_task,
+    split_specs,
+)
+from gossamer.methods import AShape, Dense, DuoAttention, MaxRelative, Method, MInference, PerHead, Quest
 from gossamer.profiles import write_duo
 
 
@@ -130,6 +138,17 @@ def test_a_profile_stands_for_methods_per_head_and_is_what_it_holds() -> None:
         make_policy("minference", ["slash_size=9"], theirs, None)
     with pytest.raises(ValueError, match="use --profile FILE"):
         parse_method("minference(layers=[])")
+
+
+def test_each_method_for_prompts_is_tried_with_each_for_steps() -> None:
+    policies = parse_policies("dense,a_shape(sink=4)", "none,quest(budget=64)", None, 3)
+    assert policies == [
+        Policy(Dense(), 3), Policy(Dense(), 3, decode=Quest(64)), Policy(AShape(4), 3),
+        Policy(AShape(4), 3, decode=Quest(64)),
+    ]  # fmt: skip
+    assert parse_policies("dense", None, None, 3) == policies[:1]
+    with pytest.raises(ValueError, match="must be a method that chooses"):
+        parse_policies("dense", "a_shape", None, 3)
 
 
 def test_numbers_by_layer_and_head_come_from_a_file(tmp_path) -> None:

@@ -168,6 +168,24 @@ def test_turns_read_the_context_once_and_do_not_see_each_other() -> None:
         of.answer([sample, sample], DENSE, 8)
 
 
+def test_questions_are_read_token_by_token_where_steps_choose(tmp_path: Path) -> None:
+    """With a budget for everything, the answers are those of dense attention, in a batch and over turns too."""
+    of = subject()
+    whole = Policy(methods.create("dense"), decode=methods.create("quest", budget=4096))
+    some = replace(whole, decode=methods.create("quest", budget=16, dense_layers=0))
+    for turns in (1, 3):
+        task = tasks.create("needle_multikey", turns=turns)
+        samples = [job().sample(of, task, 160, index) for index in range(2)]
+        for sample in samples:
+            dense, same, chosen = (of.answer([sample], policy, 4)[0] for policy in (DENSE, whole, some))
+            assert same.texts == dense.texts
+            assert (dense.read, same.read) == (None, 1.0)
+            assert chosen.read is not None
+            assert 0 < chosen.read < 0.5
+    both = of.answer([job().sample(of, tasks.create("needle_single"), 160, n) for n in (0, 1)], some, 4)
+    assert len(both) == 2
+
+
 def test_the_sparse_method_runs_and_is_recorded(tmp_path: Path) -> None:
     new = run(tmp_path / "r.jsonl", job(fidelity=0, perplexity=None))
     dense = [record for record in new if record["method"] == "dense"]
@@ -235,6 +253,13 @@ def test_labels_name_what_differs_from_the_defaults() -> None:
     assert label_of(SPARSE) == "a_shape(sink=4,window=64,min_tokens=0,max_density=2)"
     assert label_of(Policy(methods.create("max_relative", alpha=0.02))) == "max_relative(alpha=0.02)"
     assert label_of(Policy(methods.create("dense"), min_tokens=0)) == "dense"  # its thresholds decide nothing
+    steps = Policy(methods.create("a_shape", sink=4), min_tokens=0, decode=methods.create("quest", budget=64))
+    assert label_of(steps) == "a_shape(sink=4,min_tokens=0)+quest(budget=64)"
+    line = policy_fields(steps)
+    assert relabel(line | {"method": "old"}) == line
+    assert cell_of(line | {"kind": "sample"}) != cell_of(
+        policy_fields(replace(steps, decode=None)) | {"kind": "sample"}
+    )
 
 
 def test_labels_tell_profiles_apart() -> None:

@@ -206,7 +206,8 @@ class Handle:
         state = "enabled" if self.enabled else "disabled"
         if self._enabled and model is not None and not self.enabled:
             state = "switched off by set_attn_implementation"
-        kept = "" if self.cache is None or self.cache.name == "keep" else f", cache {self.cache.name}"
+        said = self.cache is None or self.cache.name == "keep" or self.policy.cache is not None
+        kept = "" if said or self.cache is None else f", cache {self.cache.name}"
         return f"<gossamer {self.policy.name} on {name}{kept}, {state}>"
 
 
@@ -323,6 +324,8 @@ def enable(
 def _cache_policy(cache: str | CachePolicy | None, policy: Policy, context_parallel: Any) -> CachePolicy | None:
     if cache is not None and not isinstance(cache, str | CachePolicy):
         raise TypeError(f"cache must be a name or a gossamer.cache.CachePolicy, got {type(cache).__name__}")
+    if cache is None and policy.cache is not None:
+        cache = cast(CachePolicy, policy.cache)
     if (cache is not None or policy.decode is not None) and context_parallel is not None:
         raise ValueError("ranks that share prompts decode dense: leave decode and cache out beside context_parallel")
     if cache is None:

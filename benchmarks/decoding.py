@@ -1,0 +1,226 @@
+"""What a decode step costs and what it loses when a method chooses what it reads, beside dense steps.
+
+    python benchmarks/decoding.py attention [--lengths 32768,131072] [--dtypes float32,bfloat16] [--methods LIST]
+        [--rounds N] [--threads N] [--out FILE]
+    python benchmarks/decoding.py model MODEL [--lengths 4096,16384] [--steps 64] [--texts N] [--methods LIST]
+        [--out FILE]
+
+*attention*: one layer of 32 query heads on 8 with 128 channels and a cache of so many tokens, as a store holds it. A
+round draws queries for 8 steps in a row, each of which adds a token, and every contender reads them in turn: our dense
+kernel, torch's SDPA, and methods with a budget of 2,048 tokens, whose state is that of a request (a choice that serves
+several steps is made once in them). Seconds are of a step; *planning* is the part that goes to the choice, *ratio* the
+median over rounds of our dense kernel's seconds over the method's, and *bytes* what keys, values and bounds a step
+reads. Bounds of the prompt are there before.
+
+*model*: a pretrained model reads windows of a text densely, and the last tokens one by one, by each method
+(`gossamer.evaluate.steps`): divergence from dense steps, share of equal predictions, loss, share of the cache that was
+read, seconds of a step. Rows replace those of the file for the same method, length and dtype or model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from machines import machine, results
+from timing import Bystanders, timed, wake_threads, write
+from torch import Tensor
+
+from gossamer.attention import CallRecord, attend
+from gossamer.backends.torch.dense import sdpa
+from gossamer.cache import StoreLayer
+from gossamer.call import AttentionCall
+from gossamer.cli.specs import parse_method, split_specs
+from gossamer.methods import Dense
+from gossamer.plan import Extent
+from gossamer.policy import Policy
+
+HEADS, GROUPS, DIM, STEPS, TOPICS = 32, 8, 128, 8, 64
+TIMED = "quest,quest(per_query_head=true),lserve(budget=2048)"
+COMPARED = ",".join(
+    f"{name}(budget={budget})" for budget in (128, 256, 512, 1024) for name in ("oracle_topk", "quest", "lserve")
+)
+
+
+def filled(length: int, dtype: torch.dtype, seed: int) -> tuple[StoreLayer, Tensor]:
+    """A store with keys that drift with the position, and queries of `STEPS` steps that look for some of the topics."""
+    generator = torch.Generator().manual_seed(seed)
+    topic = torch.randn(TOPICS, GROUPS, DIM, generator=generator)
+    which = torch.randint(TOPICS, (length // 128 + 1,), generator=generator).repeat_interleave(128)[:length]
+    k, v = (torch.randn(1, GROUPS, length, DIM, generator=generator).to(dtype) for _ in range(2))
+    k += topic[which].transpose(0, 1).to(dtype)
+    store = StoreLayer()
+    store.update(k, v)
+    store.place(Extent.full(1, 1, length))
+    sought = topic[torch.randint(TOPICS, (STEPS,), generator=generator)].repeat_interleave(HEADS // GROUPS, dim=1)
+    q = torch.randn(STEPS, HEADS, DIM, generator=generator) + 2 * sought
+    return store, q[:, None, :, None].to(dtype)
+
+
+class Contest:
+    """Our dense kernel, torch's, and methods on the same steps."""
+
+    def __init__(self, methods: list[str]) -> None:
+        self.policies = {name: Policy(Dense("gossamer"), decode=parse_method(name)) for name in methods}
+        self.policies["dense"] = Policy(Dense("gossamer"))
+        self.wall: dict[str, list[float]] = {name: [] for name in [*self.policies, "sdpa"]}
+        self.planning: dict[str, list[float]] = {name: [] for name in self.wall}
+        self.density: dict[str, float] = dict.fromkeys(self.wall, 1.0)
+
+    def run(self, length: int, dtype: torch.dtype, round_: int) -> None:
+        """All in turn, in an order that moves on; round 0 does not count."""
+        store, queries = filled(length, dtype, round_)
+        names = list(self.wall)
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            size = _page(self.policies.get(name))
+            if size:
+                store.page_bounds(size)
+            records: list[CallRecord] = []
+            wake_threads()
+            seconds, _ = timed(self.steps(name, store, queries, records))
+            store.crop(-STEPS)
+            if round_:
+                self.wall[name].append(seconds / STEPS)
+                self.planning[name].append(sum(record.plan_seconds for record in records) / STEPS)
+            if records:
+                self.density[name] = sum(record.density for record in records) / len(records)
+
+    def steps(self, name: str, store: StoreLayer, queries: Tensor, records: list[CallRecord]) -> Callable[[], None]:
+        new = torch.zeros(1, GROUPS, 1, DIM, dtype=queries.dtype)
+
+        def run() -> None:
+            for q in queries:
+                k, v = store.update(new, new)
+                if name == "sdpa":
+                    sdpa(q, k, v, DIM**-0.5)
+                    continue
+                extent = Extent.full(1, 1, k.shape[2])
+                store.place(extent)
+                call = AttentionCall(q, k, v, extent, layer=2, store=store, state=store.state)
+                attend(call, self.policies[name], record=records.append)
+
+        return run
+
+    def rows(self, length: int, dtype: str) -> list[dict[str, Any]]:
+        return [self._row(name, length, dtype) for name in self.wall]
+
+    def _row(self, name: str, length: int, dtype: str) -> dict[str, Any]:
+        pairs = zip(self.wall["dense"], self.wall[name], strict=True)
+        shares = zip(self.planning[name], self.wall[name], strict=True)
+        return {
+            "section": "attention",
+            "method": name,
+            "length": length,
+            "dtype": dtype,
+            "ratio": round(statistics.median(dense / own for dense, own in pairs), 3),
+            "median_s": round(statistics.median(self.wall[name]), 6),
+            "planning_share": round(statistics.median(part / whole for part, whole in shares), 3),
+            "density": round(self.density[name], 5),
+            "bytes": round(self._bytes(name, length, getattr(torch, dtype).itemsize)),
+            "each_s": [round(seconds, 6) for seconds in self.wall[name]],
+        }
+
+    def _bytes(self, name: str, length: int, itemsize: int) -> float:
+        """Of keys and values, and of bounds, in fp32, where they are read; on average over steps."""
+        policy = self.policies.get(name)
+        page, method = _page(policy), None if policy is None else policy.decode
+        bounds = 2 * 4 * length / page / getattr(method, "interval", 1) if page else 0.0
+        return GROUPS * DIM * (2 * itemsize * length * self.density[name] + bounds)
+
+
+def _page(policy: Policy | None) -> int | None:
+    """Tokens of the pages whose bounds a method reads."""
+    method = None if policy is None else policy.decode
+    return getattr(method, "logical", getattr(method, "page", None))
+
+
+def attention(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for length in map(int, arguments.lengths.split(",")):
+        for dtype in arguments.dtypes.split(","):
+            contest = Contest(split_specs(arguments.methods or TIMED))
+            for n in range(arguments.rounds + 1):
+                contest.run(length, getattr(torch, dtype), n)
+            rows += contest.rows(length, dtype)
+            for row in rows[-len(contest.wall) :]:
+                print(
+                    *what(row)[1:], f"{row['median_s'] * 1e3:.2f} ms", row["ratio"], row["planning_share"], flush=True
+                )
+    return rows
+
+
+def model(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from gossamer.cli.generation import load_checked, load_tokenizer
+    from gossamer.cli.pretrained import model_folder
+    from gossamer.evaluate.haystack import load_haystack
+    from gossamer.evaluate.steps import compare_steps
+
+    path = model_folder(arguments.model)
+    loaded, tokenizer = load_checked(path, arguments.dtype), load_tokenizer(path)
+    text = load_haystack(arguments.text).text
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    methods = {name: parse_method(name) for name in split_specs(arguments.methods or COMPARED)}
+    rows = []
+    for length in map(int, arguments.lengths.split(",")):
+        found: dict[str, list[Any]] = {}
+        for n in range(arguments.texts):
+            start = n * max(1, (ids.shape[1] - length) // max(1, arguments.texts))
+            for name, steps in compare_steps(loaded, ids[:, start : start + length], methods, arguments.steps).items():
+                found.setdefault(name, []).append(steps)
+        for name, some in found.items():
+            means = {f.name: statistics.fmean(getattr(s, f.name) for s in some) for f in dataclasses.fields(some[0])}
+            rows.append(
+                {"section": "model", "method": name, "length": length, "model": arguments.name or arguments.model.stem}
+                | {"texts": arguments.texts, "steps": arguments.steps}
+                | {key: round(value, 6) for key, value in means.items()}
+            )
+            print(*what(rows[-1])[1:], f"KL {means['kl']:.5f}", f"read {means['read']:.4f}", flush=True)
+    return rows
+
+
+def what(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(field) for field in ("section", "method", "length", "dtype", "model"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("section", choices=["attention", "model"])
+    parser.add_argument("model", type=Path, nargs="?", help="folder or GGUF file")
+    parser.add_argument("--lengths", default=None)
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="of attention")
+    parser.add_argument("--dtype", default="float32", help="of a model")
+    parser.add_argument("--methods", default=None)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--text", default="package", help="file; default: gossamer's own text")
+    parser.add_argument("--name", default=None, help="of the model in the rows; default: its file's")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=None, help="default: in the folder of this machine's results")
+    arguments = parser.parse_args()
+    if (arguments.section == "model") != (arguments.model is not None):
+        parser.error("a model is for the section `model`, which needs one")
+    torch.set_num_threads(arguments.threads)
+    arguments.lengths = arguments.lengths or ("4096,16384" if arguments.model else "32768,131072")
+    bystanders = Bystanders()
+    rows = model(arguments) if arguments.model else attention(arguments)
+    path = arguments.out or results("decoding.json")
+    measured = {what(row) for row in rows}
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    setting = {"heads": HEADS, "groups": GROUPS, "dim": DIM, "threads": arguments.threads, "rounds": arguments.rounds}
+    report = {"date": date.today().isoformat(), "machine": machine(), "setting": setting}
+    report |= {"bystanders": bystanders.share(), "rows": [r for r in before if what(r) not in measured] + rows}
+    write(path, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

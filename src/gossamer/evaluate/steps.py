@@ -1,0 +1,91 @@
+"""What decode steps lose: predictions of a text's last tokens, read one by one, beside those of dense steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gossamer
+from gossamer.methods import Method
+
+__all__ = ["Steps", "compare_steps"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How one method read the last tokens of a text.
+
+    Fields:
+        kl: mean over the steps of the divergence of its predictions from those of dense steps, nats.
+        top1: share of the steps whose likeliest token is the same.
+        nats: mean loss of the text's tokens.
+        read: share of the cache's keys that its steps read, over layers.
+        step_s: median seconds of a step; plan_s, attention_s: of one in all layers, mean.
+    """
+
+    kl: float
+    top1: float
+    nats: float
+    read: float
+    step_s: float
+    plan_s: float
+    attention_s: float
+
+
+@torch.inference_mode()
+def compare_steps(model: Any, tokens: Tensor, methods: Mapping[str, Method], steps: int = 64) -> dict[str, Steps]:
+    """Read a text densely but for its last tokens, and those one by one, densely and by each of some methods.
+
+    Each method has the same cache of the same prompt, which is read once, and sees the text's own tokens whatever it
+    predicts.
+
+    Args:
+        model: a transformers model that is not enabled.
+        tokens: int64 ``[1, S]``.
+        methods: by the names of the results, which have ``dense`` besides.
+        steps: how many of the last tokens are read one by one.
+
+    Raises:
+        ValueError: no token before the steps, or a method that does not choose what a step reads.
+    """
+    if not 0 < steps < tokens.shape[1]:
+        raise ValueError(f"{steps} steps need a longer text than {tokens.shape[1]} tokens, and at least one step")
+    found: dict[str, Steps] = {}
+    with gossamer.enable(model, "dense", cache="keep") as handle:
+        cache = handle.new_cache()
+        model(input_ids=tokens[:, :-steps], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    wanted: Tensor | None = None
+    for name, method in {"dense": None, **methods}.items():
+        with gossamer.enable(model, "dense", decode=method, cache="keep") as handle:
+            rows, seconds = _read(model, tokens[:, -steps:], cache)
+            layers = handle.stats()
+        cache.crop(-steps)
+        wanted = rows if wanted is None else wanted
+        log, log_wanted = rows.log_softmax(dim=-1), wanted.log_softmax(dim=-1)
+        target = tokens[0, -steps + 1 :].to(log.device)
+        found[name] = Steps(
+            kl=float((log_wanted.exp() * (log_wanted - log)).sum(dim=-1).mean()),
+            top1=float((log.argmax(dim=-1) == log_wanted.argmax(dim=-1)).float().mean()),
+            nats=float(-log[:-1].gather(1, target[:, None]).mean()) if steps > 1 else float("nan"),
+            read=sum(layer.step_density for layer in layers) / max(1, len(layers)),
+            step_s=sorted(seconds)[len(seconds) // 2],
+            plan_s=sum(layer.plan_seconds for layer in layers) / steps,
+            attention_s=sum(layer.attention_seconds for layer in layers) / steps,
+        )
+    return found
+
+
+def _read(model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, list[float]]:
+    """Logits fp32 ``[steps, vocabulary]`` and the seconds of each step."""
+    rows, seconds = [], []
+    for n in range(tokens.shape[1]):
+        started = time.perf_counter()
+        out = model(input_ids=tokens[:, n : n + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        rows.append(out.logits[0, -1].float())
+        seconds.append(time.perf_counter() - started)
+    return torch.stack(rows), seconds

@@ -1,0 +1,69 @@
+"""benchmarks/decoding.py times steps and says what they lose."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gossamer.backends import cpu
+from gossamer.evaluate.steps import compare_steps
+from gossamer.methods import OracleTopK, Quest
+
+REFERENCE = Path(__file__).resolve().parent.parent / "models" / "reference"
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="needs the C++ kernels")
+def test_steps_are_timed_beside_dense_ones(script, monkeypatch, tmp_path):
+    decoding, out = script("decoding"), tmp_path / "decoding.json"
+    monkeypatch.setattr(decoding, "HEADS", 4)
+    monkeypatch.setattr(decoding, "GROUPS", 2)
+    monkeypatch.setattr(decoding, "DIM", 16)
+    methods = "quest(budget=64),lserve(budget=192)"
+    given = ["decoding.py", "attention", "--lengths", "1024", "--dtypes", "float32", "--rounds", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*given, "--methods", methods, "--out", str(out)])
+    for _ in range(2):  # rows take the place of those before
+        assert decoding.main() == 0
+    rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"quest(budget=64)", "lserve(budget=192)", "dense", "sdpa"}
+    whole = 2 * 16 * 2 * 4 * 1024
+    assert rows["dense"]["bytes"] == rows["sdpa"]["bytes"] == whole
+    assert rows["quest(budget=64)"]["density"] < 0.07
+    assert whole / 16 < rows["quest(budget=64)"]["bytes"] < whole / 7
+    assert 0 < rows["lserve(budget=192)"]["planning_share"] < 1
+
+
+@pytest.fixture(scope="module")
+def text():
+    model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval()
+    tokens = AutoTokenizer.from_pretrained(REFERENCE)("The cat sat on the mat. " * 60, return_tensors="pt")
+    return model, tokens["input_ids"][:, :300]
+
+
+def test_what_steps_lose(text):
+    model, tokens = text
+    methods = {"all": Quest(budget=4096), "quest": Quest(budget=32), "bound": OracleTopK(budget=32)}
+    found = compare_steps(model, tokens, methods, steps=6)
+    assert list(found) == ["dense", *methods]
+    assert found["all"].kl == pytest.approx(0.0, abs=1e-6)
+    assert (found["all"].read, found["all"].top1) == (1.0, 1.0)
+    assert found["quest"].kl > 0
+    assert found["quest"].read < 0.7
+    with torch.no_grad():
+        logits = model(tokens).logits[0, -6:-1].log_softmax(-1)
+    expected = -logits.gather(1, tokens[0, -5:, None]).mean()
+    assert found["dense"].nats == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("steps", [0, 300])
+def test_a_text_has_more_tokens_than_steps(text, steps):
+    with pytest.raises(ValueError, match="need a longer text than 300 tokens"):
+        compare_steps(*text, {}, steps=steps)
+
+
+def test_one_step_has_no_token_to_lose(text):
+    model, tokens = text
+    assert math.isnan(compare_steps(model, tokens, {}, steps=1)["dense"].nats)
