@@ -36,9 +36,10 @@ def serving_tables(found: dict[str, Any]) -> Iterator[Table]:
     """For each model the seconds to the first token, and what a mixed load gives where it was measured."""
     for name, section in found.items():
         above = f"**{name}**, {section['dtype']}, vLLM {section['vllm']}."
-        yield above, FIRST, [_first(row) for row in section["first_token"]]
+        if section["first_token"]:
+            yield above, FIRST, [_first(row) for row in section["first_token"]]
         if section["load"]:
-            yield "", LOAD, [_load(row) for row in section["load"]]
+            yield "" if section["first_token"] else above, LOAD, [_load(row) for row in section["load"]]
 
 
 def _first(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -32,6 +32,12 @@ def test_of_a_mixed_load() -> None:
     assert shares["reference, not compiled"] == [1.0, 0.96, 1.03, 0.96]
 
 
+def test_of_a_mixed_load_where_stock_rows_are_not_copied() -> None:
+    found = json.loads((CHECKS.parent / "serving.json").read_text())["reference, not compiled"]
+    assert [round(row["ratio"], 2) for row in found["load"]] == [1.0, 1.08, 1.17, 1.05]
+    assert {(row["requests"], len(row["each_per_s"])) for row in found["load"]} == {(42, 5)}
+
+
 def test_of_answers() -> None:
     found = json.loads((FOLDER / "serving_answers.json").read_text())["reference"]
     assert (found["length"], found["chunk"], len(found["rows"])) == (16384, 2048, 6)
