@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +43,14 @@ class Decision:
     reason: str | None = None
 
 
+class Kept(Protocol):
+    """What a cache keeps, and how: a `gossamer.cache.CachePolicy`."""
+
+    name: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Policy:
     """A method, and when to use it.
@@ -58,6 +67,7 @@ class Policy:
             the plan again then, from the same tensors.
         profile: name of the profile that the method is from, if of one. Labels have it in place of the method's name.
         decode: chooses what a decode step reads of a cache with a store (`gossamer.methods.decoding`); None: all of it.
+        cache: what a model's caches keep, for whoever makes them (``gossamer.enable``); None: everything, as it is.
     """
 
     method: Method
@@ -67,6 +77,7 @@ class Policy:
     training: bool = True
     keep_plans: bool = True
     decode: Method | None = None
+    cache: Kept | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -104,9 +115,9 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """The profile's, or the method's; and what steps are read by: ``dense+quest``."""
-        prompts = self.profile or self.method.name
-        return prompts if self.decode is None else f"{prompts}+{self.decode.name}"
+        """The profile's, or the method's; and what steps are read by, and what caches keep: ``dense+quest+int8``."""
+        more = (part.name for part in (self.decode, self.cache) if part is not None)
+        return "+".join([self.profile or self.method.name, *more])
 
     def resolved(self, subject: AttentionCall | Tensor) -> Policy:
         """The same with the number that ``min_tokens`` stands for, for a call or queries like these."""

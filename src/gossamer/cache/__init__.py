@@ -14,13 +14,36 @@ How a step goes, in this order:
 4. `StoreLayer.attended` sees the call: an eviction after a prefill scores its last queries and calls `keep`.
 
 A new policy is a frozen dataclass in a file of its own whose ``layer`` makes a subclass of `StoreLayer`, listed in
-``policies``. Evictions override `before_update` or `attended` and call `keep(index)`; encodings override `append`,
+``registry``. Evictions override `before_update` or `attended` and call `keep(index)`; encodings override `append`,
 `read`, `cut`, `keep` and `rearrange`.
 """
 
-from gossamer.cache.caches import adopt, new_cache
-from gossamer.cache.layer import StoreLayer, store_of
+from gossamer.cache.caches import adopt, nbytes, new_cache
+from gossamer.cache.encodings import Int8, Kivi, Mustafar
+from gossamer.cache.evictions import PyramidKV, SnapKV, StreamingLLM
+from gossamer.cache.layer import Part, StoreLayer, store_of
 from gossamer.cache.pages import PageBounds
-from gossamer.cache.policies import CachePolicy, Keep, available, create
+from gossamer.cache.policies import CachePolicy, Keep
+from gossamer.cache.registry import available, create
+from gossamer.cache.split import DuoAttention
 
-__all__ = ["CachePolicy", "Keep", "PageBounds", "StoreLayer", "adopt", "available", "create", "new_cache", "store_of"]
+__all__ = [
+    "CachePolicy",
+    "DuoAttention",
+    "Int8",
+    "Keep",
+    "Kivi",
+    "Mustafar",
+    "PageBounds",
+    "Part",
+    "PyramidKV",
+    "SnapKV",
+    "StoreLayer",
+    "StreamingLLM",
+    "adopt",
+    "available",
+    "create",
+    "nbytes",
+    "new_cache",
+    "store_of",
+]

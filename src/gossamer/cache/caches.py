@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from gossamer.cache.layer import StoreLayer
 from gossamer.cache.policies import CachePolicy
 
-__all__ = ["adopt", "new_cache"]
+__all__ = ["adopt", "nbytes", "new_cache"]
 
 
 def new_cache(config: Any, policy: CachePolicy) -> DynamicCache:
@@ -25,8 +25,11 @@ def new_cache(config: Any, policy: CachePolicy) -> DynamicCache:
     return cache
 
 
-def adopt(cache: Any, policy: CachePolicy) -> bool:
+def adopt(cache: Any, policy: CachePolicy, layers: int | None = None) -> bool:
     """Give a cache stores for its layers of full attention, in place; what they hold moves over.
+
+    Args:
+        layers: how many the model has, for a cache that knows no config and makes them as they come.
 
     Returns:
         Whether it has any: a static or quantised cache stays as it is. Of an encoder-decoder's, the decoder's own is
@@ -36,13 +39,14 @@ def adopt(cache: Any, policy: CachePolicy) -> bool:
         cache = cache.self_attention_cache
     if not isinstance(cache, Cache):
         return False
-    layers, count = cache.layers, len(cache.layers)
-    for index, layer in enumerate(layers):
+    made, grows = cache.layers, cache.layer_class_to_replicate is DynamicLayer
+    count = max(layers or 0, len(made)) if grows else len(made)
+    for index, layer in enumerate(made):
         if type(layer) is DynamicLayer:
-            layers[index] = _moved(layer, policy.layer(index, count))
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = _Made(cache, policy)  # type: ignore[assignment]  # it is only called
-    return isinstance(cache.layer_class_to_replicate, _Made) or any(isinstance(layer, StoreLayer) for layer in layers)
+            made[index] = _moved(layer, policy.layer(index, count))
+    if grows:
+        cache.layer_class_to_replicate = _Made(cache, policy, count)  # type: ignore[assignment]  # it is only called
+    return isinstance(cache.layer_class_to_replicate, _Made) or any(isinstance(layer, StoreLayer) for layer in made)
 
 
 def _moved(layer: DynamicLayer, store: StoreLayer) -> StoreLayer:
@@ -56,9 +60,20 @@ def _moved(layer: DynamicLayer, store: StoreLayer) -> StoreLayer:
 class _Made:
     """Makes the layers of a cache that knows no config, as they come."""
 
-    def __init__(self, cache: Cache, policy: CachePolicy) -> None:
-        self._layers, self._policy = cache.layers, policy
+    def __init__(self, cache: Cache, policy: CachePolicy, count: int) -> None:
+        self._layers, self._policy, self._count = cache.layers, policy, count
 
     def __call__(self) -> StoreLayer:
-        # How many there will be, nobody knows.
-        return self._policy.layer(len(self._layers), len(self._layers) + 1)
+        return self._policy.layer(len(self._layers), max(self._count, len(self._layers) + 1))
+
+
+def nbytes(cache: Cache) -> int:
+    """Bytes that a cache holds of keys and values, of layers without a store too; see `StoreLayer.nbytes`."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, StoreLayer):
+            total += layer.nbytes
+        else:
+            held = getattr(layer, "keys", None), getattr(layer, "values", None)
+            total += sum(x.numel() * x.element_size() for x in held if x is not None)
+    return total

@@ -13,7 +13,7 @@ from gossamer.cache.pages import PageBounds
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent
 
-__all__ = ["StoreLayer", "store_of"]
+__all__ = ["Part", "StoreLayer", "marked", "store_of"]
 
 _STORE = "_gossamer_store"
 
@@ -42,8 +42,8 @@ class StoreLayer(DynamicLayer):
         length: tokens seen.
         dropped: tokens seen and no longer held, in each row.
         starts: slot of each row's first live key; None until a call has said it.
-        positions: int64 ``[B, G, slots]``, the token that each slot holds, counted with its row's padding; None while
-            slot j holds token j.
+        positions: int64 ``[B, G, slots]``, the token that each slot holds, counted with its row's padding, or -1; None
+            while slot j holds token j.
         sinks, recent: see `gossamer.call.Store`.
         state: one mapping for each batch row, for what a method keeps over the steps of one answer. It is emptied
             whenever several tokens come at once, tokens are cut off or dropped, or rows change places.
@@ -114,7 +114,8 @@ class StoreLayer(DynamicLayer):
         """Keep these slots alone, in each row and head, and count those before a row's first live one as padding.
 
         Args:
-            index: int64 ``[B, G, n]``, ascending. All heads of a row keep as many slots of padding.
+            index: int64 ``[B, G, n]``, ascending, after any number of ``-1`` for slots without a token. Those and slots
+                of padding come to as many in all heads of a row.
 
         Raises:
             ValueError: another shape, slots that there are none of, that do not ascend, or padding that differs.
@@ -124,18 +125,16 @@ class StoreLayer(DynamicLayer):
         assert values is not None
         if index.ndim != 3 or index.shape[:2] != keys.shape[:2] or index.is_floating_point():
             raise ValueError(f"keep needs slots [B, G, n] = {tuple(keys.shape[:2])} x n, got {tuple(index.shape)}")
-        ascends = bool((index.diff(dim=2) > 0).all()) and (
-            not index.numel() or bool((index[..., 0] >= 0).all() & (index[..., -1] < slots).all())
-        )
-        if not ascends:
-            raise ValueError(f"slots to keep must ascend and lie in 0 .. {slots - 1}")
+        ascends = bool(((index.diff(dim=2) > 0) | (index[..., 1:] == -1)).all())
+        if not ascends or bool(((index < -1) | (index >= slots)).any()):
+            raise ValueError(f"slots to keep must ascend and lie in 0 .. {slots - 1}, after any -1")
         padding = torch.tensor(self.starts or [0] * keys.shape[0], device=index.device)[:, None, None]
         kept = (index < padding).sum(dim=2)
         if bool((kept != kept[:, :1]).any()):
             raise ValueError("the heads of a row must keep as many slots of padding each")
         held = self._positions()
-        moved = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3])) for x in (keys, values)]
-        self.positions = held.gather(2, index.to(held.device))
+        moved = [x.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, x.shape[3])) for x in (keys, values)]
+        self.positions = held.gather(2, index.clamp(min=0)).masked_fill(index < 0, -1)
         self.starts = kept[:, 0].tolist()
         self.dropped = self.length - index.shape[2]
         self._appended = 0
@@ -169,6 +168,15 @@ class StoreLayer(DynamicLayer):
         count = self.slots - starts
         live = count.clamp(max=query_len)
         return Extent(count - query_len, live, starts, count)
+
+    def parts(self) -> tuple[Part, ...]:
+        """Stores of some of the heads each, where one call cannot attend them all; most layers have none."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held of keys and values, without the room made ahead and what is worked out from them."""
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values) if x is not None)
 
     def refuse(self, what: str) -> None:
         """Raise where tokens were dropped, for attention that only a mask describes.
@@ -215,9 +223,7 @@ class StoreLayer(DynamicLayer):
         if torch.compiler.is_compiling():
             self.refuse("torch.compile")
             return keys, values
-        keys = keys[:]  # a view of its own: the layer holds nothing that holds the layer
-        setattr(keys, _STORE, self)
-        return keys, values
+        return marked(keys, self), values
 
     def get_seq_length(self) -> int:
         return self.length
@@ -332,6 +338,17 @@ class StoreLayer(DynamicLayer):
 def _is_locked(tensor: Tensor) -> bool:
     """Whether a tensor was made in inference mode, which has been left since: it can be written in that mode alone."""
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
+Part = tuple[list[int], StoreLayer]
+"""Key/value heads of a layer, ascending, and their store."""
+
+
+def marked(keys: Tensor, store: StoreLayer) -> Tensor:
+    """Keys that know the layer that gave them."""
+    keys = keys[:]  # a view of its own: the layer holds nothing that holds the layer
+    setattr(keys, _STORE, store)
+    return keys
 
 
 def store_of(keys: Tensor) -> StoreLayer | None:

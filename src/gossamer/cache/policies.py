@@ -1,13 +1,14 @@
-"""Policies of a cache: what is kept of each layer's keys and values, and how. By name, as methods are."""
+"""What a policy of a cache is: what is kept of each layer's keys and values, and how."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from gossamer.cache.layer import StoreLayer
 
-__all__ = ["CachePolicy", "Keep", "available", "class_of", "create", "require_tokens"]
+__all__ = ["CachePolicy", "Keep", "require_choice", "require_tokens"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class CachePolicy:
     """Makes the layers of a cache. Subclasses are frozen dataclasses; their fields are the configuration.
 
     Class attributes:
-        name: what `create`, ``gossamer.enable(cache=...)`` and the command line know it by.
+        name: what `gossamer.cache.create`, ``gossamer.enable(cache=...)`` and the command line know it by.
 
     Fields:
         sinks, recent: so many first and last tokens are in everything that a method chooses to read.
@@ -32,6 +33,10 @@ class CachePolicy:
     def layer(self, index: int, layers: int) -> StoreLayer:
         """The store of layer ``index`` of ``layers``, empty."""
         raise NotImplementedError
+
+    def needs_rotary(self) -> bool:
+        """Whether calls must say how the model turned its keys by position."""
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types, with the discriminator ``cache``."""
@@ -51,6 +56,17 @@ def require_tokens(policy: CachePolicy, name: str, least: int = 0) -> None:
         raise ValueError(f"{policy.name}.{name} must be at least {least}, got {value}")
 
 
+def require_choice(policy: CachePolicy, name: str, choices: Sequence[Any]) -> None:
+    """Validate a field that is one of a few values.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if getattr(policy, name) not in choices:
+        known = ", ".join(map(str, choices))
+        raise ValueError(f"{policy.name}.{name} must be one of {known}, got {getattr(policy, name)!r}")
+
+
 @dataclass(frozen=True)
 class Keep(CachePolicy):
     """All tokens, as they are."""
@@ -59,36 +75,3 @@ class Keep(CachePolicy):
 
     def layer(self, index: int, layers: int) -> StoreLayer:
         return StoreLayer(sinks=self.sinks, recent=self.recent)
-
-
-_POLICIES: tuple[type[CachePolicy], ...] = (Keep,)
-
-
-def available() -> list[str]:
-    """Names that `create` accepts."""
-    return [policy.name for policy in _POLICIES]
-
-
-def class_of(name: str) -> type[CachePolicy]:
-    """The class of a policy.
-
-    Raises:
-        ValueError: no policy has this name.
-    """
-    for policy in _POLICIES:
-        if policy.name == name:
-            return policy
-    raise ValueError(f"unknown cache {name!r}; known: {', '.join(available())}")
-
-
-def create(name: str, /, **given: Any) -> CachePolicy:
-    """A policy by name, with any of its fields.
-
-    Raises:
-        ValueError: an unknown name or field (the message lists the known ones), or a value out of range.
-    """
-    known = [f.name for f in fields(class_of(name))]
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"cache {name!r} has no field {unknown[0]!r}; its fields are: {', '.join(known)}")
-    return class_of(name)(**given)

@@ -44,6 +44,12 @@ def add_parser(commands: Any) -> None:
         "such as none,quest(budget=1024) (default: none, all of it)",
     )
     parser.add_argument(
+        "--cache",
+        metavar="LIST",
+        help="what caches keep of a prompt, and how: each of these under each of the others, such as "
+        "none,snapkv(budget=1024),kivi (default: none, everything)",
+    )
+    parser.add_argument(
         "--tasks",
         default="needle_single,needle_multikey,variable_tracking",
         metavar="LIST",
@@ -94,7 +100,8 @@ def execute(arguments: argparse.Namespace) -> int:
     arguments.model = model_folder(arguments.model)
     config, profile = read_model(arguments.model), read_profile(arguments.profile)
     try:
-        policies = parse_policies(arguments.methods, arguments.decode, profile, arguments.min_tokens)
+        specs = arguments.methods, arguments.decode, profile, arguments.min_tokens, arguments.cache
+        policies = parse_policies(*specs)
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
     check_profile(policies, profile, config)

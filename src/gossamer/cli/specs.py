@@ -80,10 +80,10 @@ def parse_cache(spec: str) -> CachePolicy:
     Raises:
         ValueError, TypeError: as `parse_method`.
     """
-    from gossamer.cache import policies
+    from gossamer.cache import registry
 
     name, pairs = _parse_spec(spec)
-    return policies.create(name, **field_values(policies.class_of(name), pairs))
+    return registry.create(name, **field_values(registry.class_of(name), pairs))
 
 
 def parse_policy(spec: str, profile: Profile | None, min_tokens: int | None) -> Policy:
@@ -91,15 +91,19 @@ def parse_policy(spec: str, profile: Profile | None, min_tokens: int | None) -> 
     return make_policy(*_parse_spec(spec), profile, min_tokens)
 
 
-def parse_policies(specs: str, steps: str | None, profile: Profile | None, min_tokens: int | None) -> list[Policy]:
-    """A policy for each of a list of methods and each of a list of methods for decoding, of which ``none`` is one.
+def parse_policies(
+    specs: str, steps: str | None, profile: Profile | None, min_tokens: int | None, kept: str | None = None
+) -> list[Policy]:
+    """A policy for each of a list of methods, of methods for decoding and of caches; ``none`` is one of the latter two.
 
     Raises:
         ValueError, TypeError: as `parse_policy`; or a method that does not choose what a step reads.
     """
     chosen = [None if spec == "none" else parse_method(spec) for spec in split_specs(steps or "none")]
     policies = [parse_policy(spec, profile, min_tokens) for spec in split_specs(specs)]
-    return [dataclasses.replace(policy, decode=step) for policy in policies for step in chosen]
+    caches = [None if spec == "none" else parse_cache(spec) for spec in split_specs(kept or "none")]
+    steps_of = [(step, cache) for step in chosen for cache in caches]
+    return [dataclasses.replace(policy, decode=step, cache=cache) for policy in policies for step, cache in steps_of]
 
 
 def make_policy(name: str, pairs: Sequence[str], profile: Profile | None, min_tokens: int | None) -> Policy:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,16 @@ def label_of(policy: Policy) -> str:
     """A method's name and what differs from the defaults: ``max_relative(alpha=0.02,min_tokens=0)``.
 
     Methods of a profile go by its name and the hash of their layers: ``profile.json(layers=5c3a0f)``. The thresholds of
-    dense attention decide nothing and are left out. What decode steps read by follows: ``dense+quest(budget=512)``.
+    dense attention decide nothing and are left out. What decode steps read by follows, and what caches keep:
+    ``dense+quest(budget=512)+int8``.
     """
     steps = None if policy.decode is None else policy.decode.to_dict()
-    return _label(policy.method.to_dict(), policy_text(policy), policy.profile, steps)
+    label = _label(policy.method.to_dict(), policy_text(policy), policy.profile, steps)
+    kept: Any = policy.cache
+    if kept is None:
+        return label
+    usual = {f.name: f.default for f in fields(kept) if f.default is not MISSING}
+    return f"{label}+{_with_changes(kept.name, kept.to_dict(), usual | {'cache': kept.name})}"
 
 
 def policy_fields(policy: Policy) -> Record:
@@ -54,7 +60,8 @@ def policy_fields(policy: Policy) -> Record:
     named = {"profile": policy.profile} if policy.profile else {}
     more = {"method_fields": policy.method.to_dict(), "policy": policy_text(policy)}
     steps = {} if policy.decode is None else {"decode_fields": policy.decode.to_dict()}
-    return {"method": label_of(policy)} | named | more | steps
+    kept = {} if policy.cache is None else {"cache_fields": policy.cache.to_dict()}
+    return {"method": label_of(policy)} | named | more | steps | kept
 
 
 def _label(given: Mapping[str, Any], thresholds: str, profile: str, steps: Mapping[str, Any] | None = None) -> str:
@@ -65,18 +72,19 @@ def _label(given: Mapping[str, Any], thresholds: str, profile: str, steps: Mappi
     usual = {f.name: f.default for f in fields(class_of(method)) if f.default is not MISSING}
     # A field may hold a method.
     given, usual = (json.loads(json.dumps(values, default=Method.to_dict)) for values in (dict(given), usual))
-    changed = [
-        f"{name}={_shown(value)}" for name, value in given.items() if name != "method" and value != usual.get(name)
-    ]
-    if method != "dense":
-        usual_thresholds = policy_text(Policy.of("dense")).split(",")
-        changed += [part for part in thresholds.split(",") if part not in usual_thresholds]
-    name = profile or str(method)
-    return f"{name}({','.join(changed)})" if changed else name
+    usual_thresholds = policy_text(Policy.of("dense")).split(",")
+    more = [part for part in thresholds.split(",") if part not in usual_thresholds] if method != "dense" else []
+    return _with_changes(profile or str(method), given, usual | {"method": method}, more)
+
+
+def _with_changes(name: str, given: Mapping[str, Any], usual: Mapping[str, Any], more: Sequence[str] = ()) -> str:
+    """A name, with the fields that differ from the usual ones."""
+    changed = [f"{field}={_shown(value)}" for field, value in given.items() if value != usual.get(field)]
+    return f"{name}({','.join([*changed, *more])})" if changed or more else name
 
 
 def _shown(value: Any) -> str:
-    if not isinstance(value, list | dict):
+    if not isinstance(value, list | tuple | dict):
         return str(value)
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return text if len(text) <= _LONGEST_VALUE else hashlib.sha256(text.encode()).hexdigest()[:6]
@@ -84,7 +92,8 @@ def _shown(value: Any) -> str:
 
 def relabel(record: Record) -> Record:
     """The line with the label that `label_of` gives now: labels of old lines left out thresholds and profiles."""
-    if "method_fields" not in record or "policy" not in record:
+    # Labels of caches are as they should be; and their defaults are known where transformers is alone.
+    if "method_fields" not in record or "policy" not in record or "cache_fields" in record:
         return record
     try:
         parts = record["method_fields"], record["policy"], record.get("profile", ""), record.get("decode_fields")
@@ -97,6 +106,7 @@ def cell_of(record: Record) -> tuple[Any, ...]:
     """What a line is the result of, within one file."""
     fields = json.dumps(record.get("method_fields"), sort_keys=True)
     steps = json.dumps(record.get("decode_fields"), sort_keys=True)
+    kept = json.dumps(record.get("cache_fields"), sort_keys=True)
     dense = (record.get("method_fields") or {}).get("method") == "dense" and "decode_fields" not in record
     length = record.get("length") or str(record.get("lengths"))
     window = record.get("text_sha256"), record.get("start")
@@ -107,6 +117,7 @@ def cell_of(record: Record) -> tuple[Any, ...]:
         policy,
         record.get("profile"),
         steps,
+        kept,
         record.get("task"),
         length,
         record.get("index"),

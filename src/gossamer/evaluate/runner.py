@@ -339,6 +339,7 @@ def _run_task(subject: Subject, job: Job, task: Task, cells: Sequence[Cell]) -> 
                         "decode_s": answer.decode_s,
                     }
                     | ({} if answer.read is None else {"read": answer.read})
+                    | ({} if answer.cache_bytes is None else {"cache_bytes": answer.cache_bytes})
                     | answer.cost.to_dict(),
                 )
 

@@ -171,6 +171,7 @@ _MORE_OF_A_METHOD = {
     "method_fields": _Object({"method": _TEXT}),
     "policy": _TEXT,
     "decode_fields": _Object({"method": _TEXT}),
+    "cache_fields": _Object({"cache": _TEXT}),
     "task": _TEXT,
     "task_fields": _OBJECT,
     "dense_because": _or_null(_mapping(_COUNT)),
@@ -200,6 +201,7 @@ _SAMPLE = _Object(
         "turns": _list(_TURN),
         "one_line": _FLAG,
         "read": _SHARE,
+        "cache_bytes": _COUNT,
         "decode_s": _SECONDS,
     },
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import gossamer
+from gossamer.cache import nbytes
 from gossamer.evaluate.tasks import Sample
 from gossamer.integrations.transformers import Handle, Stats
 from gossamer.policy import Policy
@@ -46,13 +47,15 @@ class Cost:
 class Answers:
     """The texts that a model gave to the turns of one sample, and what they cost.
 
-    ``read`` is the share of the cache that tokens after the context read, where a method chose it.
+    ``read`` is the share of the cache that tokens after the context read, where a method chose it. ``cache_bytes`` is
+    what the cache holds of keys and values at the end, where it was one of ours.
     """
 
     texts: tuple[str, ...]
     cost: Cost
     decode_s: float
     read: float | None = None
+    cache_bytes: int | None = None
 
 
 class Subject:
@@ -135,9 +138,11 @@ class Subject:
             return [self._converse(sample, policy, max_new_tokens, one_line) for sample in samples]
         prompts = [self.prompt_tokens(sample) for sample in samples]
         with gossamer.enable(self.model, policy) as handle:
-            out, stop, decode = self._generate(prompts, max_new_tokens, one_line, None, handle)
+            held = None if handle.cache is None else handle.new_cache()
+            out, stop, decode = self._generate(prompts, max_new_tokens, one_line, held, handle)
             cost = _cost(stop.layers, stop.prefill / len(samples), len(samples))
-        return [Answers((self.text(row),), cost, decode / len(samples)) for row in out]
+        size = None if held is None else nbytes(held) // len(samples)
+        return [Answers((self.text(row),), cost, decode / len(samples), cache_bytes=size) for row in out]
 
     def _converse(self, sample: Sample, policy: Policy, max_new_tokens: int, one_line: bool) -> Answers:
         prompts = [self.prompt_tokens(sample, i) for i in range(len(sample.turns))]
@@ -167,7 +172,9 @@ class Subject:
                 spent += stop.prefill + decode
                 texts.append(self.text(out[0]))
                 steps += [layer.step_density for layer in handle.stats()]
-        return Answers(tuple(texts), cost, spent, sum(steps) / len(steps) if policy.decode is not None else None)
+        size = None if held is None else nbytes(held)
+        share = sum(steps) / len(steps) if policy.decode is not None else None
+        return Answers(tuple(texts), cost, spent, share, size)
 
     def _read_on(self, tokens: Sequence[int], cache: Any) -> float:
         """Read tokens one by one; seconds."""

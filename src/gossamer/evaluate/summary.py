@@ -55,6 +55,7 @@ class SummaryRow:
             the prompts where there are several of each kind (`closeness_rows`).
         density: share of the pairs that was computed, of prompts.
         read: share of the cache that questions and answers read token by token, where a method chose it.
+        cache_bytes: what the cache of a sample holds at the end, where `--cache` or `--decode` was given.
         prefill_s: median seconds; speedup: median of dense over that of the method, on what both have measured.
         nats: mean loss of a token of text, with its interval over windows (None for one window).
         nats_difference: the loss less that of dense on the same windows, with its interval (paired).
@@ -86,6 +87,7 @@ class SummaryRow:
     dense_because: dict[str, float] = field(default_factory=dict)
     thresholds: str = ""
     read: float | None = None
+    cache_bytes: float | None = None
 
     @property
     def fewest(self) -> int:
@@ -218,6 +220,7 @@ def _row(label: str, length: int, mine: list[Record], dense: list[Record]) -> Su
         top1=near.top1[0] if near else None,
         density=_mean([r["density"] for r in samples or windows or fidelity]),
         read=_mean([r["read"] for r in samples if "read" in r]),
+        cache_bytes=_mean([r["cache_bytes"] for r in samples if "cache_bytes" in r]),
         prefill_s=_seconds(mine),
         speedup=dense_seconds / seconds if seconds and dense_seconds else None,
         nats=_mean(nats),
@@ -287,6 +290,7 @@ def main_table(rows: Sequence[SummaryRow]) -> list[list[str]]:
         ("top-1", [_with_interval(row.top1, row.top1_interval) for row in rows]),
         ("density", [_number(row.density, ".3f") for row in rows]),
         ("read", [_number(row.read, ".3f") for row in rows]),
+        ("cache MiB", [_number(row.cache_bytes and row.cache_bytes / 2**20, ".2f") for row in rows]),
         ("nats", [_with_interval(row.nats, row.nats_interval) for row in rows]),
         ("more nats", [_with_interval(row.nats_difference, row.nats_difference_interval, "+") for row in rows]),
         ("prefill s", [_number(row.prefill_s, ".2f") for row in rows]),

@@ -37,6 +37,7 @@ from gossamer.integrations.transformers.masks import (
 )
 from gossamer.integrations.transformers.operator import named, operator, trains
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, owner_for
+from gossamer.integrations.transformers.parts import in_parts
 from gossamer.plan import Extent
 from gossamer.policy import TRAINING
 
@@ -219,13 +220,16 @@ class _Extras:
 
 def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     """``[B, S, H, Dv]``: by the owner's policy, where the mask can be described to it."""
+    store = asked.store
+    if store is not None and store.parts():
+        return in_parts(store.parts(), owner, asked, training, _by_policy)
     extent, used, reason = _described(asked, owner)
     if extent is None or reason is not None:
         return _counted(owner, asked, reason, lambda: _densely(None, asked, _Extras()))
     keys, values = asked.key[:, :, :used], asked.value[:, :, :used]
-    rotary = owner.rotary(extent) if owner.rotary is not None and asked.query_len > 1 else None
+    whole = asked.query_len > 1 and (store is None or not store.dropped)  # else keys do not stand one after the other
+    rotary = owner.rotary(extent) if owner.rotary is not None and whole else None
     fields = asked.scale, asked.sinks, asked.softcap, asked.layer
-    store = asked.store
     if store is not None:
         store.place(extent)
     state = None if store is None else store.state

@@ -206,7 +206,8 @@ class Handle:
         state = "enabled" if self.enabled else "disabled"
         if self._enabled and model is not None and not self.enabled:
             state = "switched off by set_attn_implementation"
-        kept = "" if self.cache is None or self.cache.name == "keep" else f", cache {self.cache.name}"
+        said = self.cache is None or self.cache.name == "keep" or self.policy.cache is not None
+        kept = "" if said or self.cache is None else f", cache {self.cache.name}"
         return f"<gossamer {self.policy.name} on {name}{kept}, {state}>"
 
 
@@ -309,18 +310,22 @@ def enable(
     handle = Handle(model, policy, lent, kept)
     if context_parallel is not None:
         handle.share(model, context_parallel, context_layout)
-    if "rotary" in needs_of(policy.method):
+    moves = kept is not None and kept.needs_rotary()
+    if moves or "rotary" in needs_of(policy.method):
         try:
             handle.find_rotary(model)
         except ValueError as error:
             handle.disable()
-            raise ValueError(f"{policy.method.name} looks at q and k before their rotary embedding: {error}") from error
+            what = "this cache gives keys other positions" if moves else f"{policy.method.name} looks at q and k before"
+            raise ValueError(f"{what}: their rotary embedding must be known, but {error}") from error
     return handle
 
 
 def _cache_policy(cache: str | CachePolicy | None, policy: Policy, context_parallel: Any) -> CachePolicy | None:
     if cache is not None and not isinstance(cache, str | CachePolicy):
         raise TypeError(f"cache must be a name or a gossamer.cache.CachePolicy, got {type(cache).__name__}")
+    if cache is None and policy.cache is not None:
+        cache = cast(CachePolicy, policy.cache)
     if (cache is not None or policy.decode is not None) and context_parallel is not None:
         raise ValueError("ranks that share prompts decode dense: leave decode and cache out beside context_parallel")
     if cache is None:

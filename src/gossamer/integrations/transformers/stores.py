@@ -48,7 +48,9 @@ class _Adopt:
         cache = given.get("past_key_values")
         if self._policy is None or cache is None or torch.compiler.is_compiling() or is_tracing():
             return
-        if not adopt(cache, self._policy):
+        config: Any = part.config
+        layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+        if not adopt(cache, self._policy, layers):
             _say_once(type(cache).__name__)
 
     def __deepcopy__(self, memo: Any) -> Any:

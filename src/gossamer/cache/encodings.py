@@ -1,0 +1,317 @@
+"""Policies that keep all tokens, the older ones encoded: KIVI, plain int8 and Mustafar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from gossamer.cache.bitmaps import Sparse, compress
+from gossamer.cache.integers import Quantised, quantise
+from gossamer.cache.layer import StoreLayer
+from gossamer.cache.policies import CachePolicy, require_choice, require_tokens
+from gossamer.call import AttentionCall
+from gossamer.methods.base import require_share
+
+__all__ = ["Coder", "Encoded", "EncodedLayer", "Int8", "Kivi", "Mustafar"]
+
+
+class Encoded(Protocol):
+    """Encoded tokens; see `Quantised` and `Sparse`."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def decode(self) -> Tensor: ...
+
+    def append(self, other: Any, /) -> Any: ...
+
+    def apply(self, change: Callable[[Tensor], Tensor], /) -> Any: ...
+
+
+class Coder(Protocol):
+    """How keys, or values, are encoded."""
+
+    def due(self, tokens: int) -> int:
+        """Of so many that are not encoded, how many of the oldest now are."""
+        ...
+
+    def encode(self, x: Tensor, live: Tensor) -> Encoded:
+        """``[B, G, n, D]``, of which ``live`` bool ``[B, n]`` are tokens."""
+        ...
+
+
+class _Side:
+    """Keys or values: older tokens encoded, and the newest as they came."""
+
+    def __init__(self, coder: Coder) -> None:
+        self.coder = coder
+        self.encoded: Encoded | None = None
+        self.tail: Tensor | None = None
+
+    @property
+    def first(self) -> int:
+        """The first slot of the tail."""
+        return 0 if self.encoded is None else self.encoded.tokens
+
+    @property
+    def nbytes(self) -> int:
+        tail = 0 if self.tail is None else self.tail.numel() * self.tail.element_size()
+        return tail + (0 if self.encoded is None else self.encoded.nbytes)
+
+    def append(self, x: Tensor) -> None:
+        self.tail = x if self.tail is None else torch.cat([self.tail, x], dim=2)
+
+    def read(self) -> Tensor:
+        assert self.tail is not None
+        return self.tail if self.encoded is None else torch.cat([self.encoded.decode(), self.tail], dim=2)
+
+    def encode(self, live: Tensor) -> bool:
+        """Encode what is due; ``live`` bool ``[B, slots]``. Returns whether anything was."""
+        assert self.tail is not None
+        count = self.coder.due(self.tail.shape[2])
+        if not count:
+            return False
+        first = self.first
+        new = self.coder.encode(self.tail[:, :, :count], live[:, first : first + count])
+        self.encoded = new if self.encoded is None else self.encoded.append(new)
+        self.tail = self.tail[:, :, count:].clone()  # a view would hold the whole
+        return True
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.tail = None if self.tail is None else change(self.tail)
+        self.encoded = None if self.encoded is None else self.encoded.apply(change)
+
+
+class EncodedLayer(StoreLayer):
+    """All tokens, the older ones encoded after the attention that first read them.
+
+    For each attention call they are decoded, of this layer alone: a step reads what a dense cache would, and it is the
+    memory between steps that is smaller.
+
+    Attributes:
+        keys, values: of the newest tokens, as they came.
+    """
+
+    is_croppable = False  # what was cut off has its part in scales
+
+    def __init__(self, keys: Coder, values: Coder, **fields: int) -> None:
+        self._coders = keys, values
+        super().__init__(**fields)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._sides = tuple(_Side(coder) for coder in self._coders)
+
+    def before_update(self, count: int) -> None:
+        # Of a call that was not shown.
+        self._encode(torch.arange(self.slots, device="cpu") >= torch.tensor(self.starts or [0])[:, None])
+
+    def attended(self, call: AttentionCall) -> None:
+        self._encode(call.extent.live_keys(self.slots))
+
+    def _encode(self, live: Tensor) -> None:
+        keys, values = self._sides
+        assert keys.tail is not None
+        first, live = keys.first, live.expand(keys.tail.shape[0], -1)
+        if keys.encode(live):
+            for pages in self._pages.values():
+                pages.cut(first)
+        values.encode(live)
+        self._show(self.slots)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        for side, new in zip(self._sides, (keys, values), strict=True):
+            side.append(new)
+        self._show(self.slots)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        keys, values = self._sides
+        return keys.read(), values.read()
+
+    def cut(self, slots: int) -> None:
+        for side in self._sides:
+            assert side.tail is not None
+            side.tail = side.tail[:, :, : slots - side.first]
+        self._show(slots)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens.
+
+        Raises:
+            ValueError: a positive number, or tokens that are encoded.
+        """
+        newest = min((side.tail.shape[2] for side in self._sides if side.tail is not None), default=0)
+        if newest < -tokens_to_remove < self.length:
+            raise ValueError(
+                f"cannot remove the last {-tokens_to_remove} tokens: this layer has encoded all but {newest}. Assisted "
+                "decoding and the like need a cache that encodes nothing"
+            )
+        if -tokens_to_remove >= self.length:
+            self.reset()
+        else:
+            super().crop(tokens_to_remove)
+
+    def keep(self, index: Tensor) -> None:
+        """Not here: encoded tokens are all kept."""
+        raise ValueError("a layer that encodes its tokens drops none; use one of the two")
+
+    def rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
+        for side in self._sides:
+            side.apply(change)
+        self._show(self.slots)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(side.nbytes for side in self._sides)
+
+    def _move(self, device: torch.device | str) -> None:
+        self.rearrange(lambda x: x.to(device, non_blocking=True))
+
+    def _show(self, slots: int) -> None:
+        self.keys, self.values = (side.tail for side in self._sides)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._show(self.slots)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """In groups of tokens, a block of ``residual`` at a time."""
+
+    bits: int
+    group: int
+    residual: int
+
+    def due(self, tokens: int) -> int:
+        return tokens // self.residual * self.residual
+
+    def encode(self, x: Tensor, live: Tensor) -> Quantised:
+        return quantise(x, self.bits, self.group, "tokens", live)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """In groups of channels, a token once ``residual`` came after it; ``group`` 0 is all channels."""
+
+    bits: int
+    group: int
+    residual: int
+
+    def due(self, tokens: int) -> int:
+        return max(0, tokens - self.residual)
+
+    def encode(self, x: Tensor, live: Tensor) -> Quantised:
+        group = self.group or x.shape[3]
+        if x.shape[3] % group:
+            raise ValueError(f"head dimension {x.shape[3]} is no multiple of group={group}; take one that divides it")
+        return quantise(x, self.bits, group, "channels", live)
+
+
+@dataclass(frozen=True)
+class Kivi(CachePolicy):
+    """KIVI (2402.02750): keys in groups of tokens of a channel, values in groups of channels of a token.
+
+    Keys as the model turned them. They are encoded a block of ``residual`` tokens at a time, when the last ones fill
+    it, so that 0 to ``residual - 1`` are as they came; values one by one, all but the last ``residual``.
+
+    Fields:
+        bits: 2 or 4 a number.
+        group: tokens, or channels, that share a scale and a zero.
+        residual: see above; a multiple of the group.
+
+    Defaults: the paper's groups and residual, and 4 bits, which the authors advise for models whose query heads share
+    key/value heads (2 for others).
+
+    Deviations: zeros and scales are rounded outwards in the model's dtype, so that no number is off by more than half
+    a scale; padding enters no scale; a step decodes the layer's keys and values where the authors multiply codes.
+    """
+
+    name: ClassVar[str] = "kivi"
+    bits: int = 4
+    group: int = 32
+    residual: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(self, "bits", (2, 4))
+        require_tokens(self, "group", 1)
+        require_tokens(self, "residual", 1)
+        if self.residual % self.group:
+            raise ValueError(f"kivi.residual must be a multiple of group={self.group}, got {self.residual}")
+
+    def layer(self, index: int, layers: int) -> EncodedLayer:
+        size = self.bits, self.group, self.residual
+        return EncodedLayer(_Blocks(*size), _Tokens(*size), sinks=self.sinks, recent=self.recent)
+
+
+@dataclass(frozen=True)
+class Int8(CachePolicy):
+    """Keys and values in 8 bits, with a scale and a zero for each token and key/value head.
+
+    Tokens are encoded as soon as they were attended; their own call has them as they came.
+    """
+
+    name: ClassVar[str] = "int8"
+
+    def layer(self, index: int, layers: int) -> EncodedLayer:
+        return EncodedLayer(_Tokens(8, 0, 0), _Tokens(8, 0, 0), sinks=self.sinks, recent=self.recent)
+
+
+@dataclass(frozen=True)
+class _Largest:
+    """Without the small elements of each token, ``pack`` tokens at a time once ``residual`` came after them."""
+
+    sparsity: float
+    residual: int
+    pack: int
+
+    def due(self, tokens: int) -> int:
+        return max(0, tokens - self.residual) // self.pack * self.pack
+
+    def encode(self, x: Tensor, live: Tensor) -> Sparse:
+        return compress(x, self.sparsity)
+
+
+@dataclass(frozen=True)
+class Mustafar(CachePolicy):
+    """Mustafar (2505.22913): of each token's key and value the small elements are left out, by magnitude.
+
+    A bitmap says which are there. Keys as the model turned them. Tokens are encoded ``pack`` at a time, once
+    ``residual`` others came after them, so that the last ``residual`` to ``residual + pack - 1`` are as they came.
+
+    Fields:
+        key_sparsity, value_sparsity: the share of elements that is left out.
+
+    Defaults: the authors' higher sparsity, 0.7, their window and pack.
+
+    Deviations: exactly ``D - floor(sparsity * D)`` elements of each token stay, ties broken by the lower channel (the
+    authors' code keeps one more, and all ties), so that tokens have equal lengths: there are no offsets and no padding
+    of tiles. A step decodes the layer's keys and values where the authors multiply bitmaps.
+    """
+
+    name: ClassVar[str] = "mustafar"
+    key_sparsity: float = 0.7
+    value_sparsity: float = 0.7
+    residual: int = 32
+    pack: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("key_sparsity", "value_sparsity"):
+            require_share(cast(Any, self), name)
+            if getattr(self, name) == 1:
+                raise ValueError(f"mustafar.{name} must be below 1: something of each token has to stay")
+        require_tokens(self, "residual")
+        require_tokens(self, "pack", 1)
+
+    def layer(self, index: int, layers: int) -> EncodedLayer:
+        keys, values = (_Largest(share, self.residual, self.pack) for share in (self.key_sparsity, self.value_sparsity))
+        return EncodedLayer(keys, values, sinks=self.sinks, recent=self.recent)

@@ -1,0 +1,276 @@
+"""Caches that drop tokens, in a model: beside the same model under a mask that says what each head still sees."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from tiny_transformers import SIZE, VOCAB
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from gossamer import cache, enable
+from gossamer.integrations.transformers import masks
+
+LAYERS, PROMPT, STEPS = 3, 40, 6
+
+
+@functools.cache
+def _made() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    size: Any = SIZE | {"num_hidden_layers": LAYERS, "head_dim": 8}
+    config = LlamaConfig(**size)
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny() -> Any:
+    return copy.deepcopy(_made())
+
+
+def tokens(rows: int = 1, length: int = PROMPT + STEPS) -> Tensor:
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def left_padded(starts: list[int]) -> Tensor:
+    return (torch.arange(PROMPT + STEPS)[None] >= torch.tensor(starts)[:, None]).long()
+
+
+@torch.no_grad()
+def decoded(model: Any, past: Any, ids: Tensor, mask: Tensor, *chunks: int) -> Tensor:
+    """Logits after each chunk of given tokens."""
+    logits, first = [], 0
+    for count in chunks:
+        upto = first + count
+        position = (mask[:, :upto].cumsum(1) - 1).clamp(min=0)[:, first:]
+        given = {"past_key_values": past, "attention_mask": mask[:, :upto], "position_ids": position}
+        logits.append(model(input_ids=ids[:, first:upto], use_cache=True, **given).logits[:, -1])
+        first = upto
+    return torch.stack(logits, dim=1)
+
+
+@torch.no_grad()
+def masked(seen: list[Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the model where layer l sees the pairs ``seen[l]``, bool ``[B, H, S, T]``, at the last tokens."""
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, _: Any, scaling: float, **kwargs: Any) -> Any:
+        pairs = seen[module.layer_idx]
+        pairs = pairs | ~pairs.any(-1, keepdim=True)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("listed_pairs", attend)
+    AttentionMaskInterface.register("listed_pairs", masks.sdpa_mask)
+    model = tiny()
+    model.set_attn_implementation("listed_pairs")
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+    return logits[:, PROMPT - 1 :]
+
+
+def pairs_after(kept: Tensor, starts: list[int], recent: int | None = None) -> Tensor:
+    """The prompt sees all before itself, and later tokens what was kept and each other; ``kept`` bool ``[B, G, T]``."""
+    i, j = torch.arange(PROMPT + STEPS)[:, None], torch.arange(PROMPT + STEPS)
+    live = (j[None] >= torch.tensor(starts)[:, None])[:, None, None]
+    near = j > i - recent if recent is not None else j >= PROMPT
+    later = (kept[:, :, None] | near) & (j <= i)
+    return (torch.where(i < PROMPT, j <= i, later) & live).repeat_interleave(2, dim=1)
+
+
+STARTS = [[0], [7, 0, 25]]
+
+
+@pytest.mark.parametrize("starts", STARTS)
+@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv"])
+def test_later_tokens_see_what_each_layer_and_head_has_kept(policy: str, starts: list[int]) -> None:
+    ids, mask = tokens(len(starts)), left_padded(starts)
+    model = tiny()
+    with enable(model, "dense", cache=cache.create(policy, budget=12, window=4, kernel=3)) as handle:
+        past = handle.new_cache()
+        logits = decoded(model, past, ids, mask, PROMPT, *[1] * STEPS)
+        assert past.get_seq_length() == PROMPT + STEPS
+        seen = []
+        for layer in past.layers:
+            held = torch.zeros(len(starts), 2, PROMPT + STEPS, dtype=torch.bool)
+            for row, start in enumerate(layer.starts):
+                for group in range(2):
+                    held[row, group, layer.positions[row, group, start:]] = True
+            assert layer.slots == held.sum(-1).max()
+            seen.append(pairs_after(held & (torch.arange(PROMPT + STEPS) < PROMPT), starts))
+    torch.testing.assert_close(logits, masked(seen, ids, mask), atol=2e-4, rtol=1e-3)
+    if policy == "pyramidkv":
+        assert len({layer.slots for layer in past.layers}) >= 2
+
+
+@pytest.mark.parametrize("starts", STARTS)
+def test_streaming_sees_sinks_and_a_window(starts: list[int]) -> None:
+    ids, mask = tokens(len(starts)), left_padded(starts)
+    model = tiny()
+    with enable(model, "dense", cache=cache.StreamingLLM(sinks=2, recent=6)) as handle:
+        logits = decoded(model, handle.new_cache(), ids, mask, PROMPT, *[1] * STEPS)
+    sinks = (torch.arange(PROMPT + STEPS)[None] < torch.tensor(starts)[:, None] + 2)[:, None].expand(-1, 2, -1)
+    seen = [pairs_after(sinks, starts, recent=6)] * LAYERS
+    torch.testing.assert_close(logits, masked(seen, ids, mask), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("starts", STARTS)
+def test_heads_that_stream_see_sinks_and_a_window_and_others_all(starts: list[int]) -> None:
+    gates = [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    ids, mask = tokens(len(starts)), left_padded(starts)
+    model = tiny()
+    with enable(model, "dense", cache=cache.DuoAttention(2, 6, gates, sparsity=0.5)) as handle:
+        past = handle.new_cache()
+        logits = decoded(model, past, ids, mask, PROMPT, *[1] * STEPS)
+        assert past.get_seq_length() == PROMPT + STEPS
+        stats = handle.stats()
+    full = torch.tensor(gates, dtype=torch.bool).repeat_interleave(2, dim=1)[:, None, :, None, None]
+    sinks = (torch.arange(PROMPT + STEPS)[None] < torch.tensor(starts)[:, None] + 2)[:, None]
+    sinks = sinks.expand(-1, 2, -1)
+    band, all_ = pairs_after(sinks, starts, recent=6), pairs_after(sinks | True, starts)
+    seen = [torch.where(layer, all_, band) for layer in full]
+    torch.testing.assert_close(logits, masked(seen, ids, mask), atol=2e-4, rtol=1e-3)
+    tokens_held = [3 * (PROMPT + STEPS), 3 * 7]  # of heads in all layers
+    assert cache.nbytes(past) == len(starts) * sum(tokens_held) * 2 * 8 * 4
+    assert [row.calls for row in stats.layers] == [STEPS + 1] * LAYERS
+
+
+ALL = {
+    "streaming_llm": {"recent": 500},
+    "snapkv": {"budget": 500},
+    "pyramidkv": {"budget": 500},
+    "duo_attention": {"gates": [[1.0, 0.5]] * LAYERS, "sparsity": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_room_for_everything_is_dense(name: str) -> None:
+    ids, mask = tokens(2), left_padded([7, 0])
+    plain, model = tiny(), tiny()
+    chunks = [30, 1, 1, 9, *[1] * 5]
+    with enable(plain, "dense"), enable(model, "dense", cache=cache.create(name, **ALL[name])) as handle:
+        logits = decoded(model, handle.new_cache(), ids, mask, *chunks)
+        expected = decoded(plain, DynamicCache(config=plain.config), ids, mask, *chunks)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def few(name: str) -> cache.CachePolicy:
+    """A policy that drops most of a prompt."""
+    fields: dict[str, dict[str, Any]] = {
+        "streaming_llm": {"sinks": 2, "recent": 6},
+        "snapkv": {"budget": 12, "window": 4},
+        "pyramidkv": {"budget": 12, "window": 4},
+        "duo_attention": {"sinks": 2, "recent": 6, "gates": [[1.0, 0.0]] * LAYERS},
+    }
+    return cache.create(name, **fields[name])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_generate_gives_new_tokens_the_positions_of_a_dense_run(name: str) -> None:
+    ids, mask = tokens(2)[:, :PROMPT], left_padded([7, 0])[:, :PROMPT]
+
+    def positions(model: Any) -> list[Tensor]:
+        seen: list[Tensor] = []
+        hook = model.model.rotary_emb.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+        )
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        hook.remove()
+        return seen
+
+    dense, model = tiny(), tiny()
+    with enable(model, "dense", cache=few(name)):
+        found = positions(model)
+    for one, other in zip(found, positions(dense), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rows_generate_the_same_alone_and_in_a_batch(name: str) -> None:
+    starts = [7, 0, 25]
+    ids, mask = tokens(3)[:, :PROMPT], left_padded(starts)[:, :PROMPT]
+    model = tiny()
+    fields: Any = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with enable(model, "dense", cache=few(name)):
+        together = torch.stack(model.generate(ids, attention_mask=mask, **fields).logits, dim=1)
+        for row, start in enumerate(starts):
+            alone = model.generate(ids[row : row + 1, start:], attention_mask=mask[row : row + 1, start:], **fields)
+            torch.testing.assert_close(torch.stack(alone.logits, dim=1)[0], together[row], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_several_turns_on_one_cache(name: str) -> None:
+    """A second turn in one piece is as its tokens one by one, where it is too short to vote and no window slides."""
+    ids, mask = tokens(2), left_padded([7, 0])
+    model = tiny()
+    policy = few(name)
+    with enable(model, "dense", cache=policy) as handle:
+        past = handle.new_cache()
+        logits = decoded(model, past, ids, mask, PROMPT, 3, *[1] * 3)
+        assert past.get_seq_length() == PROMPT + STEPS
+        again = decoded(model, handle.new_cache(), ids, mask, PROMPT, *[1] * 6)
+    assert bool(logits.isfinite().all())
+    if name in ("snapkv", "pyramidkv"):
+        torch.testing.assert_close(logits[:, 1:], again[:, 3:], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_beams_carry_what_is_kept(name: str) -> None:
+    ids, mask = tokens(2)[:, :PROMPT], left_padded([7, 0])[:, :PROMPT]
+    model = tiny()
+    with enable(model, "dense", cache=few(name)):
+        fields: Any = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
+        both = model.generate(ids, attention_mask=mask, **fields)
+        alone = model.generate(ids[1:], attention_mask=mask[1:], **fields)
+    assert torch.equal(both[1:], alone)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_plain_cache_gets_the_same_layers(name: str) -> None:
+    ids, mask = tokens(), left_padded([0])
+    model = tiny()
+    with enable(model, "dense", cache=few(name)) as handle:
+        one = decoded(model, DynamicCache(), ids, mask, PROMPT, *[1] * STEPS)
+        other = decoded(model, handle.new_cache(), ids, mask, PROMPT, *[1] * STEPS)
+    assert torch.equal(one, other)
+
+
+def test_positions_of_the_cache_turn_the_sinks_alone() -> None:
+    """As the authors have it, beside a model in which each step's sinks were given other positions by hand."""
+    model = tiny()
+    with enable(model, "dense", cache=cache.StreamingLLM(2, 6, positions="cache")) as handle:
+        past = handle.new_cache()
+        decoded(model, past, tokens(), left_padded([0]), PROMPT, 1, 1)
+        moved = [layer.keys for layer in past.layers]
+        first = past.layers[0]
+    plain = tiny()
+    with enable(plain, "dense", cache=cache.StreamingLLM(2, 6)) as handle:
+        past = handle.new_cache()
+        decoded(plain, past, tokens(), left_padded([0]), PROMPT, 1, 1)
+    missing = PROMPT + 2 - 7
+    cos, sin = model.model.rotary_emb(moved[0], torch.full((1, 2), missing))
+    x = past.layers[0].keys[:, :, :2]
+    turned = x * cos[:, None] + torch.cat([-x[..., 4:], x[..., :4]], dim=-1) * sin[:, None]
+    torch.testing.assert_close(first.keys[:, :, :2], turned, atol=1e-5, rtol=1e-4)
+    assert torch.equal(first.keys[:, :, 2:], past.layers[0].keys[:, :, 2:])
+
+
+def test_padding_between_turns_is_refused() -> None:
+    ids, mask = tokens(2), left_padded([7, 0])
+    mask[0, PROMPT] = 0
+    model = tiny()
+    with (
+        enable(model, "dense", cache=few("snapkv")) as handle,
+        pytest.raises(ValueError, match="between turns"),
+    ):
+        decoded(model, handle.new_cache(), ids, mask, PROMPT, 3)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "streaming_llm"])
+def test_assisted_decoding_is_refused_once_tokens_are_dropped(name: str) -> None:
+    """Its first drafts come with the prompt, and have their part in what is dropped."""
+    model, ids = tiny(), tokens()[:, :8].repeat(1, 5)  # drafts are found in it
+    with enable(model, "dense", cache=few(name)), pytest.raises(ValueError, match="for good"):
+        model.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=12, do_sample=False)
