@@ -27,6 +27,7 @@ _FAST = {
     "method": "fast",
     "profile": "mine.json",
     "method_fields": {"method": "fast"},
+    "decode_fields": {"method": "quest"},
     "policy": "min_tokens=0,max_density=0.9",
 }
 _PROMPT = {"run": "r1", "task": "perplexity", "task_fields": {"task": "needle"}, "length": 1024, "index": 0}
@@ -52,7 +53,7 @@ def _of_method(method: str, length: int) -> dict[str, Any]:
     return {
         "run": "r1",
         "method": method,
-        **({} if method == "dense" else {"profile": "mine.json"}),
+        **({} if method == "dense" else {"profile": "mine.json", "decode_fields": {"method": "quest"}}),
         "method_fields": {"method": method},
         "policy": "min_tokens=0,max_density=0.9",
         "task": "needle_single",
@@ -67,6 +68,7 @@ def _of_method(method: str, length: int) -> dict[str, Any]:
 def _sample(method: str, length: int, seconds: float) -> dict[str, Any]:
     turn = {"generated": "an answer", "references": ["1"], "score": 0.5, "depth": 0.3}
     more = {"prompt_tokens": length - 9, "one_line": True, "turns": [turn], "score": 0.5, "decode_s": 0.1}
+    more |= {} if method == "dense" else {"read": 0.1}
     return {"kind": "sample"} | _of_method(method, length) | _seconds(seconds) | more
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -46,8 +46,7 @@ class Decision:
 class Kept(Protocol):
     """What a cache keeps, and how: a `gossamer.cache.CachePolicy`."""
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]: ...
 

@@ -5,7 +5,8 @@ import torch
 from cache_steps import Tokens
 from torch import Tensor
 
-from gossamer.cache import create
+from gossamer import AttentionCall, Extent
+from gossamer.cache import CachePolicy, create
 from gossamer.cache.evictions import PyramidKV, SnapKV, StreamingLLM
 from gossamer.rotary import Rotary
 
@@ -213,3 +214,36 @@ def test_kept_tokens_follow_their_batch_rows() -> None:
 def test_fields_that_do_not_fit(name: str, fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create(name, **fields)
+
+
+@pytest.mark.parametrize("policy", [*VOTING, StreamingLLM(sinks=2, recent=6)], ids=lambda policy: policy.name)
+def test_right_padding_is_dropped_with_the_rest(policy: CachePolicy) -> None:
+    """The shorter row's tokens stand before its padding; then its next token comes right after them."""
+    tokens = Tokens.random([0, 0], 31, heads=4, groups=2, dim=8)
+    lengths = [30, 24]
+    layer = policy.layer(0, 1)
+    k, v = layer.update(tokens.k[:, :, :30], tokens.v[:, :, :30])
+    extent = Extent([0, 0], lengths, [0, 0], lengths)
+    layer.place(extent)
+    layer.attended(AttentionCall(tokens.q[:, :, :30], k, v, extent))
+    kept = [[held(layer, row, group) for group in range(2)] for row in range(2)]
+    assert all(max(own) == length - 1 for row, length in zip(kept, lengths, strict=True) for own in row)
+    _, out = next(tokens.run(layer, 1))
+    for row in range(2):
+        for head in range(4):
+            close(out[row, head, 0], tokens.attend(row, head, 30, [*kept[row][head // 2], 30]))
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_heads_that_share_keys_keep_one_copy(groups: int, dim: int) -> None:
+    tokens = Tokens.random([2, 0], 22, heads=8, groups=groups, dim=dim)
+    layer = SnapKV(budget=10, window=4).layer(0, 1)
+    steps = tokens.run(layer, 20, 1, 1)
+    next(steps)
+    assert layer.nbytes == 2 * 2 * groups * 10 * dim * 4
+    for (_, out), last in zip(steps, (20, 21), strict=True):
+        for head in range(8):
+            seen = held(layer, 0, head // (8 // groups))
+            assert len(seen) == 10 + last - 19
+            close(out[0, head, 0], tokens.attend(0, head, last, seen))

@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +23,12 @@ SIZE: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def as_in_generation() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 def tokens(count: int, seed: int, batch: int = 3) -> tuple[Tensor, Tensor]:
@@ -119,6 +126,40 @@ def test_a_copy_goes_its_own_way(copied: Any) -> None:
     assert torch.equal(layer.page_bounds(16), bounds)
     assert torch.equal(layer.keys, tokens(40, 0)[0])  # type: ignore[arg-type]
     assert torch.equal(other.keys[:, :, 1:], tokens(60, 1)[0])
+
+
+def test_inference_mode_may_be_left_between_steps() -> None:
+    layer = StoreLayer()
+    with torch.inference_mode():
+        layer.update(*tokens(40, 0))
+        layer.page_bounds(16)
+    layer.update(*tokens(1, 1))
+    layer.page_bounds(16)
+    with torch.inference_mode():
+        layer.update(*tokens(1, 2))
+    layer.update(*tokens(300, 3))
+    assert layer.keys is not None
+    assert torch.equal(layer.keys[:, :, 40:42], torch.cat([tokens(1, 1)[0], tokens(1, 2)[0]], dim=2))
+    scratch = StoreLayer()
+    scratch.update(*layer.read())
+    assert torch.equal(layer.page_bounds(16), scratch.page_bounds(16))
+
+
+@torch.enable_grad()
+def test_gradients_pass_through_every_step() -> None:
+    found = []
+    for layer in (StoreLayer(), DynamicLayer()):
+        given = [[x.requires_grad_(seed != 1) for x in tokens(count, seed)] for seed, count in enumerate((5, 1, 1, 2))]
+        total = torch.zeros(())
+        for keys, values in given:
+            k, v = layer.update(keys, values)
+            weight = torch.ones((), requires_grad=True)  # keys that need no gradient are held by the graph as well
+            total = total + ((weight * k).square().sum() * v.square().sum())
+        total.backward()
+        found.append([x.grad for pair in given for x in pair])
+    for ours, stock in zip(*found, strict=True):
+        assert (ours is None) == (stock is None)
+        assert ours is None or torch.allclose(ours, stock)
 
 
 def test_dropped_tokens_are_seen_in_the_length_and_not_in_the_slots() -> None:

@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 from tokenizers_for_tests import HAYSTACK, WordTokenizer  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
-from gossamer import Policy, Profile, methods  # noqa: E402
+from gossamer import Policy, Profile, cache, methods  # noqa: E402
 from gossamer.evaluate import runner, tasks  # noqa: E402
 from gossamer.evaluate.haystack import Haystack  # noqa: E402
 from gossamer.evaluate.perplexity import Windows  # noqa: E402
@@ -480,3 +480,21 @@ def test_what_depends_on_the_machine_is_recorded_as_the_number_that_was_used(tmp
     resolved = job(methods=(Policy(method), Policy.of("dense"))).on(model)
     assert resolved.labels == ("a_shape(sink=1,window=8,min_tokens=33)", "dense")
     forget()
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_answers_come_from_what_caches_keep(tmp_path: Path, turns: int) -> None:
+    of = subject()
+    fields: dict[str, dict[str, Any]] = {"snapkv": {"budget": 64, "window": 8}, "int8": {}}
+    policies = [replace(DENSE, cache=cache.create(name, **given)) for name, given in fields.items()]
+    whole = replace(DENSE, cache=cache.create("snapkv", budget=1000))
+    task = tasks.create("needle_multikey", turns=turns)
+    work = job(methods=(DENSE, whole, *policies), tasks=(task,), lengths=(300,), samples=1, perplexity=None, fidelity=0)
+    new = {record["method"]: record for record in run(tmp_path / "r.jsonl", work, of=of)}
+    dense, same, few, small = new.values()
+    assert same["turns"] == dense["turns"]
+    assert "cache_bytes" not in dense
+    assert few["cache_bytes"] < 0.4 * same["cache_bytes"]
+    assert small["cache_bytes"] < 0.4 * same["cache_bytes"]
+    rows = {row.method: row for row in summary_rows(read_results(tmp_path / "r.jsonl"))}
+    assert rows["dense+int8"].cache_bytes == small["cache_bytes"]

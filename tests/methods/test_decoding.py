@@ -200,6 +200,16 @@ def test_plans_attend_what_they_name(method: Method, dtype: torch.dtype) -> None
     assert torch.allclose(lse.double(), expected_lse.double(), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("share", [1, 8])
+def test_head_dimensions(dim: int, share: int) -> None:
+    call = step(100, dim=dim, groups=1, share=share)
+    plan = Quest(budget=32).plan(call)
+    out, _ = backends.attend(call, plan)
+    wide = replace(call, q=call.q.double(), k=call.k.double().nan_to_num(), v=call.values.double().nan_to_num())
+    assert torch.allclose(out.double(), backends.attend(wide, plan)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_row_reads_the_same_whatever_its_padding(method: Method) -> None:
     alone, padded = step(90, padding=(0,)), step(90, padding=(0,))

@@ -26,7 +26,8 @@ class StoreLayer(DynamicLayer):
     which models give positions to the next tokens, ``get_mask_sizes`` the slots, and `positions` which token a slot
     holds. Keys keep the phase that they were given: a token that is kept stays at its position.
 
-    Keys and values grow in place: room is made ahead, so that a step copies one token and not the cache.
+    Keys and values grow in place: room is made ahead, so that a step copies one token and not the cache. Where
+    gradients are recorded they are joined anew, as a stock layer does: a graph may hold those that were there.
 
     A policy of what is kept, and how, is a subclass that overrides some of:
 
@@ -76,6 +77,9 @@ class StoreLayer(DynamicLayer):
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens ``[B, G, n, D]`` and ``[B, G, n, Dv]`` behind the last slot."""
         old = self.slots
+        if torch.is_grad_enabled():
+            self._join(keys, values)
+            return
         self._make_room(old + keys.shape[2], keys, values)
         assert self._room is not None
         for room, new in zip(self._room, (keys, values), strict=True):
@@ -304,7 +308,7 @@ class StoreLayer(DynamicLayer):
 
     def _make_room(self, slots: int, keys: Tensor, values: Tensor) -> None:
         """For so many slots, of tensors like these; those that were there stay."""
-        if self._room is not None and self._room[0].shape[2] >= slots:
+        if self._room is not None and self._room[0].shape[2] >= slots and not _is_locked(self._room[0]):
             return
         ahead = slots + max(64, slots // 16)
         rooms = []
@@ -315,6 +319,13 @@ class StoreLayer(DynamicLayer):
             rooms.append(room)
         self._room = rooms[0], rooms[1]
 
+    def _join(self, keys: Tensor, values: Tensor) -> None:
+        """As `append`, where a graph may hold what is there: that is not written to."""
+        if self.keys is not None and self.values is not None and self.slots:
+            keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        self._room = keys, values
+        self._show(keys.shape[2])
+
     def _show(self, slots: int) -> None:
         assert self._room is not None
         self.keys, self.values = (room[:, :, :slots] for room in self._room)
@@ -322,6 +333,11 @@ class StoreLayer(DynamicLayer):
     def _forget_state(self) -> None:
         for row in self.state:
             row.clear()
+
+
+def _is_locked(tensor: Tensor) -> bool:
+    """Whether a tensor was made in inference mode, which has been left since: it can be written in that mode alone."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 Part = tuple[list[int], StoreLayer]

@@ -56,6 +56,8 @@ class PageBounds:
                 grown[:, :, : self._bounds.shape[2]] = self._bounds
             self._bounds = grown
         if self._slots < slots:
+            if self._bounds.is_inference() and not torch.is_inference_mode_enabled():
+                self._bounds = self._bounds.clone()  # such tensors are written in that mode alone
             rows = [slice(None)] if len(set(starts)) == 1 else [slice(b, b + 1) for b in range(batch)]
             for row in rows:
                 self._renew(self._bounds[row], keys[row], starts[row.start or 0])

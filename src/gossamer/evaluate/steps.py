@@ -13,7 +13,7 @@ from torch import Tensor
 import gossamer
 from gossamer.methods import Method
 
-__all__ = ["Steps", "compare_steps"]
+__all__ = ["Steps", "compare_steps", "differences", "read_steps"]
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,15 @@ def compare_steps(model: Any, tokens: Tensor, methods: Mapping[str, Method], ste
     wanted: Tensor | None = None
     for name, method in {"dense": None, **methods}.items():
         with gossamer.enable(model, "dense", decode=method, cache="keep") as handle:
-            rows, seconds = _read(model, tokens[:, -steps:], cache)
+            rows, seconds = read_steps(model, tokens[:, -steps:], cache)
             layers = handle.stats()
         cache.crop(-steps)
         wanted = rows if wanted is None else wanted
-        log, log_wanted = rows.log_softmax(dim=-1), wanted.log_softmax(dim=-1)
-        target = tokens[0, -steps + 1 :].to(log.device)
+        kl, top1, nats = differences(rows, wanted, tokens[0, -steps:])
         found[name] = Steps(
-            kl=float((log_wanted.exp() * (log_wanted - log)).sum(dim=-1).mean()),
-            top1=float((log.argmax(dim=-1) == log_wanted.argmax(dim=-1)).float().mean()),
-            nats=float(-log[:-1].gather(1, target[:, None]).mean()) if steps > 1 else float("nan"),
+            kl=kl,
+            top1=top1,
+            nats=nats,
             read=sum(layer.step_density for layer in layers) / max(1, len(layers)),
             step_s=sorted(seconds)[len(seconds) // 2],
             plan_s=sum(layer.plan_seconds for layer in layers) / steps,
@@ -80,7 +79,21 @@ def compare_steps(model: Any, tokens: Tensor, methods: Mapping[str, Method], ste
     return found
 
 
-def _read(model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, list[float]]:
+def differences(rows: Tensor, wanted: Tensor, tokens: Tensor) -> tuple[float, float, float]:
+    """Of logits ``[steps, vocabulary]``: divergence from others, share of equal choices, loss of the next token.
+
+    Args:
+        tokens: those that were read, int64 ``[steps]``.
+    """
+    log, log_wanted = rows.log_softmax(dim=-1), wanted.log_softmax(dim=-1)
+    kl = (log_wanted.exp() * (log_wanted - log)).sum(dim=-1).mean()
+    same = (log.argmax(dim=-1) == log_wanted.argmax(dim=-1)).float().mean()
+    target = tokens[1:].to(log.device)
+    nats = float(-log[:-1].gather(1, target[:, None]).mean()) if len(tokens) > 1 else float("nan")
+    return float(kl), float(same), nats
+
+
+def read_steps(model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, list[float]]:
     """Logits fp32 ``[steps, vocabulary]`` and the seconds of each step."""
     rows, seconds = [], []
     for n in range(tokens.shape[1]):
