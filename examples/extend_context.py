@@ -38,11 +38,11 @@ from safetensors.torch import load_file, save_file
 import gossamer
 
 BASE = Stage(length=512, rows=4, steps=24, rate=0.2)
-LONG = Stage(length=2048, rows=1, steps=8, rate=0.2)
+LONG = Stage(length=2048, rows=1, steps=160, rate=0.2)
 LENGTHS = (512, 1024, 2048)
-SAMPLES = 6  # texts of each length that are asked about
-CURVE = 2  # texts of the longest length, between steps
-EVERY = 4  # steps between points of a curve
+SAMPLES = 12  # texts of each length that are asked about
+CURVE = 6  # texts of the longest length, between steps
+EVERY = 16  # steps between points of a curve
 ROUNDS = 5  # of timing
 SEEDS = {"dense": (0, 1, 2), "top_p": (0, 1, 2), "longgen": (0,), "longgen_early": (0,), "window": (0,)}
 MOST = 2.0  # times the steps of dense training that others may take in its time
