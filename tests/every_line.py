@@ -23,11 +23,11 @@ _MODEL = {
     "parameters": 1000,
     "dtype": "float32",
 }
+_NOT_DENSE = {"profile": "mine.json", "decode_fields": {"method": "quest"}, "cache_fields": {"cache": "keep"}}
 _FAST = {
     "method": "fast",
     "profile": "mine.json",
     "method_fields": {"method": "fast"},
-    "decode_fields": {"method": "quest"},
     "policy": "min_tokens=0,max_density=0.9",
 }
 _PROMPT = {"run": "r1", "task": "perplexity", "task_fields": {"task": "needle"}, "length": 1024, "index": 0}
@@ -53,7 +53,7 @@ def _of_method(method: str, length: int) -> dict[str, Any]:
     return {
         "run": "r1",
         "method": method,
-        **({} if method == "dense" else {"profile": "mine.json", "decode_fields": {"method": "quest"}}),
+        **({} if method == "dense" else _NOT_DENSE),
         "method_fields": {"method": method},
         "policy": "min_tokens=0,max_density=0.9",
         "task": "needle_single",
@@ -68,7 +68,7 @@ def _of_method(method: str, length: int) -> dict[str, Any]:
 def _sample(method: str, length: int, seconds: float) -> dict[str, Any]:
     turn = {"generated": "an answer", "references": ["1"], "score": 0.5, "depth": 0.3}
     more = {"prompt_tokens": length - 9, "one_line": True, "turns": [turn], "score": 0.5, "decode_s": 0.1}
-    more |= {} if method == "dense" else {"read": 0.1}
+    more |= {} if method == "dense" else {"read": 0.1, "cache_bytes": 4096}
     return {"kind": "sample"} | _of_method(method, length) | _seconds(seconds) | more
 
 
@@ -135,6 +135,8 @@ LINES: list[dict[str, Any]] = [
         "profile": "mine.json",
         "method_fields": {"method": "fast"},
         "policy": "min_tokens=0,max_density=0.9",
+        "decode_fields": {"method": "quest"},
+        "cache_fields": {"cache": "keep"},
         "task": "ruler_vt",
         "index": 5,
         "lengths": [1024],
@@ -168,6 +170,7 @@ LINES: list[dict[str, Any]] = [
         "kind": "logits",
         **_PROMPT,
         **_FAST,
+        **_NOT_DENSE,
         "density": 0.5,
         "kl": 0.01,
         "top1": 0.9,

@@ -276,6 +276,8 @@ _LM_EVAL = _Object(
         "profile": _TEXT,
         "method_fields": _Object({"method": _TEXT}),
         "policy": _TEXT,
+        "decode_fields": _Object({"method": _TEXT}),
+        "cache_fields": _Object({"cache": _TEXT}),
         "task": _TEXT,
         "index": _COUNT,
         "lengths": _list(_LENGTH),
