@@ -240,6 +240,7 @@ def test_profiles(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the profile is for 6 layers of 8 heads"):
         run({"waves": [], "gossamer": settings})
 
+
 def test_a_hybrid_s_profile(tmp_path: Path) -> None:
     """Full layers attend every pair, the others LongGen's pattern, and the model says what it does in transformers."""
     import torch
