@@ -60,8 +60,9 @@ def test_what_steps_lose(text):
 
 @pytest.mark.parametrize("steps", [0, 300])
 def test_a_text_has_more_tokens_than_steps(text, steps):
+    model, tokens = text
     with pytest.raises(ValueError, match="need a longer text than 300 tokens"):
-        compare_steps(*text, {}, steps=steps)
+        compare_steps(model, tokens, {}, steps=steps)
 
 
 def test_one_step_has_no_token_to_lose(text):

@@ -10,6 +10,7 @@ from torch import Tensor
 from gossamer import AttentionCall, Extent
 from gossamer.backends import cpu
 from gossamer.backends import torch as reference
+from gossamer.backends.cpu import native
 from gossamer.cache import StoreLayer
 
 pytestmark = [needs_kernels, poisoned]
@@ -119,7 +120,7 @@ def test_rows_without_a_query_read_nothing() -> None:
 
 
 def test_addresses_and_sizes_are_checked() -> None:
-    kernels, keys = cpu.native.kernels(), torch.tensor([64])
+    kernels, keys = native.kernels(), torch.tensor([64])
     choice = {"heads": 2, "pages": 4, "size": 16, "keys": (keys.data_ptr(), 1), "sinks": 0, "recent": 0, "count": 1}
     with pytest.raises(ValueError, match="tokens of a page"):
         kernels.PageChoice(**choice | {"size": 0})
