@@ -142,6 +142,7 @@ def _page(policy: Policy | None) -> int | None:
     return getattr(method, "logical", getattr(method, "page", None))
 
 
+@torch.inference_mode()
 def attention(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for length in map(int, arguments.lengths.split(",")):

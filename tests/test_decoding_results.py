@@ -1,0 +1,43 @@
+"""What the page of decoding says of steps stands in the committed results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from repository import ROOT
+
+FOUND = ROOT / "benchmarks" / "results" / "intel-xeon-ice-lake-2-cores-avx512" / "decoding.json"
+
+
+def row(method: str, length: int, dtype: str) -> dict[str, Any]:
+    rows = json.loads(FOUND.read_text())["rows"]
+    (one,) = [
+        row
+        for row in rows
+        if row["section"] == "attention" and (row["method"], row["length"], row["dtype"]) == (method, length, dtype)
+    ]
+    return one
+
+
+def test_how_many_times_as_fast() -> None:
+    def ratios(method: str, length: int) -> list[float]:
+        return [row(method, length, dtype)["ratio"] for dtype in ("float32", "bfloat16")]
+
+    assert ratios("lserve(budget=2048)", 32768) == pytest.approx([6.2, 5.6], abs=0.05)
+    assert ratios("lserve(budget=2048)", 131072) == pytest.approx([21, 17], abs=0.5)
+    assert ratios("quest", 32768) == pytest.approx([4.5, 4.5], abs=0.05)
+    assert ratios("quest", 131072) == pytest.approx([13, 9], abs=0.5)
+
+
+def test_what_the_choice_takes() -> None:
+    for length in (32768, 131072):
+        for dtype in ("float32", "bfloat16"):
+            quest = row("quest", length, dtype)
+            assert 0.5 < quest["planning_share"] < 0.69
+            assert 3 < row("quest(per_query_head=true)", length, dtype)["density"] / quest["density"] <= 4.01
+    for dtype, times in (("float32", 2), ("bfloat16", 4)):
+        quest, dense = row("quest", 131072, dtype), row("dense", 131072, dtype)
+        tokens = dense["bytes"] * quest["density"]
+        assert (quest["bytes"] - tokens) / tokens == pytest.approx(times, rel=0.02)
