@@ -129,11 +129,15 @@ class Contest:
         }
 
     def _bytes(self, name: str, length: int, itemsize: int) -> float:
-        """Of keys and values, and of bounds, in 16 bits, where they are read; on average over steps."""
+        """Of keys and values, and of bounds, in 16 bits, where they are read; on average over steps.
+
+        Where query heads choose apart, as if no two of them chose the same.
+        """
         policy = self.policies.get(name)
         page, method = _page(policy), None if policy is None else policy.decode
         bounds = 2 * 2 * length / page / getattr(method, "interval", 1) if page else 0.0
-        return GROUPS * DIM * (2 * itemsize * length * self.density[name] + bounds)
+        heads = HEADS if getattr(method, "per_query_head", False) else GROUPS
+        return DIM * (2 * itemsize * length * self.density[name] * heads + GROUPS * bounds)
 
 
 def _page(policy: Policy | None) -> int | None:

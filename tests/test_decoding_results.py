@@ -36,7 +36,8 @@ def test_what_the_choice_takes() -> None:
         for dtype in ("float32", "bfloat16"):
             quest = row("quest", length, dtype)
             assert 0.5 < quest["planning_share"] < 0.69
-            assert 3 < row("quest(per_query_head=true)", length, dtype)["density"] / quest["density"] <= 4.01
+            apart = row("quest(per_query_head=true)", length, dtype)
+            assert 1.25 < apart["median_s"] / quest["median_s"] < 1.85
     for dtype, times in (("float32", 2), ("bfloat16", 4)):
         quest, dense = row("quest", 131072, dtype), row("dense", 131072, dtype)
         tokens = dense["bytes"] * quest["density"]
