@@ -31,6 +31,8 @@ VERBS = (
     "last_query_products",
     "mean_row_maxima",
     "near_keys",
+    "page_scores",
+    "page_tokens",
     "pool_before_rotary",
     "pool_key_bounds",
     "pool_keys",

@@ -63,14 +63,11 @@ def softmax(scores: list[float]) -> list[float]:
 def naive_bounds(call: AttentionCall, row: int, head: int, size: int) -> list[float]:
     """Each page's bound for one head, channel by channel."""
     start, count = int(call.extent.key_start[row]), int(call.extent.key_count[row])
-    q, keys = call.q[row, head, 0], call.k[row, head // call.share, start : start + count]
-    return [
-        call.scale
-        * sum(
-            max(float(q[d] * x) for x in (raised(page[:, d].max()), -raised(-page[:, d].min()))) for d in range(len(q))
-        )
-        for page in keys.split(size)
+    q, keys = call.q[row, head, 0].tolist(), call.k[row, head // call.share, start : start + count]
+    bounds = [
+        (raised(page.amax(dim=0)).tolist(), (-raised(-page.amin(dim=0))).tolist()) for page in keys.float().split(size)
     ]
+    return [call.scale * sum(max(x * high, x * low) for x, high, low in zip(q, *both, strict=True)) for both in bounds]
 
 
 def naive_shared(scores: list[list[float]]) -> list[float]:

@@ -111,7 +111,7 @@ class EncodedLayer(StoreLayer):
 
     def before_update(self, count: int) -> None:
         # Of a call that was not shown.
-        self._encode(torch.arange(self.slots, device="cpu") >= torch.tensor(self.starts or [0])[:, None])
+        self._encode(torch.arange(self.slots, device="cpu") >= torch.tensor(self.starts or [0], device="cpu")[:, None])
 
     def attended(self, call: AttentionCall) -> None:
         self._encode(call.extent.live_keys(self.slots))

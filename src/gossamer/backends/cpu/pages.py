@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
+from gossamer.backends.cpu.native import MAX_HEAD_DIM, active_isa, check_tensors, kernels
 from gossamer.backends.cpu.views import arrays, dense_rows, tensor_view
+from gossamer.backends.torch.pages import page_scores as definition
 from gossamer.backends.torch.pages import signed_parts
 from gossamer.call import AttentionCall
 
@@ -16,8 +17,13 @@ __all__ = ["page_scores", "page_tokens"]
 
 
 def page_scores(call: AttentionCall, bounds: Tensor, size: int) -> Tensor:
-    """See `gossamer.backends.torch.page_scores`. Bounds are read once, in their dtype, and summed up in fp32."""
+    """See `gossamer.backends.torch.page_scores`. Bounds are read once, in their dtype, and summed up in fp32.
+
+    Above 128 channels, of which bounds are twice as many as the kernels take, the definition serves.
+    """
     check_tensors(call.q)
+    if bounds.shape[-1] > MAX_HEAD_DIM:
+        return definition(call, bounds, size)
     bounds, queries = dense_rows(bounds), signed_parts(call).unsqueeze(2)
     pages = bounds.shape[2]
     scores = torch.empty(call.batch, call.heads, pages, device="cpu")

@@ -316,8 +316,8 @@ def enable(
             handle.find_rotary(model)
         except ValueError as error:
             handle.disable()
-            what = "this cache gives keys other positions" if moves else f"{policy.method.name} looks at q and k before"
-            raise ValueError(f"{what}: their rotary embedding must be known, but {error}") from error
+            what = "this cache turns keys by" if moves else f"{policy.method.name} looks at q and k before"
+            raise ValueError(f"{what} their rotary embedding: {error}") from error
     return handle
 
 
