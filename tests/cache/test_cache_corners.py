@@ -8,6 +8,8 @@ from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, LlamaFo
 
 from gossamer import cache, enable
 from gossamer.cache import StoreLayer
+from gossamer.methods import Dense
+from gossamer.policy import Policy
 
 
 def test_what_a_graph_holds_is_not_written_to_after_a_crop() -> None:
@@ -53,3 +55,13 @@ def test_positions_of_the_cache_take_a_prompt_of_one_token() -> None:
         prompt = torch.tensor([[7]])
         model.generate(prompt, past_key_values=past, max_new_tokens=12, min_new_tokens=12, do_sample=False)
     assert past.layers[0].slots == 7
+
+
+def test_a_policys_cache_of_another_type_is_refused_before_the_model_is_touched() -> None:
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **size))
+    before = model.config._attn_implementation
+    with pytest.raises(TypeError, match="must be a name or a"):
+        enable(model, Policy(Dense(), cache=cache.SnapKV))  # type: ignore[arg-type]
+    assert model.config._attn_implementation == before
+    enable(model, Policy(Dense(), cache=cache.SnapKV())).disable()
