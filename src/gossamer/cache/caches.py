@@ -12,17 +12,18 @@ from gossamer.cache.policies import CachePolicy
 __all__ = ["adopt", "nbytes", "new_cache"]
 
 
-def new_cache(config: Any, policy: CachePolicy) -> DynamicCache:
+def new_cache(config: Any, policy: CachePolicy) -> DynamicCache | EncoderDecoderCache:
     """An empty cache for a model with this config: stores for layers of full attention, transformers' own for others.
 
     Sliding windows, chunks and linear layers hold little and have structures of their own.
 
     Args:
-        config: a transformers config; of a composite model, its text part counts.
+        config: a transformers config; of a composite model, its text part counts; an encoder-decoder's cache has a
+            stock one for the keys of the encoder.
     """
     cache = DynamicCache(config=config)
     adopt(cache, policy)
-    return cache
+    return EncoderDecoderCache(cache, DynamicCache()) if config.is_encoder_decoder else cache
 
 
 def adopt(cache: Any, policy: CachePolicy, layers: int | None = None) -> bool:
@@ -69,6 +70,8 @@ class _Made:
 
 def nbytes(cache: Cache) -> int:
     """Bytes that a cache holds of keys and values, of layers without a store too; see `StoreLayer.nbytes`."""
+    if isinstance(cache, EncoderDecoderCache):
+        return nbytes(cache.self_attention_cache) + nbytes(cache.cross_attention_cache)
     total = 0
     for layer in cache.layers:
         if isinstance(layer, StoreLayer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class StoreLayer(DynamicLayer):
 
     def _forget(self) -> None:
         self._room: tuple[Tensor, Tensor] | None = None
+        self._in_graph = False  # a graph may hold the room
         self.length = self.dropped = self._appended = 0
         self.starts: list[int] | None = None
         self.positions: Tensor | None = None
@@ -308,7 +309,8 @@ class StoreLayer(DynamicLayer):
 
     def _make_room(self, slots: int, keys: Tensor, values: Tensor) -> None:
         """For so many slots, of tensors like these; those that were there stay."""
-        if self._room is not None and self._room[0].shape[2] >= slots and not _is_locked(self._room[0]):
+        fits = self._room is not None and self._room[0].shape[2] >= slots
+        if fits and not self._in_graph and not _is_locked(cast(Any, self._room)[0]):
             return
         ahead = slots + max(64, slots // 16)
         rooms = []
@@ -317,13 +319,13 @@ class StoreLayer(DynamicLayer):
             if old is not None:
                 room[:, :, : self.slots] = old[:, :, : self.slots]
             rooms.append(room)
-        self._room = rooms[0], rooms[1]
+        self._room, self._in_graph = (rooms[0], rooms[1]), False
 
     def _join(self, keys: Tensor, values: Tensor) -> None:
         """As `append`, where a graph may hold what is there: that is not written to."""
         if self.keys is not None and self.values is not None and self.slots:
             keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
-        self._room = keys, values
+        self._room, self._in_graph = (keys, values), True
         self._show(keys.shape[2])
 
     def _show(self, slots: int) -> None:

@@ -95,6 +95,8 @@ class SplitLayer(StoreLayer):
         raise ValueError("a layer whose heads keep different tokens cannot be told to keep the same of all")
 
     def crop(self, tokens_to_remove: int) -> None:
+        if not self._parts:
+            super().crop(tokens_to_remove)
         for _, store in sorted(self._parts, key=lambda part: -part[1].dropped):  # the first to refuse comes first
             store.crop(tokens_to_remove)
         self.length -= min(-tokens_to_remove, self.length)

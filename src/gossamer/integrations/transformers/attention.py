@@ -227,7 +227,8 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     if extent is None or reason is not None:
         return _counted(owner, asked, reason, lambda: _densely(None, asked, _Extras()))
     keys, values = asked.key[:, :, :used], asked.value[:, :, :used]
-    whole = asked.query_len > 1 and (store is None or not store.dropped)  # else keys do not stand one after the other
+    several = asked.query_len > 1 or used == 1  # or a prompt of one token
+    whole = several and (store is None or not store.dropped)  # else keys do not stand one after the other
     rotary = owner.rotary(extent) if owner.rotary is not None and whole else None
     fields = asked.scale, asked.sinks, asked.softcap, asked.layer
     if store is not None:

@@ -322,10 +322,10 @@ def enable(
 
 
 def _cache_policy(cache: str | CachePolicy | None, policy: Policy, context_parallel: Any) -> CachePolicy | None:
-    if cache is not None and not isinstance(cache, str | CachePolicy):
-        raise TypeError(f"cache must be a name or a gossamer.cache.CachePolicy, got {type(cache).__name__}")
     if cache is None and policy.cache is not None:
         cache = cast(CachePolicy, policy.cache)
+    if cache is not None and not isinstance(cache, str | CachePolicy):
+        raise TypeError(f"cache must be a name or a gossamer.cache.CachePolicy, got {type(cache).__name__}")
     if (cache is not None or policy.decode is not None) and context_parallel is not None:
         raise ValueError("ranks that share prompts decode dense: leave decode and cache out beside context_parallel")
     if cache is None:

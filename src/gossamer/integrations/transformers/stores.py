@@ -63,7 +63,7 @@ class _Adopt:
 @functools.cache
 def _say_once(kind: str) -> None:
     logger.warning(
-        "a %s takes no stores: decoding reads all of it, and nothing is dropped or encoded. Use a DynamicCache "
-        "(generate's default), or Handle.new_cache()",
+        "a %s takes no stores: decoding reads all of it, and nothing is dropped or encoded. Stores are for layers of "
+        "full attention: where a model has them, use a DynamicCache (generate's default), or Handle.new_cache()",
         kind,
     )
