@@ -42,3 +42,13 @@ def test_what_the_choice_takes() -> None:
         quest, dense = row("quest", 131072, dtype), row("dense", 131072, dtype)
         tokens = dense["bytes"] * quest["density"]
         assert (quest["bytes"] - tokens) / tokens == pytest.approx(times, rel=0.02)
+
+
+def test_what_choices_lose() -> None:
+    rows = [row for row in json.loads(FOUND.read_text())["rows"] if row["section"] == "model"]
+    assert {(row["model"], row["length"], row["texts"]) for row in rows} == {("reference", 4096, 3)}
+    lost = {row["method"]: row["kl"] for row in rows}
+    assert lost["quest(budget=128)"] == pytest.approx(0.006, abs=0.0005)
+    assert 6.5 < lost["quest(budget=128)"] / lost["oracle_topk(budget=128)"] < 7.6
+    assert lost["quest(budget=512)"] < 0.0005
+    assert all(0.65 < lost[f"lserve(budget={budget})"] < 1.55 for budget in (128, 256, 512, 1024))

@@ -101,6 +101,11 @@ class Policy:
                 f"Policy.decode must be a method that chooses what a decode step reads, got {given}; "
                 f"build one with gossamer.methods.create(name), by one of the names {', '.join(methods.decoding())}"
             )
+        if "one query" in getattr(self.method, "needs", ()):
+            raise ValueError(
+                f"{self.method.name} chooses what a decode step reads and plans no prompt: give it as "
+                f"decode={self.method.name!r}, beside a method for prompts such as 'dense'"
+            )
         if not self.max_density > 0:
             raise ValueError(f"Policy.max_density must be above 0, got {self.max_density}")
 

@@ -329,7 +329,8 @@ def test_why_a_step_is_dense() -> None:
     assert policy.decide(replace(call, store=None)).reason == "quest needs store"
     windowed = Extent([399, 378], [1, 1], [0, 21], [400, 379], limit=50)
     assert policy.decide(replace(call, extent=windowed)).reason == "quest needs a cache without the model's own window"
-    assert Policy(Quest()).decide(replace(call, q=call.q.expand(-1, -1, 1, -1))).reason == "decode"
+    with pytest.raises(ValueError, match="plans no prompt: give it as decode='quest'"):
+        Policy(Quest())
 
 
 @pytest.mark.parametrize("decode", [Dense(), "quest", create("a_shape")])
