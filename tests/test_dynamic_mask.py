@@ -178,6 +178,19 @@ def test_a_model_of_doge_computes_the_same_with_these_layers() -> None:
     assert tokens.shape == (2, 55)
 
 
+def test_a_layer_trains_under_autocast() -> None:
+    """Norms give fp32 there, projections bf16."""
+    layer, x = DynamicMaskAttention(CONFIG, 0), torch.randn(1, 30, 32)
+    angles = torch.arange(30)[:, None] * torch.logspace(0, -3, 4).repeat(2)
+    given = (angles.cos()[None], angles.sin()[None])
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = layer(x, given)
+    out.float().square().mean().backward()
+    assert layer.A.grad is not None
+    assert bool(layer.A.grad.isfinite().all())
+    torch.testing.assert_close(out.float(), layer(x, given)[0], atol=2e-2, rtol=2e-2)
+
+
 def test_wrong_arguments_are_named() -> None:
     extent, scores = Extent.full(1, 8, 8), torch.zeros(1, 2, 8)
     for options, message in (

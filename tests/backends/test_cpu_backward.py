@@ -145,6 +145,23 @@ def test_rows_that_attend_nothing_have_no_gradient() -> None:
         assert found is None or bool((found == 0).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_reaches_rows_that_attend_their_sink_alone_is_not_read(dtype: torch.dtype, bad: float) -> None:
+    call = with_extras(call_in("no padding", length=90, dim=16, dtype=dtype), softcap=False, bias=False)
+    lists = {"column_group": 90, "column_indptr": torch.arange(call.batch * call.heads + 1)}
+    columns = torch.full((call.batch * call.heads,), 10, dtype=torch.int32)
+    plan = SparsePlan(call.heads, 90, 90, call.extent, column_indices=columns, **lists)
+    given = reaching(call)
+    expected = gradients(call, plan, given)
+    alone = ~plan.to_mask().any(dim=-1)
+    assert bool(alone.any())
+    given.out.masked_fill_(alone[..., None], bad)
+    found = gradients(call, plan, given)
+    for name in NAMES[:4]:
+        assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name])), name
+
+
 def test_nothing_to_attend() -> None:
     call = call_in("rows without tokens", length=20, dim=16)
     empty = replace(call, q=call.q[:, :, :0], extent=call.extent.of_queries(0, 0))

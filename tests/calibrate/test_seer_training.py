@@ -144,6 +144,33 @@ def test_a_file_of_another_training_is_refused(tmp_path: Path) -> None:
         )
 
 
+def test_parameters_that_few_steps_reach_are_kept_too(tmp_path: Path) -> None:
+    def begun(path: Path | None) -> tuple[dict[str, nn.Parameter], Training]:
+        given = {name: nn.Parameter(torch.tensor([3.0])) for name in ("each", "late", "never")}
+
+        def backward(step: int) -> float:
+            loss = given["each"].square().sum() + (given["late"].square().sum() if step >= 2 else 0.0)
+            loss.backward()
+            return float(loss.detach())
+
+        return given, Training(given, backward, Schedule(8, 0.1), about={}, path=path)
+
+    def stop(step: int, loss: float) -> None:
+        if step == stops:
+            raise KeyboardInterrupt
+
+    whole, training = begun(None)
+    training.run()
+    for stops in (1, 5):
+        path = tmp_path / str(stops)
+        with pytest.raises(KeyboardInterrupt):
+            begun(path)[1].run(stop)
+        again, training = begun(path)
+        assert training.step == stops
+        training.run()
+        assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
 def test_a_loss_that_is_no_number_ends_the_training() -> None:
     x = nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="the loss of step 0 is nan; lower the rate"):

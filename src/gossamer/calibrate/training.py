@@ -107,8 +107,11 @@ class Training:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             tensors[f"parameter.{name}"] = parameter.detach()
+            # One that no step has reached yet has none; Adam leaves it alone.
+            state = self._optimizer.state.get(parameter)
             for average in _AVERAGES:
-                tensors[f"{average}.{name}"] = self._optimizer.state[parameter][average]
+                tensors[f"{average}.{name}"] = state[average] if state else torch.zeros_like(parameter)
+            tensors[f"step.{name}"] = state["step"].reshape(1) if state else torch.zeros(1, device="cpu")
         about = {"about": json.dumps(self._about, sort_keys=True), "losses": json.dumps(self.losses)}
         save_tensors(self._path, tensors, about)
 
@@ -134,6 +137,8 @@ class Training:
             value, first, second = (tensor.to(parameter) for tensor in kept if tensor is not None)
             with torch.no_grad():
                 parameter.copy_(value)
-            step = torch.tensor(float(len(losses)), device="cpu")
-            self._optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+            kept_step = tensors.get(f"step.{name}")
+            step = torch.tensor(float(len(losses) if kept_step is None else kept_step), device="cpu")
+            if step > 0:
+                self._optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
         self.losses, self.step = losses, len(losses)

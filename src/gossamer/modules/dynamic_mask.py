@@ -214,7 +214,7 @@ class DynamicMaskAttention(nn.Module):
         k = self.k_norm(self.k_proj(hidden_states).view(by_head)).transpose(1, 2)
         v = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
         cos, sin = (part.unsqueeze(1) for part in position_embeddings)
-        q, k = (x * cos + _rotated(x) * sin for x in (q, k))
+        q, k = ((x * cos + _rotated(x) * sin).to(v.dtype) for x in (q, k))  # under autocast they are wider
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         bias = _bias(v, self.A, self.dt_proj, self.form)

@@ -57,7 +57,7 @@ def attend_backward(
     )
     native, nothing = kernels(), torch.empty(0, device="cpu")
     # Held by name until the kernel is done: only their addresses are handed over.
-    out, grad_out = dense_rows(out.detach()), dense_rows(grad_out)
+    out, grad_out = dense_rows(out.detach()), dense_rows(_where_attended(call, out, lse, grad_out))
     lse = lse.contiguous()
     grad_lse = nothing if grad_lse is None else grad_lse.float().contiguous()
     sinks = nothing if call.sinks is None else call.sinks.detach().float().contiguous()
@@ -88,6 +88,17 @@ def attend_backward(
     )
     native.attend_backward(active_isa(q.dtype), plan_view(tensors, sizes), gradients)
     return found
+
+
+def _where_attended(call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor) -> Tensor:
+    """What reaches the output, 0 where a row attends its sink alone and that is no number: kernels multiply by it."""
+    if call.sinks is None:
+        return grad_out
+    alone = lse == call.sinks.detach().to(lse).view(1, -1, 1)
+    if not bool(alone.any()):
+        return grad_out
+    alone = alone & (out == 0).all(dim=-1) & ~grad_out.isfinite().all(dim=-1)
+    return grad_out.masked_fill(alone[..., None], 0.0) if bool(alone.any()) else grad_out
 
 
 def _without_dimensions(call: AttentionCall, found: Gradients, needs: Needs) -> Gradients:
