@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, LlamaForCausalLM, T5Config
@@ -47,9 +49,14 @@ def test_an_encoder_decoder_gets_two_caches_and_both_are_counted() -> None:
 
 
 def test_positions_of_the_cache_take_a_prompt_of_one_token() -> None:
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **size)).eval()
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=50, **size)).eval()
     with enable(model, "dense", cache=cache.StreamingLLM(sinks=2, recent=6, positions="cache")) as handle:
         past = handle.new_cache()
         prompt = torch.tensor([[7]])
@@ -58,8 +65,13 @@ def test_positions_of_the_cache_take_a_prompt_of_one_token() -> None:
 
 
 def test_a_policys_cache_of_another_type_is_refused_before_the_model_is_touched() -> None:
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **size))
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=50, **size))
     before = model.config._attn_implementation
     with pytest.raises(TypeError, match="must be a name or a"):
         enable(model, Policy(Dense(), cache=cache.SnapKV))  # type: ignore[arg-type]
