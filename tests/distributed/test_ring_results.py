@@ -18,3 +18,12 @@ def test_the_page_says_what_the_file_has() -> None:
     assert f"{sparse[0][0]:.2f} and {sparse[1][0]:.2f} with a planted sparse plan" in page
     assert f"{dense[0][1]:.2f} and {dense[1][1]:.2f} of the measured ones with dense plans" in page
     assert f"and {sparse[0][1]:.2f} and {sparse[1][1]:.2f} with sparse ones" in page
+
+
+def test_the_page_says_what_was_predicted_of_four() -> None:
+    rows = [row for row in json.loads(RESULTS.read_text())["rows"] if row["ranks"] == 4]
+    assert {row["length"] for row in rows} == {8192}
+    share = {(row["plan"], row["dtype"]): f"{row['predicted_over_measured']:.2f}" for row in rows}
+    page = " ".join((ROOT / "docs" / "distributed.md").read_text().split())
+    dense, sparse = ([share[plan, dtype] for dtype in ("fp32", "bf16")] for plan in ("dense", "planted"))
+    assert f"they are {' and '.join(dense)} with dense plans and {' and '.join(sparse)} with sparse ones" in page
