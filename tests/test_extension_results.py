@@ -72,3 +72,8 @@ def test_no_figure_of_the_page_is_from_elsewhere(found: dict[str, Any]) -> None:
     )
     words = SECTION.replace("top-p 0.95", "")
     assert not [number for number in re.findall(r"\d+\.\d+", words) if number not in known]
+
+
+def test_how_long_it_took(found: dict[str, Any]) -> None:
+    minutes = sum(part.get("process_seconds", 0) for part in found["parts"].values()) / 60
+    assert f"took {minutes:.0f} minutes of one processor" in SECTION

@@ -11,6 +11,7 @@ from torch import Tensor
 from gossamer import backends, methods
 from gossamer.call import AttentionCall, Store
 from gossamer.methods import Dense, Method, PerHead
+from gossamer.methods.per_head import needs_of
 from gossamer.plan import SparsePlan
 from gossamer.profiles import Profile
 from gossamer.profiles.costs import MIN_TOKENS, Kernel, at_hand
@@ -101,10 +102,10 @@ class Policy:
                 f"Policy.decode must be a method that chooses what a decode step reads, got {given}; "
                 f"build one with gossamer.methods.create(name), by one of the names {', '.join(methods.decoding())}"
             )
-        if "one query" in getattr(self.method, "needs", ()):
+        if "one query" in needs_of(self.method):
             raise ValueError(
-                f"{self.method.name} chooses what a decode step reads and plans no prompt: give it as "
-                f"decode={self.method.name!r}, beside a method for prompts such as 'dense'"
+                f"{self.method.name} plans no prompt, since it chooses what a decode step reads: give such a method as "
+                "decode=, beside one for prompts, such as 'dense'"
             )
         if not self.max_density > 0:
             raise ValueError(f"Policy.max_density must be above 0, got {self.max_density}")

@@ -15,7 +15,7 @@ import gossamer
 from gossamer import Policy, backends
 from gossamer.cache import StoreLayer
 from gossamer.call import AttentionCall
-from gossamer.methods import Dense, LServe, Method, OracleTopK, Quest, create, decoding
+from gossamer.methods import Dense, LServe, Method, OracleTopK, PerHead, Quest, create, decoding
 from gossamer.plan import Extent
 from gossamer.policy import TOO_DENSE
 from gossamer.scores import page_scores
@@ -329,8 +329,9 @@ def test_why_a_step_is_dense() -> None:
     assert policy.decide(replace(call, store=None)).reason == "quest needs store"
     windowed = Extent([399, 378], [1, 1], [0, 21], [400, 379], limit=50)
     assert policy.decide(replace(call, extent=windowed)).reason == "quest needs a cache without the model's own window"
-    with pytest.raises(ValueError, match="plans no prompt: give it as decode='quest'"):
-        Policy(Quest())
+    for method in (Quest(), PerHead(((Dense(), Quest()),))):
+        with pytest.raises(ValueError, match=f"{method.name} plans no prompt, .* as decode="):
+            Policy(method)
 
 
 @pytest.mark.parametrize("decode", [Dense(), "quest", create("a_shape")])
