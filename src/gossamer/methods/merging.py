@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gossamer.plan import SparsePlan, ceil_div
+from gossamer.plan import SparsePlan, ceil_div, starts_of
 
 __all__ = ["merge_plans"]
 
@@ -140,8 +140,7 @@ def _refined_blocks(plan: SparsePlan, block_q: int, block_k: int, rows: int) -> 
         # A row's last block may reach beyond the last one of the finer blocks.
         most = ceil_div(plan.extent.longest, block_k)
         keep = indices < most
-        kept = torch.zeros(indices.numel() + 1, dtype=torch.int64, device=plan.device)
-        torch.cumsum(keep, 0, out=kept[1:])
+        kept = starts_of(keep)
         indptr, indices = kept[indptr], indices[keep]
     return _taken(plan, indptr, indices, plan.num_query_blocks, _local_rows(plan, block_q, rows))
 
@@ -183,8 +182,7 @@ def _gathered(lists: Sequence[_Lists], taken: Tensor) -> tuple[Tensor, Tensor]:
     lengths = torch.cat([part.lengths for part in lists], dim=1).gather(1, index)
     begins = torch.cat([part.begins + offset for part, offset in zip(lists, offsets, strict=False)], dim=1)
     begins = begins.gather(1, index)
-    indptr = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
-    torch.cumsum(lengths.flatten(), 0, out=indptr[1:])
+    indptr = starts_of(lengths)
     flat = lengths.flatten()
     place = torch.repeat_interleave(begins.flatten() - indptr[:-1], flat)
     members = torch.cat([part.members for part in lists])

@@ -8,7 +8,7 @@ from torch import Tensor
 from gossamer.backends import backend_of
 from gossamer.backends.torch.pages import choose, forced, shared
 from gossamer.call import AttentionCall
-from gossamer.plan import SparsePlan, on_device
+from gossamer.plan import SparsePlan, on_device, starts_of
 
 __all__ = ["choose", "forced", "plan_of_blocks", "plan_of_tokens", "share_read", "shared"]
 
@@ -23,14 +23,12 @@ def plan_of_tokens(call: AttentionCall, scores: Tensor, size: int, count: int, h
         heads: those that choose, H or G.
     """
     tokens, counts = backend_of(call, "page_tokens").page_tokens(call, scores, size, count, heads)
-    indptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=call.device)
-    torch.cumsum(counts.flatten(), 0, out=indptr[1:])
     return SparsePlan.unchecked(
         heads=heads,
         query_len=call.query_len,
         key_len=call.key_len,
         extent=call.extent,
-        column_indptr=indptr,
+        column_indptr=starts_of(counts),
         column_indices=tokens,
         pairs=counts.cpu(),
     )
@@ -50,8 +48,6 @@ def plan_of_blocks(
     chosen = chosen & (torch.arange(chosen.shape[2], device=call.device) * size < keys)[:, None]
     page = chosen.nonzero(as_tuple=True)[2]
     counts = chosen.sum(dim=2)
-    indptr = torch.zeros(batch * heads + 1, dtype=torch.int64, device=call.device)
-    torch.cumsum(counts.flatten(), 0, out=indptr[1:])
     last = ((keys - 1) // size).clamp(min=0)[:, :, None].expand(-1, heads, -1)
     pairs = counts * size - chosen.gather(2, last)[..., 0] * (-keys % size)
     if sink is not None and window is not None:
@@ -63,7 +59,7 @@ def plan_of_blocks(
         key_len=call.key_len,
         extent=call.extent,
         block_k=size,
-        block_indptr=indptr,
+        block_indptr=starts_of(counts),
         block_indices=page.to(torch.int32),
         sink=0 if sink is None else sink,
         window=0 if window is None else window,

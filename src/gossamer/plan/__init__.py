@@ -2,7 +2,7 @@
 
 from gossamer.plan.extent import Extent
 from gossamer.plan.grid import Grid
-from gossamer.plan.integers import ceil_div
+from gossamer.plan.integers import ceil_div, starts_of
 from gossamer.plan.plan import SparsePlan, on_device
 
-__all__ = ["Extent", "Grid", "SparsePlan", "ceil_div", "on_device"]
+__all__ = ["Extent", "Grid", "SparsePlan", "ceil_div", "on_device", "starts_of"]

@@ -7,12 +7,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["MOST", "Integers", "band", "bounded", "ceil_div", "integer", "integers_per_head", "integers_per_row"]
+__all__ = [
+    "MOST",
+    "Integers",
+    "band",
+    "bounded",
+    "ceil_div",
+    "integer",
+    "integers_per_head",
+    "integers_per_row",
+    "starts_of",
+]
 
 # Positions, lengths, bands and their sums are int32 in kernels; tensors of more tokens than this do not exist.
 MOST = (1 << 31) - 1
 
 Integers = Tensor | Sequence[int] | int
+
+
+def starts_of(counts: Tensor) -> Tensor:
+    """Where lists of so many members begin, one behind the other, and where the last one ends: int64 ``[n + 1]``."""
+    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(counts.flatten(), 0, out=starts[1:])
+    return starts
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gossamer.plan.checks import LISTS, SKIP_TILE, check_attributes, check_blocks_alone, check_numbers, check_sizes
 from gossamer.plan.extent import Extent
 from gossamer.plan.grid import Grid
-from gossamer.plan.integers import MOST, Integers, band, ceil_div, integer, integers_per_head
+from gossamer.plan.integers import MOST, Integers, band, ceil_div, integer, integers_per_head, starts_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -261,8 +261,7 @@ class SparsePlan:
                 f"{query_len}, {key_len} and blocks {block_q}, {block_k}; got {mask.dtype} {tuple(mask.shape)}"
             )
         counts = mask.sum(dim=-1).flatten()
-        indptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=mask.device)
-        torch.cumsum(counts, 0, out=indptr[1:])
+        indptr = starts_of(counts)
         indices = mask.flatten(0, 2).nonzero()[:, 1].to(torch.int32)
         return cls(
             heads=mask.shape[1],
