@@ -26,6 +26,7 @@ from gossamer.cache.pages import PageBounds
 from gossamer.cache.policies import CachePolicy, Keep
 from gossamer.cache.registry import available, create
 from gossamer.cache.split import DuoAttention
+from gossamer.cache.tiers import TieredLayer, Tiers
 
 __all__ = [
     "CachePolicy",
@@ -40,6 +41,8 @@ __all__ = [
     "SnapKV",
     "StoreLayer",
     "StreamingLLM",
+    "TieredLayer",
+    "Tiers",
     "adopt",
     "available",
     "create",

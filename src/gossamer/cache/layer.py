@@ -11,9 +11,9 @@ from transformers.cache_utils import DynamicLayer
 
 from gossamer.cache.pages import PageBounds
 from gossamer.call import AttentionCall
-from gossamer.plan import Extent
+from gossamer.plan import Extent, SparsePlan
 
-__all__ = ["Part", "StoreLayer", "marked", "store_of"]
+__all__ = ["Part", "StoreLayer", "is_locked", "marked", "store_of"]
 
 _STORE = "_gossamer_store"
 
@@ -92,6 +92,23 @@ class StoreLayer(DynamicLayer):
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
+
+    def shown(self, count: int) -> tuple[Tensor, Tensor]:
+        """What `update` gives a call of ``count`` tokens: all keys and values, or stand-ins where `stands_in`."""
+        return self.read()
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether decode steps get no keys and values, and are attended by `attend`."""
+        return False
+
+    def attend(self, call: AttentionCall, plan: SparsePlan | None) -> tuple[Tensor, Tensor]:
+        """Of a layer that `stands_in`: attention of one query a row over what a plan names, or over all keys.
+
+        Returns:
+            out ``[B, H, 1, Dv]`` and LSE fp32 ``[B, H, 1]``.
+        """
+        raise NotImplementedError
 
     def cut(self, slots: int) -> None:
         """Forget the slots from ``slots`` on."""
@@ -196,8 +213,13 @@ class StoreLayer(DynamicLayer):
         pages = self._pages.get(size)
         if pages is None:
             pages = self._pages[size] = PageBounds(size)
-        keys, _ = self.read()
-        return pages.of(keys, self.starts or [0] * keys.shape[0])
+        assert self.keys is not None
+        starts = self.starts or [0] * self.keys.shape[0]
+        return pages.of(self.keys_from(pages.wanted(starts)), starts, self.slots)
+
+    def keys_from(self, slot: int) -> Tensor:
+        """Keys of the slots from ``slot`` on, ``[B, G, slots - slot, D]``."""
+        return self.read()[0][:, :, slot:]
 
     # What transformers calls.
 
@@ -220,8 +242,9 @@ class StoreLayer(DynamicLayer):
         self.append(key_states, value_states)
         self.length += count
         self._appended += count
-        keys, values = self.read()
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        keys, values = self.read() if compiling else self.shown(count)
+        if compiling:
             self.refuse("torch.compile")
             return keys, values
         return marked(keys, self), values
@@ -310,7 +333,7 @@ class StoreLayer(DynamicLayer):
     def _make_room(self, slots: int, keys: Tensor, values: Tensor) -> None:
         """For so many slots, of tensors like these; those that were there stay."""
         fits = self._room is not None and self._room[0].shape[2] >= slots
-        if fits and not self._in_graph and not _is_locked(cast(Any, self._room)[0]):
+        if fits and not self._in_graph and not is_locked(cast(Any, self._room)[0]):
             return
         ahead = slots + max(64, slots // 16)
         rooms = []
@@ -337,7 +360,7 @@ class StoreLayer(DynamicLayer):
             row.clear()
 
 
-def _is_locked(tensor: Tensor) -> bool:
+def is_locked(tensor: Tensor) -> bool:
     """Whether a tensor was made in inference mode, which has been left since: it can be written in that mode alone."""
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
 

@@ -33,18 +33,27 @@ class PageBounds:
         self._starts: list[int] = []
         self._slots = 0  # slots of keys that are in the bounds
 
-    def of(self, keys: Tensor, starts: list[int]) -> Tensor:
+    def wanted(self, starts: list[int]) -> int:
+        """The slot from which on `of` needs keys: where the first page with new ones begins."""
+        if starts != self._starts or not starts:
+            return 0
+        return min(start + max(self._slots - start, 0) // self.size * self.size for start in starts)
+
+    def of(self, keys: Tensor, starts: list[int], slots: int | None = None) -> Tensor:
         """The bounds of all pages, brought up to date.
 
         Args:
-            keys: ``[B, G, T, D]``, all keys of the layer; those that were there before are the same as before.
+            keys: ``[B, G, T, D]``, keys of the layer, all or the last ones, from `wanted` on at the latest; those that
+                were there before are the same as before.
             starts: slot of each row's first live key. Later ones than before make all pages anew.
+            slots: of the layer; T if None.
 
         Returns:
             bf16 (fp16 for keys of that) ``[B, G, N, 2 * D]``: the largest, then the smallest. N is for the row with
             the most live keys.
         """
-        batch, groups, slots, dim = keys.shape
+        batch, groups, held, dim = keys.shape
+        slots = held if slots is None else slots
         pages = ceil_div(slots - min(starts, default=slots), self.size)
         if starts != self._starts:
             self._slots, self._starts = 0, list(starts)
@@ -60,22 +69,22 @@ class PageBounds:
                 self._bounds = self._bounds.clone()  # such tensors are written in that mode alone
             rows = [slice(None)] if len(set(starts)) == 1 else [slice(b, b + 1) for b in range(batch)]
             for row in rows:
-                self._renew(self._bounds[row], keys[row], starts[row.start or 0])
+                self._renew(self._bounds[row], keys[row], starts[row.start or 0], slots)
             self._slots = slots
         return self._bounds[:, :, :pages]
 
-    def _renew(self, bounds: Tensor, keys: Tensor, start: int) -> None:
-        """From the page on that holds the first new key."""
-        size, slots = self.size, keys.shape[2]
+    def _renew(self, bounds: Tensor, keys: Tensor, start: int, slots: int) -> None:
+        """From the page on that holds the first new key; ``keys`` are the last ones."""
+        size, first = self.size, slots - keys.shape[2]
         page = max(self._slots - start, 0) // size
         begin = start + page * size
         whole = max(slots - begin, 0) // size
         past = begin + whole * size
         if whole:
-            pages = keys[:, :, begin:past].unflatten(2, (whole, size))
+            pages = keys[:, :, begin - first : past - first].unflatten(2, (whole, size))
             self._put(bounds[:, :, page : page + whole], pages, 3)
         if past < slots:
-            self._put(bounds[:, :, page + whole], keys[:, :, past:], 2)
+            self._put(bounds[:, :, page + whole], keys[:, :, past - first :], 2)
 
     @staticmethod
     def _put(to: Tensor, keys: Tensor, dim: int) -> None:

@@ -24,9 +24,9 @@ class Method(ABC):
 
     Class attributes:
         name: what `gossamer.methods.create`, ``enable`` and the command line know it by.
-        needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``values``, ``store``, ``layout``, ``step``,
-            ``layer``, ``state``, ``rotary``, ``one query``, ``whole prompt``. A call that lacks one runs dense; the
-            reason is counted.
+        needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``keys``, ``values``, ``store``, ``layout``,
+            ``step``, ``layer``, ``state``, ``rotary``, ``one query``, ``whole prompt``. A call that lacks one runs
+            dense; the reason is counted.
         per_head: fields that may differ between heads that are planned together (`gossamer.methods.PerHead`). Where
             they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
         apart: a key/value head with its query heads is planned as it would be in a call of its own. False where numbers

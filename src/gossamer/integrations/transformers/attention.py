@@ -194,7 +194,8 @@ def _attend(
     if extras.reason is not None:
         if store is not None:
             store.refuse(extras.reason)
-        return _counted(owner, asked, extras.reason, lambda: _densely(module, asked, extras))
+        read = _read(asked)
+        return _counted(owner, read, extras.reason, lambda: _densely(module, read, extras))
     return _by_policy(owner, asked, TRAINING if module.training and not owner.policy.training else None)
 
 
@@ -225,7 +226,8 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
         return in_parts(store.parts(), owner, asked, training, _by_policy)
     extent, used, reason = _described(asked, owner)
     if extent is None or reason is not None:
-        return _counted(owner, asked, reason, lambda: _densely(None, asked, _Extras()))
+        read = _read(asked)
+        return _counted(owner, read, reason, lambda: _densely(None, read, _Extras()))
     keys, values = asked.key[:, :, :used], asked.value[:, :, :used]
     several = asked.query_len > 1 or used == 1  # or a prompt of one token
     whole = several and (store is None or not store.dropped)  # else keys do not stand one after the other
@@ -301,6 +303,14 @@ def _refuse_padding(asked: _Asked, store: StoreLayer) -> None:
     new = mask[:, -asked.query_len :] if mask.ndim == 2 else mask[:, 0, -1, -asked.query_len :]
     if not asked.causal or not bool((new if new.dtype == torch.bool else new > 0).all()):
         store.refuse("padding between turns, or a mask of another kind")
+
+
+def _read(asked: _Asked) -> _Asked:
+    """With the keys and values themselves, where a store gave stand-ins."""
+    if asked.store is None or asked.query_len > 1 or not asked.store.stands_in:
+        return asked
+    keys, values = (x.to(asked.query.dtype) for x in asked.store.read())
+    return replace(asked, key=keys, value=values)
 
 
 def _counted(owner: Owner, asked: _Asked, reason: str | None, run: Callable[[], Tensor]) -> Tensor:
