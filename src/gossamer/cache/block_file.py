@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class BlockFile:
         count = blocks.shape[0]
         numbers = self._taken(count)
         for first, run in _runs(numbers):
-            buffers = [memoryview(blocks[n].numpy()) for n in run]
+            buffers = [_bytes(blocks[n]) for n in run]
             self._whole(os.pwritev, buffers, numbers[first] * self.nbytes)
         return numbers
 
@@ -81,7 +81,7 @@ class BlockFile:
         runs = list(_runs(ascending))
 
         def one(run: tuple[int, Sequence[int]]) -> None:
-            buffers = [memoryview(into[order[n]].numpy()) for n in run[1]]
+            buffers = [_bytes(into[order[n]]) for n in run[1]]
             self._whole(os.preadv, buffers, ascending[run[0]] * self.nbytes)
 
         if len(runs) == 1:
@@ -100,7 +100,7 @@ class BlockFile:
         other._allocate(self.blocks)
         buffer = aligned(_AT_ONCE, self.nbytes)
         for first in range(0, self.blocks, _AT_ONCE):
-            views = [memoryview(row.numpy()) for row in buffer[: min(_AT_ONCE, self.blocks - first)]]
+            views = [_bytes(row) for row in buffer[: min(_AT_ONCE, self.blocks - first)]]
             self._whole(os.preadv, views, first * self.nbytes)
             other._whole(os.pwritev, views, first * self.nbytes)
         other._free = list(self._free)
@@ -193,6 +193,10 @@ def _nameless(folder: Path, flags: int) -> int:
         return again
     finally:
         os.unlink(name)
+
+
+def _bytes(row: Tensor) -> memoryview:
+    return memoryview(cast(Any, row.numpy()))
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, range]]:

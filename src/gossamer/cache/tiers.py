@@ -74,6 +74,11 @@ class TieredLayer(StoreLayer):
         return 0 if self._blocks is None else self._blocks.file.blocks * self._blocks.file.nbytes
 
     @property
+    def is_direct(self) -> bool:
+        """Whether the file is read and written past the system's cache of files."""
+        return self._blocks is not None and self._blocks.file.is_direct
+
+    @property
     def pool(self) -> Pool | None:
         """The blocks of the file that are in memory; None before there is a file."""
         return self._pool
