@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from gossamer.cache.pages import PageBounds
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent
+from gossamer.summaries import Held, Kept, Summary
 
 __all__ = ["Part", "StoreLayer", "marked", "store_of"]
 
 _STORE = "_gossamer_store"
+# Calls of so many tokens are drafts and short turns, which leave a summary of the prompt as it is.
+_DRAFT = 64
+
+T = TypeVar("T")
 
 
 class StoreLayer(DynamicLayer):
@@ -42,6 +46,7 @@ class StoreLayer(DynamicLayer):
         length: tokens seen.
         dropped: tokens seen and no longer held, in each row.
         starts: slot of each row's first live key; None until a call has said it.
+        prompt: slots that were there at the end of the last prompt: the first call, and any of more than 64 tokens.
         positions: int64 ``[B, G, slots]``, the token that each slot holds, counted with its row's padding, or -1; None
             while slot j holds token j.
         sinks, recent: see `gossamer.call.Store`.
@@ -57,11 +62,11 @@ class StoreLayer(DynamicLayer):
     def _forget(self) -> None:
         self._room: tuple[Tensor, Tensor] | None = None
         self._in_graph = False  # a graph may hold the room
-        self.length = self.dropped = self._appended = 0
+        self.length = self.dropped = self.prompt = self._appended = 0
         self.starts: list[int] | None = None
         self.positions: Tensor | None = None
         self.state: list[dict[str, Any]] = []
-        self._pages: dict[int, PageBounds] = {}
+        self._summaries: dict[Summary[Any], Kept[Any]] = {}
 
     # What a policy overrides.
 
@@ -145,7 +150,8 @@ class StoreLayer(DynamicLayer):
         for room, new in zip(self._room, moved, strict=True):
             room[:, :, : index.shape[2]] = new
         self._show(index.shape[2])
-        self._pages.clear()
+        self.prompt = self.slots
+        self._summaries.clear()
         self._forget_state()
 
     def _positions(self) -> Tensor:
@@ -191,13 +197,13 @@ class StoreLayer(DynamicLayer):
                 "alone; use one that drops nothing (cache='keep')"
             )
 
-    def page_bounds(self, size: int) -> Tensor:
-        """See `gossamer.call.Store.page_bounds`."""
-        pages = self._pages.get(size)
-        if pages is None:
-            pages = self._pages[size] = PageBounds(size)
-        keys, _ = self.read()
-        return pages.of(keys, self.starts or [0] * keys.shape[0])
+    def summary(self, kind: Summary[T]) -> T:
+        """See `gossamer.call.Store.summary`."""
+        kept = self._summaries.get(kind)
+        if kept is None:
+            kept = self._summaries[kind] = kind.begin()
+        keys, values = self.read()
+        return kept.of(Held(keys, values, self.starts or [0] * keys.shape[0], self.prompt))
 
     # What transformers calls.
 
@@ -218,6 +224,8 @@ class StoreLayer(DynamicLayer):
             new = torch.arange(self.length, self.length + count, device=self.positions.device)
             self.positions = torch.cat([self.positions, new.expand(*self.positions.shape[:2], -1)], dim=2)
         self.append(key_states, value_states)
+        if self.length == 0 or count > _DRAFT:
+            self.prompt = self.slots + count
         self.length += count
         self._appended += count
         keys, values = self.read()
@@ -253,8 +261,8 @@ class StoreLayer(DynamicLayer):
         self.cut(self.slots)
         if self.positions is not None:
             self.positions = self.positions[:, :, : self.slots]
-        for pages in self._pages.values():
-            pages.cut(self.slots)
+        self._cut_summaries(self.slots)
+        self.prompt = min(self.prompt, self.slots)
         self._forget_state()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -278,8 +286,8 @@ class StoreLayer(DynamicLayer):
             self.positions = self.positions.index_select(0, index.to(self.positions.device))
         rows = index.tolist()
         self.starts = None if self.starts is None else [self.starts[row] for row in rows]
-        for pages in self._pages.values():
-            pages.take_rows(index)
+        for kept in self._summaries.values():
+            kept.take_rows(index)
         self.state = [{} for _ in rows]
 
     def reset(self) -> None:
@@ -331,6 +339,11 @@ class StoreLayer(DynamicLayer):
     def _show(self, slots: int) -> None:
         assert self._room is not None
         self.keys, self.values = (room[:, :, :slots] for room in self._room)
+
+    def _cut_summaries(self, slots: int) -> None:
+        """What is summarised is as it was before ``slots`` alone."""
+        for kept in self._summaries.values():
+            kept.cut(slots)
 
     def _forget_state(self) -> None:
         for row in self.state:
