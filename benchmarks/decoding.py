@@ -42,6 +42,7 @@ from gossamer.cli.specs import parse_method, split_specs
 from gossamer.methods import Dense
 from gossamer.plan import Extent
 from gossamer.policy import Policy
+from gossamer.summaries import PageBounds
 
 HEADS, GROUPS, DIM, STEPS, TOPICS = 32, 8, 128, 8, 64
 TIMED = "quest,quest(per_query_head=true),lserve(budget=2048)"
@@ -82,7 +83,7 @@ class Contest:
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
             size = _page(self.policies.get(name))
             if size:
-                store.page_bounds(size)
+                store.summary(PageBounds(size))
             records: list[CallRecord] = []
             wake_threads()
             seconds, _ = timed(self.steps(name, store, queries, records))

@@ -12,7 +12,7 @@ PICTURE = HERE / "images" / "layout.svg"
 # From the ground up: a module may import what stands below it, and its own room.
 LEVELS = [
     ["plan"],
-    ["paged", "rotary"],
+    ["paged", "rotary", "summaries"],
     ["call", "rules"],
     ["backends"],
     ["oracle", "scores"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypedDict, overload
+from typing import Any, Protocol, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from gossamer.paged import Paged
 from gossamer.plan import Extent, SparsePlan
 from gossamer.plan.checks import checks_numbers
 from gossamer.rotary import Rotary
+from gossamer.summaries import Summary
 
 __all__ = ["AttentionCall", "CallFields", "Store"]
 
 _FLOAT32 = torch.finfo(torch.float32)
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -51,16 +53,13 @@ class Store(Protocol):
         """
         ...
 
-    def page_bounds(self, size: int) -> Tensor:
-        """The largest and the smallest value that each channel of the keys has in each page of ``size`` tokens.
+    def summary(self, kind: Summary[T]) -> T:
+        """What a kind of summary says of the keys, such as ``PageBounds(16)``; see `gossamer.summaries`.
 
-        Returns:
-            bf16 or fp16 ``[B, G, N, 2 * D]``, the D largest or just above, then the D smallest or just below; N is
-            ``ceil(extent.longest / size)``. The last page of a row may be a part of one; padding is in none. Of pages
-            that a row does not have: anything finite.
+        By position, as `Extent` counts: N entries are those of the row with the most live keys.
 
         Raises:
-            ValueError: a size below 1.
+            ValueError: a layer that has no summaries.
         """
         ...
 

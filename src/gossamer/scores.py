@@ -18,6 +18,7 @@ from gossamer.backends import backend_of
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid, ceil_div
 from gossamer.rules import PerHead
+from gossamer.summaries import PageBounds
 
 __all__ = [
     "antidiagonal_means",
@@ -70,7 +71,7 @@ def page_scores(call: AttentionCall, size: int) -> Tensor:
         fp32 ``[B, H, N]``; -inf for pages that a row does not have.
     """
     assert call.store is not None
-    return backend_of(call, "page_scores").page_scores(call, call.store.page_bounds(size), size)
+    return backend_of(call, "page_scores").page_scores(call, call.store.summary(PageBounds(size)), size)
 
 
 def block_sums(mass: Tensor, block: int, before: Tensor | None = None) -> Tensor:

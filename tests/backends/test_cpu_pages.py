@@ -12,6 +12,7 @@ from gossamer.backends import cpu
 from gossamer.backends import torch as reference
 from gossamer.backends.cpu import native
 from gossamer.cache import StoreLayer
+from gossamer.summaries import PageBounds
 
 pytestmark = [needs_kernels, poisoned]
 
@@ -46,7 +47,7 @@ def step(
 
 def bounds_of(call: AttentionCall, size: int) -> Tensor:
     assert call.store is not None
-    return call.store.page_bounds(size)
+    return call.store.summary(PageBounds(size))
 
 
 @every_kernel

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gossamer.cache import Int8, Kivi, Mustafar, StoreLayer, create
 from gossamer.cache.encodings import EncodedLayer
-from gossamer.cache.pages import PageBounds
+from gossamer.summaries import Held, PageBounds
 
 DIM = 16
 SMALL = {
@@ -166,8 +166,9 @@ def test_page_bounds_are_those_of_what_is_read(name: str) -> None:
     tokens = Tokens.random([2, 0], 45, heads=2, groups=1, dim=DIM)
     layer = SMALL[name].layer(0, 1)
     for _ in tokens.run(layer, 20, *[1] * 25):
-        found = layer.page_bounds(4).clone()
-        assert torch.equal(found, PageBounds(4).of(layer.read()[0], tokens.starts))
+        found = layer.summary(PageBounds(4)).clone()
+        keys, values = layer.read()
+        assert torch.equal(found, PageBounds(4).begin().of(Held(keys, values, tokens.starts, 20)))
 
 
 def test_bytes_are_what_is_held() -> None:

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gossamer.cache import CachePolicy, Keep, StoreLayer, adopt, create, new_cache, store_of
 from gossamer.plan import Extent
+from gossamer.summaries import PageBounds
 
 SIZE: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -89,7 +90,7 @@ def test_it_holds_what_a_stock_layer_holds(seed: int) -> None:
             assert stock.keys is not None
             assert stock.values is not None
             scratch.update(stock.keys, stock.values)
-            assert torch.equal(layer.page_bounds(16), scratch.page_bounds(16))
+            assert torch.equal(layer.summary(PageBounds(16)), scratch.summary(PageBounds(16)))
 
 
 def test_the_keys_know_their_layer_and_the_layer_does_not_know_them() -> None:
@@ -118,12 +119,12 @@ def test_room_is_made_ahead_and_stays_in_proportion() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_a_copy_goes_its_own_way(copied: Any) -> None:
     layer = filled()
-    bounds = layer.page_bounds(16).clone()
+    bounds = layer.summary(PageBounds(16)).clone()
     other = copied(layer)
     assert other.keys.data_ptr() == other._room[0].data_ptr()
     other.crop(-39)
     other.update(*tokens(60, 1))
-    assert torch.equal(layer.page_bounds(16), bounds)
+    assert torch.equal(layer.summary(PageBounds(16)), bounds)
     assert torch.equal(layer.keys, tokens(40, 0)[0])  # type: ignore[arg-type]
     assert torch.equal(other.keys[:, :, 1:], tokens(60, 1)[0])
 
@@ -132,9 +133,9 @@ def test_inference_mode_may_be_left_between_steps() -> None:
     layer = StoreLayer()
     with torch.inference_mode():
         layer.update(*tokens(40, 0))
-        layer.page_bounds(16)
+        layer.summary(PageBounds(16))
     layer.update(*tokens(1, 1))
-    layer.page_bounds(16)
+    layer.summary(PageBounds(16))
     with torch.inference_mode():
         layer.update(*tokens(1, 2))
     layer.update(*tokens(300, 3))
@@ -142,7 +143,7 @@ def test_inference_mode_may_be_left_between_steps() -> None:
     assert torch.equal(layer.keys[:, :, 40:42], torch.cat([tokens(1, 1)[0], tokens(1, 2)[0]], dim=2))
     scratch = StoreLayer()
     scratch.update(*layer.read())
-    assert torch.equal(layer.page_bounds(16), scratch.page_bounds(16))
+    assert torch.equal(layer.summary(PageBounds(16)), scratch.summary(PageBounds(16)))
 
 
 @torch.enable_grad()
@@ -179,7 +180,7 @@ def test_dropped_tokens_are_seen_in_the_length_and_not_in_the_slots() -> None:
     assert extent.key_start.tolist() == [0, 3, 0]
     assert extent.key_count.tolist() == [22, 19, 22]
     assert extent.query_start.tolist() == [20, 17, 20]
-    bounds = layer.page_bounds(4)
+    bounds = layer.summary(PageBounds(4))
     assert bounds.shape[2] == 6
     assert torch.equal(bounds[1, :, 0, :4].float(), raised(layer.keys[1, :, 3:7].amax(dim=1)))  # type: ignore[index]
 

@@ -22,6 +22,7 @@ from gossamer.cache.pool import Pool
 from gossamer.cache.tiers import TieredLayer
 from gossamer.methods import Dense, Quest
 from gossamer.policy import Policy
+from gossamer.summaries import PageBounds
 
 
 def layer_of(folder: Path, *, block: int = 4, hot: int = 6, resident: int = 8, **fields: int) -> TieredLayer:
@@ -148,7 +149,7 @@ def test_tokens_are_taken_back(tmp_path: Path, removed: int) -> None:
     tokens = Tokens.random([0, 2], 60, heads=4, groups=2, dim=32)
     layer = layer_of(tmp_path)
     prompt(layer, tokens, 40)
-    bounds = layer.page_bounds(4)
+    bounds = layer.summary(PageBounds(4))
     layer.crop(-removed)
     kept = 40 - removed
     assert layer.get_seq_length() == kept
@@ -159,10 +160,11 @@ def test_tokens_are_taken_back(tmp_path: Path, removed: int) -> None:
     prompt(stock, tokens, 60)
     prompt(layer, tokens, 60 - kept)
     assert torch.equal(layer.read()[1], tokens.v)
-    bounds = layer.page_bounds(4)
+    bounds = layer.summary(PageBounds(4))
     live = torch.arange(bounds.shape[2])[None] * 4 < 60 - torch.tensor(tokens.starts)[:, None]
     assert torch.equal(
-        bounds[live[:, None].expand(bounds.shape[:3])], stock.page_bounds(4)[live[:, None].expand(bounds.shape[:3])]
+        bounds[live[:, None].expand(bounds.shape[:3])],
+        stock.summary(PageBounds(4))[live[:, None].expand(bounds.shape[:3])],
     )
 
 
@@ -170,12 +172,12 @@ def test_bounds_are_kept_up_without_reading_the_file(tmp_path: Path, monkeypatch
     tokens = Tokens.random([0], 90, heads=4, groups=2, dim=32)
     layer, stock = layer_of(tmp_path), StoreLayer()
     prompt(layer, tokens, 40)
-    layer.page_bounds(8)
+    layer.summary(PageBounds(8))
     monkeypatch.setattr(TieredLayer, "_passing", None)
     for _ in range(50):
         step(layer, tokens, Policy(Dense("gossamer"), decode=Quest(budget=16, page=8)))
     prompt(stock, tokens, 90)
-    assert torch.equal(layer.page_bounds(8), stock.page_bounds(8))
+    assert torch.equal(layer.summary(PageBounds(8)), stock.summary(PageBounds(8)))
 
 
 def test_beams_share_blocks_and_free_them(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from gossamer.cache import StoreLayer
 from gossamer.integrations.transformers import Handle, enable
 from gossamer.methods import LServe, Method, OracleTopK, Quest
 from gossamer.policy import TOO_DENSE
+from gossamer.summaries import PageBounds
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 
@@ -162,7 +163,7 @@ def test_drafts_that_are_refused_leave_no_trace() -> None:
     assert isinstance(layer, StoreLayer)
     scratch = StoreLayer()
     scratch.update(*layer.read())
-    assert torch.equal(layer.page_bounds(16), scratch.page_bounds(16))
+    assert torch.equal(layer.summary(PageBounds(16)), scratch.summary(PageBounds(16)))
 
 
 def test_a_static_cache_decodes_dense_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

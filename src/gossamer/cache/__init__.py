@@ -1,8 +1,9 @@
 """What decoding reads: stores that are layers of a transformers cache, and the policies that make them.
 
 A `StoreLayer` holds one layer's keys and values, grows in place, and knows more than they say: which token a slot holds
-once some were dropped, and bounds of its pages. A `CachePolicy` (by name: `create`) makes one for each layer; `adopt`
-puts them into a stock ``DynamicCache``, which is what ``gossamer.enable`` does before a model's forward pass.
+once some were dropped, and what methods want to know of its keys (`gossamer.summaries`). A `CachePolicy` (by name:
+`create`) makes one for each layer; `adopt` puts them into a stock ``DynamicCache``, which is what ``gossamer.enable``
+does before a model's forward pass.
 
 How a step goes, in this order:
 
@@ -22,7 +23,6 @@ from gossamer.cache.caches import adopt, nbytes, new_cache
 from gossamer.cache.encodings import Int8, Kivi, Mustafar
 from gossamer.cache.evictions import PyramidKV, SnapKV, StreamingLLM
 from gossamer.cache.layer import Part, StoreLayer, store_of
-from gossamer.cache.pages import PageBounds
 from gossamer.cache.policies import CachePolicy, Keep
 from gossamer.cache.registry import available, create
 from gossamer.cache.split import DuoAttention
@@ -35,7 +35,6 @@ __all__ = [
     "Keep",
     "Kivi",
     "Mustafar",
-    "PageBounds",
     "Part",
     "PyramidKV",
     "SnapKV",

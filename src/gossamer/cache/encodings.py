@@ -121,8 +121,7 @@ class EncodedLayer(StoreLayer):
         assert keys.tail is not None
         first, live = keys.first, live.expand(keys.tail.shape[0], -1)
         if keys.encode(live):
-            for pages in self._pages.values():
-                pages.cut(first)
+            self._cut_summaries(first)
         values.encode(live)
         self._show(self.slots)
 

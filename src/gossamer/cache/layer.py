@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from gossamer.cache.pages import PageBounds
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent, SparsePlan
+from gossamer.summaries import Held, Kept, Summary
 
 __all__ = ["Part", "StoreLayer", "is_locked", "marked", "store_of"]
 
 _STORE = "_gossamer_store"
+# Calls of so many tokens are drafts and short turns, which leave a summary of the prompt as it is.
+_DRAFT = 64
+
+T = TypeVar("T")
 
 
 class StoreLayer(DynamicLayer):
@@ -42,6 +46,7 @@ class StoreLayer(DynamicLayer):
         length: tokens seen.
         dropped: tokens seen and no longer held, in each row.
         starts: slot of each row's first live key; None until a call has said it.
+        prompt: slots that were there at the end of the last prompt: the first call, and any of more than 64 tokens.
         positions: int64 ``[B, G, slots]``, the token that each slot holds, counted with its row's padding, or -1; None
             while slot j holds token j.
         sinks, recent: see `gossamer.call.Store`.
@@ -57,11 +62,11 @@ class StoreLayer(DynamicLayer):
     def _forget(self) -> None:
         self._room: tuple[Tensor, Tensor] | None = None
         self._in_graph = False  # a graph may hold the room
-        self.length = self.dropped = self._appended = 0
+        self.length = self.dropped = self.prompt = self._appended = 0
         self.starts: list[int] | None = None
         self.positions: Tensor | None = None
         self.state: list[dict[str, Any]] = []
-        self._pages: dict[int, PageBounds] = {}
+        self._summaries: dict[Summary[Any], Kept[Any]] = {}
 
     # What a policy overrides.
 
@@ -103,11 +108,7 @@ class StoreLayer(DynamicLayer):
         return False
 
     def attend(self, call: AttentionCall, plan: SparsePlan | None) -> tuple[Tensor, Tensor]:
-        """Of a layer that `stands_in`: attention of one query a row over what a plan names, or over all keys.
-
-        Returns:
-            out ``[B, H, 1, Dv]`` and LSE fp32 ``[B, H, 1]``.
-        """
+        """Where it `stands_in`; see `gossamer.call.Store.attend`."""
         raise NotImplementedError
 
     def cut(self, slots: int) -> None:
@@ -162,7 +163,8 @@ class StoreLayer(DynamicLayer):
         for room, new in zip(self._room, moved, strict=True):
             room[:, :, : index.shape[2]] = new
         self._show(index.shape[2])
-        self._pages.clear()
+        self.prompt = self.slots
+        self._summaries.clear()
         self._forget_state()
 
     def _positions(self) -> Tensor:
@@ -208,18 +210,25 @@ class StoreLayer(DynamicLayer):
                 "alone; use one that drops nothing (cache='keep')"
             )
 
-    def page_bounds(self, size: int) -> Tensor:
-        """See `gossamer.call.Store.page_bounds`."""
-        pages = self._pages.get(size)
-        if pages is None:
-            pages = self._pages[size] = PageBounds(size)
-        assert self.keys is not None
-        starts = self.starts or [0] * self.keys.shape[0]
-        return pages.of(self.keys_from(pages.wanted(starts)), starts, self.slots)
+    def summary(self, kind: Summary[T]) -> T:
+        """See `gossamer.call.Store.summary`."""
+        return self.begin(kind).of(self.held())
 
-    def keys_from(self, slot: int) -> Tensor:
-        """Keys of the slots from ``slot`` on, ``[B, G, slots - slot, D]``."""
-        return self.read()[0][:, :, slot:]
+    def begin(self, kind: Summary[T]) -> Kept[T]:
+        """Keep up a summary from now on, and show it the queries of prompts where it wants them."""
+        if kind not in self._summaries:
+            self._summaries[kind] = kind.begin()
+        return self._summaries[kind]
+
+    def seen(self, call: AttentionCall) -> None:
+        """A call's queries, and all keys, for summaries that want them; before `attended`."""
+        for kept in self._summaries.values():
+            kept.seen(call)
+
+    def held(self) -> Held:
+        """What there is to summarise."""
+        keys, values = self.read()
+        return Held(keys, values, self.starts or [0] * keys.shape[0], self.prompt)
 
     # What transformers calls.
 
@@ -240,13 +249,14 @@ class StoreLayer(DynamicLayer):
             new = torch.arange(self.length, self.length + count, device=self.positions.device)
             self.positions = torch.cat([self.positions, new.expand(*self.positions.shape[:2], -1)], dim=2)
         self.append(key_states, value_states)
+        if self.length == 0 or count > _DRAFT:
+            self.prompt = self.slots + count
         self.length += count
         self._appended += count
-        compiling = torch.compiler.is_compiling()
-        keys, values = self.read() if compiling else self.shown(count)
-        if compiling:
+        if torch.compiler.is_compiling():
             self.refuse("torch.compile")
-            return keys, values
+            return self.read()
+        keys, values = self.shown(count)
         return marked(keys, self), values
 
     def get_seq_length(self) -> int:
@@ -276,8 +286,8 @@ class StoreLayer(DynamicLayer):
         self.cut(self.slots)
         if self.positions is not None:
             self.positions = self.positions[:, :, : self.slots]
-        for pages in self._pages.values():
-            pages.cut(self.slots)
+        self._cut_summaries(self.slots)
+        self.prompt = min(self.prompt, self.slots)
         self._forget_state()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -301,8 +311,8 @@ class StoreLayer(DynamicLayer):
             self.positions = self.positions.index_select(0, index.to(self.positions.device))
         rows = index.tolist()
         self.starts = None if self.starts is None else [self.starts[row] for row in rows]
-        for pages in self._pages.values():
-            pages.take_rows(index)
+        for kept in self._summaries.values():
+            kept.take_rows(index)
         self.state = [{} for _ in rows]
 
     def reset(self) -> None:
@@ -354,6 +364,11 @@ class StoreLayer(DynamicLayer):
     def _show(self, slots: int) -> None:
         assert self._room is not None
         self.keys, self.values = (room[:, :, :slots] for room in self._room)
+
+    def _cut_summaries(self, slots: int) -> None:
+        """What is summarised is as it was before ``slots`` alone."""
+        for kept in self._summaries.values():
+            kept.cut(slots)
 
     def _forget_state(self) -> None:
         for row in self.state:

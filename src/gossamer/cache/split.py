@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,11 @@ from gossamer.call import AttentionCall
 from gossamer.methods.base import require_share
 from gossamer.methods.head_tables import Table, full_heads, of_layer, require_table
 from gossamer.plan import Extent
+from gossamer.summaries import Summary
 
 __all__ = ["DuoAttention", "SplitLayer"]
+
+T = TypeVar("T")
 
 
 class SplitLayer(StoreLayer):
@@ -84,11 +87,9 @@ class SplitLayer(StoreLayer):
                 "mask alone; use one that drops nothing (cache='keep')"
             )
 
-    def page_bounds(self, size: int) -> Tensor:
+    def summary(self, kind: Summary[T]) -> T:
         """There are none: each part has its own."""
-        raise ValueError(
-            f"a layer whose heads keep different tokens has no common pages, of {size} tokens or any other"
-        )
+        raise ValueError(f"a layer whose heads keep different tokens has no common summary, {kind} or any other")
 
     def keep(self, index: Tensor) -> None:
         """Not here: each part keeps what it does."""

@@ -16,9 +16,11 @@ from gossamer.cache.block_file import aligned
 from gossamer.cache.layer import StoreLayer, is_locked
 from gossamer.cache.policies import CachePolicy, require_tokens
 from gossamer.cache.pool import Pool
+from gossamer.cache.step_calls import dense_on, on_keys
 from gossamer.cache.token_blocks import TokenBlocks
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent, SparsePlan, ceil_div, starts_of
+from gossamer.summaries import Held
 
 __all__ = ["TieredLayer", "Tiers"]
 
@@ -177,7 +179,8 @@ class TieredLayer(StoreLayer):
         keys, values = self._room
         if self._blocks is None:
             self._blocks = TokenBlocks.like(keys, values, self._block, self._folder)
-        self.keep_up()
+        for kept in self._summaries.values():
+            kept.of(self.held())  # from the newest tokens, before they go
         for start in range(0, due, _AT_ONCE):
             count = min(_AT_ONCE, due - start)
             part = slice(self._begin, self._begin + count * self._block)
@@ -197,16 +200,8 @@ class TieredLayer(StoreLayer):
                 new[:, :, :held] = x
             self._show(self.slots)
 
-    def keep_up(self) -> None:
-        """Work out of the newest tokens what is worked out of all, before they go."""
-        starts = self.starts or []
-        for pages in self._pages.values():
-            if self.first <= (wanted := pages.wanted(starts)) < self.slots:
-                pages.of(self.keys_from(wanted), starts, self.slots)
-
-    def keys_from(self, slot: int) -> Tensor:
-        assert self.keys is not None
-        return self.keys[:, :, slot - self.first :] if slot >= self.first else super().keys_from(slot)
+    def held(self) -> Held:
+        return _Held(self)
 
     def _bring_back(self, slots: int) -> None:
         """The block that the cache now ends in becomes the newest tokens."""
@@ -279,7 +274,7 @@ class TieredLayer(StoreLayer):
         begin = extent.key_start.clamp(min=part.start, max=part.stop)
         end = (extent.key_start + extent.key_count).clamp(min=part.start, max=part.stop)
         live = Extent(0 * begin, extent.query_count, begin - part.start, end - begin, causal=False)
-        return _dense(call, keys, values, live, sinks)
+        return dense_on(call, keys, values, live, sinks)
 
     def _attend_chosen(self, call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
         chosen = plan.to_mask()[:, :, 0]
@@ -295,7 +290,7 @@ class TieredLayer(StoreLayer):
         none = torch.zeros(batch, dtype=torch.int64, device="cpu")
         extent = Extent(none, call.extent.query_count, none, most, causal=False)
         if bool((counts == most).all()):
-            return _dense(call, keys, values, extent, call.sinks)
+            return dense_on(call, keys, values, extent, call.sinks)
         column = torch.arange(most, device=counts.device).expand(batch, heads, -1)
         columns = column[column < counts[..., None]].to(torch.int32)
         own = SparsePlan(
@@ -306,7 +301,7 @@ class TieredLayer(StoreLayer):
             column_indptr=starts_of(counts),
             column_indices=columns,
         )
-        return backends.attend(_of_keys(call, keys, values, extent, call.sinks), own)
+        return backends.attend(on_keys(call, keys, values, extent, call.sinks), own)
 
     def _gathered(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, heads, n, .]`` of slots int64 ``[B, heads, n]``; heads G or more."""
@@ -373,14 +368,29 @@ class Tiers(CachePolicy):
         return TieredLayer(**size, folder=self.folder, sinks=self.sinks, recent=self.recent)
 
 
-def _of_keys(call: AttentionCall, keys: Tensor, values: Tensor, extent: Extent, sinks: Tensor | None) -> AttentionCall:
-    """The call's queries on other keys and values, in the call's dtype."""
-    keys, values = (x.to(call.q) for x in (keys, values))
-    return AttentionCall(call.q, keys, values, extent, call.scale, sinks, call.softcap, call.layer)
+class _Held(Held):
+    """Of a layer in tiers: the file is read where older tokens are asked for."""
 
+    def __init__(self, layer: TieredLayer) -> None:
+        assert layer.keys is not None
+        assert layer.values is not None
+        starts = layer.starts or [0] * layer.keys.shape[0]
+        super().__init__(layer.keys, layer.values, starts, layer.prompt)
+        self.shape = (*self.shape[:2], layer.slots, self.shape[3])
+        self._layer, self._first = layer, layer.first
 
-def _dense(
-    call: AttentionCall, keys: Tensor, values: Tensor, extent: Extent, sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    own = _of_keys(call, keys, values, extent, sinks)
-    return backends.attend(own, SparsePlan.dense(own.groups, own.query_len, own.key_len, extent))
+    @property
+    def keys(self) -> Tensor:
+        return self._read()[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self._read()[1]
+
+    def keys_from(self, slot: int) -> Tensor:
+        return self._all[0][:, :, slot - self._first :] if slot >= self._first else super().keys_from(slot)
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        if self._first:
+            self._all, self._first = self._layer.read(), 0
+        return self._all

@@ -19,7 +19,7 @@ def page_scores(call: AttentionCall, bounds: Tensor, size: int) -> Tensor:
     positive part of q meets the largest values, the negative part the smallest.
 
     Args:
-        bounds: ``[B, G, N, 2 * D]``, the largest, then the smallest; see `gossamer.call.Store.page_bounds`.
+        bounds: ``[B, G, N, 2 * D]``, the largest, then the smallest; see `gossamer.summaries.PageBounds`.
         size: tokens of a page.
 
     Returns:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from definitions import raised
+from kept import held, keys_of
 from torch import Tensor
 
-from gossamer.cache import PageBounds
-
-
-def keys_of(slots: int, *, batch: int = 2, groups: int = 2, dim: int = 5, seed: int = 0) -> Tensor:
-    return torch.randn(batch, groups, slots, dim, generator=torch.Generator().manual_seed(seed))
+from gossamer.summaries import Kept, PageBounds
 
 
 def from_scratch(keys: Tensor, starts: list[int], size: int) -> list[Tensor]:
@@ -24,9 +21,9 @@ def from_scratch(keys: Tensor, starts: list[int], size: int) -> list[Tensor]:
     return rows
 
 
-def assert_from_scratch(pages: PageBounds, keys: Tensor, starts: list[int]) -> None:
-    found = pages.of(keys, starts)
-    expected = from_scratch(keys, starts, pages.size)
+def assert_from_scratch(pages: Kept[Tensor], keys: Tensor, starts: list[int], size: int = 16) -> None:
+    found = pages.of(held(keys, starts))
+    expected = from_scratch(keys, starts, size)
     assert found.shape[2] == max(row.shape[1] for row in expected)
     for row, wanted in zip(found, expected, strict=True):
         assert torch.equal(row[:, : wanted.shape[1]].float(), wanted)
@@ -38,18 +35,18 @@ def assert_from_scratch(pages: PageBounds, keys: Tensor, starts: list[int]) -> N
 def test_a_page_has_the_largest_and_the_smallest_of_each_channel(
     starts: list[int], slots: int, dtype: torch.dtype
 ) -> None:
-    assert_from_scratch(PageBounds(16), keys_of(slots).to(dtype), starts)
+    assert_from_scratch(PageBounds(16).begin(), keys_of(slots).to(dtype), starts)
 
 
 def test_padding_is_in_no_page() -> None:
     keys = keys_of(40)
     keys[0, :, :9] = torch.nan
-    assert not bool(PageBounds(8).of(keys, [9, 0])[0].isnan().any())
+    assert not bool(PageBounds(8).begin().of(held(keys, [9, 0]))[0].isnan().any())
 
 
 @pytest.mark.parametrize("starts", [[0, 0], [0, 6]])
 def test_added_tokens_one_by_one_and_in_chunks(starts: list[int]) -> None:
-    keys, pages = keys_of(400), PageBounds(16)
+    keys, pages = keys_of(400), PageBounds(16).begin()
     upto = 10
     for count in [1] * 40 + [5, 30, 16, 1, 15, 100, 1, 64, 1]:
         upto += count
@@ -58,8 +55,8 @@ def test_added_tokens_one_by_one_and_in_chunks(starts: list[int]) -> None:
 
 @pytest.mark.parametrize("left", [0, 1, 20, 32, 33, 47])
 def test_tokens_cut_off_and_others_in_their_place(left: int) -> None:
-    keys, pages = keys_of(48), PageBounds(16)
-    pages.of(keys, [0, 0])
+    keys, pages = keys_of(48), PageBounds(16).begin()
+    pages.of(held(keys, [0, 0]))
     pages.cut(left)
     if left:
         assert_from_scratch(pages, keys[:, :, :left], [0, 0])
@@ -67,16 +64,16 @@ def test_tokens_cut_off_and_others_in_their_place(left: int) -> None:
 
 
 def test_tokens_cut_off_behind_different_padding() -> None:
-    keys, pages = keys_of(48), PageBounds(16)
-    pages.of(keys, [0, 9])
+    keys, pages = keys_of(48), PageBounds(16).begin()
+    pages.of(held(keys, [0, 9]))
     pages.cut(37)
     assert_from_scratch(pages, keys[:, :, :37], [0, 9])
 
 
 def test_beams_that_change_places() -> None:
-    keys, pages = keys_of(50, batch=3), PageBounds(16)
+    keys, pages = keys_of(50, batch=3), PageBounds(16).begin()
     starts = [0, 4, 20]
-    pages.of(keys, starts)
+    pages.of(held(keys, starts))
     for index in ([1, 1, 2], [2, 0, 0]):
         rows = torch.tensor(index)
         keys, starts = keys[rows], [starts[row] for row in index]
@@ -87,8 +84,8 @@ def test_beams_that_change_places() -> None:
 
 
 def test_rows_whose_padding_turns_out_otherwise() -> None:
-    keys, pages = keys_of(50), PageBounds(16)
-    pages.of(keys, [0, 0])
+    keys, pages = keys_of(50), PageBounds(16).begin()
+    pages.of(held(keys, [0, 0]))
     assert_from_scratch(pages, keys, [0, 11])
 
 
@@ -97,7 +94,7 @@ def test_rows_whose_padding_turns_out_otherwise() -> None:
 def test_no_key_of_a_page_has_a_larger_logit_than_its_bound(size: int, share: int) -> None:
     keys = keys_of(130, dim=8)
     q = torch.randn(2, 2, share, 8, generator=torch.Generator().manual_seed(9))
-    bounds = PageBounds(size).of(keys, [0, 0]).float()
+    bounds = PageBounds(size).begin().of(held(keys, [0, 0])).float()
     both = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
     bound = both @ bounds.transpose(-1, -2)
     logits = q @ keys.transpose(-1, -2)

@@ -1,0 +1,12 @@
+"""What methods need of a cache besides its keys and values: worked out when first asked for, and kept up from then on.
+
+A `Summary` says what is worked out, and is the name by which a store finds it (`gossamer.call.Store.summary`); a `Kept`
+is one layer's, which follows the layer's tokens as they are added, cut off and moved between batch rows. Another one is
+a frozen dataclass whose ``begin`` makes a `Kept`: no store needs to know it.
+"""
+
+from gossamer.summaries.base import Growing, Held, Kept, Summary
+from gossamer.summaries.labels import Labels, LabelSet
+from gossamer.summaries.pages import PageBounds
+
+__all__ = ["Growing", "Held", "Kept", "LabelSet", "Labels", "PageBounds", "Summary"]
