@@ -11,6 +11,7 @@ from gossamer.methods.dense import Dense
 from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
+from gossamer.methods.infllm import InfLLM
 from gossamer.methods.longgen import LongGen
 from gossamer.methods.lserve import LServe
 from gossamer.methods.max_relative import MaxRelative
@@ -44,6 +45,7 @@ __all__ = [
     "DuoAttention",
     "FlashPrefill",
     "FlexPrefill",
+    "InfLLM",
     "LServe",
     "LongGen",
     "MInference",

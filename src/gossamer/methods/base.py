@@ -11,6 +11,7 @@ from gossamer.call import AttentionCall
 from gossamer.methods.ranks import heads_of_rank
 from gossamer.plan import SparsePlan
 from gossamer.plan.integers import MOST
+from gossamer.summaries import Summary
 
 __all__ = ["Method", "Settings", "require_above", "require_at_least", "require_flag", "require_share"]
 
@@ -69,6 +70,10 @@ class Method(ABC):
         """
         del call
         return 0.0
+
+    def watches(self) -> tuple[Summary[Any], ...]:
+        """Summaries of a cache that want to see a prompt's queries, before this method first chooses of it."""
+        return ()
 
     def parts(self) -> Iterator[Method]:
         """The method itself, and those that its fields hold, however deep."""

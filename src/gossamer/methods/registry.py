@@ -17,6 +17,7 @@ from gossamer.methods.dense import Dense
 from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
+from gossamer.methods.infllm import InfLLM
 from gossamer.methods.longgen import LongGen
 from gossamer.methods.lserve import LServe
 from gossamer.methods.max_relative import MaxRelative
@@ -71,7 +72,7 @@ _METHODS: tuple[type[Method], ...] = (
     PerHead,
 )
 # Those that choose what a decode step reads, and plan no prompt.
-_STEPS: tuple[type[Method], ...] = (Quest, OracleTopK)
+_STEPS: tuple[type[Method], ...] = (Quest, InfLLM, OracleTopK)
 
 
 def available() -> list[str]:

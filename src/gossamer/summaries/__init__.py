@@ -8,5 +8,6 @@ a frozen dataclass whose ``begin`` makes a `Kept`: no store needs to know it.
 from gossamer.summaries.base import Growing, Held, Kept, Summary
 from gossamer.summaries.labels import Labels, LabelSet
 from gossamer.summaries.pages import PageBounds
+from gossamer.summaries.representatives import Representatives
 
-__all__ = ["Growing", "Held", "Kept", "LabelSet", "Labels", "PageBounds", "Summary"]
+__all__ = ["Growing", "Held", "Kept", "LabelSet", "Labels", "PageBounds", "Representatives", "Summary"]

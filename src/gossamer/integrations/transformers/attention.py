@@ -37,7 +37,7 @@ from gossamer.integrations.transformers.masks import (
 )
 from gossamer.integrations.transformers.operator import named, operator, trains
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, owner_for
-from gossamer.integrations.transformers.parts import in_parts
+from gossamer.integrations.transformers.parts import after, in_parts, with_keys
 from gossamer.plan import Extent
 from gossamer.policy import TRAINING
 
@@ -194,7 +194,7 @@ def _attend(
     if extras.reason is not None:
         if store is not None:
             store.refuse(extras.reason)
-        read = _read(asked)
+        read = with_keys(asked)
         return _counted(owner, read, extras.reason, lambda: _densely(module, read, extras))
     return _by_policy(owner, asked, TRAINING if module.training and not owner.policy.training else None)
 
@@ -226,7 +226,7 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
         return in_parts(store.parts(), owner, asked, training, _by_policy)
     extent, used, reason = _described(asked, owner)
     if extent is None or reason is not None:
-        read = _read(asked)
+        read = with_keys(asked)
         return _counted(owner, read, reason, lambda: _densely(None, read, _Extras()))
     keys, values = asked.key[:, :, :used], asked.value[:, :, :used]
     several = asked.query_len > 1 or used == 1  # or a prompt of one token
@@ -245,7 +245,7 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     if owner.observe is not None and asked.query_len > 1:
         owner.observe(Observation(call, out))
     if store is not None and not call.needs_gradient:
-        store.attended(call)
+        after(call, store, owner.policy.decode)
     return out.transpose(1, 2).contiguous()
 
 
@@ -303,14 +303,6 @@ def _refuse_padding(asked: _Asked, store: StoreLayer) -> None:
     new = mask[:, -asked.query_len :] if mask.ndim == 2 else mask[:, 0, -1, -asked.query_len :]
     if not asked.causal or not bool((new if new.dtype == torch.bool else new > 0).all()):
         store.refuse("padding between turns, or a mask of another kind")
-
-
-def _read(asked: _Asked) -> _Asked:
-    """With the keys and values themselves, where a store gave stand-ins."""
-    if asked.store is None or asked.query_len > 1 or not asked.store.stands_in:
-        return asked
-    keys, values = (x.to(asked.query.dtype) for x in asked.store.read())
-    return replace(asked, key=keys, value=values)
 
 
 def _counted(owner: Owner, asked: _Asked, reason: str | None, run: Callable[[], Tensor]) -> Tensor:
