@@ -3,6 +3,7 @@
 
 #include "kernels/job.h"
 #include "kernels/page_job.h"
+#include "kernels/token_job.h"
 
 namespace gossamer {
 
@@ -80,6 +81,9 @@ struct ScoreKernels {
   void (*bounds)(const char* rows, int64_t stride_bytes, int64_t count, int dim, DType dtype, float* low, float* high);
   // Products of each query with each page, in one order of sums whatever else there is.
   void (*page_scores)(const PageScores&);
+  // Products of each query with each token's label, in one order of sums whatever else there is.
+  void (*label_scores)(const LabelScores&);
+  void (*collisions)(const Collisions&);
   // Copies tokens out of a page of a cache.
   void (*read_page)(const PageJob&);
 };

@@ -61,6 +61,18 @@ struct VecAvx2 {
     return _mm256_and_ps(scaled, _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ));
   }
 
+  // Comparisons of 16-bit codes.
+  typedef int16_t Words __attribute__((vector_size(32)));
+
+  static Reg load_u8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  // The lower and the upper halves of bytes.
+  static void load_u4(const uint8_t* p, Reg& low, Reg& high) {
+    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), half = _mm_set1_epi8(15);
+    low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(x, half)));
+    high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(x, 4), half)));
+  }
   static Reg load_bf16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));

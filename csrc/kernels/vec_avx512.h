@@ -50,6 +50,18 @@ struct VecAvx512 {
     return _mm512_maskz_scalef_ps(normal, exp2_polynomial<VecAvx512, kDegree>(fraction), x);
   }
 
+  // Comparisons of 16-bit codes.
+  typedef int16_t Words __attribute__((vector_size(64)));
+
+  static Reg load_u8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  // The lower and the upper halves of bytes.
+  static void load_u4(const uint8_t* p, Reg& low, Reg& high) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), half = _mm_set1_epi8(15);
+    low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(x, half)));
+    high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(x, 4), half)));
+  }
   static Reg load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

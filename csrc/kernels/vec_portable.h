@@ -67,6 +67,19 @@ struct VecPortable {
     return pick(x == x, kept, x);
   }
 
+  // Comparisons of 16-bit codes.
+  typedef int16_t Words __attribute__((vector_size(16)));
+
+  static Reg load_u8(const uint8_t* p) {
+    return Reg{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+  }
+  // The lower and the upper halves of bytes.
+  static void load_u4(const uint8_t* p, Reg& low, Reg& high) {
+    for (int t = 0; t < 4; ++t) {
+      low[t] = float(p[t] & 15);
+      high[t] = float(p[t] >> 4);
+    }
+  }
   static Reg load_bf16(const uint16_t* p) {
     return Reg{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};
   }

@@ -51,6 +51,7 @@ NB_MODULE(_kernels, m) {
   m.doc() = "Sparse attention kernels for CPUs; see gossamer.backends.cpu";
   bind_views(m);
   bind_planning(m);
+  bind_tokens(m);
   m.def("attend", &attend);
   m.def("attend_backward", &attend_backward);
   m.def("prefer_huge_pages",

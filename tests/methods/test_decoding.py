@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from decode_steps import LAYER, best, softmax, step
 from definitions import raised
 from torch import Tensor
 
@@ -15,49 +16,12 @@ import gossamer
 from gossamer import Policy, backends
 from gossamer.cache import StoreLayer
 from gossamer.call import AttentionCall
-from gossamer.methods import Dense, LServe, Method, OracleTopK, PerHead, Quest, create, decoding
+from gossamer.methods import Dense, DoubleSparsity, LServe, Method, OracleTopK, PerHead, Quest, create, decoding
 from gossamer.plan import Extent
 from gossamer.policy import TOO_DENSE
 from gossamer.scores import page_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
-
-LAYER = 5
-
-
-def step(
-    keys: int = 150,
-    *,
-    padding: tuple[int, ...] = (0, 21),
-    groups: int = 2,
-    share: int = 2,
-    dim: int = 8,
-    seed: int = 0,
-    **fields: int,
-) -> AttentionCall:
-    """A decode step on a cache, in rows with left padding that holds NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = len(padding)
-    q = torch.randn(batch, groups * share, 1, dim, generator=generator)
-    k, v = (torch.randn(batch, groups, keys, dim, generator=generator) for _ in range(2))
-    for row, dead in enumerate(padding):
-        k[row, :, :dead] = v[row, :, :dead] = torch.nan
-    store = StoreLayer(**fields)
-    k, v = store.update(k, v)
-    counts = [keys - dead for dead in padding]
-    extent = Extent([n - 1 for n in counts], [1] * batch, list(padding), counts)
-    store.place(extent)
-    return AttentionCall(q, k, v, extent, layer=LAYER, store=store, state=store.state)
-
-
-def best(scores: list[float], count: int, held: set[int]) -> set[int]:
-    order = sorted(range(len(scores)), key=lambda n: (n not in held, -scores[n], n))
-    return set(order[: max(count, len(held))])
-
-
-def softmax(scores: list[float]) -> list[float]:
-    weights = [math.exp(score - max(scores)) for score in scores]
-    return [weight / sum(weights) for weight in weights]
 
 
 def naive_bounds(call: AttentionCall, row: int, head: int, size: int) -> list[float]:
@@ -154,7 +118,7 @@ def test_the_bound_holds_more_of_the_weights_than_quest() -> None:
     assert held(OracleTopK(budget=64)) > held(Quest(budget=64)) > 64 / 400
 
 
-@pytest.mark.parametrize("name", ["quest", "oracle_topk", "lserve"])
+@pytest.mark.parametrize("name", ["quest", "double_sparsity", "oracle_topk", "lserve"])
 def test_what_the_store_asks_for_is_in_every_choice(name: str) -> None:
     call = step(300, sinks=5, recent=40)
     fields: dict[str, Any] = {"page": 64, "logical": 16} if name == "lserve" else {}
@@ -174,7 +138,10 @@ def test_forced_tokens_are_part_of_the_budget() -> None:
 
 METHODS: list[Method] = [
     Quest(budget=48), Quest(budget=32, page=8, per_query_head=True), OracleTopK(budget=20),
-    OracleTopK(budget=20, per_query_head=True), LServe(budget=64, page=32, logical=8),
+    OracleTopK(budget=20, per_query_head=True), DoubleSparsity(budget=20, group_factor=2),
+    DoubleSparsity(budget=20, group_factor=2, bits=8, channels=(((0, 5, 2, 7), (4, 5, 6, 1)),) * (LAYER + 1)),
+    DoubleSparsity(budget=20, bits=16, channels=(((0,), (5,), (2,), (7,)),) * (LAYER + 1), per_query_head=True),
+    LServe(budget=64, page=32, logical=8),
     LServe(gates=((0.0, 1.0),) * (LAYER + 1), sink=5, step_local=20, budget=64, page=32, logical=8),
     LServe(gates=((0.0, 1.0, 0.5, 0.2),) * (LAYER + 1), sink=5, step_local=20, budget=64, page=32, logical=8),
 ]  # fmt: skip
@@ -231,27 +198,28 @@ def test_what_is_known_before_is_no_more_than_what_is_read(method: Method) -> No
 @pytest.mark.parametrize("name", decoding())
 def test_a_budget_for_everything_is_dense_bit_for_bit(name: str) -> None:
     call = step(150)
-    policy = Policy(Dense(), decode=create(name, budget=150 if name != "lserve" else 192))
+    fields: dict[str, Any] = {"lserve": {"budget": 192}, "infllm": {}}.get(name, {"budget": 150})
+    policy = Policy(Dense(), decode=create(name, **fields))
     decision = policy.decide(call)
     assert decision.plan is None
     assert decision.reason == TOO_DENSE
-    fields: dict[str, Any] = {"extent": call.extent, "layer": LAYER, "store": call.store, "state": call.state}
-    out = gossamer.sparse_attention(call.q, call.k, call.values, policy, **fields)
-    assert torch.equal(out, gossamer.sparse_attention(call.q, call.k, call.values, Dense(), **fields))
+    given: dict[str, Any] = {"extent": call.extent, "layer": LAYER, "store": call.store, "state": call.state}
+    out = gossamer.sparse_attention(call.q, call.k, call.values, policy, **given)
+    assert torch.equal(out, gossamer.sparse_attention(call.q, call.k, call.values, Dense(), **given))
 
 
 @pytest.mark.parametrize("name", decoding())
 def test_a_plan_of_everything_attends_everything(name: str) -> None:
     call = step(150)
     assert call.v is not None
-    plan = create(name, budget=10_000).plan(call)
+    plan = create(name, **({"blocks": 10_000} if name == "infllm" else {"budget": 10_000})).plan(call)
     assert plan.density() == 1.0
     dense = gossamer.SparsePlan.dense(call.groups, 1, call.key_len, call.extent)
     for got, wanted in zip(backends.attend(call, plan), backends.attend(call, dense), strict=True):
         assert torch.allclose(got, wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [Quest(budget=32), OracleTopK(budget=32)])
+@pytest.mark.parametrize("method", [Quest(budget=32), DoubleSparsity(budget=32), OracleTopK(budget=32)])
 def test_the_first_layers_read_everything(method: Method) -> None:
     policy = Policy(Dense(), decode=method)
     reasons = [policy.decide(replace(step(400), layer=layer)).reason for layer in (0, 1, 2, None)]
@@ -336,7 +304,9 @@ def test_why_a_step_is_dense() -> None:
 
 @pytest.mark.parametrize("decode", [Dense(), "quest", create("a_shape")])
 def test_only_some_methods_choose_what_a_step_reads(decode: Any) -> None:
-    with pytest.raises(ValueError, match=r"must be a method that chooses .* quest, oracle_topk, lserve"):
+    with pytest.raises(
+        ValueError, match=r"must be a method that chooses .* quest, double_sparsity, .*oracle_topk, lserve"
+    ):
         Policy(Dense(), decode=decode)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_decoding import step
+from decode_steps import step
 
 import gossamer
 from gossamer import Policy

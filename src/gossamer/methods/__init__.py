@@ -8,6 +8,7 @@ from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.corrected import Corrected
 from gossamer.methods.cosa import CoSA
 from gossamer.methods.dense import Dense
+from gossamer.methods.double_sparsity import DoubleSparsity
 from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
@@ -42,6 +43,7 @@ __all__ = [
     "CoSA",
     "Corrected",
     "Dense",
+    "DoubleSparsity",
     "DuoAttention",
     "FlashPrefill",
     "FlexPrefill",

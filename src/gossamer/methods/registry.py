@@ -14,6 +14,7 @@ from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.corrected import Corrected
 from gossamer.methods.cosa import CoSA
 from gossamer.methods.dense import Dense
+from gossamer.methods.double_sparsity import DoubleSparsity
 from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
@@ -72,7 +73,7 @@ _METHODS: tuple[type[Method], ...] = (
     PerHead,
 )
 # Those that choose what a decode step reads, and plan no prompt.
-_STEPS: tuple[type[Method], ...] = (Quest, InfLLM, OracleTopK)
+_STEPS: tuple[type[Method], ...] = (Quest, DoubleSparsity, InfLLM, OracleTopK)
 
 
 def available() -> list[str]:

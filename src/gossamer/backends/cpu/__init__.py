@@ -39,6 +39,7 @@ from gossamer.backends.cpu.scores import (
     row_block_energy,
 )
 from gossamer.backends.cpu.slashes import exact_slashes
+from gossamer.backends.cpu.tokens import collisions, label_scores
 
 __all__ = [
     "ENVIRONMENT",
@@ -53,6 +54,7 @@ __all__ = [
     "attend_backward",
     "attend_rows",
     "block_attention",
+    "collisions",
     "count",
     "count_top_p",
     "exact_slashes",
@@ -61,6 +63,7 @@ __all__ = [
     "group_shares",
     "has_openmp",
     "is_available",
+    "label_scores",
     "last_query_probe",
     "mean_row_maxima",
     "near_keys",

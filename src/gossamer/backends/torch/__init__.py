@@ -20,6 +20,7 @@ from gossamer.backends.torch.scores import (
     row_block_energy,
 )
 from gossamer.backends.torch.slashes import exact_slashes
+from gossamer.backends.torch.tokens import collisions, label_scores
 from gossamer.rules import count_top_p
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "attend_backward",
     "attend_rows",
     "block_attention",
+    "collisions",
     "count",
     "count_top_p",
     "exact_slashes",
@@ -40,6 +42,7 @@ __all__ = [
     "group_differences",
     "group_shares",
     "key_similarity",
+    "label_scores",
     "last_query_probe",
     "last_query_products",
     "mean_row_maxima",
