@@ -68,3 +68,18 @@ def test_a_text_has_more_tokens_than_steps(text, steps):
 def test_one_step_has_no_token_to_lose(text):
     model, tokens = text
     assert math.isnan(compare_steps(model, tokens, {}, steps=1)["dense"].nats)
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="needs the C++ kernels")
+def test_tokens_are_timed_beside_those_of_transformers(script, monkeypatch, tmp_path):
+    decoding, out = script("decoding"), tmp_path / "decoding.json"
+    given = ["decoding.py", "tokens", str(REFERENCE), "--lengths", "600", "--steps", "3", "--rounds", "1"]
+    more = ["--threads", "1", "--methods", "quest(budget=64)", "--dtype", "float32", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*given, *more])
+    assert decoding.main() == 0
+    rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["sdpa", "dense", "quest(budget=64)"]
+    assert rows["sdpa"]["ratio"] == 1.0
+    assert rows["dense"]["read"] == 1.0
+    assert rows["quest(budget=64)"]["read"] < 0.5
+    assert rows["dense"]["tokens_per_s"] == pytest.approx(1 / rows["dense"]["median_s"], rel=1e-2)
