@@ -112,11 +112,11 @@ class Policy:
 
     @classmethod
     def of(cls, method: Policy | Method | Profile | str) -> Policy:
-        """A policy as it is, or one with default thresholds for a method, a profile or a method's name."""
+        """A policy as it is, or one with default thresholds for a method, a profile with its `decode`, or a name."""
         if isinstance(method, Policy):
             return method
         if isinstance(method, Profile):
-            return cls(method.method, profile=method.name)
+            return cls(method.method, profile=method.name, decode=method.decode)
         return cls(methods.create(method) if isinstance(method, str) else method)
 
     @property
