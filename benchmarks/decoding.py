@@ -53,7 +53,13 @@ from gossamer.summaries import PageBounds
 HEADS, GROUPS, DIM, STEPS, TOPICS = 32, 8, 128, 8, 64
 TIMED = "quest,quest(per_query_head=true),lserve(budget=2048)"
 COMPARED = ",".join(
-    f"{name}(budget={budget})" for budget in (128, 256, 512, 1024) for name in ("oracle_topk", "quest", "lserve")
+    [
+        f"{name}(budget={n})"
+        for n in (128, 256, 512, 1024)
+        for name in ("oracle_topk", "quest", "double_sparsity", "lserve")
+    ]
+    # As many tokens: 128 sinks, a window of half of the budget and up to a block more, and blocks.
+    + [f"infllm(blocks={blocks},local={local})" for blocks, local in ((1, 64), (2, 256), (4, 512))]
 )
 
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import gossamer
 from gossamer.cache import StoreLayer
 from gossamer.integrations.transformers import Handle, enable
-from gossamer.methods import LServe, Method, OracleTopK, Quest
+from gossamer.methods import DoubleSparsity, LServe, Method, OracleTopK, Quest
 from gossamer.policy import TOO_DENSE
 from gossamer.summaries import PageBounds
 
@@ -26,6 +26,7 @@ LENGTH = 150
 SPARSE: list[Method] = [
     Quest(budget=32, page=8, dense_layers=0),
     OracleTopK(budget=24, dense_layers=0),
+    DoubleSparsity(budget=24, dense_layers=0, group_factor=2),
     LServe(budget=48, page=16, logical=4),
 ]
 WHOLE = Quest(budget=4096, dense_layers=0)
@@ -108,7 +109,7 @@ def test_a_row_is_decoded_as_if_it_were_alone(method: Method) -> None:
 
 # Beams that change places make lserve choose anew.
 @pytest.mark.parametrize(
-    "method", [*SPARSE[:2], LServe(budget=48, page=16, logical=4, interval=1)], ids=lambda m: m.name
+    "method", [*SPARSE[:-1], LServe(budget=48, page=16, logical=4, interval=1)], ids=lambda m: m.name
 )
 def test_beams_decode_as_one_forward_pass_after_another(method: Method) -> None:
     """Each hypothesis that is left has the logits of a cache that never had beams."""
