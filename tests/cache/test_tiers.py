@@ -19,6 +19,7 @@ from gossamer.attention import attend
 from gossamer.cache import StoreLayer, Tiers, create
 from gossamer.cache.block_file import PAGE, BlockFile, aligned
 from gossamer.cache.pool import Pool
+from gossamer.cache.step_calls import chosen_slots
 from gossamer.cache.tiers import TieredLayer
 from gossamer.methods import Dense, Quest
 from gossamer.policy import Policy
@@ -128,6 +129,34 @@ def test_a_step_reads_the_blocks_that_it_attends_and_no_others(tmp_path: Path) -
         torch.testing.assert_close(out[0, head, 0], tokens.attend(0, head, 199, rows[head // 2]), rtol=1e-5, atol=1e-5)
         logits = tokens.k[0, head // 2, rows[head // 2]] @ tokens.q[0, head, 199] * 32**-0.5
         torch.testing.assert_close(lse[0, head, 0], logits.logsumexp(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"columns": True},
+        {"blocks": True},
+        {"columns": True, "blocks": True},
+        {"blocks": True, "sink": 3},
+        {"columns": True, "window": 5},
+        {},
+    ],
+)
+@pytest.mark.parametrize(
+    "extent", [Extent([59, 52], [1, 1], [0, 7], [60, 53]), Extent([40, 30], [1, 1], [0, 7], [60, 53])]
+)
+def test_the_slots_of_a_plan_are_those_of_its_mask(parts: dict, extent: Extent) -> None:
+    given: dict = {"heads": 2, "query_len": 1, "key_len": 60, "extent": extent, "block_k": 8}
+    indptr, indices = torch.tensor([0, 2, 3, 6, 6]), [0, 7, 3, 1, 5, 6]
+    if "blocks" in parts:
+        given |= {"block_indptr": indptr, "block_indices": torch.tensor(indices, dtype=torch.int32)}
+    if "columns" in parts:
+        given |= {"column_indptr": indptr, "column_indices": torch.tensor([0, 52, 30, 3, 4, 5], dtype=torch.int32)}
+    plan = SparsePlan(**given, sink=parts.get("sink", 0), window=parts.get("window", 0))
+    slots, counts = chosen_slots(plan)
+    mask = plan.to_mask()[:, :, 0]
+    assert torch.equal(counts, mask.sum(dim=2))
+    assert torch.equal(slots, mask.nonzero()[:, 2])
 
 
 def test_memory_holds_what_was_used_last(tmp_path: Path) -> None:

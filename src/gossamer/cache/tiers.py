@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,7 +15,7 @@ from gossamer.cache.block_file import aligned
 from gossamer.cache.layer import StoreLayer, is_locked
 from gossamer.cache.policies import CachePolicy, require_tokens
 from gossamer.cache.pool import Pool
-from gossamer.cache.step_calls import dense_on, on_keys
+from gossamer.cache.step_calls import chosen_slots, dense_on, on_keys
 from gossamer.cache.token_blocks import TokenBlocks
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent, SparsePlan, ceil_div, starts_of
@@ -251,19 +250,12 @@ class TieredLayer(StoreLayer):
     # Attention of a step.
 
     def _attend_all(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        out = lse = None
-        stretches = [(slice(self.first, self.slots), self.keys, self.values)]
-        for part, keys, values in chain(self._passing(), stretches) if self.first else stretches:
-            sinks = call.sinks if out is None else None
-            own_out, own_lse = self._attend_part(call, part, keys, values, sinks)
-            if out is None or lse is None:
-                out, lse = own_out.float(), own_lse.float()
-            else:
-                merge(out, lse, own_out, own_lse)
-        assert out is not None
-        assert lse is not None
+        """The newest tokens, and the file in passing."""
+        newest: Any = slice(self.first, self.slots), self.keys, self.values
+        out, lse = self._attend_part(call, *newest, call.sinks)
+        out = out.float()
+        for part in self._passing() if self.first else ():
+            merge(out, lse, *self._attend_part(call, *part, None))
         return out.to(call.q.dtype), lse
 
     def _attend_part(
@@ -277,58 +269,65 @@ class TieredLayer(StoreLayer):
         return dense_on(call, keys, values, live, sinks)
 
     def _attend_chosen(self, call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
-        chosen = plan.to_mask()[:, :, 0]
-        counts = chosen.sum(dim=2)
-        most = int(counts.max()) if counts.numel() else 0
-        # Slots in order, and behind those of a head that has fewer, its last ones again, which nobody attends.
-        order = torch.arange(most, device=chosen.device).minimum((counts - 1).clamp(min=0)[..., None])
-        slots = chosen.nonzero(as_tuple=True)[2]
-        first = starts_of(counts)[:-1].view(counts.shape)
-        slots = slots[(first[..., None] + order).clamp(max=max(0, slots.numel() - 1))] if slots.numel() else order
-        keys, values = self._gathered(slots)
+        slots, counts = chosen_slots(plan)
         batch, heads = counts.shape
+        most = int(counts.max()) if counts.numel() else 0
         none = torch.zeros(batch, dtype=torch.int64, device="cpu")
         extent = Extent(none, call.extent.query_count, none, most, causal=False)
-        if bool((counts == most).all()):
+        if slots.numel() == batch * heads * most:
+            keys, values = self._gathered(slots.view(batch, heads, most))
             return dense_on(call, keys, values, extent, call.sinks)
-        column = torch.arange(most, device=counts.device).expand(batch, heads, -1)
-        columns = column[column < counts[..., None]].to(torch.int32)
-        own = SparsePlan(
+        # Behind the slots of a head that has fewer its last ones again, which nobody attends.
+        order = torch.arange(most, device=slots.device)
+        first = starts_of(counts)[:-1].view(batch, heads, 1)
+        keys, values = self._gathered(slots[first + order.minimum((counts - 1).clamp(min=0)[..., None])])
+        own = SparsePlan.unchecked(
             heads=heads,
             query_len=1,
             key_len=most,
             extent=extent,
             column_indptr=starts_of(counts),
-            column_indices=columns,
+            column_indices=order.expand(batch, heads, -1)[order < counts[..., None]].to(torch.int32),
         )
         return backends.attend(on_keys(call, keys, values, extent, call.sinks), own)
 
     def _gathered(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, heads, n, .]`` of slots int64 ``[B, heads, n]``; heads G or more."""
-        assert self.keys is not None
-        assert self.values is not None
-        batch, groups = self.keys.shape[:2]
+        assert self._room is not None
+        batch, groups, room = self._room[0].shape[:3]
         heads = slots.shape[1]
         group = torch.arange(heads, device=slots.device) // max(1, heads // groups)
-        row = torch.arange(batch, device=slots.device)[:, None, None].expand(slots.shape)
-        group = group[None, :, None].expand(slots.shape)
-        found = []
-        old = slots < self.first
-        newest = (slots - self.first).clamp(min=0)
-        for held in (self.keys, self.values):
-            found.append(held[row, group, newest])
-        if bool(old.any()):
-            assert self._numbers is not None
-            assert self._blocks is not None
-            if self._pool is None:
-                self._pool = Pool(self._blocks.file, ceil_div(self._resident, self._block) * batch * groups)
-            number = self._numbers[row[old].cpu(), group[old].cpu(), (slots[old] // self._block).cpu()]
-            blocks, which = number.unique(return_inverse=True)
-            place = torch.tensor(self._pool.hold(blocks.tolist()), dtype=torch.int64, device="cpu")[which]
-            offset = slots[old].cpu() % self._block
-            for out, held in zip(found, self._blocks.gathered(self._pool.rows, place, offset), strict=True):
-                out[old] = held.to(out.device)
-        return found[0], found[1]
+        row = torch.arange(batch, device=slots.device)[:, None] * groups + group
+        is_old = (slots < self.first).flatten()
+        old, new = is_old.nonzero()[:, 0], (~is_old).nonzero()[:, 0]
+        place = (row[..., None] * room + (slots - self.first + self._begin)).flatten()[new]
+        found = [x.new_empty(slots.numel(), x.shape[3]) for x in self._room]
+        for to, held in zip(found, self._room, strict=True):
+            to.index_copy_(0, new, held.view(-1, held.shape[3]).index_select(0, place))
+        if old.numel():
+            for to, held in zip(found, self._read_chosen(row, slots, old), strict=True):
+                to.index_copy_(0, old, held.to(to.device))
+        return tuple(x.view(*slots.shape, -1) for x in found)  # type: ignore[return-value]
+
+    def _read_chosen(self, row: Tensor, slots: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[n, .]`` of those slots that are in the file, by way of the pool.
+
+        Args:
+            row: int64 ``[B, heads]``, batch row times G and key/value head.
+            old: which of all slots they are.
+        """
+        assert self._numbers is not None
+        assert self._blocks is not None
+        if self._pool is None:
+            rows = self._numbers.shape[0] * self._numbers.shape[1]
+            self._pool = Pool(self._blocks.file, ceil_div(self._resident, self._block) * rows)
+        slot = slots.flatten()[old].cpu()
+        of = row[..., None].expand(slots.shape).flatten()[old].cpu() * self._numbers.shape[2] + slot // self._block
+        # Slots ascend in each head, so that those of a block are neighbours.
+        blocks, which = of.unique_consecutive(return_inverse=True)
+        numbers = self._numbers.flatten()[blocks].tolist()
+        place = torch.tensor(self._pool.hold(numbers), dtype=torch.int64, device="cpu")[which]
+        return self._blocks.gathered(self._pool.rows, place, slot % self._block)
 
 
 @dataclass(frozen=True)
