@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -13,6 +14,7 @@ from gossamer import backends
 from gossamer.backends.torch.partial import merge
 from gossamer.cache.block_file import aligned
 from gossamer.cache.layer import StoreLayer, is_locked
+from gossamer.cache.partly_held import PartlyHeld
 from gossamer.cache.policies import CachePolicy, require_tokens
 from gossamer.cache.pool import Pool
 from gossamer.cache.step_calls import chosen_slots, dense_on, on_keys
@@ -200,7 +202,10 @@ class TieredLayer(StoreLayer):
             self._show(self.slots)
 
     def held(self) -> Held:
-        return _Held(self)
+        assert self.keys is not None
+        assert self.values is not None
+        starts = self.starts or [0] * self.keys.shape[0]
+        return PartlyHeld(self.keys, self.values, starts, self.prompt, self.first, self.read)
 
     def _bring_back(self, slots: int) -> None:
         """The block that the cache now ends in becomes the newest tokens."""
@@ -232,20 +237,30 @@ class TieredLayer(StoreLayer):
             if self._pool is not None:
                 self._pool.forget(unused)
 
-    def _passing(self) -> Any:
-        """Stretches of slots of the file, and their keys and values ``[B, G, n, .]``, which hold until the next."""
+    def _passing(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Stretches of slots of the file, and their keys and values ``[B, G, n, .]``, which hold until the next.
+
+        The next one is read meanwhile.
+        """
         assert self._numbers is not None
         assert self._blocks is not None
-        rows = aligned(0, self._blocks.file.nbytes)
-        for start in range(0, self._numbers.shape[2], _AT_ONCE):
-            numbers = self._numbers[:, :, start : start + _AT_ONCE]
-            if rows.shape[0] < numbers.numel():
-                rows = aligned(numbers.numel(), self._blocks.file.nbytes)
-            used = rows[: numbers.numel()]
-            self._blocks.file.read(numbers.flatten().tolist(), list(used))
-            keys, values = self._blocks.unpacked(used, numbers.shape[:2])
-            first = start * self._block
-            yield slice(first, first + keys.shape[2]), keys, values
+        blocks, parts = self._blocks, self._numbers.split(_AT_ONCE, dim=2)
+        buffers = [aligned(parts[0].numel(), blocks.file.nbytes) for _ in parts[:2]]
+
+        def read(n: int) -> Tensor:
+            rows = buffers[n % 2][: parts[n].numel()]
+            blocks.file.read(parts[n].flatten().tolist(), list(rows))
+            return rows
+
+        with ThreadPoolExecutor(1, thread_name_prefix="gossamer-cache-ahead") as ahead:
+            coming = ahead.submit(read, 0)
+            for n, part in enumerate(parts):
+                rows = coming.result()
+                if n + 1 < len(parts):
+                    coming = ahead.submit(read, n + 1)
+                keys, values = blocks.unpacked(rows, part.shape[:2])
+                first = n * _AT_ONCE * self._block
+                yield slice(first, first + keys.shape[2]), keys, values
 
     # Attention of a step.
 
@@ -365,31 +380,3 @@ class Tiers(CachePolicy):
     def layer(self, index: int, layers: int) -> TieredLayer:
         size = {"block": self.block, "hot": self.hot, "resident": self.resident}
         return TieredLayer(**size, folder=self.folder, sinks=self.sinks, recent=self.recent)
-
-
-class _Held(Held):
-    """Of a layer in tiers: the file is read where older tokens are asked for."""
-
-    def __init__(self, layer: TieredLayer) -> None:
-        assert layer.keys is not None
-        assert layer.values is not None
-        starts = layer.starts or [0] * layer.keys.shape[0]
-        super().__init__(layer.keys, layer.values, starts, layer.prompt)
-        self.shape = (*self.shape[:2], layer.slots, self.shape[3])
-        self._layer, self._first = layer, layer.first
-
-    @property
-    def keys(self) -> Tensor:
-        return self._read()[0]
-
-    @property
-    def values(self) -> Tensor:
-        return self._read()[1]
-
-    def keys_from(self, slot: int) -> Tensor:
-        return self._all[0][:, :, slot - self._first :] if slot >= self._first else super().keys_from(slot)
-
-    def _read(self) -> tuple[Tensor, Tensor]:
-        if self._first:
-            self._all, self._first = self._layer.read(), 0
-        return self._all
