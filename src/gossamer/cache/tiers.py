@@ -266,8 +266,9 @@ class TieredLayer(StoreLayer):
 
     def _attend_all(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """The newest tokens, and the file in passing."""
-        newest: Any = slice(self.first, self.slots), self.keys, self.values
-        out, lse = self._attend_part(call, *newest, call.sinks)
+        assert self.keys is not None
+        assert self.values is not None
+        out, lse = self._attend_part(call, slice(self.first, self.slots), self.keys, self.values, call.sinks)
         out = out.float()
         for part in self._passing() if self.first else ():
             merge(out, lse, *self._attend_part(call, *part, None))
