@@ -14,6 +14,7 @@ from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.longgen import LongGen
 from gossamer.methods.lserve import LServe
+from gossamer.methods.magicpig import MagicPIG
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.moa import MoA
@@ -23,7 +24,9 @@ from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
 from gossamer.methods.quest import Quest
+from gossamer.methods.reduced import Reduced, Reducing
 from gossamer.methods.registry import available, create, decoding, from_dict
+from gossamer.methods.retro_infer import RetroInfer
 from gossamer.methods.seer_attention import SeerAttention
 from gossamer.methods.sparge import Sparge
 from gossamer.methods.stem import Stem
@@ -50,6 +53,7 @@ __all__ = [
     "LongGen",
     "MInference",
     "MTraining",
+    "MagicPIG",
     "MaxRelative",
     "Method",
     "MoA",
@@ -57,6 +61,9 @@ __all__ = [
     "PerHead",
     "Prism",
     "Quest",
+    "Reduced",
+    "Reducing",
+    "RetroInfer",
     "SeerAttention",
     "Sparge",
     "Stem",
