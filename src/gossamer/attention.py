@@ -124,7 +124,9 @@ def attend(
     started = time.perf_counter()
     decision = policy.decide(call) if because is None else Decision(None, reason=because)
     planned = time.perf_counter()
-    if call.stands_in:
+    if decision.reduced is not None:
+        out, lse, executor = _reduced(decision.reduced)
+    elif call.stands_in:
         assert call.store is not None
         executor = backends.name_of(call)
         out, lse = call.store.attend(call, decision.plan)
@@ -142,7 +144,7 @@ def attend(
         record(
             CallRecord(
                 call.layer,
-                "dense" if decision.plan is None else "sparse",
+                "dense" if decision.is_dense else "sparse",
                 decision.reason,
                 decision.density,
                 planned - started,
@@ -160,6 +162,15 @@ def attend(
             "outside of a transform"
         )
     return out, lse
+
+
+def _reduced(call: AttentionCall) -> tuple[Tensor, Tensor, str]:
+    """All of a call that stands for a larger one."""
+    executor = backends.name_of(call)
+    if executor == "torch":
+        _warn_slow(backends.why_slow(call))
+    plan = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
+    return *backends.attend(call, plan), executor
 
 
 def _dense(call: AttentionCall, on_kernel: bool, by_torch: bool) -> tuple[Tensor, Tensor | None, str]:

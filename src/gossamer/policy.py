@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer import backends, methods
 from gossamer.call import AttentionCall, Store
-from gossamer.methods import Dense, Method, PerHead
+from gossamer.methods import Dense, Method, PerHead, Reducing
 from gossamer.methods.per_head import needs_of
 from gossamer.plan import SparsePlan
 from gossamer.profiles import Profile
@@ -31,17 +31,23 @@ TOO_DENSE = "plan too dense to pay"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
-    """What a call computes: a plan, or everything.
+    """What a call computes: a plan, all of a smaller call, or everything.
 
     Fields:
-        plan: None for dense.
-        density: computed pairs over allowed pairs.
+        plan: None for dense, and where there is a smaller call.
+        density: computed pairs over allowed pairs; of a smaller call its keys over those of the call.
         reason: why dense where it was not asked for, else None.
+        reduced: the call to attend, all of it, in place of the one that was asked (`gossamer.methods.Reducing`).
     """
 
     plan: SparsePlan | None
     density: float = 1.0
     reason: str | None = None
+    reduced: AttentionCall | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.plan is None and self.reduced is None
 
 
 class Kept(Protocol):
@@ -156,6 +162,11 @@ class Policy:
         if method.least_density(call) > self.max_density:
             return Decision(None, reason=TOO_DENSE)
         with torch.no_grad():  # a selection is a constant
+            if isinstance(method, Reducing):
+                made = method.reduce(call)
+                if made is None or made.density > self.max_density:
+                    return Decision(None, reason=TOO_DENSE)
+                return Decision(None, made.density, reduced=made.call)
             plan = method.plan(call)
         density = plan.density()
         return Decision(None, reason=TOO_DENSE) if density > self.max_density else Decision(plan, density)
@@ -191,10 +202,14 @@ class Policy:
 
     def _why_whole(self, method: Method, call: AttentionCall) -> str | None:
         """Why a decode step reads the whole cache, before a plan is tried."""
+        if isinstance(method, Reducing) and call.needs_gradient:
+            return TRAINING  # its keys are copies, through which none passes
         if call.store is None:
             return f"{method.name} needs store"
         if call.extent.limit is not None:
             return f"{method.name} needs a cache without the model's own window"
+        if isinstance(method, Reducing) and call.bias is not None:
+            return f"{method.name} needs a call without a bias"
         lacking = method.lacks(call)
         return None if lacking is None else f"{method.name} needs {lacking}"
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import gossamer
 from gossamer.cache import StoreLayer
 from gossamer.integrations.transformers import Handle, enable
-from gossamer.methods import DoubleSparsity, LServe, Method, OracleTopK, Quest
+from gossamer.methods import DoubleSparsity, LServe, MagicPIG, Method, OracleTopK, Quest, RetroInfer
 from gossamer.policy import TOO_DENSE
 from gossamer.summaries import PageBounds
 
@@ -27,6 +27,8 @@ SPARSE: list[Method] = [
     Quest(budget=32, page=8, dense_layers=0),
     OracleTopK(budget=24, dense_layers=0),
     DoubleSparsity(budget=24, dense_layers=0, group_factor=2),
+    MagicPIG(bits=4, hash_tables=12, sinks=2, local=8, buffer=16, dense_layers=()),
+    RetroInfer(probe=0.1, size=8, segment=64, sinks=2, local=8, least=32, update=8),
     LServe(budget=48, page=16, logical=4),
 ]
 WHOLE = Quest(budget=4096, dense_layers=0)

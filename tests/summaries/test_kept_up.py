@@ -14,20 +14,37 @@ from torch import Tensor
 
 from gossamer.cache import StoreLayer
 from gossamer.plan import Extent
-from gossamer.summaries import Held, Kept, Labels, PageBounds, Summary
+from gossamer.summaries import Clusters, ClusterSet, Hashes, HashSet, Held, Kept, Labels, PageBounds, Summary
 
 BY_HEAD = tuple(tuple((3 * head + n) % 5 for n in range(4)) for head in range(4))
 KINDS: list[Summary[Any]] = [
     PageBounds(16), PageBounds(1), *(Labels(3, bits) for bits in (4, 8, 16, 32)), Labels(4, 4, BY_HEAD),
-    Labels(2, 16, BY_HEAD[:2]),
+    Labels(2, 16, BY_HEAD[:2]), Hashes(3, 7, 2, 5, 16, 0), Hashes(1, 2, 0, 1, 1, 3),
+    Clusters(4, 24, 2, 5, 16, 8), Clusters(2, 100, 0, 1, 30, 16),
 ]  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
 
 def tensors(found: Any) -> list[tuple[str, Any]]:
+    if isinstance(found, HashSet):  # rows have what is before their end
+        codes = found.codes.transpose(2, 3).flatten(3, 4)
+        rows = [(end, codes[b, ..., :end], found.norms[b, :, :end]) for b, end in enumerate(found.ends)]
+        means = [found.mean[b] if end else None for b, end in enumerate(found.ends)]
+        return [("rows", tuple(rows)), ("means", tuple(means))]
+    if isinstance(found, ClusterSet):  # positions from each row's own last cluster on are in none
+        owners = [tuple(head[head >= 0].tolist()) for row in found.owners for head in row]
+        parts = found.centroids, found.means, found.sizes
+        own = [tuple(x[b, :, :count] for x in parts) for b, count in enumerate(found.counts)]
+        return [("owners", tuple(owners)), ("counts", found.counts), ("rows", tuple(own))]
     if not is_dataclass(found):
         return [("", found)]
     return [(f.name, getattr(found, f.name)) for f in fields(found)]
+
+
+def same(own: Any, other: Any) -> bool:
+    if isinstance(own, tuple):
+        return len(own) == len(other) and all(map(same, own, other))
+    return torch.equal(own, other) if isinstance(own, Tensor) else own == other
 
 
 def assert_from_scratch(layer: StoreLayer, kind: Summary[Any]) -> None:
@@ -38,7 +55,7 @@ def assert_from_scratch(layer: StoreLayer, kind: Summary[Any]) -> None:
     found, wanted = layer.summary(kind), scratch.summary(kind)
     for (name, own), (_, other) in zip(tensors(found), tensors(wanted), strict=True):
         if not isinstance(own, Tensor):
-            assert own == other, name
+            assert same(own, other), name
             continue
         assert own.shape == other.shape, name
         for row, start in enumerate(layer.starts or ()):

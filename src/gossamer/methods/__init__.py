@@ -15,6 +15,7 @@ from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.infllm import InfLLM
 from gossamer.methods.longgen import LongGen
 from gossamer.methods.lserve import LServe
+from gossamer.methods.magicpig import MagicPIG
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.moa import MoA
@@ -24,7 +25,9 @@ from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
 from gossamer.methods.quest import Quest
+from gossamer.methods.reduced import Reduced, Reducing
 from gossamer.methods.registry import available, create, decoding, from_dict
+from gossamer.methods.retro_infer import RetroInfer
 from gossamer.methods.seer_attention import SeerAttention
 from gossamer.methods.sparge import Sparge
 from gossamer.methods.stem import Stem
@@ -52,6 +55,7 @@ __all__ = [
     "LongGen",
     "MInference",
     "MTraining",
+    "MagicPIG",
     "MaxRelative",
     "Method",
     "MoA",
@@ -59,6 +63,9 @@ __all__ = [
     "PerHead",
     "Prism",
     "Quest",
+    "Reduced",
+    "Reducing",
+    "RetroInfer",
     "SeerAttention",
     "Sparge",
     "Stem",

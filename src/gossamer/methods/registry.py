@@ -21,6 +21,7 @@ from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.infllm import InfLLM
 from gossamer.methods.longgen import LongGen
 from gossamer.methods.lserve import LServe
+from gossamer.methods.magicpig import MagicPIG
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
 from gossamer.methods.moa import MoA
@@ -30,6 +31,7 @@ from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
 from gossamer.methods.quest import Quest
+from gossamer.methods.retro_infer import RetroInfer
 from gossamer.methods.seer_attention import SeerAttention
 from gossamer.methods.sparge import Sparge
 from gossamer.methods.stem import Stem
@@ -73,7 +75,7 @@ _METHODS: tuple[type[Method], ...] = (
     PerHead,
 )
 # Those that choose what a decode step reads, and plan no prompt.
-_STEPS: tuple[type[Method], ...] = (Quest, DoubleSparsity, InfLLM, OracleTopK)
+_STEPS: tuple[type[Method], ...] = (Quest, DoubleSparsity, InfLLM, MagicPIG, RetroInfer, OracleTopK)
 
 
 def available() -> list[str]:

@@ -6,8 +6,23 @@ a frozen dataclass whose ``begin`` makes a `Kept`: no store needs to know it.
 """
 
 from gossamer.summaries.base import Growing, Held, Kept, Summary
+from gossamer.summaries.clusters import Clusters, ClusterSet
+from gossamer.summaries.hashes import Hashes, HashSet
 from gossamer.summaries.labels import Labels, LabelSet
 from gossamer.summaries.pages import PageBounds
 from gossamer.summaries.representatives import Representatives
 
-__all__ = ["Growing", "Held", "Kept", "LabelSet", "Labels", "PageBounds", "Representatives", "Summary"]
+__all__ = [
+    "ClusterSet",
+    "Clusters",
+    "Growing",
+    "HashSet",
+    "Hashes",
+    "Held",
+    "Kept",
+    "LabelSet",
+    "Labels",
+    "PageBounds",
+    "Representatives",
+    "Summary",
+]
