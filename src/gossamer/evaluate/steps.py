@@ -14,6 +14,7 @@ import gossamer
 from gossamer import backends
 from gossamer.call import AttentionCall
 from gossamer.methods import Method
+from gossamer.methods.reduced import Reducing
 from gossamer.plan import SparsePlan
 from gossamer.summaries import Summary
 
@@ -74,7 +75,9 @@ def compare_steps(model: Any, tokens: Tensor, methods: Mapping[str, Method], ste
             rows, seconds = read_steps(model, tokens[:, -steps:], cache)
             layers = handle.stats()
         cache.crop(-steps)
-        recall, oracle = (None, None) if method is None else _recall(model, tokens[:, -steps:], cache, method)
+        recall, oracle = None, None
+        if method is not None and not isinstance(method, Reducing):
+            recall, oracle = _recall(model, tokens[:, -steps:], cache, method)
         wanted = rows if wanted is None else wanted
         kl, top1, nats = differences(rows, wanted, tokens[0, -steps:])
         found[name] = Steps(
