@@ -104,16 +104,16 @@ class _Hashes(Kept[HashSet]):
             if self._tensors[0].is_inference() and not torch.is_inference_mode_enabled():
                 self._tensors = [x.clone() for x in self._tensors]
             return
-        room, place = tiles + ceil_div(tiles, 8) + _BLOCK // TILE, {"device": held.keys.device}
-        codes = torch.zeros(batch, groups, room, self.kind.tables, TILE, dtype=torch.int16, **place)
-        grown = [codes, torch.zeros(batch, groups, room * TILE, **place), torch.zeros(batch, groups, dim, **place)]
-        if self._tensors:
-            had = self._tensors[0].shape[2]
-            grown[0][:, :, :had], grown[1][:, :, : had * TILE], grown[2] = (
-                self._tensors[0],
-                self._tensors[1],
-                self._tensors[2].clone(),
-            )
+        room, device = tiles + ceil_div(tiles, 8) + _BLOCK // TILE, held.keys.device
+        codes = torch.zeros(batch, groups, room, self.kind.tables, TILE, dtype=torch.int16, device=device)
+        grown = [
+            codes,
+            torch.zeros(batch, groups, room * TILE, device=device),
+            torch.zeros(batch, groups, dim, device=device),
+        ]
+        for new, old, filled in zip(grown, self._tensors, (1, TILE, 0), strict=False):
+            count = self._tensors[0].shape[2] * filled or dim
+            new[:, :, :count] = old
         self._tensors = grown
 
     def _bring(self, held: Held, row: int, base: int, end: int) -> None:
