@@ -123,6 +123,8 @@ class _Hashes(Kept[HashSet]):
             self._bases[row], self._done[row] = base, 0
             if end:
                 means.copy_(keys[:, self.kind.sinks : base].float().mean(dim=1))
+        if self._done[row] >= end:
+            return
         for begin in range(self._done[row] // _BLOCK * _BLOCK, end, _BLOCK):
             some = keys[:, begin : min(begin + _BLOCK, end)].float() - means[:, None]
             count = some.shape[1]
@@ -132,7 +134,7 @@ class _Hashes(Kept[HashSet]):
             found = self.kind.codes(some).unflatten(1, (-1, TILE)).transpose(2, 3)
             first, last = begin // TILE, ceil_div(begin + count, TILE)
             codes[:, first:last] = found[:, : last - first]
-        self._done[row] = max(self._done[row], end)
+        self._done[row] = end
 
     def cut(self, slots: int) -> None:
         for row, start in enumerate(self._starts):
