@@ -11,8 +11,8 @@
 round draws queries for 8 steps in a row, each of which adds a token, and every contender reads them in turn: our dense
 kernel, torch's SDPA, and methods with a budget of 2,048 tokens, whose state is that of a request (a choice that serves
 several steps is made once in them). Seconds are of a step; *planning* is the part that goes to the choice, *ratio* the
-median over rounds of our dense kernel's seconds over the method's, and *bytes* what keys, values and bounds a step
-reads. Bounds of the prompt are there before.
+median over rounds of our dense kernel's seconds over the method's, and *bytes* what a step reads of keys, values and of
+what the store keeps for the method (bounds, labels, hashes, centroids), which is there of the prompt before.
 
 *model*: a pretrained model reads windows of a text densely, and the last tokens one by one, by each method
 (`gossamer.evaluate.steps`): divergence from dense steps, share of equal predictions, loss, share of the cache that was
@@ -45,21 +45,32 @@ from gossamer.backends.torch.dense import sdpa
 from gossamer.cache import StoreLayer
 from gossamer.call import AttentionCall
 from gossamer.cli.specs import parse_method, split_specs
-from gossamer.methods import Dense
+from gossamer.methods import Dense, DoubleSparsity, LServe, MagicPIG, Method, OracleTopK, Quest, RetroInfer
 from gossamer.plan import Extent
 from gossamer.policy import Policy
-from gossamer.summaries import PageBounds
 
 HEADS, GROUPS, DIM, STEPS, TOPICS = 32, 8, 128, 8, 64
-TIMED = "quest,quest(per_query_head=true),lserve(budget=2048)"
+TIMED = (
+    "quest,quest(per_query_head=true),lserve(budget=2048),double_sparsity,double_sparsity(bits=8),"
+    "double_sparsity(per_query_head=true),magicpig,retro_infer"
+)
 COMPARED = ",".join(
     [
+<<<<<<< HEAD
         f"{name}(budget={n})"
         for n in (128, 256, 512, 1024)
         for name in ("oracle_topk", "quest", "double_sparsity", "lserve")
     ]
     # As many tokens: 128 sinks, a window of half of the budget and up to a block more, and blocks.
     + [f"infllm(blocks={blocks},local={local})" for blocks, local in ((1, 64), (2, 256), (4, 512))]
+=======
+        f"{name}(budget={budget})"
+        for budget in (128, 256, 512, 1024)
+        for name in ("oracle_topk", "quest", "lserve", "double_sparsity")
+    ]
+    + [f"magicpig(hash_tables={tables})" for tables in (75, 150, 300)]
+    + [f"retro_infer(least=1024,probe={probe})" for probe in (0.018, 0.072, 0.288)]
+>>>>>>> ac75730cd3a673788aba4c625ee27f6f549c7e61
 )
 
 
@@ -93,9 +104,7 @@ class Contest:
         store, queries = filled(length, dtype, round_)
         names = list(self.wall)
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            size = _page(self.policies.get(name))
-            if size:
-                store.summary(PageBounds(size))
+            self._ask(name, store, queries[0])
             records: list[CallRecord] = []
             wake_threads()
             seconds, _ = timed(self.steps(name, store, queries, records))
@@ -105,6 +114,13 @@ class Contest:
                 self.planning[name].append(sum(record.plan_seconds for record in records) / STEPS)
             if records:
                 self.density[name] = sum(record.density for record in records) / len(records)
+
+    def _ask(self, name: str, store: StoreLayer, q: Tensor) -> None:
+        """Have the store work out what a method needs of the prompt."""
+        if name == "sdpa" or self.policies[name].decode is None:
+            return
+        k, v = store.read()
+        self.policies[name].decide(AttentionCall(q, k, v, Extent.full(1, 1, k.shape[2]), layer=2, store=store))
 
     def steps(self, name: str, store: StoreLayer, queries: Tensor, records: list[CallRecord]) -> Callable[[], None]:
         new = torch.zeros(1, GROUPS, 1, DIM, dtype=queries.dtype)
@@ -142,21 +158,33 @@ class Contest:
         }
 
     def _bytes(self, name: str, length: int, itemsize: int) -> float:
-        """Of keys and values, and of bounds, in 16 bits, where they are read; on average over steps.
+        """Of keys and values, and of what is kept beside them, where they are read; on average over steps.
 
         Where query heads choose apart, as if no two of them chose the same.
         """
-        policy = self.policies.get(name)
-        page, method = _page(policy), None if policy is None else policy.decode
-        bounds = 2 * 2 * length / page / getattr(method, "interval", 1) if page else 0.0
-        heads = HEADS if getattr(method, "per_query_head", False) else GROUPS
-        return DIM * (2 * itemsize * length * self.density[name] * heads + GROUPS * bounds)
+        method = None if name not in self.policies else self.policies[name].decode
+        apart = getattr(method, "per_query_head", False) or isinstance(method, MagicPIG)
+        read = 2 * DIM * itemsize * length * self.density[name] * (HEADS if apart else GROUPS)
+        return read + GROUPS * length * beside(method, itemsize)
 
 
-def _page(policy: Policy | None) -> int | None:
-    """Tokens of the pages whose bounds a method reads."""
-    method = None if policy is None else policy.decode
-    return getattr(method, "logical", getattr(method, "page", None))
+def beside(method: Method | None, itemsize: int) -> float:
+    """Bytes a token and key/value head that a step reads besides keys and values, before it chooses."""
+    match method:
+        case Quest():
+            return 2 * 2 * DIM / method.page
+        case LServe():
+            return 2 * 2 * DIM / method.logical / method.interval
+        case DoubleSparsity():
+            return DIM // method.group_factor * method.bits / 8 + (4 if method.bits < 16 else 0)
+        case MagicPIG():
+            return 2 * method.hash_tables
+        case RetroInfer():
+            return itemsize * DIM / method.size + 4
+        case OracleTopK():
+            return itemsize * DIM
+        case _:
+            return 0.0
 
 
 @torch.inference_mode()

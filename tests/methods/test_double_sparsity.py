@@ -46,7 +46,7 @@ def naive(call: AttentionCall, method: DoubleSparsity) -> list[list[set[int]]]:
         chosen = []
         for head in range(heads):
             members = [head] if method.per_query_head else range(head * call.share, (head + 1) * call.share)
-            scores = []
+            scores: list[list[float]] = []
             for one in members:
                 if method.channels:
                     table = method.channels[LAYER]
@@ -54,7 +54,7 @@ def naive(call: AttentionCall, method: DoubleSparsity) -> list[list[set[int]]]:
                 else:
                     channels = naive_channels(call, row, one // call.share, count)
                 scores.append(naive_scores(call, row, one, channels, method.bits))
-            one = scores[0] if len(scores) == 1 else [sum(x) for x in zip(*map(softmax, scores), strict=True)]
+            one = scores[0] if len(scores) == 1 else [float(sum(x)) for x in zip(*map(softmax, scores), strict=True)]
             chosen.append(best(one, method.budget, {len(one) - 1}))
         rows.append(chosen)
     return rows

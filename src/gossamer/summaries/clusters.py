@@ -168,14 +168,14 @@ class _Clusters(Kept[ClusterSet]):
         return count if count <= tokens else max(1, tokens // segments) * segments
 
     def _joined(self, held: Held) -> ClusterSet:
-        groups, place = held.keys.shape[1], {"device": held.keys.device}
+        groups, device = held.keys.shape[1], held.keys.device
         counts = tuple(sum(piece.sizes.shape[1] for piece in row.pieces) for row in self._rows)
         most, last = max(counts, default=0), max((row.pieces[-1].stop for row in self._rows if row.pieces), default=0)
         shape = len(self._rows), groups
         centroids = held.keys.new_zeros(*shape, most, held.keys.shape[3])
         means = held.values.new_zeros(*shape, most, held.values.shape[3])
-        sizes = torch.zeros(*shape, most, dtype=torch.int64, **place)
-        owners = torch.full((*shape, last), -1, dtype=torch.int32, **place)
+        sizes = torch.zeros(*shape, most, dtype=torch.int64, device=device)
+        owners = torch.full((*shape, last), -1, dtype=torch.int32, device=device)
         for n, row in enumerate(self._rows):
             done = 0
             for piece in row.pieces:

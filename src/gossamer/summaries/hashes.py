@@ -104,16 +104,16 @@ class _Hashes(Kept[HashSet]):
             if self._tensors[0].is_inference() and not torch.is_inference_mode_enabled():
                 self._tensors = [x.clone() for x in self._tensors]
             return
-        room, place = tiles + ceil_div(tiles, 8) + _BLOCK // TILE, {"device": held.keys.device}
-        codes = torch.zeros(batch, groups, room, self.kind.tables, TILE, dtype=torch.int16, **place)
-        grown = [codes, torch.zeros(batch, groups, room * TILE, **place), torch.zeros(batch, groups, dim, **place)]
-        if self._tensors:
-            had = self._tensors[0].shape[2]
-            grown[0][:, :, :had], grown[1][:, :, : had * TILE], grown[2] = (
-                self._tensors[0],
-                self._tensors[1],
-                self._tensors[2].clone(),
-            )
+        room, device = tiles + ceil_div(tiles, 8) + _BLOCK // TILE, held.keys.device
+        codes = torch.zeros(batch, groups, room, self.kind.tables, TILE, dtype=torch.int16, device=device)
+        grown = [
+            codes,
+            torch.zeros(batch, groups, room * TILE, device=device),
+            torch.zeros(batch, groups, dim, device=device),
+        ]
+        for new, old, filled in zip(grown, self._tensors, (1, TILE, 0), strict=False):
+            count = self._tensors[0].shape[2] * filled or dim
+            new[:, :, :count] = old
         self._tensors = grown
 
     def _bring(self, held: Held, row: int, base: int, end: int) -> None:
@@ -123,6 +123,8 @@ class _Hashes(Kept[HashSet]):
             self._bases[row], self._done[row] = base, 0
             if end:
                 means.copy_(keys[:, self.kind.sinks : base].float().mean(dim=1))
+        if self._done[row] >= end:
+            return
         for begin in range(self._done[row] // _BLOCK * _BLOCK, end, _BLOCK):
             some = keys[:, begin : min(begin + _BLOCK, end)].float() - means[:, None]
             count = some.shape[1]
@@ -132,7 +134,7 @@ class _Hashes(Kept[HashSet]):
             found = self.kind.codes(some).unflatten(1, (-1, TILE)).transpose(2, 3)
             first, last = begin // TILE, ceil_div(begin + count, TILE)
             codes[:, first:last] = found[:, : last - first]
-        self._done[row] = max(self._done[row], end)
+        self._done[row] = end
 
     def cut(self, slots: int) -> None:
         for row, start in enumerate(self._starts):
