@@ -56,21 +56,14 @@ TIMED = (
 )
 COMPARED = ",".join(
     [
-<<<<<<< HEAD
-        f"{name}(budget={n})"
-        for n in (128, 256, 512, 1024)
-        for name in ("oracle_topk", "quest", "double_sparsity", "lserve")
-    ]
-    # As many tokens: 128 sinks, a window of half of the budget and up to a block more, and blocks.
-    + [f"infllm(blocks={blocks},local={local})" for blocks, local in ((1, 64), (2, 256), (4, 512))]
-=======
         f"{name}(budget={budget})"
         for budget in (128, 256, 512, 1024)
         for name in ("oracle_topk", "quest", "lserve", "double_sparsity")
     ]
+    # As many tokens: 128 sinks, a window of half of the budget and up to a block more, and blocks.
+    + [f"infllm(blocks={blocks},local={local})" for blocks, local in ((1, 64), (2, 256), (4, 512))]
     + [f"magicpig(hash_tables={tables})" for tables in (75, 150, 300)]
     + [f"retro_infer(least=1024,probe={probe})" for probe in (0.018, 0.072, 0.288)]
->>>>>>> ac75730cd3a673788aba4c625ee27f6f549c7e61
 )
 
 
