@@ -9,6 +9,7 @@
 #include "kernels/page_scores.h"
 #include "kernels/read_page.h"
 #include "kernels/score_job.h"
+#include "kernels/stored_rows.h"
 
 namespace gossamer {
 namespace {
@@ -403,7 +404,8 @@ const ScoreKernels* score_kernels() {
       Code::energy,    Code::run_mass,     Code::run_maxima,            Code::add_peaks,
       Code::template largest<true>,        Code::template largest<false>,
       Code::mark_above, Code::products,    Code::softmax,               Code::turn,
-      Code::mean,       Code::bounds,      score_pages<typename Isa::Vec>,   read_page<typename Isa::Vec>};
+      Code::mean,       Code::bounds,      score_pages<typename Isa::Vec>,   read_page<typename Isa::Vec>,
+      copy_stored<typename Isa::Vec>};
   return &kernels;
 }
 

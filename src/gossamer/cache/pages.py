@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gossamer.encoded import EncodedTokens
 from gossamer.plan.integers import ceil_div
 
 __all__ = ["PageBounds"]
@@ -60,22 +61,22 @@ class PageBounds:
                 self._bounds = self._bounds.clone()  # such tensors are written in that mode alone
             rows = [slice(None)] if len(set(starts)) == 1 else [slice(b, b + 1) for b in range(batch)]
             for row in rows:
-                self._renew(self._bounds[row], keys[row], starts[row.start or 0])
+                self._renew(self._bounds[row], keys, row, starts[row.start or 0])
             self._slots = slots
         return self._bounds[:, :, :pages]
 
-    def _renew(self, bounds: Tensor, keys: Tensor, start: int) -> None:
-        """From the page on that holds the first new key."""
+    def _renew(self, bounds: Tensor, keys: Tensor, row: slice, start: int) -> None:
+        """Of some batch rows, from the page on that holds the first new key."""
         size, slots = self.size, keys.shape[2]
         page = max(self._slots - start, 0) // size
         begin = start + page * size
         whole = max(slots - begin, 0) // size
         past = begin + whole * size
         if whole:
-            pages = keys[:, :, begin:past].unflatten(2, (whole, size))
+            pages = _between(keys, begin, past)[row].unflatten(2, (whole, size))
             self._put(bounds[:, :, page : page + whole], pages, 3)
         if past < slots:
-            self._put(bounds[:, :, page + whole], keys[:, :, past:], 2)
+            self._put(bounds[:, :, page + whole], _between(keys, past, slots)[row], 2)
 
     @staticmethod
     def _put(to: Tensor, keys: Tensor, dim: int) -> None:
@@ -95,6 +96,11 @@ class PageBounds:
         self._starts = [self._starts[row] for row in index.tolist()] if self._starts else []
         if self._bounds is not None:
             self._bounds = self._bounds.index_select(0, index.to(self._bounds.device))
+
+
+def _between(keys: Tensor, first: int, last: int) -> Tensor:
+    """Some slots; of encoded ones no others are decoded."""
+    return keys.between(first, last) if isinstance(keys, EncodedTokens) else keys[:, :, first:last]
 
 
 def _raised(x: Tensor) -> Tensor:
