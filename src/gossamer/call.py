@@ -10,11 +10,11 @@ from typing import Any, Protocol, TypedDict, TypeVar, overload
 import torch
 from torch import Tensor
 
-from gossamer.paged import Paged
 from gossamer.plan import Extent, SparsePlan
 from gossamer.plan.checks import checks_numbers
 from gossamer.rotary import Rotary
 from gossamer.summaries import Summary
+from gossamer.unread import Unread
 
 __all__ = ["AttentionCall", "CallFields", "Store"]
 
@@ -344,7 +344,7 @@ def _of_heads(x: Tensor | None, heads: Sequence[int]) -> Tensor | None:
     first, last = (heads[0], heads[-1] + 1) if heads else (0, 0)
     if last - first != len(heads):
         return x[:, list(heads)]
-    return x.of_heads(first, last) if isinstance(x, Paged) else x[:, first:last]
+    return x.of_heads(first, last) if isinstance(x, Unread) else x[:, first:last]
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent, SparsePlan
 from gossamer.summaries import Held, Kept, Summary
+from gossamer.unread import Unread
 
 __all__ = ["Part", "StoreLayer", "is_locked", "marked", "store_of"]
 
@@ -38,8 +39,9 @@ class StoreLayer(DynamicLayer):
     * `before_update` and `attended`, which run before tokens are added and after the attention that first read them;
       an eviction calls `keep` there. Both do nothing here.
     * `append`, `read` and `rearrange`, for a layer that stores something else than the keys and values themselves:
-      add tokens, give all keys and values for one attention call, and apply a function to everything with a batch
-      dimension. Whoever overrides them also overrides `cut` and `keep`, or says that it cannot (`is_croppable`).
+      add tokens, give all keys and values for one attention call (a `gossamer.unread.Unread` serves), and apply a
+      function to everything with a batch dimension. Whoever overrides them also overrides `cut` and `keep`, or says
+      that it cannot (`is_croppable`).
 
     Attributes:
         keys, values: views ``[B, G, slots, D]`` and ``[B, G, slots, Dv]``; None before the first update.
@@ -386,7 +388,8 @@ Part = tuple[list[int], StoreLayer]
 
 def marked(keys: Tensor, store: StoreLayer) -> Tensor:
     """Keys that know the layer that gave them."""
-    keys = keys[:]  # a view of its own: the layer holds nothing that holds the layer
+    if not isinstance(keys, Unread):  # those are made for each call
+        keys = keys[:]  # a view of its own: the layer holds nothing that holds the layer
     setattr(keys, _STORE, store)
     return keys
 

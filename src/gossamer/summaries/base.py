@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.plan.integers import ceil_div
+from gossamer.unread import Unread
 
 __all__ = ["Growing", "Held", "Kept", "Summary", "raised"]
 
@@ -46,7 +47,8 @@ class Held:
 
     def keys_from(self, slot: int) -> Tensor:
         """Those of the slots from ``slot`` on: ``[B, G, T - slot, D]``."""
-        return self.keys[:, :, slot:]
+        keys = self.keys
+        return keys.between(slot, self.slots) if isinstance(keys, Unread) else keys[:, :, slot:]
 
 
 class Summary(ABC, Generic[T]):

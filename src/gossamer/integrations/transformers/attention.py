@@ -228,7 +228,9 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     if extent is None or reason is not None:
         read = with_keys(asked)
         return _counted(owner, read, reason, lambda: _densely(None, read, _Extras()))
-    keys, values = asked.key[:, :, :used], asked.value[:, :, :used]
+    keys, values = asked.key, asked.value
+    if used < asked.key_len:
+        keys, values = keys[:, :, :used], values[:, :, :used]
     several = asked.query_len > 1 or used == 1  # or a prompt of one token
     whole = several and (store is None or not store.dropped)  # else keys do not stand one after the other
     rotary = owner.rotary(extent) if owner.rotary is not None and whole else None
