@@ -100,14 +100,12 @@ class StoreLayer(DynamicLayer):
         assert self.values is not None
         return self.keys, self.values
 
+    stands_in = False
+    """Whether decode steps get no keys and values, and are attended by `attend`; see `gossamer.call.Store`."""
+
     def shown(self, count: int) -> tuple[Tensor, Tensor]:
         """What `update` gives a call of ``count`` tokens: all keys and values, or stand-ins where `stands_in`."""
         return self.read()
-
-    @property
-    def stands_in(self) -> bool:
-        """Whether decode steps get no keys and values, and are attended by `attend`."""
-        return False
 
     def attend(self, call: AttentionCall, plan: SparsePlan | None) -> tuple[Tensor, Tensor]:
         """Where it `stands_in`; see `gossamer.call.Store.attend`."""
@@ -218,9 +216,7 @@ class StoreLayer(DynamicLayer):
 
     def begin(self, kind: Summary[T]) -> Kept[T]:
         """Keep up a summary from now on, and show it the queries of prompts where it wants them."""
-        if kind not in self._summaries:
-            self._summaries[kind] = kind.begin()
-        return self._summaries[kind]
+        return self._summaries.setdefault(kind, kind.begin())
 
     def seen(self, call: AttentionCall) -> None:
         """A call's queries, and all keys, for summaries that want them; before `attended`."""
