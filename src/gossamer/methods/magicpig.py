@@ -99,7 +99,8 @@ class MagicPIG(Reducing):
         q = call.q[:, :, 0].float()
         mean = hashes.mean.repeat_interleave(call.share, dim=1)
         products = (keys[:, :, : sampled.shape[2]].float() @ q[..., None])[..., 0] - (q * mean).sum(-1, keepdim=True)
-        norms = hashes.norms.repeat_interleave(call.share, dim=1).gather(2, sampled.clamp(min=0))
+        shared = sampled.clamp(min=0).unflatten(1, (call.groups, call.share)).flatten(2)
+        norms = hashes.norms.gather(2, shared).view(sampled.shape)
         cosine = products / (norms * q.norm(dim=-1, keepdim=True)).clamp(min=1e-30)
         return collision_probability(cosine.clamp(-1, 1).double().acos(), self.bits, self.hash_tables).float()
 

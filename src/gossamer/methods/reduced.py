@@ -67,12 +67,23 @@ def listed(mask: Tensor) -> Tensor:
 
 
 def gathered(call: AttentionCall, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[B, heads, n, .]`` of positions int64 ``[B, heads, n]``, heads G or H; anything at ``-1``."""
+    """Keys and values ``[B, heads, n, .]`` of positions int64 ``[B, heads, n]``, heads G or H; at -1 the first."""
     batch, heads = index.shape[:2]
     row = torch.arange(batch, device=index.device)[:, None, None]
     group = torch.arange(heads, device=index.device)[:, None] // (heads // call.groups)
     slot = index.clamp(min=0) + on_device(call.extent.key_start, index.device)[:, None, None]
-    return call.k[row, group, slot], call.values[row, group, slot]
+    return _taken(call.k, row, group, slot), _taken(call.values, row, group, slot)
+
+
+def _taken(x: Tensor, row: Tensor, group: Tensor, slot: Tensor) -> Tensor:
+    """``x[row, group, slot]``, as rows of a matrix where all of ``x`` lies in one: that is copied by whole rows."""
+    of_row, of_group, of_slot, one = x.stride()
+    if type(x) is not Tensor or one != 1 or not of_slot or of_row % of_slot or of_group % of_slot:
+        return x[row, group, slot]
+    place = row * (of_row // of_slot) + group * (of_group // of_slot) + slot
+    count = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) // of_slot
+    matrix = x.as_strided((count, x.shape[3]), (of_slot, 1))
+    return matrix.index_select(0, place.flatten()).unflatten(0, place.shape)
 
 
 def reduced_call(call: AttentionCall, k: Tensor, v: Tensor, bias: Tensor) -> Reduced:
@@ -82,7 +93,5 @@ def reduced_call(call: AttentionCall, k: Tensor, v: Tensor, bias: Tensor) -> Red
     extent = Extent(rows * (count - 1), call.extent.query_count, rows * 0, rows * count)
     held = heads * int(call.extent.key_count.sum())
     read = int((bias > float("-inf")).sum())
-    dead = bias == float("-inf")
-    k, v = (x.masked_fill(dead[..., None], 0.0) for x in (k, v))
     fields = {"store": None, "state": None, "rotary": None, "layout": None}
     return Reduced(replace(call, k=k, v=v, extent=extent, bias=bias, **fields), read / held if held else 1.0)
