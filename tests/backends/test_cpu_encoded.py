@@ -133,11 +133,12 @@ def test_chosen_tokens_and_pages(coding: str) -> None:
     tokens = torch.tensor([0, 3, 64, 65, 130, 131, 132, 250, 255, 256, 260, 299], dtype=torch.int32)
     columns = torch.tensor([0, 12, 24]), tokens.repeat(2)
     check(call, SparsePlan(2, 1, 300, call.extent, column_indptr=columns[0], column_indices=columns[1]))
-    blocks = {
-        "block_indptr": torch.tensor([0, 3, 5]),
-        "block_indices": torch.tensor([0, 2, 4, 1, 3], dtype=torch.int32),
-    }
-    check(fresh(call), SparsePlan(**fields, **blocks, sink=2, window=9))
+    indptr, indices = torch.tensor([0, 3, 5]), torch.tensor([0, 2, 4, 1, 3], dtype=torch.int32)
+    bands = torch.tensor([2, 2], dtype=torch.int32), torch.tensor([9, 9], dtype=torch.int32)
+    plan = SparsePlan(
+        2, 1, 300, call.extent, block_indptr=indptr, block_indices=indices, sink=bands[0], window=bands[1]
+    )
+    check(fresh(call), plan)
 
 
 @pytest.mark.parametrize("coding", CODINGS)
