@@ -304,7 +304,7 @@ class AttentionCall:
             "state": self.state is not None,
             "rotary": self.rotary is not None,
             "one query": self.query_len == 1,
-            "whole prompt": not bool((self.extent.first_position > 0).any()),
+            "whole prompt": "whole prompt" in needs and not bool((self.extent.first_position > 0).any()),
         }
         for need in sorted(needs):
             if need not in offers:
