@@ -4,6 +4,8 @@
         [--rounds N] [--threads N] [--out FILE]
     python benchmarks/decoding.py model MODEL [--lengths 4096,16384] [--steps 64] [--texts N] [--methods LIST]
         [--out FILE]
+    python benchmarks/decoding.py tokens MODEL [--lengths 32768] [--steps 16] [--rounds N] [--methods LIST]
+        [--prefill METHOD]
 
 *attention*: one layer of 32 query heads on 8 with 128 channels and a cache of so many tokens, as a store holds it. A
 round draws queries for 8 steps in a row, each of which adds a token, and every contender reads them in turn: our dense
@@ -14,7 +16,11 @@ what the store keeps for the method (bounds, labels, hashes, centroids), which i
 
 *model*: a pretrained model reads windows of a text densely, and the last tokens one by one, by each method
 (`gossamer.evaluate.steps`): divergence from dense steps, share of equal predictions, loss, share of the cache that was
-read, seconds of a step. Rows replace those of the file for the same method, length and dtype or model.
+read, seconds of a step.
+
+*tokens*: the same model reads one text, by ``--prefill``, and then single tokens on that cache, by each method in turn,
+by our dense kernel and by transformers' own sdpa with its own cache: tokens a second, and the median over rounds of
+sdpa's seconds over the method's. Rows replace those of the file for the same method, length and dtype or model.
 """
 
 from __future__ import annotations
@@ -54,6 +60,8 @@ COMPARED = ",".join(
         for budget in (128, 256, 512, 1024)
         for name in ("oracle_topk", "quest", "lserve", "double_sparsity")
     ]
+    # As many tokens: 128 sinks, a window of half of the budget and up to a block more, and blocks.
+    + [f"infllm(blocks={blocks},local={local})" for blocks, local in ((1, 64), (2, 256), (4, 512))]
     + [f"magicpig(hash_tables={tables})" for tables in (75, 150, 300)]
     + [f"retro_infer(least=1024,probe={probe})" for probe in (0.018, 0.072, 0.288)]
 )
@@ -217,19 +225,72 @@ def model(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+@torch.inference_mode()
+def tokens(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from transformers import DynamicCache
+
+    import gossamer
+    from gossamer.cli.generation import load_checked, load_tokenizer
+    from gossamer.cli.pretrained import model_folder
+    from gossamer.evaluate.haystack import load_haystack
+    from gossamer.evaluate.steps import read_steps
+
+    path, steps = model_folder(arguments.model), arguments.steps
+    loaded, tokenizer = load_checked(path, arguments.dtype), load_tokenizer(path)
+    text = tokenizer(load_haystack(arguments.text).text, return_tensors="pt")["input_ids"]
+    rows = []
+    for length in map(int, arguments.lengths.split(",")):
+        ids = text.repeat(1, -(-length // text.shape[1]))[:, :length]
+        with gossamer.enable(loaded, parse_method(arguments.prefill), cache="keep") as handle:
+            kept = handle.new_cache()
+            loaded(input_ids=ids[:, :-steps], past_key_values=kept, use_cache=True, logits_to_keep=1)
+        stock = DynamicCache(config=loaded.config)
+        for index, layer in enumerate(kept.layers):
+            stock.update(*layer.read(), index)
+        names = ["sdpa", "dense", *split_specs(arguments.methods or "quest(budget=2048),lserve(budget=2048)")]
+        wall: dict[str, list[float]] = {name: [] for name in names}
+        share: dict[str, float] = dict.fromkeys(names, 1.0)
+        for n in range(arguments.rounds + 1):
+            for name in names[n % len(names) :] + names[: n % len(names)]:
+                wake_threads()
+                if name == "sdpa":
+                    _, seconds = read_steps(loaded, ids[:, -steps:], stock)
+                    stock.crop(-steps)
+                else:
+                    decode = None if name == "dense" else parse_method(name)
+                    with gossamer.enable(loaded, Policy(Dense("gossamer"), decode=decode), cache="keep") as handle:
+                        _, seconds = read_steps(loaded, ids[:, -steps:], kept)
+                        share[name] = statistics.fmean(layer.step_density for layer in handle.stats())
+                    kept.crop(-steps)
+                if n:
+                    wall[name].append(statistics.median(seconds))
+        for name in names:
+            ratios = [theirs / own for theirs, own in zip(wall["sdpa"], wall[name], strict=True)]
+            rows.append(
+                {"section": "tokens", "method": name, "length": length, "dtype": arguments.dtype}
+                | {"model": arguments.name or arguments.model.stem, "steps": steps, "rounds": arguments.rounds}
+                | {"read": round(share[name], 5), "median_s": round(statistics.median(wall[name]), 5)}
+                | {"tokens_per_s": round(1 / statistics.median(wall[name]), 3)}
+                | {"ratio": round(statistics.median(ratios), 3), "each_s": [round(s, 5) for s in wall[name]]}
+            )
+            print(*what(rows[-1])[1:], f"{rows[-1]['tokens_per_s']} tokens/s", rows[-1]["ratio"], flush=True)
+    return rows
+
+
 def what(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(field) for field in ("section", "method", "length", "dtype", "model"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("section", choices=["attention", "model"])
+    parser.add_argument("section", choices=["attention", "model", "tokens"])
     parser.add_argument("model", type=Path, nargs="?", help="folder or GGUF file")
     parser.add_argument("--lengths", default=None)
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of attention")
     parser.add_argument("--dtype", default="float32", help="of a model")
     parser.add_argument("--methods", default=None)
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--prefill", default="minference", help="of tokens: what reads the text")
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--text", default="package", help="file; default: gossamer's own text")
     parser.add_argument("--name", default=None, help="of the model in the rows; default: its file's")
@@ -237,12 +298,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None, help="default: in the folder of this machine's results")
     arguments = parser.parse_args()
-    if (arguments.section == "model") != (arguments.model is not None):
-        parser.error("a model is for the section `model`, which needs one")
+    if (arguments.section != "attention") != (arguments.model is not None):
+        parser.error("a model is for the sections `model` and `tokens`, which need one")
     torch.set_num_threads(arguments.threads)
-    arguments.lengths = arguments.lengths or ("4096,16384" if arguments.model else "32768,131072")
+    usual = {"attention": "32768,131072", "model": "4096,16384", "tokens": "32768"}
+    arguments.lengths = arguments.lengths or usual[arguments.section]
     bystanders = Bystanders()
-    rows = model(arguments) if arguments.model else attention(arguments)
+    rows = {"attention": attention, "model": model, "tokens": tokens}[arguments.section](arguments)
     path = arguments.out or results("decoding.json")
     measured = {what(row) for row in rows}
     before = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -7,7 +7,12 @@ from marked import markdown
 
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 TIMED = ("dtype", "tokens", "read by", "of the pairs", "MB read", "ms", "times as fast as all of it", "planning")
-COMPARED = ("model", "tokens", "read by", "of the cache", "KL to dense steps", "same predictions", "nats a token")
+COMPARED = (
+    *("model", "tokens", "read by", "of the cache", "mass read", "best mass"),
+    *("KL to dense steps", "same predictions", "nats a token"),
+)
+TIERED = ("read by", "of the keys", "found in memory", "MB in memory", "MB in the file", "ms a step", "times as fast")
+SERVED = ("model", "dtype", "tokens", "read by", "of the cache", "ms a token", "tokens/s", "over sdpa")
 ALL = {"dense": "gossamer, all", "sdpa": "torch, all"}
 
 
@@ -50,6 +55,7 @@ def losses_table(found: dict[str, Any]) -> Table | None:
             f"{row['length']:,}",
             "all" if row["method"] == "dense" else f"`{row['method']}`",
             f"{row['read']:.1%}",
+            *(f"{row[name]:.3f}" if row.get(name) is not None else "" for name in ("recall", "oracle_recall")),
             f"{row['kl']:.4f}",
             f"{row['top1']:.3f}",
             f"{row['nats']:.3f}",
@@ -60,3 +66,56 @@ def losses_table(found: dict[str, Any]) -> Table | None:
     texts = {(row["texts"], row["steps"]) for row in found["rows"] if row["section"] == "model"}
     above = "; ".join(f"means over {steps} steps of each of {count} texts" for count, steps in sorted(texts))
     return (f"{above[:1].upper()}{above[1:]}.", COMPARED, made) if made else None
+
+
+def tokens(found: dict[str, Any], _: Path) -> str | None:
+    """Of models: tokens a second, a row for each contender."""
+    rows = [row for row in found["rows"] if row["section"] == "tokens"]
+    named = {"sdpa": "transformers, sdpa", "dense": "gossamer, all"}
+    made = [
+        (
+            row["model"],
+            row["dtype"],
+            f"{row['length']:,}",
+            named.get(row["method"], f"`{row['method']}`"),
+            f"{row['read']:.1%}",
+            f"{1e3 * row['median_s']:.0f}",
+            f"{row['tokens_per_s']:.2f}",
+            f"{row['ratio']:.2f}",
+        )
+        for row in rows
+    ]
+    return (
+        markdown(f"Medians of {rows[0]['rounds']} rounds of {rows[0]['steps']} steps.", SERVED, made) if made else None
+    )
+
+
+def tiers(found: dict[str, Any], _: Path) -> str:
+    """Steps on a cache in a file."""
+    setting, first = found["setting"], found["rows"][0]
+    above = (
+        f"{first['layers']} layers of {setting['heads']} query heads on {setting['groups']} with {setting['dim']} "
+        f"channels, {first['dtype']}, {first['length']:,} tokens, one in {setting['share']} of them in memory."
+    )
+    named = {"memory": "all, in memory", "whole": "all, from the file"}
+    made = [
+        (
+            named.get(row["method"], f"`{row['method']}`"),
+            f"{row['density']:.1%}",
+            f"{row['found_in_memory']:.0%}" if row["found_in_memory"] else "",
+            f"{row['memory_bytes'] / 1e6:.0f}",
+            f"{row['file_bytes'] / 1e6:.0f}" if row["file_bytes"] else "",
+            f"{1e3 * row['mean_s']:.0f}",
+            f"{row['ratio']:.1f}" if row["ratio"] else "",
+        )
+        for row in found["rows"]
+    ]
+    return markdown(above, TIERED, made)
+
+
+TABLES = {
+    "decode_steps": ("decoding.json", steps),
+    "decode_losses": ("decoding.json", losses),
+    "decode_tokens": ("decoding.json", tokens),
+    "decode_tiers": ("tiers.json", tiers),
+}

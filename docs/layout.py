@@ -12,7 +12,8 @@ PICTURE = HERE / "images" / "layout.svg"
 # From the ground up: a module may import what stands below it, and its own room.
 LEVELS = [
     ["plan"],
-    ["paged", "rotary", "summaries"],
+    ["unread"],
+    ["paged", "encoded", "rotary", "summaries"],
     ["call", "rules"],
     ["backends"],
     ["oracle", "scores"],

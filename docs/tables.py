@@ -5,6 +5,7 @@ Files of several machines stand beside each other, ``benchmarks/results/<machine
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -362,8 +363,7 @@ TABLES = {
     ),
     "linear_shares": lambda: chosen("linear_*.json", contender_tables.shares_table),
     "linear_variants": lambda: chosen("linear_*.json", contender_tables.variants_table),
-    "decode_steps": lambda: for_each_machine("decoding.json", decoding_tables.steps),
-    "decode_losses": lambda: for_each_machine("decoding.json", decoding_tables.losses),
+    **{name: partial(for_each_machine, *found) for name, found in decoding_tables.TABLES.items()},
     "paged": lambda: for_each_machine("paged.json", lambda found, _: markdown(*serving_tables.paged_table(found))),
     "extend": lambda: of_extension(training_tables.extend_table),
     "extend_seeds": lambda: of_extension(training_tables.seeds_table),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gossamer import AttentionCall, SparsePlan
 from gossamer.backends import cpu
-from gossamer.evaluate.steps import compare_steps
+from gossamer.evaluate.steps import compare_steps, mass_read
 from gossamer.methods import OracleTopK, Quest
 
 REFERENCE = Path(__file__).resolve().parent.parent / "models" / "reference"
@@ -36,6 +37,26 @@ def test_steps_are_timed_beside_dense_ones(script, monkeypatch, tmp_path):
     assert 0 < rows["lserve(budget=192)"]["planning_share"] < 1
 
 
+def test_the_mass_that_a_step_reads():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 4, 1, 8, generator=generator), torch.randn(1, 2, 20, 8, generator=generator)
+    call = AttentionCall(q, k, k, scale=0.9)
+    chosen = [[1, 5, 19], [0, 19]]
+    plan = SparsePlan(
+        heads=2,
+        query_len=1,
+        key_len=20,
+        extent=call.extent,
+        column_indptr=torch.tensor([0, 3, 5]),
+        column_indices=torch.tensor(chosen[0] + chosen[1], dtype=torch.int32),
+    )
+    weights = (q.view(2, 2, 8) @ k[0].mT * 0.9).softmax(-1)
+    own = [float(weights[head // 2, head % 2, chosen[head // 2]].sum()) for head in range(4)]
+    best = [weights[g].sum(0).topk(len(chosen[g])).indices for g in range(2)]
+    bound = [float(weights[head // 2, head % 2, best[head // 2]].sum()) for head in range(4)]
+    assert mass_read(call, plan) == pytest.approx((sum(own) / 4, sum(bound) / 4), rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def text():
     model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval()
@@ -50,7 +71,11 @@ def test_what_steps_lose(text):
     assert list(found) == ["dense", *methods]
     assert found["all"].kl == pytest.approx(0.0, abs=1e-6)
     assert (found["all"].read, found["all"].top1) == (1.0, 1.0)
+    assert found["all"].recall is None  # there was nothing to choose
     assert found["quest"].kl > 0
+    # The newest token is always read.
+    assert 0.99 < found["bound"].recall / found["bound"].oracle_recall <= 1
+    assert 0.2 < found["quest"].recall < found["quest"].oracle_recall < 1
     assert found["quest"].read < 0.7
     with torch.no_grad():
         logits = model(tokens).logits[0, -6:-1].log_softmax(-1)
@@ -68,3 +93,18 @@ def test_a_text_has_more_tokens_than_steps(text, steps):
 def test_one_step_has_no_token_to_lose(text):
     model, tokens = text
     assert math.isnan(compare_steps(model, tokens, {}, steps=1)["dense"].nats)
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="needs the C++ kernels")
+def test_tokens_are_timed_beside_those_of_transformers(script, monkeypatch, tmp_path):
+    decoding, out = script("decoding"), tmp_path / "decoding.json"
+    given = ["decoding.py", "tokens", str(REFERENCE), "--lengths", "600", "--steps", "3", "--rounds", "1"]
+    more = ["--threads", "1", "--methods", "quest(budget=64)", "--dtype", "float32", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*given, *more])
+    assert decoding.main() == 0
+    rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["sdpa", "dense", "quest(budget=64)"]
+    assert rows["sdpa"]["ratio"] == 1.0
+    assert rows["dense"]["read"] == 1.0
+    assert rows["quest(budget=64)"]["read"] < 0.5
+    assert rows["dense"]["tokens_per_s"] == pytest.approx(1 / rows["dense"]["median_s"], rel=1e-2)

@@ -52,3 +52,13 @@ def test_what_choices_lose() -> None:
     assert 6.5 < lost["quest(budget=128)"] / lost["oracle_topk(budget=128)"] < 7.6
     assert lost["quest(budget=512)"] < 0.0005
     assert all(0.65 < lost[f"lserve(budget={budget})"] < 1.55 for budget in (128, 256, 512, 1024))
+
+
+def test_how_much_faster_a_file_is_read_in_part() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc-zen3-2-cores-avx2" / "tiers.json").read_text())
+    rows = {row["method"]: row for row in found["rows"]}
+    ratios = [rows[name]["ratio"] for name in ("infllm(local=2048)", "quest(budget=2048)", "lserve(budget=2048)")]
+    assert ratios == pytest.approx([29, 14, 34], abs=0.5)
+    held = [row["memory_bytes"] / rows["memory"]["memory_bytes"] for row in rows.values() if row["method"] != "memory"]
+    assert all(share < 0.19 for share in held)
+    assert rows["quest(budget=2048)"]["density"] / rows["infllm(local=2048)"]["density"] == pytest.approx(0.5, abs=0.03)

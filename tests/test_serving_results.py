@@ -104,3 +104,16 @@ def test_of_the_soak() -> None:
     worker = ours["memory_mib"]["VLLM::Worker"][0]
     mine, its = (round(one["VLLM::Worker"]) for one in rises)
     assert f"took {mine} MiB more, of {worker:,.0f}, and the stock server's {its}" in page
+
+
+def test_the_soak_that_is_flat() -> None:
+    path = ROOT / "benchmarks" / "results" / "amd-epyc-zen3-2-cores-avx2" / "vllm_checks.json"
+    soak = json.loads(path.read_text())["soak"]
+    found, free = soak["max_relative"], soak["unbounded"]
+    counts = found["requests"]
+    assert (sum(counts.values()), counts["gone"], counts["refused"], found["finished"]) == (996, 113, 57, 826)
+    assert found["wrong"] == []
+    worker = found["memory_mib"]["VLLM::Worker"]
+    assert (round(worker[0]), round(worker[-1])) == (1151, 1153)
+    first, last = free["memory_mib"]["VLLM::Worker"]
+    assert round(last - first) == 285

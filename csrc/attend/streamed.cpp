@@ -1,10 +1,12 @@
 #include "attend/streamed.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 #include <vector>
 
 #include "attend/partials.h"
+#include "kernels/stored_job.h"
 #include "runtime/budgets.h"
 #include "runtime/parallel.h"
 #include "runtime/workspace.h"
@@ -15,20 +17,29 @@ namespace {
 constexpr int64_t kCacheLine = 64;
 // Rows of a head of the plan that are streamed though they lie in two query blocks.
 constexpr int64_t kFewRows = 64;
+// Rows that read keys and values where they are stored: packing them pays where more rows read a tile.
+constexpr int64_t kReaders = 16;
 
 // A panel and the tiles that it runs over, with the keys that its gathered tiles name.
 struct Item {
   RowRange range;
   std::vector<Tile> tiles;
   std::vector<int32_t> gathered;
-  int64_t first_stretch = 0, stretches = 0;
+  int64_t first_stretch = 0, stretches = 0, tiles_a_stretch = 0;
+};
+
+// The keys and values of a tile, where they are stored.
+struct StoredTile {
+  StoredRows keys, values;
 };
 
 class Streamed {
  public:
   explicit Streamed(const Operands& operands)
       : o_(operands),
-        tiles_a_stretch_(std::max<int64_t>(1, kStretchBytes / o_.tile_bytes())),
+        packed_tiles_(std::max<int64_t>(1, kStretchBytes / o_.tile_bytes())),
+        reads_stored_(!o_.kernels.bf16_tiles && o_.call.k.dim == o_.padded_dim &&
+                      o_.call.v.dim == o_.padded_value_dim),
         values_fit_(!o_.kernels.bf16_tiles && o_.call.v.dtype == DType::kFloat32 &&
                     o_.call.v.dim == o_.padded_value_dim) {}
 
@@ -38,7 +49,8 @@ class Streamed {
     run_parallel(threads, static_cast<int64_t>(items_.size()), [&](int, int64_t n) { list_tiles(items_[n]); });
     for (Item& item : items_) {
       item.first_stretch = stretches_;
-      item.stretches = std::max<int64_t>(1, ceil_div(static_cast<int64_t>(item.tiles.size()), tiles_a_stretch_));
+      item.tiles_a_stretch = is_stored(item) ? kStoredTiles : packed_tiles_;
+      item.stretches = std::max<int64_t>(1, ceil_div(static_cast<int64_t>(item.tiles.size()), item.tiles_a_stretch));
       stretches_ += item.stretches;
     }
     place(nullptr, threads);
@@ -67,6 +79,8 @@ class Streamed {
       }
   }
 
+  bool is_stored(const Item& item) const { return reads_stored_ && item.range.heads * item.range.rows <= kReaders; }
+
   void list_tiles(Item& item) const {
     PanelRows rows;
     rows.collect(o_, item.range);
@@ -82,7 +96,7 @@ class Streamed {
     scratch_.resize(threads);
     packed_.resize(threads);
     for (char*& scratch : scratch_) scratch = pieces.take(panel_scratch_bytes(o_.padded_dim, o_.padded_value_dim));
-    for (char*& packed : packed_) packed = pieces.take(tiles_a_stretch_ * o_.tile_bytes());
+    for (char*& packed : packed_) packed = pieces.take(std::max(packed_tiles_, kStoredTiles) * o_.tile_bytes());
     partials_.place(pieces, stretches_, most_rows_, o_.call.v.dim);
     bytes_ = pieces.taken();
   }
@@ -92,15 +106,20 @@ class Streamed {
                                         [](int64_t n, const Item& item) { return n < item.first_stretch; });
     const Item& item = *(after - 1);
     const int64_t total = static_cast<int64_t>(item.tiles.size());
-    const int64_t first = std::min(total, (stretch - item.first_stretch) * tiles_a_stretch_);
-    const int64_t last = std::min(total, first + tiles_a_stretch_);
+    const int64_t first = std::min(total, (stretch - item.first_stretch) * item.tiles_a_stretch);
+    const int64_t last = std::min(total, first + item.tiles_a_stretch);
     PanelRows rows;
     rows.collect(o_, item.range);
     Panel panel = rows.panel(o_);
 
     std::vector<Tile> tiles(item.tiles.begin() + first, item.tiles.begin() + last);
     const PackedTiles packed = o_.tiles(packed_[thread]);
+    StoredTile stored[kStoredTiles];
     for (int64_t n = 0; n < last - first; ++n) {
+      if (is_stored(item)) {
+        place_stored(item.range, tiles[n], stored[n], packed.keys(n), packed.values(n));
+        continue;
+      }
       if (n + 1 < last - first) prefetch(item.range, tiles[n + 1]);
       pack(item.range, tiles[n], packed.keys(n), packed.values(n));
     }
@@ -110,6 +129,64 @@ class Streamed {
 
     if (item.stretches > 1) partials_.direct(panel, stretch, stretch == item.first_stretch);
     o_.kernels.attend(panel);
+  }
+
+  // Where a tile's keys and values are stored; those that are not stored alike are copied first.
+  void place_stored(const RowRange& range, Tile& tile, StoredTile& to, char* key_room, char* value_room) const {
+    const int count = keys_of(tile, range.b);
+    place_rows(o_.call.k, range, tile, count, to.keys, key_room);
+    place_rows(o_.call.v, range, tile, count, to.values, value_room);
+    tile.stored_keys = &to.keys;
+    tile.stored_values = &to.values;
+  }
+
+  void place_rows(const Tokens& tokens, const RowRange& range, const Tile& tile, int count, StoredRows& to,
+                  char* room) const {
+    const Extent& extent = o_.plan.extent();
+    const int64_t keys = extent.key_count[range.b], start = extent.key_start[range.b];
+    const int64_t group = o_.group_of(range.plan_head);
+    int64_t lowest = tile.first_position, highest = tile.first_position + count - 1;
+    if (tile.positions != nullptr) {
+      lowest = keys;
+      highest = -1;
+      for (int t = 0; t < count; ++t) {
+        if (tile.positions[t] < 0 || tile.positions[t] >= keys) continue;
+        lowest = std::min<int64_t>(lowest, tile.positions[t]);
+        highest = std::max<int64_t>(highest, tile.positions[t]);
+      }
+    }
+    if (lowest <= highest && tokens.stored(range.b, group, start + lowest, start + highest, to)) {
+      to.first += start + (tile.positions == nullptr ? tile.first_position : 0);
+      to.positions = tile.positions;
+      to.most = keys;
+    } else {
+      copy_rows(tokens, range.b, group, tile, count, room);
+      to = {};
+      to.dtype = tokens.dtype;
+      to.dim = tokens.dim;
+      to.rows = room;
+      to.row_stride = tokens.row_bytes();
+    }
+    to.count = count;
+  }
+
+  void copy_rows(const Tokens& tokens, int64_t b, int64_t group, const Tile& tile, int count, char* room) const {
+    const Extent& extent = o_.plan.extent();
+    int64_t slots[kChunk];
+    for (int t = 0; t < kChunk; ++t) {
+      const int64_t position = tile.positions == nullptr || t >= count ? tile.first_position + t : tile.positions[t];
+      const bool live = t < count && position >= 0 && position < extent.key_count[b];
+      slots[t] = live ? extent.key_slot(b, position) : -1;
+    }
+    PointedRows pointed;
+    tokens.point_at(*o_.kernels.scores, b, group, slots, pointed);
+    const size_t bytes = static_cast<size_t>(tokens.row_bytes());
+    for (int t = 0; t < count; ++t) {
+      if (pointed.rows[t] == nullptr)
+        std::memset(room + t * bytes, 0, bytes);
+      else
+        std::memcpy(room + t * bytes, pointed.rows[t], bytes);
+    }
   }
 
   // The rows of a tile, while the one before it is packed. The barrier keeps gcc from taking a function that only
@@ -165,7 +242,8 @@ class Streamed {
   }
 
   const Operands& o_;
-  const int64_t tiles_a_stretch_;
+  const int64_t packed_tiles_;  // of a stretch
+  const bool reads_stored_;     // whether few rows do
   // Rows of values are what the kernel multiplies, but for dead ones, which may hold anything.
   const bool values_fit_;
   std::vector<Item> items_;

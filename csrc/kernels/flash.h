@@ -11,6 +11,7 @@
 #include "kernels/job.h"
 #include "kernels/pack.h"
 #include "kernels/rows.h"
+#include "kernels/stored_rows.h"
 
 namespace gossamer {
 namespace {
@@ -81,7 +82,10 @@ class PanelKernel {
   void run() {
     start();
     Isa::begin();
-    for (int64_t n = 0; n < panel_.tile_count; ++n) add_tile(panel_.tiles[n]);
+    for (int64_t n = 0; n < panel_.tile_count; ++n) {
+      next_ = n + 1 < panel_.tile_count ? panel_.tiles + n + 1 : nullptr;
+      add_tile(panel_.tiles[n]);
+    }
     Isa::end();
     if (!out_written_) clear_out();
     for (int r = 0; r < panel_.rows; ++r) finish_row(r);
@@ -116,9 +120,12 @@ class PanelKernel {
     float* logits = logits_ + int64_t{first} * kChunk;
     const uint32_t* queries = reinterpret_cast<uint32_t*>(queries_) + int64_t{first} * depth_;
     const uint32_t* keys = static_cast<const uint32_t*>(tile.keys);
-    for (int d = 0; d < depth_; d += part_)
-      Isa::multiply(rows, kChunk, depth_ - d < part_ ? depth_ - d : part_, queries + d, depth_, keys + d * kChunk,
-                    kChunk, logits, kChunk, d > 0);
+    if (tile.stored_keys != nullptr)
+      multiply_stored_keys(tile, rows, reinterpret_cast<const float*>(queries), logits);
+    else
+      for (int d = 0; d < depth_; d += part_)
+        Isa::multiply(rows, kChunk, depth_ - d < part_ ? depth_ - d : part_, queries + d, depth_, keys + d * kChunk,
+                      kChunk, logits, kChunk, d > 0);
     if (panel_.softcap > 0) cap(logits, rows);
     if (panel_.skip < kInfinity && tile.kind != TileKind::kMeans) leave_out(first, last);
     if (first < last) add_values(tile, first, last);
@@ -131,11 +138,34 @@ class PanelKernel {
       for (int r = first; r < last; ++r) weigh_row<true>(r, tile.added);
     // The first tile writes the sums, unless it leaves rows out.
     if (!out_written_ && last - first < panel_.rows) clear_out();
+    if (tile.stored_values != nullptr) return add_stored_values(*tile.stored_values, first, last);
     Isa::multiply(last - first, value_dim_, Isa::kPairs ? kChunk / 2 : kChunk,
                   reinterpret_cast<const uint32_t*>(logits_ + int64_t{first} * kChunk), kChunk,
                   static_cast<const uint32_t*>(tile.values), tile.value_stride != 0 ? tile.value_stride : value_dim_,
                   out_ + int64_t{first} * value_dim_, value_dim_, out_written_);
     out_written_ = true;
+  }
+
+  // Only fp32 kernels get such tiles.
+  void multiply_stored_keys(const Tile& tile, int rows, const float* queries, float* logits) {
+    if constexpr (!Isa::kPairs) stored_.multiply_keys(*tile.stored_keys, *tile.stored_values, rows, queries, logits);
+  }
+
+  // The keys of the next tile are fetched meanwhile.
+  void add_stored_values(const StoredRows& values, int first, int last) {
+    if constexpr (!Isa::kPairs) {
+      for (int t = 0; t < values.count; t += kStoredRows) {
+        const int count = values.count - t < kStoredRows ? values.count - t : kStoredRows;
+        int64_t stride = 0;
+        const float* from = stored_.values(values, t, stride);
+        if (next_ != nullptr && next_->stored_keys != nullptr) fetch_ahead(*next_->stored_keys, t);
+        Isa::multiply(last - first, value_dim_, count,
+                      reinterpret_cast<const uint32_t*>(logits_ + int64_t{first} * kChunk + t), kChunk,
+                      reinterpret_cast<const uint32_t*>(from), stride, out_ + int64_t{first} * value_dim_, value_dim_,
+                      out_written_);
+        out_written_ = true;
+      }
+    }
   }
 
   void clear_out() {
@@ -276,6 +306,8 @@ class PanelKernel {
   const float query_factor_;
   const float logit_factor_;  // of pairs: fp32 queries carry it
   SortedKeys sorted_;  // of the last scattered tile
+  StoredTiles<V> stored_;
+  const Tile* next_ = nullptr;
   bool masked_ = false;  // masks_ are not all ones
   bool out_written_ = false;
   float *queries_, *out_, *logits_;

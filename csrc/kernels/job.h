@@ -34,8 +34,10 @@ enum class TileKind : int {
   kMeans,        // means of key blocks: key_bits says which every row attends
 };
 
+struct StoredRows;
+
 // 64 packed keys and values. Values that need no packing may lie where they are, value_stride floats from row to row
-// (0: packed).
+// (0: packed). Few rows read a tile of fp32 kernels as it is stored, where it says so.
 struct Tile {
   const void* keys;
   const void* values;
@@ -47,6 +49,8 @@ struct Tile {
   int64_t value_stride = 0;
   const float* added = nullptr;  // to the logits of each key, in powers of two; null: nothing
   const uint64_t* row_bits = nullptr;  // kConsecutive: key_bits of each row besides; null: none
+  const StoredRows* stored_keys = nullptr;  // both, in place of packed ones; null: packed
+  const StoredRows* stored_values = nullptr;
 };
 
 // Up to kMaxRows query rows against a list of tiles.

@@ -3,6 +3,7 @@
 
 #include "kernels/job.h"
 #include "kernels/page_job.h"
+#include "kernels/stored_job.h"
 #include "kernels/token_job.h"
 
 namespace gossamer {
@@ -86,6 +87,8 @@ struct ScoreKernels {
   void (*collisions)(const Collisions&);
   // Copies tokens out of a page of a cache.
   void (*read_page)(const PageJob&);
+  // Copies rows out of how they are stored, in their dtype, one behind the other.
+  void (*read_stored)(const StoredRows&, char* rows);
 };
 
 // What add_mass writes to diagonals may reach this far beyond the last one.

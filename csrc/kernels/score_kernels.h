@@ -9,6 +9,7 @@
 #include "kernels/page_scores.h"
 #include "kernels/read_page.h"
 #include "kernels/score_job.h"
+#include "kernels/stored_rows.h"
 #include "kernels/token_scores.h"
 
 namespace gossamer {
@@ -405,7 +406,7 @@ const ScoreKernels* score_kernels() {
       Code::template largest<true>,        Code::template largest<false>,
       Code::mark_above, Code::products,    Code::softmax,               Code::turn,
       Code::mean,       Code::bounds,      score_pages<typename Isa::Vec>,   label_scores_of<typename Isa::Vec>,
-      count_collisions<typename Isa::Vec>, read_page<typename Isa::Vec>};
+      count_collisions<typename Isa::Vec>, read_page<typename Isa::Vec>,     copy_stored<typename Isa::Vec>};
   return &kernels;
 }
 

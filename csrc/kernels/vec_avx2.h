@@ -3,10 +3,34 @@
 
 #include <immintrin.h>
 
+#include "kernels/job.h"
 #include "kernels/polynomials.h"
 
 namespace gossamer {
 namespace {
+
+// For each byte of bits, where each of 8 lanes finds its element among those that are there; lanes without one have the
+// top bit set. `wide` shuffles the bytes of 16-bit elements into the upper halves of 32-bit lanes.
+struct LaneTables {
+  alignas(64) uint8_t lanes[256][8];
+  alignas(64) uint8_t narrow[256][16];
+  alignas(64) uint8_t wide[256][32];
+
+  constexpr LaneTables() : lanes{}, narrow{}, wide{} {
+    for (int bits = 0; bits < 256; ++bits)
+      for (int lane = 0, found = 0; lane < 8; ++lane) {
+        const bool there = bits >> lane & 1;
+        const uint8_t low = there ? 2 * found : 0x80, high = there ? 2 * found + 1 : 0x80;
+        lanes[bits][lane] = there ? found : 0x80;
+        narrow[bits][2 * lane] = low;
+        narrow[bits][2 * lane + 1] = high;
+        wide[bits][4 * lane] = wide[bits][4 * lane + 1] = 0x80;
+        wide[bits][4 * lane + 2] = low;
+        wide[bits][4 * lane + 3] = high;
+        found += there;
+      }
+  }
+};
 
 struct VecAvx2 {
   static constexpr int kWidth = 8;
@@ -48,6 +72,60 @@ struct VecAvx2 {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+
+  // In a register, where the compiler would load it again for each use.
+  static Reg keep(Reg x) {
+    __asm__("" : "+x"(x));
+    return x;
+  }
+
+  // The sum of each of 8 vectors.
+  static void reduce_each(const Reg* x, float* sums) {
+    const Reg a = _mm256_hadd_ps(x[0], x[1]), b = _mm256_hadd_ps(x[2], x[3]);
+    const Reg c = _mm256_hadd_ps(x[4], x[5]), d = _mm256_hadd_ps(x[6], x[7]);
+    const Reg low = _mm256_hadd_ps(a, b), high = _mm256_hadd_ps(c, d);
+    store(sums, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+  }
+
+  // 8 codes of some bits, the first in the lowest.
+  template <int kBits>
+  static Reg load_codes(const uint8_t* p) {
+    __m256i codes;
+    if constexpr (kBits == 8) {
+      codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    } else if constexpr (kBits == 4) {
+      int word;
+      __builtin_memcpy(&word, p, sizeof word);
+      codes = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+      codes = _mm256_and_si256(codes, _mm256_set1_epi32(15));
+    } else {
+      short word;
+      __builtin_memcpy(&word, p, sizeof word);
+      codes = _mm256_srlv_epi32(_mm256_set1_epi16(word), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+      codes = _mm256_and_si256(codes, _mm256_set1_epi32(3));
+    }
+    return _mm256_cvtepi32_ps(codes);
+  }
+
+  // The elements from p on in the lanes whose bits are set, 0 in the others. Reads 8 elements.
+  template <DType kDType>
+  static Reg expand(const char* p, uint32_t bits) {
+    static constexpr LaneTables kTables;
+    if constexpr (kDType == DType::kFloat32) {
+      const __m256i lanes =
+          _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTables.lanes[bits])));
+      const Reg x = _mm256_permutevar8x32_ps(load(reinterpret_cast<const float*>(p)), lanes);
+      return _mm256_blendv_ps(x, zero(), _mm256_castsi256_ps(lanes));
+    } else if constexpr (kDType == DType::kBFloat16) {
+      const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+      return _mm256_castsi256_ps(
+          _mm256_shuffle_epi8(x, _mm256_load_si256(reinterpret_cast<const __m256i*>(kTables.wide[bits]))));
+    } else {
+      const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      return _mm256_cvtph_ps(
+          _mm_shuffle_epi8(x, _mm_load_si128(reinterpret_cast<const __m128i*>(kTables.narrow[bits]))));
+    }
   }
 
   // For x below 128. Below 2^-126 the result is 0, also of -inf, whose polynomial is NaN: the exponent is built by a

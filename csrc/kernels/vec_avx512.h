@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "kernels/job.h"
 #include "kernels/polynomials.h"
 
 namespace gossamer {
@@ -39,6 +40,56 @@ struct VecAvx512 {
   static bool any_greater(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
   static float reduce_max(Reg a) { return _mm512_reduce_max_ps(a); }
   static float reduce_add(Reg a) { return _mm512_reduce_add_ps(a); }
+
+  // In a register, where the compiler would load it again for each use.
+  static Reg keep(Reg x) {
+    __asm__("" : "+v"(x));
+    return x;
+  }
+
+  // The sum of each of 8 vectors.
+  static void reduce_each(const Reg* x, float* sums) {
+    __m256 half[8];
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; ++n) half[n] = _mm256_add_ps(_mm512_castps512_ps256(x[n]), _mm512_extractf32x8_ps(x[n], 1));
+    const __m256 a = _mm256_hadd_ps(half[0], half[1]), b = _mm256_hadd_ps(half[2], half[3]);
+    const __m256 c = _mm256_hadd_ps(half[4], half[5]), d = _mm256_hadd_ps(half[6], half[7]);
+    const __m256 low = _mm256_hadd_ps(a, b), high = _mm256_hadd_ps(c, d);
+    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+  }
+
+  // 16 codes of some bits, the first in the lowest.
+  template <int kBits>
+  static Reg load_codes(const uint8_t* p) {
+    __m512i codes;
+    if constexpr (kBits == 8) {
+      codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    } else if constexpr (kBits == 4) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      const __m128i low = _mm_and_si128(bytes, _mm_set1_epi8(15));
+      const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+      codes = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high));
+    } else {
+      int word;
+      __builtin_memcpy(&word, p, sizeof word);
+      const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      codes = _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(word), shifts), _mm512_set1_epi32(3));
+    }
+    return _mm512_cvtepi32_ps(codes);
+  }
+
+  // The elements from p on in the lanes whose bits are set, 0 in the others. Reads 16 elements.
+  template <DType kDType>
+  static Reg expand(const char* p, uint32_t bits) {
+    Reg x;
+    if constexpr (kDType == DType::kFloat32)
+      x = load(reinterpret_cast<const float*>(p));
+    else if constexpr (kDType == DType::kBFloat16)
+      x = load_bf16(reinterpret_cast<const uint16_t*>(p));
+    else
+      x = load_fp16(reinterpret_cast<const uint16_t*>(p));
+    return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), x);
+  }
 
   // vscalefps multiplies by 2^floor(x) and maps -inf to 0, so that no clamp is needed. Below 2^-126 the result is 0, as
   // of the other instruction sets: numbers of that size are computed many times slower, and attention has them by the

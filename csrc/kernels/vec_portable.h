@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kernels/half.h"
+#include "kernels/job.h"
 #include "kernels/polynomials.h"
 
 namespace gossamer {
@@ -51,6 +52,42 @@ struct VecPortable {
     return x > y ? x : y;
   }
   static float reduce_add(Reg a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+
+  // In a register, where the compiler would load it again for each use.
+  static Reg keep(Reg x) {
+    return x;
+  }
+
+  // The sum of each of 8 vectors.
+  static void reduce_each(const Reg* x, float* sums) {
+    for (int n = 0; n < 8; ++n) sums[n] = reduce_add(x[n]);
+  }
+
+  // 4 codes of some bits, the first in the lowest.
+  template <int kBits>
+  static Reg load_codes(const uint8_t* p) {
+    Reg x;
+    for (int t = 0; t < 4; ++t)
+      x[t] = static_cast<float>(p[t * kBits / 8] >> (t * kBits % 8) & ((1 << kBits) - 1));
+    return x;
+  }
+
+  // The elements from p on in the lanes whose bits are set, 0 in the others.
+  template <DType kDType>
+  static Reg expand(const char* p, uint32_t bits) {
+    Reg x = zero();
+    for (int t = 0, found = 0; t < 4; ++t) {
+      if ((bits >> t & 1) == 0) continue;
+      if constexpr (kDType == DType::kFloat32)
+        x[t] = reinterpret_cast<const float*>(p)[found];
+      else if constexpr (kDType == DType::kBFloat16)
+        x[t] = bf16_to_float(reinterpret_cast<const uint16_t*>(p)[found]);
+      else
+        x[t] = fp16_to_float(reinterpret_cast<const uint16_t*>(p)[found]);
+      ++found;
+    }
+    return x;
+  }
 
   // As in the AVX2 path: 0 below 2^-126, NaN kept.
   template <int kDegree>

@@ -60,6 +60,79 @@ void make_paged(Tokens* self, uintptr_t data, const std::array<int64_t, 2>& shap
                     shape[1], tokens, static_cast<int>(dim), dtype);
 }
 
+// A tensor of any numbers [batch, heads, rows, ...], with strides in elements.
+struct Numbers {
+  char* data;
+  Four shape, strides;
+};
+
+void make_numbers(Numbers* self, uintptr_t data, const Four& shape, const Four& strides) {
+  if (strides[3] != 1 && shape[3] > 1) throw std::invalid_argument("the last dimension must be contiguous");
+  new (self) Numbers{pointer<char>(data), shape, strides};
+}
+
+// Of numbers of some bytes, which must be so many rows of so many each: where they lie, and their strides in bytes.
+Encoded::Strides place(const char* name, const Numbers& given, const TensorView& tail, int64_t rows, int64_t each,
+                       int bytes, const char** first, int64_t* row_stride) {
+  const std::string what = std::string(name) + "' ";
+  check_count((what + "batch").c_str(), given.shape[0], tail.batch);
+  check_count((what + "heads").c_str(), given.shape[1], tail.heads);
+  check_count((what + "rows").c_str(), given.shape[2], rows);
+  check_count((what + "numbers").c_str(), given.shape[3], each);
+  if (given.data == nullptr && tail.batch * tail.heads * rows * each > 0)
+    throw std::invalid_argument(std::string(name) + " have lost their memory");
+  *first = given.data;
+  *row_stride = given.strides[2] * bytes;
+  return {given.strides[0] * bytes, given.strides[1] * bytes};
+}
+
+Encoded encoded_before(const TensorView& tail, Coding coding, int64_t count) {
+  check_range("encoded tokens", count, 0, kMostTokens);
+  check_range("tokens", count + tail.tokens, 0, kMostTokens);
+  if (tail.dim % 16 != 0) throw std::invalid_argument("encoded heads have dimensions that 16 divides");
+  Encoded encoded{};
+  encoded.rows.coding = coding;
+  encoded.rows.dtype = tail.dtype;
+  encoded.rows.dim = tail.dim;
+  encoded.rows.sharers = 1;
+  encoded.count = count;
+  encoded.tail = tail;
+  return encoded;
+}
+
+// `group` tokens of a channel, or channels of a token, share a scale and a zero.
+void make_codes(Tokens* self, const TensorView& tail, const Numbers& codes, const Numbers& scale, const Numbers& zero,
+                int64_t bits, int64_t group, bool over_tokens) {
+  if (bits != 2 && bits != 4 && bits != 8) throw std::invalid_argument("codes have 2, 4 or 8 bits");
+  check_range("the group", group, 1, kMostTokens);
+  Encoded encoded = encoded_before(tail, Coding::kCodes, codes.shape[2]);
+  StoredRows& rows = encoded.rows;
+  const int64_t count = encoded.count, element = element_size(tail.dtype);
+  if ((over_tokens ? count : tail.dim) % group != 0)
+    throw std::invalid_argument("groups must divide what they are over");
+  rows.bits = static_cast<int>(bits);
+  rows.group = over_tokens ? 1 : static_cast<int>(group);
+  rows.sharers = over_tokens ? group : 1;
+  const int64_t owners = over_tokens ? count / group : count, each = tail.dim / rows.group;
+  encoded.numbers = place("codes", codes, tail, count, tail.dim * bits / 8, 1, &rows.rows, &rows.row_stride);
+  encoded.scales = place("scales", scale, tail, owners, each, element, &rows.scales, &rows.scale_stride);
+  encoded.zeros = place("zeros", zero, tail, owners, each, element, &rows.zeros, &rows.zero_stride);
+  new (self) Tokens(encoded);
+}
+
+void make_bitmaps(Tokens* self, const TensorView& tail, const Numbers& bitmap, const Numbers& packed) {
+  Encoded encoded = encoded_before(tail, Coding::kBitmap, packed.shape[2]);
+  StoredRows& rows = encoded.rows;
+  check_range("packed elements", packed.shape[3], 0, tail.dim);
+  rows.packed = static_cast<int>(packed.shape[3]);
+  const char* bitmaps = nullptr;
+  encoded.bitmaps = place("bitmaps", bitmap, tail, encoded.count, tail.dim / 8, 1, &bitmaps, &rows.bitmap_stride);
+  rows.bitmaps = reinterpret_cast<const uint8_t*>(bitmaps);
+  encoded.numbers = place("packed elements", packed, tail, encoded.count, packed.shape[3], element_size(tail.dtype),
+                          &rows.rows, &rows.row_stride);
+  new (self) Tokens(encoded);
+}
+
 void make_extent(Extent* self, const Given& query_start, const Given& query_count, const Given& key_start,
                  const Given& key_count, bool causal, std::optional<int64_t> limit) {
   const int64_t batch = query_start.second;
@@ -169,10 +242,14 @@ void bind_views(nb::module_& m) {
       .value("columns", PageForm::kColumns)
       .value("key_tiles", PageForm::kKeyTiles)
       .value("value_tiles", PageForm::kValueTiles);
+  nb::class_<Numbers>(m, "Numbers").def("__init__", &make_numbers, "data"_a, "shape"_a, "strides"_a);
   nb::class_<Tokens>(m, "Tokens")
       .def(nb::init_implicit<const TensorView&>())
       .def("__init__", &make_paged, nb::kw_only(), "data"_a, "shape"_a, "strides"_a, "form"_a, "page"_a, "dim"_a,
-           "dtype"_a, "tokens"_a, "table"_a);
+           "dtype"_a, "tokens"_a, "table"_a)
+      .def("__init__", &make_codes, nb::kw_only(), "tail"_a, "codes"_a, "scale"_a, "zero"_a, "bits"_a, "group"_a,
+           "over_tokens"_a)
+      .def("__init__", &make_bitmaps, nb::kw_only(), "tail"_a, "bitmap"_a, "packed"_a);
   nb::class_<Extent>(m, "Extent")
       .def("__init__", &make_extent, nb::kw_only(), "query_start"_a, "query_count"_a, "key_start"_a, "key_count"_a,
            "causal"_a, "limit"_a.none());

@@ -12,6 +12,8 @@ constexpr int64_t kPackBytes = int64_t{192} << 20;
 constexpr int64_t kColumnBytes = int64_t{192} << 20;
 // Packed tiles of a stretch of a few queries' keys: a share of the L2 cache.
 constexpr int64_t kStretchBytes = 256 << 10;
+// Tiles of a stretch that few queries read where they are stored.
+constexpr int64_t kStoredTiles = 8;
 // Tiles of 64 keys that some rows of a call run over before their results are merged.
 constexpr int64_t kRowTiles = 32;
 // Tiles of 64 keys that the probe sums before partial sums are combined.
@@ -29,6 +31,7 @@ constexpr int64_t kStripBytes = 1;
 constexpr int64_t kPackBytes = 256 << 10;
 constexpr int64_t kColumnBytes = 128 << 10;
 constexpr int64_t kStretchBytes = 32 << 10;
+constexpr int64_t kStoredTiles = 3;
 constexpr int64_t kRowTiles = 2;
 constexpr int64_t kProbeTiles = 2;
 constexpr int64_t kCellRows = 8;

@@ -126,6 +126,10 @@ def attend(
     planned = time.perf_counter()
     if decision.reduced is not None:
         out, lse, executor = _reduced(decision.reduced)
+    elif call.stands_in:
+        assert call.store is not None
+        executor = backends.name_of(call)
+        out, lse = call.store.attend(call, decision.plan)
     elif decision.plan is None:
         on_kernel = return_lse or policy.attends_on_kernel(call, decision.reason)
         out, lse, executor = _dense(call, on_kernel, by_torch=because is not None and not return_lse)

@@ -10,11 +10,11 @@ from typing import Any, Protocol, TypedDict, TypeVar, overload
 import torch
 from torch import Tensor
 
-from gossamer.paged import Paged
 from gossamer.plan import Extent, SparsePlan
 from gossamer.plan.checks import checks_numbers
 from gossamer.rotary import Rotary
 from gossamer.summaries import Summary
+from gossamer.unread import Unread
 
 __all__ = ["AttentionCall", "CallFields", "Store"]
 
@@ -32,6 +32,8 @@ class Store(Protocol):
     Attributes:
         sinks, recent: so many first and last tokens of each row are in every choice, whatever a method scores; the
             page that holds the newest token always is.
+        stands_in: the keys and values of a call of one query are stand-ins, NaN: they lie where no kernel reads, and
+            the store attends such calls itself.
     """
 
     @property
@@ -39,6 +41,17 @@ class Store(Protocol):
 
     @property
     def recent(self) -> int: ...
+
+    @property
+    def stands_in(self) -> bool: ...
+
+    def attend(self, call: AttentionCall, plan: SparsePlan | None) -> tuple[Tensor, Tensor]:
+        """Where it `stands_in`: attention of one query a row over what a plan names, or over all keys without one.
+
+        Returns:
+            out ``[B, H, 1, Dv]``, and the natural log of the softmax denominator, fp32 ``[B, H, 1]``.
+        """
+        ...
 
     def summary(self, kind: Summary[T]) -> T:
         """What a kind of summary says of the keys, such as ``PageBounds(16)``; see `gossamer.summaries`.
@@ -224,6 +237,11 @@ class AttentionCall:
         return self.v
 
     @property
+    def stands_in(self) -> bool:
+        """Whether k and v are stand-ins; see `Store`."""
+        return self.query_len == 1 and self.store is not None and self.store.stands_in
+
+    @property
     def needs_gradient(self) -> bool:
         tensors = (self.q, self.k, self.v, self.sinks, self.bias)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -278,6 +296,7 @@ class AttentionCall:
         offers = {
             "causal": self.extent.causal,
             "values": self.v is not None,
+            "keys": not self.stands_in,
             "store": self.store is not None,
             "layout": self.layout is not None,
             "step": self.step is not None,
@@ -285,7 +304,7 @@ class AttentionCall:
             "state": self.state is not None,
             "rotary": self.rotary is not None,
             "one query": self.query_len == 1,
-            "whole prompt": not bool((self.extent.first_position > 0).any()),
+            "whole prompt": "whole prompt" in needs and not bool((self.extent.first_position > 0).any()),
         }
         for need in sorted(needs):
             if need not in offers:
@@ -325,7 +344,7 @@ def _of_heads(x: Tensor | None, heads: Sequence[int]) -> Tensor | None:
     first, last = (heads[0], heads[-1] + 1) if heads else (0, 0)
     if last - first != len(heads):
         return x[:, list(heads)]
-    return x.of_heads(first, last) if isinstance(x, Paged) else x[:, first:last]
+    return x.of_heads(first, last) if isinstance(x, Unread) else x[:, first:last]
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:

@@ -1,8 +1,4 @@
-"""`Paged`: keys or values of one sequence, where they lie in the pages of a cache.
-
-It stands wherever a tensor ``[1, G, T, D]`` of keys or values does. The C++ kernels read the pages themselves; whatever
-else looks at the numbers gets a copy of them as rows, made then, and once.
-"""
+"""`Paged`: keys or values of one sequence, where they lie in the pages of a cache."""
 
 from __future__ import annotations
 
@@ -11,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from gossamer.unread import Unread
 
 __all__ = ["FORMS", "Paged"]
 
@@ -44,7 +41,7 @@ FORMS: dict[str, Form] = {
 ``[D/16, page/2, 16, 2]``. By name, views of pages ``[n, G, page * D]`` as ``[G, n, (tokens), (channels)]``."""
 
 
-class Paged(Tensor):
+class Paged(Unread):
     """Keys or values ``[1, G, T, D]`` of one sequence.
 
     Args:
@@ -62,7 +59,6 @@ class Paged(Tensor):
     table: Tensor
     page: int
     form: str
-    _read: Tensor | None
 
     @staticmethod
     def __new__(cls, pages: Tensor, table: Tensor, tokens: int, page: int, form: str) -> Paged:
@@ -74,7 +70,7 @@ class Paged(Tensor):
         if not 0 <= tokens <= table.numel() * page:
             raise ValueError(f"{table.numel()} pages of {page} tokens cannot hold {tokens} tokens")
         shape = (1, pages.shape[1], tokens, pages.shape[2] // page)
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=pages.dtype, device=pages.device)
+        return Unread.made(cls, shape, pages)
 
     def __init__(self, pages: Tensor, table: Tensor, tokens: int, page: int, form: str) -> None:
         used = table[: -(-tokens // page)]
@@ -82,34 +78,15 @@ class Paged(Tensor):
         if tokens and not 0 <= int(used.min()) <= int(used.max()) < pages.shape[0]:
             raise ValueError(f"the table names pages {int(used.min())} to {int(used.max())} of {pages.shape[0]}")
         self.pages, self.page, self.form = pages, page, form
-        self._read = None
 
-    def rows(self) -> Tensor:
-        """A copy as rows, made once."""
-        if self._read is None:
-            _, groups, tokens, dim = self.shape
-            chosen = self.pages.index_select(0, self.table.long())
-            rows = FORMS[self.form](chosen, self.page, dim).reshape(1, groups, -1, dim)
-            self._read = rows[:, :, :tokens]
-        return self._read
+    def copied(self) -> Tensor:
+        _, groups, tokens, dim = self.shape
+        chosen = self.pages.index_select(0, self.table.long())
+        rows = FORMS[self.form](chosen, self.page, dim).reshape(1, groups, -1, dim)
+        return rows[:, :, :tokens]
 
-    def at_hand(self) -> Tensor:
-        """The rows, if they were asked for before; else itself."""
-        return self if self._read is None else self._read
-
-    def of_heads(self, first: int, last: int) -> Tensor:
-        """Heads ``first`` to ``last - 1`` alone; nothing is copied."""
-        if self._read is not None:
-            return self._read[:, first:last]
+    def of_some_heads(self, first: int, last: int) -> Tensor:
         return Paged(self.pages[:, first:last], self.table, self.shape[2], self.page, self.form)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Paged({tuple(self.shape)}, {self.dtype}, {self.form}, pages of {self.page})"
-
-    # Attributes and sizes are answered without Python; operations come here.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Paged, Paged.rows, (args, kwargs or {}))
-        return func(*args, **kwargs)

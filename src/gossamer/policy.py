@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gossamer import backends, methods
 from gossamer.call import AttentionCall, Store
+from gossamer.encoded import EncodedTokens
 from gossamer.methods import Dense, Method, PerHead, Reducing
 from gossamer.methods.per_head import needs_of
 from gossamer.plan import SparsePlan
@@ -118,11 +119,11 @@ class Policy:
 
     @classmethod
     def of(cls, method: Policy | Method | Profile | str) -> Policy:
-        """A policy as it is, or one with default thresholds for a method, a profile or a method's name."""
+        """A policy as it is, or one with default thresholds for a method, a profile with its `decode`, or a name."""
         if isinstance(method, Policy):
             return method
         if isinstance(method, Profile):
-            return cls(method.method, profile=method.name)
+            return cls(method.method, profile=method.name, decode=method.decode)
         return cls(methods.create(method) if isinstance(method, str) else method)
 
     @property
@@ -214,7 +215,13 @@ class Policy:
         return None if lacking is None else f"{method.name} needs {lacking}"
 
     def attends_on_kernel(self, call: AttentionCall, reason: str | None) -> bool:
-        """Whether dense attention runs on our own kernel where torch's SDPA could do it too."""
+        """Whether dense attention runs on our own kernel where torch's SDPA could do it too.
+
+        Few queries of encoded keys always do, where there is one: it reads them as they are.
+        """
+        encoded = isinstance(call.k, EncodedTokens) or isinstance(call.v, EncodedTokens)
+        if encoded and call.query_len < FEW_QUERIES and reason != TRAINING:
+            return backends.name_of(call) != "torch"
         if isinstance(self.method, Dense):
             return self.method.kernel == "gossamer"
         if _is_step(call) and reason != TRAINING:

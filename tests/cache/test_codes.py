@@ -14,6 +14,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return (torch.randn(*shape, generator=generator) * 3 + 1).to(dtype)
 
 
+def nbytes(found: integers.Quantised | bitmaps.Sparse) -> int:
+    return sum(t.numel() * t.element_size() for t in found.tensors)
+
+
 @pytest.mark.parametrize("bits", integers.BITS)
 def test_packed_codes_come_back(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (3, 5, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -89,7 +93,7 @@ def test_constant_groups_come_back_exactly() -> None:
 
 def test_bytes_of_integers_are_what_is_held() -> None:
     found = integers.quantise(random(2, 3, 64, 32, dtype=torch.bfloat16), 4, 32, "tokens")
-    assert found.nbytes == 2 * 3 * (64 * 16 + 2 * 2 * 32 * 2)
+    assert nbytes(found) == 2 * 3 * (64 * 16 + 2 * 2 * 32 * 2)
 
 
 @pytest.mark.parametrize(("bits", "group", "message"), [(3, 8, "2, 4 or 8 bits"), (4, 7, "no multiple")])
@@ -129,24 +133,22 @@ def test_products_with_sparse_keys_are_those_with_pruned_ones() -> None:
 def test_bytes_of_bitmaps_are_below_half() -> None:
     x = random(1, 2, 64, 128, dtype=torch.bfloat16)
     found = bitmaps.compress(x, 0.7)
-    assert found.nbytes == 2 * 64 * (16 + 39 * 2)
-    assert found.nbytes < 0.5 * x.numel() * x.element_size()
+    assert nbytes(found) == 2 * 64 * (16 + 39 * 2)
+    assert nbytes(found) < 0.5 * x.numel() * x.element_size()
 
 
-def test_sparse_tokens_are_appended_and_selected() -> None:
-    x = random(3, 2, 10, 20)
-    whole, parts = bitmaps.compress(x, 0.5), bitmaps.compress(x[:, :, :4], 0.5)
-    parts = parts.append(bitmaps.compress(x[:, :, 4:], 0.5))
-    assert torch.equal(whole.decode(), parts.decode())
-    assert torch.equal(parts.apply(lambda t: t[[2, 0]]).decode(), whole.decode()[[2, 0]])
+def test_some_tokens_are_decoded_alone() -> None:
+    x = random(2, 2, 16, 24)
+    forms = [integers.quantise(x, 4, 8, over) for over in ("tokens", "channels")]  # type: ignore[arg-type]
+    for found in (*forms, bitmaps.compress(x, 0.5)):
+        for first, last in ((0, 16), (3, 4), (7, 9), (5, 5), (8, 16)):
+            assert torch.equal(found.between(first, last), found.decode()[:, :, first:last])
 
 
-def test_integers_are_appended_and_selected() -> None:
-    x = random(3, 2, 16, 8)
-    whole = integers.quantise(x, 4, 8, "tokens")
-    parts = integers.quantise(x[:, :, :8], 4, 8, "tokens").append(integers.quantise(x[:, :, 8:], 4, 8, "tokens"))
-    assert torch.equal(whole.decode(), parts.decode())
-    assert torch.equal(parts.apply(lambda t: t[[2, 0]]).decode(), whole.decode()[[2, 0]])
+def test_other_tensors_of_the_same_form() -> None:
+    x = random(3, 2, 16, 24)
+    for found in (integers.quantise(x, 2, 4, "tokens"), bitmaps.compress(x, 0.25)):
+        assert torch.equal(found.like([t[[2, 0]] for t in found.tensors]).decode(), found.decode()[[2, 0]])
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])

@@ -257,6 +257,7 @@ LEAST = {
         "interval": 1,
     },
     "quest": {"budget": 16, "page": 1, "dense_layers": 0},
+    "infllm": {"blocks": 0, "block": 1, "count": 1, "init": 0, "local": 1, "every": 1},
     "oracle_topk": {"budget": 1, "dense_layers": 0},
     "moa": {"sink": 0, "least": 1, "block": 1, "new_tokens": 0},
     "seer_attention": {"last_blocks": 0},

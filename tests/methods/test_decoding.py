@@ -211,20 +211,21 @@ def test_what_is_known_before_is_no_more_than_what_is_read(method: Method) -> No
 @pytest.mark.parametrize("name", PLANNING)
 def test_a_budget_for_everything_is_dense_bit_for_bit(name: str) -> None:
     call = step(150)
-    policy = Policy(Dense(), decode=create(name, budget=150 if name != "lserve" else 192))
+    fields: dict[str, Any] = {"lserve": {"budget": 192}, "infllm": {}}.get(name, {"budget": 150})
+    policy = Policy(Dense(), decode=create(name, **fields))
     decision = policy.decide(call)
     assert decision.plan is None
     assert decision.reason == TOO_DENSE
-    fields: dict[str, Any] = {"extent": call.extent, "layer": LAYER, "store": call.store, "state": call.state}
-    out = gossamer.sparse_attention(call.q, call.k, call.values, policy, **fields)
-    assert torch.equal(out, gossamer.sparse_attention(call.q, call.k, call.values, Dense(), **fields))
+    given: dict[str, Any] = {"extent": call.extent, "layer": LAYER, "store": call.store, "state": call.state}
+    out = gossamer.sparse_attention(call.q, call.k, call.values, policy, **given)
+    assert torch.equal(out, gossamer.sparse_attention(call.q, call.k, call.values, Dense(), **given))
 
 
 @pytest.mark.parametrize("name", PLANNING)
 def test_a_plan_of_everything_attends_everything(name: str) -> None:
     call = step(150)
     assert call.v is not None
-    plan = create(name, budget=10_000).plan(call)
+    plan = create(name, **({"blocks": 10_000} if name == "infllm" else {"budget": 10_000})).plan(call)
     assert plan.density() == 1.0
     dense = gossamer.SparsePlan.dense(call.groups, 1, call.key_len, call.extent)
     for got, wanted in zip(backends.attend(call, plan), backends.attend(call, dense), strict=True):

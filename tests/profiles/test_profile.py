@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gossamer import Method, Policy, Profile
-from gossamer.methods import AShape, BlockSparse, Dense, MInference, PerHead, TriShape, VerticalSlash
+from gossamer.methods import AShape, BlockSparse, Dense, LServe, MInference, PerHead, Quest, TriShape, VerticalSlash
 from gossamer.profiles import Provenance
 
 LAYER: tuple[Method, ...] = (VerticalSlash(512, 2048), AShape(128, 3968), BlockSparse(9), Dense())
@@ -48,6 +48,25 @@ def test_a_dictionary_names_its_schema_and_its_shape() -> None:
     assert (data["schema"], data["layers"], data["heads"]) == (2, 2, 4)
     assert data["methods"][1][3] == {"method": "vertical_slash"} | LAYER[0].to_dict()
     assert "scores" not in replace(PROFILE, scores=None).to_dict()
+
+
+def test_a_profile_may_hold_what_steps_read(tmp_path: Path) -> None:
+    profile = replace(PROFILE, decode=Quest(budget=512))
+    profile.save(tmp_path / "both.json")
+    loaded = Profile.load(tmp_path / "both.json")
+    assert loaded == profile != PROFILE
+    assert Policy.of(loaded) == Policy(profile.method, decode=Quest(budget=512))
+    assert Policy.of(loaded).name == "both.json+quest"
+    assert "decode" not in PROFILE.to_dict()
+    gates = ((1.0, 0.0, 0.0, 1.0),) * 2
+    parts = [replace(PROFILE, decode=LServe(gates=gates)).shard(rank, 2).decode for rank in range(2)]
+    assert [part.gates[0] for part in parts if isinstance(part, LServe)] == [(1.0, 0.0), (0.0, 1.0)]
+
+
+@pytest.mark.parametrize("steps", [{"method": "a_shape"}, {"method": "quest", "budget": 1}, {"method": "none"}, 3])
+def test_what_chooses_nothing_of_a_cache_is_refused(steps: Any) -> None:
+    with pytest.raises(ValueError, match="a profile's decode"):
+        Profile.from_dict(PROFILE.to_dict() | {"decode": steps})
 
 
 def test_provenance_that_is_missing_is_empty() -> None:

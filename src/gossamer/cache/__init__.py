@@ -26,6 +26,7 @@ from gossamer.cache.layer import Part, StoreLayer, store_of
 from gossamer.cache.policies import CachePolicy, Keep
 from gossamer.cache.registry import available, create
 from gossamer.cache.split import DuoAttention
+from gossamer.cache.tiers import TieredLayer, Tiers
 
 __all__ = [
     "CachePolicy",
@@ -39,6 +40,8 @@ __all__ = [
     "SnapKV",
     "StoreLayer",
     "StreamingLLM",
+    "TieredLayer",
+    "Tiers",
     "adopt",
     "available",
     "create",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Sparse:
         dim: D.
     """
 
+    coding: ClassVar[str] = "bitmap"
     bitmap: Tensor
     packed: Tensor
     dim: int
@@ -30,8 +32,13 @@ class Sparse:
         return self.packed.shape[2]
 
     @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.bitmap, self.packed))
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.bitmap, self.packed
+
+    def like(self, tensors: Sequence[Tensor]) -> Sparse:
+        """The same form with other tensors."""
+        bitmap, packed = tensors
+        return Sparse(bitmap, packed, self.dim)
 
     def decode(self) -> Tensor:
         """``[B, G, T, D]``, 0 for what is not there."""
@@ -40,14 +47,9 @@ class Sparse:
         out = self.packed.new_zeros(*self.packed.shape[:3], self.dim)
         return out.masked_scatter_(there, self.packed)
 
-    def append(self, other: Sparse) -> Sparse:
-        """These tokens and then others of the same form."""
-        bitmap = torch.cat([self.bitmap, other.bitmap], dim=2)
-        return Sparse(bitmap, torch.cat([self.packed, other.packed], dim=2), self.dim)
-
-    def apply(self, change: Callable[[Tensor], Tensor]) -> Sparse:
-        """With each tensor changed alike: for operations on batch rows, and to move them."""
-        return Sparse(change(self.bitmap), change(self.packed), self.dim)
+    def between(self, first: int, last: int) -> Tensor:
+        """Tokens ``first`` to ``last - 1``, decoded."""
+        return self.like([x[:, :, first:last] for x in self.tensors]).decode()
 
 
 def pruned_elements(sparsity: float, dim: int) -> int:

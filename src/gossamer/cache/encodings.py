@@ -13,26 +13,12 @@ from gossamer.cache.bitmaps import Sparse, compress
 from gossamer.cache.integers import Quantised, quantise
 from gossamer.cache.layer import StoreLayer
 from gossamer.cache.policies import CachePolicy, require_choice, require_tokens
+from gossamer.cache.rooms import Room
 from gossamer.call import AttentionCall
+from gossamer.encoded import EncodedTokens, Encoding
 from gossamer.methods.base import require_share
 
-__all__ = ["Coder", "Encoded", "EncodedLayer", "Int8", "Kivi", "Mustafar"]
-
-
-class Encoded(Protocol):
-    """Encoded tokens; see `Quantised` and `Sparse`."""
-
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def decode(self) -> Tensor: ...
-
-    def append(self, other: Any, /) -> Any: ...
-
-    def apply(self, change: Callable[[Tensor], Tensor], /) -> Any: ...
+__all__ = ["Coder", "EncodedLayer", "Int8", "Kivi", "Mustafar"]
 
 
 class Coder(Protocol):
@@ -42,58 +28,89 @@ class Coder(Protocol):
         """Of so many that are not encoded, how many of the oldest now are."""
         ...
 
-    def encode(self, x: Tensor, live: Tensor) -> Encoded:
+    def encode(self, x: Tensor, live: Tensor) -> Encoding:
         """``[B, G, n, D]``, of which ``live`` bool ``[B, n]`` are tokens."""
         ...
 
 
 class _Side:
-    """Keys or values: older tokens encoded, and the newest as they came."""
+    """Keys or values: older tokens encoded, and the newest as they came. Both grow in place."""
 
     def __init__(self, coder: Coder) -> None:
         self.coder = coder
-        self.encoded: Encoded | None = None
-        self.tail: Tensor | None = None
+        self._form: Encoding | None = None  # its tensors are in the rooms
+        self._rooms: tuple[Room, ...] = ()
+        self._tail: Room | None = None
+
+    @property
+    def encoded(self) -> Encoding | None:
+        return None if self._form is None else self._form.like([room.held for room in self._rooms])
+
+    @property
+    def tail(self) -> Tensor | None:
+        return None if self._tail is None else self._tail.held
 
     @property
     def first(self) -> int:
         """The first slot of the tail."""
-        return 0 if self.encoded is None else self.encoded.tokens
+        encoded = self.encoded
+        return 0 if encoded is None else encoded.tokens
 
     @property
     def nbytes(self) -> int:
-        tail = 0 if self.tail is None else self.tail.numel() * self.tail.element_size()
-        return tail + (0 if self.encoded is None else self.encoded.nbytes)
+        rooms = self._rooms if self._tail is None else (*self._rooms, self._tail)
+        return sum(room.held.numel() * room.held.element_size() for room in rooms)
 
     def append(self, x: Tensor) -> None:
-        self.tail = x if self.tail is None else torch.cat([self.tail, x], dim=2)
+        if self._tail is None:
+            self._tail = Room(x)
+        else:
+            self._tail.append(x)
 
     def read(self) -> Tensor:
-        assert self.tail is not None
-        return self.tail if self.encoded is None else torch.cat([self.encoded.decode(), self.tail], dim=2)
+        """All tokens; not yet decoded where a kernel may read them encoded."""
+        encoded, tail = self.encoded, self.tail
+        assert tail is not None
+        if encoded is None:
+            return tail
+        found = EncodedTokens(encoded, tail)
+        recorded = torch.is_grad_enabled() and tail.requires_grad
+        return found.rows() if recorded or tail.device.type != "cpu" or torch.compiler.is_compiling() else found
 
     def encode(self, live: Tensor) -> bool:
         """Encode what is due; ``live`` bool ``[B, slots]``. Returns whether anything was."""
-        assert self.tail is not None
-        count = self.coder.due(self.tail.shape[2])
+        tail = self.tail
+        assert self._tail is not None
+        assert tail is not None
+        count = self.coder.due(tail.shape[2])
         if not count:
             return False
         first = self.first
-        new = self.coder.encode(self.tail[:, :, :count], live[:, first : first + count])
-        self.encoded = new if self.encoded is None else self.encoded.append(new)
-        self.tail = self.tail[:, :, count:].clone()  # a view would hold the whole
+        new = self.coder.encode(tail[:, :, :count], live[:, first : first + count])
+        if self._form is None:
+            self._form, self._rooms = new, tuple(Room(x) for x in new.tensors)
+        else:
+            for room, x in zip(self._rooms, new.tensors, strict=True):
+                room.append(x)
+        self._tail.drop(count)
         return True
 
+    def cut(self, slots: int) -> None:
+        assert self._tail is not None
+        self._tail.cut(slots - self.first)
+
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.tail = None if self.tail is None else change(self.tail)
-        self.encoded = None if self.encoded is None else self.encoded.apply(change)
+        for room in self._rooms if self._tail is None else (*self._rooms, self._tail):
+            room.change(change)
 
 
 class EncodedLayer(StoreLayer):
     """All tokens, the older ones encoded after the attention that first read them.
 
-    For each attention call they are decoded, of this layer alone: a step reads what a dense cache would, and it is the
-    memory between steps that is smaller.
+    On CPUs a call gets them as `gossamer.encoded.EncodedTokens`: few queries read them as they are, in C++, and a step
+    has fewer bytes to read. Whatever else looks at them (prompts that methods plan in torch, masks that are not plain,
+    other attention) has them decoded, of this layer alone, for the call. On other devices, where gradients are
+    recorded, and under ``torch.compile`` they are decoded for each call.
 
     Attributes:
         keys, values: of the newest tokens, as they came.
@@ -136,8 +153,7 @@ class EncodedLayer(StoreLayer):
 
     def cut(self, slots: int) -> None:
         for side in self._sides:
-            assert side.tail is not None
-            side.tail = side.tail[:, :, : slots - side.first]
+            side.cut(slots)
         self._show(slots)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -230,7 +246,8 @@ class Kivi(CachePolicy):
     key/value heads (2 for others).
 
     Deviations: zeros and scales are rounded outwards in the model's dtype, so that no number is off by more than half
-    a scale; padding enters no scale; a step decodes the layer's keys and values where the authors multiply codes.
+    a scale; padding enters no scale. On CPUs a step multiplies codes, as the authors' does; elsewhere it decodes the
+    layer's keys and values.
     """
 
     name: ClassVar[str] = "kivi"
@@ -293,7 +310,8 @@ class Mustafar(CachePolicy):
 
     Deviations: exactly ``D - floor(sparsity * D)`` elements of each token stay, ties broken by the lower channel (the
     authors' code keeps one more, and all ties), so that tokens have equal lengths: there are no offsets and no padding
-    of tiles. A step decodes the layer's keys and values where the authors multiply bitmaps.
+    of tiles. On CPUs a step multiplies what is there, as the authors' does; elsewhere it decodes the layer's keys and
+    values.
     """
 
     name: ClassVar[str] = "mustafar"

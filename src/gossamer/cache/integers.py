@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Quantised:
         scale, zero: of groups of tokens ``[B, G, T / group, D]``, of groups of channels ``[B, G, T, D / group]``.
     """
 
+    coding: ClassVar[str] = "codes"
     codes: Tensor
     scale: Tensor
     zero: Tensor
@@ -36,8 +37,13 @@ class Quantised:
         return self.codes.shape[2]
 
     @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.zero))
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.scale, self.zero
+
+    def like(self, tensors: Sequence[Tensor]) -> Quantised:
+        """The same form with other tensors."""
+        codes, scale, zero = tensors
+        return Quantised(codes, scale, zero, self.bits, self.group, self.over)
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         """``[B, G, T, D]``, of arithmetic in fp32 (fp64 for fp64); dtype: that of the scales unless given."""
@@ -47,15 +53,13 @@ class Quantised:
         numbers = codes * self.scale.to(wide).unsqueeze(axis) + self.zero.to(wide).unsqueeze(axis)
         return _flat(numbers, self.over).to(dtype or self.scale.dtype)
 
-    def append(self, other: Quantised) -> Quantised:
-        """These tokens and then others of the same form."""
-        pairs = (self.codes, other.codes), (self.scale, other.scale), (self.zero, other.zero)
-        codes, scale, zero = (torch.cat(pair, dim=2) for pair in pairs)
-        return Quantised(codes, scale, zero, self.bits, self.group, self.over)
-
-    def apply(self, change: Callable[[Tensor], Tensor]) -> Quantised:
-        """With each tensor changed alike: for operations on batch rows, and to move them."""
-        return Quantised(change(self.codes), change(self.scale), change(self.zero), self.bits, self.group, self.over)
+    def between(self, first: int, last: int) -> Tensor:
+        """Tokens ``first`` to ``last - 1``, decoded, with those that share a group with them."""
+        step = self.group if self.over == "tokens" else 1
+        begin, end = first // step, -(-last // step)
+        own = slice(begin, end)
+        some = self.like([self.codes[:, :, begin * step : end * step], self.scale[:, :, own], self.zero[:, :, own]])
+        return some.decode()[:, :, first - begin * step : last - begin * step]
 
 
 def quantise(x: Tensor, bits: int, group: int, over: Over, live: Tensor | None = None) -> Quantised:

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from gossamer.call import AttentionCall
-from gossamer.plan import Extent
+from gossamer.plan import Extent, SparsePlan
 from gossamer.summaries import Held, Kept, Summary
+from gossamer.unread import Unread
 
-__all__ = ["Part", "StoreLayer", "marked", "store_of"]
+__all__ = ["Part", "StoreLayer", "is_locked", "marked", "store_of"]
 
 _STORE = "_gossamer_store"
 # Calls of so many tokens are drafts and short turns, which leave a summary of the prompt as it is.
@@ -38,8 +39,9 @@ class StoreLayer(DynamicLayer):
     * `before_update` and `attended`, which run before tokens are added and after the attention that first read them;
       an eviction calls `keep` there. Both do nothing here.
     * `append`, `read` and `rearrange`, for a layer that stores something else than the keys and values themselves:
-      add tokens, give all keys and values for one attention call, and apply a function to everything with a batch
-      dimension. Whoever overrides them also overrides `cut` and `keep`, or says that it cannot (`is_croppable`).
+      add tokens, give all keys and values for one attention call (a `gossamer.unread.Unread` serves), and apply a
+      function to everything with a batch dimension. Whoever overrides them also overrides `cut` and `keep`, or says
+      that it cannot (`is_croppable`).
 
     Attributes:
         keys, values: views ``[B, G, slots, D]`` and ``[B, G, slots, Dv]``; None before the first update.
@@ -97,6 +99,17 @@ class StoreLayer(DynamicLayer):
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
+
+    stands_in = False
+    """Whether decode steps get no keys and values, and are attended by `attend`; see `gossamer.call.Store`."""
+
+    def shown(self, count: int) -> tuple[Tensor, Tensor]:
+        """What `update` gives a call of ``count`` tokens: all keys and values, or stand-ins where `stands_in`."""
+        return self.read()
+
+    def attend(self, call: AttentionCall, plan: SparsePlan | None) -> tuple[Tensor, Tensor]:
+        """Where it `stands_in`; see `gossamer.call.Store.attend`."""
+        raise NotImplementedError
 
     def cut(self, slots: int) -> None:
         """Forget the slots from ``slots`` on."""
@@ -199,11 +212,21 @@ class StoreLayer(DynamicLayer):
 
     def summary(self, kind: Summary[T]) -> T:
         """See `gossamer.call.Store.summary`."""
-        kept = self._summaries.get(kind)
-        if kept is None:
-            kept = self._summaries[kind] = kind.begin()
+        return self.begin(kind).of(self.held())
+
+    def begin(self, kind: Summary[T]) -> Kept[T]:
+        """Keep up a summary from now on, and show it the queries of prompts where it wants them."""
+        return self._summaries.setdefault(kind, kind.begin())
+
+    def seen(self, call: AttentionCall) -> None:
+        """A call's queries, and all keys, for summaries that want them; before `attended`."""
+        for kept in self._summaries.values():
+            kept.seen(call)
+
+    def held(self) -> Held:
+        """What there is to summarise."""
         keys, values = self.read()
-        return kept.of(Held(keys, values, self.starts or [0] * keys.shape[0], self.prompt))
+        return Held(keys, values, self.starts or [0] * keys.shape[0], self.prompt)
 
     # What transformers calls.
 
@@ -228,10 +251,10 @@ class StoreLayer(DynamicLayer):
             self.prompt = self.slots + count
         self.length += count
         self._appended += count
-        keys, values = self.read()
         if torch.compiler.is_compiling():
             self.refuse("torch.compile")
-            return keys, values
+            return self.read()
+        keys, values = self.shown(count)
         return marked(keys, self), values
 
     def get_seq_length(self) -> int:
@@ -318,7 +341,7 @@ class StoreLayer(DynamicLayer):
     def _make_room(self, slots: int, keys: Tensor, values: Tensor) -> None:
         """For so many slots, of tensors like these; those that were there stay."""
         fits = self._room is not None and self._room[0].shape[2] >= slots
-        if fits and not self._in_graph and not _is_locked(cast(Any, self._room)[0]):
+        if fits and not self._in_graph and not is_locked(cast(Any, self._room)[0]):
             return
         ahead = slots + max(64, slots // 16)
         rooms = []
@@ -350,7 +373,7 @@ class StoreLayer(DynamicLayer):
             row.clear()
 
 
-def _is_locked(tensor: Tensor) -> bool:
+def is_locked(tensor: Tensor) -> bool:
     """Whether a tensor was made in inference mode, which has been left since: it can be written in that mode alone."""
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
@@ -361,7 +384,8 @@ Part = tuple[list[int], StoreLayer]
 
 def marked(keys: Tensor, store: StoreLayer) -> Tensor:
     """Keys that know the layer that gave them."""
-    keys = keys[:]  # a view of its own: the layer holds nothing that holds the layer
+    if not isinstance(keys, Unread):  # those are made for each call
+        keys = keys[:]  # a view of its own: the layer holds nothing that holds the layer
     setattr(keys, _STORE, store)
     return keys
 

@@ -9,10 +9,21 @@ from gossamer.cache.encodings import Int8, Kivi, Mustafar
 from gossamer.cache.evictions import PyramidKV, SnapKV, StreamingLLM
 from gossamer.cache.policies import CachePolicy, Keep
 from gossamer.cache.split import DuoAttention
+from gossamer.cache.tiers import Tiers
 
 __all__ = ["available", "class_of", "create"]
 
-_POLICIES: tuple[type[CachePolicy], ...] = (Keep, StreamingLLM, SnapKV, PyramidKV, DuoAttention, Kivi, Int8, Mustafar)
+_POLICIES: tuple[type[CachePolicy], ...] = (
+    Keep,
+    StreamingLLM,
+    SnapKV,
+    PyramidKV,
+    DuoAttention,
+    Kivi,
+    Int8,
+    Mustafar,
+    Tiers,
+)
 
 
 def available() -> list[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from gossamer.cli.common import BadInput, add_command, first_line, one_line, print_json, table
+from gossamer.cli.specs import parse_method
 from gossamer.evaluate.records import label_of
-from gossamer.methods import Method
+from gossamer.methods import Dense, Method
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
 from gossamer.profiles.files import write_whole
@@ -32,6 +34,7 @@ def add_parser(commands: Any) -> None:
     convert.add_argument("file", type=Path)
     convert.add_argument("-o", "--out", type=Path, required=True)
     convert.add_argument("--to", choices=("profile", "minference"), default="profile")
+    convert.add_argument("--decode", metavar="METHOD", help="what decode steps read, into the profile; none for all")
     for action in (show, diff, convert):
         action.add_argument("--from", dest="form", choices=FORMATS, help="default: as the file shows")
         action.add_argument("--heads", type=int, help="query heads, for DuoAttention's gates of key/value heads")
@@ -58,6 +61,15 @@ def _label(method: Method) -> str:
     return one_line(label_of(Policy(method)))
 
 
+def _label_of_steps(profile: Profile) -> str:
+    """What decode steps read: all of the cache, or what a method chooses."""
+    return (
+        "all"
+        if profile.decode is None
+        else one_line(label_of(Policy(Dense(), decode=profile.decode)).partition("+")[2])
+    )
+
+
 def _show(arguments: argparse.Namespace) -> int:
     profile = _read(arguments.file, arguments)
     if arguments.json:
@@ -71,6 +83,8 @@ def _show(arguments: argparse.Namespace) -> int:
         numbers = [number for row in getattr(profile, name) or () for number in row if number is not None]
         if numbers:
             print(f"{name}: mean {fmean(numbers):.4g}, from {min(numbers):.4g} to {max(numbers):.4g}")
+    if profile.decode is not None:
+        print(f"decode: {_label_of_steps(profile)}")
     counts = Counter(_label(method) for layer in profile.layers for method in layer)
     print(table([("method", "heads"), *((label, str(count)) for label, count in counts.most_common())]))
     return 0
@@ -88,15 +102,19 @@ def _diff(arguments: argparse.Namespace) -> int:
         for j in range(one.heads)
         if one.layers[i][j] != other.layers[i][j]
     ]
+    steps = [_label_of_steps(profile) for profile in (one, other)]
+    differ = bool(found) or one.decode != other.decode
     if arguments.json:
-        print_json({"heads": len(one.layers) * one.heads, "differing": found})
-        return int(bool(found))
+        print_json({"heads": len(one.layers) * one.heads, "differing": found, "decode": steps})
+        return int(differ)
     print(f"{len(found)} of {len(one.layers) * one.heads} heads differ")
+    if one.decode != other.decode:
+        print(f"decode: {steps[0]} and {steps[1]}")
     if found:
         pairs = [(d["layer"], d["head"]) for d in found]
         rows = [(f"{i}:{j}", _label(one.layers[i][j]), _label(other.layers[i][j])) for i, j in pairs]
         print(table([("layer:head", "one", "other"), *rows]))
-    return int(bool(found))
+    return int(differ)
 
 
 def _check_place(path: Path) -> None:
@@ -113,6 +131,9 @@ def _convert(arguments: argparse.Namespace) -> int:
     profile = _read(arguments.file, arguments)
     _check_place(arguments.out)
     try:
+        if arguments.decode is not None:
+            steps = None if arguments.decode == "none" else parse_method(arguments.decode)
+            profile = replace(profile, decode=steps)
         data = profile.to_minference() if arguments.to == "minference" else profile.to_dict()
     except ValueError as error:
         raise BadInput(f"{arguments.file}: {first_line(error)}") from error

@@ -158,7 +158,9 @@ def _generated(generate: typing.Any, *given: typing.Any, **options: typing.Any) 
 def _make_policy(arguments: argparse.Namespace, profile: Profile | None) -> Policy:
     try:
         policy = make_policy(arguments.method, arguments.set, profile, arguments.min_tokens)
-        return policy if arguments.decode is None else replace(policy, decode=parse_method(arguments.decode))
+        if arguments.decode is None:
+            return policy
+        return replace(policy, decode=None if arguments.decode == "none" else parse_method(arguments.decode))
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
 

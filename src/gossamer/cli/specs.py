@@ -96,14 +96,20 @@ def parse_policies(
 ) -> list[Policy]:
     """A policy for each of a list of methods, of methods for decoding and of caches; ``none`` is one of the latter two.
 
+    Without a list of methods for decoding, a profile's own holds.
+
     Raises:
         ValueError, TypeError: as `parse_policy`; or a method that does not choose what a step reads.
     """
     chosen = [None if spec == "none" else parse_method(spec) for spec in split_specs(steps or "none")]
     policies = [parse_policy(spec, profile, min_tokens) for spec in split_specs(specs)]
     caches = [None if spec == "none" else parse_cache(spec) for spec in split_specs(kept or "none")]
-    steps_of = [(step, cache) for step in chosen for cache in caches]
-    return [dataclasses.replace(policy, decode=step, cache=cache) for policy in policies for step, cache in steps_of]
+    return [
+        dataclasses.replace(policy, decode=step, cache=cache)
+        for policy in policies
+        for step in ([policy.decode] if steps is None else chosen)
+        for cache in caches
+    ]
 
 
 def make_policy(name: str, pairs: Sequence[str], profile: Profile | None, min_tokens: int | None) -> Policy:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from gossamer import backends
 from gossamer.backends import Needs
+from gossamer.backends.torch.partial import merge
 from gossamer.call import AttentionCall, CallFields
 from gossamer.distributed.exchange import Collector, Exchange, Traveller
 from gossamer.distributed.layout import Layout
@@ -202,18 +203,6 @@ def _merge_piece(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, p
     part_out, part_lse = (x.unflatten(0, (-1, len(spans))) for x in (part_out, part_lse))
     for n, span in enumerate(spans):
         merge(out.narrow(2, *span), lse.narrow(2, *span), part_out[:, n], part_lse[:, n])
-
-
-def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Into attention over some keys, write it over those and others: ``out [.., Dv]`` and ``lse [..]``, in place.
-
-    ``lse' = log(exp lse + exp part_lse)``, and each output counts by ``exp(its lse - lse')``. A row that attends
-    nothing in either stays ``out = 0, lse = -inf``.
-    """
-    both = torch.logaddexp(lse, part_lse.to(lse))
-    level = both.masked_fill(both == float("-inf"), 0.0)
-    out.mul_(torch.exp(lse - level)[..., None]).add_(part_out.to(out) * torch.exp(part_lse.to(lse) - level)[..., None])
-    lse.copy_(both)
 
 
 def _backward(

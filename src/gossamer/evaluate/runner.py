@@ -338,6 +338,7 @@ def _run_task(subject: Subject, job: Job, task: Task, cells: Sequence[Cell]) -> 
                         "score": sum(turn["score"] for turn in turns) / len(turns),
                         "decode_s": answer.decode_s,
                     }
+                    | ({} if answer.decode_tokens is None else {"decode_tokens": answer.decode_tokens})
                     | ({} if answer.read is None else {"read": answer.read})
                     | ({} if answer.cache_bytes is None else {"cache_bytes": answer.cache_bytes})
                     | answer.cost.to_dict(),

@@ -203,6 +203,7 @@ _SAMPLE = _Object(
         "read": _SHARE,
         "cache_bytes": _COUNT,
         "decode_s": _SECONDS,
+        "decode_tokens": _COUNT,
     },
 )
 _OF_A_TEXT = {"text": _TEXT, "text_sha256": _TEXT, "start": _COUNT}

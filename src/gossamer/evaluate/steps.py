@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import gossamer
+from gossamer import backends
+from gossamer.call import AttentionCall
 from gossamer.methods import Method
+from gossamer.methods.reduced import Reducing
+from gossamer.plan import SparsePlan
+from gossamer.summaries import Summary
 
-__all__ = ["Steps", "compare_steps", "differences", "read_steps"]
+__all__ = ["Steps", "compare_steps", "differences", "mass_read", "read_steps"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,9 @@ class Steps:
         top1: share of the steps whose likeliest token is the same.
         nats: mean loss of the text's tokens.
         read: share of the cache's keys that its steps read, over layers.
+        recall, oracle_recall: attention mass on what the steps read in layers where they chose, and on as many tokens
+            with the largest weights of a key/value head; means over heads. None where every step was dense, or its
+            method answers with other keys than the cache's.
         step_s: median seconds of a step; plan_s, attention_s: of one in all layers, mean.
     """
 
@@ -35,6 +43,8 @@ class Steps:
     step_s: float
     plan_s: float
     attention_s: float
+    recall: float | None = None
+    oracle_recall: float | None = None
 
 
 @torch.inference_mode()
@@ -65,6 +75,9 @@ def compare_steps(model: Any, tokens: Tensor, methods: Mapping[str, Method], ste
             rows, seconds = read_steps(model, tokens[:, -steps:], cache)
             layers = handle.stats()
         cache.crop(-steps)
+        recall, oracle = None, None
+        if method is not None and not isinstance(method, Reducing):
+            recall, oracle = _recall(model, tokens[:, -steps:], cache, method)
         wanted = rows if wanted is None else wanted
         kl, top1, nats = differences(rows, wanted, tokens[0, -steps:])
         found[name] = Steps(
@@ -75,8 +88,67 @@ def compare_steps(model: Any, tokens: Tensor, methods: Mapping[str, Method], ste
             step_s=sorted(seconds)[len(seconds) // 2],
             plan_s=sum(layer.plan_seconds for layer in layers) / steps,
             attention_s=sum(layer.attention_seconds for layer in layers) / steps,
+            recall=recall,
+            oracle_recall=oracle,
         )
     return found
+
+
+def _recall(model: Any, tokens: Tensor, cache: Any, method: Method) -> tuple[float | None, float | None]:
+    """Read the steps once more, untimed, and hold each choice against all weights."""
+    watched = _Watched(method, [])
+    with gossamer.enable(model, "dense", decode=watched, cache="keep"):
+        read_steps(model, tokens, cache)
+    cache.crop(-tokens.shape[1])
+    if not watched.found:
+        return None, None
+    recall, oracle = (sum(part) / len(watched.found) for part in zip(*watched.found, strict=True))
+    return recall, oracle
+
+
+@dataclass(frozen=True)
+class _Watched(Method):
+    """A method whose choices are looked at."""
+
+    name: ClassVar[str] = "watched"
+    decodes: ClassVar[bool] = True
+    inner: Method
+    found: list[tuple[float, float]]
+
+    def lacks(self, call: AttentionCall) -> str | None:
+        return self.inner.lacks(call)
+
+    def watches(self) -> tuple[Summary[Any], ...]:
+        return self.inner.watches()
+
+    def least_density(self, call: AttentionCall) -> float:
+        return self.inner.least_density(call)
+
+    def plan(self, call: AttentionCall) -> SparsePlan:
+        plan = self.inner.plan(call)
+        if plan.density() < 1:
+            self.found.append(mass_read(call, plan))
+        return plan
+
+
+def mass_read(call: AttentionCall, plan: SparsePlan) -> tuple[float, float]:
+    """Of one query a row: the attention mass on a plan's keys, and on as many with the largest weights of each head.
+
+    Query heads that share a choice share the best one too: the keys with the largest sum of their weights.
+    """
+    whole = SparsePlan.dense(call.groups, 1, call.key_len, call.extent)
+    _, lse = backends.attend(replace(call, store=None), whole)
+    logits = (call.q.unflatten(1, (call.groups, -1))[:, :, :, 0].float() @ call.k.float().mT).flatten(1, 2) * call.scale
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    live = call.extent.live_keys(call.key_len, call.device)[:, None]
+    weights = (logits - lse).exp().masked_fill(~live, 0.0).unflatten(1, (plan.heads, -1))  # [B, heads, share, T]
+    chosen = plan.to_mask()[:, :, 0]
+    ranked = weights.sum(dim=2).sort(dim=-1, descending=True).indices
+    best = torch.zeros_like(chosen).scatter_(
+        2, ranked, torch.arange(call.key_len, device=call.device) < chosen.sum(dim=-1, keepdim=True)
+    )
+    return tuple(float((weights * keys[:, :, None]).sum(dim=-1).mean()) for keys in (chosen, best))  # type: ignore[return-value]
 
 
 def differences(rows: Tensor, wanted: Tensor, tokens: Tensor) -> tuple[float, float, float]:

@@ -48,7 +48,9 @@ class Answers:
     """The texts that a model gave to the turns of one sample, and what they cost.
 
     ``read`` is the share of the cache that tokens after the context read, where a method chose it. ``cache_bytes`` is
-    what the cache holds of keys and values at the end, where it was one of ours.
+    what the cache holds of keys and values at the end, where it was one of ours. ``decode_s`` are the seconds after the
+    first token, or of questions and answers where the context was read before; ``decode_tokens`` how many single
+    tokens took them, None where a question was read at once.
     """
 
     texts: tuple[str, ...]
@@ -56,6 +58,7 @@ class Answers:
     decode_s: float
     read: float | None = None
     cache_bytes: int | None = None
+    decode_tokens: int | None = None
 
 
 class Subject:
@@ -142,7 +145,8 @@ class Subject:
             out, stop, decode = self._generate(prompts, max_new_tokens, one_line, held, handle)
             cost = _cost(stop.layers, stop.prefill / len(samples), len(samples))
         size = None if held is None else nbytes(held) // len(samples)
-        return [Answers((self.text(row),), cost, decode / len(samples), cache_bytes=size) for row in out]
+        more = {"cache_bytes": size, "decode_tokens": max(map(len, out)) - 1}
+        return [Answers((self.text(row),), cost, decode / len(samples), **more) for row in out]
 
     def _converse(self, sample: Sample, policy: Policy, max_new_tokens: int, one_line: bool) -> Answers:
         prompts = [self.prompt_tokens(sample, i) for i in range(len(sample.turns))]
@@ -155,7 +159,7 @@ class Subject:
             alike = [a == b for a, b in zip(read_first, prompts[0][:shared], strict=False)]
             shared = alike.index(False) if False in alike else min(shared, len(alike))
         context = torch.tensor([prompts[0][:shared]], device=self.device)
-        texts, spent, steps = [], 0.0, []
+        texts, spent, steps, tokens = [], 0.0, [], 0
         with gossamer.enable(self.model, policy) as handle:
             started = time.perf_counter()
             held = None if handle.cache is None else handle.new_cache()
@@ -170,11 +174,12 @@ class Subject:
                     spent += self._read_on(prompt[shared:-1], cache)
                 out, stop, decode = self._generate([prompt], max_new_tokens, one_line, cache, handle)
                 spent += stop.prefill + decode
+                tokens += len(prompt) - shared + len(out[0]) - 1
                 texts.append(self.text(out[0]))
                 steps += [layer.step_density for layer in handle.stats()]
         size = None if held is None else nbytes(held)
         share = sum(steps) / len(steps) if policy.decode is not None else None
-        return Answers(tuple(texts), cost, spent, share, size)
+        return Answers(tuple(texts), cost, spent, share, size, tokens if policy.decode is not None else None)
 
     def _read_on(self, tokens: Sequence[int], cache: Any) -> float:
         """Read tokens one by one; seconds."""

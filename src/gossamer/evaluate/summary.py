@@ -56,6 +56,7 @@ class SummaryRow:
         density: share of the pairs that was computed, of prompts.
         read: share of the cache that questions and answers read token by token, where a method chose it.
         cache_bytes: what the cache of a sample holds at the end, where `--cache` or `--decode` was given.
+        token_s: seconds of a token after a prompt, over all samples.
         prefill_s: median seconds; speedup: median of dense over that of the method, on what both have measured.
         nats: mean loss of a token of text, with its interval over windows (None for one window).
         nats_difference: the loss less that of dense on the same windows, with its interval (paired).
@@ -88,6 +89,7 @@ class SummaryRow:
     thresholds: str = ""
     read: float | None = None
     cache_bytes: float | None = None
+    token_s: float | None = None
 
     @property
     def fewest(self) -> int:
@@ -221,6 +223,7 @@ def _row(label: str, length: int, mine: list[Record], dense: list[Record]) -> Su
         density=_mean([r["density"] for r in samples or windows or fidelity]),
         read=_mean([r["read"] for r in samples if "read" in r]),
         cache_bytes=_mean([r["cache_bytes"] for r in samples if "cache_bytes" in r]),
+        token_s=_token_seconds(samples),
         prefill_s=_seconds(mine),
         speedup=dense_seconds / seconds if seconds and dense_seconds else None,
         nats=_mean(nats),
@@ -270,6 +273,13 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def _token_seconds(samples: list[Record]) -> float | None:
+    """Of the samples that say how many tokens they took."""
+    timed = [record for record in samples if record.get("decode_tokens") and "decode_s" in record]
+    tokens = sum(record["decode_tokens"] for record in timed)
+    return sum(record["decode_s"] for record in timed) / tokens if tokens else None
+
+
 def _seconds(records: list[Record]) -> float | None:
     """Median prefill of the tasks (of the perplexity windows where there are none)."""
     values = sorted(r["prefill_s"] for r in _of_kind(records, "sample") or _of_kind(records, "perplexity"))
@@ -291,6 +301,7 @@ def main_table(rows: Sequence[SummaryRow]) -> list[list[str]]:
         ("density", [_number(row.density, ".3f") for row in rows]),
         ("read", [_number(row.read, ".3f") for row in rows]),
         ("cache MiB", [_number(row.cache_bytes and row.cache_bytes / 2**20, ".2f") for row in rows]),
+        ("token ms", [_number(row.token_s and 1e3 * row.token_s, ".1f") for row in rows]),
         ("nats", [_with_interval(row.nats, row.nats_interval) for row in rows]),
         ("more nats", [_with_interval(row.nats_difference, row.nats_difference_interval, "+") for row in rows]),
         ("prefill s", [_number(row.prefill_s, ".2f") for row in rows]),

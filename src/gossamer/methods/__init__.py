@@ -12,6 +12,7 @@ from gossamer.methods.double_sparsity import DoubleSparsity
 from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
+from gossamer.methods.infllm import InfLLM
 from gossamer.methods.longgen import LongGen
 from gossamer.methods.lserve import LServe
 from gossamer.methods.magicpig import MagicPIG
@@ -49,6 +50,7 @@ __all__ = [
     "DuoAttention",
     "FlashPrefill",
     "FlexPrefill",
+    "InfLLM",
     "LServe",
     "LongGen",
     "MInference",

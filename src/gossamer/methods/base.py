@@ -11,6 +11,7 @@ from gossamer.call import AttentionCall
 from gossamer.methods.ranks import heads_of_rank
 from gossamer.plan import SparsePlan
 from gossamer.plan.integers import MOST
+from gossamer.summaries import Summary
 
 __all__ = ["Method", "Settings", "require_above", "require_at_least", "require_flag", "require_share"]
 
@@ -24,9 +25,9 @@ class Method(ABC):
 
     Class attributes:
         name: what `gossamer.methods.create`, ``enable`` and the command line know it by.
-        needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``values``, ``store``, ``layout``, ``step``,
-            ``layer``, ``state``, ``rotary``, ``one query``, ``whole prompt``. A call that lacks one runs dense; the
-            reason is counted.
+        needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``keys``, ``values``, ``store``, ``layout``,
+            ``step``, ``layer``, ``state``, ``rotary``, ``one query``, ``whole prompt``. A call that lacks one runs
+            dense; the reason is counted.
         per_head: fields that may differ between heads that are planned together (`gossamer.methods.PerHead`). Where
             they do, ``plan`` finds a tuple of one value a head in them, which rules take as it is.
         apart: a key/value head with its query heads is planned as it would be in a call of its own. False where numbers
@@ -69,6 +70,10 @@ class Method(ABC):
         """
         del call
         return 0.0
+
+    def watches(self) -> tuple[Summary[Any], ...]:
+        """Summaries of a cache that want to see a prompt's queries, before this method first chooses of it."""
+        return ()
 
     def parts(self) -> Iterator[Method]:
         """The method itself, and those that its fields hold, however deep."""

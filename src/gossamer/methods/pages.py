@@ -43,13 +43,16 @@ def plan_of_blocks(
         chosen: bool ``[B, heads, N]``, with heads H or G.
         sink, window: bands int32 ``[heads]`` in place of pages, for heads that choose none; see `SparsePlan`.
     """
-    batch, heads, _ = chosen.shape
-    keys = on_device(call.extent.key_count * (call.extent.query_count > 0), call.device)[:, None]
-    chosen = chosen & (torch.arange(chosen.shape[2], device=call.device) * size < keys)[:, None]
-    page = chosen.nonzero(as_tuple=True)[2]
+    batch, heads, count = chosen.shape
+    live = call.extent.key_count * (call.extent.query_count > 0)
+    keys = on_device(live, call.device)[:, None]
+    fits = batch == 1 and int(live) > (count - 1) * size  # as most steps have it: fewer operations
+    if not fits:
+        chosen = chosen & (torch.arange(count, device=call.device) * size < keys)[:, None]
     counts = chosen.sum(dim=2)
-    last = ((keys - 1) // size).clamp(min=0)[:, :, None].expand(-1, heads, -1)
-    pairs = counts * size - chosen.gather(2, last)[..., 0] * (-keys % size)
+    last = chosen[..., -1] if fits else chosen.gather(2, _last_page(keys, size, heads))[..., 0]
+    pairs = counts * size - last * (-keys % size)
+    pages = torch.arange(count, dtype=torch.int32, device=call.device).expand_as(chosen)[chosen]
     if sink is not None and window is not None:
         banded = (sink + window.long()).to(call.device).expand(batch, -1)
         pairs = torch.where(banded > 0, banded.minimum(keys), pairs)
@@ -60,11 +63,16 @@ def plan_of_blocks(
         extent=call.extent,
         block_k=size,
         block_indptr=starts_of(counts),
-        block_indices=page.to(torch.int32),
+        block_indices=pages,
         sink=0 if sink is None else sink,
         window=0 if window is None else window,
         pairs=pairs.cpu(),
     )
+
+
+def _last_page(keys: Tensor, size: int, heads: int) -> Tensor:
+    """Of rows of ``keys`` ``[B, 1]``: the page that their newest token is in, ``[B, heads, 1]``."""
+    return ((keys - 1) // size).clamp(min=0)[:, :, None].expand(-1, heads, -1)
 
 
 def share_read(call: AttentionCall, budget: int, page: int) -> float:

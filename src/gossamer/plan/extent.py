@@ -220,6 +220,8 @@ class Extent:
         first, rows, keys = self.first_position, self.query_count, self.key_count
         if not self.causal and self.limit is None:
             return rows * keys
+        if self.causal and self.limit is None and bool((rows == 1).all()):
+            return (first + 1).minimum(keys)  # a step of decoding
         # A query at p attends the live keys below min(p + ahead, keys) that are not below p - limit + 1.
         ahead = 1 if self.causal else self.limit or 1
         pairs = _sum_clamped(first + ahead, rows, keys)

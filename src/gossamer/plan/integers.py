@@ -51,6 +51,8 @@ def integer(value: int, name: str, least: int = 0) -> int:
 
 def bounded(value: Integers, name: str, least: int) -> Tensor:
     """A copy as int64 on the CPU, every value in ``least .. MOST``."""
+    if type(value) is int and least <= value <= MOST:  # a step of decoding makes several of these
+        return torch.tensor(value, dtype=torch.int64, device="cpu")
     try:
         tensor = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:

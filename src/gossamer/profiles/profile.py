@@ -55,6 +55,7 @@ class Profile:
         scores: what the search measured for each, if anything, by layer and head.
         provenance: where it comes from.
         errors, costs: of each head's output and of its kernel, likewise.
+        decode: what a decode step reads of the cache (`gossamer.Policy.decode`); None: all of it.
         name: by which results and tables know it; of one that was loaded, its file's. No part of what is saved.
 
     Raises:
@@ -67,6 +68,7 @@ class Profile:
     provenance: Provenance = field(default_factory=Provenance)
     errors: Sequence[Sequence[float | None]] | None = None
     costs: Sequence[Sequence[float | None]] | None = None
+    decode: Method | None = None
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +80,9 @@ class Profile:
             rows = getattr(self, name)
             if rows is not None and [len(layer) for layer in rows] != shape:
                 raise ValueError(f"a profile's {name} must be [layer][head] as its methods, {shape} heads")
+        if self.decode is not None and not (isinstance(self.decode, Method) and self.decode.decodes):
+            given = self.decode.name if isinstance(self.decode, Method) else shown(self.decode)
+            raise ValueError(f"a profile's decode must be a method that chooses what a decode step reads, got {given}")
 
     @property
     def heads(self) -> int:
@@ -169,7 +174,10 @@ class Profile:
         layers = self.method.of_rank(rank, ranks, self.heads, self.heads if groups is None else groups).layers
         mine = slice(rank * self.heads // ranks, (rank + 1) * self.heads // ranks)
         figures = {n: rows and tuple(tuple(row)[mine] for row in rows) for n in _FIGURES if (rows := getattr(self, n))}
-        return replace(self, layers=layers, **figures)
+        steps = self.decode
+        if steps is not None:
+            steps = steps.of_rank(rank, ranks, self.heads, self.heads if groups is None else groups)
+        return replace(self, layers=layers, decode=steps, **figures)
 
     @classmethod
     def uniform(cls, layers: int, heads: int, method: Method) -> Profile:
@@ -177,15 +185,21 @@ class Profile:
         return cls(((method,) * heads,) * layers)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "layers": len(self.layers),
-            "heads": self.heads,
-            "provenance": asdict(self.provenance) | {"lengths": list(self.provenance.lengths)},
-            "methods": [[method.to_dict() for method in layer] for layer in self.layers],
-        } | {
-            name: [list(layer) for layer in getattr(self, name)] for name in _FIGURES if getattr(self, name) is not None
-        }
+        return (
+            {
+                "schema": SCHEMA,
+                "layers": len(self.layers),
+                "heads": self.heads,
+                "provenance": asdict(self.provenance) | {"lengths": list(self.provenance.lengths)},
+                "methods": [[method.to_dict() for method in layer] for layer in self.layers],
+            }
+            | {
+                name: [list(layer) for layer in getattr(self, name)]
+                for name in _FIGURES
+                if getattr(self, name) is not None
+            }
+            | ({} if self.decode is None else {"decode": self.decode.to_dict()})
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Profile:
@@ -211,7 +225,11 @@ class Profile:
                     raise ValueError(f"profile layer {i}, head {j}: {error}") from error
         provenance = _provenance(data.get("provenance"))
         try:
-            profile = cls(tuple(map(tuple, layers)), scores, provenance, errors, costs)
+            steps = None if data.get("decode") is None else from_dict(data["decode"])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"a profile's decode: {error}") from error
+        try:
+            profile = cls(tuple(map(tuple, layers)), scores, provenance, errors, costs, steps)
         except TypeError as error:  # a method of several heads
             raise ValueError(f"a profile's methods: {error}") from error
         _check_shape(data, profile)

@@ -13,6 +13,7 @@ from gossamer.evaluate.closeness import closeness_table
 from gossamer.evaluate.summary import SummaryRow, closeness_of, main_table, summary_rows, task_table, warnings_of
 from gossamer.profiles.files import write_whole
 from gossamer.report.charts import figures
+from gossamer.report.decoding import decoding
 from gossamer.report.figure import Figure, Record, family
 from gossamer.report.html import Html, breakable, document, element, join
 from gossamer.report.latency import dense_labels
@@ -91,6 +92,8 @@ def write_report(
     _check_models(records)
     rows = summary_rows(records)
     first, pictures = overview(rows), figures(records, rows)
+    steps = decoding(rows)
+    pictures = [steps, *pictures] if steps.panels else pictures
     near = closeness_of(records)
     tables = [("summary", main_table(rows)), ("tasks", task_table(rows))]
     if len({row.kind for row in near}) > 1:

@@ -10,6 +10,7 @@ from gossamer.summaries.clusters import Clusters, ClusterSet
 from gossamer.summaries.hashes import Hashes, HashSet
 from gossamer.summaries.labels import Labels, LabelSet
 from gossamer.summaries.pages import PageBounds
+from gossamer.summaries.representatives import Representatives
 
 __all__ = [
     "ClusterSet",
@@ -22,5 +23,6 @@ __all__ = [
     "LabelSet",
     "Labels",
     "PageBounds",
+    "Representatives",
     "Summary",
 ]

@@ -4,37 +4,51 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from gossamer.plan.integers import ceil_div
+from gossamer.unread import Unread
 
 __all__ = ["Growing", "Held", "Kept", "Summary", "raised"]
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Held:
     """What a layer of a cache holds.
 
-    Fields:
-        keys: ``[B, G, T, D]``; values: ``[B, G, T, Dv]``.
+    Attributes:
+        keys: ``[B, G, T, D]``; values: ``[B, G, T, Dv]``. Where a part of them lies elsewhere it is read for this:
+            what is kept up from token to token asks for the last ones, by `keys_from`.
+        shape: ``(B, G, T, D)``; dtype, device: of both.
         starts: slot of each row's first live key.
         prompt: slots that were there at the end of the last prompt; what came since are an answer's tokens.
     """
 
-    keys: Tensor
-    values: Tensor
-    starts: Sequence[int]
-    prompt: int
+    def __init__(self, keys: Tensor, values: Tensor, starts: Sequence[int], prompt: int) -> None:
+        self.shape, self.dtype, self.device = tuple(keys.shape), keys.dtype, keys.device
+        self.starts, self.prompt = starts, prompt
+        self._all = keys, values
 
     @property
     def slots(self) -> int:
-        return self.keys.shape[2]
+        return self.shape[2]
+
+    @property
+    def keys(self) -> Tensor:
+        return self._all[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self._all[1]
+
+    def keys_from(self, slot: int) -> Tensor:
+        """Those of the slots from ``slot`` on: ``[B, G, T - slot, D]``."""
+        keys = self.keys
+        return keys.between(slot, self.slots) if isinstance(keys, Unread) else keys[:, :, slot:]
 
 
 class Summary(ABC, Generic[T]):
@@ -65,6 +79,13 @@ class Kept(ABC, Generic[T]):
     @abstractmethod
     def take_rows(self, index: Tensor) -> None:
         """Batch rows ``index`` int64, any of them more than once, take the place of all."""
+
+    def seen(self, call: Any) -> None:
+        """The queries of a `gossamer.call.AttentionCall` on the layer, for what depends on them.
+
+        Its keys are all that the layer holds, but those of one query may be stand-ins. Most summaries are of keys and
+        values alone.
+        """
 
 
 class Growing(Kept[T]):

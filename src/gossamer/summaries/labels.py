@@ -89,17 +89,17 @@ class _Labels(Growing[LabelSet]):
         return LabelSet(codes, self._channels, *more)
 
     def _choose_channels(self, held: Held) -> None:
-        batch, _, slots, dim = held.keys.shape
+        batch, groups, slots, dim = held.shape
         if self.kind.channels is not None:
             if self._channels is None or self._channels.shape[0] != batch:
                 rows = [row[: self.kind.count] for row in self.kind.channels]
                 most = max(map(max, rows))
-                if most >= dim or len(rows) % held.keys.shape[1]:
+                if most >= dim or len(rows) % groups:
                     raise ValueError(
                         f"channels are of {len(rows)} heads, the last channel {most}, but keys have "
-                        f"{held.keys.shape[1]} heads of {dim} channels; use a file made for this model"
+                        f"{groups} heads of {dim} channels; use a file made for this model"
                     )
-                self._channels = torch.tensor(rows, device=held.keys.device).expand(batch, -1, -1)
+                self._channels = torch.tensor(rows, device=held.device).expand(batch, -1, -1)
             return
         seen = [min(SEEN, slots - start) for start in held.starts]
         if seen == self._seen and list(held.starts) == self._starts:
@@ -111,9 +111,9 @@ class _Labels(Growing[LabelSet]):
 
     def blank(self, held: Held, entries: int) -> list[Tensor]:
         assert self._channels is not None
-        (batch, heads, count), device, bits = self._channels.shape, held.keys.device, self.kind.bits
+        (batch, heads, count), device, bits = self._channels.shape, held.device, self.kind.bits
         if bits > 8:
-            half = torch.float16 if held.keys.dtype == torch.float16 else torch.bfloat16
+            half = torch.float16 if held.dtype == torch.float16 else torch.bfloat16
             dtype = torch.float32 if bits == 32 else half
             return [torch.zeros(batch, heads, count, entries, dtype=dtype, device=device)]
         rows = ceil_div(count, 8 // bits)
@@ -122,7 +122,7 @@ class _Labels(Growing[LabelSet]):
 
     def write(self, to: list[Tensor], held: Held, row: slice, begin: int) -> None:
         assert self._channels is not None
-        keys, channels = held.keys[row, :, begin:], self._channels[row]
+        keys, channels = held.keys_from(begin)[row], self._channels[row]
         count = keys.shape[2]
         keys = keys.repeat_interleave(channels.shape[1] // keys.shape[1], dim=1)
         labels = keys.gather(3, channels[:, :, None].expand(-1, -1, count, -1)).transpose(2, 3)

@@ -43,17 +43,17 @@ class _Bounds(Growing[Tensor]):
         return self.bring(held)[0]
 
     def blank(self, held: Held, entries: int) -> list[Tensor]:
-        batch, groups, _, dim = held.keys.shape
-        dtype = torch.float16 if held.keys.dtype == torch.float16 else torch.bfloat16
-        return [torch.zeros(batch, groups, entries, 2 * dim, dtype=dtype, device=held.keys.device)]
+        batch, groups, _, dim = held.shape
+        dtype = torch.float16 if held.dtype == torch.float16 else torch.bfloat16
+        return [torch.zeros(batch, groups, entries, 2 * dim, dtype=dtype, device=held.device)]
 
     def write(self, to: list[Tensor], held: Held, row: slice, begin: int) -> None:
-        keys, slots, (bounds,) = held.keys[row], held.slots, to
-        whole = max(slots - begin, 0) // self.size
-        past = begin + whole * self.size
+        keys, (bounds,) = held.keys_from(begin)[row], to
+        whole = keys.shape[2] // self.size
+        past = whole * self.size
         if whole:
-            _put(bounds[:, :, :whole], keys[:, :, begin:past].unflatten(2, (whole, self.size)), 3)
-        if past < slots:
+            _put(bounds[:, :, :whole], keys[:, :, :past].unflatten(2, (whole, self.size)), 3)
+        if past < keys.shape[2]:
             _put(bounds[:, :, whole], keys[:, :, past:], 2)
 
 

@@ -23,8 +23,14 @@ class PageForm(Enum):
     key_tiles = 2
     value_tiles = 3
 
+class Numbers:
+    """Of a tensor ``[B, heads, rows, n]`` of any dtype."""
+
+    def __init__(self, data: int, shape: Sequence[int], strides: Sequence[int]) -> None: ...
+
 class Tokens:
-    """Keys or values: of a tensor, or of one sequence in pages; strides of pages and heads, and a table int32."""
+    """Keys or values: of a tensor; of one sequence in pages, with strides of pages and heads, and a table int32; or
+    encoded ones before a tail. Scales, zeros and packed elements have the tail's dtype; codes and bitmaps are bytes."""
 
     @overload
     def __init__(self, rows: Tensor, /) -> None: ...
@@ -42,6 +48,20 @@ class Tokens:
         tokens: int,
         table: Array,
     ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        *,
+        tail: Tensor,
+        codes: Numbers,
+        scale: Numbers,
+        zero: Numbers,
+        bits: int,
+        group: int,
+        over_tokens: bool,
+    ) -> None: ...
+    @overload
+    def __init__(self, *, tail: Tensor, bitmap: Numbers, packed: Numbers) -> None: ...
 
 class Extent:
     """Of int64 ``[B]``."""

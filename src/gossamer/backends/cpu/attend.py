@@ -13,10 +13,14 @@ from gossamer.backends.gradient import refuse
 from gossamer.backends.torch.attend import attend_rows as definition
 from gossamer.backends.torch.attend import refuse_bias_beside
 from gossamer.call import AttentionCall
+from gossamer.encoded import EncodedTokens
 from gossamer.plan import SparsePlan
 from gossamer.plan.parts import plan_parts
 
 __all__ = ["attend", "attend_rows"]
+
+# Rows of a key/value head that read what is encoded as it is: kReaders of csrc/attend/streamed.cpp.
+READERS = 16
 
 
 def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
@@ -150,7 +154,14 @@ def _fill(
         threads=torch.get_num_threads(),
         rows=(0, 0) if rows is None else (rows.data_ptr(), rows.numel()),
     )
-    native.attend(active_isa(q.dtype), plan_view(plan, sizes, skip), call)
+    native.attend(active_isa(_dtype_of_kernel(q, k, v)), plan_view(plan, sizes, skip), call)
+
+
+def _dtype_of_kernel(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """That of the tensors; but few queries read encoded tokens in fp32, into which they are decoded."""
+    encoded = isinstance(k, EncodedTokens) or isinstance(v, EncodedTokens)
+    few = q.shape[2] * (q.shape[1] // max(1, k.shape[1])) <= READERS
+    return torch.float32 if encoded and few else q.dtype
 
 
 @torch.library.register_fake("gossamer::cpu_attend", lib=_library)

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from gossamer.backends.cpu.native import DTYPES, kernels
 from gossamer.call import AttentionCall
+from gossamer.encoded import EncodedTokens
 from gossamer.paged import Paged
 from gossamer.plan import Extent, Grid
+from gossamer.unread import Unread
 
 __all__ = [
     "address",
@@ -38,9 +40,12 @@ _PLAN_DTYPES = (*_EXTENT_DTYPES, torch.int64, torch.int32, torch.int64, *[torch.
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """The tensor as it is where its last dimension is contiguous, else a copy. Pages stay, unless they were read."""
-    if isinstance(x, Paged):
-        return x.at_hand()
+    """The tensor as it is where its last dimension is contiguous, else a copy.
+
+    Pages and encoded tokens stay, unless they were read; of encoded ones, those whose dimension 16 divides.
+    """
+    if isinstance(x, Unread):
+        return x.rows() if isinstance(x, EncodedTokens) and x.shape[3] % 16 else x.at_hand()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -68,7 +73,9 @@ def tensor_view(x: Tensor) -> Any:
 
 
 def tokens_view(x: Tensor) -> Any:
-    """Of keys or values as `dense_rows` has them, rows or pages."""
+    """Of keys or values as `dense_rows` has them: rows, pages, or encoded."""
+    if isinstance(x, EncodedTokens):
+        return _encoded_view(x)
     if not isinstance(x, Paged):
         return tensor_view(x)
     pages = x.pages
@@ -82,6 +89,28 @@ def tokens_view(x: Tensor) -> Any:
         dtype=_dtypes()[x.dtype],
         tokens=x.shape[2],
         table=(x.table.data_ptr(), x.table.numel()),
+    )
+
+
+def _encoded_view(x: EncodedTokens) -> Any:
+    encoded, tail, native = x.encoded, tensor_view(x.tail), kernels()
+    dtypes = [t.dtype for t in encoded.tensors]
+    if dtypes != [torch.uint8] + [x.dtype] * (len(dtypes) - 1):
+        raise TypeError(f"encoded tokens of {x.dtype} have bytes and numbers of that dtype, got {dtypes}")
+
+    def numbers(given: Tensor) -> Any:
+        return native.Numbers(given.data_ptr(), given.shape, given.stride())
+
+    if encoded.coding == "bitmap":
+        return native.Tokens(tail=tail, bitmap=numbers(encoded.bitmap), packed=numbers(encoded.packed))
+    return native.Tokens(
+        tail=tail,
+        codes=numbers(encoded.codes),
+        scale=numbers(encoded.scale),
+        zero=numbers(encoded.zero),
+        bits=encoded.bits,
+        group=encoded.group,
+        over_tokens=encoded.over == "tokens",
     )
 
 

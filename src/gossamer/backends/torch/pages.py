@@ -83,6 +83,13 @@ def forced(call: AttentionCall, size: int, count: int) -> Tensor:
     The one with the newest token, which may be partly filled; and those with the store's sinks and recent tokens.
     """
     assert call.store is not None
+    if call.batch == 1:  # as most steps have it: fewer operations
+        newest = int(call.extent.key_count)
+        found = torch.zeros(1, 1, count, dtype=torch.bool, device=call.device)
+        last = (newest - 1) // size + 1
+        found[..., : min(last, ceil_div(call.store.sinks, size))] = True
+        found[..., max(newest - max(call.store.recent, 1), 0) // size : last] = True
+        return found
     page = torch.arange(count, device=call.device)
     keys = on_device(call.extent.key_count, call.device)[:, None]
     last = (keys - 1) // size

@@ -37,7 +37,7 @@ from gossamer.integrations.transformers.masks import (
 )
 from gossamer.integrations.transformers.operator import named, operator, trains
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, owner_for
-from gossamer.integrations.transformers.parts import in_parts
+from gossamer.integrations.transformers.parts import after, in_parts, with_keys
 from gossamer.plan import Extent
 from gossamer.policy import TRAINING
 
@@ -194,7 +194,8 @@ def _attend(
     if extras.reason is not None:
         if store is not None:
             store.refuse(extras.reason)
-        return _counted(owner, asked, extras.reason, lambda: _densely(module, asked, extras))
+        read = with_keys(asked)
+        return _counted(owner, read, extras.reason, lambda: _densely(module, read, extras))
     return _by_policy(owner, asked, TRAINING if module.training and not owner.policy.training else None)
 
 
@@ -225,8 +226,11 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
         return in_parts(store.parts(), owner, asked, training, _by_policy)
     extent, used, reason = _described(asked, owner)
     if extent is None or reason is not None:
-        return _counted(owner, asked, reason, lambda: _densely(None, asked, _Extras()))
-    keys, values = asked.key[:, :, :used], asked.value[:, :, :used]
+        read = with_keys(asked)
+        return _counted(owner, read, reason, lambda: _densely(None, read, _Extras()))
+    keys, values = asked.key, asked.value
+    if used < asked.key_len:
+        keys, values = keys[:, :, :used], values[:, :, :used]
     several = asked.query_len > 1 or used == 1  # or a prompt of one token
     whole = several and (store is None or not store.dropped)  # else keys do not stand one after the other
     rotary = owner.rotary(extent) if owner.rotary is not None and whole else None
@@ -243,7 +247,7 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     if owner.observe is not None and asked.query_len > 1:
         owner.observe(Observation(call, out))
     if store is not None and not call.needs_gradient:
-        store.attended(call)
+        after(call, store, owner.policy.decode)
     return out.transpose(1, 2).contiguous()
 
 

@@ -345,7 +345,7 @@ def _policy(
     if profile is not None:
         method = _of_profile(method, profile, fields)
         fields = {}
-        thresholds["profile"] = profile.name
+        thresholds |= {"profile": profile.name, "decode": profile.decode}
     if isinstance(method, str):
         return Policy(methods.create(method, **fields), **thresholds)
     if fields:

@@ -1,4 +1,4 @@
-"""Calls of layers whose heads are in several stores."""
+"""Calls of layers whose keys and values are not in one tensor: in several stores, or elsewhere."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gossamer.cache import Part
+from gossamer.cache import Part, StoreLayer
+from gossamer.call import AttentionCall
 from gossamer.integrations.transformers.owners import Owner
+from gossamer.methods import Method
 
-__all__ = ["in_parts"]
+__all__ = ["after", "in_parts", "with_keys"]
 
 
 def in_parts(
@@ -48,3 +50,19 @@ def in_parts(
         owner = replace(owner, record=None)
     assert out is not None
     return out
+
+
+def with_keys(asked: Any) -> Any:
+    """What a layer asks for, with the keys and values themselves where its store gave stand-ins."""
+    if asked.store is None or asked.query_len > 1 or not asked.store.stands_in:
+        return asked
+    keys, values = (x.to(asked.query.dtype) for x in asked.store.read())
+    return replace(asked, key=keys, value=values)
+
+
+def after(call: AttentionCall, store: StoreLayer, decode: Method | None) -> None:
+    """After a call's attention: its store, and what a method for steps has to know of prompts, see the call."""
+    for kind in () if decode is None else decode.watches():
+        store.begin(kind)
+    store.seen(call)
+    store.attended(call)

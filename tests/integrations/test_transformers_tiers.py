@@ -1,0 +1,71 @@
+"""A cache whose older tokens are in a file, in a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_transformers_evictions import PROMPT, STEPS, decoded, left_padded, tiny, tokens
+
+from gossamer import enable
+from gossamer.cache import Tiers
+from gossamer.cache.tiers import TieredLayer
+from gossamer.methods import OracleTopK, Quest
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Tiers:
+    return Tiers(block=4, hot=6, resident=8, folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("decode", [None, Quest(budget=16, page=4, dense_layers=1)], ids=["whole", "quest"])
+def test_logits_are_those_of_a_cache_in_memory(policy: Tiers, decode: Any) -> None:
+    ids, mask = tokens(3), left_padded([7, 0, 25])
+    model, chunks = tiny(), [PROMPT, 1, 3, *[1] * (STEPS - 4)]
+    found = []
+    for kept in ("keep", policy):
+        with enable(model, "dense", cache=kept, decode=decode) as handle:
+            past = handle.new_cache()
+            found.append(decoded(model, past, ids, mask, *chunks))
+            steps = [layer.sparse_steps for layer in handle.stats()]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert all(isinstance(layer, TieredLayer) and layer.first >= 24 for layer in past.layers)
+    assert (steps[-1] > 0) is (decode is not None)
+
+
+def test_rows_generate_the_same_in_a_batch_in_beams_and_over_turns(policy: Tiers) -> None:
+    ids, mask = tokens(2)[:, :PROMPT], left_padded([8, 0])[:, :PROMPT]
+    model, fields = tiny(), {"max_new_tokens": 5, "do_sample": False}
+    found = []
+    for kept in ("keep", policy):
+        with enable(model, "dense", cache=kept) as handle:
+            out = [model.generate(ids, attention_mask=mask, **fields)]
+            out.append(model.generate(ids, attention_mask=mask, num_beams=2, **fields))
+            out.append(model.generate(ids[1:], prompt_lookup_num_tokens=3, **fields))
+            past = handle.new_cache()
+            first = model.generate(ids[1:], past_key_values=past, **fields)
+            out.append(model.generate(torch.cat([first, ids[1:, :6]], dim=1), past_key_values=past, **fields))
+            found.append(out)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_looks_at_keys_gets_them_or_runs_dense(policy: Tiers) -> None:
+    """Methods that need every key; masks that are not plain; a dtype that autocast asks for."""
+    ids = tokens(1)
+    model = tiny()
+    hole = torch.ones_like(ids)
+    hole[:, 9] = 0
+    with enable(model, "dense", cache=policy, decode=OracleTopK(budget=8, dense_layers=0)) as handle:
+        decoded(model, handle.new_cache(), ids, torch.ones_like(ids), PROMPT, 1, 1)
+        assert all(layer.fallbacks["oracle_topk needs keys"] == 2 for layer in handle.stats())
+    found = []
+    for kept in ("keep", policy):
+        with enable(model, "dense", cache=kept) as handle:
+            found.append(decoded(model, handle.new_cache(), ids, hole, PROMPT, 1, 1))
+            with torch.autocast("cpu", torch.bfloat16):
+                found.append(decoded(model, handle.new_cache(), ids, torch.ones_like(ids), PROMPT, 1, 1))
+    torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[3].float(), found[1].float(), rtol=5e-2, atol=5e-2)
