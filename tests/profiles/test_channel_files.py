@@ -11,7 +11,7 @@ import pytest
 
 from gossamer.cli.specs import parse_method
 from gossamer.methods import DoubleSparsity
-from gossamer.profiles import read_channels, read_table, write_channels
+from gossamer.profiles import read_channels, write_channels
 
 K = {"model.layers.0.self_attn.k_proj": [[1, 0], [0, 1]], "model.layers.1.self_attn.k_proj": [[0, 1], [1, 0]]}
 QK = {name.replace("k_proj", "qk_proj"): rows * 2 for name, rows in K.items()}
@@ -25,7 +25,7 @@ def write(path: Path, data: Any) -> Path:
 
 def test_a_file_of_the_authors(tmp_path: Path) -> None:
     file = write(tmp_path / "c.json", QK | K | {"model.layers.0.mlp": 3})
-    assert read_channels(file) == read_channels(file, "k") == read_table(file, "channels") == CHANNELS
+    assert read_channels(file) == read_channels(file, "k") == CHANNELS
     assert read_channels(file, "qk") == tuple(heads * 2 for heads in CHANNELS)
     assert read_channels(write(tmp_path / "d.json", QK)) == read_channels(file, "qk")
 

@@ -20,7 +20,7 @@ Channels = tuple[tuple[tuple[int, ...], ...], ...]
 
 @torch.inference_mode()
 def find_channels(
-    model: Any, samples: Iterable[Tensor], kind: str = "k", progress: Callable[[int], None] | None = None
+    model: Any, samples: Iterable[Tensor], kind: str = "k", progress: Callable[[int], object] | None = None
 ) -> Channels:
     """Channels ``[layer][head]`` by falling mean weight over all tokens of some texts (2408.07092, section 3.2).
 

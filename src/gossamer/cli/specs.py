@@ -13,7 +13,7 @@ from typing import Any
 from gossamer import methods
 from gossamer.methods.registry import class_of
 from gossamer.policy import Policy
-from gossamer.profiles import Profile, read_table
+from gossamer.profiles import Profile, read_channels, read_table
 from gossamer.profiles.files import parse_json
 
 if typing.TYPE_CHECKING:
@@ -156,7 +156,8 @@ def field_values(owner: type, pairs: Sequence[str]) -> dict[str, Any]:
     """``FIELD=VALUE`` pairs by the types of a dataclass's fields; names that it lacks pass through as they are.
 
     Numbers, words, true, false and none stand for themselves, a method as it does in a list of methods; lists and
-    objects are JSON: ``[1,2]``. Of numbers by layer and head, ``@FILE`` names a file (`gossamer.profiles.read_table`).
+    objects are JSON: ``[1,2]``. Of numbers by layer and head, ``@FILE`` names a file
+    (`gossamer.profiles.read_table`); of channels too (`gossamer.profiles.read_channels`).
 
     Raises:
         ValueError: a value that is not of its field's type.
@@ -185,7 +186,7 @@ def field_values(owner: type, pairs: Sequence[str]) -> dict[str, Any]:
 
 def _read_table(path: str, field: str) -> Any:
     try:
-        return read_table(path, field)
+        return read_channels(path) if field == "channels" else read_table(path, field)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
 

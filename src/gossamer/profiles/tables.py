@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.methods import DuoAttention, MoA
-from gossamer.profiles.channels import Channels, read_channels
 from gossamer.profiles.files import MOST_BYTES, parse_json, read_file, shown, write_whole
 
 __all__ = ["GATES", "MOST_HEADS", "read_duo", "read_moa", "read_table", "write_duo", "write_moa"]
@@ -22,8 +21,8 @@ _MOST_LAYERS = MOST_HEADS = 100_000  # more than any model has
 Rows = tuple[tuple[float, ...], ...]
 
 
-def read_table(path: str | os.PathLike[str], field: str) -> Rows | Channels:
-    """The numbers ``[layer][head]`` of a file, for a method's field of that name; of ``channels``, `read_channels`.
+def read_table(path: str | os.PathLike[str], field: str) -> Rows:
+    """The numbers ``[layer][head]`` of a file, for a method's field of that name.
 
     Args:
         path: a JSON file of lists of numbers, or of an object that has such lists under the name of the field (as MoA's
@@ -34,10 +33,7 @@ def read_table(path: str | os.PathLike[str], field: str) -> Rows | Channels:
         OSError: it cannot be read.
         ValueError: it is something else, or more than 64 MiB; the message says where.
     """
-    return read_channels(path) if field == "channels" else _read_numbers(Path(path), field)
-
-
-def _read_numbers(path: Path, field: str) -> Rows:
+    path = Path(path)
     if path.is_dir():
         path = path / GATES
     content = read_file(path, MOST_BYTES)
@@ -62,7 +58,7 @@ def read_duo(folder: str | os.PathLike[str], **fields: Any) -> DuoAttention:
         ValueError: a file is something else; or a field that `DuoAttention` does not know or take.
     """
     folder = Path(folder)
-    gates = tuple(tuple(min(max(gate, 0.0), 1.0) for gate in layer) for layer in _read_numbers(folder / GATES, "gates"))
+    gates = tuple(tuple(min(max(gate, 0.0), 1.0) for gate in layer) for layer in read_table(folder / GATES, "gates"))
     config = _json(read_file(folder / _CONFIG, MOST_BYTES), folder / _CONFIG)
     sizes: dict[str, Any] = {"gates": gates}
     for field, name in (("sink", "sink_size"), ("recent", "recent_size")):
@@ -97,7 +93,7 @@ def read_moa(path: str | os.PathLike[str], **fields: Any) -> MoA:
         OSError: it cannot be read.
         ValueError: it is something else; or a field that `MoA` does not know or take.
     """
-    tables: dict[str, Any] = {name: _read_numbers(Path(path), name) for name in ("alphas", "betas")}
+    tables: dict[str, Any] = {name: read_table(path, name) for name in ("alphas", "betas")}
     try:
         return MoA(**tables | fields)
     except (TypeError, ValueError) as error:
