@@ -1,11 +1,14 @@
 """What caches that drop or encode tokens lose and save, on a pretrained model, beside one that keeps everything.
 
     python benchmarks/caches.py MODEL [--lengths 4096,16384] [--steps 64] [--texts N] [--caches LIST] [--out FILE]
+    python benchmarks/caches.py steps [--lengths 4096,32768] [--dtypes bfloat16,float32] [--caches LIST] [--rounds N]
 
 The model reads windows of a text densely into each cache, and the last tokens one by one (`gossamer.evaluate.caches`):
 divergence from a whole cache, share of equal predictions, loss, bytes of the cache and their share, seconds of a step.
 Of `duo_attention`, gates come from a file: `duo_attention(gates=@FOLDER)`. Rows replace those of the file for the same
 cache, length and model.
+
+*steps* needs no model: seconds of a decode step of caches that encode, beside one that does not (see cache_steps.py).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cache_steps import step_rows
 from machines import machine, results
 from timing import Bystanders, write
 
@@ -30,6 +34,7 @@ COMPARED = ",".join(
     + ["int8", "kivi(bits=4)", "kivi(bits=2)"]
     + ["mustafar(key_sparsity=0.5,value_sparsity=0.5)", "mustafar"]
 )
+ENCODED = "int8,kivi(bits=4),kivi(bits=2),mustafar(key_sparsity=0.5,value_sparsity=0.5),mustafar"
 
 
 def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -65,16 +70,25 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def timed_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from gossamer.cli.specs import split_specs
+
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    return step_rows(split_specs(arguments.caches), lengths, arguments.dtypes.split(","), arguments.rounds)
+
+
 def what(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[field] for field in ("cache", "length", "model", "dtype"))
+    return tuple(row.get(field) for field in ("cache", "length", "model", "dtype"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("model", type=Path, help="folder or GGUF file")
-    parser.add_argument("--lengths", default="4096,16384")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--caches", default=COMPARED, metavar="LIST")
+    parser.add_argument("model", type=Path, help="folder or GGUF file; or: steps")
+    parser.add_argument("--lengths", default=None)
+    parser.add_argument("--dtype", default="float32", help="of a model")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="of steps")
+    parser.add_argument("--rounds", type=int, default=9, help="of steps")
+    parser.add_argument("--caches", default=None, metavar="LIST")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--text", default="package", help="file; default: gossamer's own text")
@@ -83,14 +97,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None, help="default: in the folder of this machine's results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    bystanders = Bystanders()
-    rows = measured(arguments)
+    bystanders, of_steps = Bystanders(), str(arguments.model) == "steps"
+    arguments.lengths = arguments.lengths or ("4096,32768" if of_steps else "4096,16384")
+    arguments.caches = arguments.caches or (ENCODED if of_steps else COMPARED)
+    rows = timed_steps(arguments) if of_steps else measured(arguments)
     path = arguments.out or results("caches.json")
-    mine = {what(row) for row in rows}
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
-    report = {"date": date.today().isoformat(), "machine": machine(), "threads": arguments.threads}
-    report |= {"bystanders": bystanders.share(), "rows": [row for row in before if what(row) not in mine] + rows}
-    write(path, report)
+    part, mine = "steps" if of_steps else "rows", {what(row) for row in rows}
+    report = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    rows = [row for row in report.get(part, []) if what(row) not in mine] + rows
+    report |= {"date": date.today().isoformat(), "machine": machine(), "threads": arguments.threads}
+    write(path, report | {"bystanders": bystanders.share(), part: rows})
     return 0
 
 

@@ -67,6 +67,20 @@ def test_the_benchmark_writes_a_row_for_each_cache(script, monkeypatch, tmp_path
     assert rows["snapkv(budget=64)"]["share"] == pytest.approx(66 / 200 + 1 / 200, abs=1e-4)
 
 
+def test_steps_of_caches_are_timed_beside_a_plain_one(script, monkeypatch, tmp_path):
+    script("cache_steps")
+    caches, out = script("caches"), tmp_path / "caches.json"
+    given = ["caches.py", "steps", "--lengths", "320", "--rounds", "2", "--dtypes", "float32", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*given, "--caches", "int8,mustafar", "--out", str(out)])
+    for _ in range(2):
+        assert caches.main() == 0
+    rows = {row["cache"]: row for row in json.loads(out.read_text())["steps"]}
+    assert list(rows) == ["keep", "int8", "mustafar"]
+    assert rows["keep"]["ratio"] == rows["keep"]["share"] == 1.0
+    assert rows["int8"]["share"] == pytest.approx((128 + 8) / 512, abs=1e-3)
+    assert all(len(row["each_s"]) == 2 and row["median_s"] > 0 for row in rows.values())
+
+
 def test_policies_say_what_caches_keep():
     policy = Policy(methods.create("dense"), decode=methods.create("quest", budget=64), cache=SnapKV(budget=64))
     assert policy.name == "dense+quest+snapkv"

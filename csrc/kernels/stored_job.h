@@ -32,8 +32,8 @@ struct StoredRows {
   // Of bitmaps: bit d % 8 of byte d / 8 says that number d is there.
   const uint8_t* bitmaps;
   int64_t bitmap_stride;
-  int packed;  // numbers in each row; `last` is the row behind which nothing may be read
-  int64_t last;
+  int packed;       // numbers in each row
+  int64_t guarded;  // from this row on, what lies behind a row may not be there
 
   // Which rows these are: number t is row `first + t`, or `first + positions[t]`; of a position outside [0, most) and of
   // a number that is not below `count`, zeros.

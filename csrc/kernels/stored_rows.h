@@ -70,11 +70,11 @@ class RowReader {
     widen_row<V>(zeros, from.dtype, from.dim, from.dim, 1.0f, zeros_);
   }
 
-  // Whole vectors are loaded, so that what lies behind the last row is copied away from it first. A bitmap that was
+  // Whole vectors are loaded, so that rows behind which nothing may lie are copied first. A bitmap that was
   // written since, and has other numbers of bits than there are elements, is one of zeros.
   void read_bitmap(const StoredRows& from, int64_t row, float* out) {
     const char* packed = from.rows + row * from.row_stride;
-    if (row == from.last) {
+    if (row >= from.guarded) {
       std::memcpy(guarded_, packed, static_cast<size_t>(from.packed) * (from.dtype == DType::kFloat32 ? 4 : 2));
       packed = reinterpret_cast<const char*>(guarded_);
     }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/integers.h"
+
 namespace gossamer {
 
 Tokens::Tokens(const TensorView& rows)
@@ -125,7 +127,9 @@ bool Tokens::stored(int64_t b, int64_t head, int64_t lowest, int64_t highest, St
     to.bitmaps += offset(encoded_.bitmaps);
   }
   to.first = 0;
-  to.last = encoded_.count - 1;
+  // Of a row that begins before it, a vector is read that ends within the rows behind.
+  const int64_t vector = int64_t{kLanes} * element_size(dtype);
+  to.guarded = to.row_stride > 0 ? encoded_.count - ceil_div(vector, to.row_stride) : 0;
   return true;
 }
 

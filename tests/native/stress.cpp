@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "encoded.h"
 #include "pages.h"
 #include "problem.h"
 #include "runtime/cpu_features.h"
@@ -186,6 +187,7 @@ void check(const std::string& isa, unsigned seed, int threads) {
   expect(slashes_are_right(problem, threads), isa, seed, "slashes are wrong");
   expect(counts_are_right(problem, threads), isa, seed, "counted pairs are wrong");
   expect(PagedProblem(seed).is_read_right(*kernels.scores), isa, seed, "pages are read wrong");
+  expect(EncodedProblem(seed).is_read_right(*kernels.scores), isa, seed, "encoded tokens are read wrong");
   run_spoiled(problem, kernels, threads);
 }
 
