@@ -215,14 +215,20 @@ def model(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for name, steps in compare_steps(loaded, ids[:, start : start + length], methods, arguments.steps).items():
                 found.setdefault(name, []).append(steps)
         for name, some in found.items():
-            means = {f.name: statistics.fmean(getattr(s, f.name) for s in some) for f in dataclasses.fields(some[0])}
+            means = {f.name: _mean([getattr(s, f.name) for s in some]) for f in dataclasses.fields(some[0])}
             rows.append(
                 {"section": "model", "method": name, "length": length, "model": arguments.name or arguments.model.stem}
                 | {"texts": arguments.texts, "steps": arguments.steps}
-                | {key: round(value, 6) for key, value in means.items()}
+                | {key: round(value, 6) for key, value in means.items() if value is not None}
             )
             print(*what(rows[-1])[1:], f"KL {means['kl']:.5f}", f"read {means['read']:.4f}", flush=True)
     return rows
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """None where one is missing."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 @torch.inference_mode()

@@ -108,3 +108,16 @@ def test_tokens_are_timed_beside_those_of_transformers(script, monkeypatch, tmp_
     assert rows["dense"]["read"] == 1.0
     assert rows["quest(budget=64)"]["read"] < 0.5
     assert rows["dense"]["tokens_per_s"] == pytest.approx(1 / rows["dense"]["median_s"], rel=1e-2)
+
+
+def test_losses_are_written_for_methods_with_plans_and_without(script, monkeypatch, tmp_path):
+    decoding, out = script("decoding"), tmp_path / "decoding.json"
+    given = ["decoding.py", "model", str(REFERENCE), "--lengths", "300", "--steps", "3", "--texts", "1"]
+    more = ["--methods", "quest(budget=64),retro_infer(least=64)", "--dtype", "float32", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*given, *more])
+    assert decoding.main() == 0
+    rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["dense", "quest(budget=64)", "retro_infer(least=64)"]
+    assert 0 < rows["quest(budget=64)"]["recall"] <= rows["quest(budget=64)"]["oracle_recall"]
+    assert "recall" not in rows["retro_infer(least=64)"]
+    assert rows["retro_infer(least=64)"]["kl"] > 0
