@@ -139,11 +139,13 @@ class _Clusters(Kept[ClusterSet]):
             base, end = middle(held.slots - start, held.prompt - start, **zone)
             if base != row.base:
                 row.base, row.pieces, self._whole = base, [], None
-            keys, values = held.keys[n, :, start:], held.values[n, :, start:]
             while row.pieces and row.pieces[-1].stop > end:
                 row.pieces.pop()
                 self._whole = None
-            if end and not row.pieces:
+            if end == (row.pieces[-1].stop if row.pieces else 0):
+                continue
+            keys, values = held.keys[n, :, start:], held.values[n, :, start:]
+            if not row.pieces:
                 row.pieces.append(self._first(keys[:, kind.sinks : base], values[:, kind.sinks : base], base))
                 self._whole = None
             for stop in range(row.pieces[-1].stop + kind.step if row.pieces else end + 1, end + 1, kind.step):

@@ -117,14 +117,14 @@ class _Hashes(Kept[HashSet]):
         self._tensors = grown
 
     def _bring(self, held: Held, row: int, base: int, end: int) -> None:
+        if base == self._bases[row] and self._done[row] >= end:
+            return
         codes, norms, means = (x[row] for x in self._tensors)
         keys = held.keys[row, :, held.starts[row] :]
         if base != self._bases[row]:
             self._bases[row], self._done[row] = base, 0
             if end:
                 means.copy_(keys[:, self.kind.sinks : base].float().mean(dim=1))
-        if self._done[row] >= end:
-            return
         for begin in range(self._done[row] // _BLOCK * _BLOCK, end, _BLOCK):
             some = keys[:, begin : min(begin + _BLOCK, end)].float() - means[:, None]
             count = some.shape[1]
@@ -134,7 +134,7 @@ class _Hashes(Kept[HashSet]):
             found = self.kind.codes(some).unflatten(1, (-1, TILE)).transpose(2, 3)
             first, last = begin // TILE, ceil_div(begin + count, TILE)
             codes[:, first:last] = found[:, : last - first]
-        self._done[row] = end
+        self._done[row] = max(self._done[row], end)
 
     def cut(self, slots: int) -> None:
         for row, start in enumerate(self._starts):
