@@ -113,7 +113,35 @@ def tiers(found: dict[str, Any], _: Path) -> str:
     return markdown(above, TIERED, made)
 
 
+def kept(found: dict[str, Any], _: Path) -> str:
+    """What caches that drop or encode tokens lose."""
+    first = found["rows"][0]
+    named = ("model", "tokens", "cache", "bytes of a whole one", "KL to a whole one", "same predictions")
+    made = [
+        (row["model"], f"{row['length']:,}", f"`{row['cache']}`", f"{row['share']:.1%}")
+        + (f"{row['kl']:.4f}", f"{row['top1']:.3f}")
+        for row in found["rows"]
+    ]
+    return markdown(
+        f"Means over {first['steps']} steps of each of {first['texts']} texts, {first['dtype']}.", named, made
+    )
+
+
+def encoded(found: dict[str, Any], _: Path) -> str | None:
+    """What a step on codes takes."""
+    rows = found.get("steps", [])
+    named = ("dtype", "tokens", "cache", "bytes of a plain one", "ms a step", "times as fast as on a plain one")
+    made = [
+        (row["dtype"], f"{row['length']:,}", f"`{row['cache']}`", f"{row['share']:.1%}")
+        + (f"{1e3 * row['median_s']:.1f}", f"{row['ratio']:.2f}")
+        for row in rows
+    ]
+    return markdown("One layer of 32 query heads on 8 with 128 channels.", named, made) if made else None
+
+
 TABLES = {
+    "decode_caches": ("caches.json", kept),
+    "decode_codes": ("caches.json", encoded),
     "decode_steps": ("decoding.json", steps),
     "decode_losses": ("decoding.json", losses),
     "decode_tokens": ("decoding.json", tokens),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from repository import ROOT
 
-FOUND = ROOT / "benchmarks" / "results" / "intel-xeon-ice-lake-2-cores-avx512" / "decoding.json"
+RESULTS = ROOT / "benchmarks" / "results"
+FOUND = RESULTS / "intel-xeon-ice-lake-2-cores-avx512" / "decoding.json"
+ZEN = RESULTS / "amd-epyc-zen3-2-cores-avx2"
 
 
-def row(method: str, length: int, dtype: str) -> dict[str, Any]:
-    rows = json.loads(FOUND.read_text())["rows"]
+def row(method: str, length: int, dtype: str, path: Path = FOUND) -> dict[str, Any]:
+    rows = json.loads(path.read_text())["rows"]
     (one,) = [
         row
         for row in rows
@@ -55,10 +58,50 @@ def test_what_choices_lose() -> None:
 
 
 def test_how_much_faster_a_file_is_read_in_part() -> None:
-    found = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc-zen3-2-cores-avx2" / "tiers.json").read_text())
+    found = json.loads((ZEN / "tiers.json").read_text())
     rows = {row["method"]: row for row in found["rows"]}
     ratios = [rows[name]["ratio"] for name in ("infllm(local=2048)", "quest(budget=2048)", "lserve(budget=2048)")]
     assert ratios == pytest.approx([29, 14, 34], abs=0.5)
     held = [row["memory_bytes"] / rows["memory"]["memory_bytes"] for row in rows.values() if row["method"] != "memory"]
     assert all(share < 0.19 for share in held)
     assert rows["quest(budget=2048)"]["density"] / rows["infllm(local=2048)"]["density"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_steps_on_zen_3() -> None:
+    found = [
+        row("lserve(budget=2048)", n, dtype, ZEN / "decoding.json")
+        for n in (32768, 131072)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert [one["ratio"] for one in found[:2]] == pytest.approx([7.3, 5.4], abs=0.05)
+    assert [one["ratio"] for one in found[2:]] == pytest.approx([18, 14], abs=0.5)
+    assert all(0.36 <= one["planning_share"] <= 0.4 for one in found[:2])
+
+
+def test_tokens_of_a_model() -> None:
+    rows = {
+        one["method"]: one
+        for one in json.loads((ZEN / "decoding.json").read_text())["rows"]
+        if one["section"] == "tokens"
+    }
+    assert {(one["model"], one["length"]) for one in rows.values()} == {("qwen", 32768)}
+    assert rows["dense"]["ratio"] == pytest.approx(1.9, abs=0.06)
+    assert all(2.15 < one["ratio"] < 2.55 for name, one in rows.items() if name not in ("sdpa", "dense"))
+
+
+def test_what_caches_lose_and_take() -> None:
+    found = json.loads((ZEN / "caches.json").read_text())
+    lost = {one["cache"]: one for one in found["rows"]}
+    assert {one["model"] for one in lost.values()} == {"smollm2"}
+    assert lost["int8"]["kl"] < 0.0002
+    assert (lost["kivi(bits=4)"]["kl"], lost["kivi(bits=4)"]["share"]) == pytest.approx((0.003, 0.2), rel=0.03)
+    assert lost["snapkv(budget=1024)"]["kl"] == pytest.approx(0.014, abs=0.0005)
+    most = [
+        lost[name]["kl"]
+        for name in ("kivi(bits=2)", "snapkv(budget=256)", "pyramidkv(budget=256)", "streaming_llm(recent=252)")
+    ]
+    assert 0.13 < min(most) < max(most) < 0.26
+    coded = [one for one in found["steps"] if one["length"] == 32768 and one["cache"] != "keep"]
+    for dtype, low, high in (("float32", 0.76, 0.93), ("bfloat16", 0.58, 0.75)):
+        ratios = [one["ratio"] for one in coded if one["dtype"] == dtype]
+        assert (min(ratios), max(ratios)) == pytest.approx((low, high), abs=0.006)
