@@ -118,8 +118,14 @@ def kept(found: dict[str, Any], _: Path) -> str:
     first = found["rows"][0]
     named = ("model", "tokens", "cache", "bytes of a whole one", "KL to a whole one", "same predictions")
     made = [
-        (row["model"], f"{row['length']:,}", f"`{row['cache']}`", f"{row['share']:.1%}")
-        + (f"{row['kl']:.4f}", f"{row['top1']:.3f}")
+        (
+            row["model"],
+            f"{row['length']:,}",
+            f"`{row['cache']}`",
+            f"{row['share']:.1%}",
+            f"{row['kl']:.4f}",
+            f"{row['top1']:.3f}",
+        )
         for row in found["rows"]
     ]
     return markdown(
@@ -132,8 +138,14 @@ def encoded(found: dict[str, Any], _: Path) -> str | None:
     rows = found.get("steps", [])
     named = ("dtype", "tokens", "cache", "bytes of a plain one", "ms a step", "times as fast as on a plain one")
     made = [
-        (row["dtype"], f"{row['length']:,}", f"`{row['cache']}`", f"{row['share']:.1%}")
-        + (f"{1e3 * row['median_s']:.1f}", f"{row['ratio']:.2f}")
+        (
+            row["dtype"],
+            f"{row['length']:,}",
+            f"`{row['cache']}`",
+            f"{row['share']:.1%}",
+            f"{1e3 * row['median_s']:.1f}",
+            f"{row['ratio']:.2f}",
+        )
         for row in rows
     ]
     return markdown("One layer of 32 query heads on 8 with 128 channels.", named, made) if made else None
