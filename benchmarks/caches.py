@@ -8,7 +8,7 @@ divergence from a whole cache, share of equal predictions, loss, bytes of the ca
 Of `duo_attention`, gates come from a file: `duo_attention(gates=@FOLDER)`. Rows replace those of the file for the same
 cache, length and model.
 
-*steps* needs no model: seconds of a decode step of caches that encode, beside one that does not (see cache_steps.py).
+*steps* needs no model: seconds of a decode step of caches that encode, beside one that does not (`steps_of_caches.py`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cache_steps import step_rows
 from machines import machine, results
+from steps_of_caches import step_rows
 from timing import Bystanders, write
 
 COMPARED = ",".join(

@@ -53,11 +53,6 @@ PARTS = [
         ),
     ),
     Part(
-        "cache",
-        ("cache/*.py", "encoded.py", "unread.py"),
-        ("tests/cache", "tests/backends/test_cpu_encoded.py", "tests/test_paged.py"),
-    ),
-    Part(
         "transformers",
         ("integrations/transformers/*.py",),
         (

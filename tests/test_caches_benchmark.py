@@ -68,7 +68,7 @@ def test_the_benchmark_writes_a_row_for_each_cache(script, monkeypatch, tmp_path
 
 
 def test_steps_of_caches_are_timed_beside_a_plain_one(script, monkeypatch, tmp_path):
-    script("cache_steps")
+    script("steps_of_caches")
     caches, out = script("caches"), tmp_path / "caches.json"
     given = ["caches.py", "steps", "--lengths", "320", "--rounds", "2", "--dtypes", "float32", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", [*given, "--caches", "int8,mustafar", "--out", str(out)])

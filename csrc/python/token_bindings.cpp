@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "plan/checks.h"
-#include "planning/tokens.h"
+#include "planning/token_scores.h"
 #include "python/bindings.h"
 
 namespace nb = nanobind;

@@ -296,8 +296,8 @@ class AttentionCall:
         offers = {
             "causal": self.extent.causal,
             "values": self.v is not None,
-            "keys": not self.stands_in,
             "store": self.store is not None,
+            "keys": not self.stands_in,
             "layout": self.layout is not None,
             "step": self.step is not None,
             "layer": self.layer is not None,

@@ -14,7 +14,8 @@ from gossamer.methods import Method
 pytestmark = MARKS
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+# Tables of channels are of heads of 8 channels, which Triton has none of.
+@pytest.mark.parametrize("method", [m for m in METHODS if not getattr(m, "channels", ())], ids=str)
 def test_plans_attend_what_they_name(method: Method) -> None:
     call = step(110, dim=16, share=2)
     plan = method.plan(call)

@@ -20,7 +20,7 @@ def chosen_slots(plan: SparsePlan) -> tuple[Tensor, Tensor]:
     """
     extent, shape = plan.extent, (plan.batch, plan.heads)
     newest = bool((extent.first_position == extent.key_count - 1).all()) and extent.limit is None
-    bands = any(bool((torch.as_tensor(x) != 0).any()) for x in (plan.sink, plan.window))
+    bands = any(bool((torch.as_tensor(x, device=plan.device) != 0).any()) for x in (plan.sink, plan.window))
     both = plan.block_indices.numel() and plan.column_indices.numel()
     if not newest or bands or both or plan.permuted or bool((extent.query_count == 0).any()):
         mask = plan.to_mask()[:, :, 0]

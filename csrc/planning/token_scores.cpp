@@ -1,4 +1,4 @@
-#include "planning/tokens.h"
+#include "planning/token_scores.h"
 
 #include <algorithm>
 #include <vector>
