@@ -105,3 +105,13 @@ def test_what_caches_lose_and_take() -> None:
     for dtype, low, high in (("float32", 0.76, 0.93), ("bfloat16", 0.58, 0.75)):
         ratios = [one["ratio"] for one in coded if one["dtype"] == dtype]
         assert (min(ratios), max(ratios)) == pytest.approx((low, high), abs=0.006)
+
+
+def test_what_choices_lose_on_a_pretrained_model() -> None:
+    rows = [one for one in json.loads((ZEN / "decoding.json").read_text())["rows"] if one["section"] == "model"]
+    assert {(one["model"], one["length"], one["texts"], one["steps"]) for one in rows} == {("smollm2", 4096, 1, 32)}
+    found = {one["method"]: one for one in rows}
+    names = "quest(budget=256)", "double_sparsity(budget=256)", "retro_infer(least=1024,probe=0.072)", "magicpig"
+    assert [found[name]["kl"] for name in names] == pytest.approx([0.24, 0.285, 0.016, 0.028], abs=0.0006)
+    assert found["oracle_topk(budget=256)"]["kl"] == pytest.approx(0.009, abs=0.0005)
+    assert all(0.1 < found[name]["read"] < 0.126 for name in (*names, "oracle_topk(budget=256)"))
