@@ -148,19 +148,6 @@ def test_what_the_store_asks_for_is_attended_as_it_is() -> None:
     assert bool((made.call.bias[..., :-49] != 0).all())
 
 
-def test_a_row_reads_the_same_whatever_its_companions() -> None:
-    both = step(150, padding=(0, 21))
-    alone = step(129, padding=(0,))
-    k, v = (x[1:, :, 21:].clone() for x in (both.k, both.values))
-    store = StoreLayer()
-    k, v = store.update(k, v)
-    store.place(Extent.full(1, 1, 129))
-    alone = replace(both, q=both.q[1:], k=k, v=v, extent=Extent.full(1, 1, 129), store=store, state=None)
-    policy = Policy(Dense(), decode=SMALL)
-    outs = [gossamer.attention.attend(call, policy) for call in (both, alone)]
-    assert torch.allclose(outs[0][1:], outs[1], atol=1e-6)
-
-
 def test_weights_are_the_frequency_of_two_collisions() -> None:
     """Over random planes, for angles from near to far: within five standard deviations."""
     bits, tables, draws = 3, 8, 4000

@@ -8,6 +8,10 @@ import pytest
 import torch
 from decode_steps import step
 
+from gossamer import Extent, Policy
+from gossamer.attention import attend
+from gossamer.cache import StoreLayer
+from gossamer.methods import Dense, MagicPIG, Reducing, RetroInfer
 from gossamer.methods.reduced import gathered, listed, reduced_call
 
 
@@ -53,3 +57,23 @@ def test_a_call_counts_what_it_reads() -> None:
     assert (made.call.groups, made.call.key_len, made.call.store, made.call.state) == (4, 6, None, None)
     assert made.call.layer == call.layer
     assert made.call.extent.key_count.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        MagicPIG(bits=3, hash_tables=8, sinks=2, local=5, buffer=16),
+        RetroInfer(probe=0.1, estimate=0.3, size=4, segment=64, sinks=2, local=5, least=16, update=8),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_row_reads_the_same_whatever_its_companions(method: Reducing) -> None:
+    both = step(150, padding=(0, 21))
+    store = StoreLayer()
+    k, v = store.update(*(x[1:, :, 21:].clone() for x in (both.k, both.values)))
+    store.place(Extent.full(1, 1, 129))
+    alone = replace(both, q=both.q[1:], k=k, v=v, extent=Extent.full(1, 1, 129), store=store, state=None)
+    decisions = [Policy(Dense(), decode=method).decide(call) for call in (both, alone)]
+    assert all(decision.reduced is not None for decision in decisions)
+    (out, _), (out_alone, _) = (attend(call, Policy(Dense(), decode=method), return_lse=True) for call in (both, alone))
+    assert torch.allclose(out[1:], out_alone, atol=1e-6)

@@ -201,18 +201,6 @@ def test_what_the_store_asks_for_is_attended_as_it_is() -> None:
     assert_as_naive(call, SMALL)
 
 
-def test_a_row_reads_the_same_whatever_its_companions() -> None:
-    both = step(150, padding=(0, 21))
-    k, v = (x[1:, :, 21:].clone() for x in (both.k, both.values))
-    store = StoreLayer()
-    k, v = store.update(k, v)
-    store.place(Extent.full(1, 1, 129))
-    alone = replace(both, q=both.q[1:], k=k, v=v, extent=Extent.full(1, 1, 129), store=store, state=None)
-    policy = Policy(Dense(), decode=SMALL)
-    outs = [gossamer.attention.attend(call, policy) for call in (both, alone)]
-    assert torch.allclose(outs[0][1:], outs[1], atol=1e-6)
-
-
 def test_a_row_too_short_for_clusters_is_read_whole() -> None:
     assert_as_naive(step(150, padding=(0, 135)), SMALL)
 
