@@ -13,7 +13,8 @@ PICTURE = HERE / "images" / "layout.svg"
 LEVELS = [
     ["plan"],
     ["unread"],
-    ["paged", "encoded", "rotary", "summaries"],
+    ["rotary", "summaries"],
+    ["paged", "encoded"],
     ["call", "rules"],
     ["backends"],
     ["oracle", "scores"],
