@@ -111,7 +111,9 @@ def test_what_was_written_is_worked_out_anew_and_nothing_else(backend) -> None:
     bounds, held = kept(backend, keys, COUNTS)
     given_on, continued = (int(keys.table[1, place]) for place in (0, 2))
     untouched = int(keys.table[1, 1])
-    keys.pages[[given_on, continued]] = torch.randn(2, *keys.pages.shape[1:], generator=torch.Generator().manual_seed(5))
+    keys.pages[[given_on, continued]] = torch.randn(
+        2, *keys.pages.shape[1:], generator=torch.Generator().manual_seed(5)
+    )
     slots = torch.tensor([-1, given_on * PAGE + 3, given_on * PAGE, continued * PAGE + 18, -1])
     backend.forget_slots(slots, PAGE, held)
     assert [int(held[page]) for page in (given_on, continued, untouched)] == [0, 18, 32]
