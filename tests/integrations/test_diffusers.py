@@ -59,10 +59,11 @@ def test_parity_at_full_budget(name: str) -> None:
     live = [TEXT - 2 * (row + 1) for row in range(3)] if family.pads else [TEXT] * 3
     before = tuple(live) if family.text == "first" else (0, 0, 0)
     for observed in seen:
-        assert observed.call.layout == TokenLayout(before, *family.grid)
+        layout = TokenLayout(before, *family.grid)
+        assert observed.call.layout == layout
         assert not observed.call.extent.causal
         words = live if family.text else [0] * 3
-        assert observed.call.extent.key_count.tolist() == [observed.call.layout.patches + n for n in words]
+        assert observed.call.extent.key_count.tolist() == [layout.patches + n for n in words]
     others = {"wan": {"cross-attention": 2}, "ltx-video": {"cross-attention": 2}, "wan-images": {"cross-attention": 4}}
     alone = {"hunyuan-video": {"not all of the image or video": 1}}
     assert stats.fallbacks() == (others | alone).get(name, {})
@@ -188,7 +189,8 @@ def test_branches_of_sequential_guidance_are_apart_and_samplings_too() -> None:
 
     expected = sample()
     seen: list[Any] = []
-    with gossamer.enable(pipe, **WHOLE) as handle:
+    handle: Any = gossamer.enable(pipe, **WHOLE)
+    with handle:
         handle.observe(lambda observed: seen.append(observed.call))
         for _ in range(2):
             torch.testing.assert_close(sample(), expected, atol=1e-3, rtol=1e-3)
@@ -232,8 +234,9 @@ def test_a_transformer_alone_counts_its_timesteps() -> None:
 
 def test_padding_between_text_and_image_changes_nothing_but_its_order() -> None:
     """Padded text stands in the middle: a sample in a padded batch is what it is by itself."""
-    model = tiny("qwen-image")
-    with enable(model, **NARROW | {"window": 30, "sink": 2}):
+    model, fields = tiny("qwen-image"), dict(NARROW)
+    fields |= {"window": 30, "sink": 2}
+    with enable(model, **fields):
         both = run(model, "qwen-image", batch=2)
         given = inputs_of("qwen-image", 2, 0.5)
         for row in range(2):
@@ -270,8 +273,9 @@ class Bare(nn.Module):
     ],
 )
 def test_what_is_refused(give: Any, fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    fields = {"method": "a_shape"} | fields
     with pytest.raises(error, match=message):
-        enable(give(), **{"method": "a_shape"} | fields)
+        enable(give(), **fields)
 
 
 def test_a_model_is_enabled_once_and_knows_its_steps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +174,7 @@ def test_fields_are_checked() -> None:
     with pytest.raises(ValueError, match="sparsity must be 0, or at least 1/3 where heads adapt"):
         AdaSpa(0.2)
     AdaSpa(0.2, adaptive=False)
-    for search in ((), (3, 3), (5, 2), (-1,), (1.5,)):
+    wrong: list[Any] = [(), (3, 3), (5, 2), (-1,), (1.5,)]
+    for search in wrong:
         with pytest.raises(ValueError, match="search must be steps from 0 on, ascending"):
             AdaSpa(search=search)

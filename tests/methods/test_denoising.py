@@ -15,6 +15,7 @@ from gossamer.backends import torch as definition
 from gossamer.layout import DenoisingStep, TokenLayout
 from gossamer.methods import Method, PerHead
 from gossamer.methods.denoising import ORDERS, axis_order, layout_of, step_of, text_blocks
+from gossamer.methods.merging import merge_plans
 from gossamer.plan import Grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
@@ -105,9 +106,9 @@ def test_it_is_saved_and_read(listed: Listed) -> None:
 def test_what_a_call_lacks_is_said(listed: Listed) -> None:
     call = clip()
     given = call.q, call.k, call.v
-    rest = {"layout": call.layout, "step": call.step, "state": call.state}
+    rest: dict[str, Any] = {"layout": call.layout, "step": call.step, "state": call.state}
     cases = {
-        "layout": AttentionCall(*given, call.extent, **rest | {"layout": None}),
+        "layout": AttentionCall(*given, call.extent, **{**rest, "layout": None}),
         "attention of every token to every other": AttentionCall(*given, **rest),
         "all tokens in one call": AttentionCall(
             call.q[:, :, 5:], call.k, call.v, Extent([5, 5], [199, 199], [0, 0], [200, 200], causal=False), **rest
@@ -116,7 +117,7 @@ def test_what_a_call_lacks_is_said(listed: Listed) -> None:
     for missing, lacking in cases.items():
         reasons: list[Any] = []
         sparse_attention(
-            lacking.q, lacking.k, lacking.v, Policy(listed.method, min_tokens=0), record=reasons.append,
+            lacking.q, lacking.k, lacking.values, Policy(listed.method, min_tokens=0), record=reasons.append,
             extent=lacking.extent, causal=lacking.extent.causal, layout=lacking.layout, step=lacking.step,
             state=lacking.state,
         )  # fmt: skip
@@ -129,6 +130,7 @@ KEEPING = ["adaspa", "sparsed", "paro"]
 @pytest.mark.parametrize("listed", [one for one in LISTED if one.name in KEEPING], ids=KEEPING)
 def test_a_plan_is_kept_over_steps(listed: Listed) -> None:
     first = clip(step=12)
+    states: Any = first.state
     plan = listed.method.plan(first)
     again = listed.method.plan(clip(step=13, seed=1, state=first.state))
     assert again is plan
@@ -140,7 +142,7 @@ def test_a_plan_is_kept_over_steps(listed: Listed) -> None:
     mask = plan.to_mask()
     for rows in ([1], [1, 0]):
         before, after = (tuple(x[row] for row in rows) for x in ((5, 3), (4, 9)))
-        call = clip(step=13, before=before, after=after, dead=3, state=[first.state[row] for row in rows])
+        call = clip(step=13, before=before, after=after, dead=3, state=[states[row] for row in rows])
         moved = listed.method.plan(call)
         assert torch.equal(moved.to_mask(), mask[rows])
         assert torch.equal(moved.count_pairs(), plan.count_pairs()[rows])
@@ -200,22 +202,20 @@ def test_orders_of_chunks_are_not_merged() -> None:
     plan = methods.create("paro", order="WHF", density=0.3, block=16).plan(call)
     later = replace(plan, extent=Extent([1], [190], [0], [192], causal=False))
     with pytest.raises(ValueError, match="rows' queries begin at position 0, got positions"):
-        methods.merging.merge_plans([later, later], [0, 1, 0, 1])
+        merge_plans([later, later], [0, 1, 0, 1])
 
 
 def test_layouts_and_steps_are_checked() -> None:
-    for fields in (
-        {"before": (-1,)},
-        {"before": (0,), "frames": 2},
-        {"before": (0,), "frames": 1, "height": -1, "width": 1},
-    ):
+    negative: dict[str, Any] = {"before": (0,), "frames": 1, "height": -1, "width": 1}
+    wrong: list[dict[str, Any]] = [{"before": (-1,)}, {"before": (0,), "frames": 2}, negative]
+    for fields in wrong:
         with pytest.raises(ValueError, match="a TokenLayout needs numbers of tokens from 0 on"):
             TokenLayout(**fields)
     assert TokenLayout((3,)).patches == 0
     assert DenoisingStep(3) == DenoisingStep(3, None, 0)
     with pytest.raises(ValueError, match="the layout is of 1 batch rows, but q has 2"):
         clip(layout=TokenLayout((3,)))
-    call = AttentionCall(*(torch.zeros(1, 1, 4, 2) for _ in "qk"))
+    call = AttentionCall(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2))
     with pytest.raises(ValueError, match="make it with layout="):
         layout_of(call)
     with pytest.raises(ValueError, match="make it with step="):

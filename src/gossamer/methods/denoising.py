@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -163,14 +163,16 @@ def keep(call: AttentionCall, key: Hashable, plan: SparsePlan, step: int, extra:
     Args:
         extra: one thing for each batch row.
     """
-    for row, state in enumerate(call.state or ()):
-        state[key] = Kept(plan, row, step, None if extra is None else extra[row])  # type: ignore[index]
+    states: Sequence[dict[Any, Any]] = call.state or ()
+    for row, state in enumerate(states):
+        state[key] = Kept(plan, row, step, None if extra is None else extra[row])
 
 
 def kept(call: AttentionCall, key: Hashable) -> list[Kept] | None:
     """What is kept of all rows, if all have something that was found for calls of this size at one step."""
-    found = [state.get(key) for state in call.state or ()]  # type: ignore[call-overload]
-    if not found or any(one is None for one in found):
+    states: Sequence[dict[Any, Any]] = call.state or ()
+    found = [state[key] for state in states if key in state]
+    if not found or len(found) < len(states):
         return None
     same = all(
         (one.plan.query_len, one.plan.key_len, one.step) == (call.query_len, call.key_len, found[0].step)

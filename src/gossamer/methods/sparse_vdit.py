@@ -97,7 +97,7 @@ class SparseVDiT(Denoising):
 
         states = call.state or ()
         sizes = (call.heads, call.extent.longest)
-        found = [state.get(self._key) for state in states]  # type: ignore[call-overload]
+        found = [state.get(self._key) for state in states]
         if found and all(one is not None and tuple(one.shape) == sizes for one in found):
             return torch.stack([one for one in found if one is not None])
         step = min(self.every, max(1, ceil_div(call.query_len, self.block)))

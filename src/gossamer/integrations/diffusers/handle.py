@@ -195,7 +195,7 @@ def enable(
 def _models_of(model: Any) -> list[nn.Module]:
     """The models with attention of a pipeline that denoise, or the one that is given."""
     if isinstance(model, ModelMixin):
-        found = [model] if modules_of(model) else []
+        found: list[nn.Module] = [model] if modules_of(model) else []
     elif hasattr(model, "components"):
         parts = [part for part in model.components.values() if isinstance(part, ModelMixin)]
         found = [part for part in parts if _denoises(part) and modules_of(part)]

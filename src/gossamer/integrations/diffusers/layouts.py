@@ -37,10 +37,10 @@ def grid_of(config: Any, arguments: Mapping[str, Any]) -> Grid3 | None:
     if not isinstance(hidden, Tensor):
         return None
     if hidden.ndim == 3:
-        sides = [arguments.get(name) for name in ("num_frames", "height", "width")]
-        known = all(isinstance(side, int) for side in sides)
-        grid = tuple(sides) if known else None
-        return grid if grid is not None and grid[0] * grid[1] * grid[2] == hidden.shape[1] else None
+        frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+        if not (isinstance(frames, int) and isinstance(height, int) and isinstance(width, int)):
+            return None
+        return (frames, height, width) if frames * height * width == hidden.shape[1] else None
     return _of_latents(config, hidden)
 
 

@@ -267,11 +267,12 @@ def _dispatched(seat: Seat) -> Callable[..., Tensor]:
         if own is None:
             return dense().transpose(1, 2)
         name = AttentionBackendName(former or _AttentionBackendRegistry.get_active_backend()[0])
-        tensors = (x.transpose(1, 2) for x in (query, key, value))
-        rest = (attn_mask, dropout_p, is_causal, scale, _parallel_config is not None, dense, str(name.value))
-        return own.attend(_Asked(*tensors, *rest)).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        parallel = _parallel_config is not None
+        asked = _Asked(q, k, v, attn_mask, dropout_p, is_causal, scale, parallel, dense, str(name.value))
+        return own.attend(asked).transpose(1, 2)
 
-    return attention
+    return cast(Callable[..., Tensor], attention)
 
 
 class _Intercept(TorchFunctionMode):
