@@ -13,7 +13,7 @@ PICTURE = HERE / "images" / "layout.svg"
 LEVELS = [
     ["plan"],
     ["unread"],
-    ["rotary", "summaries"],
+    ["layout", "rotary", "summaries"],
     ["paged", "encoded"],
     ["call", "rules"],
     ["backends"],

@@ -27,6 +27,8 @@ def imported(name):
         pytest.importorskip("triton")
     if name.startswith("gossamer.integrations.vllm."):
         pytest.importorskip("vllm")
+    if name.startswith("gossamer.integrations.diffusers"):
+        pytest.importorskip("diffusers")
     return importlib.import_module(name)
 
 

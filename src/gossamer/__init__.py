@@ -1,11 +1,12 @@
 """gossamer: dynamic sparse attention for long prompts.
 
 A method turns a call into a `SparsePlan`; a backend turns ``(q, k, v, plan)`` into the output.
-`enable` puts a method into an unmodified transformers model.
+`enable` puts a method into an unmodified model of transformers or diffusers.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from gossamer import methods
@@ -21,19 +22,17 @@ if TYPE_CHECKING:
     from gossamer.integrations.transformers import verify as verify
 
 __version__ = "0.1.0"
-# Of these `import gossamer` needs torch alone; transformers is imported when one of them is first used.
-_OF_TRANSFORMERS = ("enable", "verify")
+# `import gossamer` needs torch alone: what these are for is imported when one of them is first used.
+_OF_MODELS = {"enable": "enabling", "verify": "transformers"}
 # Without them: a star import must not import transformers.
 __all__ = ["AttentionCall", "Extent", "Method", "Policy", "Profile", "SparsePlan", "methods", "sparse_attention"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _OF_TRANSFORMERS:
-        from gossamer.integrations import transformers
-
-        return getattr(transformers, name)
+    if name in _OF_MODELS:
+        return getattr(importlib.import_module(f"gossamer.integrations.{_OF_MODELS[name]}"), name)
     raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_OF_TRANSFORMERS])
+    return sorted([*globals(), *_OF_MODELS])

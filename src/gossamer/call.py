@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypedDict, TypeVar, overload
 import torch
 from torch import Tensor
 
+from gossamer.layout import DenoisingStep, TokenLayout
 from gossamer.plan import Extent, SparsePlan
 from gossamer.plan.checks import checks_numbers
 from gossamer.rotary import Rotary
@@ -78,8 +79,8 @@ class CallFields(TypedDict, total=False):
     softcap: float | None
     layer: int | None
     store: Store | None
-    layout: Any
-    step: Any
+    layout: TokenLayout | None
+    step: DenoisingStep | None
     state: Sequence[dict[str, Any]] | None
     rotary: Rotary | None
     bias: Tensor | None
@@ -97,8 +98,8 @@ class AttentionCall:
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the mask (Gemma 2).
         layer: the model's index of the layer, for methods that differ between layers.
         store: the layer's cache, where it knows more than k and v; see `Store`.
-        layout: what the tokens are: text, frames of height x width, modalities.
-        step: denoising step and guidance branch.
+        layout: which tokens are text, and how the others lie in an image or a video, where a denoising model says so.
+        step: of the denoising.
         state: one mapping for each batch row, which an integration keeps over the calls of a request.
         rotary: how the model turned q and k by position, for methods that look at them before that.
         bias: ``[B, G, T]``, added to the logits of each key, after the soft-cap (Dynamic Mask Attention, 2508.02124).
@@ -117,8 +118,8 @@ class AttentionCall:
     softcap: float | None = None
     layer: int | None = None
     store: Store | None = None
-    layout: Any = None
-    step: Any = None
+    layout: TokenLayout | None = None
+    step: DenoisingStep | None = None
     state: Sequence[dict[str, Any]] | None = None
     rotary: Rotary | None = None
     bias: Tensor | None = None
@@ -152,6 +153,8 @@ class AttentionCall:
             )
         if self.bias is not None:
             self._check_bias(self.bias)
+        if self.layout is not None and len(self.layout.before) != self.batch:
+            raise ValueError(f"the layout is of {len(self.layout.before)} batch rows, but q has {self.batch}")
         if self.rotary is not None and self.rotary.channels > self.q.shape[-1]:
             raise ValueError(
                 f"rotary turns {self.rotary.channels} channels, but the head dimension is {self.q.shape[-1]}"

@@ -212,7 +212,7 @@ def test_candidates_are_what_methods_declare() -> None:
         ("per_head", "made of methods for each head"),
         ("duo_attention", "belong to heads by their place"),
         ("seer_attention", "belong to heads by their place"),
-        ("pbs", "cannot be one of several methods of a layer .*without an order of queries or keys"),
+        ("pbs", "cannot be one of several methods of a layer .*without an order of keys alone"),
         ("flash_prefill", "cannot be one of several methods of a layer .*must share pruned_mean"),
         ("corrected", "must share pruned_mean"),
     ],

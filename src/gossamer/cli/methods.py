@@ -25,12 +25,15 @@ def add_parser(commands: Any) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     entries = [_entry(name) for name in methods.available()]
     steps = [_entry(name) for name in methods.decoding()]
+    denoising = [_entry(name) for name in methods.denoising()]
     if arguments.json:
-        print_json({"methods": entries, "decoding": steps})
+        print_json({"methods": entries, "decoding": steps, "denoising": denoising})
         return 0
     _print(entries)
     print("\nof decoding (--decode):")
     _print(steps)
+    print("\nof models that denoise (gossamer.enable(pipeline, ...)):")
+    _print(denoising)
     return 0
 
 

@@ -1,13 +1,29 @@
-"""What the layers of an enabled model did."""
+"""What the layers of an enabled model did, and what went through them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor
 
 from gossamer.attention import CallRecord
+from gossamer.call import AttentionCall
 
-__all__ = ["LayerStats", "Stats"]
+__all__ = ["LayerStats", "Observation", "Stats"]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What went into and came out of one call with several queries, for `Handle.observe`. Read, do not write.
+
+    Fields:
+        call: with ``layer``, the model's index of it.
+        out: ``[B, H, S, Dv]``.
+    """
+
+    call: AttentionCall
+    out: Tensor
 
 
 @dataclass(slots=True)
@@ -50,6 +66,16 @@ class LayerStats:
     @property
     def step_density(self) -> float:
         return self._read / self._keys if self._keys else 1.0
+
+    def merge(self, other: LayerStats) -> None:
+        """Count what another row of the same layer did, too."""
+        for part in fields(self):
+            mine, theirs = getattr(self, part.name), getattr(other, part.name)
+            if isinstance(mine, dict):
+                for name, count in theirs.items():
+                    mine[name] = mine.get(name, 0) + count
+            elif part.name != "layer":
+                setattr(self, part.name, mine + theirs)
 
     def add(self, call: CallRecord) -> None:
         if call.path == "sparse":

@@ -1,7 +1,9 @@
 """Methods: from a call to a plan. One file a paper; a new one joins by one line in ``registry``."""
 
 from gossamer.methods.a_shape import AShape
+from gossamer.methods.adaspa import AdaSpa
 from gossamer.methods.anchor_attention import AnchorAttention
+from gossamer.methods.attention_tile import AttentionTile
 from gossamer.methods.auto import Auto
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
@@ -21,15 +23,18 @@ from gossamer.methods.minference import MInference
 from gossamer.methods.moa import MoA
 from gossamer.methods.mtraining import MTraining
 from gossamer.methods.oracle_topk import OracleTopK
+from gossamer.methods.paro import PARO
 from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
 from gossamer.methods.quest import Quest
 from gossamer.methods.reduced import Reduced, Reducing
-from gossamer.methods.registry import available, create, decoding, from_dict
+from gossamer.methods.registry import available, create, decoding, denoising, from_dict
 from gossamer.methods.retro_infer import RetroInfer
 from gossamer.methods.seer_attention import SeerAttention
 from gossamer.methods.sparge import Sparge
+from gossamer.methods.sparse_vdit import SparseVDiT
+from gossamer.methods.sparsed import SparseD
 from gossamer.methods.stem import Stem
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.triangle_mix import TriangleMix
@@ -38,9 +43,12 @@ from gossamer.methods.vertical_slash import VerticalSlash
 from gossamer.methods.xattention import XAttention
 
 __all__ = [
+    "PARO",
     "PBS",
     "AShape",
+    "AdaSpa",
     "AnchorAttention",
+    "AttentionTile",
     "Auto",
     "BlockSparse",
     "CoSA",
@@ -68,6 +76,8 @@ __all__ = [
     "RetroInfer",
     "SeerAttention",
     "Sparge",
+    "SparseD",
+    "SparseVDiT",
     "Stem",
     "TriShape",
     "TriangleMix",
@@ -77,5 +87,6 @@ __all__ = [
     "available",
     "create",
     "decoding",
+    "denoising",
     "from_dict",
 ]

@@ -26,33 +26,36 @@ def merge_plans(
         sources: of each plan, which of its heads stands for each query head; anything for heads that it does not own.
 
     Raises:
-        ValueError: a plan is permuted, or the plans are for other calls; they differ in their attributes, or in blocks
-            whose means count, which finer blocks would change; a head has other bands in other batch rows.
+        ValueError: a plan orders keys alone, or orders queries that do not begin at position 0 in every row; the plans
+            are for other calls; they differ in their attributes, or in blocks whose means count, which finer blocks
+            would change; a head has other bands in other batch rows.
     """
     first = plans[0]
     owners = torch.tensor(owner, dtype=torch.int64, device="cpu")
     owners = owners.expand(first.batch, -1) if owners.ndim == 1 else owners
     heads = owners.shape[1]
     for plan in plans:
-        if plan.permuted or (plan.query_len, plan.key_len, plan.batch) != (first.query_len, first.key_len, first.batch):
-            raise ValueError("only plans of one call, without an order of queries or keys, can be merged")
+        keys_alone = plan.k_order is not None and plan.q_order is None
+        if keys_alone or (plan.query_len, plan.key_len, plan.batch) != (first.query_len, first.key_len, first.batch):
+            raise ValueError("only plans of one call, without an order of keys alone, can be merged")
         if sources is None and heads % plan.heads:
             raise ValueError(f"a plan of {plan.heads} heads cannot stand for {heads} query heads")
     if len(plans) == 1 and sources is None:
         return first
     _check_attributes(plans)
     block_q, block_k = math.gcd(*(p.block_q for p in plans)), math.gcd(*(p.block_k for p in plans))
-    merged = SparsePlan.unchecked(
-        heads=heads, query_len=first.query_len, key_len=first.key_len, extent=first.extent,
-        block_q=block_q, block_k=block_k,
-    )  # fmt: skip
-    rows = merged.num_query_blocks
-    group = _column_group(plans, block_q, rows)
     if sources is None:
         sources = [[head // (heads // plan.heads) for head in range(heads)] for plan in plans]
     # Of all heads of all plans one after the other, which one is a head of the merged one, [B, heads].
     start = [sum(plan.heads for plan in plans[:number]) for number in range(len(plans))]
     taken = (torch.tensor(sources, device="cpu") + torch.tensor(start, device="cpu")[:, None]).gather(0, owners)
+    orders = {name: _order(plans, name, taken) for name in ("q_order", "k_order")}
+    merged = SparsePlan.unchecked(
+        heads=heads, query_len=first.query_len, key_len=first.key_len, extent=first.extent,
+        block_q=block_q, block_k=block_k, **orders,
+    )  # fmt: skip
+    rows = merged.num_query_blocks
+    group = _column_group(plans, block_q, rows)
     block_indptr, block_indices = _gathered([_refined_blocks(plan, block_q, block_k, rows) for plan in plans], taken)
     column_indptr, column_indices = _gathered([_column_rows(plan, block_q, rows, group) for plan in plans], taken)
     # Those that no backend counted, such as a dense plan, are cheaper to count by themselves than when merged.
@@ -74,7 +77,32 @@ def merge_plans(
         pruned_mean=first.pruned_mean,
         skip=first.skip,
         pairs=pairs,
+        **orders,
     )
+
+
+def _order(plans: Sequence[SparsePlan], name: str, taken: Tensor) -> Tensor | None:
+    """The order of each head, its own where its plan has none; None where no plan has one.
+
+    Positions are then counted as ranks are, from 0.
+    """
+    given = [getattr(plan, name) for plan in plans]
+    if all(order is None for order in given):
+        return None
+    first = plans[0]
+    if bool((first.extent.query_start != 0).any()):
+        raise ValueError(
+            "plans with an order of queries or keys can be merged where all rows' queries begin at position 0, "
+            f"got positions {first.extent.query_start.tolist()}"
+        )
+    length = first.query_len if name == "q_order" else first.key_len
+    own = torch.arange(length, dtype=torch.int32, device=first.device)
+    orders = [
+        own.expand(plan.batch, plan.heads, length) if order is None else order
+        for plan, order in zip(plans, given, strict=True)
+    ]
+    index = taken.to(first.device)[..., None].expand(-1, -1, length)
+    return torch.cat(orders, dim=1).gather(1, index)
 
 
 def _band(plans: Sequence[SparsePlan], name: str, taken: Tensor) -> Tensor:
@@ -138,7 +166,7 @@ def _refined_blocks(plan: SparsePlan, block_q: int, block_k: int, rows: int) -> 
         indices = (indices[:, None] * ratio + torch.arange(ratio, dtype=torch.int32, device=plan.device)).flatten()
         indptr = indptr * ratio
         # A row's last block may reach beyond the last one of the finer blocks.
-        most = ceil_div(plan.extent.longest, block_k)
+        most = ceil_div(plan.extent.longest if plan.k_order is None else plan.key_len, block_k)
         keep = indices < most
         kept = starts_of(keep)
         indptr, indices = kept[indptr], indices[keep]

@@ -7,7 +7,9 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from gossamer.methods.a_shape import AShape
+from gossamer.methods.adaspa import AdaSpa
 from gossamer.methods.anchor_attention import AnchorAttention
+from gossamer.methods.attention_tile import AttentionTile
 from gossamer.methods.auto import Auto
 from gossamer.methods.base import Method
 from gossamer.methods.block_sparse import BlockSparse
@@ -27,6 +29,7 @@ from gossamer.methods.minference import MInference
 from gossamer.methods.moa import MoA
 from gossamer.methods.mtraining import MTraining
 from gossamer.methods.oracle_topk import OracleTopK
+from gossamer.methods.paro import PARO
 from gossamer.methods.pbs import PBS
 from gossamer.methods.per_head import PerHead
 from gossamer.methods.prism import Prism
@@ -34,6 +37,8 @@ from gossamer.methods.quest import Quest
 from gossamer.methods.retro_infer import RetroInfer
 from gossamer.methods.seer_attention import SeerAttention
 from gossamer.methods.sparge import Sparge
+from gossamer.methods.sparse_vdit import SparseVDiT
+from gossamer.methods.sparsed import SparseD
 from gossamer.methods.stem import Stem
 from gossamer.methods.tri_shape import TriShape
 from gossamer.methods.triangle_mix import TriangleMix
@@ -41,7 +46,7 @@ from gossamer.methods.vec_attention import VecAttention
 from gossamer.methods.vertical_slash import VerticalSlash
 from gossamer.methods.xattention import XAttention
 
-__all__ = ["GROUP", "available", "class_of", "create", "decoding", "from_dict"]
+__all__ = ["GROUP", "available", "class_of", "create", "decoding", "denoising", "from_dict"]
 
 GROUP = "gossamer.methods"
 
@@ -76,17 +81,25 @@ _METHODS: tuple[type[Method], ...] = (
 )
 # Those that choose what a decode step reads, and plan no prompt.
 _STEPS: tuple[type[Method], ...] = (Quest, DoubleSparsity, InfLLM, MagicPIG, RetroInfer, OracleTopK)
+# Those that plan the calls of models that denoise, which attend in both directions.
+_DENOISING: tuple[type[Method], ...] = (AdaSpa, SparseVDiT, AttentionTile, PARO, SparseD)
+_OTHERS = (*_STEPS, *_DENOISING)
 
 
 def available() -> list[str]:
     """Names of methods that plan prompts, which ``gossamer.enable`` accepts: ours, then those of installed packages."""
     ours = [method.name for method in _METHODS]
-    return ours + sorted(name for name in _installed() if name not in (*ours, *(step.name for step in _STEPS)))
+    return ours + sorted(name for name in _installed() if name not in (*ours, *(other.name for other in _OTHERS)))
 
 
 def decoding() -> list[str]:
     """Names of ours that choose what a decode step reads: ``gossamer.enable(decode=...)`` accepts them."""
     return [method.name for method in (*_STEPS, *_METHODS) if method.decodes]
+
+
+def denoising() -> list[str]:
+    """Names of ours that plan the calls of image, video and text diffusion models, which attend in both directions."""
+    return [method.name for method in _DENOISING]
 
 
 def class_of(name: str) -> type[Method]:
@@ -95,12 +108,12 @@ def class_of(name: str) -> type[Method]:
     Raises:
         ValueError: no method has this name, or a package's entry point names no method.
     """
-    for method in (*_METHODS, *_STEPS):
+    for method in (*_METHODS, *_OTHERS):
         if method.name == name:
             return method
     entry = _installed().get(name)
     if entry is None:
-        known = ", ".join(dict.fromkeys([*available(), *decoding()]))
+        known = ", ".join(dict.fromkeys([*available(), *decoding(), *denoising()]))
         raise ValueError(f"unknown method {name!r}; known: {known}")
     try:
         method = entry.load()

@@ -177,7 +177,8 @@ def _lse_of(call: AttentionCall, grid: Grid, chosen: range) -> Tensor:
             first, stop = (int(n) - int(extent.query_start) for n in grid.queries[row, m])
             if first < stop:
                 q, k = call.q[one, :, first:stop], call.k[one]
-                part = replace(call, q=q, k=k, v=None, extent=extent.of_queries(first, stop), state=None)
+                own = extent.of_queries(first, stop)
+                part = replace(call, q=q, k=k, v=None, extent=own, layout=None, state=None)
                 lse[one, :, first:stop] = log_sum_exp(part)
     return lse
 

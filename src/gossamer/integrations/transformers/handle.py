@@ -18,6 +18,7 @@ from gossamer import methods
 from gossamer.attention import CallRecord
 from gossamer.cache import CachePolicy
 from gossamer.call import AttentionCall
+from gossamer.integrations.policies import policy_of
 from gossamer.integrations.stats import LayerStats, Stats
 from gossamer.integrations.transformers.attention import BIDIRECTIONAL, register
 from gossamer.integrations.transformers.configs import configs, implementations, path_to, request
@@ -275,7 +276,7 @@ def enable(
     """
     if profile is not None and not isinstance(profile, Profile):
         profile = Profile.load(profile)
-    policy = _policy(method, profile, min_tokens, max_density, fields)
+    policy = policy_of(method, profile, min_tokens, max_density, fields)
     policy = dataclasses.replace(policy, training=training, keep_plans=keep_plans)
     if decode is not None:
         policy = dataclasses.replace(policy, decode=methods.create(decode) if isinstance(decode, str) else decode)
@@ -331,42 +332,6 @@ def _cache_policy(cache: str | CachePolicy | None, policy: Policy, context_paral
     if cache is None:
         return None if policy.decode is None else caches.create("keep")
     return caches.create(cache) if isinstance(cache, str) else cache
-
-
-def _policy(
-    method: str | Method | Policy,
-    profile: Profile | None,
-    min_tokens: int | None,
-    max_density: float | None,
-    fields: dict[str, Any],
-) -> Policy:
-    thresholds: dict[str, Any] = {"min_tokens": min_tokens, "max_density": max_density}
-    thresholds = {name: value for name, value in thresholds.items() if value is not None}
-    if profile is not None:
-        method = _of_profile(method, profile, fields)
-        fields = {}
-        thresholds |= {"profile": profile.name, "decode": profile.decode}
-    if isinstance(method, str):
-        return Policy(methods.create(method, **fields), **thresholds)
-    if fields:
-        raise ValueError(
-            f"{', '.join(sorted(fields))} given beside a finished {type(method).__name__}; "
-            "pass the method by its name, or set its fields where it is made"
-        )
-    if isinstance(method, Policy):
-        return dataclasses.replace(method, **thresholds)
-    return Policy(method, **thresholds)
-
-
-def _of_profile(method: str | Method | Policy, profile: Profile, fields: dict[str, Any]) -> Method:
-    named = profile.method
-    if method not in ("minference", named.name, "per_head") or fields:
-        raise ValueError(
-            f"a profile names a method for each head, got one beside {method!r}"
-            + (f" with {', '.join(sorted(fields))}" if fields else "")
-            + "; leave the method and its fields out"
-        )
-    return named
 
 
 def _check_profile(method: Method, profile: Profile | None, config: Any) -> None:

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gossamer.attention import CallRecord
 from gossamer.call import AttentionCall
+from gossamer.integrations.stats import Observation
 from gossamer.plan import Extent
 from gossamer.policy import Policy
 from gossamer.rotary import Rotary
@@ -36,19 +37,6 @@ __all__ = [
 logger = logging.getLogger("gossamer")
 
 NAME = "gossamer"
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """What went into and came out of one call with several queries, for `Handle.observe`. Read, do not write.
-
-    Fields:
-        call: with ``layer``, the model's index of it.
-        out: ``[B, H, S, Dv]``.
-    """
-
-    call: AttentionCall
-    out: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)

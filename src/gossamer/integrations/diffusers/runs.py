@@ -1,0 +1,80 @@
+"""What the seats of one model share: its policy, how its patches lie now, and where calls are recorded."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from gossamer.attention import CallRecord
+from gossamer.integrations.diffusers.layouts import Grid3, arguments_of, grid_of
+from gossamer.integrations.diffusers.steps import Steps
+from gossamer.integrations.stats import Observation
+from gossamer.policy import Policy
+
+__all__ = ["Run"]
+
+
+class Run:
+    """One model under one policy.
+
+    Attributes:
+        grid: patches of the call that the model is in; None outside of one, and where they are unknown.
+        words: tokens of text that the model was called with; None where it was not.
+        text_first: whether text stands before the patches; None until that is known.
+        reached: whether any attention came here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        steps: Steps,
+        record: Callable[[CallRecord], None],
+        layers: Iterator[int] | None = None,
+        text_first: bool | None = None,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self.policy, self.steps, self.record = policy, steps, record
+        self._layers = itertools.count() if layers is None else layers
+        self.grid: Grid3 | None = None
+        self.words: int | None = None
+        self.text_first = text_first
+        self.reached = False
+        self.observe: Callable[[Observation], None] | None = None
+
+    def __deepcopy__(self, memo: Any) -> Run:
+        """A copy of an enabled model is none: its calls run as they would have."""
+        return self
+
+    def number(self) -> int:
+        """The next layer's: layers are counted in the order in which they first attend a whole image or video."""
+        return next(self._layers)
+
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook: reads the timestep and the patches."""
+        if model is not self._model():
+            return
+        arguments = arguments_of(model, args, kwargs)
+        self.steps.begin(arguments.get("timestep"))
+        self.grid = grid_of(getattr(model, "config", None), arguments)
+        text = arguments.get("encoder_hidden_states")
+        self.words = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None
+
+    def exit(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook.
+
+        Raises:
+            RuntimeError: none of the model's attention came here.
+        """
+        if model is not self._model():
+            return
+        self.grid = self.words = None
+        if not self.reached:
+            raise RuntimeError(
+                f"none of the attention of this {type(model).__name__} came to gossamer: its processors call neither "
+                "diffusers' dispatch_attention_fn nor torch's scaled_dot_product_attention; disable() the handle"
+            )

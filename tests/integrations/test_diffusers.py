@@ -1,0 +1,290 @@
+"""At full budget a denoising transformer computes the same with gossamer as without, and each call says what it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+diffusers = pytest.importorskip("diffusers")
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry  # noqa: E402
+from tiny_diffusers import FAMILIES, TEXT, inputs_of, noise, tiny  # noqa: E402
+
+import gossamer  # noqa: E402
+from gossamer.integrations.diffusers import Handle, enable  # noqa: E402
+from gossamer.integrations.stats import Observation  # noqa: E402
+from gossamer.layout import DenoisingStep, TokenLayout  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:gossamer runs its torch reference path:RuntimeWarning",
+    "ignore::FutureWarning",
+    "ignore::DeprecationWarning",
+)
+ALWAYS: dict[str, Any] = {"min_tokens": 0, "max_density": 2.0}
+WHOLE: dict[str, Any] = {"method": "a_shape", "window": 1 << 20} | ALWAYS
+NARROW: dict[str, Any] = {"method": "a_shape", "sink": 0, "window": 3} | ALWAYS
+SMALL = {"num_inference_steps": 4, "output_type": "latent", "return_dict": False}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    before = _AttentionBackendRegistry.list_backends()
+    yield
+    assert _AttentionBackendRegistry.list_backends() == before
+
+
+def run(model: nn.Module, name: str, batch: int = 3, time: float = 500.0, **changes: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs_of(name, batch, time * FAMILIES[name].scale) | changes)[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parity_at_full_budget(name: str) -> None:
+    """Several videos in a batch, with text, padded where the model takes a mask; and not by doing nothing."""
+    model, family = tiny(name), FAMILIES[name]
+    expected = run(model, name)
+    seen: list[Observation] = []
+    with enable(model, **WHOLE) as handle:
+        handle.observe(seen.append)
+        got = run(model, name)
+        stats = handle.stats()
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    rows = [row for row in stats if row.layer is not None]
+    assert [row.layer for row in rows] == list(range(family.layers))
+    assert all((row.sparse_calls, row.dense_calls, row.density) == (1, 0, 1.0) for row in rows)
+    live = [TEXT - 2 * (row + 1) for row in range(3)] if family.pads else [TEXT] * 3
+    before = tuple(live) if family.text == "first" else (0, 0, 0)
+    for observed in seen:
+        layout = TokenLayout(before, *family.grid)
+        assert observed.call.layout == layout
+        assert not observed.call.extent.causal
+        words = live if family.text else [0] * 3
+        assert observed.call.extent.key_count.tolist() == [layout.patches + n for n in words]
+    others = {"wan": {"cross-attention": 2}, "ltx-video": {"cross-attention": 2}, "wan-images": {"cross-attention": 4}}
+    alone = {"hunyuan-video": {"not all of the image or video": 1}}
+    assert stats.fallbacks() == (others | alone).get(name, {})
+    with enable(model, **NARROW):
+        assert (run(model, name) - expected).abs().max() > 0.1 * expected.std()
+    assert torch.equal(run(model, name), expected)
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_disabling_gives_each_module_its_own_processor_back(name: str) -> None:
+    model = tiny(name)
+    before = model.attn_processors
+    handle = enable(model, **WHOLE)
+    assert handle.enabled
+    assert all(
+        type(a).__name__ == type(b).__name__
+        for a, b in zip(before.values(), model.attn_processors.values(), strict=True)
+    )
+    handle.disable()
+    handle.disable()
+    assert not handle.enabled
+    assert all(model.attn_processors[place] is processor for place, processor in before.items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_modules_that_share_a_processor_are_told_apart() -> None:
+    model = tiny("wan")
+    shared = next(iter(model.attn_processors.values()))
+    model.set_attn_processor(shared)
+    expected = run(model, "wan")
+    with enable(model, **WHOLE) as handle:
+        torch.testing.assert_close(run(model, "wan"), expected, atol=1e-4, rtol=1e-4)
+        assert [row.layer for row in handle.stats()] == [0, 1, None]
+    assert all(processor is shared for processor in model.attn_processors.values())
+
+
+def test_what_the_user_sets_meanwhile_stays() -> None:
+    model = tiny("wan")
+    handle = enable(model, **NARROW)
+    former = _AttentionBackendRegistry.get_active_backend()[0]
+    try:
+        model.set_attention_backend("_native_math")
+        assert not handle.enabled
+        handle.disable()
+        assert {p._attention_backend.value for p in model.attn_processors.values()} == {"_native_math"}
+    finally:
+        _AttentionBackendRegistry.set_active_backend(former)
+
+
+def test_dense_calls_use_the_backend_that_the_model_had() -> None:
+    model = tiny("wan")
+    for processor in model.attn_processors.values():
+        processor._attention_backend = "_native_math"
+    expected = run(model, "wan")
+    with enable(model, "dense") as handle:
+        assert torch.equal(run(model, "wan"), expected)
+        assert all(set(row.executors) == {"_native_math"} for row in handle.stats())
+
+
+def test_a_deep_copy_of_an_enabled_model_runs_as_it_did_before() -> None:
+    model = tiny("wan")
+    expected = run(model, "wan")
+    with enable(model, **NARROW) as handle:
+        twin = copy.deepcopy(model)
+        assert torch.equal(run(twin, "wan"), expected)
+        assert not len(handle.stats())
+
+
+def test_a_deleted_model_leaves_no_backend() -> None:
+    model = tiny("wan")
+    handle = enable(model, **WHOLE)
+    del model
+    assert not handle.enabled  # and `nothing_is_left`
+
+
+def test_context_parallelism_is_left_to_diffusers() -> None:
+    model, given = tiny("flux"), []
+
+    class Parallel:
+        context_parallel_config = None
+
+    former = _AttentionBackendRegistry._backends["native"]
+
+    def native(query: Tensor, key: Tensor, value: Tensor, _parallel_config: Any = None, **rest: Any) -> Tensor:
+        given.append(_parallel_config)
+        return former(query, key, value, **{k: v for k, v in rest.items() if k != "return_lse"})
+
+    names = _AttentionBackendRegistry._supported_arg_names["native"]
+    expected = run(model, "flux")
+    parallel = Parallel()
+    with enable(model, **NARROW) as handle:
+        for processor in model.attn_processors.values():
+            processor._parallel_config = parallel
+        try:
+            _AttentionBackendRegistry._backends["native"] = native
+            assert torch.equal(run(model, "flux"), expected)
+        finally:
+            _AttentionBackendRegistry._backends["native"] = former
+        assert handle.stats().fallbacks() == {"context parallelism": 2}
+    assert given == [parallel] * 2
+    assert "_parallel_config" in names
+
+
+def test_models_in_training_run_dense_unless_asked() -> None:
+    model = tiny("wan")
+    for training, calls in ((False, 0), (True, 2)):
+        with enable(model, **WHOLE, training=training) as handle:
+            model(**inputs_of("wan", 1, 500.0))[0].sum().backward()
+            assert sum(row.sparse_calls for row in handle.stats()) == calls
+
+
+def test_branches_of_sequential_guidance_are_apart_and_samplings_too() -> None:
+    fields = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000}
+    scheduler = diffusers.UniPCMultistepScheduler(**fields, flow_shift=3.0)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None}
+    pipe = diffusers.WanPipeline(**parts, transformer=tiny("wan"), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    text = {"prompt_embeds": noise(1, TEXT, 8), "negative_prompt_embeds": noise(1, TEXT, 8, seed=2)}
+    size = {"height": 64, "width": 96, "num_frames": 9, "guidance_scale": 3.0}
+
+    def sample() -> Tensor:
+        return pipe(**SMALL, **text, **size, generator=torch.Generator().manual_seed(0))[0]
+
+    expected = sample()
+    seen: list[Any] = []
+    handle: Any = gossamer.enable(pipe, **WHOLE)
+    with handle:
+        handle.observe(lambda observed: seen.append(observed.call))
+        for _ in range(2):
+            torch.testing.assert_close(sample(), expected, atol=1e-3, rtol=1e-3)
+        assert handle.steps == [0, 1, 2, 3]
+        assert [row.calls for row in handle.stats(step=2) if row.layer is not None] == [4, 4]
+    steps = [DenoisingStep(n, 4, branch) for n in range(4) for branch in range(2) for _ in range(2)]
+    assert [call.step for call in seen] == steps * 2
+    kept = {(n // 16, call.layer, call.step.branch): id(call.state[0]) for n, call in enumerate(seen)}
+    assert len(set(kept.values())) == 8
+    assert all(id(call.state[0]) == kept[n // 16, call.layer, call.step.branch] for n, call in enumerate(seen))
+
+
+def test_branches_of_batched_guidance_are_rows() -> None:
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None}
+    pipe = diffusers.CogVideoXPipeline(
+        **parts, transformer=tiny("cogvideox"), scheduler=diffusers.CogVideoXDDIMScheduler()
+    )
+    pipe.set_progress_bar_config(disable=True)
+    text = {"prompt_embeds": noise(1, TEXT, 8), "negative_prompt_embeds": noise(1, TEXT, 8, seed=2)}
+    size = {"height": 64, "width": 96, "num_frames": 9, "guidance_scale": 3.0}
+    seen: list[Any] = []
+    with gossamer.enable(pipe, **WHOLE) as handle:
+        assert isinstance(handle, Handle)
+        handle.observe(lambda observed: seen.append(observed.call))
+        pipe(**SMALL, **text, **size)
+    assert [(len(call.state), call.step) for call in seen] == [(2, DenoisingStep(n, 4)) for n in range(4) for _ in "ab"]
+    assert len({id(row) for call in seen for row in call.state}) == 4
+
+
+def test_a_transformer_alone_counts_its_timesteps() -> None:
+    model, seen = tiny("wan"), []
+    with enable(model, **WHOLE, steps=3) as handle:
+        handle.observe(lambda observed: seen.append((observed.call.step, observed.call.state)))
+        for time in (900.0, 900.0, 500.0, 500.0, 900.0):
+            run(model, "wan", batch=1, time=time)
+    steps = [DenoisingStep(*numbers) for numbers in ((0, 3, 0), (0, 3, 1), (1, 3, 0), (1, 3, 1), (0, 3, 0))]
+    assert [step for step, _ in seen[::2]] == steps
+    assert seen[0][1] is seen[4][1]
+    assert seen[0][1] is not seen[8][1]
+
+
+def test_padding_between_text_and_image_changes_nothing_but_its_order() -> None:
+    """Padded text stands in the middle: a sample in a padded batch is what it is by itself."""
+    model, fields = tiny("qwen-image"), dict(NARROW)
+    fields |= {"window": 30, "sink": 2}
+    with enable(model, **fields):
+        both = run(model, "qwen-image", batch=2)
+        given = inputs_of("qwen-image", 2, 0.5)
+        for row in range(2):
+            words = int(given["encoder_hidden_states_mask"][row].sum())
+            one = {
+                "hidden_states": given["hidden_states"][row : row + 1],
+                "encoder_hidden_states": given["encoder_hidden_states"][row : row + 1, :words],
+                "encoder_hidden_states_mask": None,
+                "img_shapes": given["img_shapes"][:1],
+                "timestep": given["timestep"][:1],
+            }
+            with torch.no_grad():
+                alone = model(**one, return_dict=False)[0]
+            torch.testing.assert_close(both[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+class Bare(nn.Module):
+    processor = None
+
+
+@pytest.mark.parametrize(
+    ("give", "fields", "error", "message"),
+    [
+        (lambda: Bare(), {}, TypeError, "needs a pipeline or a model of diffusers, got Bare"),
+        (lambda: tiny("wan"), {"text": "left"}, ValueError, "text must be 'first', 'last' or None, got 'left'"),
+        (lambda: tiny("wan"), {"steps": 0}, ValueError, "steps must be a number of steps from 1 on, or None, got 0"),
+        (
+            lambda: tiny("wan"),
+            {"method": "seer_attention"},
+            ValueError,
+            "seer_attention looks at q and k before their rotary embedding",
+        ),
+        (lambda: tiny("wan"), {"method": "quest"}, ValueError, "quest plans no prompt"),
+    ],
+)
+def test_what_is_refused(give: Any, fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    fields = {"method": "a_shape"} | fields
+    with pytest.raises(error, match=message):
+        enable(give(), **fields)
+
+
+def test_a_model_is_enabled_once_and_knows_its_steps() -> None:
+    model = tiny("wan")
+    with enable(model, **WHOLE) as handle:
+        with pytest.raises(ValueError, match="is enabled already"):
+            gossamer.enable(model, "a_shape")
+        with pytest.raises(ValueError, match="there is no record of step 7; there are records of none"):
+            handle.stats(step=7)
+        assert repr(handle) == "<gossamer a_shape on WanTransformer3DModel, enabled>"
+    with pytest.raises(ValueError, match="disabled"):
+        handle.observe(None)
