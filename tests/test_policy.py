@@ -264,6 +264,18 @@ def test_a_dense_method_decodes_on_its_kernel(kernel: str, ours: bool) -> None:
     assert Policy(method).decodes_on_kernel(torch.zeros(1, 2, 1, 4), 1 << 20) is ours
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("reason", [None, "decode", TOO_DENSE])
+def test_dense_steps_of_a_method_for_steps_run_on_our_own_kernel(reason: str | None) -> None:
+    """What reads the prompt says nothing of the layers that the method reads whole."""
+    both = Policy(Dense(), decode=methods.create("quest"))
+    assert both.attends_on_kernel(call_of(1, 4096), reason)
+    assert both.decodes_on_kernel(torch.zeros(1, 2, 1, 4), 4096)
+    assert not both.attends_on_kernel(call_of(1, 4095), None)
+    assert not both.attends_on_kernel(call_of(999, 4096), None)
+    assert Policy(Dense("gossamer"), decode=both.decode).attends_on_kernel(call_of(1, 4095), None)
+
+
 def test_decisions_are_compared_by_identity_as_their_plans_are() -> None:
     assert Decision(None) != Decision(None)
 

@@ -222,7 +222,7 @@ class Policy:
         encoded = isinstance(call.k, EncodedTokens) or isinstance(call.v, EncodedTokens)
         if encoded and call.query_len < FEW_QUERIES and reason != TRAINING:
             return backends.name_of(call) != "torch"
-        if isinstance(self.method, Dense):
+        if isinstance(self.method, Dense) and (self.method.kernel == "gossamer" or self.decode is None):
             return self.method.kernel == "gossamer"
         if _is_step(call) and reason != TRAINING:
             return self.decodes_on_kernel(call.q, call.key_len)
@@ -233,9 +233,10 @@ class Policy:
     def decodes_on_kernel(self, q: Tensor, key_len: int) -> bool:
         """Whether few queries like ``q`` against so many keys run on our own kernel: on CPUs, where it splits the keys.
 
-        Not under plain dense attention, nor against short caches.
+        Not under plain dense attention without a method for steps, nor against short caches.
         """
-        if q.device.type != "cpu" or (isinstance(self.method, Dense) and self.method.kernel == "torch"):
+        plain = isinstance(self.method, Dense) and self.method.kernel == "torch" and self.decode is None
+        if q.device.type != "cpu" or plain:
             return False
         least = STREAMED_KEYS.get(q.element_size())
         return least is not None and key_len >= least and backends.name_of(q) != "torch"
