@@ -30,7 +30,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -92,13 +92,25 @@ class Server:
 
 
 @contextmanager
-def served(arguments: argparse.Namespace, name: str, port: int, longest: int) -> Iterator[Server]:
+def served(
+    arguments: argparse.Namespace,
+    name: str,
+    port: int,
+    longest: int,
+    settings: Mapping[str, Any] | None = None,
+    flags: Sequence[str] = ("--no-enable-prefix-caching",),
+) -> Iterator[Server]:
     """A server until it answers, ended on the way out.
+
+    Args:
+        settings: what is asked of the plug-in, where it is no method for prompts that the name says.
 
     Raises:
         RuntimeError: it did not start; the message has the end of its log.
     """
-    asked = {} if name == STOCK else {"gossamer": parse_method(name).to_dict() | {"min_tokens": arguments.min_tokens}}
+    asked: dict[str, Any] = {}
+    if name != STOCK:
+        asked["gossamer"] = settings or parse_method(name).to_dict() | {"min_tokens": arguments.min_tokens}
     command = [arguments.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(arguments.model)]
     command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), "--dtype", arguments.dtype]
     command += [
@@ -107,9 +119,10 @@ def served(arguments: argparse.Namespace, name: str, port: int, longest: int) ->
         "--max-num-batched-tokens",
         str(arguments.chunk or longest),
     ]
-    command += ["--no-enable-prefix-caching", "--additional-config", json.dumps(asked)]
+    command += [*flags, "--additional-config", json.dumps(asked)]
     command += ["--enforce-eager"] * arguments.enforce_eager
-    fixed = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    space = str(getattr(arguments, "cache_space", 1))
+    fixed = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": space, "VLLM_NO_USAGE_STATS": "1"}
     # A step of a long prompt may take longer than the 300 seconds after which vLLM gives a worker up.
     fixed["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = "3600"
     log = Path(tempfile.mkstemp(suffix=".log")[1])

@@ -8,6 +8,7 @@ many rows were attended again with all that is not theirs poisoned.
 """
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
+import copy
 import json
 import os
 import sys
@@ -54,6 +55,38 @@ def poison_foreign(checks: list[bool]) -> None:
     cpu.SparseCPUImpl._attend = twice  # type: ignore[method-assign]
 
 
+def poison_readers(checks: list[bool]) -> None:
+    """Likewise queries that choose what they read; what is known of the pages is then worked out from those there."""
+    from gossamer.integrations.vllm import cpu
+
+    decode = cpu.SparseCPUImpl._decode
+
+    def twice(self: Any, some: Any, query: Any, cache: Any, table: Any, out: Any) -> None:
+        before = copy.deepcopy(some.states)
+        decode(self, some, query, cache, table, out)
+        page, poisoned = cache.shape[2], torch.full_like(cache, torch.nan)
+        slots = []
+        for index, tokens in dict(zip(some.indices, some.counts, strict=True)).items():  # of a row's queries the last
+            own = table[index][: -(-tokens // page)].long()
+            poisoned[own] = cache[own]
+            slots += [int(own[-1]) * page + place for place in range((tokens - 1) % page + 1, page)]
+        if slots:
+            nan = torch.full((len(slots), self.num_kv_heads, self.head_size), torch.nan, dtype=cache.dtype)
+            self.do_kv_cache_update(cpu._Isa(self.isa), nan, nan, poisoned, torch.tensor(slots))
+        mine = torch.zeros(len(query), dtype=torch.bool)
+        mine[some.places] = True
+        alone = torch.where(mine.view(-1, *[1] * (query.ndim - 1)), query, torch.nan)
+        again = torch.full_like(out, torch.nan)
+        some.states, after = before, some.states
+        decode(self, some, alone, poisoned, table, again)
+        some.states = after
+        assert self.engine is not None
+        self.engine._bounds.pop((poisoned.data_ptr(), poisoned.shape), None)
+        checks.append(torch.equal(out[some.places], again[some.places]))
+
+    cpu.SparseCPUImpl._decode = twice  # type: ignore[method-assign]
+
+
 def count_preemptions(found: list[str]) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -76,6 +109,7 @@ def main() -> None:
     count_preemptions(preempted)
     if job.get("poison"):
         poison_foreign(checks)
+        poison_readers(checks)
     asked = {} if job.get("gossamer") is None else {"gossamer": job["gossamer"]}
     llm = LLM(job["model"], additional_config=asked, seed=0, skip_tokenizer_init=True, **job.get("args", {}))
     answers = []
