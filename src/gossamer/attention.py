@@ -20,6 +20,7 @@ from gossamer.methods import Method
 from gossamer.plan import SparsePlan
 from gossamer.policy import Decision, Policy
 from gossamer.profiles import Profile
+from gossamer.unread import Elsewhere
 
 __all__ = ["CallRecord", "attend", "sparse_attention"]
 
@@ -126,10 +127,9 @@ def attend(
     planned = time.perf_counter()
     if decision.reduced is not None:
         out, lse, executor = _reduced(decision.reduced)
-    elif call.stands_in:
-        assert call.store is not None
+    elif isinstance(call.k, Elsewhere) and call.query_len == 1:
         executor = backends.name_of(call)
-        out, lse = call.store.attend(call, decision.plan)
+        out, lse = call.k.attend(call, decision.plan)
     elif decision.plan is None:
         on_kernel = return_lse or policy.attends_on_kernel(call, decision.reason)
         out, lse, executor = _dense(call, on_kernel, by_torch=because is not None and not return_lse)

@@ -25,7 +25,7 @@ class Method(ABC):
 
     Class attributes:
         name: what `gossamer.methods.create`, ``enable`` and the command line know it by.
-        needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``keys``, ``values``, ``store``, ``layout``,
+        needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``values``, ``store``, ``layout``,
             ``step``, ``layer``, ``state``, ``rotary``, ``one query``, ``whole prompt``. A call that lacks one runs
             dense; the reason is counted.
         per_head: fields that may differ between heads that are planned together (`gossamer.methods.PerHead`). Where

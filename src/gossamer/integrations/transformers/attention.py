@@ -37,7 +37,7 @@ from gossamer.integrations.transformers.masks import (
 )
 from gossamer.integrations.transformers.operator import named, operator, trains
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, owner_for
-from gossamer.integrations.transformers.parts import after, in_parts, with_keys
+from gossamer.integrations.transformers.parts import after, in_parts
 from gossamer.plan import Extent
 from gossamer.policy import TRAINING
 
@@ -194,8 +194,7 @@ def _attend(
     if extras.reason is not None:
         if store is not None:
             store.refuse(extras.reason)
-        read = with_keys(asked)
-        return _counted(owner, read, extras.reason, lambda: _densely(module, read, extras))
+        return _counted(owner, asked, extras.reason, lambda: _densely(module, asked, extras))
     return _by_policy(owner, asked, TRAINING if module.training and not owner.policy.training else None)
 
 
@@ -226,8 +225,7 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
         return in_parts(store.parts(), owner, asked, training, _by_policy)
     extent, used, reason = _described(asked, owner)
     if extent is None or reason is not None:
-        read = with_keys(asked)
-        return _counted(owner, read, reason, lambda: _densely(None, read, _Extras()))
+        return _counted(owner, asked, reason, lambda: _densely(None, asked, _Extras()))
     keys, values = asked.key, asked.value
     if used < asked.key_len:
         keys, values = keys[:, :, :used], values[:, :, :used]
