@@ -15,8 +15,9 @@ from torch import Tensor
 
 from gossamer import backends
 from gossamer.backends.torch import dense
+from gossamer.backends.torch.partial import merge
 from gossamer.call import AttentionCall, CallFields
-from gossamer.methods import Method
+from gossamer.methods import Method, Reduced
 from gossamer.plan import SparsePlan
 from gossamer.policy import Decision, Policy
 from gossamer.profiles import Profile
@@ -164,13 +165,20 @@ def attend(
     return out, lse
 
 
-def _reduced(call: AttentionCall) -> tuple[Tensor, Tensor, str]:
-    """All of a call that stands for a larger one."""
+def _reduced(reduced: Reduced) -> tuple[Tensor, Tensor, str]:
+    """A call that stands for a larger one, and the one beside it."""
+    call, plan = reduced.call, reduced.plan
     executor = backends.name_of(call)
     if executor == "torch":
         _warn_slow(backends.why_slow(call))
-    plan = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
-    return *backends.attend(call, plan), executor
+    if plan is None:
+        plan = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
+    out, lse = backends.attend(call, plan)
+    if reduced.beside is not None:
+        out = out.float()
+        other_out, other_lse, _ = _reduced(reduced.beside)
+        merge(out, lse, other_out, other_lse)
+    return out.to(call.q.dtype), lse, executor
 
 
 def _dense(call: AttentionCall, on_kernel: bool, by_torch: bool) -> tuple[Tensor, Tensor | None, str]:

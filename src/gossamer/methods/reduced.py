@@ -19,15 +19,19 @@ __all__ = ["Reduced", "Reducing", "gathered", "listed", "reduced_call"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reduced:
-    """A smaller call that stands for a call.
+    """A smaller call that stands for a call, or two with one softmax over the keys of both.
 
     Fields:
         call: with the same queries; keys and values of its own, for key/value heads or for query heads, and a bias.
-        density: keys that it reads over those of the cache.
+        density: keys that it reads over those of the cache; of prompts, pairs over the allowed ones.
+        plan: what it attends; None: all of its keys.
+        beside: the other one, of pairs that this one does not have.
     """
 
     call: AttentionCall
     density: float
+    plan: SparsePlan | None = None
+    beside: Reduced | None = None
 
 
 @dataclass(frozen=True)
