@@ -12,8 +12,8 @@ PICTURE = HERE / "images" / "layout.svg"
 # From the ground up: a module may import what stands below it, and its own room.
 LEVELS = [
     ["plan"],
-    ["unread"],
-    ["layout", "rotary", "summaries"],
+    ["unread", "rotary"],
+    ["layout", "summaries"],
     ["paged", "encoded"],
     ["call", "rules"],
     ["backends"],

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from gossamer import backends
 from gossamer.backends.torch import dense
+from gossamer.backends.torch.partial import merge
 from gossamer.call import AttentionCall, CallFields
-from gossamer.methods import Method
+from gossamer.methods import Method, Reduced
 from gossamer.plan import SparsePlan
 from gossamer.policy import Decision, Policy
 from gossamer.profiles import Profile
+from gossamer.unread import Elsewhere
 
 __all__ = ["CallRecord", "attend", "sparse_attention"]
 
@@ -126,10 +128,9 @@ def attend(
     planned = time.perf_counter()
     if decision.reduced is not None:
         out, lse, executor = _reduced(decision.reduced)
-    elif call.stands_in:
-        assert call.store is not None
+    elif isinstance(call.k, Elsewhere) and call.query_len == 1:
         executor = backends.name_of(call)
-        out, lse = call.store.attend(call, decision.plan)
+        out, lse = call.k.attend(call, decision.plan)
     elif decision.plan is None:
         on_kernel = return_lse or policy.attends_on_kernel(call, decision.reason)
         out, lse, executor = _dense(call, on_kernel, by_torch=because is not None and not return_lse)
@@ -164,13 +165,20 @@ def attend(
     return out, lse
 
 
-def _reduced(call: AttentionCall) -> tuple[Tensor, Tensor, str]:
-    """All of a call that stands for a larger one."""
+def _reduced(reduced: Reduced) -> tuple[Tensor, Tensor, str]:
+    """A call that stands for a larger one, and the one beside it."""
+    call, plan = reduced.call, reduced.plan
     executor = backends.name_of(call)
     if executor == "torch":
         _warn_slow(backends.why_slow(call))
-    plan = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
-    return *backends.attend(call, plan), executor
+    if plan is None:
+        plan = SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
+    out, lse = backends.attend(call, plan)
+    if reduced.beside is not None:
+        out = out.float()
+        other_out, other_lse, _ = _reduced(reduced.beside)
+        merge(out, lse, other_out, other_lse)
+    return out.to(call.q.dtype), lse, executor
 
 
 def _dense(call: AttentionCall, on_kernel: bool, by_torch: bool) -> tuple[Tensor, Tensor | None, str]:

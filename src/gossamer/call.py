@@ -33,8 +33,6 @@ class Store(Protocol):
     Attributes:
         sinks, recent: so many first and last tokens of each row are in every choice, whatever a method scores; the
             page that holds the newest token always is.
-        stands_in: the keys and values of a call of one query are stand-ins, NaN: they lie where no kernel reads, and
-            the store attends such calls itself.
     """
 
     @property
@@ -42,17 +40,6 @@ class Store(Protocol):
 
     @property
     def recent(self) -> int: ...
-
-    @property
-    def stands_in(self) -> bool: ...
-
-    def attend(self, call: AttentionCall, plan: SparsePlan | None) -> tuple[Tensor, Tensor]:
-        """Where it `stands_in`: attention of one query a row over what a plan names, or over all keys without one.
-
-        Returns:
-            out ``[B, H, 1, Dv]``, and the natural log of the softmax denominator, fp32 ``[B, H, 1]``.
-        """
-        ...
 
     def summary(self, kind: Summary[T]) -> T:
         """What a kind of summary says of the keys, such as ``PageBounds(16)``; see `gossamer.summaries`.
@@ -240,11 +227,6 @@ class AttentionCall:
         return self.v
 
     @property
-    def stands_in(self) -> bool:
-        """Whether k and v are stand-ins; see `Store`."""
-        return self.query_len == 1 and self.store is not None and self.store.stands_in
-
-    @property
     def needs_gradient(self) -> bool:
         tensors = (self.q, self.k, self.v, self.sinks, self.bias)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -300,7 +282,6 @@ class AttentionCall:
             "causal": self.extent.causal,
             "values": self.v is not None,
             "store": self.store is not None,
-            "keys": not self.stands_in,
             "layout": self.layout is not None,
             "step": self.step is not None,
             "layer": self.layer is not None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer import backends, methods
 from gossamer.call import AttentionCall, Store
 from gossamer.encoded import EncodedTokens
-from gossamer.methods import Dense, Method, PerHead, Reducing
+from gossamer.methods import Dense, Method, PerHead, Reduced, Reducing
 from gossamer.methods.per_head import needs_of
 from gossamer.plan import SparsePlan
 from gossamer.profiles import Profile
@@ -28,6 +28,8 @@ STREAMED_KEYS = {2: 512, 4: 4096}
 TRAINING = "training: dense unless asked for"
 # The reason of a call whose plan would compute nearly every pair: our own kernel then runs dense.
 TOO_DENSE = "plan too dense to pay"
+# The reason of a call in which a method that gives far keys another distance finds none.
+NEAR = "no key is far"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,13 +40,13 @@ class Decision:
         plan: None for dense, and where there is a smaller call.
         density: computed pairs over allowed pairs; of a smaller call its keys over those of the call.
         reason: why dense where it was not asked for, else None.
-        reduced: the call to attend, all of it, in place of the one that was asked (`gossamer.methods.Reducing`).
+        reduced: what to attend in place of the call that was asked (`gossamer.methods.Reducing`).
     """
 
     plan: SparsePlan | None
     density: float = 1.0
     reason: str | None = None
-    reduced: AttentionCall | None = None
+    reduced: Reduced | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -109,6 +111,14 @@ class Policy:
                 f"Policy.decode must be a method that chooses what a decode step reads, got {given}; "
                 f"build one with gossamer.methods.create(name), by one of the names {', '.join(methods.decoding())}"
             )
+        if self.decode is None and self.method.extends:
+            object.__setattr__(self, "decode", self.method)
+        if self.decode != self.method and (self.method.extends or (self.decode is not None and self.decode.extends)):
+            name = self.method.name if self.method.extends else cast(Method, self.decode).name
+            raise ValueError(
+                f"{name} gives tokens other distances than the model does, in prompts as in steps: give it as the "
+                "method, and leave decode out"
+            )
         if "one query" in needs_of(self.method):
             raise ValueError(
                 f"{self.method.name} plans no prompt, since it chooses what a decode step reads: give such a method as "
@@ -160,14 +170,15 @@ class Policy:
                 f"{method.name} chooses by values, but tensors on the meta device hold no values; give tensors "
                 "with values, or the method 'dense', which needs shapes alone"
             )
-        if method.least_density(call) > self.max_density:
+        most = float("inf") if method.extends else self.max_density
+        if method.least_density(call) > most:
             return Decision(None, reason=TOO_DENSE)
         with torch.no_grad():  # a selection is a constant
             if isinstance(method, Reducing):
                 made = method.reduce(call)
-                if made is None or made.density > self.max_density:
-                    return Decision(None, reason=TOO_DENSE)
-                return Decision(None, made.density, reduced=made.call)
+                if made is None or made.density > most:
+                    return Decision(None, reason=NEAR if method.extends else TOO_DENSE)
+                return Decision(None, made.density, reduced=made)
             plan = method.plan(call)
         density = plan.density()
         return Decision(None, reason=TOO_DENSE) if density > self.max_density else Decision(plan, density)
@@ -183,10 +194,15 @@ class Policy:
             return None
         if call.needs_gradient and (not self.training or backends.is_transformed(call)):
             return TRAINING
-        if method is self.decode:
+        if isinstance(method, Reducing) and call.needs_gradient:
+            return TRAINING  # its keys are copies, through which none passes
+        if method is self.decode and _is_step(call):
             return self._why_whole(method, call)
         if _is_step(call):
             return "decode"
+        if method.extends:
+            lacking = method.lacks(call)
+            return None if lacking is None else f"{method.name} needs {lacking}"
         limit, keys, least = call.extent.limit, call.extent.longest, self._least(call)
         if min(limit or keys, keys) < least:
             return "short prompt" if limit is None or limit >= keys else "short model window"
@@ -203,8 +219,6 @@ class Policy:
 
     def _why_whole(self, method: Method, call: AttentionCall) -> str | None:
         """Why a decode step reads the whole cache, before a plan is tried."""
-        if isinstance(method, Reducing) and call.needs_gradient:
-            return TRAINING  # its keys are copies, through which none passes
         if call.store is None:
             return f"{method.name} needs store"
         if call.extent.limit is not None:

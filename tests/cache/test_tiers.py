@@ -9,19 +9,21 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cache_steps import Tokens
 
 from gossamer import AttentionCall, Extent, SparsePlan
-from gossamer.attention import attend
+from gossamer.attention import CallRecord, attend
 from gossamer.cache import StoreLayer, Tiers, create
 from gossamer.cache.block_file import PAGE, BlockFile, aligned
 from gossamer.cache.pool import Pool
 from gossamer.cache.step_calls import chosen_slots
+from gossamer.cache.tiered_tokens import TieredTokens
 from gossamer.cache.tiers import TieredLayer
-from gossamer.methods import Dense, Quest
+from gossamer.methods import Dense, MagicPIG, Method, OracleTopK, Quest, RetroInfer
 from gossamer.policy import Policy
 from gossamer.summaries import PageBounds
 
@@ -32,7 +34,7 @@ def layer_of(folder: Path, *, block: int = 4, hot: int = 6, resident: int = 8, *
     return layer
 
 
-def step(layer: StoreLayer, tokens: Tokens, policy: Policy | None = None, **fields) -> torch.Tensor:
+def step(layer: StoreLayer, tokens: Tokens, policy: Policy | None = None, record: Any = None, **fields) -> torch.Tensor:
     """Add the next token and attend it, as the attention function does."""
     first = layer.length
     part = slice(first, first + 1)
@@ -41,7 +43,7 @@ def step(layer: StoreLayer, tokens: Tokens, policy: Policy | None = None, **fiel
     extent = Extent.from_key_mask(live, 1)
     layer.place(extent)
     call = AttentionCall(tokens.q[:, :, part], keys, values, extent, layer=5, store=layer, state=layer.state, **fields)
-    out = attend(call, policy or Policy(Dense("gossamer")))
+    out = attend(call, policy or Policy(Dense("gossamer")), record=record)
     layer.attended(call)
     assert isinstance(out, torch.Tensor)
     return out
@@ -92,18 +94,82 @@ def test_a_step_attends_what_it_would_in_memory(tmp_path: Path, starts: list[int
         assert layer.first >= 36
 
 
-def test_stand_ins_are_seen_by_nobody(tmp_path: Path) -> None:
-    tokens = Tokens.random([0], 41, heads=4, groups=2, dim=32)
+@pytest.mark.parametrize("looked", ["rows", "some heads", "gathered", "another dtype", "arithmetic"])
+def test_keys_and_values_are_read_where_somebody_looks(tmp_path: Path, looked: str) -> None:
+    tokens = Tokens.random([0, 3], 41, heads=4, groups=2, dim=32)
     layer = layer_of(tmp_path)
     prompt(layer, tokens, 40)
-    keys, _ = layer.update(tokens.k[:, :, 40:41], tokens.v[:, :, 40:41])
-    assert layer.stands_in
-    assert keys.shape == (1, 2, 41, 32)
-    assert bool(keys.isnan().all())
-    call = AttentionCall(tokens.q[:, :, 40:41], keys, keys, store=layer)
-    assert call.lacks({"keys"}) == "keys"
+    keys, values = layer.update(tokens.k[:, :, 40:41], tokens.v[:, :, 40:41])
+    assert isinstance(keys, TieredTokens)
+    assert isinstance(values, TieredTokens)
+    assert keys.shape == (2, 2, 41, 32)
+    for found, whole in ((keys, tokens.k), (values, tokens.v)):
+        if looked == "rows":
+            assert torch.equal(found.rows(), whole)
+        elif looked == "some heads":
+            assert torch.equal(found.of_heads(1, 2), whole[:, 1:])
+        elif looked == "another dtype":
+            assert isinstance(found.double(), TieredTokens)
+            assert torch.equal(found.double() * 1, whole.double())
+        elif looked == "arithmetic":
+            assert torch.equal(found + 1, whole + 1)
+        else:
+            slots = torch.tensor([[[0, 33, 40, 7], [1, 2, 3, 3], [40, 39, 39, 6], [5, 5, 5, 20]]] * 2)
+            expected = whole.repeat_interleave(2, dim=1).gather(2, slots[..., None].expand(-1, -1, -1, 32))
+            assert torch.equal(found.gathered(slots), expected)
     # A prompt's next chunk has them all.
-    assert not bool(layer.update(tokens.k[:, :, :2], tokens.v[:, :, :2])[0].isnan().any())
+    assert type(layer.update(tokens.k[:, :, :2], tokens.v[:, :, :2])[1]) is torch.Tensor
+
+
+def test_rows_are_read_once_for_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = Tokens.random([0], 45, heads=4, groups=2, dim=32)
+    layer = layer_of(tmp_path)
+    prompt(layer, tokens, 40)
+    passes, read = [], TieredLayer.read
+    monkeypatch.setattr(TieredLayer, "read", lambda self: passes.append(1) or read(self))
+    step(layer, tokens, Policy(Dense("gossamer"), decode=OracleTopK(budget=8, dense_layers=0)))
+    assert len(passes) == 1
+    step(layer, tokens, Policy(Dense("gossamer")))
+    assert len(passes) == 1  # without a method the file is attended in passing
+
+
+WEIGHING = [
+    OracleTopK(budget=12, dense_layers=0),
+    OracleTopK(budget=12, dense_layers=0, per_query_head=True),
+    MagicPIG(bits=3, hash_tables=8, sinks=2, local=5, buffer=4),
+    RetroInfer(probe=0.2, estimate=0.3, size=3, segment=16, sinks=2, local=5, least=8, update=4),
+]
+
+
+@pytest.mark.parametrize("method", WEIGHING, ids=lambda m: m.name)
+@pytest.mark.parametrize("starts", [[0], [0, 5]])
+def test_methods_that_look_at_keys_find_them(tmp_path: Path, method: Method, starts: list[int]) -> None:
+    tokens = Tokens.random(starts, 60, heads=4, groups=2, dim=32)
+    layer, stock = layer_of(tmp_path, hot=12), StoreLayer()
+    prompt(layer, tokens, 30, 8)
+    prompt(stock, tokens, 30, 8)
+    records: list[CallRecord] = []
+    for _ in range(22):
+        found, expected = (
+            step(one, tokens, Policy(Dense("gossamer"), decode=method), record=records.append) for one in (layer, stock)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert all(record.path == "sparse" and record.reason is None for record in records)
+    assert [record.density for record in records[::2]] == [record.density for record in records[1::2]]
+
+
+@pytest.mark.parametrize("method", WEIGHING[2:], ids=lambda m: m.name)
+def test_indexes_are_kept_up_without_reading_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method
+) -> None:
+    tokens = Tokens.random([0], 120, heads=4, groups=2, dim=32)
+    layer = layer_of(tmp_path, hot=300 if method.name == "magicpig" else 16)
+    policy = Policy(Dense("gossamer"), decode=method)
+    prompt(layer, tokens, 40)
+    step(layer, tokens, policy)
+    monkeypatch.setattr(TieredLayer, "_passing", None)
+    for _ in range(79):
+        step(layer, tokens, policy)
 
 
 def test_a_step_reads_the_blocks_that_it_attends_and_no_others(tmp_path: Path) -> None:

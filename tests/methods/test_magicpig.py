@@ -78,9 +78,8 @@ def naive_out(call: AttentionCall, row: int, head: int, attended: Weighed) -> tu
 def assert_as_naive(call: AttentionCall, method: MagicPIG, prompt: int, tolerance: float = 1e-5) -> None:
     decision = Policy(Dense(), decode=method).decide(call)
     assert decision.reduced is not None
-    out, lse = backends.attend(
-        decision.reduced, gossamer.SparsePlan.dense(call.heads, 1, decision.reduced.key_len, decision.reduced.extent)
-    )
+    reduced = decision.reduced.call
+    out, lse = backends.attend(reduced, gossamer.SparsePlan.dense(call.heads, 1, reduced.key_len, reduced.extent))
     read = 0
     for row in range(call.batch):
         for head in range(call.heads):

@@ -71,7 +71,7 @@ def assert_as_naive(call: AttentionCall, method: RetroInfer, tolerance: float = 
     assert decision.reduced is not None
     assert call.store is not None
     clusters = call.store.summary(method.clusters(call))
-    out, lse = attended(Reduced(decision.reduced, decision.density))
+    out, lse = attended(decision.reduced)
     total = 0
     for row in range(call.batch):
         for group in range(call.groups):

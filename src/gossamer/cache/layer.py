@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from gossamer.call import AttentionCall
-from gossamer.plan import Extent, SparsePlan
+from gossamer.plan import Extent
 from gossamer.summaries import Held, Kept, Summary
 from gossamer.unread import Unread
 
@@ -100,16 +100,11 @@ class StoreLayer(DynamicLayer):
         assert self.values is not None
         return self.keys, self.values
 
-    stands_in = False
-    """Whether decode steps get no keys and values, and are attended by `attend`; see `gossamer.call.Store`."""
-
     def shown(self, count: int) -> tuple[Tensor, Tensor]:
-        """What `update` gives a call of ``count`` tokens: all keys and values, or stand-ins where `stands_in`."""
+        """What `update` gives a call of ``count`` tokens: all keys and values, which a `gossamer.unread.Elsewhere` of
+        theirs may read when they are looked at."""
+        del count
         return self.read()
-
-    def attend(self, call: AttentionCall, plan: SparsePlan | None) -> tuple[Tensor, Tensor]:
-        """Where it `stands_in`; see `gossamer.call.Store.attend`."""
-        raise NotImplementedError
 
     def cut(self, slots: int) -> None:
         """Forget the slots from ``slots`` on."""
@@ -219,7 +214,7 @@ class StoreLayer(DynamicLayer):
         return self._summaries.setdefault(kind, kind.begin())
 
     def seen(self, call: AttentionCall) -> None:
-        """A call's queries, and all keys, for summaries that want them; before `attended`."""
+        """A call's queries, and all keys, for summaries that want them; before its attention."""
         for kept in self._summaries.values():
             kept.seen(call)
 

@@ -43,6 +43,9 @@ class PartlyHeld(Held):
     def keys_from(self, slot: int) -> Tensor:
         return self._all[0][:, :, slot - self._first :] if slot >= self._first else super().keys_from(slot)
 
+    def values_from(self, slot: int) -> Tensor:
+        return self._all[1][:, :, slot - self._first :] if slot >= self._first else super().values_from(slot)
+
     def _whole(self) -> tuple[Tensor, Tensor]:
         if self._first:
             self._all, self._first = self._read(), 0

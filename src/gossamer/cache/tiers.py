@@ -18,6 +18,7 @@ from gossamer.cache.partly_held import PartlyHeld
 from gossamer.cache.policies import CachePolicy, require_tokens
 from gossamer.cache.pool import Pool
 from gossamer.cache.step_calls import chosen_slots, dense_on, on_keys
+from gossamer.cache.tiered_tokens import tiered
 from gossamer.cache.token_blocks import TokenBlocks
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent, SparsePlan, ceil_div, starts_of
@@ -37,7 +38,7 @@ class TieredLayer(StoreLayer):
     A step without a plan reads the whole file in passing. So does every call of several tokens, which the layer gives
     all of its keys and values at once: one layer's at a time.
 
-    Decode steps see stand-ins for keys and values, NaN at every slot: attention asks `attend`.
+    Decode steps get `TieredTokens` for keys and values, which read what is looked at.
 
     Attributes:
         keys, values: of the newest tokens, in memory.
@@ -59,13 +60,8 @@ class TieredLayer(StoreLayer):
     # What the cache is asked for.
 
     def attend(self, call: AttentionCall, plan: SparsePlan | None) -> tuple[Tensor, Tensor]:
-        """Attention of one query a row, out ``[B, H, 1, Dv]`` and LSE ``[B, H, 1]``; all keys without a plan."""
+        """Attention of one query a row; see `gossamer.unread.Elsewhere.attend`."""
         return self._attend_all(call) if plan is None else self._attend_chosen(call, plan)
-
-    @property
-    def stands_in(self) -> bool:
-        """Whether a decode step finds no keys and values in what `update` gives it."""
-        return self.first > 0
 
     @property
     def nbytes(self) -> int:
@@ -115,13 +111,11 @@ class TieredLayer(StoreLayer):
 
     def shown(self, count: int) -> tuple[Tensor, Tensor]:
         """What a call of so many tokens gets of `update`."""
-        if count > 1 or not self.stands_in:
+        if count > 1 or not self.first:
             return self.read()
         assert self.keys is not None
         assert self.values is not None
-        size = (*self.keys.shape[:2], self.slots)
-        one = self.keys.new_full((1,), float("nan"))
-        return one.expand(*size, self.keys.shape[3]), one.expand(*size, self.values.shape[3])
+        return tiered(self, self.keys, self.values, self.slots)
 
     def attended(self, call: AttentionCall) -> None:
         self._write_old()
@@ -291,12 +285,12 @@ class TieredLayer(StoreLayer):
         none = torch.zeros(batch, dtype=torch.int64, device="cpu")
         extent = Extent(none, call.extent.query_count, none, most, causal=False)
         if slots.numel() == batch * heads * most:
-            keys, values = self._gathered(slots.view(batch, heads, most))
+            keys, values = self.gathered(slots.view(batch, heads, most))
             return dense_on(call, keys, values, extent, call.sinks)
         # Behind the slots of a head that has fewer its last ones again, which nobody attends.
         order = torch.arange(most, device=slots.device)
         first = starts_of(counts)[:-1].view(batch, heads, 1)
-        keys, values = self._gathered(slots[first + order.minimum((counts - 1).clamp(min=0)[..., None])])
+        keys, values = self.gathered(slots[first + order.minimum((counts - 1).clamp(min=0)[..., None])])
         own = SparsePlan.unchecked(
             heads=heads,
             query_len=1,
@@ -307,7 +301,7 @@ class TieredLayer(StoreLayer):
         )
         return backends.attend(on_keys(call, keys, values, extent, call.sinks), own)
 
-    def _gathered(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def gathered(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, heads, n, .]`` of slots int64 ``[B, heads, n]``; heads G or more."""
         assert self._room is not None
         batch, groups, room = self._room[0].shape[:3]

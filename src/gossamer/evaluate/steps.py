@@ -118,8 +118,8 @@ class _Watched(Method):
     def lacks(self, call: AttentionCall) -> str | None:
         return self.inner.lacks(call)
 
-    def watches(self) -> tuple[Summary[Any], ...]:
-        return self.inner.watches()
+    def watches(self, call: AttentionCall) -> tuple[Summary[Any], ...]:
+        return self.inner.watches(call)
 
     def least_density(self, call: AttentionCall) -> float:
         return self.inner.least_density(call)

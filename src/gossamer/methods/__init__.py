@@ -15,6 +15,7 @@ from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.infllm import InfLLM
+from gossamer.methods.infllm_long import InfLLMLong
 from gossamer.methods.longgen import LongGen
 from gossamer.methods.lserve import LServe
 from gossamer.methods.magicpig import MagicPIG
@@ -59,6 +60,7 @@ __all__ = [
     "FlashPrefill",
     "FlexPrefill",
     "InfLLM",
+    "InfLLMLong",
     "LServe",
     "LongGen",
     "MInference",

@@ -25,7 +25,7 @@ class Method(ABC):
 
     Class attributes:
         name: what `gossamer.methods.create`, ``enable`` and the command line know it by.
-        needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``keys``, ``values``, ``store``, ``layout``,
+        needs: what a call must offer (`AttentionCall.lacks`): ``causal``, ``values``, ``store``, ``layout``,
             ``step``, ``layer``, ``state``, ``rotary``, ``one query``, ``whole prompt``. A call that lacks one runs
             dense; the reason is counted.
         per_head: fields that may differ between heads that are planned together (`gossamer.methods.PerHead`). Where
@@ -36,6 +36,8 @@ class Method(ABC):
         tables: fields that hold numbers by layer and head, made for one model (`gossamer.profiles.read_table`).
         files: fields that name a file, read when the method plans.
         decodes: it plans calls of one query on a cache with a store: what a decode step reads (`Policy.decode`).
+        extends: what it computes is no approximation of the call, whose tokens it gives other distances: no call is too
+            short for it, or too dense, and it reads prompts and steps alike.
         settings: fields that `gossamer compare` tries, from the sparsest to the densest; empty: the defaults alone.
         candidates: fields that `gossamer calibrate` tries for each head; empty: `settings`.
     """
@@ -50,6 +52,7 @@ class Method(ABC):
     tables: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[tuple[str, ...]] = ()
     decodes: ClassVar[bool] = False
+    extends: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, call: AttentionCall) -> SparsePlan:
@@ -71,8 +74,9 @@ class Method(ABC):
         del call
         return 0.0
 
-    def watches(self) -> tuple[Summary[Any], ...]:
-        """Summaries of a cache that want to see a prompt's queries, before this method first chooses of it."""
+    def watches(self, call: AttentionCall) -> tuple[Summary[Any], ...]:
+        """Summaries of a cache that want to see the queries of a call, before this method first chooses of it."""
+        del call
         return ()
 
     def summaries(self) -> tuple[Summary[Any] | type[Summary[Any]], ...]:

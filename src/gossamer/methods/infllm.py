@@ -37,10 +37,10 @@ class InfLLM(Method):
 
     Defaults are the authors': blocks of 128 tokens, 16 of them, 4 representatives, 128 sinks, a window of 4,096.
 
-    Deviations: tokens keep their positions (there every token outside the window has the distance ``local - 1``, by
-    which a model reads prompts beyond its training length: this method does not extend it, and a prompt is read as the
-    model reads it); votes are of each eighth query of prompts, normalised over the window, and blocks of an answer
-    are represented by the mean of all of their keys; the first blocks are sinks whole.
+    Deviations: tokens keep their positions, and a prompt is read as the model reads it (`InfLLMLong` gives far tokens
+    another distance, and reads prompts too, as published); votes are of each eighth query of prompts, normalised over
+    the window, and blocks of an answer are represented by the mean of all of their keys; the first blocks are sinks
+    whole.
     """
 
     name: ClassVar[str] = "infllm"
@@ -63,7 +63,8 @@ class InfLLM(Method):
     def represents(self) -> Representatives:
         return Representatives(self.block, self.count, self.local, self.every)
 
-    def watches(self) -> tuple[Summary[Any], ...]:
+    def watches(self, call: AttentionCall) -> tuple[Summary[Any], ...]:
+        del call
         return (self.represents,)
 
     def summaries(self) -> tuple[Representatives]:

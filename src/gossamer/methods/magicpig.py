@@ -44,7 +44,7 @@ class MagicPIG(Reducing):
     """
 
     name: ClassVar[str] = "magicpig"
-    needs: ClassVar[frozenset[str]] = frozenset({"store", "causal", "keys", "one query", "values"})
+    needs: ClassVar[frozenset[str]] = frozenset({"store", "causal", "one query", "values"})
     settings: ClassVar[Settings] = tuple({"hash_tables": tables} for tables in (75, 150, 300))
     bits: int = 10
     hash_tables: int = 150

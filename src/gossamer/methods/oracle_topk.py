@@ -31,7 +31,7 @@ class OracleTopK(Method):
     """
 
     name: ClassVar[str] = "oracle_topk"
-    needs: ClassVar[frozenset[str]] = frozenset({"store", "causal", "keys", "one query"})
+    needs: ClassVar[frozenset[str]] = frozenset({"store", "causal", "one query"})
     decodes: ClassVar[bool] = True
     settings: ClassVar[Settings] = tuple({"budget": budget} for budget in (256, 512, 1024, 2048, 4096))
     budget: int = 2048

@@ -12,21 +12,26 @@ from torch import Tensor
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method
 from gossamer.plan import Extent, SparsePlan, on_device
+from gossamer.unread import Unread
 
 __all__ = ["Reduced", "Reducing", "gathered", "listed", "reduced_call"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reduced:
-    """A smaller call that stands for a call.
+    """A smaller call that stands for a call, or two with one softmax over the keys of both.
 
     Fields:
         call: with the same queries; keys and values of its own, for key/value heads or for query heads, and a bias.
-        density: keys that it reads over those of the cache.
+        density: keys that it reads over those of the cache; of prompts, pairs over the allowed ones.
+        plan: what it attends; None: all of its keys.
+        beside: the other one, of pairs that this one does not have.
     """
 
     call: AttentionCall
     density: float
+    plan: SparsePlan | None = None
+    beside: Reduced | None = None
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,17 @@ def listed(mask: Tensor) -> Tensor:
 
 def gathered(call: AttentionCall, index: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values ``[B, heads, n, .]`` of positions int64 ``[B, heads, n]``, heads G or H; at -1 the first."""
-    batch, heads = index.shape[:2]
-    row = torch.arange(batch, device=index.device)[:, None, None]
-    group = torch.arange(heads, device=index.device)[:, None] // (heads // call.groups)
-    slot = index.clamp(min=0) + on_device(call.extent.key_start, index.device)[:, None, None]
-    return _taken(call.k, row, group, slot), _taken(call.values, row, group, slot)
+    slots = index.clamp(min=0) + on_device(call.extent.key_start, index.device)[:, None, None]
+    return _taken(call.k, slots), _taken(call.values, slots)
 
 
-def _taken(x: Tensor, row: Tensor, group: Tensor, slot: Tensor) -> Tensor:
-    """``x[row, group, slot]``, as rows of a matrix where all of ``x`` lies in one: that is copied by whole rows."""
+def _taken(x: Tensor, slot: Tensor) -> Tensor:
+    """Tokens of each head; as rows of a matrix where all of ``x`` lies in one: that is copied by whole rows."""
+    if isinstance(x, Unread):
+        return x.gathered(slot)
+    batch, heads = slot.shape[:2]
+    row = torch.arange(batch, device=slot.device)[:, None, None]
+    group = torch.arange(heads, device=slot.device)[:, None] // (heads // x.shape[1])
     of_row, of_group, of_slot, one = x.stride()
     if type(x) is not Tensor or one != 1 or not of_slot or of_row % of_slot or of_group % of_slot:
         return x[row, group, slot]

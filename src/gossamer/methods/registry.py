@@ -21,6 +21,7 @@ from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
 from gossamer.methods.infllm import InfLLM
+from gossamer.methods.infllm_long import InfLLMLong
 from gossamer.methods.longgen import LongGen
 from gossamer.methods.lserve import LServe
 from gossamer.methods.magicpig import MagicPIG
@@ -80,7 +81,7 @@ _METHODS: tuple[type[Method], ...] = (
     PerHead,
 )
 # Those that choose what a decode step reads, and plan no prompt.
-_STEPS: tuple[type[Method], ...] = (Quest, DoubleSparsity, InfLLM, MagicPIG, RetroInfer, OracleTopK)
+_STEPS: tuple[type[Method], ...] = (Quest, DoubleSparsity, InfLLM, InfLLMLong, MagicPIG, RetroInfer, OracleTopK)
 # Those that plan the calls of models that denoise, which attend in both directions.
 _DENOISING: tuple[type[Method], ...] = (AdaSpa, SparseVDiT, AttentionTile, PARO, SparseD)
 _OTHERS = (*_STEPS, *_DENOISING)

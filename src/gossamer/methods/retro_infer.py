@@ -40,7 +40,7 @@ class RetroInfer(Reducing):
     """
 
     name: ClassVar[str] = "retro_infer"
-    needs: ClassVar[frozenset[str]] = frozenset({"store", "causal", "keys", "one query", "values"})
+    needs: ClassVar[frozenset[str]] = frozenset({"store", "causal", "one query", "values"})
     settings: ClassVar[Settings] = tuple({"probe": probe} for probe in (0.009, 0.018, 0.036, 0.072, 0.144))
     probe: float = 0.018
     estimate: float = 0.232

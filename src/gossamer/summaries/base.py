@@ -22,7 +22,7 @@ class Held:
 
     Attributes:
         keys: ``[B, G, T, D]``; values: ``[B, G, T, Dv]``. Where a part of them lies elsewhere it is read for this:
-            what is kept up from token to token asks for the last ones, by `keys_from`.
+            what is kept up from token to token asks for the last ones, by `keys_from` and `values_from`.
         shape: ``(B, G, T, D)``; dtype, device: of both.
         starts: slot of each row's first live key.
         prompt: slots that were there at the end of the last prompt; what came since are an answer's tokens.
@@ -47,8 +47,15 @@ class Held:
 
     def keys_from(self, slot: int) -> Tensor:
         """Those of the slots from ``slot`` on: ``[B, G, T - slot, D]``."""
-        keys = self.keys
-        return keys.between(slot, self.slots) if isinstance(keys, Unread) else keys[:, :, slot:]
+        return _from(self.keys, slot)
+
+    def values_from(self, slot: int) -> Tensor:
+        """``[B, G, T - slot, Dv]``."""
+        return _from(self.values, slot)
+
+
+def _from(x: Tensor, slot: int) -> Tensor:
+    return x.between(slot, x.shape[2]) if isinstance(x, Unread) else x[:, :, slot:]
 
 
 class Summary(ABC, Generic[T]):
@@ -83,8 +90,8 @@ class Kept(ABC, Generic[T]):
     def seen(self, call: Any) -> None:
         """The queries of a `gossamer.call.AttentionCall` on the layer, for what depends on them.
 
-        Its keys are all that the layer holds, but those of one query may be stand-ins. Most summaries are of keys and
-        values alone.
+        Its keys are all that the layer holds; those of one query may be read from a file when they are looked at. Most
+        summaries are of keys and values alone.
         """
 
 

@@ -144,15 +144,15 @@ class _Clusters(Kept[ClusterSet]):
                 self._whole = None
             if end == (row.pieces[-1].stop if row.pieces else 0):
                 continue
-            keys, values = held.keys[n, :, start:], held.values[n, :, start:]
+            first = row.pieces[-1].stop if row.pieces else 0
+            keys, values = held.keys_from(start + first)[n], held.values_from(start + first)[n]
             if not row.pieces:
                 row.pieces.append(self._first(keys[:, kind.sinks : base], values[:, kind.sinks : base], base))
                 self._whole = None
             for stop in range(row.pieces[-1].stop + kind.step if row.pieces else end + 1, end + 1, kind.step):
                 begin = stop - kind.step
-                row.pieces.append(
-                    _piece(keys[:, begin:stop], values[:, begin:stop], 1, self._count(kind.step, 1), stop)
-                )
+                own = slice(begin - first, stop - first)
+                row.pieces.append(_piece(keys[:, own], values[:, own], 1, self._count(kind.step, 1), stop))
                 self._whole = None
         if self._whole is None:
             self._whole = self._joined(held)
@@ -170,12 +170,13 @@ class _Clusters(Kept[ClusterSet]):
         return count if count <= tokens else max(1, tokens // segments) * segments
 
     def _joined(self, held: Held) -> ClusterSet:
-        groups, device = held.keys.shape[1], held.keys.device
+        groups, device = held.shape[1], held.device
         counts = tuple(sum(piece.sizes.shape[1] for piece in row.pieces) for row in self._rows)
         most, last = max(counts, default=0), max((row.pieces[-1].stop for row in self._rows if row.pieces), default=0)
         shape = len(self._rows), groups
-        centroids = held.keys.new_zeros(*shape, most, held.keys.shape[3])
-        means = held.values.new_zeros(*shape, most, held.values.shape[3])
+        keys, values = held.keys_from(held.slots), held.values_from(held.slots)  # of their dtypes and dimensions
+        centroids = keys.new_zeros(*shape, most, keys.shape[3])
+        means = values.new_zeros(*shape, most, values.shape[3])
         sizes = torch.zeros(*shape, most, dtype=torch.int64, device=device)
         owners = torch.full((*shape, last), -1, dtype=torch.int32, device=device)
         for n, row in enumerate(self._rows):

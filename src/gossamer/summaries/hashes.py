@@ -99,12 +99,12 @@ class _Hashes(Kept[HashSet]):
         return HashSet(codes[:, :, :tiles], norms[:, :, : tiles * TILE], means, tuple(end for _, end in ends))
 
     def _make_room(self, held: Held, tiles: int) -> None:
-        batch, groups, _, dim = held.keys.shape
+        batch, groups, _, dim = held.shape
         if self._tensors and self._tensors[0].shape[2] >= tiles:
             if self._tensors[0].is_inference() and not torch.is_inference_mode_enabled():
                 self._tensors = [x.clone() for x in self._tensors]
             return
-        room, device = tiles + ceil_div(tiles, 8) + _BLOCK // TILE, held.keys.device
+        room, device = tiles + ceil_div(tiles, 8) + _BLOCK // TILE, held.device
         codes = torch.zeros(batch, groups, room, self.kind.tables, TILE, dtype=torch.int16, device=device)
         grown = [
             codes,
@@ -120,13 +120,14 @@ class _Hashes(Kept[HashSet]):
         if base == self._bases[row] and self._done[row] >= end:
             return
         codes, norms, means = (x[row] for x in self._tensors)
-        keys = held.keys[row, :, held.starts[row] :]
+        origin = 0 if base != self._bases[row] else self._done[row] // _BLOCK * _BLOCK
+        keys = held.keys_from(held.starts[row] + origin)[row]
         if base != self._bases[row]:
             self._bases[row], self._done[row] = base, 0
             if end:
                 means.copy_(keys[:, self.kind.sinks : base].float().mean(dim=1))
-        for begin in range(self._done[row] // _BLOCK * _BLOCK, end, _BLOCK):
-            some = keys[:, begin : min(begin + _BLOCK, end)].float() - means[:, None]
+        for begin in range(origin, end, _BLOCK):
+            some = keys[:, begin - origin : min(begin + _BLOCK, end) - origin].float() - means[:, None]
             count = some.shape[1]
             if count < _BLOCK:
                 some = torch.cat([some, some.new_zeros(some.shape[0], _BLOCK - count, some.shape[2])], dim=1)

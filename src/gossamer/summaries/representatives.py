@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.rotary import Rotary
 from gossamer.summaries.base import Held, Kept, Summary
 
 __all__ = ["Representatives"]
@@ -24,6 +25,8 @@ class Representatives(Summary[Tensor]):
     ``count`` keys with the largest scores represent it; of equal ones the first. Where no query has been seen that
     voted, as in a cache that was read before anybody asked, all keys of the block do.
 
+    Keys that a rotary embedding has turned by position are represented as they were before, where it is given.
+
     Queries vote at positions that are multiples of ``every``, those of decode steps excepted, whose store may have
     their keys elsewhere. A vote is not taken back when its query is cut off.
 
@@ -32,12 +35,15 @@ class Representatives(Summary[Tensor]):
         count: keys that represent it.
         local: see above.
         every: 1 for every query.
+        turned, interleaved: frequencies of the embedding, and which channels are pairs; see `gossamer.rotary.Rotary`.
     """
 
     block: int
     count: int
     local: int
     every: int
+    turned: tuple[float, ...] = ()
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block", "count", "local", "every"):
@@ -92,10 +98,18 @@ class _Kept(Kept[Tensor]):
         for b, (done, blocks) in enumerate(zip(self._done, wanted, strict=True)):
             if done < blocks:
                 slot = starts[b] + done * size
-                keys = held.keys_from(slot)[b, :, : (blocks - done) * size].unflatten(1, (-1, size))
-                means[b, :, done:blocks] = self._represented(keys, b, slot, heads)
+                keys = self._unturned(held.keys_from(slot)[b, :, : (blocks - done) * size], done * size)
+                means[b, :, done:blocks] = self._represented(keys.unflatten(1, (-1, size)), b, slot, heads)
         self._done = [max(pair) for pair in zip(self._done, wanted, strict=True)]
         return means[:, :, :most]
+
+    def _unturned(self, keys: Tensor, position: int) -> Tensor:
+        """Keys ``[G, n, D]`` of positions from ``position`` on, as they were before they were turned."""
+        if not self.kind.turned:
+            return keys
+        rotary = Rotary(torch.tensor(self.kind.turned, device=keys.device), interleaved=self.kind.interleaved)
+        positions = torch.arange(position, position + keys.shape[1], device=keys.device)
+        return rotary.turn(keys[None], positions[None], back=True)[0]
 
     def _represented(self, keys: Tensor, row: int, slot: int, heads: int) -> Tensor:
         """``[heads, n, D]`` of blocks of keys ``[G, n, block, D]`` that begin at a slot."""

@@ -37,7 +37,7 @@ from gossamer.integrations.transformers.masks import (
 )
 from gossamer.integrations.transformers.operator import named, operator, trains
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, owner_for
-from gossamer.integrations.transformers.parts import after, in_parts, with_keys
+from gossamer.integrations.transformers.parts import before, in_parts
 from gossamer.plan import Extent
 from gossamer.policy import TRAINING
 
@@ -194,8 +194,7 @@ def _attend(
     if extras.reason is not None:
         if store is not None:
             store.refuse(extras.reason)
-        read = with_keys(asked)
-        return _counted(owner, read, extras.reason, lambda: _densely(module, read, extras))
+        return _counted(owner, asked, extras.reason, lambda: _densely(module, asked, extras))
     return _by_policy(owner, asked, TRAINING if module.training and not owner.policy.training else None)
 
 
@@ -226,12 +225,11 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
         return in_parts(store.parts(), owner, asked, training, _by_policy)
     extent, used, reason = _described(asked, owner)
     if extent is None or reason is not None:
-        read = with_keys(asked)
-        return _counted(owner, read, reason, lambda: _densely(None, read, _Extras()))
+        return _counted(owner, asked, reason, lambda: _densely(None, asked, _Extras()))
     keys, values = asked.key, asked.value
     if used < asked.key_len:
         keys, values = keys[:, :, :used], values[:, :, :used]
-    several = asked.query_len > 1 or used == 1  # or a prompt of one token
+    several = asked.query_len > 1 or used == 1 or owner.policy.method.extends  # or a prompt of one token
     whole = several and (store is None or not store.dropped)  # else keys do not stand one after the other
     rotary = owner.rotary(extent) if owner.rotary is not None and whole else None
     fields = asked.scale, asked.sinks, asked.softcap, asked.layer
@@ -239,15 +237,16 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
         store.place(extent)
     state = None if store is None else store.state
     call = AttentionCall(asked.query, keys, values, extent, *fields, store=store, state=state, rotary=rotary)
-    if owner.instead is not None and asked.query_len > 1:
-        out = owner.instead(call)
-    else:
-        out = attend(call, owner.policy, because=training, record=owner.record)
+    kept = None if call.needs_gradient else store
+    if kept is not None:
+        before(call, kept, owner.policy.decode)
+    instead = owner.instead if asked.query_len > 1 else None
+    out = instead(call) if instead else attend(call, owner.policy, because=training, record=owner.record)
     assert isinstance(out, Tensor)
     if owner.observe is not None and asked.query_len > 1:
         owner.observe(Observation(call, out))
-    if store is not None and not call.needs_gradient:
-        after(call, store, owner.policy.decode)
+    if kept is not None:
+        kept.attended(call)
     return out.transpose(1, 2).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Calls of layers whose keys and values are not in one tensor: in several stores, or elsewhere."""
+"""Calls of layers whose heads are in several stores, and what comes before a call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gossamer.call import AttentionCall
 from gossamer.integrations.transformers.owners import Owner
 from gossamer.methods import Method
 
-__all__ = ["after", "in_parts", "with_keys"]
+__all__ = ["before", "in_parts"]
 
 
 def in_parts(
@@ -52,17 +52,8 @@ def in_parts(
     return out
 
 
-def with_keys(asked: Any) -> Any:
-    """What a layer asks for, with the keys and values themselves where its store gave stand-ins."""
-    if asked.store is None or asked.query_len > 1 or not asked.store.stands_in:
-        return asked
-    keys, values = (x.to(asked.query.dtype) for x in asked.store.read())
-    return replace(asked, key=keys, value=values)
-
-
-def after(call: AttentionCall, store: StoreLayer, decode: Method | None) -> None:
-    """After a call's attention: its store, and what a method for steps has to know of prompts, see the call."""
-    for kind in () if decode is None else decode.watches():
+def before(call: AttentionCall, store: StoreLayer, decode: Method | None) -> None:
+    """Before a call's attention: what a method for steps has to know of prompts sees the call."""
+    for kind in () if decode is None else decode.watches(call):
         store.begin(kind)
     store.seen(call)
-    store.attended(call)

@@ -65,13 +65,9 @@ class PageStore:
     """
 
     sinks = recent = 0
-    stands_in = False
 
     def __init__(self, kept: dict[int, KeptBounds], cache: Tensor, keys: Paged, counts: Tensor) -> None:
         self._kept, self._cache, self._keys, self._counts = kept, cache, keys, counts
-
-    def attend(self, call: Any, plan: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("keys in vLLM's pages are at hand; attend by gossamer.backends.attend")
 
     def summary(self, kind: Summary[T]) -> T:
         if not isinstance(kind, PageBounds):
