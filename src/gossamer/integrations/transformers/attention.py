@@ -237,8 +237,8 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     fields = asked.scale, asked.sinks, asked.softcap, asked.layer
     if store is not None:
         store.place(extent)
-    state = None if store is None else store.state
-    call = AttentionCall(asked.query, keys, values, extent, *fields, store=store, state=state, rotary=rotary)
+    given = owner.given(asked.layer, extent) if store is None else {"state": store.state}
+    call = AttentionCall(asked.query, keys, values, extent, *fields, store=store, rotary=rotary, **given)
     if owner.instead is not None and asked.query_len > 1:
         out = owner.instead(call)
     else:
