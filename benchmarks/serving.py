@@ -63,11 +63,18 @@ class Server:
     rates: list[float] = field(default_factory=list)
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Raises:
+            RuntimeError: the server refused, or its engine is gone; the message has the end of its log.
+        """
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=3600) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=3600) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{self.name}: {error}; its log ends so:\n{self.log.read_text()[-4000:]}") from error
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
@@ -103,6 +110,8 @@ def served(arguments: argparse.Namespace, name: str, port: int, longest: int) ->
     command += ["--no-enable-prefix-caching", "--additional-config", json.dumps(asked)]
     command += ["--enforce-eager"] * arguments.enforce_eager
     fixed = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # A step of a long prompt may take longer than the 300 seconds after which vLLM gives a worker up.
+    fixed["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = "3600"
     log = Path(tempfile.mkstemp(suffix=".log")[1])
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -120,8 +129,6 @@ def served(arguments: argparse.Namespace, name: str, port: int, longest: int) ->
                     raise RuntimeError(f"{name}: the server did not start:\n{log.read_text()[-4000:]}") from None
                 time.sleep(0.5)
         yield server
-    except urllib.error.HTTPError as error:
-        raise RuntimeError(f"{name}: {error}; its log ends so:\n{log.read_text()[-4000:]}") from error
     finally:
         process.terminate()
         try:

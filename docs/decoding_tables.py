@@ -1,9 +1,13 @@
 """Tables of what a decode step's attention takes and loses, from `benchmarks/decoding.py`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from marked import markdown
+from pretrained_tables import scores
+
+from gossamer.evaluate.summary import summary_rows
 
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 TIMED = ("dtype", "tokens", "read by", "of the pairs", "MB read", "ms", "times as fast as all of it", "planning")
@@ -149,6 +153,29 @@ def encoded(found: dict[str, Any], _: Path) -> str | None:
         for row in rows
     ]
     return markdown("One layer of 32 query heads on 8 with 128 channels.", named, made) if made else None
+
+
+def answers(records: Sequence[dict[str, Any]]) -> list[Table]:
+    """For each length the settings in the order of their answers, dense first."""
+    rows = [row for row in summary_rows(records) if row.samples]
+    model = next(record["model"]["name"] for record in records if record["kind"] == "run")
+    made = []
+    for length in sorted({row.length for row in rows}):
+        here = sorted((r for r in rows if r.length == length), key=lambda r: (r.method != "dense", -(r.accuracy or 0)))
+        names = list(dict.fromkeys(task for row in here for task in row.tasks))
+        named = ("setting", "of the cache read", "MiB held", "all", *names, "less dense")
+        cells = [
+            (
+                f"`{row.method.removeprefix('dense+')}`",
+                "" if row.read is None else f"{row.read:.1%}",
+                "" if row.cache_bytes is None else f"{row.cache_bytes / 2**20:.0f}",
+                f"{row.accuracy:.2f}",
+                *scores(row, names),
+            )
+            for row in here
+        ]
+        made.append((f"**{model}, {length:,} tokens**", named, cells))
+    return made
 
 
 TABLES = {

@@ -132,3 +132,13 @@ def _grouped(outcomes: tuple[str, ...], why: Callable[[Record], str]) -> Cells:
 
 def _longest_first(rows: dict[str, list[str]]) -> list[tuple[str, int, str]]:
     return [(why, len(own), listed(own)) for why, own in sorted(rows.items(), key=lambda row: -len(row[1]))]
+
+
+TABLES = {
+    "sparse": sparse_table,
+    "partly": partly_table,
+    "dense": dense_table,
+    "refused": refused_table,
+    "cannot": cannot_table,
+    "unverified": unverified_table,
+}

@@ -144,11 +144,13 @@ def answers_tables(records: Sequence[Record]) -> list[Cells]:
         here = [row for row in rows if row.length == length]
         names = list(dict.fromkeys(task for row in here for task in row.tasks))
         header = ("setting", *names, "less dense")
-        tables.append((f"**{length:,} tokens**", header, [_answers(row, names) for row in here]))
+        tables.append((f"**{length:,} tokens**", header, [(f"`{row.method}`", *scores(row, names)) for row in here]))
     return tables
 
 
-def _answers(row: SummaryRow, names: Sequence[str]) -> tuple[Any, ...]:
+def scores(row: SummaryRow, names: Sequence[str]) -> tuple[str, ...]:
+    """Of each task, and how many less than with dense attention on the same samples; with their intervals."""
+
     def shown(task: str) -> str:
         if task not in row.tasks:
             return ""
@@ -157,7 +159,7 @@ def _answers(row: SummaryRow, names: Sequence[str]) -> tuple[Any, ...]:
 
     lost, interval = row.difference, row.difference_interval
     less = "" if lost is None or interval is None else f"{lost:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
-    return (f"`{row.method}`", *map(shown, names), less)
+    return (*map(shown, names), less)
 
 
 # The tables of what `benchmarks/pretrained_eval.py` measures.

@@ -364,6 +364,7 @@ TABLES = {
     "linear_shares": lambda: chosen("linear_*.json", contender_tables.shares_table),
     "linear_variants": lambda: chosen("linear_*.json", contender_tables.variants_table),
     **{name: partial(for_each_machine, *found) for name, found in decoding_tables.TABLES.items()},
+    "decode_answers": lambda: of_lines("*/decoding_*.jsonl", decoding_tables.answers),
     "paged": lambda: for_each_machine("paged.json", lambda found, _: markdown(*serving_tables.paged_table(found))),
     "extend": lambda: of_extension(training_tables.extend_table),
     "extend_seeds": lambda: of_extension(training_tables.seeds_table),
@@ -384,12 +385,9 @@ TABLES = {
     "planning": lambda: chosen("planning.json", choices.planning_table),
     "gains": lambda: chosen("end_to_end.json", choices.gains_table),
     "families": lambda: markdown(*family_tables.counts_table()),
-    "families_sparse": lambda: markdown(*family_tables.sparse_table()),
-    "families_partly": lambda: markdown(*family_tables.partly_table()),
-    "families_dense": lambda: markdown(*family_tables.dense_table()),
-    "families_refused": lambda: markdown(*family_tables.refused_table()),
-    "families_cannot": lambda: markdown(*family_tables.cannot_table()),
-    "families_unverified": lambda: markdown(*family_tables.unverified_table()),
+    **{
+        f"families_{name}": partial(lambda made: markdown(*made()), made) for name, made in family_tables.TABLES.items()
+    },
 }
 PICTURES = {
     "contenders_*": "Loss against seconds to the first token",

@@ -94,7 +94,7 @@ def two_machines(monkeypatch, tmp_path):
     """The hook that fills pages in, on the committed results and the same ones of a second machine."""
     hook = script("docs/tables.py")
     results, images = tmp_path / "results", tmp_path / "images"
-    committed = sorted(hook.RESULTS.glob("*/cpu.json"))[0].parent
+    committed = hook.RESULTS / sorted(hook.IMAGES.glob("*/cpu_latency.svg"))[0].parent.name
     for name in (committed.name, "other-machine"):
         shutil.copytree(committed, results / name)
         shutil.copytree(hook.IMAGES / committed.name, images / name)

@@ -90,7 +90,7 @@ def test_the_table_is_copied() -> None:
     pages, table = torch.zeros(3, 1, PAGE * DIM), torch.tensor([1, 2])
     found = Paged(pages, table, TOKENS - PAGE, PAGE, "rows")
     table.fill_(9)
-    assert found.table.tolist() == [1, 2]
+    assert found.table.tolist() == [[1, 2]]
     assert found.table.dtype == torch.int32
 
 

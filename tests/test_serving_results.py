@@ -9,6 +9,7 @@ import pytest
 from repository import ROOT
 
 FOLDER = ROOT / "benchmarks" / "results" / "intel-xeon-emerald-rapids-2-cores-amx"
+AVX2 = ROOT / "benchmarks" / "results" / "amd-epyc-zen3-2-cores-avx2"
 
 
 def first_token(model: str, contender: str, length: int) -> dict[str, Any]:
@@ -23,6 +24,27 @@ def test_of_qwen() -> None:
     assert fast["attention_ratio"] == pytest.approx(9.2, abs=0.05)
     assert fast["rest_share"] == pytest.approx(0.88, abs=0.005)
     assert stock["rest_share"] == pytest.approx(0.40, abs=0.005)
+
+
+def test_of_qwen_on_avx2() -> None:
+    ratios = {
+        (row["contender"], row["length"]): round(row["ratio"], 2)
+        for row in json.loads((AVX2 / "serving.json").read_text())["Qwen2.5-Coder-0.5B-Instruct"]["first_token"]
+        if row["contender"] != "stock"
+    }
+    assert ratios == {
+        ("dense(kernel=gossamer)", 8192): 1.62,
+        ("max_relative", 8192): 2.17,
+        ("max_relative", 16384): 2.57,
+    }
+
+
+def test_of_decoding_beside_its_kernel() -> None:
+    rows = json.loads((AVX2 / "cpu.json").read_text())["sections"]["vllm"]["rows"]
+    for dtype, low, high in (("fp32", 1.13, 1.38), ("bf16", 1.18, 1.63)):
+        ratios = [r["speedup_over_vllm"] for r in rows if (r["what"], r["dtype"]) == ("decode, dense", dtype)]
+        assert len(ratios) == 3
+        assert (round(min(ratios), 2), round(max(ratios), 2)) == (low, high)
 
 
 def test_of_a_mixed_load() -> None:

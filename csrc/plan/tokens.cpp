@@ -17,8 +17,8 @@ Tokens::Tokens(const TensorView& rows)
       pages_{},
       encoded_{} {}
 
-Tokens::Tokens(const Pages& pages, int64_t heads, int64_t tokens, int dim, DType dtype)
-    : batch(1), heads(heads), tokens(tokens), dim(dim), dtype(dtype), tensor_{}, pages_(pages), encoded_{} {}
+Tokens::Tokens(const Pages& pages, int64_t batch, int64_t heads, int64_t tokens, int dim, DType dtype)
+    : batch(batch), heads(heads), tokens(tokens), dim(dim), dtype(dtype), tensor_{}, pages_(pages), encoded_{} {}
 
 Tokens::Tokens(const Encoded& encoded)
     : batch(encoded.tail.batch),
@@ -30,14 +30,14 @@ Tokens::Tokens(const Encoded& encoded)
       pages_{},
       encoded_(encoded) {}
 
-PageJob Tokens::job(int64_t head, int64_t slot, int64_t count, char* rows) const {
-  return {page_of(head, slot),     pages_.form, pages_.page, dim, element_size(dtype),
+PageJob Tokens::job(int64_t b, int64_t head, int64_t slot, int64_t count, char* rows) const {
+  return {page_of(b, head, slot),  pages_.form, pages_.page, dim, element_size(dtype),
           slot % pages_.page, count,       rows};
 }
 
 void Tokens::point_at(const ScoreKernels& kernels, int64_t b, int64_t head, const int64_t* slots,
                       PointedRows& to) const {
-  if (paged()) return read_page_rows(kernels, head, slots, to);
+  if (paged()) return read_page_rows(kernels, b, head, slots, to);
   for (int t = 0; t < kChunk; ++t) {
     if (slots[t] < 0) {
       to.rows[t] = nullptr;
@@ -51,7 +51,8 @@ void Tokens::point_at(const ScoreKernels& kernels, int64_t b, int64_t head, cons
   }
 }
 
-void Tokens::read_page_rows(const ScoreKernels& kernels, int64_t head, const int64_t* slots, PointedRows& to) const {
+void Tokens::read_page_rows(const ScoreKernels& kernels, int64_t b, int64_t head, const int64_t* slots,
+                            PointedRows& to) const {
   const int64_t bytes = row_bytes();
   for (int t = 0; t < kChunk;) {
     if (slots[t] < 0) {
@@ -64,9 +65,9 @@ void Tokens::read_page_rows(const ScoreKernels& kernels, int64_t head, const int
     while (t + count < kChunk && inside + count < pages_.page && slots[t + count] == slots[t] + count) ++count;
     char* rows = to.copies + t * bytes;
     if (pages_.form == PageForm::kRows)
-      rows = const_cast<char*>(page_of(head, slots[t])) + inside * bytes;
+      rows = const_cast<char*>(page_of(b, head, slots[t])) + inside * bytes;
     else
-      kernels.read_page(job(head, slots[t], count, rows));
+      kernels.read_page(job(b, head, slots[t], count, rows));
     for (int n = 0; n < count; ++n) to.rows[t + n] = rows + n * bytes;
     t += count;
   }
@@ -77,7 +78,7 @@ EvenRows Tokens::in_place(int64_t b, int64_t head, int64_t slot, int64_t count) 
   if (!paged()) return {tensor_.row(b, head, slot - encoded_.count), tensor_.token_stride};
   const int64_t inside = slot % pages_.page;
   if (pages_.form != PageForm::kRows || inside + count > pages_.page) return {nullptr, 0};
-  return {page_of(head, slot) + inside * row_bytes(), row_bytes()};
+  return {page_of(b, head, slot) + inside * row_bytes(), row_bytes()};
 }
 
 EvenRows Tokens::consecutive(const ScoreKernels& kernels, int64_t b, int64_t head, int64_t slot, int64_t count,
@@ -93,7 +94,7 @@ EvenRows Tokens::consecutive(const ScoreKernels& kernels, int64_t b, int64_t hea
   }
   for (int64_t done = 0; done < count;) {
     const int64_t here = std::min(count - done, pages_.page - (slot + done) % pages_.page);
-    kernels.read_page(job(head, slot + done, here, room + done * row_bytes()));
+    kernels.read_page(job(b, head, slot + done, here, room + done * row_bytes()));
     done += here;
   }
   return {room, row_bytes()};
@@ -107,7 +108,7 @@ bool Tokens::stored(int64_t b, int64_t head, int64_t lowest, int64_t highest, St
     to.dim = dim;
     if (paged()) {
       if (pages_.form != PageForm::kRows || lowest / pages_.page != highest / pages_.page) return false;
-      to.rows = page_of(head, lowest);
+      to.rows = page_of(b, head, lowest);
       to.row_stride = row_bytes();
       to.first = -(lowest / pages_.page * pages_.page);
       return true;

@@ -1,4 +1,4 @@
-// Keys or values of a call, wherever they lie: rows of a tensor, one sequence in the pages of a cache, or encoded.
+// Keys or values of a call, wherever they lie: rows of a tensor, sequences in the pages of a cache, or encoded.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,16 @@
 
 namespace gossamer {
 
-// A sequence's tokens: token t in page table[t / page]. Strides in bytes.
+// Sequences of a batch: token t of sequence b in page table[b * table_stride + t / page]. Strides in bytes.
 struct Pages {
   const char* data;
   int64_t page_stride, head_stride;
   int64_t page;  // tokens in each
   PageForm form;
   const int32_t* table;
+  int64_t table_stride;
+
+  int64_t number(int64_t b, int64_t slot) const { return table[b * table_stride + slot / page]; }
 };
 
 // The first tokens encoded, and the others as they came.
@@ -47,8 +50,7 @@ struct EvenRows {
 class Tokens {
  public:
   Tokens(const TensorView& rows);  // NOLINT: a tensor serves wherever tokens do
-  // A batch of one.
-  Tokens(const Pages& pages, int64_t heads, int64_t tokens, int dim, DType dtype);
+  Tokens(const Pages& pages, int64_t batch, int64_t heads, int64_t tokens, int dim, DType dtype);
   Tokens(const Encoded& encoded);  // NOLINT
 
   int64_t batch, heads, tokens;
@@ -57,6 +59,7 @@ class Tokens {
 
   int64_t row_bytes() const { return int64_t{dim} * element_size(dtype); }
   bool paged() const { return pages_.table != nullptr; }
+  const Pages& pages() const { return pages_; }
   bool encoded() const { return encoded_.count > 0; }
   // Whether a row's numbers lie side by side, so that a single one costs no more than its length.
   bool in_rows() const { return !encoded() && (!paged() || pages_.form == PageForm::kRows); }
@@ -70,15 +73,19 @@ class Tokens {
                        char* room) const;
   // The same where they lie evenly as they are; else first is null.
   EvenRows in_place(int64_t b, int64_t head, int64_t slot, int64_t count) const;
+  // How many of `count` rows from a slot on follow one another in memory, where rows lie evenly at all.
+  int64_t evenly(int64_t slot, int64_t count) const {
+    return paged() && pages_.page - slot % pages_.page < count ? pages_.page - slot % pages_.page : count;
+  }
   // How the rows at slots [lowest, highest] are stored, slot s as row `first + s`; false where they are not stored alike.
   bool stored(int64_t b, int64_t head, int64_t lowest, int64_t highest, StoredRows& to) const;
 
  private:
-  const char* page_of(int64_t head, int64_t slot) const {
-    return pages_.data + pages_.table[slot / pages_.page] * pages_.page_stride + head * pages_.head_stride;
+  const char* page_of(int64_t b, int64_t head, int64_t slot) const {
+    return pages_.data + pages_.number(b, slot) * pages_.page_stride + head * pages_.head_stride;
   }
-  PageJob job(int64_t head, int64_t slot, int64_t count, char* rows) const;
-  void read_page_rows(const ScoreKernels& kernels, int64_t head, const int64_t* slots, PointedRows& to) const;
+  PageJob job(int64_t b, int64_t head, int64_t slot, int64_t count, char* rows) const;
+  void read_page_rows(const ScoreKernels& kernels, int64_t b, int64_t head, const int64_t* slots, PointedRows& to) const;
   void read_encoded(const ScoreKernels& kernels, int64_t b, int64_t head, int64_t slot, int64_t count, char* to) const;
 
   TensorView tensor_;  // of the tail, where tokens are encoded

@@ -95,7 +95,7 @@ class Reader {
 
 }  // namespace
 
-void page_scores(const Kernels& kernels, const TensorView& queries, const TensorView& pages, const PageChoice& choice,
+void page_scores(const Kernels& kernels, const TensorView& queries, const Tokens& pages, const PageChoice& choice,
                  float* out, int threads) {
   const int64_t share = queries.heads / pages.heads, parts = ceil_div(choice.pages, kPagesAJob);
   // A thread's queries lie side by side, whatever the strides of the tensor.
@@ -108,10 +108,13 @@ void page_scores(const Kernels& kernels, const TensorView& queries, const Tensor
     const int64_t first = n % parts * kPagesAJob, stop = std::min(choice.pages, first + kPagesAJob);
     const int64_t live = std::clamp(pages_of(choice, b), first, stop);
     float* scores = out + head * choice.pages;
-    if (live > first)
-      kernels.scores->page_scores({rows.data() + head * queries.dim, static_cast<int>(share), queries.dim,
-                                   pages.row(b, group, first), pages.token_stride, live - first, pages.dtype,
-                                   scores + first, choice.pages});
+    for (int64_t page = first; page < live;) {
+      const int64_t count = pages.evenly(page, live - page);
+      const EvenRows bounds = pages.in_place(b, group, page, count);
+      kernels.scores->page_scores({rows.data() + head * queries.dim, static_cast<int>(share), queries.dim, bounds.first,
+                                   bounds.stride, count, pages.dtype, scores + page, choice.pages});
+      page += count;
+    }
     for (int64_t h = 0; h < share; ++h)
       std::fill(scores + h * choice.pages + live, scores + h * choice.pages + stop, kNothing);
   });

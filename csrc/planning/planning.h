@@ -112,8 +112,22 @@ struct PageChoice {
 
 // Products of queries [batch, heads, 1, dim] with what is known of each page, [batch, groups, pages, dim]: out [batch,
 // heads, pages], -inf for pages that a row does not have.
-void page_scores(const Kernels& kernels, const TensorView& queries, const TensorView& pages, const PageChoice& choice,
+void page_scores(const Kernels& kernels, const TensorView& queries, const Tokens& pages, const PageChoice& choice,
                  float* out, int threads);
+
+// Bounds of the keys of a paged cache, for each `size` tokens of its pages: [cache pages, heads, page / size, 2 * dim], the
+// largest of each channel, then the smallest, contiguous.
+struct KeptBounds {
+  char* data;
+  DType dtype;    // bf16 or fp16; of wider keys rounded outward
+  int64_t size;
+  int32_t* held;  // of each page of the cache: its first tokens that the bounds are of
+};
+
+// Brings up to date what is kept of the first `counts` [batch] tokens of each sequence.
+void keep_bounds(const Kernels& kernels, const Tokens& keys, const int64_t* counts, const KeptBounds& kept, int threads);
+// Tokens at slots (page * number + place) of a cache were written; those below 0 are none.
+void forget_slots(const int64_t* slots, int64_t count, int64_t page, int64_t pages, int32_t* held);
 
 // The tokens of the pages that each head of a choice reads, ascending: `room` for each in tokens, and how many. Scores
 // [batch, query heads, pages]; of several query heads that choose together the shares of their softmax are added.

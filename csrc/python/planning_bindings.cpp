@@ -76,6 +76,22 @@ void make_page_choice(PageChoice* self, int64_t heads, int64_t pages, int64_t si
                         std::max<int64_t>(recent, 0), count};
 }
 
+// Of `KeptBounds`, whose sizes are those of the cache.
+void check_bounds(const Tokens& keys, const Given& counts, const Given& bounds, DType dtype, int64_t size,
+                  const Given& held) {
+  const Pages& pages = keys.pages();
+  check_range("tokens of a page's bounds", size, 1, pages.page);
+  if (pages.page % size != 0) throw std::invalid_argument("the tokens of bounds must divide those of a page");
+  if (dtype == DType::kFloat32 || (keys.dtype != DType::kFloat32 && keys.dtype != dtype))
+    throw std::invalid_argument("bounds are of 16 bits, those of the keys where they have as many");
+  check_count("counts", counts.second, keys.batch);
+  for (int64_t b = 0; b < keys.batch; ++b) check_range("tokens of a sequence", pointer<int64_t>(counts)[b], 0, keys.tokens);
+  check_count("bounds", bounds.second, checked_product({held.second, keys.heads, pages.page / size, 2 * keys.dim}));
+  for (int64_t b = 0; b < keys.batch; ++b)
+    for (int64_t t = 0; t < keys.tokens; t += pages.page)
+      check_range("a page of the block table", pages.number(b, t), 0, held.second - 1);
+}
+
 void bind_views_of_planning(nb::module_& m) {
   nb::enum_<Rule>(m, "Rule")
       .value("none", Rule::kNone)
@@ -239,13 +255,14 @@ void bind_scores(nb::module_& m) {
       "attained"_a, Release());
   m.def(
       "page_scores",
-      [](const std::string& isa, const TensorView& queries, const TensorView& pages, const PageChoice& choice,
+      [](const std::string& isa, const TensorView& queries, const Tokens& pages, const PageChoice& choice,
          uintptr_t out, int threads) {
         check_count("the choice's batch", choice.batch, queries.batch);
         check_count("the pages' batch", pages.batch, queries.batch);
         check_count("channels of a page", pages.dim, queries.dim);
         check_count("pages", choice.pages, pages.tokens);
         check_range("key heads", pages.heads, 1, queries.heads);
+        if (!pages.in_rows()) throw std::invalid_argument("what is known of pages must lie in rows");
         if (queries.heads % pages.heads != 0) throw std::invalid_argument("query heads must share key heads evenly");
         if (queries.dtype != DType::kFloat32 || queries.tokens != 1)
           throw std::invalid_argument("scores of pages are of one query in fp32");
@@ -266,6 +283,23 @@ void bind_scores(nb::module_& m) {
       },
       "isa"_a, "scores"_a, nb::kw_only(), "query_heads"_a, "choice"_a, "room"_a, "tokens"_a, "counts"_a, "threads"_a,
       Release());
+  m.def(
+      "keep_bounds",
+      [](const std::string& isa, const Tokens& keys, const Given& counts, const Given& bounds, DType dtype,
+         int64_t size, const Given& held, int threads) {
+        if (!keys.paged()) throw std::invalid_argument("bounds are kept of the pages of a cache");
+        check_bounds(keys, counts, bounds, dtype, size, held);
+        keep_bounds(kernels_for(isa), keys, pointer<int64_t>(counts),
+                    {pointer<char>(bounds), dtype, size, pointer<int32_t>(held)}, threads);
+      },
+      "isa"_a, "keys"_a, nb::kw_only(), "counts"_a, "bounds"_a, "dtype"_a, "size"_a, "held"_a, "threads"_a, Release());
+  m.def(
+      "forget_slots",
+      [](const Given& slots, int64_t page, const Given& held) {
+        check_range("tokens of a page", page, 1, kMostTokens);
+        forget_slots(pointer<int64_t>(slots), slots.second, page, held.second, pointer<int32_t>(held));
+      },
+      "slots"_a, nb::kw_only(), "page"_a, "held"_a);
   m.def(
       "row_maxima",
       [](const std::string& isa, const ScoreCall& call, const Grid& grid, const Part& part, uintptr_t regions,

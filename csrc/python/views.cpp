@@ -35,10 +35,11 @@ void make_tensor(TensorView* self, uintptr_t data, const Four& shape, const Four
                         dtype};
 }
 
-// A sequence in the pages of a cache [pages, heads, ...], of which strides are given, in elements.
+// Sequences in the pages of a cache [pages, heads, ...], of which strides are given, in elements; a table for each, as
+// long as one another.
 void make_paged(Tokens* self, uintptr_t data, const std::array<int64_t, 2>& shape,
                 const std::array<int64_t, 2>& strides, PageForm form, int64_t page, int64_t dim, DType dtype,
-                int64_t tokens, const Given& table) {
+                int64_t tokens, const Given& table, int64_t batch) {
   const int element = element_size(dtype);
   const bool tiles = form == PageForm::kKeyTiles || form == PageForm::kValueTiles;
   check_range("the head dimension", dim, 1, kMaxHeadDim);
@@ -47,17 +48,22 @@ void make_paged(Tokens* self, uintptr_t data, const std::array<int64_t, 2>& shap
   if (tiles && (element != 2 || page % kTileTokens != 0 || dim % kTileTokens != 0))
     throw std::invalid_argument("tiles are of 16 bits, and of 16 tokens and channels, got pages of " +
                                 std::to_string(page) + " tokens of " + std::to_string(dim) + " channels");
-  if (ceil_div(tokens, page) > table.second)
-    throw std::invalid_argument(std::to_string(table.second) + " pages of " + std::to_string(page) +
+  check_range("sequences", batch, 1, kMostTokens);
+  const int64_t each = table.second / batch;
+  if (each * batch != table.second) throw std::invalid_argument("the tables of sequences must be as long as one another");
+  if (ceil_div(tokens, page) > each)
+    throw std::invalid_argument(std::to_string(each) + " pages of " + std::to_string(page) +
                                 " tokens cannot hold " + std::to_string(tokens) + " tokens");
   if (data == 0 && tokens > 0) throw std::invalid_argument("the cache has lost its memory");
   const int32_t* pages = pointer<int32_t>(table);
-  for (int64_t n = 0; n < ceil_div(tokens, page); ++n) check_range("a page of the block table", pages[n], 0, shape[0] - 1);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t n = b * each; n < b * each + ceil_div(tokens, page); ++n)
+      check_range("a page of the block table", pages[n], 0, shape[0] - 1);
   // An empty table has no address, by which pages are told from a tensor.
   static const int32_t none = 0;
   new (self) Tokens({pointer<char>(data), strides[0] * element, strides[1] * element, page, form,
-                     pages == nullptr ? &none : pages},
-                    shape[1], tokens, static_cast<int>(dim), dtype);
+                     pages == nullptr ? &none : pages, each},
+                    batch, shape[1], tokens, static_cast<int>(dim), dtype);
 }
 
 // A tensor of any numbers [batch, heads, rows, ...], with strides in elements.
@@ -246,7 +252,7 @@ void bind_views(nb::module_& m) {
   nb::class_<Tokens>(m, "Tokens")
       .def(nb::init_implicit<const TensorView&>())
       .def("__init__", &make_paged, nb::kw_only(), "data"_a, "shape"_a, "strides"_a, "form"_a, "page"_a, "dim"_a,
-           "dtype"_a, "tokens"_a, "table"_a)
+           "dtype"_a, "tokens"_a, "table"_a, "batch"_a = 1)
       .def("__init__", &make_codes, nb::kw_only(), "tail"_a, "codes"_a, "scale"_a, "zero"_a, "bits"_a, "group"_a,
            "over_tokens"_a)
       .def("__init__", &make_bitmaps, nb::kw_only(), "tail"_a, "bitmap"_a, "packed"_a);

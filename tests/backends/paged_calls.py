@@ -37,6 +37,15 @@ def in_pages(x: Tensor, form: str, page: int, table: Tensor, number: int) -> Pag
     return Paged(pages, table, tokens, page, form)
 
 
+def of_sequences(x: Tensor, counts: list[int], form: str, page: int, table: Tensor, number: int) -> Paged:
+    """Rows ``[B, G, T, D]`` of sequences of so many tokens in the pages that ``table`` ``[B, n]`` names; else NaN."""
+    parts = [in_pages(x[b : b + 1, :, :count], form, page, table[b], number).pages for b, count in enumerate(counts)]
+    pages = parts[0]
+    for part in parts[1:]:
+        pages = torch.where(part.isnan(), pages, part)
+    return Paged(pages, table, x.shape[2], page, form)
+
+
 def first_row(call: AttentionCall) -> AttentionCall:
     """Of a batch: a cache has each sequence in pages of its own."""
     of = call.extent

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,20 @@ from notes import without_notes
 
 from gossamer import Policy, Profile
 from gossamer.cli import main, serve
+from gossamer.integrations.vllm.rows import NEVER
 from gossamer.integrations.vllm.settings import Settings
-from gossamer.methods import AShape, Corrected, DuoAttention, FlexPrefill, MaxRelative, MInference, PerHead
+from gossamer.methods import (
+    AShape,
+    Corrected,
+    Dense,
+    DuoAttention,
+    FlexPrefill,
+    LServe,
+    MaxRelative,
+    MInference,
+    PerHead,
+    Quest,
+)
 from gossamer.profiles import Provenance
 
 pytestmark = pytest.mark.usefixtures("one_parser")
@@ -103,6 +116,28 @@ def test_a_profile_goes_by_its_path(capsys, model_path, tmp_path, monkeypatch, n
     assert asked(command).policy == Policy(PerHead([[MaxRelative(0.3)] * 4] * 2), 5)
 
 
+def test_a_profile_s_decoding_can_be_left_out(capsys, model_path, tmp_path) -> None:
+    path = tmp_path / "heads.json"
+    profile_file(path)
+    replace(Profile.load(path), decode=Quest()).save(path)
+    for flags, decode in (([], Quest()), (["--decode", "none"], None), (["--decode", "lserve"], LServe())):
+        assert asked(shown(capsys, model_path, "--profile", path, *flags)["command"]).policy.decode == decode
+
+
+@pytest.mark.parametrize(
+    ("flags", "policy"),
+    [
+        (["--decode", "quest"], Policy(MInference(), decode=Quest())),
+        (["--method", "a_shape", "--decode", "quest(budget=512)"], Policy(AShape(), decode=Quest(512))),
+        (["--method", "a_shape", "--decode", "none"], Policy(AShape())),
+        (["--method", "none", "--decode", "lserve"], Policy(Dense(), NEVER, decode=LServe())),
+        (["--decode", "quest(page=64)", "--block-size", "64"], Policy(MInference(), decode=Quest(page=64))),
+    ],
+)
+def test_decoding_has_a_method_of_its_own(capsys, model_path, flags: list[str], policy: Policy) -> None:
+    assert asked(shown(capsys, model_path, *flags)["command"]).policy == policy
+
+
 @pytest.mark.parametrize(
     ("flags", "bound"),
     [
@@ -169,6 +204,17 @@ def test_a_dry_run_prints_a_line_for_a_shell(capsys, model_path) -> None:
         (["--", "--additional-config", "{}"], "--additional-config stands behind --; it is set by this command"),
         (["--", "--max_model_len=3"], "--max-model-len stands behind --"),
         (["--seed", "3"], "unrecognized arguments: --seed 3"),
+        (["--decode", "a_shape"], "got a_shape"),
+        (["--decode", "nothing"], "unknown method 'nothing'"),
+        (["--decode", "infllm"], "decode: infllm needs Representatives, which vLLM's pages do not keep"),
+        (
+            ["--decode", "quest(page=48)"],
+            "quest has bounds of 48 tokens, which do not divide this server's pages of 128",
+        ),
+        (["--decode", "quest(page=64)", "--block-size", "32"], "do not divide this server's pages of 32"),
+        (["--method", "none"], "--method none leaves prompts to vLLM: give --decode, or a method"),
+        (["--method", "none", "--decode", "quest", "--min-tokens", "9"], "to vLLM: leave --min-tokens out"),
+        (["--method", "none", "--decode", "quest", "--set", "a=1"], "to vLLM: leave --set out"),
     ],
 )
 def test_what_cannot_be_is_one_line(refused: Callable[..., str], model_path, argv: list[str], message: str) -> None:

@@ -19,77 +19,19 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from tokenizers_for_tests import HAYSTACK, WordTokenizer  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from subjects_for_tests import DENSE, SPARSE, job, run, subject, without_circumstances  # noqa: E402
+from tokenizers_for_tests import HAYSTACK  # noqa: E402
 
-from gossamer import Policy, Profile, cache, methods  # noqa: E402
+from gossamer import Policy, Profile, methods  # noqa: E402
 from gossamer.evaluate import runner, tasks  # noqa: E402
 from gossamer.evaluate.haystack import Haystack  # noqa: E402
 from gossamer.evaluate.perplexity import Windows  # noqa: E402
 from gossamer.evaluate.records import cell_of, label_of, policy_fields, relabel  # noqa: E402
-from gossamer.evaluate.runner import Job, ResultsFile, make_header  # noqa: E402
+from gossamer.evaluate.runner import ResultsFile, make_header  # noqa: E402
 from gossamer.evaluate.subject import Subject  # noqa: E402
 from gossamer.evaluate.summary import read_results, summary_rows  # noqa: E402
 from gossamer.profiles.costs import BreakEven, Costs, Kernel, forget  # noqa: E402
 from gossamer.profiles.machine import Machine  # noqa: E402
-
-SPARSE = Policy(methods.create("a_shape", sink=4, window=64), min_tokens=0, max_density=2.0)
-DENSE = Policy.of("dense")
-TINY: dict[str, Any] = {
-    "vocab_size": 3000,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-
-
-def subject(kind: str = "llama") -> Subject:
-    torch.manual_seed(0)
-    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
-    return Subject(model(config(**TINY)).eval(), WordTokenizer(), kind)
-
-
-def job(**changes: Any) -> Job:
-    settings: dict[str, Any] = {
-        "methods": (DENSE, SPARSE),
-        "tasks": (tasks.create("needle_single"), tasks.create("needle_multikey", turns=2)),
-        "lengths": (300, 400),
-        "samples": 3,
-        "haystack": HAYSTACK,
-        "perplexity": HAYSTACK,
-        "fidelity": 1,
-    }
-    return Job(**settings | changes)
-
-
-def run(
-    path: Path, work: Job, stop_after: int | None = None, of: Subject | None = None, pause: float = 0.0
-) -> list[dict[str, Any]]:
-    of = of or subject()
-    new = []
-    with ResultsFile(path, make_header(of, work)) as results:
-        for record in runner.run(of, work, results, lambda cell: time.sleep(pause)):
-            new.append(record)
-            if stop_after is not None and len(new) == stop_after:
-                break
-    return new
-
-
-def without_circumstances(path: Path) -> list[dict[str, Any]]:
-    """What must not depend on when and how often a run was started: all but names, times and seconds."""
-    kept = []
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        if record["kind"] != "run":
-            kept.append({k: v for k, v in record.items() if k != "run" and not k.endswith("_s")})
-    return kept
 
 
 def test_each_cell_gives_one_line(tmp_path: Path) -> None:
@@ -139,53 +81,6 @@ def test_an_interrupted_run_ends_with_the_same_lines(tmp_path: Path, stop_after:
     assert run(parts, job()) == []
 
 
-def test_batches_give_the_answers_of_single_prompts(tmp_path: Path) -> None:
-    work = job(tasks=(tasks.create("needle_single"),), perplexity=None, fidelity=0)
-    run(tmp_path / "one.jsonl", work)
-    run(tmp_path / "two.jsonl", job(tasks=work.tasks, perplexity=None, fidelity=0, batch=2))
-    key = lambda record: (record["method"], record["length"], record["index"])  # noqa: E731
-    one, two = (sorted(without_circumstances(tmp_path / name), key=key) for name in ("one.jsonl", "two.jsonl"))
-    assert [record["turns"] for record in one] == [record["turns"] for record in two]
-
-
-def test_a_batch_of_unequal_lengths_is_padded() -> None:
-    of = subject()
-    work = job()
-    samples = [work.sample(of, work.tasks[0], length, 0) for length in (300, 340)]
-    alone = [of.answer([sample], DENSE, 6)[0].texts for sample in samples]
-    assert [answer.texts for answer in of.answer(samples, DENSE, 6)] == alone
-
-
-def test_turns_read_the_context_once_and_do_not_see_each_other() -> None:
-    of = subject()
-    task = tasks.create("needle_multikey", turns=3)
-    sample = job().sample(of, task, 400, 0)
-    together = of.answer([sample], DENSE, 8)[0]
-    for i, turn in enumerate(sample.turns):
-        single = tasks.Sample(sample.context, (turn,), sample.prompt_tokens)
-        assert of.answer([single], DENSE, 8)[0].texts[0] == together.texts[i]
-    with pytest.raises(ValueError, match="one by one"):
-        of.answer([sample, sample], DENSE, 8)
-
-
-def test_questions_are_read_token_by_token_where_steps_choose(tmp_path: Path) -> None:
-    """With a budget for everything, the answers are those of dense attention, in a batch and over turns too."""
-    of = subject()
-    whole = Policy(methods.create("dense"), decode=methods.create("quest", budget=4096))
-    some = replace(whole, decode=methods.create("quest", budget=16, dense_layers=0))
-    for turns in (1, 3):
-        task = tasks.create("needle_multikey", turns=turns)
-        samples = [job().sample(of, task, 160, index) for index in range(2)]
-        for sample in samples:
-            dense, same, chosen = (of.answer([sample], policy, 4)[0] for policy in (DENSE, whole, some))
-            assert same.texts == dense.texts
-            assert (dense.read, same.read) == (None, 1.0)
-            assert chosen.read is not None
-            assert 0 < chosen.read < 0.5
-    both = of.answer([job().sample(of, tasks.create("needle_single"), 160, n) for n in (0, 1)], some, 4)
-    assert len(both) == 2
-
-
 def test_the_sparse_method_runs_and_is_recorded(tmp_path: Path) -> None:
     new = run(tmp_path / "r.jsonl", job(fidelity=0, perplexity=None))
     dense = [record for record in new if record["method"] == "dense"]
@@ -215,17 +110,6 @@ def test_files_of_other_models_haystacks_and_seeds_are_refused(tmp_path: Path) -
     path.write_text("not json\n")
     with pytest.raises(ValueError, match="line 1 is not JSON: "):
         run(path, job())
-
-
-def test_perplexity_is_the_loss_of_the_model(tmp_path: Path) -> None:
-    of = subject()
-    new = run(tmp_path / "r.jsonl", job(methods=(DENSE,), samples=1, lengths=(300,)), of=of)
-    record = next(record for record in new if record["kind"] == "perplexity")
-    tokens = Windows(of, HAYSTACK, 0).tokens(300, 0)
-    with torch.inference_mode():
-        expected = of.model(tokens, labels=tokens).loss
-    assert record["tokens"] == 299
-    assert record["nats"] == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -308,16 +192,6 @@ def test_lengths() -> None:
     for bad in ("", "4q", "k", "-1", "0"):
         with pytest.raises(ValueError, match="4k,16k"):
             runner.parse_lengths(bad)
-
-
-def test_a_model_that_changes_its_logits_in_another_way_is_refused() -> None:
-    of = subject()
-    head = of.model.lm_head
-    forward = head.forward
-    calls = iter(range(100))
-    head.forward = lambda x: forward(x) * (3 if next(calls) == 0 else 1)
-    with pytest.raises(ValueError, match="does more to its logits"):
-        of.hidden_states(torch.arange(3, 80)[None], DENSE)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
@@ -415,64 +289,6 @@ def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
     return {"name" if key == "task" else key: value for key, value in fields.items()}
 
 
-class LineEnds(WordTokenizer):
-    """Every token is a word and a line end."""
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return "".join(f"w{i}\n" for i in ids)
-
-
-def test_only_answers_of_one_line_end_at_a_line_end() -> None:
-    of = subject()
-    of.tokenizer = LineEnds()
-    sample = job().sample(of, tasks.create("needle_single"), 300, 0)
-    for one_line, lines in ((True, 1), (False, 6)):
-        answer = of.answer([sample], DENSE, 6, one_line=one_line)[0]
-        assert answer.texts[0].count("\n") == lines
-
-
-class Chat(WordTokenizer):
-    """Five tokens around a prompt."""
-
-    chat_template = "some"
-
-    def apply_chat_template(self, turns: list[dict[str, str]], **more: Any) -> dict[str, list[int]]:
-        assert [turn["role"] for turn in turns] == ["user"]
-        return {"input_ids": [2, 5, 6, *self(turns[0]["content"])["input_ids"][1:], 7, 8, 9]}
-
-
-def test_in_a_chat_the_assistant_begins_the_answer() -> None:
-    of = Subject(subject().model, Chat(), "chat", chat=True)
-    for name, cue in (
-        ("needle_single", "The number for"),
-        ("json_kv", '"'),
-        ("passkey", "The pass key is the number"),
-        ("mqar", "The pair of"),
-    ):
-        sample = job().sample(of, tasks.create(name), 800, 0)
-        turn = sample.turns[0]
-        assert turn.cue.startswith(cue)
-        assert f"{turn.asked} {turn.cue}" == (turn.for_chat or turn.question)
-        asked = of.tokens(sample.context + turn.asked)[2:]  # the first word has a line end before it
-        end = [7, 8, 9, *Chat()(turn.cue, add_special_tokens=False)["input_ids"]]
-        assert of.prompt_tokens(sample)[-len(asked) - len(end) :] == [*asked, *end]
-
-
-def test_chat_wraps_prompts_and_keeps_their_length(tmp_path: Path) -> None:
-    of = Subject(subject().model, Chat(), "chat", chat=True)
-    work = job(tasks=(tasks.create("needle_single"), tasks.create("needle_multikey", turns=2)), samples=1)
-    for task in (*work.tasks, tasks.create("passkey")):
-        sample = work.sample(of, task, 300, 0)
-        longest = max(len(of.prompt_tokens(sample, i)) for i in range(task.turns))
-        assert longest == sample.prompt_tokens == 300 - task.max_new_tokens
-    path = tmp_path / "r.jsonl"
-    assert {record["kind"] for record in run(path, work, of=of)} == {"sample", "perplexity", "fidelity"}
-    with pytest.raises(ValueError, match="another setting of --chat"):
-        run(path, work, of=Subject(of.model, Chat(), "chat"))
-    with pytest.raises(ValueError, match="no chat template"):
-        Subject(of.model, WordTokenizer(), "chat", chat=True)
-
-
 def test_what_depends_on_the_machine_is_recorded_as_the_number_that_was_used(tmp_path: Path, monkeypatch) -> None:
     method, model = methods.create("a_shape", sink=1, window=8), subject()
     point = BreakEven(Kernel.of(model.query()), method.to_dict(), 4, 2, 33.0, 16, 128)
@@ -482,21 +298,3 @@ def test_what_depends_on_the_machine_is_recorded_as_the_number_that_was_used(tmp
     resolved = job(methods=(Policy(method), Policy.of("dense"))).on(model)
     assert resolved.labels == ("a_shape(sink=1,window=8,min_tokens=33)", "dense")
     forget()
-
-
-@pytest.mark.parametrize("turns", [1, 2])
-def test_answers_come_from_what_caches_keep(tmp_path: Path, turns: int) -> None:
-    of = subject()
-    fields: dict[str, dict[str, Any]] = {"snapkv": {"budget": 64, "window": 8}, "int8": {}}
-    policies = [replace(DENSE, cache=cache.create(name, **given)) for name, given in fields.items()]
-    whole = replace(DENSE, cache=cache.create("snapkv", budget=1000))
-    task = tasks.create("needle_multikey", turns=turns)
-    work = job(methods=(DENSE, whole, *policies), tasks=(task,), lengths=(300,), samples=1, perplexity=None, fidelity=0)
-    new = {record["method"]: record for record in run(tmp_path / "r.jsonl", work, of=of)}
-    dense, same, few, small = new.values()
-    assert same["turns"] == dense["turns"]
-    assert "cache_bytes" not in dense
-    assert few["cache_bytes"] < 0.4 * same["cache_bytes"]
-    assert small["cache_bytes"] < 0.4 * same["cache_bytes"]
-    rows = {row.method: row for row in summary_rows(read_results(tmp_path / "r.jsonl"))}
-    assert rows["dense+int8"].cache_bytes == small["cache_bytes"]

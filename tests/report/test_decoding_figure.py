@@ -10,7 +10,8 @@ import pytest
 
 from gossamer.evaluate.summary import summary_rows
 from gossamer.report.decoding import decoding
-from gossamer.report.page import write_report
+from gossamer.report.overview import in_words, overview, short_table
+from gossamer.report.page import findings, write_report
 
 Record = dict[str, Any]
 POLICIES: dict[str, Record] = {
@@ -64,3 +65,23 @@ def test_without_such_policies_there_is_none(tmp_path: Path) -> None:
     assert 'id="decoding"' in out.read_text(encoding="utf-8")
     assert not any(path.name == "decoding.csv" for path in write_report(plain, tmp_path / "plain.html", "plain"))
     assert json.dumps(plain)  # lines as files have them
+
+
+def test_where_steps_alone_differ_the_first_screen_speaks_of_steps() -> None:
+    """Prompts were read alike: what seconds their reading took says nothing of the settings."""
+    rows = summary_rows(samples())
+    assert [caption for caption, _ in overview(rows).panels] == ["Answers: accuracy against time of a token"]
+    _, answers, _ = in_words(rows)
+    assert "The fastest of them is dense+quest(budget=64), 20.0 ms a token, which read 10.0% of the cache" in answers
+    header, dense, *steps = short_table(rows)
+    assert header == ["method", "ms a token", "of the cache read", "MiB held", "less dense"]
+    assert dense == ["dense", "-", "-", "-", "-"]
+    assert steps[0][:4] == ["dense+quest(budget=64)", "20.0", "0.100", "4.0"]
+    assert [line[0] for line in steps[1:]] == ["dense+quest(budget=256)", "dense+int8"]
+    few, _, kept = findings(rows)
+    assert "it reads 10.0% of the cache and takes 20.0 ms a token." in few
+    assert "it takes 25.0 ms a token." in kept
+    prefill = {"kind": "sample", "method": "a_shape", "task": "needle_single", "length": 1024, "index": 0}
+    mixed = summary_rows([*samples(), prefill | {"density": 0.3, "score": 1.0, "prefill_s": 0.5, "decode_s": 0.4}])
+    assert [caption for caption, _ in overview(mixed).panels] == ["Answers: accuracy against seconds"]
+    assert short_table(mixed)[0][1] == "seconds"

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,11 @@ from gossamer.cli.common import BadInput, add_command, first_line, one_line, pri
 from gossamer.cli.inputs import check_made_for, check_profile, read_model, read_profile, require_transformers
 from gossamer.cli.machine import add_dtype, fast_dtype
 from gossamer.cli.pretrained import model_folder
-from gossamer.cli.specs import make_policy
+from gossamer.cli.specs import make_policy, parse_method
 from gossamer.evaluate.records import label_of
+from gossamer.integrations.vllm.decoding import check_pages
 from gossamer.integrations.vllm.settings import Settings
+from gossamer.methods import Dense
 from gossamer.policy import Policy
 from gossamer.profiles import Profile
 from gossamer.profiles.machine import usable_cpus
@@ -33,6 +36,7 @@ PLUGINS = "vllm.general_plugins"
 # Flags of vLLM's that are this command's.
 _OURS = ("--model", "--host", "--port", "--dtype", "--max-model-len", "--block-size", "--enforce-eager")
 _OURS += ("--additional-config",)
+_PAGE = 128  # tokens of vLLM's own choice on CPUs
 _PAGES_OF = 32  # tokens: pages of vLLM's CPU kernels have a multiple of it
 
 
@@ -40,9 +44,16 @@ def add_parser(commands: Any) -> None:
     parser = add_command(commands, "serve", execute, "serve a model by vLLM's OpenAI server with a sparse method")
     parser.usage = "gossamer serve MODEL [options] [-- further flags of vLLM's server]"
     parser.add_argument("model", type=Path, help="folder or GGUF file of a model (nothing is downloaded)")
-    parser.add_argument("--method", help="see `gossamer methods` (default: that of --profile, else minference)")
+    parser.add_argument(
+        "--method",
+        help="see `gossamer methods` (default: that of --profile, else minference); "
+        "none: vLLM's kernel runs prompts, beside --decode",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the method")
     parser.add_argument("--profile", type=Path, help="file with a method for each head")
+    parser.add_argument(
+        "--decode", metavar="SPEC", help="what each new token reads of the cache, such as quest(budget=1024); else all"
+    )
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: as `gossamer doctor` says)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: %(default)s)")
@@ -66,6 +77,7 @@ def execute(arguments: argparse.Namespace) -> int:
     _check_made_for(profile, arguments.model)
     if not on_gpu and arguments.block_size is not None and arguments.block_size % _PAGES_OF:
         raise BadInput(f"--block-size takes a multiple of {_PAGES_OF} on CPUs, got {arguments.block_size}")
+    _check_decode(arguments, policy, on_gpu)
     command = _command(arguments, _asked(arguments, policy), on_gpu)
     environment = _environment(arguments, on_gpu)
     if arguments.json:
@@ -119,9 +131,30 @@ def _make_policy(arguments: argparse.Namespace, profile: Profile | None) -> Poli
     try:
         if profile is not None and arguments.method is None and arguments.set:
             raise ValueError("a profile names a method for each head; leave --set out")
-        # With a profile any of the methods that take one stands for it.
-        return make_policy(arguments.method or "minference", arguments.set, profile, arguments.min_tokens)
+        if arguments.method == "none":
+            given = {"--set": arguments.set, "--profile": profile, "--min-tokens": arguments.min_tokens}
+            beside = [name for name, value in given.items() if value]
+            if beside or arguments.decode in (None, "none"):
+                wrong = f"leave {beside[0]} out" if beside else "give --decode, or a method"
+                raise ValueError(f"--method none leaves prompts to vLLM: {wrong}")
+            policy = Policy(Dense())
+        else:  # with a profile any of the methods that take one stands for it
+            policy = make_policy(arguments.method or "minference", arguments.set, profile, arguments.min_tokens)
+        if arguments.decode is None:
+            return policy
+        return replace(policy, decode=None if arguments.decode == "none" else parse_method(arguments.decode))
     except (ValueError, TypeError) as error:
+        raise BadInput(first_line(error)) from error
+
+
+def _check_decode(arguments: argparse.Namespace, policy: Policy, on_gpu: bool) -> None:
+    if policy.decode is not None and on_gpu:
+        raise BadInput(
+            "--decode is for servers on CPUs so far; leave it out (--decode none, beside a profile with one)"
+        )
+    try:
+        check_pages(policy.decode, arguments.block_size or _PAGE)
+    except ValueError as error:
         raise BadInput(first_line(error)) from error
 
 
@@ -141,7 +174,9 @@ def _check_made_for(profile: Profile | None, folder: Path) -> None:
 def _asked(arguments: argparse.Namespace, policy: Policy) -> dict[str, Any]:
     """What the plug-in is asked for: what was given here, and nothing else."""
     asked: dict[str, Any] = {}
-    if arguments.profile is not None:
+    if arguments.method == "none":
+        pass
+    elif arguments.profile is not None:
         asked["profile"] = os.path.abspath(arguments.profile)
     else:
         values = policy.method.to_dict()
@@ -149,7 +184,12 @@ def _asked(arguments: argparse.Namespace, policy: Policy) -> dict[str, Any]:
         asked = {"method": policy.method.name} | {name: values[name] for name in given}
     if arguments.min_tokens is not None:
         asked["min_tokens"] = arguments.min_tokens
-    Settings.of(asked)
+    if arguments.decode is not None and (policy.decode is not None or arguments.profile is not None):
+        asked["decode"] = None if policy.decode is None else policy.decode.to_dict()
+    try:
+        Settings.of(asked)
+    except (ValueError, TypeError) as error:
+        raise BadInput(first_line(error)) from error
     return asked
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -79,6 +79,7 @@ class Subject:
         self.tokenizer = tokenizer
         self.name = name
         self.chat = chat
+        self._read: tuple[Any, Any, Cost] | None = None
         if chat and not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"the tokenizer of {name} has no chat template; leave chat out")
         self.config = model.config.get_text_config(decoder=True)
@@ -130,7 +131,8 @@ class Subject:
         An answer ends at the model's end token, after ``max_new_tokens``, or, with ``one_line``, at a line end after
         some text. A sample of several turns is read without its questions first (see `Task.turns`) and cannot be
         batched. Where the policy has a method for decoding, any sample is, one by one, and its questions are read token
-        by token as well, as Quest's authors have it: what is asked is no part of what was read before.
+        by token as well, as Quest's authors have it: what is asked is no part of what was read before. Policies that
+        read a context alike, one after the other, read it once; each has the cost of that.
 
         Raises:
             ValueError: a batch of samples with several turns.
@@ -139,6 +141,7 @@ class Subject:
             raise ValueError(f"samples with several turns are run one by one, got a batch of {len(samples)}")
         if policy.decode is not None or len(samples[0].turns) > 1:
             return [self._converse(sample, policy, max_new_tokens, one_line) for sample in samples]
+        self._read = None
         prompts = [self.prompt_tokens(sample) for sample in samples]
         with gossamer.enable(self.model, policy) as handle:
             held = None if handle.cache is None else handle.new_cache()
@@ -161,14 +164,11 @@ class Subject:
         context = torch.tensor([prompts[0][:shared]], device=self.device)
         texts, spent, steps, tokens = [], 0.0, [], 0
         with gossamer.enable(self.model, policy) as handle:
-            started = time.perf_counter()
-            held = None if handle.cache is None else handle.new_cache()
-            read = self.model(input_ids=context, past_key_values=held, use_cache=True, logits_to_keep=1)
-            self.wait()
-            cost = _cost(handle.stats(), time.perf_counter() - started, 1)
-            for i, prompt in enumerate(prompts):
-                last = i == len(prompts) - 1
-                cache = read.past_key_values if last else copy.deepcopy(read.past_key_values)
+            stores = handle.cache is not None
+            read, cost = self._context(context, policy, handle)
+            held = None
+            for prompt in prompts:
+                cache = held = copy.deepcopy(read)
                 if policy.decode is not None:
                     handle.reset()
                     spent += self._read_on(prompt[shared:-1], cache)
@@ -177,9 +177,28 @@ class Subject:
                 tokens += len(prompt) - shared + len(out[0]) - 1
                 texts.append(self.text(out[0]))
                 steps += [layer.step_density for layer in handle.stats()]
-        size = None if held is None else nbytes(held)
+        size = nbytes(held) if stores else None
         share = sum(steps) / len(steps) if policy.decode is not None else None
         return Answers(tuple(texts), cost, spent, share, size, tokens if policy.decode is not None else None)
+
+    def _context(self, tokens: Tensor, policy: Policy, handle: Handle) -> tuple[Any, Cost]:
+        """A cache that has read tokens, to be copied and not to be added to, and what reading them cost.
+
+        Of policies that differ in their method for decoding alone, and if these want nothing of a prompt's queries but
+        what they share, the first reads.
+        """
+        watches = () if policy.decode is None else policy.decode.watches()
+        key = tokens.tolist(), replace(policy, decode=None), handle.cache, watches
+        if self._read is None or self._read[0] != key:
+            self._read = None
+            handle.reset()
+            started = time.perf_counter()
+            held = None if handle.cache is None else handle.new_cache()
+            read = self.model(input_ids=tokens, past_key_values=held, use_cache=True, logits_to_keep=1)
+            self.wait()
+            cost = _cost(handle.stats(), time.perf_counter() - started, 1)
+            self._read = key, read.past_key_values, cost
+        return self._read[1:]
 
     def _read_on(self, tokens: Sequence[int], cache: Any) -> float:
         """Read tokens one by one; seconds."""

@@ -75,6 +75,10 @@ class Method(ABC):
         """Summaries of a cache that want to see a prompt's queries, before this method first chooses of it."""
         return ()
 
+    def summaries(self) -> tuple[Summary[Any] | type[Summary[Any]], ...]:
+        """What it asks of a call's store: a summary, or a kind of them where the call says which."""
+        return ()
+
     def parts(self) -> Iterator[Method]:
         """The method itself, and those that its fields hold, however deep."""
         yield self

@@ -68,6 +68,9 @@ class DoubleSparsity(Method):
         if self.bits not in (4, 8, 16, 32):
             raise ValueError(f"{self.name}.bits must be 4, 8, 16 or 32, got {self.bits!r}")
 
+    def summaries(self) -> tuple[type[Labels]]:
+        return (Labels,)
+
     def least_density(self, call: AttentionCall) -> float:
         dense = call.layer is not None and call.layer < self.dense_layers
         return 1.0 if dense else share_read(call, self.budget, 1)

@@ -66,6 +66,9 @@ class InfLLM(Method):
     def watches(self) -> tuple[Summary[Any], ...]:
         return (self.represents,)
 
+    def summaries(self) -> tuple[Representatives]:
+        return (self.represents,)
+
     def least_density(self, call: AttentionCall) -> float:
         keys, most = call.extent.key_count, self.init + self.local + self.blocks * self.block
         return float(keys.clamp(max=most).sum() / keys.sum().clamp(min=1))

@@ -18,6 +18,7 @@ from gossamer.methods.head_tables import Table, full_heads, gates_of_rank, of_la
 from gossamer.methods.pages import choose, forced, plan_of_blocks, share_read, shared
 from gossamer.plan import SparsePlan, ceil_div
 from gossamer.scores import page_scores
+from gossamer.summaries import PageBounds
 
 __all__ = ["LServe"]
 
@@ -86,6 +87,9 @@ class LServe(Method):
         return (
             replace(self, **gates_of_rank(self.full, rank, ranks, heads, groups)) if self.gates and ranks > 1 else self
         )
+
+    def summaries(self) -> tuple[PageBounds]:
+        return (PageBounds(self.logical),)
 
     def least_density(self, call: AttentionCall) -> float:
         if not _is_step(call):

@@ -10,6 +10,7 @@ from gossamer.methods.base import Method, Settings, require_at_least, require_fl
 from gossamer.methods.pages import plan_of_tokens, share_read
 from gossamer.plan import SparsePlan
 from gossamer.scores import page_scores
+from gossamer.summaries import PageBounds
 
 __all__ = ["Quest"]
 
@@ -49,6 +50,9 @@ class Quest(Method):
         require_at_least(self, 1, "page")
         require_at_least(self, self.page, "budget")
         require_flag(self, "per_query_head")
+
+    def summaries(self) -> tuple[PageBounds]:
+        return (PageBounds(self.page),)
 
     def least_density(self, call: AttentionCall) -> float:
         dense = call.layer is not None and call.layer < self.dense_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from gossamer.evaluate.metrics import Interval
 from gossamer.evaluate.summary import SummaryRow
@@ -19,14 +20,37 @@ _LEAST = 1e-4
 _MOST_ROWS = 5
 
 
+class _Cost(NamedTuple):
+    """What settings are compared by: a figure of a row, its name on an axis, its unit, and in short."""
+
+    of: Callable[[SummaryRow], float | None]
+    axis: str
+    unit: str
+    short: str
+
+
+_PREFILL = _Cost(lambda row: row.prefill_s, "seconds of the prefill", "s", "seconds")
+_TOKEN = _Cost(lambda row: row.token_s and 1e3 * row.token_s, "milliseconds of a token", "ms", "time of a token")
+
+
+def decodes(rows: Sequence[SummaryRow]) -> bool:
+    """Whether what is compared is how steps read a cache, or what caches keep, after prompts that are read alike."""
+    sparse = [row for row in rows if not _is_dense(row)]
+    return bool(sparse) and all(row.token_s and row.cache_bytes and row.density == 1.0 for row in sparse)
+
+
 def overview(rows: Sequence[SummaryRow]) -> Figure:
-    """Accuracy and predictions against seconds, and what plans keep beside the best ones, at the longest length."""
+    """Accuracy and predictions against seconds, and what plans keep beside the best ones, at the longest length.
+
+    Where only steps differ, against the time of a token.
+    """
     rows = _longest(rows)
+    cost = _TOKEN if decodes(rows) else _PREFILL
     styles = family_styles(row.method for row in rows)
     panels = [
         (caption, drawn)
         for caption, drawn in (
-            ("Answers: accuracy against seconds", _accuracy(rows, styles)),
+            (f"Answers: accuracy against {cost.short}", _accuracy(rows, styles, cost)),
             ("Predictions: KL from dense against seconds", _divergence(rows, styles)),
             ("Attention mass lost against density", _lost_mass(rows, styles)),
         )
@@ -40,10 +64,10 @@ def overview(rows: Sequence[SummaryRow]) -> Figure:
         for r in rows
     ]
     where = f" at {short_length(rows[0].length)} tokens" if rows else ""
-    note = (
-        f"All{where}; settings of one method are joined, bars are 95% intervals. Left is cheaper. Dashed lines are "
-        "dense attention. On the right a line leads from each plan down to the oracle: the best plan of as many blocks."
-    )
+    note = f"All{where}; settings of one method are joined, bars are 95% intervals. Left is cheaper. "
+    note += "Dashed lines are dense attention."
+    if any(row.oracle_recall is not None for row in rows):
+        note += " On the right a line leads from each plan down to the oracle: the best plan of as many blocks."
     return Figure("overview", "At a glance", note, panels, table, "three", legend(styles) if panels else Html())
 
 
@@ -56,16 +80,16 @@ def _is_dense(row: SummaryRow) -> bool:
     return family(row.method) == "dense"
 
 
-def _accuracy(rows: Sequence[SummaryRow], styles: dict[str, Style]) -> Html | None:
-    shown = [row for row in rows if row.accuracy is not None and row.prefill_s]
+def _accuracy(rows: Sequence[SummaryRow], styles: dict[str, Style], cost: _Cost) -> Html | None:
+    shown = [row for row in rows if row.accuracy is not None and cost.of(row)]
     if not any(not _is_dense(row) for row in shown):
         return None
     low = min(row.interval[0] for row in shown if row.interval)
-    panel = _panel(shown, "accuracy", (max(0.0, low - 0.03), 1.02), log=False)
-    plain = next((row for row in shown if _is_dense(row)), None)
+    panel = _panel(shown, "accuracy", (max(0.0, low - 0.03), 1.02), cost, log=False)
+    plain = next((row for row in rows if _is_dense(row) and row.accuracy is not None), None)
     if plain is not None:
-        _across(panel, shown, plain.accuracy or 0.0)
-    _draw(panel, shown, styles, lambda row: row.accuracy or 0.0, lambda row: row.interval)
+        _across(panel, shown, plain.accuracy or 0.0, cost)
+    _draw(panel, shown, styles, cost, lambda row: row.accuracy or 0.0, lambda row: row.interval)
     return panel.render(scale=1.2)
 
 
@@ -76,12 +100,13 @@ def _divergence(rows: Sequence[SummaryRow], styles: dict[str, Style]) -> Html | 
         return None
     ends = [end for row in shown for end in (row.kl or _LEAST, *(row.kl_interval or ()))]
     plain = [row for row in timed if _is_dense(row)]
-    panel = _panel([*shown, *plain], "KL from dense (nats)", (max(_LEAST, min(ends)) * 0.7, max(ends) * 1.4), log=True)
+    y = max(_LEAST, min(ends)) * 0.7, max(ends) * 1.4
+    panel = _panel([*shown, *plain], "KL from dense (nats)", y, _PREFILL, log=True)
     assert panel.y is not None
     for row in plain:  # nothing is lost there, which a logarithm cannot show
         x = panel.place(row.prefill_s or 1.0, panel.y.low)[0]
         panel.line([(x, panel.y.picture[0]), (x, panel.y.picture[1])], "var(--axis)", 1.2, "5 4")
-    _draw(panel, shown, styles, lambda row: max(row.kl or 0.0, _LEAST), lambda row: row.kl_interval)
+    _draw(panel, shown, styles, _PREFILL, lambda row: max(row.kl or 0.0, _LEAST), lambda row: row.kl_interval)
     return panel.render(scale=1.2)
 
 
@@ -108,17 +133,17 @@ def _lost_mass(rows: Sequence[SummaryRow], styles: dict[str, Style]) -> Html | N
     return panel.render(scale=1.2)
 
 
-def _panel(rows: Sequence[SummaryRow], name: str, y: tuple[float, float], *, log: bool) -> Panel:
-    seconds = [row.prefill_s or 1.0 for row in rows]
-    ends = min(seconds) * 0.85, max(seconds) * 1.18
-    panel = Panel(380, 280, f"{name} against seconds")
+def _panel(rows: Sequence[SummaryRow], name: str, y: tuple[float, float], cost: _Cost, *, log: bool) -> Panel:
+    costs = [cost.of(row) or 1.0 for row in rows]
+    ends = min(costs) * 0.85, max(costs) * 1.18
+    panel = Panel(380, 280, f"{name} against {cost.short}")
     ticks = [tick for tick in _TICKS if ends[0] <= tick <= ends[1]]
-    panel.axes(ends, y, ("seconds of the prefill", name), (True, log), ticks)
+    panel.axes(ends, y, (cost.axis, name), (True, log), ticks)
     return panel
 
 
-def _across(panel: Panel, rows: Sequence[SummaryRow], value: float) -> None:
-    ends = min(row.prefill_s or 1.0 for row in rows), max(row.prefill_s or 1.0 for row in rows)
+def _across(panel: Panel, rows: Sequence[SummaryRow], value: float, cost: _Cost) -> None:
+    ends = min(cost.of(row) or 1.0 for row in rows), max(cost.of(row) or 1.0 for row in rows)
     panel.line([panel.place(end, value) for end in ends], "var(--axis)", 1.2, "5 4")
 
 
@@ -126,18 +151,19 @@ def _draw(
     panel: Panel,
     rows: Sequence[SummaryRow],
     styles: dict[str, Style],
+    cost: _Cost,
     value: Callable[[SummaryRow], float],
     interval: Callable[[SummaryRow], Interval | None],
 ) -> None:
     for name, style in styles.items():
-        group = sorted((row for row in rows if family(row.method) == name), key=lambda row: row.prefill_s or 0.0)
-        places = [panel.place(row.prefill_s or 1.0, value(row)) for row in group]
+        group = sorted((row for row in rows if family(row.method) == name), key=lambda row: cost.of(row) or 0.0)
+        places = [panel.place(cost.of(row) or 1.0, value(row)) for row in group]
         if name != "dense":
             panel.line(places, style.colour, 1.2)
         for row, place in zip(group, places, strict=True):
-            hint = f"{row.method}: {value(row):.3f} in {row.prefill_s:.2f} s"
+            hint = f"{row.method}: {value(row):.3f} in {cost.of(row):.2f} {cost.unit}"
             if ends := interval(row):
-                low, high = (panel.place(row.prefill_s or 1.0, max(end, _LEAST))[1] for end in ends)
+                low, high = (panel.place(cost.of(row) or 1.0, max(end, _LEAST))[1] for end in ends)
                 panel.line([(place[0], low), (place[0], high)], style.colour, 1.0)
                 hint += f" [{ends[0]:.3f}, {ends[1]:.3f}]"
             panel.marker(*place, style.marker or "circle", style.colour, hint, scale=0.9)
@@ -173,11 +199,17 @@ def _about_answers(rows: Sequence[SummaryRow]) -> list[str]:
         return []
     losing = [row for row in judged if (row.difference_interval or (0, 0))[1] < 0]
     keeping = [row for row in judged if row not in losing]
+    steps = decodes(rows)
+    cost = _TOKEN if steps else _PREFILL
     lines = []
     if keeping:
-        fastest = min(keeping, key=lambda row: row.prefill_s or float("inf"))
+        fastest = min(keeping, key=lambda row: cost.of(row) or float("inf"))
         may = max(0.0, -(fastest.difference_interval or (0.0, 0.0))[0])
-        gain = f" {fastest.speedup:.1f} times as fast as dense," if fastest.speedup else ""
+        gain = f" {fastest.speedup:.1f} times as fast as dense," if fastest.speedup and not steps else ""
+        if steps:
+            gain = f" {cost.of(fastest):.1f} ms a token," + (
+                "" if fastest.read is None else f" which read {fastest.read:.1%} of the cache,"
+            )
         lines.append(
             f"{len(keeping)} of {len(judged)} settings lose no answers that these samples could show. The fastest of "
             f"them is {fastest.method},{gain} which may still lose up to {may:.2f}."
@@ -219,23 +251,48 @@ def short_table(rows: Sequence[SummaryRow]) -> list[list[str]]:
     """Header and cells: what computes every pair, and the fastest settings; first those that lose no answers."""
     rows = [row for row in _longest(rows) if row.prefill_s]
     dense = [row for row in rows if _is_dense(row)]
+    steps = decodes(rows)
+    cost = _TOKEN if steps else _PREFILL
 
     def rank(row: SummaryRow) -> tuple[bool, float]:
         loses = row.difference_interval is not None and row.difference_interval[1] < 0
-        return loses, row.prefill_s or 0.0
+        return loses, cost.of(row) or 0.0
 
     chosen = sorted((row for row in rows if not _is_dense(row)), key=rank)[:_MOST_ROWS]
+    if steps:
+        return _table_of_steps([*dense, *chosen])
     table = [["method", "seconds", "times as fast", "density", "less dense", "KL"]]
     for row in [*dense, *chosen]:
-        low, high = row.difference_interval or (0.0, 0.0)
         table.append(
             [
                 row.method,
                 f"{row.prefill_s:.2f}",
                 "-" if row.speedup is None else f"{row.speedup:.1f}",
                 "-" if row.density is None else f"{row.density:.3f}",
-                "-" if row.difference is None else f"{row.difference:+.2f} [{low:+.2f}, {high:+.2f}]",
+                _less_dense(row),
                 "-" if row.kl is None else number(row.kl),
             ]
         )
     return table if chosen else []
+
+
+def _table_of_steps(rows: Sequence[SummaryRow]) -> list[list[str]]:
+    table = [["method", "ms a token", "of the cache read", "MiB held", "less dense"]]
+    for row in rows:
+        table.append(
+            [
+                row.method,
+                "-" if row.token_s is None else f"{1e3 * row.token_s:.1f}",
+                "-" if row.read is None else f"{row.read:.3f}",
+                "-" if row.cache_bytes is None else f"{row.cache_bytes / 2**20:.1f}",
+                _less_dense(row),
+            ]
+        )
+    return table
+
+
+def _less_dense(row: SummaryRow) -> str:
+    if row.difference is None:
+        return "-"
+    low, high = row.difference_interval or (0.0, 0.0)
+    return f"{row.difference:+.2f} [{low:+.2f}, {high:+.2f}]"

@@ -17,7 +17,7 @@ from gossamer.report.decoding import decoding
 from gossamer.report.figure import Figure, Record, family
 from gossamer.report.html import Html, breakable, document, element, join
 from gossamer.report.latency import dense_labels
-from gossamer.report.overview import in_words, overview, short_table
+from gossamer.report.overview import decodes, in_words, overview, short_table
 from gossamer.report.spreadsheet import csv_text
 
 __all__ = ["findings", "write_report"]
@@ -157,6 +157,7 @@ def findings(rows: Sequence[SummaryRow]) -> list[str]:
     rows = [row for row in rows if row.length == longest]
     seconds = {row.method: row.prefill_s for row in rows}
     plain = [(label, other) for label in dense_labels(list(seconds)) if (other := seconds[label])]
+    steps = decodes(rows)
     sentences = []
     for row in rows:
         # Dense attention on another kernel is something to compare with, not a method.
@@ -174,7 +175,10 @@ def findings(rows: Sequence[SummaryRow]) -> list[str]:
         if row.fewest < _FEW:
             judged += f"; {row.fewest} samples a task are too few to say more"
         cost = [f"computes {row.density:.1%} of the pairs"] if row.density is not None else []
-        if row.speedup is not None and row.prefill_s and plain:
+        if steps:
+            cost = [] if row.read is None else [f"reads {row.read:.1%} of the cache"]
+            cost.append(f"takes {1e3 * (row.token_s or 0.0):.1f} ms a token")
+        elif row.speedup is not None and row.prefill_s and plain:
             more = "".join(f", {row.prefill_s / other:.2f} times that of {name}" for name, other in plain[1:])
             cost.append(f"takes {1 / row.speedup:.2f} times the prefill of {plain[0][0]}{more}")
         worst = min(row.tasks, key=lambda task: row.tasks[task][0]) if len(row.tasks) > 1 else None

@@ -44,6 +44,7 @@ class Common:
     slot_mapping: Tensor
     causal: Any = True
     seq_lens_cpu_upper_bound: Tensor | None = None
+    is_prefilling: Tensor | None = None
     mm_req_doc_ranges: Any = None
     _num_computed_tokens_cache: Any = None
 

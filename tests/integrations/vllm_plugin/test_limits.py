@@ -77,20 +77,6 @@ def test_metadata_that_is_copied_by_its_fields_keeps_ours(kind: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("rows", [[(1, 20), (1, 70), (3, 40)], [(1, 20), (40, 3), (2, 33)]])
-def test_rows_that_decode_have_their_place(
-    kind: str, rows: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("rows", "engine"):
-        monkeypatch.setattr(f"gossamer.integrations.vllm.{module}.decodes", lambda policy: True)
-    served = Served(kind)
-    out = served.run(rows)
-    assert served.impl.given == []
-    torch.testing.assert_close(out, served.expected(rows), atol=2e-5, rtol=1e-4)
-    assert served.total("gossamer_rows", method="dense", path="dense") == len(rows)
-
-
-@both
 @pytest.mark.parametrize(
     ("rows", "apart"),
     [

@@ -20,7 +20,7 @@ from gossamer.backends.cpu.native import (
     supported_isas,
     why_unavailable,
 )
-from gossamer.backends.cpu.pages import page_scores, page_tokens
+from gossamer.backends.cpu.pages import forget_slots, keep_bounds, page_scores, page_tokens
 from gossamer.backends.cpu.rotary import pool_before_rotary
 from gossamer.backends.cpu.scores import (
     NEAR_BYTES,
@@ -59,10 +59,12 @@ __all__ = [
     "count_top_p",
     "exact_slashes",
     "finish",
+    "forget_slots",
     "group_differences",
     "group_shares",
     "has_openmp",
     "is_available",
+    "keep_bounds",
     "label_scores",
     "last_query_probe",
     "mean_row_maxima",

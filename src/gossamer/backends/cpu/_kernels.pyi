@@ -29,7 +29,7 @@ class Numbers:
     def __init__(self, data: int, shape: Sequence[int], strides: Sequence[int]) -> None: ...
 
 class Tokens:
-    """Keys or values: of a tensor; of one sequence in pages, with strides of pages and heads, and a table int32; or
+    """Keys or values: of a tensor; of sequences in pages, with strides of pages and heads, and tables int32; or
     encoded ones before a tail. Scales, zeros and packed elements have the tail's dtype; codes and bitmaps are bytes."""
 
     @overload
@@ -47,6 +47,7 @@ class Tokens:
         dtype: DType,
         tokens: int,
         table: Array,
+        batch: int = 1,
     ) -> None: ...
     @overload
     def __init__(

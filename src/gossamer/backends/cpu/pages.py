@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from gossamer.backends.cpu.native import MAX_HEAD_DIM, active_isa, check_tensors, kernels
-from gossamer.backends.cpu.views import arrays, dense_rows, tensor_view
+from gossamer.backends.cpu.views import arrays, dense_rows, dtype_of, tensor_view, tokens_view
 from gossamer.backends.torch.pages import page_scores as definition
 from gossamer.backends.torch.pages import signed_parts
 from gossamer.call import AttentionCall
+from gossamer.paged import Paged
 
-__all__ = ["page_scores", "page_tokens"]
+__all__ = ["forget_slots", "keep_bounds", "page_scores", "page_tokens"]
 
 
 def page_scores(call: AttentionCall, bounds: Tensor, size: int) -> Tensor:
     """See `gossamer.backends.torch.page_scores`. Bounds are read once, in their dtype, and summed up in fp32.
+
+    Those that lie in pages themselves, as rows, are read there.
 
     Above 128 channels, of which bounds are twice as many as the kernels take, the definition serves.
     """
@@ -31,7 +34,7 @@ def page_scores(call: AttentionCall, bounds: Tensor, size: int) -> Tensor:
     kernels().page_scores(
         active_isa(torch.float32),
         tensor_view(queries),
-        tensor_view(bounds),
+        tokens_view(bounds),
         _choice(keys, call.heads, pages, size),
         out=scores.data_ptr(),
         threads=torch.get_num_threads(),
@@ -62,6 +65,27 @@ def page_tokens(call: AttentionCall, scores: Tensor, size: int, count: int, head
     if all(number == room for number in counts.flatten().tolist()):
         return tokens.flatten(), counts
     return tokens[torch.arange(room, device="cpu") < counts[..., None]], counts
+
+
+def keep_bounds(keys: Paged, counts: Tensor, bounds: Tensor, held: Tensor) -> None:
+    """See `gossamer.backends.torch.keep_bounds`, with which it agrees."""
+    given, kept, to = arrays((counts, held, bounds), (torch.int64, torch.int32, bounds.dtype))
+    kernels().keep_bounds(
+        active_isa(torch.float32),
+        tokens_view(keys),
+        counts=given,
+        bounds=to,
+        dtype=dtype_of(bounds),
+        size=keys.page // bounds.shape[2],
+        held=kept,
+        threads=torch.get_num_threads(),
+    )
+
+
+def forget_slots(slots: Tensor, page: int, held: Tensor) -> None:
+    """See `gossamer.backends.torch.forget_slots`, with which it agrees."""
+    given, kept = arrays((slots, held), (torch.int64, torch.int32))
+    kernels().forget_slots(given, page=page, held=kept)
 
 
 def _most(keys: int, size: int, count: int, sinks: int, recent: int) -> int:

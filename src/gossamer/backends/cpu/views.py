@@ -24,6 +24,7 @@ __all__ = [
     "address",
     "arrays",
     "dense_rows",
+    "dtype_of",
     "extent_view",
     "grid_view",
     "part_view",
@@ -89,6 +90,7 @@ def tokens_view(x: Tensor) -> Any:
         dtype=_dtypes()[x.dtype],
         tokens=x.shape[2],
         table=(x.table.data_ptr(), x.table.numel()),
+        batch=x.shape[0],
     )
 
 
@@ -112,6 +114,11 @@ def _encoded_view(x: EncodedTokens) -> Any:
         group=encoded.group,
         over_tokens=encoded.over == "tokens",
     )
+
+
+def dtype_of(x: Tensor) -> Any:
+    """As the kernels name it."""
+    return _dtypes()[x.dtype]
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from gossamer.backends.torch.cells import antidiagonal_means, antidiagonal_peaks
 from gossamer.backends.torch.choose import ListWriter, count, finish
 from gossamer.backends.torch.gates import block_attention, pool_before_rotary, pool_key_bounds
 from gossamer.backends.torch.groups import group_differences, group_shares, mean_row_maxima, near_keys
-from gossamer.backends.torch.pages import page_scores, page_tokens
+from gossamer.backends.torch.pages import forget_slots, keep_bounds, page_scores, page_tokens
 from gossamer.backends.torch.scores import (
     NEAR_BYTES,
     PART_BYTES,
@@ -39,8 +39,10 @@ __all__ = [
     "count_top_p",
     "exact_slashes",
     "finish",
+    "forget_slots",
     "group_differences",
     "group_shares",
+    "keep_bounds",
     "key_similarity",
     "label_scores",
     "last_query_probe",

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from gossamer.call import AttentionCall
+from gossamer.paged import FORMS, Paged
 from gossamer.plan import ceil_div, on_device
 from gossamer.rules import top_k
+from gossamer.summaries.base import raised
 
-__all__ = ["choose", "forced", "page_scores", "page_tokens", "shared"]
+__all__ = ["choose", "forced", "forget_slots", "keep_bounds", "page_scores", "page_tokens", "shared"]
 
 
 def page_scores(call: AttentionCall, bounds: Tensor, size: int) -> Tensor:
@@ -109,3 +111,41 @@ def choose(scores: Tensor, held: Tensor, count: int) -> Tensor:
         bool ``[B, heads, N]``.
     """
     return top_k(scores.masked_fill(held, float("inf")), count) | held
+
+
+def keep_bounds(keys: Paged, counts: Tensor, bounds: Tensor, held: Tensor) -> None:
+    """Bring up to date what is kept of the bounds of a paged cache's keys, by page of the cache.
+
+    A page of the cache may be of several sequences, whose first tokens are the same. Tokens behind ``counts`` are not
+    looked at.
+
+    Args:
+        counts: int64 ``[B]``, tokens of each sequence.
+        bounds: ``[pages of the cache, G, n, 2 * D]``, of each n-th of a page, as `gossamer.summaries.PageBounds` has
+            them. What it has for tokens that are not held is anything. Written to.
+        held: int32 ``[pages of the cache]``, of how many of its first tokens the bounds are. Written to.
+    """
+    size, dim = keys.page // bounds.shape[2], keys.shape[3]
+    for table, count in zip(keys.table.tolist(), counts.tolist(), strict=True):
+        for place in range(ceil_div(count, keys.page)):
+            number, end = table[place], min(keys.page, count - place * keys.page)
+            for first in range(int(held[number]) // size * size, end, size) if held[number] < end else ():
+                page = FORMS[keys.form](keys.pages[number : number + 1], keys.page, dim)
+                rows = page.reshape(-1, keys.page, dim)[:, first : min(first + size, end)]
+                largest, smallest = rows.amax(dim=1), rows.amin(dim=1)
+                if rows.dtype != bounds.dtype:
+                    largest, smallest = raised(largest), -raised(-smallest)
+                bounds[number, :, first // size] = torch.cat([largest, smallest], dim=-1)
+            held[number] = max(int(held[number]), end)
+
+
+def forget_slots(slots: Tensor, page: int, held: Tensor) -> None:
+    """Tokens of a paged cache were written: what is held of their pages ends before the first of them.
+
+    Args:
+        slots: int64, ``page * number + place``; those below 0 are none.
+        page: tokens of a page.
+        held: as `keep_bounds` has it. Written to.
+    """
+    written = slots[slots >= 0]
+    held.scatter_reduce_(0, written // page, (written % page).to(held.dtype), "amin")

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,14 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
+from gossamer.call import AttentionCall
+from gossamer.integrations.vllm.bounds import PageStore
+from gossamer.integrations.vllm.decoding import Memory
 from gossamer.integrations.vllm.engine import Engine, call_of, logger
-from gossamer.integrations.vllm.limits import why_not
+from gossamer.integrations.vllm.limits import shares_pages, why_not
 from gossamer.integrations.vllm.pages import ROWS, paged, read, verify
-from gossamer.integrations.vllm.plugin import engine_of, policies_of, settings_of
-from gossamer.integrations.vllm.rows import Row, Step, put, taken
+from gossamer.integrations.vllm.plugin import engine_of, policies_of, requests_of, settings_of
+from gossamer.integrations.vllm.rows import Readers, Row, Step, put, taken
 
 __all__ = ["SparseBuilder", "SparseImpl", "is_asked_for"]
 
@@ -46,6 +49,7 @@ class SparseImpl(Stock):
     reason: str | None = "not in a group of layers"
     isa: str = ""
     page: tuple[int, ...] = ()
+    number: int = -1
 
     def misfit(self, query: Tensor, cache: Tensor) -> bool:
         """Whether the cache is another one than was verified."""
@@ -56,14 +60,25 @@ class SparseImpl(Stock):
         """The layer's sliding window."""
         raise NotImplementedError
 
-    def join(self, engine: Engine, index: int | None, reason: str | None, isa: str, page: tuple[int, ...]) -> None:
+    def join(
+        self,
+        engine: Engine,
+        index: int | None,
+        reason: str | None,
+        isa: str,
+        page: tuple[int, ...],
+        written_here: bool = True,
+    ) -> None:
         """Become a layer that the plug-in counts and, without a reason not to, serves.
 
         Args:
             isa, page: the layout of its cache, and the shape ``(G, tokens, 2 * D)`` of a page.
+            written_here: whether all that comes into its pages comes by `do_kv_cache_update`.
         """
         self.engine, self.index, self.isa, self.page = engine, index, isa, page
         self.reason = reason if reason is not None else engine.why_not(index, self.num_heads)
+        decodes = self.reason is None and self.window is None and isa != ROWS and written_here
+        self.number = engine.decoders.join(index, self.num_heads, self.num_kv_heads, page[1], decodes)
 
     def forward(
         self,
@@ -84,10 +99,14 @@ class SparseImpl(Stock):
         reason = self._why_not(step, query, kv_cache)
         if output_scale is not None or output_block_scale is not None:
             reason = "quantised output"
-        if reason is not None or not step.rows:
+        if reason is None and step.without is not None:
+            decoders = self.engine.decoders
+            whole = [id(some.policy) for some in step.readers if decoders.reads_whole(some.policy, self.number)]
+            step = step.without(whole) if whole else step
+        if reason is not None or step.is_stock:
             self.engine.counters.add_stock(self.index, [(reason, step.count())] if reason else step.reasons.items())
             return super().forward(*given, attn_metadata, output, output_scale, output_block_scale)
-        if step.stock is not None:
+        if step.others:
             # They need not come first, nor together: then their tokens are taken out and put back.
             some = taken(query, step.others)
             apart = len(step.others) > 1
@@ -99,7 +118,16 @@ class SparseImpl(Stock):
             self.engine.counters.add_stock(self.index, step.reasons.items())
         for row in step.rows:
             self._attend(row, query, key, value, kv_cache, attn_metadata.block_table, output)
+        for some in step.readers:
+            self._decode(some, query, kv_cache, attn_metadata.block_table, output)
         return output
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self.engine is not None:
+            self.engine.written(kv_cache, slot_mapping)
 
     def _why_not(self, step: Step, query: Tensor, cache: Tensor) -> str | None:
         if self.reason is not None:
@@ -143,6 +171,27 @@ class SparseImpl(Stock):
         result = self.engine.attend(call, row.policy)
         out[mine].view(row.queries, heads, -1).copy_(result[0].transpose(0, 1))
 
+    def _decode(self, some: Readers, query: Tensor, cache: Tensor, table: Tensor, out: Tensor) -> None:
+        assert self.engine is not None
+        extent, listed = some.ready(table, cache.shape[2])
+        keys, values = paged(cache, listed, 0, max(some.counts), self.isa)
+        span = some.span
+        places = span if span is not None else torch.tensor(some.places, device=query.device)
+        call = AttentionCall(
+            query[places].view(len(some.places), self.num_heads, 1, self.head_size),
+            keys,
+            values,
+            extent,
+            self.scale,
+            self.sinks,
+            self.logits_soft_cap or None,
+            self.index,
+            PageStore(self.engine.bounds_of(cache), cache, keys, extent.key_count),
+            state=some.states or None,
+        )
+        result = self.engine.decode(call, some)
+        out[places] = result.view(len(some.places), *out.shape[1:])
+
 
 class SparseBuilder(Stock):
     """Decides which rows of a step run a plan, and has vLLM's metadata made for the others alone.
@@ -157,6 +206,7 @@ class SparseBuilder(Stock):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.sparse = engine_of(vllm_config)
+        self.memory = Memory()
         if self.sparse is None:
             return
         spec = kv_cache_spec
@@ -166,7 +216,7 @@ class SparseBuilder(Stock):
             impl = layer.impl
             if isinstance(impl, SparseImpl):
                 reason = of_server or _why_not(layer) or self.why_not(impl) or self._verified(impl, page, isa)
-                impl.join(self.sparse, _index(name), reason, isa, page)
+                impl.join(self.sparse, _index(name), reason, isa, page, not shares_pages(vllm_config))
                 self.serves |= impl.reason is None
 
     def layout(self) -> str:
@@ -215,12 +265,32 @@ class SparseBuilder(Stock):
         reason = self.why_not_step(common)
         if reason is not None:
             return sparse.refused(rows, reason)
-        policies = policies_of(self, sparse, rows) if common.max_query_len > 1 else None
+        policies = policies_of(self, sparse, rows) if common.max_query_len > 1 or sparse.decodes else None
         starts, lengths = self.lengths(common)
-        step = sparse.step(starts, lengths, common.max_query_len, policies)
-        if step.rows and step.others:
-            step.stock = super().build(0, _others(common, step, starts, lengths))
+        prompts = getattr(common, "is_prefilling", None) if sparse.decodes else None
+        of_prompts = () if prompts is None else prompts[:rows].tolist()
+        step = sparse.step(starts, lengths, common.max_query_len, policies, of_prompts)
+        if sparse.decodes:
+            self.memory.join(step, requests_of(self, rows))
+        self._give_stock(step, common, starts, lengths)
+        former = step.without
+        if former is not None:
+            made: dict[frozenset[int], Step] = {}
+
+            def without(whole: Collection[int]) -> Step:
+                key = frozenset(whole)
+                if key not in made:
+                    made[key] = former(key)
+                    self.memory.join(made[key])
+                    self._give_stock(made[key], common, starts, lengths)
+                return made[key]
+
+            step.without = without
         return step
+
+    def _give_stock(self, step: Step, common: Any, starts: Tensor, lengths: Tensor) -> None:
+        if step.others and not step.is_stock:
+            step.stock = super().build(0, _others(common, step, starts, lengths))
 
 
 @functools.cache
@@ -253,7 +323,7 @@ def _index(name: str) -> int | None:
 
 def _others(common: Any, step: Step, starts: Tensor, lengths: Tensor) -> Any:
     """vLLM's description of a step, of the rows that run no plan alone."""
-    chosen = {row.index for row in step.rows}
+    chosen = set(step.chosen())
     rows = torch.tensor([index for index in range(len(lengths)) if index not in chosen], device="cpu")
     counts = (starts[1:] - starts[:-1])[rows]
     begins = torch.zeros(len(rows) + 1, dtype=starts.dtype, device="cpu")

@@ -56,14 +56,14 @@ class Counters:
         self._writer: threading.Thread | None = None
         self._told: dict[Key, float] = {}
 
-    def add(self, record: CallRecord, method: str, pairs: float) -> None:
-        """A row that ran here, and the pairs of query and key that dense attention computes for it."""
+    def add(self, record: CallRecord, method: str, pairs: float, rows: int = 1) -> None:
+        """Rows that ran here, and the pairs of query and key that dense attention computes for them."""
         layer = "-" if record.layer is None else str(record.layer)
         where = {"layer": layer, "method": method}
         with self._lock:
-            self._add("gossamer_rows", 1, path=record.path, **where)
+            self._add("gossamer_rows", rows, path=record.path, **where)
             if record.reason is not None:
-                self._add("gossamer_dense_rows", 1, layer=layer, reason=record.reason)
+                self._add("gossamer_dense_rows", rows, layer=layer, reason=record.reason)
             self._add("gossamer_planning_seconds", record.plan_seconds, **where)
             self._add("gossamer_attention_seconds", record.attention_seconds, **where)
             self._add("gossamer_pairs", pairs, **where)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gossamer.paged import Paged
+from gossamer.paged import Paged, Table
 
 __all__ = ["LAYOUTS", "ROWS", "paged", "read", "verify"]
 
@@ -38,17 +38,18 @@ LAYOUTS: dict[str, tuple[str, str]] = {
 """By the name of vLLM's kernel on CPUs: the forms of K and V, as `gossamer.paged.FORMS` has them."""
 
 
-def paged(cache: Tensor, table: Tensor, first: int, last: int, isa: str) -> tuple[Paged, Paged]:
-    """Keys and values of one sequence's tokens, where they lie: nothing is copied.
+def paged(cache: Tensor, table: Tensor | Table, first: int, last: int, isa: str) -> tuple[Paged, Paged]:
+    """Keys and values of sequences' tokens, where they lie: nothing is copied.
 
     Args:
         cache: ``[pages, G, page, 2 * D]``, contiguous.
-        table: int ``[n]``, the sequence's pages in order; those before ``first // page`` may be anything.
+        table: int ``[n]``, a sequence's pages in order; those before ``first // page`` may be anything. Or, from the
+            first token on, a `Table` of B sequences.
         first, last: tokens ``first`` to ``last - 1`` are wanted.
         isa: a name of `LAYOUTS`.
 
     Returns:
-        two of ``[1, G, last - first // page * page, D]``: they begin at the first token of a page. Of slots past
+        two of ``[B, G, last - first // page * page, D]``: they begin at the first token of a page. Of slots past
         ``last`` nothing is in them.
 
     Raises:
@@ -59,7 +60,7 @@ def paged(cache: Tensor, table: Tensor, first: int, last: int, isa: str) -> tupl
     _check(cache, table, first, last, cache.is_contiguous())
     begin = first // page
     halves = cache.view(pages, groups, 2, page * both // 2)
-    used, tokens = table[begin : -(-last // page)], last - begin * page
+    used, tokens = table if isinstance(table, Table) else table[begin : -(-last // page)], last - begin * page
     keys, values = (Paged(halves[:, :, half], used, tokens, page, form) for half, form in enumerate(LAYOUTS[isa]))
     return keys, values
 
@@ -77,11 +78,12 @@ def read(cache: Tensor, table: Tensor, first: int, last: int, isa: str) -> tuple
     return rows[..., : both // 2], rows[..., both // 2 :]
 
 
-def _check(cache: Tensor, table: Tensor, first: int, last: int, lies_right: bool) -> None:
+def _check(cache: Tensor, table: Tensor | Table, first: int, last: int, lies_right: bool) -> None:
     _, _, page, both = cache.shape
-    if both % 2 or not lies_right or -(-last // page) > table.numel() or not 0 <= first < last:
+    many = table.numbers.shape[1] if isinstance(table, Table) else table.numel()
+    if both % 2 or not lies_right or -(-last // page) > many or not 0 <= first < last:
         raise ValueError(
-            f"cannot read tokens {first} to {last} of {table.numel()} pages from a cache of shape "
+            f"cannot read tokens {first} to {last} of {many} pages from a cache of shape "
             f"{tuple(cache.shape)}; it must be contiguous [pages, heads, page, 2 * head_dim]"
         )
 

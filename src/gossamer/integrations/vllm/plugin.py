@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 
+from gossamer.backends import cpu
 from gossamer.integrations.vllm.counters import FOLDER, METRICS, announce, collected
+from gossamer.integrations.vllm.decoding import check_pages
 from gossamer.integrations.vllm.engine import Engine, logger, salt_of
 from gossamer.integrations.vllm.limits import connectors, shares_pages, why_not
 from gossamer.integrations.vllm.settings import Settings, check_model
 from gossamer.policy import Policy
 
-__all__ = ["KEY", "engine_of", "install", "policies_of", "settings_of"]
+__all__ = ["KEY", "engine_of", "install", "policies_of", "requests_of", "settings_of"]
 
 KEY = "gossamer"
 """Where a request names its policy: ``SamplingParams(extra_args={"gossamer": ...})``, ``vllm_xargs`` over HTTP."""
@@ -105,9 +107,12 @@ def engine_of(config: Any) -> Engine | None:
             rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
             heads, groups = model.hf_text_config.num_attention_heads, model.get_total_num_kv_heads()
             mine = settings.of_rank(rank, ranks, heads, groups)
+            for policy in (mine.policy, *mine.policies.values()):
+                _check_decode(policy, config)
             size, device = model.get_head_size(), current_platform.device_type
             like = torch.empty(1, heads // ranks, 1, size, dtype=model.dtype, device=device)
-            engine = Engine(mine, like, rank)
+            drafts = getattr(getattr(config, "speculative_config", None), "num_speculative_tokens", None) or 0
+            engine = Engine(mine, like, rank, 1 + drafts)
             _tell(mine, config)
         known = _engines[id(config)] = (config, engine)
     return known[1]
@@ -117,9 +122,30 @@ def _tell(settings: Settings, config: Any) -> None:
     reason = why_not(config)
     if reason is None:
         logger.info("gossamer: rows of %d queries and more run %s", settings.min_queries, settings.policy)
+        if shares_pages(config) and any(one.decode for one in (settings.policy, *settings.policies.values())):
+            logger.warning("gossamer: decoding reads the whole cache, into which a KV connector may bring pages unseen")
         return
     of = f"{reason} ({', '.join(connectors(config))})" if reason == "KV connector" else reason
     logger.warning("gossamer: vLLM's own kernel runs all rows of this server: %s", of)
+
+
+def _check_decode(policy: Policy, config: Any) -> None:
+    """That a policy's ``decode`` can choose on this server.
+
+    Raises:
+        ValueError: it cannot, and why.
+    """
+    if policy.decode is None:
+        return
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != "cpu":
+        raise ValueError(f"decode: {policy.decode.name} chooses what decoding reads on CPUs alone so far; leave it out")
+    if not cpu.is_available():
+        raise ValueError(f"decode: {policy.decode.name} needs gossamer's C++ kernels: {cpu.why_unavailable()}")
+    page = getattr(getattr(config, "cache_config", None), "block_size", None)
+    if page is not None:
+        check_pages(policy.decode, page)
 
 
 def policies_of(builder: Any, engine: Engine, rows: int) -> list[Policy] | None:
@@ -132,6 +158,12 @@ def policies_of(builder: Any, engine: Engine, rows: int) -> list[Policy] | None:
     if not any(one is not None for one in named):
         return None
     return [engine.policy_of(one) for one in named] + [engine.default] * (rows - len(named))
+
+
+def requests_of(builder: Any, rows: int) -> list[str] | None:
+    """The requests whose rows a step has; None where nobody knows."""
+    runner = builder.runner() if getattr(builder, "runner", None) is not None else None
+    return None if runner is None else list(runner.input_batch.req_ids[:rows])
 
 
 def _named(params: Any) -> Any:
@@ -164,6 +196,7 @@ def _checked(former: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 policy = settings.of_request(given)[1]
                 check_model(policy, self.vllm_config.model_config.hf_config)
+                _check_decode(policy, self.vllm_config)
             except (ValueError, TypeError) as error:
                 raise VLLMValidationError(f"{KEY}: {error}") from error
             if policy != settings.policy and getattr(self.vllm_config, "use_v2_model_runner", False):

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gossamer.methods import from_dict
+from gossamer.integrations.vllm.decoding import check_decode
+from gossamer.integrations.vllm.rows import NEVER
+from gossamer.methods import Dense, Method, from_dict
 from gossamer.methods.registry import class_of
 from gossamer.policy import FEW_QUERIES, Policy
 from gossamer.profiles import Profile, read_table
@@ -19,8 +21,9 @@ __all__ = ["VARIABLE", "Settings", "check_model"]
 
 VARIABLE = "GOSSAMER_VLLM"
 MIN_QUERIES = 64
+MIN_CONTEXT = 4096
 _THRESHOLDS = ("min_tokens", "max_density")
-_OURS = ("profile", "policies", "min_queries")
+_OURS = ("profile", "policies", "min_queries", "min_context")
 _MOST = 100_000  # characters of a request's own policy
 
 
@@ -33,6 +36,7 @@ class Settings:
         profile: the file that it came from, checked against the model by `for_model`; None without one.
         min_queries: rows with fewer queries in a step run on vLLM's own kernel: decoding, the drafts of speculative
             decoding, short chunks. At least 32.
+        min_context: sequences of fewer tokens decode on vLLM's own kernel, whatever a policy's ``decode`` says.
         policies: by name, for requests (see `of_request`).
         part: the tensor-parallel rank that it is for, as `of_rank` takes it; None for all heads.
     """
@@ -41,6 +45,7 @@ class Settings:
     profile: Profile | None = None
     min_queries: int = MIN_QUERIES
     policies: Mapping[str, Policy] = field(default_factory=dict)
+    min_context: int = MIN_CONTEXT
     part: tuple[int, int, int, int] | None = None
 
     @classmethod
@@ -67,8 +72,9 @@ class Settings:
         """From a method's name, JSON text, or an object.
 
         An object has ``method`` with its fields beside it, or ``profile``, a file; and, where they should be others
-        than by default, ``min_tokens`` and ``max_density`` (see `gossamer.Policy`), ``min_queries`` and ``policies``
-        (objects of a method and thresholds by name, for requests).
+        than by default, ``min_tokens`` and ``max_density`` (see `gossamer.Policy`), ``min_queries``, ``min_context``
+        and ``policies`` (objects of a method and thresholds by name, for requests). Its ``decode``, a method's name or
+        an object, chooses what decoding reads; without a method beside it vLLM's kernel runs all prompts.
 
         Raises:
             ValueError, TypeError: something else.
@@ -81,6 +87,9 @@ class Settings:
         least = given.get("min_queries", MIN_QUERIES)
         if not isinstance(least, int) or isinstance(least, bool) or least < FEW_QUERIES:
             raise ValueError(f"min_queries must be an integer of at least {FEW_QUERIES}, got {shown(least)}")
+        context = given.get("min_context", MIN_CONTEXT)
+        if not isinstance(context, int) or isinstance(context, bool) or context < 0:
+            raise ValueError(f"min_context must be an integer, 0 or more, got {shown(context)}")
         named: dict[str, Policy] = {}
         for name, one in policies.items():
             try:
@@ -89,14 +98,17 @@ class Settings:
                 raise ValueError(f"policies, {shown(name)}: {error}") from error
         fields = {name: value for name, value in given.items() if name not in _OURS}
         if "profile" not in given:
-            return cls(_policy(fields, files=True), None, least, named)
+            return cls(_policy(fields, files=True), None, least, named, context)
+        decode = fields.pop("decode", None)
         if set(fields) - set(_THRESHOLDS):
             others = ", ".join(sorted(set(fields) - set(_THRESHOLDS)))
             raise ValueError(f"a profile names a method for each head; leave {others} out")
         if not isinstance(given["profile"], (str, os.PathLike)):
             raise ValueError(f"profile must be the path of a file, got {shown(given['profile'])}")
         profile = Profile.load(given["profile"])
-        return cls(Policy(profile.method, profile=profile.name, **fields), profile, least, named)
+        steps = profile.decode if "decode" not in given else None if decode is None else _decode(decode, files=True)
+        check_decode(steps)
+        return cls(Policy(profile.method, profile=profile.name, decode=steps, **fields), profile, least, named, context)
 
     @property
     def text(self) -> str:
@@ -166,15 +178,22 @@ def check_model(policy: Policy, config: Any) -> None:
     """
     text = config.get_text_config(decoder=True)
     sizes = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    check_heads(policy.method, *(getattr(text, name, None) for name in sizes))
+    numbers = [getattr(text, name, None) for name in sizes]
+    check_heads(policy.method, *numbers)
+    decode = policy.decode
+    if decode is not None and any(getattr(decode, name) for name in decode.tables):  # without them all heads are alike
+        check_heads(decode, *numbers)
 
 
 def _of_rank(policy: Policy, part: tuple[int, int, int, int]) -> Policy:
-    return replace(policy, method=policy.method.of_rank(*part))
+    decode = None if policy.decode is None else policy.decode.of_rank(*part)
+    return replace(policy, method=policy.method.of_rank(*part), decode=decode)
 
 
 def _text(policy: Policy) -> str:
-    fields = {"min_tokens": policy.min_tokens, "max_density": policy.max_density}
+    fields: dict[str, Any] = {"min_tokens": policy.min_tokens, "max_density": policy.max_density}
+    if policy.decode is not None:
+        fields["decode"] = policy.decode.to_dict()
     return json.dumps(_plain(policy.method.to_dict() | fields), sort_keys=True)
 
 
@@ -198,18 +217,44 @@ def _object(given: Any) -> Mapping[str, Any]:
 
 
 def _policy(given: Mapping[str, Any], files: bool) -> Policy:
-    """A method with its fields, and thresholds."""
+    """A method with its fields, and thresholds; and what decoding reads, which may stand alone."""
     thresholds = {name: given[name] for name in _THRESHOLDS if name in given}
-    fields = {name: value for name, value in given.items() if name not in _THRESHOLDS}
+    fields = {name: value for name, value in given.items() if name not in (*_THRESHOLDS, "decode")}
+    decode = None if given.get("decode") is None else _decode(given["decode"], files)
+    if fields or decode is None:
+        method = _method(fields, files)
+    elif "min_tokens" in thresholds:
+        raise ValueError("min_tokens is of prompts, for which no method is named; leave it out, or give a method")
+    else:
+        method, thresholds["min_tokens"] = Dense(), NEVER
+    try:
+        return Policy(method, decode=decode, **thresholds)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _decode(given: Any, files: bool) -> Method:
+    """A method that chooses what decoding reads, of a cache that keeps what vLLM's keeps."""
+    try:
+        method = _method(_object(given), files)
+        check_decode(method)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"decode: {error}") from error
+    return method
+
+
+def _method(given: Mapping[str, Any], files: bool) -> Method:
+    """A method by its name, with its fields."""
+    fields = dict(given)
     if files and isinstance(fields.get("method"), str):
         for name in class_of(fields["method"]).tables:
             if isinstance(fields.get(name), str):
                 fields[name] = read_table(fields[name], name)
     try:
-        policy = Policy(from_dict(fields), **thresholds)
+        method = from_dict(fields)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    named = [f"{part.name}.{name}" for part in policy.method.parts() for name in part.files if getattr(part, name)]
+    named = [f"{part.name}.{name}" for part in method.parts() for name in part.files if getattr(part, name)]
     if named and not files:
         raise ValueError(f"{named[0]} names a file, which a request must not; have the server's policies name it")
-    return policy
+    return method
