@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends import cpu, flex
+from gossamer.layout import DenoisingStep, TokenLayout
 from gossamer.rotary import Rotary
 
 
@@ -34,8 +35,8 @@ OTHERS: dict[str, Any] = {
     "softcap": 30.0,
     "layer": 3,
     "store": Store(),
-    "layout": ("frames", 4, 4),
-    "step": (2, "guided"),
+    "layout": TokenLayout((3,), 2, 1, 2),
+    "step": DenoisingStep(2, 9, 1),
     "state": [{"seen": 1}],
     "rotary": Rotary.of_base(8),
     "bias": torch.ones(1, 2, 9),
@@ -66,7 +67,15 @@ def test_a_call_of_keywords_keeps_every_field() -> None:
 def test_a_replaced_field_changes_no_other(changed: str) -> None:
     q, k, v = tensors()
     given: dict[str, Any] = {"q": q, "k": k, "v": v, **OTHERS}
-    other = {"scale": 0.1, "softcap": 2.0, "layer": 9, "layout": "text", "step": 5, "state": None, "store": None}
+    other = {
+        "scale": 0.1,
+        "softcap": 2.0,
+        "layer": 9,
+        "layout": TokenLayout((1,)),
+        "step": DenoisingStep(5),
+        "state": None,
+        "store": None,
+    }
     value = given[changed].clone() if isinstance(given[changed], Tensor) else other.get(changed)
     again = replace(AttentionCall(**given), **{changed: value})
     if changed == "extent":

@@ -140,6 +140,10 @@ class AttentionCall:
             )
         if self.bias is not None:
             self._check_bias(self.bias)
+        if self.layout is not None and not isinstance(self.layout, TokenLayout):
+            raise TypeError(f"layout must be a gossamer.layout.TokenLayout, got {type(self.layout).__name__}")
+        if self.step is not None and not isinstance(self.step, DenoisingStep):
+            raise TypeError(f"step must be a gossamer.layout.DenoisingStep, got {type(self.step).__name__}")
         if self.layout is not None and len(self.layout.before) != self.batch:
             raise ValueError(f"the layout is of {len(self.layout.before)} batch rows, but q has {self.batch}")
         if self.rotary is not None and self.rotary.channels > self.q.shape[-1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,7 +77,9 @@ def test_parity_at_full_budget(name: str) -> None:
 def test_disabling_gives_each_module_its_own_processor_back(name: str) -> None:
     model = tiny(name)
     before = model.attn_processors
+    signatures = [inspect.signature(processor.__call__) for processor in before.values()]
     handle = enable(model, **WHOLE)
+    assert [inspect.signature(processor.__call__) for processor in model.attn_processors.values()] == signatures
     assert handle.enabled
     assert all(
         type(a).__name__ == type(b).__name__
@@ -173,6 +176,23 @@ def test_models_in_training_run_dense_unless_asked() -> None:
         with enable(model, **WHOLE, training=training) as handle:
             model(**inputs_of("wan", 1, 500.0))[0].sum().backward()
             assert sum(row.sparse_calls for row in handle.stats()) == calls
+
+
+def test_a_gradient_that_runs_layers_again_plans_them_alike() -> None:
+    """Checkpoints run a layer a second time in the backward pass, outside of the model's forward."""
+    found = []
+    for again in (False, True):
+        model = tiny("wan")
+        if again:
+            model.enable_gradient_checkpointing()
+        fields = {"method": "attention_tile", "frames": 1, "block": 8, "training": True} | ALWAYS
+        with enable(model.train(), **fields) as handle:
+            model(**inputs_of("wan", 1, 500.0))[0].sum().backward()
+            calls = [row.sparse_calls for row in handle.stats() if row.layer is not None]
+        assert calls == [1 + again] * 2
+        found.append([parameter.grad for parameter in model.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
 def test_branches_of_sequential_guidance_are_apart_and_samplings_too() -> None:
@@ -288,3 +308,20 @@ def test_a_model_is_enabled_once_and_knows_its_steps() -> None:
         assert repr(handle) == "<gossamer a_shape on WanTransformer3DModel, enabled>"
     with pytest.raises(ValueError, match="disabled"):
         handle.observe(None)
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_compiled_models_break_their_graph_at_each_layer_and_run(name: str) -> None:
+    model = tiny(name)
+    expected = run(model, name)
+    with enable(model, **WHOLE) as handle:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            for time in (500.0, 400.0):
+                got = compiled(**inputs_of(name, 3, time))[0]
+                if time == 500.0:
+                    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        assert [row.sparse_calls for row in handle.stats() if row.layer is not None] == [2, 2]
+        assert handle.steps == [0, 1]
+    torch._dynamo.reset()

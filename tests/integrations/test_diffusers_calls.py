@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 from gossamer.integrations.diffusers.layouts import grid_of, is_first
 from gossamer.integrations.diffusers.masks import NotPlain, live_keys, ordered_by_life
-from gossamer.integrations.diffusers.steps import Steps
+from gossamer.integrations.steps import Steps
 
 IDS = torch.cartesian_prod(torch.zeros(1), torch.arange(3.0), torch.arange(4.0))
 

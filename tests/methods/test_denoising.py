@@ -98,6 +98,22 @@ def test_a_row_is_planned_as_by_itself(listed: Listed) -> None:
 
 
 @pytest.mark.parametrize("listed", LISTED, ids=IDS)
+def test_padding_on_the_left_changes_nothing(listed: Listed) -> None:
+    call, pad = clip(), 7
+    mask = listed.method.plan(call).to_mask()
+    q, k, v = (torch.nn.functional.pad(x, (0, 0, pad, 0), value=9.0) for x in (call.q, call.k, call.values))
+    extent = Extent([-pad] * 2, call.extent.query_count, [pad] * 2, call.extent.key_count, causal=False)
+    padded = replace(call, q=q, k=k, v=v, extent=extent, state=[{}, {}])
+    assert listed.method.lacks(padded) is None
+    plan = listed.method.plan(padded)
+    plan.check()
+    assert torch.equal(plan.to_mask()[:, :, pad:, pad:], mask)
+    assert torch.equal(plan.count_pairs(), mask.sum(dim=(2, 3)))
+    out, _ = backends.attend(padded, plan)
+    torch.testing.assert_close(out, definition.attend(padded, plan)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("listed", LISTED, ids=IDS)
 def test_it_is_saved_and_read(listed: Listed) -> None:
     assert methods.from_dict(json.loads(json.dumps(listed.method.to_dict()))) == listed.method
 

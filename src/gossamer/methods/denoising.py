@@ -12,7 +12,7 @@ from torch import Tensor
 from gossamer.call import AttentionCall
 from gossamer.layout import DenoisingStep, TokenLayout
 from gossamer.methods.base import Method
-from gossamer.plan import Grid, SparsePlan, ceil_div, on_device
+from gossamer.plan import Extent, Grid, SparsePlan, ceil_div, on_device
 
 __all__ = [
     "ORDERS",
@@ -46,7 +46,7 @@ class Denoising(Method):
         extent = call.extent
         if extent.causal or extent.limit is not None:
             return "attention of every token to every other"
-        whole = bool((extent.query_start == 0).all()) and bool((extent.key_start == 0).all())
+        whole = bool((extent.query_start == -extent.key_start).all())
         return None if whole and call.query_len == call.key_len else "all tokens in one call"
 
 
@@ -135,10 +135,13 @@ def _orders(call: AttentionCall, order: Tensor, heads: int) -> dict[str, Tensor]
 
 
 def reordered(call: AttentionCall, order: Tensor) -> AttentionCall:
-    """The call with queries and keys by rank in an order ``[B, S]``, without values."""
-    index = on_device(order, call.device)[:, None, :, None]
+    """The call with queries and keys by rank in an order ``[B, S]``, without values and without padding before them."""
+    extent, none = call.extent, call.extent.key_start * 0
+    slots = (order + extent.key_start[:, None]).clamp(max=max(0, call.query_len - 1))
+    index = on_device(slots, call.device)[:, None, :, None]
     q, k = (x.take_along_dim(index, dim=2) for x in (call.q, call.k))
-    return AttentionCall(q, k, None, call.extent, scale=call.scale, softcap=call.softcap, layer=call.layer)
+    own = Extent(none, extent.query_count, none, extent.key_count, causal=False)
+    return AttentionCall(q, k, None, own, scale=call.scale, softcap=call.softcap, layer=call.layer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,10 +179,14 @@ def kept(call: AttentionCall, key: Hashable) -> list[Kept] | None:
         return None
     same = all(
         (one.plan.query_len, one.plan.key_len, one.step) == (call.query_len, call.key_len, found[0].step)
-        and int(one.plan.extent.key_count[one.row]) == int(call.extent.key_count[row])
+        and _tokens(one.plan.extent, one.row) == _tokens(call.extent, row)
         for row, one in enumerate(found)
     )
     return found if same else None
+
+
+def _tokens(extent: Extent, row: int) -> list[int]:
+    return [int(x[row]) for x in (extent.query_start, extent.query_count, extent.key_start, extent.key_count)]
 
 
 def plan_of_rows(call: AttentionCall, rows: list[Kept]) -> SparsePlan:

@@ -90,10 +90,10 @@ def _order(plans: Sequence[SparsePlan], name: str, taken: Tensor) -> Tensor | No
     if all(order is None for order in given):
         return None
     first = plans[0]
-    if bool((first.extent.query_start != 0).any()):
+    if bool((first.extent.first_position != 0).any()):
         raise ValueError(
             "plans with an order of queries or keys can be merged where all rows' queries begin at position 0, "
-            f"got positions {first.extent.query_start.tolist()}"
+            f"got positions {first.extent.first_position.tolist()}"
         )
     length = first.query_len if name == "q_order" else first.key_len
     own = torch.arange(length, dtype=torch.int32, device=first.device)

@@ -86,7 +86,7 @@ class PARO(Denoising):
         from gossamer.oracle import block_mass, log_sum_exp
 
         permuted = reordered(call, order)
-        grid = Grid(call.extent, self.block, self.block)
+        grid = Grid(permuted.extent, self.block, self.block)
         mass = block_mass(permuted, log_sum_exp(permuted), grid)
         rows, columns = (on_device(x, call.device) for x in text_blocks(call, grid))
         forced = rows[:, None, :, None] | columns[:, None, None]

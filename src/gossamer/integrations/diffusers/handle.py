@@ -16,9 +16,9 @@ from torch import nn
 from gossamer.attention import CallRecord
 from gossamer.integrations.diffusers.runs import Run
 from gossamer.integrations.diffusers.seats import Seat, modules_of, seat_of
-from gossamer.integrations.diffusers.steps import Steps
 from gossamer.integrations.policies import policy_of
 from gossamer.integrations.stats import LayerStats, Observation, Stats
+from gossamer.integrations.steps import Steps
 from gossamer.methods import Method
 from gossamer.methods.per_head import needs_of
 from gossamer.policy import Policy

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from gossamer.attention import CallRecord
 from gossamer.integrations.diffusers.layouts import Grid3, arguments_of, grid_of
-from gossamer.integrations.diffusers.steps import Steps
+from gossamer.integrations.diffusers.masks import live_keys
 from gossamer.integrations.stats import Observation
+from gossamer.integrations.steps import Steps
 from gossamer.policy import Policy
 
 __all__ = ["Run"]
@@ -22,8 +23,8 @@ class Run:
     """One model under one policy.
 
     Attributes:
-        grid: patches of the call that the model is in; None outside of one, and where they are unknown.
-        words: tokens of text that the model was called with; None where it was not.
+        grid: patches of the model's last call, which a gradient may run parts of again; None where they are unknown.
+        words: tokens of text that it was called with; None where it was not.
         text_first: whether text stands before the patches; None until that is known.
         reached: whether any attention came here.
     """
@@ -44,6 +45,7 @@ class Run:
         self.words: int | None = None
         self.text_first = text_first
         self.reached = False
+        self._mask: tuple[Tensor, Tensor | None] | None = None
         self.observe: Callable[[Observation], None] | None = None
 
     def __deepcopy__(self, memo: Any) -> Run:
@@ -54,10 +56,23 @@ class Run:
         """The next layer's: layers are counted in the order in which they first attend a whole image or video."""
         return next(self._layers)
 
+    def live(self, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+        """`live_keys`; of one mask that all layers of a call are given, once.
+
+        Raises:
+            NotPlain: as there.
+        """
+        if mask is None:
+            return None
+        if self._mask is None or self._mask[0] is not mask:
+            self._mask = mask, live_keys(mask, batch, tokens)
+        return self._mask[1]
+
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook: reads the timestep and the patches."""
         if model is not self._model():
             return
+        self._mask = None
         arguments = arguments_of(model, args, kwargs)
         self.steps.begin(arguments.get("timestep"))
         self.grid = grid_of(getattr(model, "config", None), arguments)
@@ -72,7 +87,7 @@ class Run:
         """
         if model is not self._model():
             return
-        self.grid = self.words = None
+        self._mask = None
         if not self.reached:
             raise RuntimeError(
                 f"none of the attention of this {type(model).__name__} came to gossamer: its processors call neither "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import itertools
 import math
 import time
@@ -32,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from gossamer.attention import CallRecord, attend
 from gossamer.call import AttentionCall
 from gossamer.integrations.diffusers.layouts import is_first
-from gossamer.integrations.diffusers.masks import NotPlain, live_keys, ordered_by_life
+from gossamer.integrations.diffusers.masks import NotPlain, ordered_by_life
 from gossamer.integrations.diffusers.runs import Run
 from gossamer.integrations.stats import Observation
 from gossamer.layout import TokenLayout
@@ -201,7 +200,7 @@ class Seat:
         if text_alone or (patches is not None and tokens < patches):
             return "not all of the image or video"
         try:
-            live = live_keys(asked.mask, batch, tokens)
+            live = self.run.live(asked.mask, batch, tokens)
         except NotPlain:
             return "mask is not plain"
         if asked.causal and live is not None:
@@ -317,9 +316,7 @@ def _intercepted(kind: type) -> type:
         with _Intercept(self._gossamer_seat):
             return kind.__call__(self, *args, **kwargs)
 
-    made = type(kind.__name__, (kind,), {"__call__": torch.compiler.disable(run), "__module__": kind.__module__})
-    assert inspect.signature(made.__call__) == inspect.signature(kind.__call__)
-    return made
+    return type(kind.__name__, (kind,), {"__call__": torch.compiler.disable(run), "__module__": kind.__module__})
 
 
 def _unregister(member: AttentionBackendName) -> None:

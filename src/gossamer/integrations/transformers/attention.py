@@ -235,8 +235,8 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     fields = asked.scale, asked.sinks, asked.softcap, asked.layer
     if store is not None:
         store.place(extent)
-    state = None if store is None else store.state
-    call = AttentionCall(asked.query, keys, values, extent, *fields, store=store, state=state, rotary=rotary)
+    given = owner.given(asked.layer, extent) if store is None else {"state": store.state}
+    call = AttentionCall(asked.query, keys, values, extent, *fields, store=store, rotary=rotary, **given)
     kept = None if call.needs_gradient else store
     if kept is not None:
         before(call, kept, owner.policy.decode)

@@ -7,7 +7,8 @@ import dataclasses
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from gossamer.integrations.transformers.context import Context
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, lend, owner_of, set_owner
 from gossamer.integrations.transformers.reached import Reached
 from gossamer.integrations.transformers.rotary import Positions, rotary_module, verified
+from gossamer.integrations.transformers.sampling import Sampling
 from gossamer.integrations.transformers.stores import Stores
 from gossamer.integrations.transformers.supported import is_ours, refuse
 from gossamer.methods import Method
@@ -61,6 +63,7 @@ class Handle:
         self._hook: Any = None
         self._visit: Callable[[Observation], None] | None = None
         self._instead: Callable[[AttentionCall], Tensor] | None = None
+        self._sampling: Sampling | None = None
         self.context: Context | None = None
         self._own(model, None)
         self._enabled = True
@@ -129,6 +132,36 @@ class Handle:
         self._instead = attend
         self._own(model, self._visit)
 
+    @contextmanager
+    def sampling(self, prompt: int | Sequence[int], steps: int) -> Iterator[Sampling]:
+        """Tell calls of a diffusion language model which tokens are the prompt, and at which step they are.
+
+        Methods such as ``sparsed`` need it; the model must be enabled with ``bidirectional=True``::
+
+            with handle.sampling(prompt=input_ids.shape[1], steps=64) as sampling:
+                for step in range(64):
+                    sampling.begin(step)
+                    logits = model(tokens).logits
+
+        Args:
+            prompt: tokens of the prompt, of each batch row or of all; padding on the left does not count.
+            steps: of the whole sampling.
+
+        Raises:
+            ValueError: the handle is disabled, or a number is out of range.
+        """
+        model = self._model()
+        if not self._enabled or model is None:
+            raise ValueError("this handle is disabled; call gossamer.enable(model) again")
+        self._sampling = Sampling(prompt, steps)
+        self._own(model, self._visit)
+        try:
+            yield self._sampling
+        finally:
+            self._sampling = None
+            if self._enabled:
+                self._own(model, self._visit)
+
     def share(self, model: nn.Module, group: Any, kind: str) -> None:
         """Have the ranks of a group share each prompt; see `enable`.
 
@@ -187,6 +220,8 @@ class Handle:
         self._visit = visit
         for part, counter in self._reached.counters(model):
             owner = Owner(self.policy, self._record, visit, counter, rotary, self._instead, shared) if enabled else None
+            if owner is not None and self._sampling is not None:
+                owner = dataclasses.replace(owner, given=self._sampling.given)
             for module in part.modules():
                 set_owner(module, owner)
 

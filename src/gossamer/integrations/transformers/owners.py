@@ -39,6 +39,10 @@ logger = logging.getLogger("gossamer")
 NAME = "gossamer"
 
 
+def _nothing(layer: int | None, extent: Extent) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Owner:
     """Who decides for an attention module: the policy, and where its calls are recorded.
@@ -48,6 +52,7 @@ class Owner:
             ``layer_idx``.
         rotary: how the model turned a call's q and k, where somebody asked for it.
         instead: makes the output ``[B, H, S, Dv]`` of calls with several queries, in place of the policy.
+        given: what else a call says of itself, by its layer and extent.
         context: the same of all calls, where several processes share a prompt; what it is given has no extent.
     """
 
@@ -58,6 +63,7 @@ class Owner:
     rotary: Callable[[Extent], Rotary | None] | None = None
     instead: Callable[[AttentionCall], Tensor] | None = None
     context: Callable[[AttentionCall], Tensor] | None = None
+    given: Callable[[int | None, Extent], dict[str, Any]] = _nothing
 
 
 _owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()

@@ -59,6 +59,12 @@ class Steps:
         total = self._total if place is None else len(self._scheduler.timesteps)
         self.now = DenoisingStep(self._number, total, self._branch)
 
+    def at(self, number: int, total: int | None, branch: int) -> None:
+        """A step that somebody says. Step 0 of the first branch begins a sampling."""
+        if (number, branch) == (0, 0):
+            self.restart()
+        self.now = DenoisingStep(number, total, branch)
+
     def _follow(self, number: int, *, restarts: bool) -> None:
         if restarts:
             place = number if number < self._number else 0
