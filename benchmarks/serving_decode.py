@@ -1,8 +1,8 @@
 """Tokens per second of vLLM's server, stock and with decoding that chooses what it reads: servers in turn.
 
     python benchmarks/serving_decode.py MODEL [--lengths 16384,32768] [--decode "quest,quest(budget=1024)"] [--rounds 5]
-        [--requests 1] [--tokens 64] [--cache-space GIB] [--python PYTHON] [--dtype float32] [--enforce-eager]
-        [--out FILE]
+        [--requests 1] [--tokens 64] [--cache-space GIB] [--python PYTHON] [--dtype float32]
+        [--enforce-eager] [--out FILE]
 
 ``--python`` is one that has vLLM and gossamer (see ``make vllm``). A server for each contender is started; they share
 all cores, and no two of them work at the same time. vLLM's kernel reads all prompts. Each round sends every contender

@@ -36,7 +36,7 @@ def test_every_metric_is_named() -> None:
 
 def test_every_reason_is_named() -> None:
     folder = ROOT / "src" / "gossamer" / "integrations" / "vllm"
-    code = "".join((folder / f"{name}.py").read_text() for name in ("backend", "cpu", "gpu", "limits"))
+    code = "".join((folder / f"{name}.py").read_text() for name in ("backend", "cpu", "gpu", "limits", "rows"))
     reasons = set(re.findall(r'(?:return|refused\(rows,|reason =) "([A-Za-z0-9][\w -]+)"', code))
     reasons |= set(re.findall(r'"([\w -]+)" if ', code))
     reasons -= {"CUSTOM", "layers are not served"}  # a name; a step of whose layers each has a reason of its own
