@@ -159,6 +159,14 @@ def compile_others(capability: int) -> None:
     for rule, one, tile in ((choices.BEST, False, 4096), (choices.BEST, True, 1024), (choices.RELATIVE, True, 32)):
         constants = dict(RULE=rule.value, DIAGONALS=not one, MIRRORED=not one, EVERYWHERE=one, ONE=one, TILE=tile)
         compile_kernel(kernels.choose_rows, capability, constants, diagonals_ptr="*u8")
+    pages = dict(SHARE=4, DIM=256, BLOCK_D=256, TILE=32)
+    compile_kernel(kernels.page_products, capability, pages, queries_ptr="*fp32", bounds_ptr="*bf16")
+    for coded in (False, True):
+        labels = dict(SHARE=4, HEADS=16, CODED=coded, PACKED=coded, TILE=256)
+        codes = dict(codes_ptr="*u8" if coded else "*bf16", low_ptr="*bf16", step_ptr="*bf16")
+        compile_kernel(kernels.label_products, capability, labels, **codes)
+    hashes = dict.fromkeys(("queries_ptr", "codes_ptr", "counts_ptr"), "*i16")
+    compile_kernel(kernels.hash_collisions, capability, dict(SHARE=5, HEADS=16, TILE=64), **hashes)
     compile_kernel(kernels.count_columns, capability, dict(BLOCK_K=64, TILE=128))
     lists = dict(HAS_BLOCKS=True, HAS_COLUMNS=True)
     compile_kernel(

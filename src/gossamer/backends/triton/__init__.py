@@ -22,6 +22,7 @@ from gossamer.backends.triton.scores import (
     pooled_scores,
     row_block_energy,
 )
+from gossamer.backends.triton.steps import collisions, label_scores, page_scores
 
 __all__ = [
     "PART_BYTES",
@@ -30,11 +31,14 @@ __all__ = [
     "attend",
     "attend_backward",
     "autotune",
+    "collisions",
     "count",
     "finish",
     "interprets",
     "is_available",
+    "label_scores",
     "last_query_probe",
+    "page_scores",
     "pool_keys",
     "pool_queries",
     "pooled_scores",

@@ -16,6 +16,7 @@ from gossamer.backends.triton.kernels.means import block_means, mean_products, m
 from gossamer.backends.triton.kernels.pairs import count_columns, count_pairs
 from gossamer.backends.triton.kernels.probe import merge_diagonals, merge_sums, probe_mass, probe_sums
 from gossamer.backends.triton.kernels.query_gradients import query_gradients
+from gossamer.backends.triton.kernels.steps import hash_collisions, label_products, page_products
 
 __all__ = [
     "antidiagonal_mass",
@@ -25,7 +26,9 @@ __all__ = [
     "column_gradients",
     "count_columns",
     "count_pairs",
+    "hash_collisions",
     "key_gradients",
+    "label_products",
     "list_bits",
     "mark_blocks",
     "mean_gradients",
@@ -33,6 +36,7 @@ __all__ = [
     "merge_diagonals",
     "merge_energies",
     "merge_sums",
+    "page_products",
     "probe_mass",
     "probe_sums",
     "query_gradients",
