@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer import AttentionCall, Extent, Profile, sparse_attention
-from gossamer.calibrate.denoising import ModeSearch, OrderSearch, order_figures, order_scores
+from gossamer.calibrate.denoising import ModeSearch, OrderSearch, TileSearch, order_figures, order_scores
 from gossamer.integrations.stats import Observation
 from gossamer.layout import DenoisingStep, TokenLayout
 from gossamer.methods.denoising import ORDERS
@@ -160,6 +160,33 @@ def test_figures_are_those_of_the_map() -> None:
         peaks = torch.stack([tile.amax(dim=1) / tile.mean(dim=1) for tile in tiles]).mean(dim=0)
         torch.testing.assert_close(empty[0, :, number], skipped, atol=1e-9, rtol=0)
         torch.testing.assert_close(uneven[0, :, number], peaks, atol=1e-3, rtol=1e-4)
+
+
+def of_tiles(references: tuple[int, ...], layer: int) -> AttentionCall:
+    """Each frame attends itself and some frames that attend all; all frames evenly where none is a reference."""
+    frame = AXES["F"]
+    codes = torch.nn.functional.one_hot(frame, 8).float()
+    chosen = torch.zeros(PATCHES, dtype=torch.bool)
+    chosen[(frame[:, None] == torch.tensor(references, dtype=torch.int64)).any(dim=1)] = True
+    k = codes.clone()
+    k[chosen] = 1.0  # which every query matches as well as its own frame
+    q = 12 * codes
+    if not references:
+        q, k = q * 0, k * 0
+    v = torch.randn(1, 1, PATCHES, 8, generator=torch.Generator().manual_seed(layer))
+    extent, layout = Extent.full(1, PATCHES, PATCHES, causal=False), TokenLayout((0,), FRAMES, HEIGHT, WIDTH)
+    return AttentionCall(q[None, None], k[None, None], v, extent, layer=layer, layout=layout, scale=1.0)
+
+
+def test_each_layer_gets_the_fewest_frames_that_do() -> None:
+    search = TileSearch(limit=0.01, frames=(1, 2, 3), block=BLOCK)
+    for layer, references in enumerate([(0,), (0, 3), (0, 2, 4), ()]):
+        search(observed(of_tiles(references, layer)))
+    method = search.method()
+    assert method.layers == (1, 2, 3, FRAMES)
+    assert method.plan(of_tiles((), 3)).density() == 1.0
+    with pytest.raises(ValueError, match=r"got \[\]"):
+        TileSearch().method()
 
 
 @pytest.mark.parametrize("make", [ModeSearch, OrderSearch])

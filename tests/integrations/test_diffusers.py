@@ -223,6 +223,45 @@ def test_branches_of_sequential_guidance_are_apart_and_samplings_too() -> None:
     assert all(id(call.state[0]) == kept[n // 16, call.layer, call.step.branch] for n, call in enumerate(seen))
 
 
+def test_two_transformers_of_a_pipeline_share_the_steps() -> None:
+    fields = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000}
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer_2": tiny("wan"), "boundary_ratio": 0.8}
+    scheduler = diffusers.UniPCMultistepScheduler(**fields, flow_shift=3.0)
+    pipe = diffusers.WanPipeline(**parts, transformer=tiny("wan"), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    text = {"prompt_embeds": noise(1, TEXT, 8), "negative_prompt_embeds": noise(1, TEXT, 8, seed=2)}
+    seen: list[Any] = []
+    handle: Any = gossamer.enable(pipe, **WHOLE)
+    with handle:
+        handle.observe(lambda observed: seen.append((observed.call.step.number, observed.call.layer)))
+        pipe(**SMALL, **text, height=64, width=96, num_frames=9, guidance_scale=3.0)
+    first = sum(float(time) >= 800 for time in scheduler.timesteps)
+    assert 0 < first < 4
+    assert seen == [
+        (step, layer) for step in range(4) for _ in range(2) for layer in ((0, 1) if step < first else (2, 3))
+    ]
+
+
+def test_a_unet_runs_without_a_layout() -> None:
+    """Its images shrink from layer to layer: methods that need no layout run, the others say what they lack."""
+    torch.manual_seed(0)
+    model: Any = diffusers.UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=8, attention_head_dim=4,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=8,
+    ).eval()  # fmt: skip
+    given = noise(2, 4, 16, 16), torch.tensor(500), noise(2, TEXT, 8, seed=1)
+    with torch.no_grad():
+        expected = model(*given)[0]
+        with enable(model, **WHOLE) as handle:
+            torch.testing.assert_close(model(*given)[0], expected, atol=1e-4, rtol=1e-4)
+            assert sum(row.sparse_calls for row in handle.stats()) == 4
+            assert handle.stats().fallbacks() == {"cross-attention": 4}
+        with enable(model, "adaspa", min_tokens=0) as handle:
+            assert torch.equal(model(*given)[0], expected)
+            assert handle.stats().fallbacks() == {"adaspa needs layout": 4, "cross-attention": 4}
+
+
 def test_branches_of_batched_guidance_are_rows() -> None:
     parts = {"tokenizer": None, "text_encoder": None, "vae": None}
     pipe = diffusers.CogVideoXPipeline(

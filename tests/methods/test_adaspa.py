@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gossamer import AttentionCall
 from gossamer.layout import TokenLayout
-from gossamer.methods import AdaSpa
+from gossamer.methods import AdaSpa, PerHead, SparseVDiT
 from gossamer.methods.denoising import layout_of
 
 BLOCK = 16
@@ -168,6 +168,14 @@ def test_it_finds_the_blocks_that_were_planted() -> None:
     assert mask[0, block, block].all()
     assert mask[1, block, (block + 5) % 12].all()
     assert mask.sum() <= 12 * 2 + 12 * 3
+
+
+def test_heads_are_ranked_among_all_of_a_layer_also_where_others_have_other_methods() -> None:
+    method, other = AdaSpa(0.6, block=BLOCK, bar=0.5), SparseVDiT("diagonal", 0.2, BLOCK)
+    mixed = PerHead(((method, other, method, other),)).plan(clip()).to_mask()
+    alone, others = method.plan(clip()).to_mask(), other.plan(clip()).to_mask()
+    assert torch.equal(mixed[:, [0, 2]], alone[:, [0, 2]])
+    assert torch.equal(mixed[:, [1, 3]], others)
 
 
 def test_fields_are_checked() -> None:

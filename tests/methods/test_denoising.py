@@ -80,6 +80,19 @@ def test_it_runs_as_its_plan_says(listed: Listed) -> None:
         assert bool(mask[row, :, :, words.nonzero()[:, 0][words.nonzero()[:, 0] < live]].all()), "all attend text"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("listed", LISTED, ids=IDS)
+def test_it_runs_in_sixteen_bits(listed: Listed, dtype: torch.dtype) -> None:
+    call = clip()
+    call = replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.values.to(dtype))
+    plan = listed.method.plan(call)
+    wide = replace(call, q=call.q.float(), k=call.k.float(), v=call.values.float(), state=[{}, {}])
+    assert torch.equal(plan.to_mask(), listed.method.plan(wide).to_mask())  # scores are sums in float32
+    out, _ = backends.attend(call, plan)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), definition.attend(wide, plan)[0], atol=3e-2, rtol=3e-2)
+
+
 @pytest.mark.parametrize("listed", [one for one in LISTED if one.full is not None], ids=lambda one: one.name)
 def test_full_budget_is_dense(listed: Listed) -> None:
     assert listed.full is not None
@@ -198,9 +211,10 @@ def test_blocks_that_hold_text() -> None:
     assert rows.nonzero().tolist() == [[0, 0], [0, 13], [1, 0], [1, 12], [1, 13]]
 
 
-def test_heads_of_different_modes_are_merged() -> None:
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_heads_of_different_modes_are_merged(groups: int) -> None:
     """Orders of queries and keys differ by head; each runs as it does by itself."""
-    call = clip(groups=4)
+    call = clip(groups=groups)
     kinds = [methods.create("sparse_vdit", **VDIT | {"mode": mode}) for mode in ("skip", "diagonal", "multi_diagonal")]
     kinds.append(methods.create("paro", order="WHF", density=0.3, block=16))
     plan = PerHead((kinds,)).plan(call)

@@ -1,4 +1,4 @@
-"""What each head of a denoising model gets: a mode of Sparse-vDiT, or an order of axes for PAROAttention.
+"""What heads of a denoising model get: a mode of Sparse-vDiT, or an order of axes for PAROAttention; layers, tiles.
 
 search = ModeSearch()
 with gossamer.enable(pipeline, "dense") as handle:
@@ -21,13 +21,13 @@ from torch import Tensor
 from gossamer import backends, methods
 from gossamer.call import AttentionCall
 from gossamer.integrations.stats import Observation
-from gossamer.methods import PARO, Method, SparseVDiT
+from gossamer.methods import PARO, AttentionTile, Method, SparseVDiT
 from gossamer.methods.denoising import ORDERS, axis_order, layout_of
 from gossamer.oracle import log_sum_exp
 from gossamer.plan import SparsePlan
 from gossamer.profiles import Profile
 
-__all__ = ["ModeSearch", "OrderSearch", "order_figures", "order_scores"]
+__all__ = ["ModeSearch", "OrderSearch", "TileSearch", "order_figures", "order_scores"]
 
 # Weights of a map that are held at once.
 _MAP_BYTES = 256 << 20
@@ -168,6 +168,48 @@ class OrderSearch(Search):
 
     def _figures(self, call: AttentionCall, out: Tensor) -> Tensor:
         return torch.stack(order_figures(call, self._block)).mean(dim=1)
+
+
+class TileSearch(Search):
+    """Efficient-vDiT's search by layer (2502.06155): the fewest reference frames under which a layer loses little.
+
+    What a layer loses is the mean square of what tiles change in its output, over that of the output (the authors' loss
+    was not at hand). A layer that loses more than ``limit`` under all numbers keeps every tile.
+
+    Args:
+        limit: 0.025 to 0.4 are the thresholds of the paper, for its own loss.
+        frames: numbers of reference frames that are tried.
+        every: steps, of which the first is looked at.
+        block: of the method.
+    """
+
+    def __init__(
+        self, limit: float = 0.1, frames: Sequence[int] = (1, 2, 3, 4, 6, 8, 12), every: int = 1, block: int = 64
+    ) -> None:
+        super().__init__(every)
+        self.limit, self.frames, self.block = limit, tuple(sorted(set(frames))), block
+        self._most = 1
+
+    def method(self) -> AttentionTile:
+        """The tiles of all layers.
+
+        Raises:
+            ValueError: not every layer was seen.
+        """
+        layers = []
+        for (errors,) in self._means():
+            fits = [k for k, error in zip(self.frames, errors[0].tolist(), strict=True) if error <= self.limit]
+            layers.append(min(fits, default=self._most))
+        return AttentionTile(layers=tuple(layers), block=self.block)
+
+    def _figures(self, call: AttentionCall, out: Tensor) -> Tensor:
+        self._most = max(self._most, layout_of(call).frames)
+        whole = out.double().square().mean().clamp(min=1e-30)
+        errors = []
+        for k in self.frames:
+            plan = AttentionTile(k, block=self.block).plan(call)
+            errors.append((backends.attend(call, plan)[0].double() - out.double()).square().mean() / whole)
+        return torch.stack(errors).cpu()[None, None]
 
 
 def order_figures(

@@ -46,6 +46,7 @@ class AdaSpa(Denoising):
     """
 
     name: ClassVar[str] = "adaspa"
+    apart: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"layout", "step", "state"})
     settings: ClassVar[Settings] = tuple({"sparsity": sparsity} for sparsity in (0.9, 0.8, 0.7, 0.5))
     sparsity: float = 0.8

@@ -36,6 +36,7 @@ class AttentionTile(Denoising):
     """
 
     name: ClassVar[str] = "attention_tile"
+    alone: ClassVar[bool] = True
     settings: ClassVar[Settings] = tuple({"frames": frames} for frames in (1, 2, 4))
     frames: int = 4
     layers: Sequence[int] = ()

@@ -46,6 +46,7 @@ class PARO(Denoising):
     """
 
     name: ClassVar[str] = "paro"
+    alone: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"layout", "step", "state"})
     settings: ClassVar[Settings] = tuple({"density": density} for density in (0.2, 0.3, 0.5))
     candidates: ClassVar[Settings] = tuple({"order": order} for order in ORDERS)

@@ -40,6 +40,7 @@ class SparseVDiT(Denoising):
     """
 
     name: ClassVar[str] = "sparse_vdit"
+    alone: ClassVar[bool] = True
     settings: ClassVar[Settings] = tuple({"mode": "diagonal", "share": share} for share in (0.1, 0.2, 0.4))
     candidates: ClassVar[Settings] = (
         {"mode": "skip"},

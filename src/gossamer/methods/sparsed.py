@@ -39,6 +39,7 @@ class SparseD(Denoising):
     """
 
     name: ClassVar[str] = "sparsed"
+    alone: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"layout", "step", "state"})
     settings: ClassVar[Settings] = tuple({"share": share} for share in (0.1, 0.2, 0.3, 0.5))
     share: float = 0.3
