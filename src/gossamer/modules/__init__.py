@@ -1,8 +1,21 @@
 """Trainable attention layers of papers that change the architecture. They need torch alone.
 
-A layer takes and gives what one of transformers does, so that it stands in a model of transformers.
+`DynamicMaskAttention` takes and gives what a layer of transformers does, so that it stands in a model of transformers.
+All others take ``x [B, T, E]`` and a mask of live tokens or lengths, and give ``[B, T, E]``.
 """
 
+from gossamer.modules.combiner import Axial, CombinerAttention, CombinerCache, Fixed, Learnable, LogSparse, Mixture
 from gossamer.modules.dynamic_mask import DynamicMask, DynamicMaskAttention, plan_of_scores
 
-__all__ = ["DynamicMask", "DynamicMaskAttention", "plan_of_scores"]
+__all__ = [
+    "Axial",
+    "CombinerAttention",
+    "CombinerCache",
+    "DynamicMask",
+    "DynamicMaskAttention",
+    "Fixed",
+    "Learnable",
+    "LogSparse",
+    "Mixture",
+    "plan_of_scores",
+]

@@ -1,0 +1,98 @@
+"""Online spherical k-means of the Routing Transformer (2003.05997): centroids that follow queries and keys."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Centroids", "Update"]
+
+Update = Literal["sum", "mean"]
+
+
+class Centroids(nn.Module):
+    """Unit vectors ``means [H, C, D]``, a buffer: no gradient reaches them; they move when `update` is called.
+
+    Args:
+        decay: of the moving average (0.999).
+        update: ``"sum"``, the paper's ``mu <- decay mu + (1 - decay) / 2 (sum of its queries + sum of its keys)``;
+            ``"mean"``, lucidrains' code: the mean of all of them in place of half of the sums. Both normalise
+            afterwards, and leave a cluster that got nothing as it is.
+    """
+
+    means: Tensor
+    started: Tensor  # bool, whether `start` has been
+
+    def __init__(
+        self,
+        heads: int,
+        clusters: int,
+        dim: int,
+        *,
+        decay: float = 0.999,
+        update: Update = "sum",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if clusters < 1:
+            raise ValueError(f"clusters must be 1 or more, got {clusters}")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        if update not in ("sum", "mean"):
+            raise ValueError(f"update must be 'sum' or 'mean', got {update!r}")
+        self.decay, self.how = decay, update
+        start = F.normalize(torch.randn(heads, clusters, dim, device=device, dtype=dtype), dim=-1)
+        self.register_buffer("means", start)
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=device))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Cosine of tokens ``[B, H, T, D]`` and centroids, ``[B, H, T, C]``; no gradient."""
+        return F.normalize(x.detach(), dim=-1) @ self.means.to(x.dtype).transpose(-1, -2)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Cluster of each token, int64 ``[B, H, T]``; of equally near ones the first."""
+        return self.scores(x).argmax(-1)
+
+    @torch.no_grad()
+    def start(self, x: Tensor, live: Tensor, rounds: int = 10) -> None:
+        """Begin from a first batch ``[B, H, T, D]``, as lucidrains' code does: tokens of it, then k-means.
+
+        Does nothing once it has been done, and waits for a batch with as many live tokens as there are clusters.
+
+        Args:
+            live: bool ``[B, T]``.
+        """
+        clusters = self.means.shape[1]
+        if bool(self.started) or int(live.sum()) < clusters:
+            return
+        self.started.fill_(True)
+        points = F.normalize(x, dim=-1).transpose(1, 2)[live].transpose(0, 1)  # [H, tokens, D]
+        self.means.copy_(points[:, torch.randperm(points.shape[1], device=points.device)[:clusters]])
+        everyone = torch.ones(1, points.shape[1], dtype=torch.bool, device=points.device)
+        for _ in range(rounds):
+            total, count = self._sums(points[None], everyone)
+            self._move(torch.where(count > 0, total, self.means))
+
+    @torch.no_grad()
+    def update(self, q: Tensor, k: Tensor, live: Tensor) -> None:
+        """Move towards the queries and keys ``[B, H, T, D]`` that are nearest to each centroid.
+
+        Args:
+            live: bool ``[B, T]``.
+        """
+        (queries, asked), (keys, held) = (self._sums(F.normalize(x, dim=-1), live) for x in (q, k))
+        count = asked + held
+        step = (queries + keys) / (count.clamp(min=1) if self.how == "mean" else 2)
+        self._move(torch.where(count > 0, self.decay * self.means + (1 - self.decay) * step, self.means))
+
+    def _sums(self, x: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum ``[H, C, D]`` and number ``[H, C, 1]`` of the tokens of each cluster."""
+        near = F.one_hot(self.nearest(x), self.means.shape[1]).to(self.means.dtype) * live[:, None, :, None]
+        return torch.einsum("bhtc,bhtd->hcd", near, x.to(self.means.dtype)), near.sum((0, 2))[..., None]
+
+    def _move(self, to: Tensor) -> None:
+        self.means.copy_(F.normalize(to, dim=-1))
