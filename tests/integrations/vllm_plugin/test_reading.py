@@ -20,6 +20,7 @@ from gossamer.integrations.vllm.plugin import engine_of
 from gossamer.methods import LServe, Quest
 from gossamer.paged import Paged
 from gossamer.plan import SparsePlan
+from gossamer.summaries import Labels, PageBounds
 
 __all__ = ["plain", "stubs"]  # fixtures
 
@@ -229,6 +230,15 @@ def test_a_method_that_fails_reads_everything(monkeypatch: pytest.MonkeyPatch) -
     rows = [(1, 99), (1, 150)]
     torch.testing.assert_close(served.run(rows), served.expected(rows), atol=2e-5, rtol=1e-4)
     assert served.total("gossamer_dense_rows", reason="method failed") == 2
+
+
+@pytest.mark.parametrize("kind", [PageBounds(12), Labels(count=4)])
+def test_what_the_pages_do_not_keep_is_read_whole(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that asks for what it did not say."""
+    monkeypatch.setattr(Quest, "plan", lambda self, call: call.store.summary(kind))
+    served = Served("cpu", FEW)
+    torch.testing.assert_close(served.run([(1, 99)]), served.expected([(1, 99)]), atol=2e-5, rtol=1e-4)
+    assert served.total("gossamer_dense_rows", reason="method failed") == 1
 
 
 class Life:

@@ -72,6 +72,8 @@ class PageStore:
     def summary(self, kind: Summary[T]) -> T:
         if not isinstance(kind, PageBounds):
             raise ValueError(f"vLLM's pages keep bounds of their keys, and no {type(kind).__name__}")
+        if self._keys.page % kind.size:
+            raise ValueError(f"bounds of {kind.size} tokens do not divide pages of {self._keys.page}")
         kept = self._kept.get(kind.size)
         if kept is None:
             kept = self._kept[kind.size] = KeptBounds(self._cache, kind.size)

@@ -154,11 +154,13 @@ class Engine:
         started, reason = time.perf_counter(), None
         try:
             plan = method.plan(call)
+            planned = time.perf_counter()
+            out, _ = backends.attend(call, plan)
         except Exception as error:
             self._say_failed(method.name, error)
             plan, reason = SparsePlan.dense(call.groups, 1, call.key_len, call.extent), "method failed"
-        planned = time.perf_counter()
-        out, _ = backends.attend(call, plan)
+            planned = time.perf_counter()
+            out, _ = backends.attend(call, plan)
         pairs = sum(some.counts)
         density = float(plan.count_pairs().sum()) / (pairs * plan.heads)
         path, ended = "sparse" if reason is None else "dense", time.perf_counter()
