@@ -6,6 +6,7 @@ All others take ``x [B, T, E]`` and a mask of live tokens or lengths, and give `
 
 from gossamer.modules.combiner import Axial, CombinerAttention, CombinerCache, Fixed, Learnable, LogSparse, Mixture
 from gossamer.modules.dynamic_mask import DynamicMask, DynamicMaskAttention, plan_of_scores
+from gossamer.modules.routing import KeysAndValues, RoutingAttention
 
 __all__ = [
     "Axial",
@@ -14,8 +15,10 @@ __all__ = [
     "DynamicMask",
     "DynamicMaskAttention",
     "Fixed",
+    "KeysAndValues",
     "Learnable",
     "LogSparse",
     "Mixture",
+    "RoutingAttention",
     "plan_of_scores",
 ]
