@@ -165,7 +165,7 @@ def compile_others(capability: int) -> None:
         labels = dict(SHARE=4, HEADS=16, CODED=coded, PACKED=coded, TILE=256)
         codes = dict(codes_ptr="*u8" if coded else "*bf16", low_ptr="*bf16", step_ptr="*bf16")
         compile_kernel(kernels.label_products, capability, labels, **codes)
-    hashes = dict.fromkeys(("queries_ptr", "codes_ptr", "counts_ptr"), "*i16")
+    hashes = dict(queries_ptr="*i16", codes_ptr="*i16", counts_ptr="*i16")
     compile_kernel(kernels.hash_collisions, capability, dict(SHARE=5, HEADS=16, TILE=64), **hashes)
     compile_kernel(kernels.count_columns, capability, dict(BLOCK_K=64, TILE=128))
     lists = dict(HAS_BLOCKS=True, HAS_COLUMNS=True)

@@ -73,3 +73,13 @@ def without_circumstances(path: Path) -> list[dict[str, Any]]:
         if record["kind"] != "run":
             kept.append({k: v for k, v in record.items() if k != "run" and not k.endswith("_s")})
     return kept
+
+
+class Chat(WordTokenizer):
+    """Five tokens around a prompt."""
+
+    chat_template = "some"
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **more: Any) -> dict[str, list[int]]:
+        assert [turn["role"] for turn in turns] == ["user"]
+        return {"input_ids": [2, 5, 6, *self(turns[0]["content"])["input_ids"][1:], 7, 8, 9]}

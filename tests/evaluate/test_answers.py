@@ -11,7 +11,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from subjects_for_tests import DENSE, job, run, subject, without_circumstances  # noqa: E402
+from subjects_for_tests import DENSE, Chat, job, run, subject, without_circumstances  # noqa: E402
 from tokenizers_for_tests import HAYSTACK, WordTokenizer  # noqa: E402
 
 from gossamer import Policy, cache, methods  # noqa: E402
@@ -129,16 +129,6 @@ class LineEnds(WordTokenizer):
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join(f"w{i}\n" for i in ids)
-
-
-class Chat(WordTokenizer):
-    """Five tokens around a prompt."""
-
-    chat_template = "some"
-
-    def apply_chat_template(self, turns: list[dict[str, str]], **more: Any) -> dict[str, list[int]]:
-        assert [turn["role"] for turn in turns] == ["user"]
-        return {"input_ids": [2, 5, 6, *self(turns[0]["content"])["input_ids"][1:], 7, 8, 9]}
 
 
 def test_only_answers_of_one_line_end_at_a_line_end() -> None:

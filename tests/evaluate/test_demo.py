@@ -6,8 +6,8 @@ from repository import ROOT, script
 
 transformers = pytest.importorskip("transformers")
 
-from test_runner import Chat  # noqa: E402
-from test_runner import subject as tiny  # noqa: E402
+from subjects_for_tests import Chat  # noqa: E402
+from subjects_for_tests import subject as tiny  # noqa: E402
 
 from gossamer.evaluate.subject import Subject  # noqa: E402
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
+import pytest
 import torch
 from torch import Tensor, nn
+
+diffusers = pytest.importorskip("diffusers")
 
 __all__ = ["FAMILIES", "Family", "inputs_of", "noise", "tiny"]
 

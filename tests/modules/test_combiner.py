@@ -104,7 +104,8 @@ def test_the_kernels_agree_with_the_formula(causal: bool) -> None:
     q, k, v = (x.requires_grad_() for x in drawn(23, dtype=torch.float32))
     out = combine(q, k, v, Fixed(5), causal=causal)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = naive(*wide, Fixed(5), [23, 23], causal, False, Centroids(2, 1, 4, dtype=torch.float64))
+    means = Centroids(2, 1, 4, dtype=torch.float64)
+    expected = naive(wide[0], wide[1], wide[2], Fixed(5), [23, 23], causal, False, means)
     torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=1e-4)
     grad = torch.randn_like(out)
     out.backward(grad)
@@ -119,7 +120,7 @@ def test_the_kernels_agree_with_the_formula(causal: bool) -> None:
 def test_gradients_are_finite_differences(name: str) -> None:
     q, k, v = (x.requires_grad_() for x in drawn(7, heads=1, batch=1))
     means = Centroids(1, CLUSTERS, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *x: combine(*x, PATTERNS[name], centroids=means), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: combine(*x, pattern=PATTERNS[name], centroids=means), (q, k, v))
 
 
 @pytest.mark.parametrize("causal", [True, False])

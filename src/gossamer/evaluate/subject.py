@@ -19,6 +19,7 @@ import gossamer
 from gossamer.cache import nbytes
 from gossamer.evaluate.tasks import Sample
 from gossamer.integrations.transformers import Handle, Stats
+from gossamer.methods import Method
 from gossamer.policy import Policy
 
 __all__ = ["Answers", "Cost", "Subject"]
@@ -177,18 +178,18 @@ class Subject:
                 tokens += len(prompt) - shared + len(out[0]) - 1
                 texts.append(self.text(out[0]))
                 steps += [layer.step_density for layer in handle.stats()]
-        size = nbytes(held) if stores else None
+        size = nbytes(held) if stores and held is not None else None
         share = sum(steps) / len(steps) if policy.decode is not None else None
         return Answers(tuple(texts), cost, spent, share, size, tokens if policy.decode is not None else None)
 
     def _context(self, tokens: Tensor, policy: Policy, handle: Handle) -> tuple[Any, Cost]:
         """A cache that has read tokens, to be copied and not to be added to, and what reading them cost.
 
-        Of policies that differ in their method for decoding alone, and if these want nothing of a prompt's queries but
-        what they share, the first reads.
+        Of policies that differ in their methods for decoding alone, and if these do not watch prompts, the first reads.
         """
-        watches = () if policy.decode is None else policy.decode.watches()
-        key = tokens.tolist(), replace(policy, decode=None), handle.cache, watches
+        decode = policy.decode
+        looks = decode is not None and type(decode).watches is not Method.watches
+        key = tokens.tolist(), replace(policy, decode=decode if looks else None), handle.cache
         if self._read is None or self._read[0] != key:
             self._read = None
             handle.reset()

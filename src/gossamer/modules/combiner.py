@@ -151,7 +151,7 @@ def combine(
             f"q, k and v must have equal heads and tokens, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     tokens = tokens if tokens is not None else Tokens.of(q[:, 0])
-    scale = scale if scale is not None else q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(pattern, Mixture):
         given = {"tokens": tokens, "causal": causal, "scale": scale, "by_size": by_size, "centroids": centroids}
         outs = [combine(q, k, v, part, **given) for part in pattern.patterns]
@@ -207,7 +207,7 @@ def _attend_spans(
         return own[0]
     pad = (0, 0, 0, far.key_len * span - q.shape[2])
     inside = F.pad(tokens.live(q.device), (0, pad[3])).view(len(q), 1, -1, span)
-    key, value = summarise(*(F.pad(x, pad).unflatten(2, (-1, span)) for x in (q, k, v)), inside, scale)
+    key, value = summarise(*(F.pad(x, pad).unflatten(2, (-1, span)) for x in (q, k, v)), live=inside, scale=scale)
     bias = inside.sum(-1).clamp(min=1).to(q.dtype).log().expand(key.shape[:3]) if by_size else None
     call = AttentionCall(q, key, value, far.extent, scale=scale, bias=bias)
     return join([own, attend(call, far.to(q.device))])
@@ -236,7 +236,7 @@ class CombinerCache:
             whole = torch.ones(1, 1, 1, span, dtype=torch.bool, device=q.device).expand(
                 *q.shape[:2], closed // span, -1
             )
-            key, value = summarise(*parts, whole, scale)
+            key, value = summarise(*parts, live=whole, scale=scale)
             self.keys = key if self.keys is None else torch.cat([self.keys, key], 2)
             self.values = value if self.values is None else torch.cat([self.values, value], 2)
         self.open = (q[:, :, closed:], k[:, :, closed:], v[:, :, closed:])
@@ -327,6 +327,6 @@ class CombinerAttention(nn.Module):
             return self.projections.merge(combine(q, k, v, self.pattern, by_size=self.by_size))
         outs = []
         for part in zip(*(tensor.split(1, 2) for tensor in (q, k, v)), strict=True):
-            cache.append(*part, span, scale)
+            cache.append(*part, span=span, scale=scale)
             outs.append(cache.attend(part[0], span, scale, self.by_size))
         return self.projections.merge(torch.cat(outs, 2) if outs else torch.zeros_like(v))

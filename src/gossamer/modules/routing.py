@@ -234,9 +234,11 @@ class RoutingAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         live = None if cache is not None else tokens.live(x.device)
-        outs = [self._routed(*(part[:, self.local :] for part in (q, k, v)), live)]
+        outs = [self._routed(*(part[:, self.local :] for part in (q, k, v)), live=live)]
         if self.local:
-            outs.insert(0, self._near(*(part[:, : self.local] for part in (q, k, v)), tokens, cache is not None))
+            outs.insert(
+                0, self._near(*(part[:, : self.local] for part in (q, k, v)), tokens=tokens, cached=cache is not None)
+            )
         return tokens.restore(self.projections.merge(torch.cat(outs, 1)))
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -106,7 +106,7 @@ def attend_tree(q: Tensor, k: Tensor, v: Tensor, live: Tensor, *, causal: bool, 
     logits, seen, values = [(q * k).sum(-1) * scale], [live[:, None].expand(q.shape[:3])], [v]
     for level in range(levels):
         inside = alive.unflatten(-1, (-1, 1 << level))
-        key, value = summarise(*(x.unflatten(2, (-1, 1 << level)) for x in whole), inside, scale)
+        key, value = summarise(*(x.unflatten(2, (-1, 1 << level)) for x in whole), live=inside, scale=scale)
         sibling = (place >> level) ^ 1
         size = inside.sum(-1)[..., sibling]
         allowed = (size > 0) & ((place >> level & 1 == 1) if causal else torch.ones_like(place, dtype=torch.bool))

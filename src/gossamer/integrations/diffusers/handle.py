@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal
 
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from gossamer.attention import CallRecord
