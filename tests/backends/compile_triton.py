@@ -163,10 +163,11 @@ def compile_others(capability: int) -> None:
     compile_kernel(kernels.page_products, capability, pages, queries_ptr="*fp32", bounds_ptr="*bf16")
     for coded in (False, True):
         labels = dict(SHARE=4, HEADS=16, CODED=coded, PACKED=coded, TILE=256)
-        codes = dict(codes_ptr="*u8" if coded else "*bf16", low_ptr="*bf16", step_ptr="*bf16")
-        compile_kernel(kernels.label_products, capability, labels, **codes)
-    hashes = dict(queries_ptr="*i16", codes_ptr="*i16", counts_ptr="*i16")
-    compile_kernel(kernels.hash_collisions, capability, dict(SHARE=5, HEADS=16, TILE=64), **hashes)
+        of = "*u8" if coded else "*bf16"
+        compile_kernel(kernels.label_products, capability, labels, codes_ptr=of, low_ptr="*bf16", step_ptr="*bf16")
+    hashes = dict(SHARE=5, HEADS=16, TILE=64)
+    types = {f"{name}_ptr": "*i16" for name in ("queries", "codes", "counts")}
+    compile_kernel(kernels.hash_collisions, capability, hashes, warps=4, stages=2, **types)
     compile_kernel(kernels.count_columns, capability, dict(BLOCK_K=64, TILE=128))
     lists = dict(HAS_BLOCKS=True, HAS_COLUMNS=True)
     compile_kernel(

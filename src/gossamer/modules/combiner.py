@@ -151,7 +151,7 @@ def combine(
             f"q, k and v must have equal heads and tokens, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     tokens = tokens if tokens is not None else Tokens.of(q[:, 0])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if isinstance(pattern, Mixture):
         given = {"tokens": tokens, "causal": causal, "scale": scale, "by_size": by_size, "centroids": centroids}
         outs = [combine(q, k, v, part, **given) for part in pattern.patterns]
