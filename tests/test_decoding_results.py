@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from repository import ROOT
 
+from gossamer.evaluate.summary import read_results, summary_rows
+
 RESULTS = ROOT / "benchmarks" / "results"
 FOUND = RESULTS / "intel-xeon-ice-lake-2-cores-avx512" / "decoding.json"
 ZEN = RESULTS / "amd-epyc-zen3-2-cores-avx2"
@@ -139,3 +141,17 @@ def test_what_choices_lose_on_qwen() -> None:
     said = {"double_sparsity(budget=128,bits=4,group_factor=2)": 0.029, "oracle_topk(budget=128)": 0.014}
     assert {name: short[name]["kl"] for name in said} == pytest.approx(said, abs=0.0005)
     assert short["quest(budget=128)"]["kl"] == pytest.approx(0.26, abs=0.003)
+
+
+def test_what_choices_answer_on_the_reference_model() -> None:
+    rows = {
+        row.method.removeprefix("dense+"): row for row in summary_rows(read_results(ZEN / "decoding_reference.jsonl"))
+    }
+    assert {(row.length, row.samples) for row in rows.values()} == {(16384, 8)}
+    dense = rows["dense"].accuracy
+    same = "quest(budget=256)", "oracle_topk(budget=256)", "retro_infer(probe=0.05,segment=2048,least=1,update=256)"
+    assert [rows[name].accuracy for name in same] == pytest.approx([dense] * 3)
+    assert rows["double_sparsity(budget=256)"].accuracy == pytest.approx(dense, abs=0.02)
+    assert rows[same[2]].read == pytest.approx(0.066, abs=0.0005)
+    assert all(rows[f"lserve(budget={budget})"].accuracy < 0.56 * dense for budget in (256, 1024))
+    assert rows["infllm(blocks=8,block=64,init=64,local=448)"].accuracy < 0.03
