@@ -39,6 +39,12 @@ def test_of_qwen_on_avx2() -> None:
     }
 
 
+def test_of_tokens_that_a_server_gives() -> None:
+    rows = json.loads((AVX2 / "serving_decode.json").read_text())["Qwen2.5-Coder-0.5B-Instruct"]["rows"]
+    given = {row["contender"]: round(row["tokens_per_s"], 1) for row in rows if row["length"] == 8192}
+    assert given == {"stock": 6.4, "quest(budget=1024)": 5.8}
+
+
 def test_of_decoding_beside_its_kernel() -> None:
     rows = json.loads((AVX2 / "cpu.json").read_text())["sections"]["vllm"]["rows"]
     for dtype, low, high in (("fp32", 1.13, 1.38), ("bf16", 1.18, 1.63)):

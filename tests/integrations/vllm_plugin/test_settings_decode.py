@@ -35,7 +35,7 @@ class TestAServer:
         assert Settings.of(json.dumps(given)).policy == policy
 
     def test_says_from_how_many_tokens_on(self) -> None:
-        assert Settings.of({"decode": "quest"}).min_context == 4096
+        assert Settings.of({"decode": "quest"}).min_context == 8192
         assert Settings.of({"decode": "quest", "min_context": 0}).min_context == 0
 
     def test_has_that_of_its_profile(self, tmp_path: Path) -> None:

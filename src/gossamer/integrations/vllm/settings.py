@@ -21,7 +21,7 @@ __all__ = ["VARIABLE", "Settings", "check_model"]
 
 VARIABLE = "GOSSAMER_VLLM"
 MIN_QUERIES = 64
-MIN_CONTEXT = 4096
+MIN_CONTEXT = 8192
 _THRESHOLDS = ("min_tokens", "max_density")
 _OURS = ("profile", "policies", "min_queries", "min_context")
 _MOST = 100_000  # characters of a request's own policy
