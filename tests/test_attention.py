@@ -15,6 +15,7 @@ from gossamer import AttentionCall, Extent, Method, Policy, Profile, SparsePlan,
 from gossamer import attention as module
 from gossamer.attention import CallRecord, attend
 from gossamer.call import CallFields
+from gossamer.layout import DenoisingStep, TokenLayout
 from gossamer.methods import AShape, Dense
 from gossamer.policy import TOO_DENSE
 from gossamer.rotary import Rotary
@@ -74,8 +75,8 @@ FIELDS: dict[str, Any] = {
     "softcap": 30.0,
     "layer": 3,
     "store": Store(),
-    "layout": ("frames", 4, 4),
-    "step": (2, "guided"),
+    "layout": TokenLayout((2,), 2, 4, 4),
+    "step": DenoisingStep(2, branch=1),
     "state": [{"seen": 1}],
     "rotary": Rotary.of_base(8),
     "bias": torch.ones(1, 2, 38),

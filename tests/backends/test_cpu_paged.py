@@ -204,7 +204,7 @@ class TestBounds:
     def test_a_page_that_is_not_there(self, number: int) -> None:
         call = self.call()
         plan = SparsePlan.dense(1, 100, 100, call.extent)
-        table_of(call.k)[2] = number
+        table_of(call.k)[0, 2] = number
         for compute in (lambda: cpu.attend(call, plan), lambda: cpu.pool_keys(call, Grid(call.extent, 64, 64))):
             with pytest.raises(ValueError, match=f"a page of the block table must be .* at most 6, got {number}"):
                 compute()

@@ -37,7 +37,8 @@ class PagedProblem {
   const char* row(int64_t head, int64_t t) const { return rows.data() + (head * tokens + t) * dim * element; }
   Tokens view() const {
     const int64_t head = page * dim * element;
-    return Tokens({cache.data(), kGroups * head, head, page, form, table.data()}, kGroups, tokens, dim,
+    const int64_t each = static_cast<int64_t>(table.size());
+    return Tokens({cache.data(), kGroups * head, head, page, form, table.data(), each}, 1, kGroups, tokens, dim,
                   element == 4 ? DType::kFloat32 : DType::kFloat16);
   }
 

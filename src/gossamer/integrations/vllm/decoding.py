@@ -10,7 +10,7 @@ import torch
 
 from gossamer.call import AttentionCall
 from gossamer.integrations.vllm.rows import Readers, Step
-from gossamer.methods import Method
+from gossamer.methods import Method, OracleTopK, Reducing
 from gossamer.plan import Extent
 from gossamer.policy import Policy
 from gossamer.summaries import PageBounds
@@ -18,6 +18,7 @@ from gossamer.summaries import PageBounds
 __all__ = ["Decoders", "Memory", "check_decode", "check_pages"]
 
 _OFFERED = frozenset({"store", "causal", "one query", "state", "layer"})
+_READS_KEYS = (OracleTopK, Reducing)
 _MOST_TOKENS = 1 << 24  # a sequence of so many is the longest of which anything is asked
 
 
@@ -29,7 +30,8 @@ def check_decode(method: Method | None) -> None:
     """
     if method is None:
         return
-    lacking = sorted(method.needs - _OFFERED)
+    # Pages are read where they lie, by the kernels alone: not by methods that look at keys in torch.
+    lacking = ["keys in one piece"] * isinstance(method, _READS_KEYS) + sorted(method.needs - _OFFERED)
     wanted = [kind if isinstance(kind, type) else type(kind) for kind in method.summaries()]
     lacking += [kind.__name__ for kind in wanted if kind is not PageBounds]
     if lacking:
