@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from gossamer import Policy, Profile
-from gossamer.integrations.vllm.decoding import check_pages
+from gossamer.backends import backend_of, cpu
+from gossamer.backends import torch as torch_backend
+from gossamer.integrations.vllm.bounds import KeptBounds
+from gossamer.integrations.vllm.decoding import check_pages, check_sizes
 from gossamer.integrations.vllm.engine import salt_of
+from gossamer.integrations.vllm.limits import fills_unseen
 from gossamer.integrations.vllm.rows import NEVER
 from gossamer.integrations.vllm.settings import Settings
 from gossamer.methods import AShape, Dense, LServe, MInference, Quest
@@ -111,3 +117,36 @@ def test_a_rank_has_its_part() -> None:
     mine = settings.of_rank(1, 2, 8, 4).policy.decode
     assert isinstance(mine, LServe)
     assert mine.full == ((False, True),) * 2
+
+
+@pytest.mark.parametrize(
+    ("cache", "unseen"),
+    [
+        ({}, False),
+        ({"mamba_cache_mode": "all", "prefix_match_unit": None, "kv_sharing_fast_prefill": False}, False),
+        ({"mamba_cache_mode": "align"}, True),
+        ({"prefix_match_unit": 16}, True),
+        ({"kv_sharing_fast_prefill": True}, True),
+    ],
+)
+def test_where_vllm_copies_pages_nothing_is_kept_of_them(cache: dict[str, Any], unseen: bool) -> None:
+    assert fills_unseen(SimpleNamespace(cache_config=SimpleNamespace(**cache))) is unseen
+
+
+def test_a_request_asks_for_no_bounds_that_the_server_has_not() -> None:
+    """Each size of pages takes memory of its own, as much as keys take at one token a page."""
+    settings = Settings.of({"decode": {"method": "quest", "page": 32}, "policies": {"few": {"decode": "lserve"}}})
+    for size in (16, 32):
+        check_sizes(Settings.of({"decode": {"method": "quest", "page": size}}).policy, settings)
+    with pytest.raises(ValueError, match="bounds of 1 tokens are not kept by this server, only of 16, 32"):
+        check_sizes(Settings.of({"decode": {"method": "quest", "page": 1}}).policy, settings)
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels were not built")
+@pytest.mark.parametrize("dim", [128, 256])
+def test_bounds_of_wide_heads_are_kept_in_c(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds are twice as wide as keys, and so wider than a head may be."""
+    kept = KeptBounds(torch.zeros(2, 1, 32, 2 * dim), 16)
+    monkeypatch.setattr(torch_backend, "forget_slots", None)
+    kept.forget(torch.tensor([3]))
+    assert backend_of(kept.keys_of, "keep_bounds") is not torch_backend

@@ -22,7 +22,7 @@ from gossamer.call import AttentionCall
 from gossamer.integrations.vllm.bounds import PageStore
 from gossamer.integrations.vllm.decoding import Memory
 from gossamer.integrations.vllm.engine import Engine, call_of, logger
-from gossamer.integrations.vllm.limits import shares_pages, why_not
+from gossamer.integrations.vllm.limits import fills_unseen, why_not
 from gossamer.integrations.vllm.pages import ROWS, paged, read, verify
 from gossamer.integrations.vllm.plugin import engine_of, policies_of, requests_of, settings_of
 from gossamer.integrations.vllm.rows import Readers, Row, Step, put, taken
@@ -216,7 +216,7 @@ class SparseBuilder(Stock):
             impl = layer.impl
             if isinstance(impl, SparseImpl):
                 reason = of_server or _why_not(layer) or self.why_not(impl) or self._verified(impl, page, isa)
-                impl.join(self.sparse, _index(name), reason, isa, page, not shares_pages(vllm_config))
+                impl.join(self.sparse, _index(name), reason, isa, page, not fills_unseen(vllm_config))
                 self.serves |= impl.reason is None
 
     def layout(self) -> str:

@@ -39,17 +39,22 @@ class KeptBounds:
         self.held = torch.zeros(pages, dtype=torch.int32, device=cache.device)
 
     @property
+    def keys_of(self) -> Tensor:
+        """Something with as many channels as a key, by which a backend is chosen."""
+        return self.bounds[..., : self.bounds.shape[-1] // 2]
+
+    @property
     def nbytes(self) -> int:
         """Memory once all pages are in use."""
         return self.bounds.nbytes + self.held.nbytes
 
     def forget(self, slots: Tensor) -> None:
         """Tokens were written at ``slots`` int64: ``page * number + place``, or below 0 for none."""
-        backend_of(self.bounds, "forget_slots").forget_slots(slots, self.page, self.held)
+        backend_of(self.keys_of, "forget_slots").forget_slots(slots, self.page, self.held)
 
     def of(self, keys: Paged, counts: Tensor) -> Paged:
         """Those of sequences' pages in order, ``[B, G, N, 2 * D]``, up to date for ``counts`` int64 ``[B]`` tokens."""
-        backend_of(self.bounds, "keep_bounds").keep_bounds(keys, counts, self.bounds, self.held)
+        backend_of(self.keys_of, "keep_bounds").keep_bounds(keys, counts, self.bounds, self.held)
         per = self.bounds.shape[2]
         entries = ceil_div(keys.shape[2], self.size)
         return Paged(self.bounds.flatten(2), keys.listed, entries, per, "rows")

@@ -15,7 +15,7 @@ from gossamer.plan import Extent
 from gossamer.policy import Policy
 from gossamer.summaries import PageBounds
 
-__all__ = ["Decoders", "Memory", "check_decode", "check_pages"]
+__all__ = ["Decoders", "Memory", "check_decode", "check_pages", "check_sizes"]
 
 _OFFERED = frozenset({"store", "causal", "one query", "state", "layer"})
 _READS_KEYS = (OracleTopK, Reducing)
@@ -53,6 +53,25 @@ def check_pages(method: Method | None, page: int) -> None:
                 f"{method.name if method else ''} has bounds of {kind.size} tokens, which do not divide this server's "
                 f"pages of {page}: choose another size, or start the server with another --block-size"
             )
+
+
+def check_sizes(policy: Policy, settings: Any) -> None:
+    """That a request's choices need no bounds that the server has not: each size of pages takes memory of its own.
+
+    Raises:
+        ValueError: they do, and which the server has.
+    """
+    known = {16} | {size for one in (settings.policy, *settings.policies.values()) for size in _sizes(one)}
+    if other := sorted(_sizes(policy) - known):
+        raise ValueError(
+            f"decode: bounds of {other[0]} tokens are not kept by this server, only of "
+            f"{', '.join(map(str, sorted(known)))}; choose one of these, or name a policy with others when it starts"
+        )
+
+
+def _sizes(policy: Policy) -> set[int]:
+    kinds = () if policy.decode is None else policy.decode.summaries()
+    return {kind.size for kind in kinds if isinstance(kind, PageBounds)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +170,7 @@ class Memory:
     remember are called apart, so that a request chooses in the same steps whoever is in its batch.
     """
 
-    _MOST = 4096
+    _MOST = 256
 
     def __init__(self) -> None:
         self._of: dict[str, tuple[int, dict[str, Any]]] = {}  # steps, and what is remembered

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["connectors", "shares_pages", "why_not"]
+__all__ = ["connectors", "fills_unseen", "shares_pages", "why_not"]
 
 # Those that find pages by vLLM's hashes of blocks or by the request's salt, in both of which our policy is; and those
 # that bring the pages of one request from the server that wrote them for it. Read in vLLM 0.32's source.
@@ -43,6 +43,19 @@ def connectors(config: Any) -> Iterator[str]:
 def shares_pages(config: Any) -> bool:
     """Whether pages may come from other servers, or from this one before it was started anew."""
     return any(True for _ in connectors(config))
+
+
+def fills_unseen(config: Any) -> bool:
+    """Whether pages change by more than a layer's writes, so that nothing is kept of what they hold.
+
+    A connector brings them; vLLM copies the page that a shared prefix ends in, where hits may end inside of pages.
+    With its fast prefill of layers that share keys, a step does not say which rows are prompts'.
+    """
+    cache = getattr(config, "cache_config", None)
+    copies = getattr(cache, "mamba_cache_mode", "none") == "align" or isinstance(
+        getattr(cache, "prefix_match_unit", None), int
+    )
+    return copies or getattr(cache, "kv_sharing_fast_prefill", False) is True or shares_pages(config)
 
 
 def why_not(config: Any) -> str | None:

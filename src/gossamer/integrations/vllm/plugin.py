@@ -21,9 +21,9 @@ import torch
 
 from gossamer.backends import cpu
 from gossamer.integrations.vllm.counters import FOLDER, METRICS, announce, collected
-from gossamer.integrations.vllm.decoding import check_pages
+from gossamer.integrations.vllm.decoding import check_pages, check_sizes
 from gossamer.integrations.vllm.engine import Engine, logger, salt_of
-from gossamer.integrations.vllm.limits import connectors, shares_pages, why_not
+from gossamer.integrations.vllm.limits import connectors, fills_unseen, shares_pages, why_not
 from gossamer.integrations.vllm.settings import Settings, check_model
 from gossamer.policy import Policy
 
@@ -122,8 +122,10 @@ def _tell(settings: Settings, config: Any) -> None:
     reason = why_not(config)
     if reason is None:
         logger.info("gossamer: rows of %d queries and more run %s", settings.min_queries, settings.policy)
-        if shares_pages(config) and any(one.decode for one in (settings.policy, *settings.policies.values())):
-            logger.warning("gossamer: decoding reads the whole cache, into which a KV connector may bring pages unseen")
+        if fills_unseen(config) and any(one.decode for one in (settings.policy, *settings.policies.values())):
+            logger.warning(
+                "gossamer: decoding reads the whole cache, since its pages may change unseen here"
+            )
         return
     of = f"{reason} ({', '.join(connectors(config))})" if reason == "KV connector" else reason
     logger.warning("gossamer: vLLM's own kernel runs all rows of this server: %s", of)
@@ -197,6 +199,7 @@ def _checked(former: Callable[..., Any]) -> Callable[..., Any]:
                 policy = settings.of_request(given)[1]
                 check_model(policy, self.vllm_config.model_config.hf_config)
                 _check_decode(policy, self.vllm_config)
+                check_sizes(policy, settings)
             except (ValueError, TypeError) as error:
                 raise VLLMValidationError(f"{KEY}: {error}") from error
             if policy != settings.policy and getattr(self.vllm_config, "use_v2_model_runner", False):
