@@ -123,9 +123,7 @@ def _tell(settings: Settings, config: Any) -> None:
     if reason is None:
         logger.info("gossamer: rows of %d queries and more run %s", settings.min_queries, settings.policy)
         if fills_unseen(config) and any(one.decode for one in (settings.policy, *settings.policies.values())):
-            logger.warning(
-                "gossamer: decoding reads the whole cache, since its pages may change unseen here"
-            )
+            logger.warning("gossamer: decoding reads the whole cache, since its pages may change unseen here")
         return
     of = f"{reason} ({', '.join(connectors(config))})" if reason == "KV connector" else reason
     logger.warning("gossamer: vLLM's own kernel runs all rows of this server: %s", of)
