@@ -151,6 +151,20 @@ def served(
         log.unlink()
 
 
+def about(arguments: argparse.Namespace) -> dict[str, Any]:
+    """On what, and with which vLLM, a section was measured."""
+    found = subprocess.run(
+        [arguments.python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True, check=True
+    )
+    return {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "vllm": found.stdout.split()[-1],
+        "dtype": arguments.dtype,
+        "eager": arguments.enforce_eager,
+    }
+
+
 def prompts(arguments: argparse.Namespace, length: int, seed: int) -> list[int]:
     """Tokens of a window of the text, which begins with a number of its own: no two share a prefix."""
     from transformers import AutoTokenizer
@@ -273,19 +287,8 @@ def main() -> None:
             found += rows(servers, length, same)
         if arguments.requests:
             mixed = list(load(arguments, servers, max(lengths)))
-    versions = subprocess.run(
-        [arguments.python, "-c", "import vllm, torch; print(vllm.__version__, torch.__version__)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    section = {
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "vllm": versions.stdout.split()[-2],
-        "dtype": arguments.dtype,
+    section = about(arguments) | {
         "chunk": arguments.chunk or None,
-        "eager": arguments.enforce_eager,
         "min_tokens": arguments.min_tokens,
         "first_token": found,
         "load": mixed,

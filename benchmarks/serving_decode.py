@@ -16,18 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machines import machine, results
-from serving import STOCK, Server, prompts, served
+from machines import results
+from serving import STOCK, Server, about, prompts, served
 from timing import write
 
 from gossamer.cli.specs import parse_method, split_specs
@@ -113,21 +111,7 @@ def main() -> None:
                 }
                 for name in names
             ]
-    versions = subprocess.run(
-        [arguments.python, "-c", "import vllm, torch; print(vllm.__version__, torch.__version__)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    section = {
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "vllm": versions.stdout.split()[-2],
-        "dtype": arguments.dtype,
-        "eager": arguments.enforce_eager,
-        "tokens": arguments.tokens,
-        "rows": found,
-    }
+    section = about(arguments) | {"tokens": arguments.tokens, "rows": found}
     many = f", {arguments.requests} requests" if arguments.requests > 1 else ""
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     write(arguments.out, known | {f"{arguments.name or arguments.model.name}{many}": section})

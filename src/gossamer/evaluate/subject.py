@@ -243,6 +243,7 @@ class Subject:
         ``observe``, ``rotary``: see `Handle.observe`.
         """
         kept: list[Tensor] = []
+        self._read = None
         with gossamer.enable(self.model, policy) as handle:
             handle.observe(observe, rotary=rotary)
             hook = self.model.base_model.register_forward_hook(lambda *call: kept.append(call[-1][0]))

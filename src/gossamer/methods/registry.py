@@ -80,7 +80,7 @@ _METHODS: tuple[type[Method], ...] = (
     Corrected,
     PerHead,
 )
-# Those that choose what a decode step reads, and plan no prompt.
+# Those that choose what a decode step reads, and have no plan for a prompt; InfLLMLong reads it by calls of its own.
 _STEPS: tuple[type[Method], ...] = (Quest, DoubleSparsity, InfLLM, InfLLMLong, MagicPIG, RetroInfer, OracleTopK)
 # Those that plan the calls of models that denoise, which attend in both directions.
 _DENOISING: tuple[type[Method], ...] = (AdaSpa, SparseVDiT, AttentionTile, PARO, SparseD)
