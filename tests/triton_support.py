@@ -25,8 +25,8 @@ MARKS = [
 
 def moved(call: AttentionCall) -> AttentionCall:
     """On the device."""
-    sinks = None if call.sinks is None else call.sinks.to(DEVICE)
-    return replace(call, q=call.q.to(DEVICE), k=call.k.to(DEVICE), v=call.values.to(DEVICE), sinks=sinks)
+    sinks, bias = (None if x is None else x.to(DEVICE) for x in (call.sinks, call.bias))
+    return replace(call, q=call.q.to(DEVICE), k=call.k.to(DEVICE), v=call.values.to(DEVICE), sinks=sinks, bias=bias)
 
 
 class _Patched:

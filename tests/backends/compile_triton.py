@@ -19,13 +19,13 @@ from triton.compiler import ASTSource
 
 from gossamer.backends.triton import config, kernels, scores
 from gossamer.backends.triton.config import power_of_two
-from gossamer.backends.triton.kernels import choices
+from gossamer.backends.triton.kernels import choices, coded
 
 INTEGERS = dict.fromkeys(("block_indices", "column_indices", "q_order", "k_order", "k_rank", "selected_bits"), "*i32")
 FLOATS = (
     "reaching_lse", "level", "base", "k_grad", "v_grad",
     "lse", "top", "total", "columns", "partial", "diagonals", "energy", "reference", "scores", "sinks", "queries",
-    "keys",
+    "keys", "bias",
 )  # fmt: skip
 TYPES = INTEGERS | {f"{name}_ptr": "*fp32" for name in FLOATS}
 TYPES |= dict.fromkeys(("block_indptr", "column_indptr", "indptr_ptr", "pairs_ptr"), "*i64")
@@ -75,16 +75,20 @@ def compile_attend(
     block: int = 64,
     share: int = 4,
     descriptors: bool = False,
+    codings: tuple[int, int] = (0, 0),
 ) -> Any:
     block_d = power_of_two(dim)
     halves = 2 if capability < 90 and tile[0] < block_d <= 2 * tile[0] else 1
-    like_q = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_means", "v_means")
+    like_q = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_means", "v_means", "k_scales", "k_zeros", "v_scales", "v_zeros")
     types: dict[str, str] = dict.fromkeys(like_q, "*" + dtype)
+    types |= {f"{x}_codes": "*u8" if coding else "*" + dtype for x, coding in zip("kv", codings, strict=True)}
     for name, width in (("k_descriptor", block_d), ("v_descriptor", block_d // halves)):
         types[name] = f"tensordesc<{dtype}[1, 1, {tile[1]}, {width}]>" if descriptors else "*" + dtype
     constants: dict[str, Any] = dict(SHARE=share, DIM=dim, VALUE_DIM=dim, BLOCK_D=block_d, BLOCK_DV=block_d // halves)
     constants |= dict(HALVES=halves, BLOCK_Q=block, BLOCK_K=block, TILE_M=tile[0], TILE_N=tile[1])
     constants |= {name: name in flags for name in (*FLAGS, *ATTRIBUTES)} | dict(DESCRIPTORS=descriptors)
+    constants |= dict(BIASED="BIASED" in flags, K_CODING=codings[0], K_BITS=4, K_GROUP=32)
+    constants |= dict(V_CODING=codings[1], V_BITS=4, V_GROUP=32)
     return compile_kernel(kernels.attend, capability, constants, warps=warps, stages=stages, **types)
 
 
@@ -161,9 +165,9 @@ def compile_others(capability: int) -> None:
         compile_kernel(kernels.choose_rows, capability, constants, diagonals_ptr="*u8")
     pages = dict(SHARE=4, DIM=256, BLOCK_D=256, TILE=32)
     compile_kernel(kernels.page_products, capability, pages, queries_ptr="*fp32", bounds_ptr="*bf16")
-    for coded in (False, True):
-        labels = dict(SHARE=4, HEADS=16, CODED=coded, PACKED=coded, TILE=256)
-        of = "*u8" if coded else "*bf16"
+    for in_codes in (False, True):
+        labels = dict(SHARE=4, HEADS=16, CODED=in_codes, PACKED=in_codes, TILE=256)
+        of = "*u8" if in_codes else "*bf16"
         compile_kernel(kernels.label_products, capability, labels, codes_ptr=of, low_ptr="*bf16", step_ptr="*bf16")
     hashes = dict(SHARE=5, HEADS=16, TILE=64)
     types = {f"{name}_ptr": "*i16" for name in ("queries", "codes", "counts")}
@@ -204,6 +208,10 @@ def main(capability: int) -> None:
         compiled |= {
             "attend-attributes": compile_attend(capability, "fp16", 128, (64, 64), {"HAS_BLOCKS", *ATTRIBUTES})
         }
+        of_codes = (coded.BY_TOKENS.value, coded.BY_CHANNELS.value)
+        compile_attend(capability, "bf16", 128, (16, 32), {"BIASED"}, codings=of_codes, stages=1)
+        of_bitmaps = (coded.BITMAP.value, coded.BITMAP.value)
+        compile_attend(capability, "fp32", 64, (16, 32), {"HAS_BLOCKS"}, codings=of_bitmaps, stages=1)
         every = {"HAS_BLOCKS", "SOFTCAP", "Q_ORDER", "K_ORDER"}
         compiled |= compile_backward(capability, "fp16", 80, every, ("column_gradients", "mean_gradients"))
     else:

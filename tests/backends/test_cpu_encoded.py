@@ -5,19 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from cpu_checks import BF16_ISAS, ISAS
+from encoded_calls import CODINGS, TOLERANCE, drawn
 from torch import Tensor
 
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends import cpu
 from gossamer.backends.cpu.native import ENVIRONMENT
 from gossamer.backends.torch.attend import attend as definition
-from gossamer.cache.bitmaps import compress
-from gossamer.cache.integers import quantise
-from gossamer.encoded import EncodedTokens, Encoding
-
-# What rounding of weights and outputs, and of decoded numbers in the model's dtype, may cost.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-CODINGS = ("int8", "kivi4", "kivi2", "mustafar")
+from gossamer.encoded import EncodedTokens
 
 
 # Few queries run on fp32 kernels.
@@ -25,38 +20,6 @@ CODINGS = ("int8", "kivi4", "kivi2", "mustafar")
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(ENVIRONMENT, request.param)
     return request.param
-
-
-def encode(coding: str, x: Tensor, *, keys: bool, group: int = 32) -> Encoding:
-    if coding == "mustafar":
-        return compress(x, 0.7)
-    if coding == "int8":
-        return quantise(x, 8, x.shape[3], "channels")
-    return quantise(x, int(coding[4:]), group, "tokens" if keys else "channels")
-
-
-def drawn(
-    coding: str,
-    *,
-    heads: int = 4,
-    groups: int = 2,
-    queries: int = 1,
-    tokens: int = 300,
-    tails: tuple[int, int] = (44, 40),
-    dim: int = 64,
-    value_dim: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    batch: int = 2,
-    group: int = 32,
-) -> tuple[Tensor, EncodedTokens, EncodedTokens]:
-    generator = torch.Generator().manual_seed(0)
-    sizes = (heads, queries, dim), (groups, tokens, dim), (groups, tokens, value_dim or dim)
-    q, k, v = (torch.randn(batch, *size, generator=generator).to(dtype) for size in sizes)
-    k, v = (
-        EncodedTokens(encode(coding, x[:, :, : tokens - tail], keys=keys, group=group), x[:, :, tokens - tail :])
-        for x, tail, keys in ((k, tails[0], True), (v, tails[1], False))
-    )
-    return q, k, v
 
 
 def check(call: AttentionCall, plan: SparsePlan | None = None) -> Tensor:

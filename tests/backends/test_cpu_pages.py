@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cpu_checks import every_kernel, needs_kernels, poisoned, same_on_threads
+from stored_calls import step
 from torch import Tensor
 
 from gossamer import AttentionCall, Extent
 from gossamer.backends import cpu
 from gossamer.backends import torch as reference
 from gossamer.backends.cpu import native
-from gossamer.cache import StoreLayer
 from gossamer.summaries import PageBounds
 
 pytestmark = [needs_kernels, poisoned]
@@ -23,28 +23,6 @@ def force(monkeypatch, request):
         monkeypatch.setenv(cpu.ENVIRONMENT, request.getfixturevalue("isa"))
 
 
-def step(
-    keys: int = 700,
-    *,
-    padding: tuple[int, ...] = (0, 21),
-    groups: int = 2,
-    share: int = 4,
-    dim: int = 64,
-    dtype: torch.dtype = torch.float32,
-    sinks: int = 0,
-    recent: int = 0,
-) -> AttentionCall:
-    draw = torch.Generator().manual_seed(keys + dim)
-    q = torch.randn(len(padding), groups * share, 1, dim, generator=draw).to(dtype)
-    k = torch.randn(len(padding), groups, keys, dim, generator=draw).to(dtype)
-    store = StoreLayer(sinks=sinks, recent=recent)
-    k, v = store.update(k, k)
-    counts = [keys - dead for dead in padding]
-    extent = Extent([n - 1 for n in counts], [1] * len(padding), list(padding), counts)
-    store.place(extent)
-    return AttentionCall(q, k, v, extent, store=store)
-
-
 def bounds_of(call: AttentionCall, size: int) -> Tensor:
     assert call.store is not None
     return call.store.summary(PageBounds(size))
@@ -54,7 +32,7 @@ def bounds_of(call: AttentionCall, size: int) -> Tensor:
 @pytest.mark.parametrize(("groups", "share", "dim"), [(2, 4, 64), (1, 7, 20), (3, 1, 80), (1, 5, 128)])
 def test_scores(isa: str, dtype: torch.dtype, groups: int, share: int, dim: int) -> None:
     """Odd numbers of pages and channels, and other numbers of query heads than are taken at once."""
-    call = step(groups=groups, share=share, dim=dim, dtype=dtype)
+    call = step(700, groups=groups, share=share, dim=dim, dtype=dtype)
     bounds = bounds_of(call, 16)
     found, wanted = (backend.page_scores(call, bounds, 16) for backend in (cpu, reference))
     assert torch.equal(found == -torch.inf, wanted == -torch.inf)

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from cpu_checks import every_kernel, needs_kernels, poisoned, same_on_threads
+from stored_calls import step
 from torch import Tensor
 
 from gossamer import AttentionCall, Extent
 from gossamer.backends import cpu
 from gossamer.backends import torch as reference
 from gossamer.backends.cpu import native
-from gossamer.cache import StoreLayer
 from gossamer.summaries import Labels, LabelSet
 
 pytestmark = [needs_kernels, poisoned]
@@ -23,21 +23,6 @@ pytestmark = [needs_kernels, poisoned]
 def force(monkeypatch, request):
     if "isa" in request.fixturenames:
         monkeypatch.setenv(cpu.ENVIRONMENT, request.getfixturevalue("isa"))
-
-
-def step(
-    keys: int = 333, *, padding: tuple[int, ...] = (0, 21), groups: int = 2, share: int = 4, dim: int = 64,
-    dtype: torch.dtype = torch.float32,
-) -> AttentionCall:  # fmt: skip
-    draw = torch.Generator().manual_seed(keys + dim)
-    q = torch.randn(len(padding), groups * share, 1, dim, generator=draw).to(dtype)
-    k = torch.randn(len(padding), groups, keys, dim, generator=draw).to(dtype)
-    store = StoreLayer()
-    k, v = store.update(k, k)
-    counts = [keys - dead for dead in padding]
-    extent = Extent([n - 1 for n in counts], [1] * len(padding), list(padding), counts)
-    store.place(extent)
-    return AttentionCall(q, k, v, extent, store=store)
 
 
 def labels_of(call: AttentionCall, count: int, bits: int, heads: int | None = None) -> LabelSet:

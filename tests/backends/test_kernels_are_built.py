@@ -5,14 +5,24 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from gossamer.backends import cpu
+from gossamer.backends.cpu import native
 
 
 def test_kernels_are_built() -> None:
     assert cpu.is_available(), cpu.why_unavailable()
+
+
+def test_the_stub_names_all_that_is_bound() -> None:
+    """Types are checked against it; what it lacks is checked by nobody."""
+    stub = Path(cpu.__file__).with_name("_kernels.pyi").read_text()
+    bound = [name for name in dir(native.kernels()) if not name.startswith("_")]
+    assert bound
+    assert [name for name in bound if not re.search(rf"^(class|def) {name}\b", stub, re.MULTILINE)] == []
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump, which comes with a compiler")

@@ -70,14 +70,20 @@ def _fastest(subject: AttentionCall | SparsePlan | Tensor, verb: str) -> str:
     q, widest = (subject.q, _widest(subject)) if isinstance(subject, AttentionCall) else (subject, subject.shape[-1])
     name = _on(q.device)
     if isinstance(subject, AttentionCall) and subject.bias is not None and verb.startswith("attend"):
-        # The one that has dimensions for it.
-        return "cpu" if name == "cpu" and verb != "attend_rows" and takes_bias(subject) else "torch"
+        return name if name is not None and _takes_bias(name, subject, verb) else "torch"
     if name is None or q.dtype not in _DTYPES:
         return "torch"
     if widest <= MAX_HEAD_DIM:
         return name
     # FlexAttention's kernels are Triton's too.
     return "flex" if name == "triton" and verb == "attend" else "torch"
+
+
+def _takes_bias(name: str, call: AttentionCall, verb: str) -> bool:
+    """Whether a backend with kernels adds a call's bias: as dimensions in C++, forward alone in Triton."""
+    if name == "cpu":
+        return verb != "attend_rows" and takes_bias(call)
+    return verb == "attend" and call.q.dtype in _DTYPES and _widest(call) <= MAX_HEAD_DIM
 
 
 def _widest(call: AttentionCall) -> int:

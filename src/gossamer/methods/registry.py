@@ -88,7 +88,10 @@ _OTHERS = (*_STEPS, *_DENOISING)
 
 
 def available() -> list[str]:
-    """Names of methods that plan prompts, which ``gossamer.enable`` accepts: ours, then those of installed packages."""
+    """Names of methods that plan prompts, which ``gossamer.enable`` accepts: ours, then those of installed packages.
+
+    ``infllm_long`` reads prompts without a plan; it is among `decoding`.
+    """
     ours = [method.name for method in _METHODS]
     return ours + sorted(name for name in _installed() if name not in (*ours, *(other.name for other in _OTHERS)))
 

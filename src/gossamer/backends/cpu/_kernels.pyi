@@ -198,6 +198,25 @@ class Slashes:
 
     def __init__(self, *, extent: Extent, heads: int, width: int, part: Part, columns: int, distances: int) -> None: ...
 
+class PageChoice:
+    """Of pages of ``size`` keys; keys int64 ``[B]``."""
+
+    def __init__(
+        self, *, heads: int, pages: int, size: int, keys: Array, sinks: int, recent: int, count: int
+    ) -> None: ...
+
+class LabelType(Enum):
+    float32 = 0
+    bfloat16 = 1
+    float16 = 2
+    uint8 = 3
+    uint4 = 4
+
+class Labels:
+    """Address of ``[B, lists, channels, tokens]``, of two codes a byte where they are uint4; three strides."""
+
+    def __init__(self, *, codes: int, shape: Sequence[int], strides: Sequence[int], type: LabelType) -> None: ...
+
 def attend(isa: str, plan: Plan, call: AttentionCall, /) -> None: ...
 def attend_backward(isa: str, plan: Plan, call: GradientCall, /) -> None: ...
 def probe(isa: str, call: ScoreCall, *, last: int, width: int, columns: int, diagonals: int) -> None: ...
@@ -280,6 +299,44 @@ def list_bits(*, bits: int, rows: int, width: int, starts: int, indices: int, th
 def place_lists(*, lists: int, counts: int, rows: int, starts: int, indices: int, threads: int) -> None: ...
 def slashes(call: Slashes, *, blocks: ChosenBits, columns: ChosenBits, threads: int) -> None: ...
 def count_pairs(plan: Plan, *, counts: int, threads: int) -> None: ...
+def page_scores(isa: str, queries: Tensor, pages: Tokens, choice: PageChoice, *, out: int, threads: int) -> None: ...
+def page_tokens(
+    isa: str,
+    scores: Array,
+    *,
+    query_heads: int,
+    choice: PageChoice,
+    room: int,
+    tokens: Array,
+    counts: Array,
+    threads: int,
+) -> None: ...
+def keep_bounds(
+    isa: str, keys: Tokens, *, counts: Array, bounds: Array, dtype: DType, size: int, held: Array, threads: int
+) -> None: ...
+def forget_slots(slots: Array, *, page: int, held: Array) -> None: ...
+def label_scores(
+    isa: str,
+    queries: Tensor,
+    labels: Labels,
+    *,
+    low: Tensor | None,
+    step: Tensor | None,
+    keys: Array,
+    out: int,
+    threads: int,
+) -> None: ...
+def collisions(
+    isa: str,
+    *,
+    queries: Array,
+    heads: Sequence[int],
+    codes: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    out: Array,
+    threads: int,
+) -> None: ...
 def prefer_huge_pages(begin: int, size: int, /) -> None: ...
 def supported() -> list[str]: ...
 def prefers_bf16_dot() -> bool: ...

@@ -24,8 +24,8 @@ def attend_backward(
     grad_lse: Tensor | None = None,
     needs: Needs = ALL,
 ) -> Gradients:
-    """See `gossamer.backends.torch.attend_backward`, the definition, which also runs a call with a bias, as it does
-    forward: the kernels have none.
+    """See `gossamer.backends.torch.attend_backward`, the definition, which also runs a call with a bias:
+    these kernels have none.
 
     fp32, bf16 or fp16 with sums in fp32; weights and slopes are rounded to the call's dtype before they are multiplied.
     Each tile of queries, and of keys, is summed up by one program in a fixed order: gradients repeat bit for bit.

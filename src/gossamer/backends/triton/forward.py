@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gossamer.backends.gradient import refuse
+from gossamer.backends.torch.attend import refuse_bias_beside
 from gossamer.backends.triton.config import Config, Problem, tune
 from gossamer.backends.triton.device import check_call, extent_on
 from gossamer.call import AttentionCall
+from gossamer.encoded import EncodedTokens
 from gossamer.plan import SparsePlan, on_device
+from gossamer.unread import Unread
 
 if TYPE_CHECKING:
     from gossamer.backends.triton.launch import Arguments
 
 __all__ = ["arguments_of", "attend", "autotune"]
 
+# Rows of a key/value head that read what is encoded as it is: one tile, so that each token is decoded once.
+READERS = 16
 _WARM_UP, _REPEAT = 10, 30  # milliseconds of a candidate's measurement
 
 
@@ -26,16 +32,37 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     """Attention over exactly the pairs that the plan names. See `gossamer.backends.torch.attend`, the definition.
 
     fp32, bf16 or fp16 in, fp32 accumulation; head dimensions up to 256. The plan's tensors may lie on another device
-    than q; they are moved. Nothing here waits for the device.
+    than q; they are moved. Nothing here waits for the device. Few queries, as in decoding, read encoded keys and values
+    as they are stored; for others they are decoded first.
 
     Returns:
         out ``[B, H, S, Dv]`` in q's dtype and lse fp32 ``[B, H, S]``, both contiguous.
 
     Raises:
         RuntimeError: Triton is not installed.
-        ValueError, TypeError: the plan is for another call; another device, dtype or head dimension.
+        ValueError, TypeError: the plan is for another call; another device, dtype or head dimension; a bias beside
+            `SparsePlan.pruned_mean` or ``skip``.
     """
-    return torch.ops.gossamer.triton_attend(*_arguments(call, plan))
+    refuse_bias_beside(call, plan)
+    call = _as_read(call, plan)
+    arguments = _arguments(call, plan)
+    if isinstance(call.k, Unread) or isinstance(call.values, Unread):  # of which an operator would see the rows
+        return _triton_attend(*arguments)
+    return torch.ops.gossamer.triton_attend(*arguments)
+
+
+def _as_read(call: AttentionCall, plan: SparsePlan) -> AttentionCall:
+    """With rows in place of keys and values that the kernel does not read as they are."""
+    few = call.query_len * call.share <= READERS and not plan.pruned_mean
+    few = few and not call.needs_gradient and not torch.compiler.is_compiling()
+
+    def read(x: Tensor) -> Tensor:
+        if not isinstance(x, Unread):
+            return x
+        return x.at_hand() if few and isinstance(x, EncodedTokens) else x.rows()
+
+    k, v = read(call.k), read(call.values)
+    return call if k is call.k and v is call.values else replace(call, k=k, v=v)
 
 
 def autotune(call: AttentionCall, plan: SparsePlan) -> None:
@@ -98,7 +125,6 @@ def arguments_of(call: AttentionCall, plan: SparsePlan) -> Arguments:
 def _arguments(call: AttentionCall, plan: SparsePlan) -> tuple:
     """Of the operator ``gossamer::triton_attend``; see `gossamer.backends.triton.launch.Arguments`."""
     check_call(call)
-    call.refuse_bias("the Triton backend")
     call.check_plan(plan)
     plan.extent.check(plan.query_len, plan.key_len)
     plan.check_sizes()
@@ -120,6 +146,7 @@ def _arguments(call: AttentionCall, plan: SparsePlan) -> tuple:
         empty if plan.k_order is None else on_device(plan.k_order, device),
         extent_on(plan.extent, device),
         torch.empty(0, device=device) if call.sinks is None else call.sinks.float(),
+        torch.empty(0, device=device) if call.bias is None else call.bias,
         shape,
         bool((plan.extent.query_count == plan.query_len).all()),
         call.scale,
@@ -132,7 +159,7 @@ _library = torch.library.Library("gossamer", "FRAGMENT")
 _library.define(
     "triton_attend(Tensor q, Tensor k, Tensor v, Tensor block_indptr, Tensor block_indices, Tensor column_indptr, "
     "Tensor column_indices, Tensor sink, Tensor window, Tensor q_order, Tensor k_order, Tensor extent, Tensor sinks, "
-    "int[] shape, bool all_live, float scale, float softcap, float? skip=None) -> (Tensor, Tensor)"
+    "Tensor bias, int[] shape, bool all_live, float scale, float softcap, float? skip=None) -> (Tensor, Tensor)"
 )
 
 

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from gossamer.backends.triton.config import Config, Problem, choose, power_of_two
 from gossamer.backends.triton.device import UNLIMITED
+from gossamer.backends.triton.encoded import coded_arguments, plain
 from gossamer.backends.triton.kernels.attend import attend
 from gossamer.backends.triton.kernels.columns import mark_blocks
 from gossamer.backends.triton.scores import block_means
+from gossamer.encoded import EncodedTokens
 from gossamer.plan import ceil_div
 from gossamer.plan.checks import SKIP_TILE
 
@@ -37,6 +39,9 @@ __all__ = [
 
 MARK_TILE = 128
 _MOST_BITMAP_BYTES = 64 << 20
+_LOG2_E = math.log2(math.e)
+# Of a bias: larger numbers are infinite in units of log2.
+_MOST = 2e38
 
 
 class Arguments(NamedTuple):
@@ -44,7 +49,8 @@ class Arguments(NamedTuple):
 
     Absent tensors are empty. ``extent`` is that of `gossamer.backends.triton.device.extent_on`; ``shape`` the plan's
     heads, block_q, block_k, column_group, numbers of query and key blocks and pruned_mean; ``all_live`` says that there
-    is no dead query row; a ``softcap`` of 0 is none, as is no ``skip``.
+    is no dead query row; a ``softcap`` of 0 is none, as is no ``skip``. ``k`` and ``v`` may be
+    `gossamer.encoded.EncodedTokens`; ``bias`` is ``[B, G, T]``.
     """
 
     q: Tensor
@@ -60,6 +66,7 @@ class Arguments(NamedTuple):
     k_order: Tensor
     extent: Tensor
     sinks: Tensor
+    bias: Tensor
     shape: list[int]
     all_live: bool
     scale: float
@@ -100,6 +107,7 @@ def launch(given: Arguments, *, config: Config | None = None) -> tuple[Tensor, T
         rows, together = _rows_at_once(rows, together, blocks * words * 4)
         bits = torch.empty(rows * blocks, words, dtype=torch.int32, device=q.device)
     arguments = _tensors(given, config) | numbers_of(given) | _constants(given, config)
+    arguments |= coded_arguments("k", given.k) | coded_arguments("v", given.v)
     arguments |= dict(out_ptr=out, lse_ptr=lse, selected_bits=bits, together=together, blocks=blocks, words=words)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         for first_row in range(0, batch * plan_heads, rows):
@@ -115,7 +123,8 @@ def launch(given: Arguments, *, config: Config | None = None) -> tuple[Tensor, T
 
 def _prepared(given: Arguments) -> Arguments:
     """With rows that are dense in memory, and a scale above 0, by which the kernel multiplies a row's maximum."""
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in given[:3])
+    encoded = EncodedTokens
+    q, k, v = (t if isinstance(t, encoded) or t.stride(-1) == 1 else t.contiguous() for t in given[:3])
     scale = given.scale
     if scale <= 0:
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
@@ -148,16 +157,16 @@ def problem_of(given: Arguments) -> Problem:
 
 def _tensors(given: Arguments, config: Config) -> dict[str, Any]:
     """Tensors of the kernel, descriptors and strides."""
-    k_descriptor, v_descriptor = given.k, given.v
+    k_descriptor, v_descriptor = plain(given.k), plain(given.v)
     if _described(given, config):
         block_d, block_dv, _ = _dims(given, config)
         k_descriptor = _descriptor(given.k, config.tile_n, block_d)
         v_descriptor = _descriptor(given.v, config.tile_n, block_dv)
-    tensors: dict[str, Any] = dict(q_ptr=given.q, k_ptr=given.k, v_ptr=given.v)
-    tensors |= dict(k_descriptor=k_descriptor, v_descriptor=v_descriptor)
+    tensors: dict[str, Any] = dict(k_descriptor=k_descriptor, v_descriptor=v_descriptor, bias_ptr=_log2_bias(given))
     for name in ("q", "k", "v"):
-        strides = getattr(given, name).stride()[:3]
-        tensors |= dict(zip((f"{name}_batch_stride", f"{name}_head_stride", f"{name}_stride"), strides, strict=True))
+        rows = plain(getattr(given, name))
+        places = (f"{name}_batch_stride", f"{name}_head_stride", f"{name}_stride")
+        tensors |= {f"{name}_ptr": rows} | dict(zip(places, rows.stride()[:3], strict=True))
     lists = ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order")
     tensors |= {name: getattr(given, name) for name in lists}
     tensors |= dict(zip(("k_means", "v_means"), means_of(given), strict=True))
@@ -165,10 +174,15 @@ def _tensors(given: Arguments, config: Config) -> dict[str, Any]:
     return tensors | dict(k_rank=inverse(given.k_order) if given.needs_bitmap else given.k_order)
 
 
+def _log2_bias(given: Arguments) -> Tensor:
+    """In units of log2, fp32; what is finite stays so."""
+    bias = given.bias.float()
+    return torch.where(bias.isinf(), bias, bias.clamp(-_MOST, _MOST) * _LOG2_E).contiguous()
+
+
 def numbers_of(given: Arguments) -> dict[str, Any]:
     """Of the kernel, that are no constants."""
     heads, _, _, column_group, blocks, key_blocks, _ = given.shape
-    log2_e = math.log2(math.e)
     return dict(
         plan_heads=heads,
         groups=given.k.shape[1],
@@ -177,10 +191,10 @@ def numbers_of(given: Arguments) -> dict[str, Any]:
         key_blocks=key_blocks,
         column_lists=ceil_div(blocks, column_group),
         column_group=column_group,
-        scale_log2=given.scale * log2_e,
-        softcap_log2=given.softcap * log2_e,
-        softcap_slope=2.0 * log2_e * given.scale / given.softcap if given.softcap else 0.0,
-        skip_log2=(given.skip or 0.0) * log2_e,
+        scale_log2=given.scale * _LOG2_E,
+        softcap_log2=given.softcap * _LOG2_E,
+        softcap_slope=2.0 * _LOG2_E * given.scale / given.softcap if given.softcap else 0.0,
+        skip_log2=(given.skip or 0.0) * _LOG2_E,
     )
 
 
@@ -207,6 +221,7 @@ def _constants(given: Arguments, config: Config) -> dict[str, Any]:
         DESCRIPTORS=_described(given, config),
         MEANS=given.pruned_mean,
         SKIP=given.skip is not None,
+        BIASED=given.bias.numel() > 0,
     )
 
 
@@ -239,7 +254,7 @@ def offers_descriptors(device: torch.device) -> bool:
 
 def describable(t: Tensor) -> bool:
     """Whether ``[B, G, T, D]`` has two-byte elements and the alignment that a tensor descriptor needs: 16 bytes."""
-    if t.element_size() != 2 or t.stride(-1) != 1 or t.data_ptr() % 16 or not t.numel():
+    if isinstance(t, EncodedTokens) or t.element_size() != 2 or t.stride(-1) != 1 or t.data_ptr() % 16 or not t.numel():
         return False
     strides = [stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1]
     return all(stride > 0 and stride % 8 == 0 for stride in strides)

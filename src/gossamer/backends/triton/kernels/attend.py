@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from gossamer.backends.triton.kernels.blocks import Blocks, block_tiles, full_tiles, partial_tiles
+from gossamer.backends.triton.kernels.coded import PLAIN, Coded
 from gossamer.backends.triton.kernels.columns import Columns, column_runs, full_columns, partial_columns
 from gossamer.backends.triton.kernels.extent import load_extent
 from gossamer.backends.triton.kernels.pruned import Means, add_means, wholly_seen
@@ -35,13 +36,17 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit(
     do_not_specialize=[
         "query_len", "key_len", "first_row", "together", "blocks", "words", "column_lists", "column_group",
-        "key_blocks",
+        "key_blocks", "k_coded", "v_coded",
     ]
 )  # fmt: skip
 def attend(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, out_ptr, lse_ptr,
     q_batch_stride, q_head_stride, q_stride, k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride,
+    k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros,
+    k_codes_batch_stride, k_codes_head_stride, k_codes_stride, k_scales_batch_stride, k_scales_head_stride,
+    k_scales_stride, v_codes_batch_stride, v_codes_head_stride, v_codes_stride, v_scales_batch_stride,
+    v_scales_head_stride, v_scales_stride, k_coded, v_coded, bias_ptr,
     block_indptr, block_indices, column_indptr, column_indices, sink_ptr, window_ptr,
     q_order, k_order, k_rank, selected_bits, k_means, v_means, extent_ptr, sinks_ptr,
     plan_heads, groups, first_row, together, query_len, key_len, blocks, key_blocks, column_lists, column_group, words,
@@ -50,13 +55,16 @@ def attend(
     HALVES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, HAS_COLUMNS: tl.constexpr, Q_ORDER: tl.constexpr, K_ORDER: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DESCRIPTORS: tl.constexpr, MEANS: tl.constexpr, SKIP: tl.constexpr,
+    BIASED: tl.constexpr, K_CODING: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, V_CODING: tl.constexpr,
+    V_BITS: tl.constexpr, V_GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of one query block of one head of the plan: ``TILE_M`` rows, tokens times the query heads that share it.
 
     The grid has one dimension: the plan's rows (batch times head) from ``first_row`` on, ``together`` of them at a
     time, times ``blocks``, times those heads, times a block's tiles. Heads that read the same keys run at the same
     time, for the sake of the L2 cache, and late query blocks come first: causal ones have the most keys.
-    ``selected_bits`` begins with ``first_row``. The output has HALVES times ``BLOCK_DV`` dimensions at most.
+    ``selected_bits`` begins with ``first_row``; ``bias`` fp32 ``[B, groups, key_len]`` is in units of log2. The output
+    has HALVES times ``BLOCK_DV`` dimensions at most.
     """
     TILES: tl.constexpr = (BLOCK_Q * SHARE + TILE_M - 1) // TILE_M
     program = tl.program_id(0)
@@ -72,17 +80,29 @@ def attend(
     q_ptr += b.to(tl.int64) * q_batch_stride
     k_ptr += b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
     v_ptr += b.to(tl.int64) * v_batch_stride + group.to(tl.int64) * v_head_stride
+    wide_b, wide_group = b.to(tl.int64), group.to(tl.int64)
+    k_scales_head = wide_b * k_scales_batch_stride + wide_group * k_scales_head_stride
+    v_scales_head = wide_b * v_scales_batch_stride + wide_group * v_scales_head_stride
     queries = load_queries(q_ptr, q_head_stride, q_stride, extent, rows, DIM, BLOCK_D)
     selected = selected_bits + ((plan_row - first_row).to(tl.int64) * blocks + block) * words
     state = attend_keys(
         fresh(TILE_M, BLOCK_DV, HALVES),
         queries,
         Keys(
-            k_ptr + extent.key_start.to(tl.int64) * k_stride, v_ptr + extent.key_start.to(tl.int64) * v_stride,
-            k_stride, v_stride, k_descriptor, v_descriptor, b, group, extent.key_start, DIM, VALUE_DIM, TILE_N,
-            DESCRIPTORS,
+            from_first(k_ptr, k_stride, extent, K_CODING), from_first(v_ptr, v_stride, extent, V_CODING),
+            k_stride, v_stride, k_descriptor, v_descriptor,
+            Coded(
+                k_codes + wide_b * k_codes_batch_stride + wide_group * k_codes_head_stride, k_scales + k_scales_head,
+                k_zeros + k_scales_head, k_codes_stride, k_scales_stride, k_coded, K_CODING, K_BITS, K_GROUP,
+            ),
+            Coded(
+                v_codes + wide_b * v_codes_batch_stride + wide_group * v_codes_head_stride, v_scales + v_scales_head,
+                v_zeros + v_scales_head, v_codes_stride, v_scales_stride, v_coded, V_CODING, V_BITS, V_GROUP,
+            ),
+            bias_ptr + (b * groups + group).to(tl.int64) * key_len + extent.key_start,
+            b, group, extent.key_start, DIM, VALUE_DIM, TILE_N, DESCRIPTORS,
         ),
-        Logits(scale_log2, softcap_log2, softcap_slope, skip_log2, SOFTCAP, SKIP, FORWARD),
+        Logits(scale_log2, softcap_log2, softcap_slope, skip_log2, SOFTCAP, BIASED, SKIP, FORWARD),
         extent,
         Bands(tl.load(sink_ptr + plan_head), tl.load(window_ptr + plan_head)),
         Blocks(
@@ -100,7 +120,7 @@ def attend(
         state = add_means(
             state,
             queries,
-            Logits(scale_log2, softcap_log2, softcap_slope, skip_log2, SOFTCAP, SKIP, FORWARD),
+            Logits(scale_log2, softcap_log2, softcap_slope, skip_log2, SOFTCAP, False, SKIP, FORWARD),
             Means(
                 k_means + first_mean * DIM, v_means + first_mean * VALUE_DIM, selected, low, high, extent.keys, DIM,
                 VALUE_DIM, BLOCK_K, TILE_N, HAS_BLOCKS,
@@ -110,6 +130,14 @@ def attend(
         state = with_sinks(state, tl.load(sinks_ptr + rows.head, mask=rows.exists, other=float("-inf")) * _LOG2_E)
     out_row = (b * plan_heads * SHARE + rows.head).to(tl.int64) * query_len + rows.row
     store(state, rows.exists, out_ptr + out_row[:, None] * VALUE_DIM, lse_ptr + out_row, VALUE_DIM)
+
+
+@triton.jit
+def from_first(base, stride, extent, CODING: tl.constexpr):
+    """A pointer to position 0; of encoded tokens as it is, to the first that is not."""
+    if CODING == PLAIN:
+        base += extent.key_start.to(tl.int64) * stride
+    return base
 
 
 @triton.jit

@@ -85,7 +85,7 @@ def key_gradients(
         if BANDS:
             sums = add_bands(
                 sums, keys, extent, bands, low, high, plan_head,
-                Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, 0),
+                Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, False, 0),
                 Reaching(
                     q_ptr + b.to(tl.int64) * q_batch_stride, reaching_ptr + b.to(tl.int64) * reaching_batch_stride,
                     level_ptr, base_ptr, q_head_stride, q_stride, reaching_head_stride, reaching_stride,
@@ -103,7 +103,7 @@ def key_gradients(
             sums = add_blocks(
                 sums, keys, extent, bands, row_indices + begin, (end - begin).to(tl.int32), plan_head,
                 q_order + plan_row * query_len,
-                Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, 0),
+                Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, False, 0),
                 Reaching(
                     q_ptr + b.to(tl.int64) * q_batch_stride, reaching_ptr + b.to(tl.int64) * reaching_batch_stride,
                     level_ptr, base_ptr, q_head_stride, q_stride, reaching_head_stride, reaching_stride,
@@ -182,7 +182,7 @@ def column_gradients(
                 mine = mine & ~is_selected(selected_bits + (plan_row * blocks + block) * words, ranks // BLOCK_K, keep)
             sums = add_rows(
                 sums, keys, those, outside_bands(extent, bands, keys, those) & mine[:, None], 0.0,
-                Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, 0),
+                Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, False, 0),
                 Reaching(
                     q_ptr + b.to(tl.int64) * q_batch_stride, reaching_ptr + b.to(tl.int64) * reaching_batch_stride,
                     level_ptr, base_ptr, q_head_stride, q_stride, reaching_head_stride, reaching_stride,
@@ -233,7 +233,7 @@ def mean_gradients(
             sums = add_rows(
                 sums, keys, those, mine[:, None] & those.exists[None, :],
                 log_lengths(number, extent.keys, BLOCK_K)[:, None],
-                Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, 0),
+                Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, False, 0),
                 Reaching(
                     q_ptr + b.to(tl.int64) * q_batch_stride, reaching_ptr + b.to(tl.int64) * reaching_batch_stride,
                     level_ptr, base_ptr, q_head_stride, q_stride, reaching_head_stride, reaching_stride,

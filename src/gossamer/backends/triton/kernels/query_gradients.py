@@ -17,6 +17,7 @@ import triton.language as tl
 
 from gossamer.backends.triton.kernels.attend import attend_keys
 from gossamer.backends.triton.kernels.blocks import Blocks
+from gossamer.backends.triton.kernels.coded import PLAIN, Coded
 from gossamer.backends.triton.kernels.columns import Columns
 from gossamer.backends.triton.kernels.extent import load_extent
 from gossamer.backends.triton.kernels.pruned import Means, add_means, wholly_seen
@@ -92,9 +93,11 @@ def query_gradients(
         queries,
         Keys(
             k_ptr + extent.key_start.to(tl.int64) * k_stride, v_ptr + extent.key_start.to(tl.int64) * v_stride,
-            k_stride, v_stride, k_ptr, v_ptr, b, group, extent.key_start, DIM, VALUE_DIM, TILE_N, False,
+            k_stride, v_stride, k_ptr, v_ptr, Coded(k_ptr, k_ptr, k_ptr, 0, 0, 0, PLAIN, 8, 1),
+            Coded(v_ptr, v_ptr, v_ptr, 0, 0, 0, PLAIN, 8, 1), k_ptr, b, group, extent.key_start, DIM, VALUE_DIM, TILE_N,
+            False,
         ),
-        Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, PASS),
+        Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, False, PASS),
         extent,
         Bands(tl.load(sink_ptr + plan_head), tl.load(window_ptr + plan_head)),
         Blocks(
@@ -112,7 +115,7 @@ def query_gradients(
         state = add_means(
             state,
             queries,
-            Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, PASS),
+            Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, False, PASS),
             Means(
                 k_means + first_mean * DIM, v_means + first_mean * VALUE_DIM, selected, low, high, extent.keys, DIM,
                 VALUE_DIM, BLOCK_K, TILE_N, HAS_BLOCKS,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from gossamer.backends.triton.kernels.coded import PLAIN, load_coded
 from gossamer.backends.triton.kernels.matrices import product
 
 __all__ = [
@@ -64,7 +65,11 @@ class Queries(NamedTuple):
 
 class Keys(NamedTuple):
     """Keys and values of one key/value head: pointers to position 0, row strides, descriptors with its coordinates
-    there, constants."""
+    there, constants.
+
+    Of encoded ones the pointers are to the first token that is not, see `gossamer.backends.triton.kernels.coded`.
+    ``bias`` is what position 0 adds to its logits, where they are BIASED.
+    """
 
     k: Any
     v: Any
@@ -72,6 +77,9 @@ class Keys(NamedTuple):
     v_stride: Any
     k_descriptor: Any
     v_descriptor: Any
+    k_coded: Any
+    v_coded: Any
+    bias: Any
     batch_row: Any
     group: Any
     start: Any
@@ -83,13 +91,15 @@ class Keys(NamedTuple):
 
 class Logits(NamedTuple):
     """From products to logits in units of log2: ``scale`` is above 0, ``slope`` is 2 scale / softcap. ``skip`` is how
-    far below a row's largest logit it leaves a tile out. ``PASS`` is one of FORWARD, ATTENDED and SLOPES."""
+    far below a row's largest logit it leaves a tile out; where they are ``BIASED`` each key adds a number, which no
+    soft-cap bounds. ``PASS`` is one of FORWARD, ATTENDED and SLOPES."""
 
     scale: Any
     softcap: Any
     slope: Any
     skip: Any
     SOFTCAP: Any
+    BIASED: Any
     SKIP: Any
     PASS: Any
 
@@ -133,16 +143,21 @@ def fold(state, queries, keys, logits, positions, keep, pairs, MASK: tl.constexp
     ``keep`` ``[TILE_N]`` says which keys count, ``pairs`` ``[TILE_M, TILE_N]`` which pairs do, if masked BY_PAIR.
     """
     BLOCK_D: tl.constexpr = queries.q.shape[1]
-    k = load_tile(keys.k, keys.k_descriptor, keys.k_stride, keys, positions, keep, 0, keys.DIM, BLOCK_D, MASK)
+    k = load_tile(
+        keys.k, keys.k_descriptor, keys.k_stride, keys.k_coded, keys, positions, keep, 0, keys.DIM, BLOCK_D, MASK
+    )
     scores = tl.zeros([queries.q.shape[0], keys.TILE_N], dtype=tl.float32)
     scores = capped(product(queries.q, tl.trans(k), scores), logits)
+    if logits.BIASED:
+        scores = biased(scores, keys, logits, positions, keep, MASK)
     if logits.PASS == FORWARD:
         state = add_weights(state, queries, scores, keys, logits, positions, keep, pairs, MASK)
     else:
         BLOCK_DV: tl.constexpr = queries.reaching.shape[1]
         v = load_tile(
-            keys.v, keys.v_descriptor, keys.v_stride, keys, positions, keep, 0, keys.VALUE_DIM, BLOCK_DV, MASK
-        )
+            keys.v, keys.v_descriptor, keys.v_stride, keys.v_coded, keys, positions, keep, 0, keys.VALUE_DIM, BLOCK_DV,
+            MASK,
+        )  # fmt: skip
         state = add_slopes(state, queries, k, v, scores, 0.0, logits, keep, pairs, MASK)
     return state
 
@@ -156,7 +171,7 @@ def add_weights(state, queries, scores, keys, logits, positions, keep, pairs, MA
         scores = tl.where(pairs, scores, float("-inf"))
     if logits.SKIP:
         highest = tl.max(scores, 1)
-        if not logits.SOFTCAP:
+        if not (logits.SOFTCAP or logits.BIASED):
             highest = highest * logits.scale
         left_out = highest + logits.skip < state.top
         left_out = left_out | (queries.positions < queries.lowest) | (queries.positions > queries.highest)  # no rows
@@ -178,6 +193,18 @@ def capped(products, logits):
 
 
 @triton.jit
+def biased(scores, keys, logits, positions, keep, MASK: tl.constexpr):
+    """A tile's logits, in units of log2, with what each key adds."""
+    at = positions
+    if MASK == UNMASKED:
+        at = positions + tl.arange(0, keys.TILE_N)
+    added = tl.load(keys.bias + at, mask=keep, other=0.0)
+    if not logits.SOFTCAP:
+        scores = scores * logits.scale
+    return scores + added[None, :]
+
+
+@triton.jit
 def weighed(state, scores, scale, SCALED: tl.constexpr):
     """Weights of a tile's logits; by what the state's outputs shrink; its sums and largest logits with the tile."""
     highest = tl.max(scores, 1)
@@ -196,14 +223,18 @@ def weighed(state, scores, scale, SCALED: tl.constexpr):
 @triton.jit
 def add_values(state, scores, keys, logits, positions, keep, MASK: tl.constexpr):
     BLOCK_DV: tl.constexpr = state.out.shape[1]
-    weights, shrink, total, top = weighed(state, scores, logits.scale, logits.SOFTCAP)
-    v = load_tile(keys.v, keys.v_descriptor, keys.v_stride, keys, positions, keep, 0, keys.VALUE_DIM, BLOCK_DV, MASK)
+    SCALED: tl.constexpr = logits.SOFTCAP or logits.BIASED
+    weights, shrink, total, top = weighed(state, scores, logits.scale, SCALED)
+    v = load_tile(
+        keys.v, keys.v_descriptor, keys.v_stride, keys.v_coded, keys, positions, keep, 0, keys.VALUE_DIM, BLOCK_DV, MASK
+    )
     out = product(weights, v, state.out * shrink[:, None])
     out_high = state.out_high
     if state.out_high.shape[1] > 1:
         v = load_tile(
-            keys.v, keys.v_descriptor, keys.v_stride, keys, positions, keep, BLOCK_DV, keys.VALUE_DIM, BLOCK_DV, MASK
-        )
+            keys.v, keys.v_descriptor, keys.v_stride, keys.v_coded, keys, positions, keep, BLOCK_DV, keys.VALUE_DIM,
+            BLOCK_DV, MASK,
+        )  # fmt: skip
         out_high = product(weights, v, state.out_high * shrink[:, None])
     return Softmax(out, out_high, total, top)
 
@@ -235,11 +266,16 @@ def add_slopes(state, queries, k, v, scores, added, logits, keep, pairs, MASK: t
 
 @triton.jit
 def load_tile(
-    base, descriptor, stride, keys, positions, keep,
+    base, descriptor, stride, coded, keys, positions, keep,
     BEGIN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """A tile of K or V from dimension ``BEGIN`` on, zero beyond ``DIM``."""
-    if MASK == UNMASKED and keys.DESCRIPTORS:
+    if coded.CODING != PLAIN:
+        slots = keys.start + positions
+        if MASK == UNMASKED:
+            slots += tl.arange(0, keys.TILE_N)
+        rows = load_coded(coded, base, stride, slots, keep, BEGIN, DIM, BLOCK_DIM)
+    elif MASK == UNMASKED and keys.DESCRIPTORS:
         rows = descriptor.load([keys.batch_row, keys.group, keys.start + positions, BEGIN])
         rows = rows.reshape([keys.TILE_N, BLOCK_DIM])
     else:
