@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from gossamer import cache, enable
+from gossamer import cache, enable, methods
 from gossamer.integrations.transformers import masks
 
 LAYERS, PROMPT, STEPS = 3, 40, 6
@@ -274,3 +274,90 @@ def test_assisted_decoding_is_refused_once_tokens_are_dropped(name: str) -> None
     model, ids = tiny(), tokens()[:, :8].repeat(1, 5)  # drafts are found in it
     with enable(model, "dense", cache=few(name)), pytest.raises(ValueError, match="for good"):
         model.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=12, do_sample=False)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rows_that_begin_in_a_later_chunk(name: str) -> None:
+    """Where a batch of unequal prompts comes in chunks, a row may be all padding after others have dropped tokens."""
+    starts = [25, 0, 20]
+    ids, mask = tokens(3), left_padded(starts)
+    model = tiny()
+    with enable(model, "dense", cache=few(name)) as handle:
+        past = handle.new_cache()
+        together = decoded(model, past, ids, mask, 10, 10, PROMPT - 20, *[1] * STEPS)
+        assert past.get_seq_length() == PROMPT + STEPS
+        for row, chunks in ((0, [PROMPT - 25]), (1, [10, 10, PROMPT - 20]), (2, [PROMPT - 20])):
+            own = ids[row : row + 1, starts[row] :], mask[row : row + 1, starts[row] :]
+            alone = decoded(model, handle.new_cache(), *own, *chunks, *[1] * STEPS)
+            torch.testing.assert_close(together[row, -STEPS - 1 :], alone[0, -STEPS - 1 :], atol=2e-4, rtol=1e-3)
+
+
+def test_masks_that_are_not_plain_are_refused_before_anything_was_dropped() -> None:
+    """Nothing would ever be dropped, and nobody told."""
+    ids, mask = tokens(), left_padded([0])
+    mask[0, 9] = 0
+    for name in ("snapkv", "streaming_llm", "duo_attention"):
+        model = tiny()
+        with (
+            enable(model, "dense", cache=few(name)) as handle,
+            pytest.raises(ValueError, match=r"cannot be combined with .*mask"),
+        ):
+            decoded(model, handle.new_cache(), ids, mask, PROMPT)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "streaming_llm"])
+def test_compiled_models_are_refused(name: str) -> None:
+    """At the second call at the latest: a graph tells the cache nothing."""
+    model = tiny()
+    with enable(model, "dense", cache=few(name)) as handle:
+        compiled, past = torch.compile(model, backend="eager"), handle.new_cache()
+
+        @torch.no_grad()
+        def twice() -> None:
+            for _ in range(2):
+                compiled(tokens(), past_key_values=past)
+
+        with pytest.raises(ValueError, match=r"torch\.compile"):
+            twice()
+
+
+@pytest.mark.parametrize("decode", [None, "magicpig", "quest"])
+def test_a_prompt_of_one_token_on_heads_that_keep_different_tokens(decode: str | None) -> None:
+    ids, mask = tokens(), left_padded([0])
+    model = tiny()
+    with enable(model, "dense", cache=few("duo_attention"), decode=decode) as handle:
+        logits = decoded(model, handle.new_cache(), ids, mask, *[1] * 4)
+    expected = decoded(model, DynamicCache(config=model.config), ids, mask, *[1] * 4)
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_rows_of_heads_that_keep_different_tokens() -> None:
+    ids, mask = tokens(2), left_padded([7, 0])
+    model = tiny()
+    with enable(model, "dense", cache=few("duo_attention")) as handle:
+        past = handle.new_cache()
+        decoded(model, past, ids[:, :PROMPT], mask[:, :PROMPT], PROMPT)
+        past.batch_repeat_interleave(3)
+        past.batch_select_indices(torch.tensor([1, 4]))
+        given = {"past_key_values": past, "attention_mask": mask[:, : PROMPT + 1]}
+        position = mask[:, : PROMPT + 1].cumsum(1)[:, -1:] - 1
+        with torch.no_grad():
+            out = model(ids[:, PROMPT : PROMPT + 1], position_ids=position, **given).logits[:, -1]
+        expected = decoded(model, handle.new_cache(), ids, mask, PROMPT, 1)[:, 1]
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_read_is_counted_over_all_heads() -> None:
+    """Quest's share of what full heads hold, and of what the window of the others holds."""
+    ids, mask = tokens(), left_padded([0])
+    shares = []
+    for gates in ([[1.0, 1.0]] * LAYERS, [[1.0, 0.0]] * LAYERS):
+        model = tiny()
+        policy = cache.DuoAttention(sinks=2, recent=6, gates=gates, sparsity=0.0 if gates[0][1] else 0.5)
+        quest = methods.create("quest", budget=16, page=4, dense_layers=0)
+        with enable(model, "dense", cache=policy, decode=quest) as handle:
+            decoded(model, handle.new_cache(), ids, mask, PROMPT, 1)
+            shares.append(handle.stats().layers[0].step_density)
+    held, window = PROMPT + 1, 8
+    whole = shares[0] * held
+    assert shares[1] == pytest.approx((whole + window) / (held + window), abs=0.02)

@@ -130,11 +130,21 @@ def test_the_bound_holds_more_of_the_weights_than_quest() -> None:
     assert held(OracleTopK(budget=64)) > held(Quest(budget=64)) > 64 / 400
 
 
-@pytest.mark.parametrize("name", ["quest", "double_sparsity", "oracle_topk", "lserve"])
-def test_what_the_store_asks_for_is_in_every_choice(name: str) -> None:
+_STREAMS = {"gates": ((0.0, 1.0),) * (LAYER + 1), "sink": 1, "step_local": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("quest", {"budget": 64}), ("double_sparsity", {"budget": 64}), ("oracle_topk", {"budget": 64}),
+        ("lserve", {"budget": 64, "page": 64, "logical": 16}),
+        ("lserve", {"budget": 64, "page": 64, "logical": 16, **_STREAMS}),
+        ("infllm", {"blocks": 1, "block": 8, "init": 1, "local": 8}),
+    ],
+)  # fmt: skip
+def test_what_the_store_asks_for_is_in_every_choice(name: str, fields: dict[str, Any]) -> None:
     call = step(300, sinks=5, recent=40)
-    fields: dict[str, Any] = {"page": 64, "logical": 16} if name == "lserve" else {}
-    mask = create(name, budget=64, **fields).plan(call).to_mask()
+    mask = create(name, **fields).plan(call).to_mask()
     for row, start in enumerate((0, 21)):
         assert bool(mask[row, :, 0, start : start + 5].all())
         assert bool(mask[row, :, 0, 260:].all())
@@ -338,3 +348,13 @@ def test_only_some_methods_choose_what_a_step_reads(decode: Any) -> None:
 def test_fields_out_of_range(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_bound_ranks_products_in_fp32() -> None:
+    """Rounded to bf16, 64 and 64.2 are one number, of which the first would be taken."""
+    keys = torch.full((1, 1, 8, 16), 1.0)
+    keys[..., 5, 0] = 1.0 + 1 / 64
+    q = torch.full((1, 1, 1, 16), 1.0)
+    call = AttentionCall(q.bfloat16() * 4, keys.bfloat16(), keys.bfloat16(), scale=1.0)
+    mask = OracleTopK(budget=2, dense_layers=0).plan(replace(call, store=StoreLayer())).to_mask()[0, 0, 0]
+    assert mask.nonzero().flatten().tolist() == [5, 7]

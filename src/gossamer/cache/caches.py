@@ -44,10 +44,15 @@ def adopt(cache: Any, policy: CachePolicy, layers: int | None = None) -> bool:
     count = max(layers or 0, len(made)) if grows else len(made)
     for index, layer in enumerate(made):
         if type(layer) is DynamicLayer:
-            made[index] = _moved(layer, policy.layer(index, count))
+            made[index] = _moved(layer, _next(policy.layer(index, count), made[:index]))
     if grows:
         cache.layer_class_to_replicate = _Made(cache, policy, count)  # type: ignore[assignment]  # it is only called
     return isinstance(cache.layer_class_to_replicate, _Made) or any(isinstance(layer, StoreLayer) for layer in made)
+
+
+def _next(store: StoreLayer, before: list[Any]) -> StoreLayer:
+    store.leads = not any(isinstance(layer, StoreLayer) for layer in before)
+    return store
 
 
 def _moved(layer: DynamicLayer, store: StoreLayer) -> StoreLayer:
@@ -55,6 +60,7 @@ def _moved(layer: DynamicLayer, store: StoreLayer) -> StoreLayer:
         assert layer.keys is not None
         assert layer.values is not None
         store.update(layer.keys, layer.values)
+        store.told()  # by whoever attended them
     return store
 
 
@@ -65,7 +71,8 @@ class _Made:
         self._layers, self._policy, self._count = cache.layers, policy, count
 
     def __call__(self) -> StoreLayer:
-        return self._policy.layer(len(self._layers), max(self._count, len(self._layers) + 1))
+        made = self._policy.layer(len(self._layers), max(self._count, len(self._layers) + 1))
+        return _next(made, self._layers)
 
 
 def nbytes(cache: Cache) -> int:

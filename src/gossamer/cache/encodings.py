@@ -24,6 +24,10 @@ __all__ = ["Coder", "EncodedLayer", "Int8", "Kivi", "Mustafar"]
 class Coder(Protocol):
     """How keys, or values, are encoded."""
 
+    def check(self, dim: int) -> None:
+        """Raise ValueError for channels that it does not encode."""
+        ...
+
     def due(self, tokens: int) -> int:
         """Of so many that are not encoded, how many of the oldest now are."""
         ...
@@ -75,7 +79,7 @@ class _Side:
             return tail
         found = EncodedTokens(encoded, tail)
         recorded = torch.is_grad_enabled() and tail.requires_grad
-        return found.rows() if recorded or tail.device.type != "cpu" or torch.compiler.is_compiling() else found
+        return found.rows() if recorded or torch.compiler.is_compiling() else found
 
     def encode(self, live: Tensor) -> bool:
         """Encode what is due; ``live`` bool ``[B, slots]``. Returns whether anything was."""
@@ -107,10 +111,10 @@ class _Side:
 class EncodedLayer(StoreLayer):
     """All tokens, the older ones encoded after the attention that first read them.
 
-    On CPUs a call gets them as `gossamer.encoded.EncodedTokens`: few queries read them as they are, in C++, and a step
-    has fewer bytes to read. Whatever else looks at them (prompts that methods plan in torch, masks that are not plain,
-    other attention) has them decoded, of this layer alone, for the call. On other devices, where gradients are
-    recorded, and under ``torch.compile`` they are decoded for each call.
+    A call gets them as `gossamer.encoded.EncodedTokens`: few queries read them as they are, in C++ or Triton, and a
+    step has fewer bytes to read. Whatever else looks at them (prompts that methods plan in torch, masks that are not
+    plain, other attention) has them decoded, of this layer alone, for the call. Where gradients are recorded, under
+    ``torch.compile``, and for several queries on other devices than CPUs they are decoded for each call.
 
     Attributes:
         keys, values: of the newest tokens, as they came.
@@ -126,9 +130,15 @@ class EncodedLayer(StoreLayer):
         super()._forget()
         self._sides = tuple(_Side(coder) for coder in self._coders)
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        for coder, x in zip(self._coders, (key_states, value_states), strict=True):
+            coder.check(x.shape[3])
+
     def before_update(self, count: int) -> None:
-        # Of a call that was not shown.
-        self._encode(torch.arange(self.slots, device="cpu") >= torch.tensor(self.starts or [0], device="cpu")[:, None])
+        if self.starts is not None:  # of a call that was not shown; before any was, nobody knows what is padding
+            slots = torch.arange(self.slots, device="cpu")
+            self._encode(slots >= torch.tensor(self.starts, device="cpu")[:, None])
 
     def attended(self, call: AttentionCall) -> None:
         self._encode(call.extent.live_keys(self.slots))
@@ -136,6 +146,9 @@ class EncodedLayer(StoreLayer):
     def _encode(self, live: Tensor) -> None:
         keys, values = self._sides
         assert keys.tail is not None
+        assert values.tail is not None
+        if keys.tail.requires_grad or values.tail.requires_grad:  # codes have no gradient
+            return
         first, live = keys.first, live.expand(keys.tail.shape[0], -1)
         if keys.encode(live):
             self._cut_summaries(first)
@@ -150,6 +163,12 @@ class EncodedLayer(StoreLayer):
     def read(self) -> tuple[Tensor, Tensor]:
         keys, values = self._sides
         return keys.read(), values.read()
+
+    def shown(self, count: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.read()
+        if count == 1 or keys.device.type == "cpu":
+            return keys, values
+        return tuple(x.rows() if isinstance(x, EncodedTokens) else x for x in (keys, values))  # type: ignore[return-value]
 
     def cut(self, slots: int) -> None:
         for side in self._sides:
@@ -205,6 +224,9 @@ class _Blocks:
     group: int
     residual: int
 
+    def check(self, dim: int) -> None:
+        _check_bytes(dim, self.bits)
+
     def due(self, tokens: int) -> int:
         return tokens // self.residual * self.residual
 
@@ -220,14 +242,21 @@ class _Tokens:
     group: int
     residual: int
 
+    def check(self, dim: int) -> None:
+        _check_bytes(dim, self.bits)
+        if self.group and dim % self.group:
+            raise ValueError(f"head dimension {dim} is no multiple of group={self.group}; take one that divides it")
+
     def due(self, tokens: int) -> int:
         return max(0, tokens - self.residual)
 
     def encode(self, x: Tensor, live: Tensor) -> Quantised:
-        group = self.group or x.shape[3]
-        if x.shape[3] % group:
-            raise ValueError(f"head dimension {x.shape[3]} is no multiple of group={group}; take one that divides it")
-        return quantise(x, self.bits, group, "channels", live)
+        return quantise(x, self.bits, self.group or x.shape[3], "channels", live)
+
+
+def _check_bytes(dim: int, bits: int) -> None:
+    if dim * bits % 8:
+        raise ValueError(f"{dim} channels of {bits} bits fill no whole bytes; take more bits, or another cache")
 
 
 @dataclass(frozen=True)
@@ -246,8 +275,8 @@ class Kivi(CachePolicy):
     key/value heads (2 for others).
 
     Deviations: zeros and scales are rounded outwards in the model's dtype, so that no number is off by more than half
-    a scale; padding enters no scale. On CPUs a step multiplies codes, as the authors' does; elsewhere it decodes the
-    layer's keys and values.
+    a scale; padding enters no scale. On CPUs and in Triton a step multiplies codes, as the authors' does; elsewhere it
+    decodes the layer's keys and values.
     """
 
     name: ClassVar[str] = "kivi"
@@ -289,6 +318,9 @@ class _Largest:
     residual: int
     pack: int
 
+    def check(self, dim: int) -> None:
+        """Any number of channels."""
+
     def due(self, tokens: int) -> int:
         return max(0, tokens - self.residual) // self.pack * self.pack
 
@@ -310,8 +342,8 @@ class Mustafar(CachePolicy):
 
     Deviations: exactly ``D - floor(sparsity * D)`` elements of each token stay, ties broken by the lower channel (the
     authors' code keeps one more, and all ties), so that tokens have equal lengths: there are no offsets and no padding
-    of tiles. On CPUs a step multiplies what is there, as the authors' does; elsewhere it decodes the layer's keys and
-    values.
+    of tiles. On CPUs and in Triton a step multiplies what is there, as the authors' does; elsewhere it decodes the
+    layer's keys and values.
     """
 
     name: ClassVar[str] = "mustafar"

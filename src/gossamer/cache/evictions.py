@@ -29,11 +29,14 @@ class EvictingLayer(StoreLayer):
         choose: what a call leaves in the cache, as `gossamer.cache.keep` says it, ``[B, G, n]``; None for everything.
     """
 
+    drops = True
+
     def __init__(self, choose: Callable[[AttentionCall], Tensor | None], **fields: int) -> None:
         super().__init__(**fields)
         self._choose = choose
 
     def attended(self, call: AttentionCall) -> None:
+        super().attended(call)
         kept = self._choose(call)
         if kept is not None:
             starts = call.extent.key_start.to(kept.device)[:, None, None]
@@ -80,7 +83,7 @@ class VotingPolicy(CachePolicy):
     def kept(self, call: AttentionCall, index: int, layers: int) -> Tensor | None:
         """What a call leaves in the cache of layer ``index`` of ``layers``: ``[B, G, n]``; None for everything."""
         extent = call.extent
-        count, queries = extent.first_position + extent.query_count, extent.query_count
+        count, queries = extent.key_count, extent.query_count  # of a row that begins in a later chunk, none
         budgets = torch.where(queries >= self.window, self.budgets(count, index, layers), count)
         if call.query_len == 1 or bool((budgets >= count).all()):
             return None
@@ -140,6 +143,7 @@ class StreamingLayer(StoreLayer):
     Between two steps there is room in the window for the token that comes next.
     """
 
+    drops = True
     is_croppable = False  # what the window has lost does not come back
 
     def __init__(self, *, sinks: int, recent: int, moves: bool = False) -> None:
@@ -152,11 +156,12 @@ class StreamingLayer(StoreLayer):
         self._unmoved: Tensor | None = None  # the first slots' keys as they came
 
     def before_update(self, count: int) -> None:
-        if self.dropped and self.starts is not None:  # where the call before was not shown
+        if self.dropped and self.starts is not None:  # where gradients were recorded before
             starts = torch.tensor(self.starts, device="cpu")
             self._trim(starts, self.slots - starts)
 
     def attended(self, call: AttentionCall) -> None:
+        super().attended(call)
         if call.rotary is not None:
             self._rotary = replace(call.rotary, scaling=1.0, offsets=None)
         self._trim(call.extent.key_start, call.extent.key_count)

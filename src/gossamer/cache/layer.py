@@ -44,6 +44,8 @@ class StoreLayer(DynamicLayer):
       that it cannot (`is_croppable`).
 
     Attributes:
+        drops: whether the policy drops tokens.
+        leads: whether this is the first store of its cache, which raises for all of them while none has changed.
         keys, values: views ``[B, G, slots, D]`` and ``[B, G, slots, Dv]``; None before the first update.
         length: tokens seen.
         dropped: tokens seen and no longer held, in each row.
@@ -56,14 +58,17 @@ class StoreLayer(DynamicLayer):
             whenever several tokens come at once, tokens are cut off or dropped, or rows change places.
     """
 
+    drops = False
+
     def __init__(self, *, sinks: int = 0, recent: int = 0) -> None:
         super().__init__()
-        self.sinks, self.recent = sinks, recent
+        self.sinks, self.recent, self.leads = sinks, recent, True
         self._forget()
 
     def _forget(self) -> None:
         self._room: tuple[Tensor, Tensor] | None = None
         self._in_graph = False  # a graph may hold the room
+        self._told = True  # of the last call's attention
         self.length = self.dropped = self.prompt = self._appended = 0
         self.starts: list[int] | None = None
         self.positions: Tensor | None = None
@@ -81,6 +86,7 @@ class StoreLayer(DynamicLayer):
         Not called where the mask is no plain one, nor where a gradient is needed. A call of the whole prompt has
         ``call.query_len == call.key_len`` (several, where a prompt comes in chunks); a decode step has one query.
         """
+        self.told()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens ``[B, G, n, D]`` and ``[B, G, n, Dv]`` behind the last slot."""
@@ -184,6 +190,22 @@ class StoreLayer(DynamicLayer):
         live = count.clamp(max=query_len)
         return Extent(count - query_len, live, starts, count)
 
+    def pad(self, count: int, padding: Tensor) -> bool:
+        """Take leading padding of the last ``count`` tokens in: rows that had no live token before begin behind it.
+
+        Args:
+            padding: int64 ``[B]``, how many of these tokens are padding, the first ones.
+
+        Returns:
+            Whether no other row has any.
+        """
+        rows = padding.tolist()
+        starts = self.starts or [0] * len(rows)
+        if any(n and start < self.slots - count for n, start in zip(rows, starts, strict=True)):
+            return False
+        self.starts = [start + n for n, start in zip(rows, starts, strict=True)]
+        return True
+
     def parts(self) -> tuple[Part, ...]:
         """Stores of some of the heads each, where one call cannot attend them all; most layers have none."""
         return ()
@@ -193,15 +215,19 @@ class StoreLayer(DynamicLayer):
         """Bytes of what is held of keys and values, without the room made ahead and what is worked out from them."""
         return sum(x.numel() * x.element_size() for x in (self.keys, self.values) if x is not None)
 
+    def told(self) -> None:
+        """The last tokens were attended, and what a policy does then was done, or is not to be."""
+        self._told = True
+
     def refuse(self, what: str) -> None:
-        """Raise where tokens were dropped, for attention that only a mask describes.
+        """Raise for attention that only a mask describes: where tokens were dropped, or are to be after such a call.
 
         Raises:
-            ValueError: some were.
+            ValueError: some were, or the layer `drops`.
         """
-        if self.dropped:
+        if self.dropped or self.drops:
             raise ValueError(
-                f"a cache that has dropped tokens cannot be combined with {what}, where attention knows its mask "
+                f"a cache that drops tokens cannot be combined with {what}, where attention knows its mask "
                 "alone; use one that drops nothing (cache='keep')"
             )
 
@@ -235,7 +261,13 @@ class StoreLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[2]
         if self.length:
+            if self.drops and not self._told and not torch.is_grad_enabled():
+                raise ValueError(
+                    "a cache that drops tokens was not told of the attention of the last call, as under torch.compile: "
+                    "it would keep everything. Use an uncompiled model, or a cache that drops nothing (cache='keep')"
+                )
             self.before_update(count)
+        self._told = False
         if count > 1:
             self._forget_state()
         if self.positions is not None:
@@ -287,14 +319,10 @@ class StoreLayer(DynamicLayer):
         self._take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.length:
-            assert self.keys is not None
-            self._take_rows(torch.arange(self.keys.shape[0], device="cpu").repeat_interleave(repeats))
+        self._take_rows(torch.arange(len(self.state), device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.length:
-            assert self.keys is not None
-            self._take_rows(torch.arange(self.keys.shape[0], device="cpu")[indices.cpu()])
+        self._take_rows(torch.arange(len(self.state), device="cpu")[indices.cpu()])
 
     def _take_rows(self, index: Tensor) -> None:
         if not self.length:

@@ -28,8 +28,8 @@ T = TypeVar("T")
 class SplitLayer(StoreLayer):
     """Key/value heads in several stores, as `parts` says; only the first call attends them all in one.
 
-    To the model it looks like a cache of all tokens. From the second call on `update` returns tensors without
-    channels, which no other attention than ours takes for keys.
+    To the model it looks like a cache of all tokens. From the second call on, or for a prompt of one token, `update`
+    returns tensors without channels, which no other attention than ours takes for keys.
 
     Args:
         make: from the number of key/value heads to the stores, which take each of them once.
@@ -44,7 +44,7 @@ class SplitLayer(StoreLayer):
     def _forget(self) -> None:
         super()._forget()
         self._parts: tuple[Part, ...] = ()
-        self._first = False  # whether the last update was the first
+        self._first = False  # whether the last update was the first, of several tokens
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -56,7 +56,7 @@ class SplitLayer(StoreLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             self.refuse("torch.compile")
-        self._first = self.length == 0
+        self._first = self.length == 0 and key_states.shape[2] > 1
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for heads, store in self._parts:
@@ -76,11 +76,13 @@ class SplitLayer(StoreLayer):
             store.attended(call.of_groups(heads))
 
     def refuse(self, what: str) -> None:
-        """Raise, but for calls that attend all heads in one.
+        """Raise, but for calls that attend all heads in one, of parts that drop nothing.
 
         Raises:
             ValueError: this is none of them.
         """
+        for _, store in self._parts:
+            store.refuse(what)
         if self.parts() or not self._first:
             raise ValueError(
                 f"a cache whose heads keep different tokens cannot be combined with {what}, where attention knows its "
@@ -105,6 +107,7 @@ class SplitLayer(StoreLayer):
     def _take_rows(self, index: Tensor) -> None:
         for _, store in self._parts:
             store.reorder_cache(index)
+        self.state = [{} for _ in index.tolist()]
 
     def offload(self) -> None:
         for _, store in self._parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from gossamer.summaries import Held
 
 __all__ = ["TieredLayer", "Tiers"]
 
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _AT_ONCE = 64  # blocks of all heads that are written, or read in passing, at once
 
 
@@ -118,10 +120,20 @@ class TieredLayer(StoreLayer):
         return tiered(self, self.keys, self.values, self.slots)
 
     def attended(self, call: AttentionCall) -> None:
-        self._write_old()
+        try:
+            self._write_old()
+        except OSError as error:  # the layers of a model hold the same tokens: what has no room stays in memory, ...
+            if error.errno not in _FULL:
+                raise
 
     def before_update(self, count: int) -> None:
-        self._write_old()  # of a call that was not shown
+        try:
+            self._write_old()
+        except OSError as error:
+            if (
+                self.leads or error.errno not in _FULL
+            ):  # ... until the next call, which fails before any layer has its tokens
+                raise
 
     def cut(self, slots: int) -> None:
         if slots < self.first:
@@ -290,7 +302,8 @@ class TieredLayer(StoreLayer):
         # Behind the slots of a head that has fewer its last ones again, which nobody attends.
         order = torch.arange(most, device=slots.device)
         first = starts_of(counts)[:-1].view(batch, heads, 1)
-        keys, values = self.gathered(slots[first + order.minimum((counts - 1).clamp(min=0)[..., None])])
+        place = first + order.minimum((counts - 1).clamp(min=0)[..., None])
+        keys, values = self.gathered(slots[place.clamp(max=slots.numel() - 1)])
         own = SparsePlan.unchecked(
             heads=heads,
             query_len=1,
@@ -316,7 +329,7 @@ class TieredLayer(StoreLayer):
             to.index_copy_(0, new, held.view(-1, held.shape[3]).index_select(0, place))
         if old.numel():
             for to, held in zip(found, self._read_chosen(row, slots, old), strict=True):
-                to.index_copy_(0, old, held.to(to.device))
+                to.index_copy_(0, old, held.to(to))
         return tuple(x.view(*slots.shape, -1) for x in found)  # type: ignore[return-value]
 
     def _read_chosen(self, row: Tensor, slots: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,9 @@ class TokenBlocks:
 
     @classmethod
     def like(cls, keys: Tensor, values: Tensor, block: int, folder: str | None) -> TokenBlocks:
-        return cls(folder, block, keys.dtype, keys.shape[3], values.shape[3])
+        """In the wider dtype of the two: under autocast keys may be in fp32, and values not."""
+        dtype = torch.promote_types(keys.dtype, values.dtype)
+        return cls(folder, block, dtype, keys.shape[3], values.shape[3])
 
     def write(self, keys: Tensor, values: Tensor) -> Tensor:
         """Write ``[B, G, n * block, .]``; the numbers int64 ``[B, G, n]``, of all heads of a block neighbours."""

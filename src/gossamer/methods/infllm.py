@@ -71,7 +71,8 @@ class InfLLM(Method):
         return (self.represents,)
 
     def least_density(self, call: AttentionCall) -> float:
-        keys, most = call.extent.key_count, self.init + self.local + self.blocks * self.block
+        init, local = self._always(call)
+        keys, most = call.extent.key_count, init + local + self.blocks * self.block
         return float(keys.clamp(max=most).sum() / keys.sum().clamp(min=1))
 
     def plan(self, call: AttentionCall) -> SparsePlan:
@@ -79,15 +80,22 @@ class InfLLM(Method):
         means = call.store.summary(self.represents)
         blocks = ceil_div(call.extent.longest, self.block)
         block = torch.arange(blocks, device=call.device)
-        back = on_device((call.extent.key_count - self.local).clamp(min=0) // self.block, call.device)[:, None]
-        chosen = (block < ceil_div(self.init, self.block)) | (block >= back)
+        init, local = self._always(call)
+        back = on_device((call.extent.key_count - local).clamp(min=0) // self.block, call.device)[:, None]
+        chosen = (block < ceil_div(init, self.block)) | (block >= back)
         if means.shape[2] and self.blocks:
             scores = self._scores(call, means)
             scores = scores.masked_fill(chosen[:, : scores.shape[1]], float("-inf"))
             chosen[:, : scores.shape[1]] |= top_k(scores, self.blocks)
         return plan_of_blocks(call, chosen[:, None].expand(-1, call.groups, -1), self.block)
 
+    def _always(self, call: AttentionCall) -> tuple[int, int]:
+        """First and last tokens that every step reads: its own, and those that the store asks for."""
+        sinks, recent = (0, 0) if call.store is None else (call.store.sinks, call.store.recent)
+        return max(self.init, sinks), max(self.local, recent)
+
     def _scores(self, call: AttentionCall, means: Tensor) -> Tensor:
-        """Of the blocks that are represented, fp32 ``[B, N]``."""
+        """Of the blocks that are represented, fp32 ``[B, N]``; a scale below 0 turns them round."""
         q = call.q[:, :, 0].float().unflatten(1, (means.shape[1], -1)).sum(dim=2)
+        q = -q if call.scale < 0 else q
         return torch.einsum("bhd,bhnd->bn", q, means.float())

@@ -175,7 +175,8 @@ class InfLLMLong(Reducing):
         keys = on_device(call.extent.key_count, call.device)[:, None]
         back = (keys - self.local).clamp(min=0) // self.block
         block = torch.arange(ceil_div(call.extent.longest, self.block), device=call.device)
-        chosen = (block < self._sinks) | (block >= back)
+        sinks = max(self._sinks, ceil_div(call.store.sinks, self.block))
+        chosen = (block < sinks) | (block >= back)
         units = means.shape[2]
         if units and self.blocks:
             q = self._as_of(turn, call.q, keys - 1)

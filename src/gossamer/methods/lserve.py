@@ -126,7 +126,8 @@ class LServe(Method):
             self._remember(call, chosen)
         is_full = torch.tensor(full, device=call.device)[:, None]
         streams = (~is_full[:, 0]).to(torch.int32)
-        bands = {"sink": streams * self.sink, "window": streams * self.step_local}
+        sinks, recent = (0, 0) if call.store is None else (call.store.sinks, call.store.recent)
+        bands = {"sink": streams * max(self.sink, sinks), "window": streams * max(self.step_local, recent)}
         return plan_of_blocks(call, (chosen | held) & is_full, self.page, **({} if all(full) else bands))
 
     def _choose(self, call: AttentionCall, held: Tensor, heads: int) -> Tensor:

@@ -49,7 +49,8 @@ class OracleTopK(Method):
 
     def plan(self, call: AttentionCall) -> SparsePlan:
         q = call.q[:, :, 0].unflatten(1, (call.groups, call.share))
-        logits = (q @ call.k.transpose(-1, -2)).flatten(1, 2).float() * call.scale
+        wide = torch.promote_types(q.dtype, torch.float32)  # of products rounded to 16 bits the largest are others
+        logits = (q.to(wide) @ call.k.to(wide).transpose(-1, -2)).flatten(1, 2) * call.scale
         if call.softcap is not None:
             logits = call.softcap * torch.tanh(logits / call.softcap)
         # By position, as plans count: without the padding before a row's first token.

@@ -74,7 +74,7 @@ class RetroInfer(Reducing):
             x.gather(2, some[..., None].expand(-1, -1, -1, x.shape[3])) for x in (clusters.centroids, clusters.means)
         ]
         weights = clusters.sizes.gather(2, some).float().log().masked_fill(estimated < 0, float("-inf"))
-        k, v = torch.cat([k, means[0]], dim=2), torch.cat([v, means[1]], dim=2)
+        k, v = (torch.cat([x, mean.to(x.dtype)], dim=2) for x, mean in zip((k, v), means, strict=True))
         return reduced_call(call, k, v, torch.cat([bias, weights], dim=2))
 
     def clusters(self, call: AttentionCall) -> Clusters:

@@ -225,6 +225,8 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
         return in_parts(store.parts(), owner, asked, training, _by_policy)
     extent, used, reason = _described(asked, owner)
     if extent is None or reason is not None:
+        if store is not None:
+            store.refuse(reason or "a mask that is not plain")
         return _counted(owner, asked, reason, lambda: _densely(None, asked, _Extras()))
     keys, values = asked.key, asked.value
     if used < asked.key_len:
@@ -272,10 +274,9 @@ _operator = operator(_run_operator)
 def _described(asked: _Asked, owner: Owner) -> tuple[Extent | None, int, str | None]:
     """The pairs that are asked for as an extent, as far as they are one; the key slots that it is for; why dense."""
     mask, batch, keys = asked.mask, asked.batch, asked.key_len
-    kept = None if asked.store is None else asked.store.extent(asked.query_len)
-    if asked.store is not None and kept is not None:
-        _refuse_padding(asked, asked.store)
-        return kept, keys, None
+    if asked.store is not None and asked.store.dropped:
+        _take_padding(asked, asked.store)
+        return asked.store.extent(asked.query_len), keys, None
     if mask is not None and mask.ndim == 4 and asked.query_len > 1:
         mask = compact_of(mask)
         if mask is None or mask.shape[0] != batch:
@@ -296,14 +297,21 @@ def _described(asked: _Asked, owner: Owner) -> tuple[Extent | None, int, str | N
     return *extent_of(None, batch, asked.query_len, keys, asked.window), None
 
 
-def _refuse_padding(asked: _Asked, store: StoreLayer) -> None:
-    """Raise for padding behind tokens of a cache that has dropped some: its mask no longer says where that is."""
+def _take_padding(asked: _Asked, store: StoreLayer) -> None:
+    """Tell a cache that has dropped tokens of padding before a row's first token, as in chunks of a padded prompt.
+
+    Raises:
+        ValueError: padding elsewhere: its mask no longer says where that is.
+    """
     mask = asked.mask
     if mask is None:
         return
     new = mask[:, -asked.query_len :] if mask.ndim == 2 else mask[:, 0, -1, -asked.query_len :]
-    if not asked.causal or not bool((new if new.dtype == torch.bool else new > 0).all()):
-        store.refuse("padding between turns, or a mask of another kind")
+    live = new if new.dtype == torch.bool else new > 0
+    before = live.long().cumsum(1) == 0
+    if asked.causal and bool((live | before).all()) and store.pad(asked.query_len, before.sum(1).expand(asked.batch)):
+        return
+    store.refuse("padding between turns, or a mask of another kind")
 
 
 def _counted(owner: Owner, asked: _Asked, reason: str | None, run: Callable[[], Tensor]) -> Tensor:

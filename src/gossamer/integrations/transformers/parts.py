@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gossamer.attention import CallRecord
 from gossamer.cache import Part, StoreLayer
 from gossamer.call import AttentionCall
 from gossamer.integrations.transformers.owners import Owner
@@ -25,7 +26,8 @@ def in_parts(
 ) -> Tensor:
     """``[B, S, H, Dv]`` of a layer whose heads are in several stores, each attended by itself.
 
-    The first part is recorded for all. Methods whose numbers belong to heads by their place run dense.
+    They are recorded as one call, of the tokens that the first has. Methods whose numbers belong to heads by their
+    place run dense.
 
     Args:
         asked: what the layer asks for, as the attention function has it.
@@ -36,8 +38,9 @@ def in_parts(
     method = policy.decode if asked.query_len == 1 else policy.method
     if method is not None and not method.apart:
         because = because or "heads that keep different tokens"
-    owner = replace(owner, observe=None, instead=None)
-    out = None
+    record, records = owner.record, []
+    owner = replace(owner, observe=None, instead=None, record=None if record is None else records.append)
+    weights, out = [], None
     for groups, store in parts:
         heads = [group * share + member for group in groups for member in range(share)]
         keys, values = store.read()
@@ -47,9 +50,22 @@ def in_parts(
         if out is None:
             out = own.new_empty(*own.shape[:2], asked.query.shape[1], own.shape[3])
         out[:, :, heads] = own
-        owner = replace(owner, record=None)
+        weights.append(len(heads) * keys.shape[2])
     assert out is not None
+    if record is not None and len(records) == len(weights):
+        record(_together(records, weights))
     return out
+
+
+def _together(records: list[CallRecord], keys: list[int]) -> CallRecord:
+    """Of parts that hold so many keys each: the share of all that was read, and all seconds."""
+    read = sum(one.density * held for one, held in zip(records, keys, strict=True))
+    return replace(
+        records[0],
+        density=read / max(1, sum(keys)),
+        plan_seconds=sum(one.plan_seconds for one in records),
+        attention_seconds=sum(one.attention_seconds for one in records),
+    )
 
 
 def before(call: AttentionCall, store: StoreLayer, decode: Method | None) -> None:
