@@ -45,7 +45,7 @@ from gossamer.backends.torch.dense import sdpa
 from gossamer.cache import StoreLayer
 from gossamer.call import AttentionCall
 from gossamer.cli.specs import parse_method, split_specs
-from gossamer.methods import Dense, DoubleSparsity, LServe, MagicPIG, Method, OracleTopK, Quest, RetroInfer
+from gossamer.methods import Dense, MagicPIG
 from gossamer.plan import Extent
 from gossamer.policy import Policy
 
@@ -158,26 +158,7 @@ class Contest:
         method = None if name not in self.policies else self.policies[name].decode
         apart = getattr(method, "per_query_head", False) or isinstance(method, MagicPIG)
         read = 2 * DIM * itemsize * length * self.density[name] * (HEADS if apart else GROUPS)
-        return read + GROUPS * length * beside(method, itemsize)
-
-
-def beside(method: Method | None, itemsize: int) -> float:
-    """Bytes a token and key/value head that a step reads besides keys and values, before it chooses."""
-    match method:
-        case Quest():
-            return 2 * 2 * DIM / method.page
-        case LServe():
-            return 2 * 2 * DIM / method.logical / method.interval
-        case DoubleSparsity():
-            return DIM // method.group_factor * method.bits / 8 + (4 if method.bits < 16 else 0)
-        case MagicPIG():
-            return 2 * method.hash_tables
-        case RetroInfer():
-            return itemsize * DIM / method.size + 4
-        case OracleTopK():
-            return itemsize * DIM
-        case _:
-            return 0.0
+        return read + GROUPS * length * (0.0 if method is None else method.beside(DIM, itemsize))
 
 
 @torch.inference_mode()
@@ -215,11 +196,14 @@ def model(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for name, steps in compare_steps(loaded, ids[:, start : start + length], methods, arguments.steps).items():
                 found.setdefault(name, []).append(steps)
         for name, some in found.items():
-            means = {f.name: _mean([getattr(s, f.name) for s in some]) for f in dataclasses.fields(some[0])}
+            names = [f.name for f in dataclasses.fields(some[0]) if f.name != "found"]
+            means = {name: _mean([getattr(s, name) for s in some]) for name in names}
+            by_step = [round(statistics.fmean(step), 4) for step in zip(*(s.found for s in some), strict=False)]
             rows.append(
                 {"section": "model", "method": name, "length": length, "model": arguments.name or arguments.model.stem}
                 | {"texts": arguments.texts, "steps": arguments.steps}
                 | {key: round(value, 6) for key, value in means.items() if value is not None}
+                | ({"found": by_step} if by_step else {})
             )
             print(*what(rows[-1])[1:], f"KL {means['kl']:.5f}", f"read {means['read']:.4f}", flush=True)
     return rows

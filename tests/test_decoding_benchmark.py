@@ -54,7 +54,11 @@ def test_the_mass_that_a_step_reads():
     own = [float(weights[head // 2, head % 2, chosen[head // 2]].sum()) for head in range(4)]
     best = [weights[g].sum(0).topk(len(chosen[g])).indices for g in range(2)]
     bound = [float(weights[head // 2, head % 2, best[head // 2]].sum()) for head in range(4)]
-    assert mass_read(call, plan) == pytest.approx((sum(own) / 4, sum(bound) / 4), rel=1e-5)
+    read = mass_read(call, plan)
+    assert (read.chosen, read.best) == pytest.approx((sum(own) / 4, sum(bound) / 4), rel=1e-5)
+    shares = [len({*map(int, best[g])} & {*chosen[g]}) / len(chosen[g]) for g in range(2)]
+    assert 0 < sum(shares) < 2
+    assert (read.found, read.key_len) == (pytest.approx(sum(shares) / 2), 20)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,9 @@ def test_what_steps_lose(text):
     assert 0.99 * mass["bound"][1] < mass["bound"][0] <= mass["bound"][1]
     assert 0.2 < mass["quest"][0] < mass["quest"][1] < 1
     assert found["quest"].read < 0.7
+    assert [len(found[name].found) for name in found] == [0, 0, 6, 6]  # one of each step that chose
+    assert all(0.1 < share < 0.9 for share in found["quest"].found)
+    assert all(share > 0.95 for share in found["bound"].found)
     with torch.no_grad():
         logits = model(tokens).logits[0, -6:-1].log_softmax(-1)
     expected = -logits.gather(1, tokens[0, -5:, None]).mean()

@@ -186,5 +186,11 @@ def test_answers_come_from_what_caches_keep(tmp_path: Path, turns: int) -> None:
     assert "cache_bytes" not in dense
     assert few["cache_bytes"] < 0.4 * same["cache_bytes"]
     assert small["cache_bytes"] < 0.4 * same["cache_bytes"]
+    assert same["cache_peak_bytes"] == same["cache_bytes"]
+    layers = of.model.config.num_hidden_layers
+    # One layer holds the prompt as it came, the others what is left.
+    prompt = few["cache_bytes"] * (layers - 1) / layers + same["cache_bytes"] / layers
+    assert few["cache_peak_bytes"] == pytest.approx(prompt, rel=0.1)
     rows = {row.method: row for row in summary_rows(read_results(tmp_path / "r.jsonl"))}
-    assert rows["dense+int8"].cache_bytes == small["cache_bytes"]
+    assert rows["dense+int8"].cache_bytes == rows["dense+int8"].step_bytes == small["cache_bytes"]
+    assert rows["dense+int8"].cache_peak_bytes == small["cache_peak_bytes"] > small["cache_bytes"]

@@ -19,7 +19,7 @@ A new policy is a frozen dataclass in a file of its own whose ``layer`` makes a 
 `read`, `cut`, `keep` and `rearrange`.
 """
 
-from gossamer.cache.caches import adopt, nbytes, new_cache
+from gossamer.cache.caches import adopt, nbytes, new_cache, peak_nbytes
 from gossamer.cache.encodings import Int8, Kivi, Mustafar
 from gossamer.cache.evictions import PyramidKV, SnapKV, StreamingLLM
 from gossamer.cache.layer import Part, StoreLayer, store_of
@@ -47,5 +47,6 @@ __all__ = [
     "create",
     "nbytes",
     "new_cache",
+    "peak_nbytes",
     "store_of",
 ]

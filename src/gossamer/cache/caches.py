@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from gossamer.cache.layer import StoreLayer
 from gossamer.cache.policies import CachePolicy
 
-__all__ = ["adopt", "nbytes", "new_cache"]
+__all__ = ["adopt", "nbytes", "new_cache", "peak_nbytes"]
 
 
 def new_cache(config: Any, policy: CachePolicy) -> DynamicCache | EncoderDecoderCache:
@@ -87,3 +87,13 @@ def nbytes(cache: Cache) -> int:
             held = getattr(layer, "keys", None), getattr(layer, "values", None)
             total += sum(x.numel() * x.element_size() for x in held if x is not None)
     return total
+
+
+def peak_nbytes(cache: Cache) -> int:
+    """The most bytes that a cache has held of keys and values at once: while one layer has a call's tokens as they
+    came, the others hold what is left of them. See `nbytes`.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        return peak_nbytes(cache.self_attention_cache) + nbytes(cache.cross_attention_cache)
+    over = [layer.peak - layer.nbytes for layer in cache.layers if isinstance(layer, StoreLayer)]
+    return nbytes(cache) + max(over, default=0)

@@ -45,6 +45,7 @@ class StoreLayer(DynamicLayer):
 
     Attributes:
         drops: whether the policy drops tokens.
+        peak: the most bytes that the layer has held at once, with the tokens of the call that had come (`nbytes`).
         leads: whether this is the first store of its cache, which raises for all of them while none has changed.
         keys, values: views ``[B, G, slots, D]`` and ``[B, G, slots, Dv]``; None before the first update.
         length: tokens seen.
@@ -69,6 +70,7 @@ class StoreLayer(DynamicLayer):
         self._room: tuple[Tensor, Tensor] | None = None
         self._in_graph = False  # a graph may hold the room
         self._told = True  # of the last call's attention
+        self.peak = 0
         self.length = self.dropped = self.prompt = self._appended = 0
         self.starts: list[int] | None = None
         self.positions: Tensor | None = None
@@ -278,6 +280,7 @@ class StoreLayer(DynamicLayer):
             self.prompt = self.slots + count
         self.length += count
         self._appended += count
+        self.peak = max(self.peak, self.nbytes)
         if torch.compiler.is_compiling():
             self.refuse("torch.compile")
             return self.read()

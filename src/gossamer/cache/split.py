@@ -62,6 +62,7 @@ class SplitLayer(StoreLayer):
         for heads, store in self._parts:
             store.update(key_states[:, heads], value_states[:, heads])
         self.length += key_states.shape[2]
+        self.peak = max(self.peak, self.nbytes)
         if self._first:
             return marked(key_states, self), value_states
         nothing = key_states.new_empty(*key_states.shape[:2], self.length, 0)

@@ -341,6 +341,7 @@ def _run_task(subject: Subject, job: Job, task: Task, cells: Sequence[Cell]) -> 
                     | ({} if answer.decode_tokens is None else {"decode_tokens": answer.decode_tokens})
                     | ({} if answer.read is None else {"read": answer.read})
                     | ({} if answer.cache_bytes is None else {"cache_bytes": answer.cache_bytes})
+                    | ({} if answer.cache_peak_bytes is None else {"cache_peak_bytes": answer.cache_peak_bytes})
                     | answer.cost.to_dict(),
                 )
 

@@ -202,6 +202,7 @@ _SAMPLE = _Object(
         "one_line": _FLAG,
         "read": _SHARE,
         "cache_bytes": _COUNT,
+        "cache_peak_bytes": _COUNT,
         "decode_s": _SECONDS,
         "decode_tokens": _COUNT,
     },

@@ -18,7 +18,7 @@ from gossamer.methods.reduced import Reducing
 from gossamer.plan import SparsePlan
 from gossamer.summaries import Summary
 
-__all__ = ["Steps", "compare_steps", "differences", "mass_read", "read_steps"]
+__all__ = ["MassRead", "Steps", "compare_steps", "differences", "mass_read", "read_steps"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Steps:
         recall, oracle_recall: attention mass on what the steps read in layers where they chose, and on as many tokens
             with the largest weights of a key/value head; means over heads. None where every step was dense, or its
             method answers with other keys than the cache's.
+        found: share of those tokens with the largest weights that were read, of each step that chose; mean over layers
+            and heads.
         step_s: median seconds of a step; plan_s, attention_s: of one in all layers, mean.
     """
 
@@ -45,6 +47,7 @@ class Steps:
     attention_s: float
     recall: float | None = None
     oracle_recall: float | None = None
+    found: tuple[float, ...] = ()
 
 
 @torch.inference_mode()
@@ -75,9 +78,9 @@ def compare_steps(model: Any, tokens: Tensor, methods: Mapping[str, Method], ste
             rows, seconds = read_steps(model, tokens[:, -steps:], cache)
             layers = handle.stats()
         cache.crop(-steps)
-        recall, oracle = None, None
+        masses: list[MassRead] = []
         if method is not None and not isinstance(method, Reducing):
-            recall, oracle = _recall(model, tokens[:, -steps:], cache, method)
+            masses = _choices(model, tokens[:, -steps:], cache, method)
         wanted = rows if wanted is None else wanted
         kl, top1, nats = differences(rows, wanted, tokens[0, -steps:])
         found[name] = Steps(
@@ -88,22 +91,43 @@ def compare_steps(model: Any, tokens: Tensor, methods: Mapping[str, Method], ste
             step_s=sorted(seconds)[len(seconds) // 2],
             plan_s=sum(layer.plan_seconds for layer in layers) / steps,
             attention_s=sum(layer.attention_seconds for layer in layers) / steps,
-            recall=recall,
-            oracle_recall=oracle,
+            recall=_mean([one.chosen for one in masses]),
+            oracle_recall=_mean([one.best for one in masses]),
+            found=tuple(
+                sum(some := [one.found for one in masses if one.key_len == length]) / len(some)
+                for length in sorted({one.key_len for one in masses})
+            ),
         )
     return found
 
 
-def _recall(model: Any, tokens: Tensor, cache: Any, method: Method) -> tuple[float | None, float | None]:
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _choices(model: Any, tokens: Tensor, cache: Any, method: Method) -> list[MassRead]:
     """Read the steps once more, untimed, and hold each choice against all weights."""
     watched = _Watched(method, [])
     with gossamer.enable(model, "dense", decode=watched, cache="keep"):
         read_steps(model, tokens, cache)
     cache.crop(-tokens.shape[1])
-    if not watched.found:
-        return None, None
-    recall, oracle = (sum(part) / len(watched.found) for part in zip(*watched.found, strict=True))
-    return recall, oracle
+    return watched.found
+
+
+@dataclass(frozen=True)
+class MassRead:
+    """One choice beside the best one of as many keys.
+
+    Fields:
+        chosen, best: the attention mass on each; means over heads.
+        found: the share of the best keys that were chosen.
+        key_len: slots of the cache.
+    """
+
+    chosen: float
+    best: float
+    found: float
+    key_len: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +137,7 @@ class _Watched(Method):
     name: ClassVar[str] = "watched"
     decodes: ClassVar[bool] = True
     inner: Method
-    found: list[tuple[float, float]]
+    found: list[MassRead]
 
     def lacks(self, call: AttentionCall) -> str | None:
         return self.inner.lacks(call)
@@ -131,7 +155,7 @@ class _Watched(Method):
         return plan
 
 
-def mass_read(call: AttentionCall, plan: SparsePlan) -> tuple[float, float]:
+def mass_read(call: AttentionCall, plan: SparsePlan) -> MassRead:
     """Of one query a row: the attention mass on a plan's keys, and on as many with the largest weights of each head.
 
     Query heads that share a choice share the best one too: the keys with the largest sum of their weights.
@@ -148,7 +172,9 @@ def mass_read(call: AttentionCall, plan: SparsePlan) -> tuple[float, float]:
     best = torch.zeros_like(chosen).scatter_(
         2, ranked, torch.arange(call.key_len, device=call.device) < chosen.sum(dim=-1, keepdim=True)
     )
-    return tuple(float((weights * keys[:, :, None]).sum(dim=-1).mean()) for keys in (chosen, best))  # type: ignore[return-value]
+    mass = [float((weights * keys[:, :, None]).sum(dim=-1).mean()) for keys in (chosen, best)]
+    found = (chosen & best).sum(dim=-1) / best.sum(dim=-1).clamp(min=1)
+    return MassRead(*mass, float(found.mean()), call.key_len)
 
 
 def differences(rows: Tensor, wanted: Tensor, tokens: Tensor) -> tuple[float, float, float]:

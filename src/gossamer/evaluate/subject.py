@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import gossamer
-from gossamer.cache import nbytes
+from gossamer.cache import nbytes, peak_nbytes
 from gossamer.evaluate.tasks import Sample
 from gossamer.integrations.transformers import Handle, Stats
 from gossamer.methods import Method
@@ -49,7 +49,8 @@ class Answers:
     """The texts that a model gave to the turns of one sample, and what they cost.
 
     ``read`` is the share of the cache that tokens after the context read, where a method chose it. ``cache_bytes`` is
-    what the cache holds of keys and values at the end, where it was one of ours. ``decode_s`` are the seconds after the
+    what the cache holds of keys and values at the end, where it was one of ours, and ``cache_peak_bytes`` the most that
+    it has held. ``decode_s`` are the seconds after the
     first token, or of questions and answers where the context was read before; ``decode_tokens`` how many single
     tokens took them, None where a question was read at once.
     """
@@ -59,6 +60,7 @@ class Answers:
     decode_s: float
     read: float | None = None
     cache_bytes: int | None = None
+    cache_peak_bytes: int | None = None
     decode_tokens: int | None = None
 
 
@@ -149,7 +151,8 @@ class Subject:
             out, stop, decode = self._generate(prompts, max_new_tokens, one_line, held, handle)
             cost = _cost(stop.layers, stop.prefill / len(samples), len(samples))
         size = None if held is None else nbytes(held) // len(samples)
-        more = {"cache_bytes": size, "decode_tokens": max(map(len, out)) - 1}
+        peak = None if held is None else peak_nbytes(held) // len(samples)
+        more = {"cache_bytes": size, "cache_peak_bytes": peak, "decode_tokens": max(map(len, out)) - 1}
         return [Answers((self.text(row),), cost, decode / len(samples), **more) for row in out]
 
     def _converse(self, sample: Sample, policy: Policy, max_new_tokens: int, one_line: bool) -> Answers:
@@ -178,9 +181,9 @@ class Subject:
                 tokens += len(prompt) - shared + len(out[0]) - 1
                 texts.append(self.text(out[0]))
                 steps += [layer.step_density for layer in handle.stats()]
-        size = nbytes(held) if stores and held is not None else None
+        size, peak = (None, None) if not stores or held is None else (nbytes(held), peak_nbytes(held))
         share = sum(steps) / len(steps) if policy.decode is not None else None
-        return Answers(tuple(texts), cost, spent, share, size, tokens if policy.decode is not None else None)
+        return Answers(tuple(texts), cost, spent, share, size, peak, tokens if policy.decode is not None else None)
 
     def _context(self, tokens: Tensor, policy: Policy, handle: Handle) -> tuple[Any, Cost]:
         """A cache that has read tokens, to be copied and not to be added to, and what reading them cost.

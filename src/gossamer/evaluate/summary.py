@@ -19,6 +19,7 @@ from gossamer.evaluate.metrics import (
 )
 from gossamer.evaluate.records import cell_of, read_lines
 from gossamer.evaluate.schema import KINDS
+from gossamer.evaluate.step_bytes import step_bytes
 from gossamer.policy import TOO_DENSE
 from gossamer.profiles.files import read_file, shown
 
@@ -56,6 +57,9 @@ class SummaryRow:
         density: share of the pairs that was computed, of prompts.
         read: share of the cache that questions and answers read token by token, where a method chose it.
         cache_bytes: what the cache of a sample holds at the end, where `--cache` or `--decode` was given.
+        cache_peak_bytes: the most that it has held.
+        step_bytes: of the cache that a step reads, and of what is beside it, to choose; see
+            `gossamer.evaluate.step_bytes`.
         token_s: seconds of a token after a prompt, over all samples.
         prefill_s: median seconds; speedup: median of dense over that of the method, on what both have measured.
         nats: mean loss of a token of text, with its interval over windows (None for one window).
@@ -89,6 +93,8 @@ class SummaryRow:
     thresholds: str = ""
     read: float | None = None
     cache_bytes: float | None = None
+    cache_peak_bytes: float | None = None
+    step_bytes: float | None = None
     token_s: float | None = None
 
     @property
@@ -135,7 +141,8 @@ def warnings_of(records: Sequence[Record]) -> list[str]:
 
 
 def _different(records: Sequence[Record]) -> list[Record]:
-    """The results of methods without repetitions, with the ``origin`` of their samples and the model's ``layers``."""
+    """The results of methods without repetitions, with the ``origin`` of their samples, the model's ``layers`` and what
+    a step reads (`step_bytes`)."""
     runs = {record["run"]: record for record in records if record["kind"] == "run" and "run" in record}
     kept: dict[Any, Record] = {}
     for record in records:
@@ -145,7 +152,9 @@ def _different(records: Sequence[Record]) -> list[Record]:
             origin = model, haystack, run.get("seed"), run.get("chat", False)
             # Lines made by hand have no fields of the method: the label stands for them.
             key = origin, cell_of(record), None if "method_fields" in record else record.get("method")
-            kept.setdefault(key, record | {"origin": origin, "layers": run.get("model", {}).get("layers")})
+            of_model = run.get("model", {})
+            more = {"origin": origin, "layers": of_model.get("layers"), "step_bytes": step_bytes(record, of_model)}
+            kept.setdefault(key, record | more)
     return list(kept.values())
 
 
@@ -223,6 +232,8 @@ def _row(label: str, length: int, mine: list[Record], dense: list[Record]) -> Su
         density=_mean([r["density"] for r in samples or windows or fidelity]),
         read=_mean([r["read"] for r in samples if "read" in r]),
         cache_bytes=_mean([r["cache_bytes"] for r in samples if "cache_bytes" in r]),
+        cache_peak_bytes=_mean([r["cache_peak_bytes"] for r in samples if "cache_peak_bytes" in r]),
+        step_bytes=_mean([r["step_bytes"] for r in samples if r["step_bytes"] is not None]),
         token_s=_token_seconds(samples),
         prefill_s=_seconds(mine),
         speedup=dense_seconds / seconds if seconds and dense_seconds else None,
@@ -301,6 +312,8 @@ def main_table(rows: Sequence[SummaryRow]) -> list[list[str]]:
         ("density", [_number(row.density, ".3f") for row in rows]),
         ("read", [_number(row.read, ".3f") for row in rows]),
         ("cache MiB", [_number(row.cache_bytes and row.cache_bytes / 2**20, ".2f") for row in rows]),
+        ("peak MiB", [_number(row.cache_peak_bytes and row.cache_peak_bytes / 2**20, ".2f") for row in rows]),
+        ("step MiB", [_number(row.step_bytes and row.step_bytes / 2**20, ".2f") for row in rows]),
         ("token ms", [_number(row.token_s and 1e3 * row.token_s, ".1f") for row in rows]),
         ("nats", [_with_interval(row.nats, row.nats_interval) for row in rows]),
         ("more nats", [_with_interval(row.nats_difference, row.nats_difference_interval, "+") for row in rows]),

@@ -83,6 +83,17 @@ class Method(ABC):
         """What it asks of a call's store: a summary, or a kind of them where the call says which."""
         return ()
 
+    def beside(self, dim: int, itemsize: int) -> float:
+        """Bytes that a decode step reads before it chooses, for each token of the cache and key/value head: of what is
+        kept beside keys and values, or of keys; on average over steps.
+
+        Args:
+            dim: channels of a head.
+            itemsize: bytes of a number of the cache.
+        """
+        del dim, itemsize
+        return 0.0
+
     def parts(self) -> Iterator[Method]:
         """The method itself, and those that its fields hold, however deep."""
         yield self

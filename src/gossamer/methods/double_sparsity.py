@@ -71,6 +71,10 @@ class DoubleSparsity(Method):
     def summaries(self) -> tuple[type[Labels]]:
         return (Labels,)
 
+    def beside(self, dim: int, itemsize: int) -> float:
+        del itemsize
+        return dim // self.group_factor * self.bits / 8 + (4 if self.bits < 16 else 0)
+
     def least_density(self, call: AttentionCall) -> float:
         dense = call.layer is not None and call.layer < self.dense_layers
         return 1.0 if dense else share_read(call, self.budget, 1)

@@ -70,6 +70,9 @@ class InfLLM(Method):
     def summaries(self) -> tuple[Representatives]:
         return (self.represents,)
 
+    def beside(self, dim: int, itemsize: int) -> float:
+        return itemsize * dim * self.count / self.block
+
     def least_density(self, call: AttentionCall) -> float:
         init, local = self._always(call)
         keys, most = call.extent.key_count, init + local + self.blocks * self.block

@@ -91,6 +91,10 @@ class LServe(Method):
     def summaries(self) -> tuple[PageBounds]:
         return (PageBounds(self.logical),)
 
+    def beside(self, dim: int, itemsize: int) -> float:
+        del itemsize
+        return 2 * 2 * dim / self.logical / self.interval
+
     def least_density(self, call: AttentionCall) -> float:
         if not _is_step(call):
             return 0.0

@@ -67,6 +67,10 @@ class MagicPIG(Reducing):
             raise TypeError(f"{self.name}.dense_layers must be a list of layers, 0 or more, got {layers!r}")
         object.__setattr__(self, "dense_layers", tuple(layers))
 
+    def beside(self, dim: int, itemsize: int) -> float:
+        del dim, itemsize
+        return 2.0 * self.hash_tables
+
     def least_density(self, call: AttentionCall) -> float:
         return 1.0 if self.bits == 0 or call.layer in self.dense_layers else 0.0
 

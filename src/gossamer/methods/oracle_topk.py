@@ -43,6 +43,9 @@ class OracleTopK(Method):
         require_at_least(self, 1, "budget")
         require_flag(self, "per_query_head")
 
+    def beside(self, dim: int, itemsize: int) -> float:
+        return float(itemsize * dim)
+
     def least_density(self, call: AttentionCall) -> float:
         dense = call.layer is not None and call.layer < self.dense_layers
         return 1.0 if dense else share_read(call, self.budget, 1)

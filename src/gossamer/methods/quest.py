@@ -54,6 +54,10 @@ class Quest(Method):
     def summaries(self) -> tuple[PageBounds]:
         return (PageBounds(self.page),)
 
+    def beside(self, dim: int, itemsize: int) -> float:
+        del itemsize
+        return 2 * 2 * dim / self.page  # bounds, in 16 bits
+
     def least_density(self, call: AttentionCall) -> float:
         dense = call.layer is not None and call.layer < self.dense_layers
         return 1.0 if dense else share_read(call, self.budget, self.page)

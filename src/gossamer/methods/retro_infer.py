@@ -56,6 +56,9 @@ class RetroInfer(Reducing):
         require_at_least(self, 0, "sinks")
         require_at_least(self, 1, "size", "segment", "local", "least", "update")
 
+    def beside(self, dim: int, itemsize: int) -> float:
+        return itemsize * dim / self.size + 4  # centroids, and whose each token is
+
     def least_density(self, call: AttentionCall) -> float:
         fewest = self.least + self.sinks + self.local
         return 1.0 if call.extent.longest < fewest else 0.0

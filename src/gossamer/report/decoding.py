@@ -13,9 +13,9 @@ __all__ = ["decoding"]
 
 _NOTE = (
     "Of each policy that was run with a method for decode steps or a cache of its own: accuracy with its 95% interval "
-    "against what a step reads of keys and values (the share that it reads of what the cache holds at the end), "
-    "against what the cache holds, and against the time of a token. What a method reads to choose is not counted. Left "
-    "is cheaper; settings of one method are joined. The dashed line is dense attention on a whole cache."
+    "against what a step reads (of what the cache holds at the end, and of what is kept beside it to choose by), "
+    "against what the cache holds at the end, and against the time of a token. Left is cheaper; settings of one method "
+    "are joined. The dashed line is dense attention on a whole cache."
 )
 _MIB = 2.0**20
 
@@ -23,7 +23,10 @@ _MIB = 2.0**20
 def decoding(rows: Sequence[SummaryRow]) -> Figure:
     """Accuracy against bytes that a step reads, bytes of the cache, and milliseconds of a token, a row a length."""
     table: Table = [
-        ["length", "method", "read", "step MiB", "cache MiB", "token ms", "accuracy", "low", "high", "samples"]
+        [
+            *("length", "method", "read", "step MiB", "cache MiB", "peak MiB", "token ms"),
+            *("accuracy", "low", "high", "samples"),
+        ]
     ]
     shown = [row for row in rows if row.accuracy is not None and row.cache_bytes]
     styles = family_styles(row.method for row in shown)
@@ -33,7 +36,9 @@ def decoding(rows: Sequence[SummaryRow]) -> Figure:
         whole = next((row for row in rows if row.length == length and row.method == "dense"), None)
         for row in here:
             step = _step_mib(row)
-            cost = [row.length, row.method, row.read, step, (row.cache_bytes or 0) / _MIB, _token_ms(row)]
+            held = (row.cache_bytes or 0) / _MIB
+            peak = None if row.cache_peak_bytes is None else row.cache_peak_bytes / _MIB
+            cost = [row.length, row.method, row.read, step, held, peak, _token_ms(row)]
             table.append([*cost, row.accuracy, *(row.interval or (None, None)), row.samples])
         for what, unit, value in (
             ("what a step reads", "MiB", _step_mib),
@@ -47,7 +52,7 @@ def decoding(rows: Sequence[SummaryRow]) -> Figure:
 
 
 def _step_mib(row: SummaryRow) -> float:
-    return (row.cache_bytes or 0.0) * (1.0 if row.read is None else row.read) / _MIB
+    return (row.step_bytes or 0.0) / _MIB
 
 
 def _token_ms(row: SummaryRow) -> float | None:
