@@ -166,6 +166,24 @@ def needles(found: dict) -> Panel:
     return panel
 
 
+def found_by_step(rows: list[dict]) -> Panel:
+    """The share of the keys with the largest weights that each step read, of one model at one length."""
+    steps = max(len(row["found"]) for row in rows)
+    panel = Panel(640, 420, f"Best keys among those read, {rows[0]['model']}, {rows[0]['length']:,} tokens")
+    ticks = [1, *range(8, steps + 1, 8)]
+    panel.axes(
+        (1, max(2, steps)), (0, 1.02), ("step after the prompt", "share of as many best keys"), (False, False), ticks
+    )
+    for n, row in enumerate(rows):
+        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
+        points = [panel.place(step, share) for step, share in enumerate(row["found"], start=1)]
+        panel.line(points, colour)
+        for step in range(0, len(points), 4):
+            panel.marker(*points[step], marker, colour, f"{row['method']}, step {step + 1}: {row['found'][step]:.2f}")
+    legend(panel, [row["method"] for row in rows], 70, 34)
+    return panel
+
+
 def even(most: float) -> list[float]:
     return [round(most * n / 4, 1) for n in range(5)]
 
@@ -201,6 +219,11 @@ def main() -> None:
         found = json.loads(file.read_text())
         save(training_curves(found), IMAGES / file.parent.name / "extend_loss.svg")
         save(needles(found), IMAGES / file.parent.name / "extend_needles.svg")
+    for file in measured("decoding.json"):
+        rows = [row for row in json.loads(file.read_text())["rows"] if row.get("found")]
+        for model, length in dict.fromkeys((row["model"], row["length"]) for row in rows):
+            own = [row for row in rows if (row["model"], row["length"]) == (model, length)]
+            save(found_by_step(own), IMAGES / file.parent.name / f"found_{model}_{length}.svg")
     for file in measured("cpu.json"):
         sections = json.loads(file.read_text())["sections"]
         if {"gemm", "prefill", "decode"} <= sections.keys():

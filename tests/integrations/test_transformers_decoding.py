@@ -162,11 +162,46 @@ def test_drafts_that_are_refused_leave_no_trace() -> None:
         cache = DynamicCache(config=ours.config)
         drafted = generate(ours, ids, new=16, prompt_lookup_num_tokens=4, past_key_values=cache)
     assert torch.equal(plain.tokens, drafted.tokens)
+    _summarises_what_it_holds(cache)
+
+
+def test_an_assistant_model_drafts() -> None:
+    """What it proposes is read several tokens at a time; its own steps have a cache of its own."""
+    assistant, ours = pair("llama")
+    ids = long_prompt(1)
+    with enabled(ours, WHOLE):
+        plain = generate(ours, ids, new=12)
+        cache = DynamicCache(config=ours.config)
+        drafted = generate(ours, ids, new=12, assistant_model=assistant, past_key_values=cache)
+    assert torch.equal(plain.tokens, drafted.tokens)
+    _summarises_what_it_holds(cache)
+
+
+def _summarises_what_it_holds(cache: DynamicCache) -> None:
     layer = cache.layers[0]
     assert isinstance(layer, StoreLayer)
     scratch = StoreLayer()
     scratch.update(*layer.read())
     assert torch.equal(layer.summary(PageBounds(16)), scratch.summary(PageBounds(16)))
+
+
+def test_a_static_cache_in_a_compiled_model_decodes_as_stock_attention_does() -> None:
+    """Graphs have no stores: steps are dense there."""
+    stock, ours = pair("llama")
+    ids = long_prompt(1, length=20)
+
+    @torch.no_grad()
+    def steps(model: Any) -> Tensor:
+        cache = StaticCache(stock.config, max_cache_len=32)
+        rows = [model(ids, past_key_values=cache).logits[:, -1]]
+        for token in (4, 5):
+            rows.append(model(torch.tensor([[token]]), past_key_values=cache).logits[:, -1])
+        return torch.stack(rows)
+
+    expected = steps(stock)
+    with enabled(ours, SPARSE[0]):
+        found = steps(torch.compile(ours, backend="eager"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_static_cache_decodes_dense_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -187,11 +187,21 @@ def test_plans_attend_what_they_name(method: Method, dtype: torch.dtype) -> None
     assert torch.allclose(lse.double(), expected_lse.double(), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("share", [1, 8])
-def test_head_dimensions(dim: int, share: int) -> None:
-    call = step(100, dim=dim, groups=1, share=share)
-    plan = Quest(budget=32).plan(call)
+_FEW: dict[str, dict[str, Any]] = {
+    "quest": {"budget": 32},
+    "lserve": {"budget": 48, "page": 16, "logical": 4},
+    "double_sparsity": {"budget": 20, "group_factor": 4},
+    "infllm": {"blocks": 2, "block": 8, "init": 8, "local": 16},
+    "oracle_topk": {"budget": 20},
+}
+
+
+@pytest.mark.parametrize("name", _FEW)
+@pytest.mark.parametrize(("dim", "share"), [(64, 1), (80, 4), (96, 7), (128, 8), (256, 4)])
+def test_head_dimensions(name: str, dim: int, share: int) -> None:
+    call = step(100, dim=dim, groups=1 if share in (1, 8) else 2, share=share)
+    plan = create(name, **_FEW[name]).plan(call)
+    assert plan.density() < 0.7
     out, _ = backends.attend(call, plan)
     wide = replace(call, q=call.q.double(), k=call.k.double().nan_to_num(), v=call.values.double().nan_to_num())
     assert torch.allclose(out.double(), backends.attend(wide, plan)[0], atol=1e-5)
