@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TEXT_DIM", "TEXT_TOKENS", "WORDS", "Shape", "describe", "draw_shapes", "embed", "render"]
+__all__ = ["TEXT_DIM", "TEXT_TOKENS", "WORDS", "Shape", "describe", "draw_shapes", "embed", "render", "word_codes"]
 
 COLOURS = {
     "red": (1.0, -0.7, -0.7),
@@ -73,14 +73,19 @@ def describe(shapes: Sequence[Shape]) -> list[str]:
     return words
 
 
+def word_codes() -> Tensor:
+    """fp32 ``[TEXT_TOKENS, words, TEXT_DIM]``: a fixed random direction for each word at each place of a sentence."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(TEXT_TOKENS, len(WORDS), TEXT_DIM, generator=generator)
+
+
 def embed(sentences: Sequence[Sequence[str]]) -> Tensor:
-    """fp32 ``[B, TEXT_TOKENS, TEXT_DIM]``: a fixed random direction for each word at each place; 0 where there is none.
+    """fp32 ``[B, TEXT_TOKENS, TEXT_DIM]``, of `word_codes`; 0 where there is no word.
 
     Raises:
         ValueError: a word that there is none of, or more than `TEXT_TOKENS`.
     """
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randn(TEXT_TOKENS, len(WORDS), TEXT_DIM, generator=generator)
+    codes = word_codes()
     out = torch.zeros(len(sentences), TEXT_TOKENS, TEXT_DIM)
     for row, sentence in enumerate(sentences):
         unknown = [word for word in sentence if word not in WORDS]

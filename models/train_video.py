@@ -29,6 +29,8 @@ import gossamer
 WARMUP = 50
 TIMES = 1000  # of a schedule's timesteps
 WITHOUT_TEXT = 0.1  # share of the clips whose sentence is left out, for guidance
+GUIDANCE = 3.0
+PROMPTS = 8  # that its folder names
 SHIFT = 3.0  # towards noise, in training and in sampling
 PATCH = (1, 2, 2)
 CONFIG: dict[str, Any] = dict(
@@ -166,6 +168,16 @@ class Trainer:
         shipped.load_state_dict(self.model.state_dict())
         shipped.save_pretrained(out / "transformer")
         FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(out / "scheduler")
+        last = self.schedule[-1]
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        words = {
+            "words": clips.WORDS,
+            "codes": clips.word_codes().tolist(),
+            "prompts": [" ".join(clips.describe(clips.draw_shapes(generator))) for _ in range(PROMPTS)],
+            "size": [self.model.config.in_channels, last.frames, last.size, last.size],
+            "guidance": GUIDANCE,
+        }
+        (out / "words.json").write_text(json.dumps(words) + "\n")
         summary = {
             "seed": self.seed,
             "schedule": [asdict(phase) | {"tokens": phase.tokens} for phase in self.schedule],
@@ -184,31 +196,6 @@ class Trainer:
 def shifted(times: Tensor) -> Tensor:
     """Times moved towards noise, as the scheduler does it (Esser et al., 2403.03206, section 5.3.2)."""
     return SHIFT * times / (1 + (SHIFT - 1) * times)
-
-
-@torch.no_grad()
-def sample(
-    model: Any,
-    sentences: list[list[str]],
-    frames: int = 16,
-    size: int = 32,
-    *,
-    steps: int = 20,
-    guidance: float = 3.0,
-    seed: int = 0,
-) -> Tensor:
-    """Clips ``[B, 3, frames, size, size]`` of sentences; both branches of the guidance are one batch."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    scheduler.set_timesteps(steps)
-    generator, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).dtype
-    x = torch.randn(len(sentences), 3, frames, size, size, generator=generator)
-    text = clips.embed(sentences)
-    both = torch.cat([text, torch.zeros_like(text)]).to(dtype)
-    for t in scheduler.timesteps:
-        times = t.expand(2 * len(sentences))
-        with_text, without = model(torch.cat([x, x]).to(dtype), times, both, return_dict=False)[0].float().chunk(2)
-        x = scheduler.step(without + guidance * (with_text - without), t, x, return_dict=False)[0]
-    return x
 
 
 def main() -> int:

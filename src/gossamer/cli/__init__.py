@@ -21,6 +21,7 @@ from gossamer.cli import (
     convert_hybrid,
     doctor,
     eval,
+    eval_video,
     find_channels,
     inspect,
     methods,
@@ -44,7 +45,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gossamer", description="Dynamic sparse attention for long prompts.")
     parser.add_argument("--version", action="version", version=f"gossamer {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    parts = (run, serve, eval, compare, calibrate, report, inspect, train_gates, find_channels, convert_hybrid, profile)
+    parts = (
+        run,
+        serve,
+        eval,
+        eval_video,
+        compare,
+        calibrate,
+        report,
+        inspect,
+        train_gates,
+        find_channels,
+        convert_hybrid,
+        profile,
+    )
     for module in (*parts, bench, doctor, methods):
         module.add_parser(commands)
     return parser

@@ -1,0 +1,197 @@
+"""Clips with sparse attention beside dense ones; and the small video model's data, training and folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import zlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from repository import ROOT
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+
+from gossamer.cli import main
+from gossamer.cli.eval_video import side_by_side
+from gossamer.evaluate.video import load_video_model
+from gossamer.evaluate.video_quality import feature_distance, psnr, ssim
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+TINY: dict[str, Any] = dict(
+    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=3, out_channels=3, text_dim=32,
+    freq_dim=16, ffn_dim=16, num_layers=2, rope_max_seq_len=32,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict[str, ModuleType]:
+    sys.path.insert(0, str(ROOT / "models"))
+    try:
+        import clips
+        import train_video
+    finally:
+        sys.path.remove(str(ROOT / "models"))
+    return {"clips": clips, "train": train_video}
+
+
+@pytest.fixture(scope="module")
+def folder(scripts: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    train = scripts["train"]
+    out = tmp_path_factory.mktemp("video") / "model"
+    schedule = (train.Phase(2, 8, 2, 1, 1.0, 1.0), train.Phase(4, 16, 1, 1, 1.0, 0.5))
+    trainer = train.Trainer(0, schedule, TINY, False)
+    assert trainer.train(None, math.inf)
+    trainer.export(out)
+    return out
+
+
+def clip(seed: int, frames: int = 3, size: int = 24) -> Tensor:
+    return torch.rand(frames, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_quality_of_equal_and_of_worse_clips() -> None:
+    x = clip(0)
+    assert (psnr(x, x), ssim(x, x), feature_distance(x, x)) == (math.inf, pytest.approx(1.0), 0.0)
+    near, far = (x + share * (clip(1) - x) for share in (0.1, 0.6))
+    assert psnr(x, near) > psnr(x, far)
+    assert ssim(x, near) > ssim(x, far)
+    assert feature_distance(x, near) < feature_distance(x, far)
+    assert psnr(torch.zeros(1, 1, 8, 8), torch.full((1, 1, 8, 8), 0.1)) == pytest.approx(20.0)
+    with pytest.raises(ValueError, match="of one shape"):
+        psnr(x, x[:1])
+
+
+def test_ssim_is_that_of_its_formula() -> None:
+    """At one place, of a frame as large as the window."""
+    x, y = clip(2, 1, 11)[:, :1].double(), clip(3, 1, 11)[:, :1].double()
+    place = torch.arange(11, dtype=torch.float64) - 5
+    line = torch.exp(-place.square() / 4.5)
+    weights = line[:, None] * line / line.sum() ** 2
+    mean_x, mean_y = (float((t[0, 0] * weights).sum()) for t in (x, y))
+    var_x, var_y = (float((t[0, 0].square() * weights).sum()) - m**2 for t, m in ((x, mean_x), (y, mean_y)))
+    both = float((x[0, 0] * y[0, 0] * weights).sum()) - mean_x * mean_y
+    top = (2 * mean_x * mean_y + 1e-4) * (2 * both + 9e-4)
+    expected = top / ((mean_x**2 + mean_y**2 + 1e-4) * (var_x + var_y + 9e-4))
+    assert ssim(x, y) == pytest.approx(expected, rel=1e-9)
+
+
+def test_clips_are_what_their_sentences_say(scripts: dict[str, ModuleType]) -> None:
+    clips = scripts["clips"]
+    shape = clips.Shape("red", "square", "left", 0.5, 0.5, 0.15)
+    assert clips.describe([shape, shape]) == ["red", "square", "left", "and", "red", "square", "left"]
+    drawn = clips.render([shape], 5, 40, 40)
+    weight = (drawn[0] > 0).float()
+    middle = (weight * torch.arange(40)).sum((1, 2)) / weight.sum((1, 2))
+    assert torch.all(middle.diff() < -3)  # to the left, half of the frame
+    assert middle[2] == pytest.approx(19.5, abs=0.6)
+    assert drawn[1].max() < 0  # nothing is green
+    with pytest.raises(ValueError, match="of the words"):
+        clips.embed([["purple"]])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        some = clips.draw_shapes(generator)
+        assert len({one.colour for one in some}) == len(some) <= 2
+        assert clips.embed([clips.describe(some)]).square().sum(-1).gt(0).sum() == 4 * len(some) - 1
+
+
+def test_training_steps_repeat_and_resume(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    train = scripts["train"]
+    schedule = (train.Phase(2, 8, 2, 4, 1.0, 1.0),)
+    whole = train.Trainer(0, schedule, TINY, False)
+    assert whole.train(None, math.inf)
+    begun = train.Trainer(0, schedule, TINY, False)
+    assert not begun.train(tmp_path / "state.pt", 0.0)  # its time is over after a step
+    again = train.Trainer(0, schedule, TINY, False)
+    again.resume(tmp_path / "state.pt")
+    assert again.step == 1
+    assert again.train(None, math.inf)
+    assert [row["loss"] for row in again.log] == [row["loss"] for row in whole.log]
+    for one, other in zip(whole.average.values(), again.average.values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_folder_makes_clips_of_its_words(folder: Path) -> None:
+    model = load_video_model(folder)
+    assert len(model.prompts) == 8
+    made = [model.sample(model.prompts[0], seed, 2) for seed in (0, 0, 1)]
+    assert made[0].shape == (4, 3, 16, 16)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+    with pytest.raises(ValueError, match="have 1 to 7 of the words and, red"):
+        model.sample("a purple square", 0, 2)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_methods_are_held_beside_dense_clips(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, pictures = tmp_path / "clips.jsonl", tmp_path / "pictures"
+    given = ["eval-video", str(folder), "--steps", "3", "--limit", "2", "--out", str(out)]
+    methods = "dense,a_shape(window=100000),a_shape(sink=0,window=4)"
+    assert main([*given, "--methods", methods, "--pictures", str(pictures)]) == 0
+    found = {(record["method"].split("(")[0], record["ssim"] == 1, record["prompt"]): record for record in lines(out)}
+    assert len(found) == 6
+    for name, same, prompt in found:
+        record = found[name, same, prompt]
+        assert [set(step) for step in record["by_step"]] == [{"density", "plan_s", "attention_s"}] * 3
+        if same:
+            assert record["by_step"][0]["density"] == 1
+        else:
+            assert record["by_step"][0]["density"] < 0.5
+            assert record["psnr"] < 60
+            assert record["distance"] > 0
+    assert len(list(pictures.glob("*.png"))) == 6
+    capsys.readouterr()
+    before = out.read_text()
+    out.write_text(before + before[:30])  # a run that was stopped in the middle of a line
+    assert main([*given, "--methods", methods, "--json"]) == 0
+    assert out.read_text() == before  # nothing was made again
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["clips"] for row in rows] == [2, 2, 2]
+    assert rows[0]["psnr"] is None
+    assert rows[2]["density"] < 0.5
+
+
+def test_pictures_have_the_dense_clip_above() -> None:
+    dense, other = torch.zeros(3, 3, 2, 4), torch.ones(3, 3, 2, 4)
+    data = side_by_side(dense, other)
+    at = data.index(b"IDAT")
+    rows = zlib.decompress(data[at + 4 : data.index(b"IEND") - 8])
+    width = 1 + 3 * 3 * 4
+    assert len(rows) == 4 * width
+    assert rows[1:width] == bytes(36)
+    assert rows[2 * width + 1 : 3 * width] == b"\xff" * 36
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--size", "height"], "--size takes NAME=NUMBER"),
+        (["--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--methods", "nothing"], "unknown method 'nothing'"),
+    ],
+)
+def test_bad_input(folder: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval-video", str(folder), *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_folders_and_files_are_refused(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval-video", str(tmp_path)]) == 2
+    assert "is no video model" in capsys.readouterr().err
+    (tmp_path / "words.json").write_text("{}")
+    assert main(["eval-video", str(tmp_path)]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"kind": "run"}\n')
+    assert main(["eval-video", str(folder), "--out", str(other)]) == 2
+    assert "is no line of eval-video" in capsys.readouterr().err
+    assert other.read_text() == '{"kind": "run"}\n'
