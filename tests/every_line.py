@@ -68,7 +68,9 @@ def _of_method(method: str, length: int) -> dict[str, Any]:
 def _sample(method: str, length: int, seconds: float) -> dict[str, Any]:
     turn = {"generated": "an answer", "references": ["1"], "score": 0.5, "depth": 0.3}
     more = {"prompt_tokens": length - 9, "one_line": True, "turns": [turn], "score": 0.5, "decode_s": 0.1}
-    more |= {} if method == "dense" else {"read": 0.1, "cache_bytes": 4096, "decode_tokens": 7}
+    more |= (
+        {} if method == "dense" else {"read": 0.1, "cache_bytes": 4096, "cache_peak_bytes": 8192, "decode_tokens": 7}
+    )
     return {"kind": "sample"} | _of_method(method, length) | _seconds(seconds) | more
 
 
