@@ -21,7 +21,7 @@ def test_png_decodes_to_its_pixels() -> None:
     raw = zlib.decompress(data[at + 4 : at + 4 + size])
     assert (width, height) == (3, 2)
     assert raw == b"\0\0\1\2\0\3\4\5"
-    with pytest.raises(ValueError, match="needs 6 pixels"):
+    with pytest.raises(ValueError, match="needs 6 numbers"):
         grey_png(b"12", 3, 2)
 
 
