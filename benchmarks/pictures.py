@@ -169,18 +169,17 @@ def needles(found: dict) -> Panel:
 def found_by_step(rows: list[dict]) -> Panel:
     """The share of the keys with the largest weights that each step read, of one model at one length."""
     steps = max(len(row["found"]) for row in rows)
-    panel = Panel(640, 420, f"Best keys among those read, {rows[0]['model']}, {rows[0]['length']:,} tokens")
-    ticks = [1, *range(8, steps + 1, 8)]
-    panel.axes(
-        (1, max(2, steps)), (0, 1.02), ("step after the prompt", "share of as many best keys"), (False, False), ticks
-    )
+    panel = Panel(720, 420, f"Best keys among those read, {rows[0]['model']}, {rows[0]['length']:,} tokens")
+    names = ("step after the prompt", "share of as many best keys")
+    # Names stand to the right of the last step.
+    panel.axes((1, max(2, 1.9 * steps)), (0, 1.02), names, (False, False), [1, *range(8, steps + 1, 8)])
     for n, row in enumerate(rows):
         colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
         points = [panel.place(step, share) for step, share in enumerate(row["found"], start=1)]
         panel.line(points, colour)
         for step in range(0, len(points), 4):
             panel.marker(*points[step], marker, colour, f"{row['method']}, step {step + 1}: {row['found'][step]:.2f}")
-    legend(panel, [row["method"] for row in rows], 70, 34)
+    legend(panel, [row["method"] for row in rows], panel.place(1.05 * steps, 0)[0], 60)
     return panel
 
 

@@ -117,8 +117,10 @@ def tiers(found: dict[str, Any], _: Path) -> str:
     return markdown(above, TIERED, made)
 
 
-def kept(found: dict[str, Any], _: Path) -> str:
+def kept(found: dict[str, Any], _: Path) -> str | None:
     """What caches that drop or encode tokens lose."""
+    if not found["rows"]:
+        return None
     first = found["rows"][0]
     named = ("model", "tokens", "cache", "bytes of a whole one", "KL to a whole one", "same predictions")
     made = [
@@ -161,13 +163,14 @@ def answers(records: Sequence[dict[str, Any]]) -> list[Table]:
     model = next(record["model"]["name"] for record in records if record["kind"] == "run")
     made = []
     for length in sorted({row.length for row in rows}):
-        here = sorted((r for r in rows if r.length == length), key=lambda r: (r.method != "dense", -(r.accuracy or 0)))
+        here = sorted((r for r in rows if r.length == length), key=lambda r: ("+" in r.method, -(r.accuracy or 0)))
         names = list(dict.fromkeys(task for row in here for task in row.tasks))
-        named = ("setting", "of the cache read", "MiB held", "all", *names, "less dense")
+        named = ("setting", "of the cache read", "MiB a step", "MiB held", "all", *names, "less dense")
         cells = [
             (
-                f"`{row.method.removeprefix('dense+')}`",
+                f"`{row.method.partition('+')[2] or 'dense'}`",
                 "" if row.read is None else f"{row.read:.1%}",
+                "" if row.step_bytes is None else f"{row.step_bytes / 2**20:.1f}",
                 "" if row.cache_bytes is None else f"{row.cache_bytes / 2**20:.0f}",
                 f"{row.accuracy:.2f}",
                 *scores(row, names),

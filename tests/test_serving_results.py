@@ -10,6 +10,7 @@ from repository import ROOT
 
 FOLDER = ROOT / "benchmarks" / "results" / "intel-xeon-emerald-rapids-2-cores-amx"
 AVX2 = ROOT / "benchmarks" / "results" / "amd-epyc-zen3-2-cores-avx2"
+ZEN_5 = ROOT / "benchmarks" / "results" / "amd-epyc-zen5-2-cores-avx512-bf16"
 
 
 def first_token(model: str, contender: str, length: int) -> dict[str, Any]:
@@ -51,6 +52,14 @@ def test_of_decoding_beside_its_kernel() -> None:
         ratios = [r["speedup_over_vllm"] for r in rows if (r["what"], r["dtype"]) == ("decode, dense", dtype)]
         assert len(ratios) == 3
         assert (round(min(ratios), 2), round(max(ratios), 2)) == (low, high)
+    rows = json.loads((ZEN_5 / "cpu.json").read_text())["sections"]["vllm"]["rows"]
+    found = {
+        (r["dtype"], r["length"]): round(r["speedup_over_vllm"], 2)
+        for r in rows
+        if r["what"] == "decode, dense" and r["date"] == "2026-11-30"
+    }
+    assert sorted(found[dtype] for dtype in found if dtype[0] == "bf16") == [1.14, 1.33, 1.42]
+    assert [found["fp32", n] for n in (4096, 16384, 32768)] == [0.93, 1.12, 1.06]
 
 
 def test_of_a_mixed_load() -> None:
