@@ -361,3 +361,14 @@ def test_what_is_read_is_counted_over_all_heads() -> None:
     held, window = PROMPT + 1, 8
     whole = shares[0] * held
     assert shares[1] == pytest.approx((whole + window) / (held + window), abs=0.02)
+
+
+def test_heads_that_all_stream_are_streaming_llm() -> None:
+    ids, mask = tokens(2), left_padded([7, 0])
+    policies = cache.DuoAttention(2, 6, [[0.0, 0.0]] * LAYERS, sparsity=1.0), cache.StreamingLLM(sinks=2, recent=6)
+    found = []
+    for policy in policies:
+        model = tiny()
+        with enable(model, "dense", cache=policy) as handle:
+            found.append(decoded(model, handle.new_cache(), ids, mask, PROMPT, *[1] * STEPS))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-6)
