@@ -6,7 +6,9 @@ All others take ``x [B, T, E]`` and a mask of live tokens or lengths, and give `
 
 from gossamer.modules.combiner import Axial, CombinerAttention, CombinerCache, Fixed, Learnable, LogSparse, Mixture
 from gossamer.modules.dynamic_mask import DynamicMask, DynamicMaskAttention, plan_of_scores
+from gossamer.modules.moving_average import MovingAverage
 from gossamer.modules.routing import KeysAndValues, RoutingAttention
+from gossamer.modules.seqboat import SeqBoatCache, SeqBoatLayer
 
 __all__ = [
     "Axial",
@@ -19,6 +21,9 @@ __all__ = [
     "Learnable",
     "LogSparse",
     "Mixture",
+    "MovingAverage",
     "RoutingAttention",
+    "SeqBoatCache",
+    "SeqBoatLayer",
     "plan_of_scores",
 ]
