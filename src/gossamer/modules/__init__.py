@@ -9,11 +9,23 @@ from gossamer.modules.dynamic_mask import DynamicMask, DynamicMaskAttention, pla
 from gossamer.modules.moving_average import MovingAverage
 from gossamer.modules.routing import KeysAndValues, RoutingAttention
 from gossamer.modules.seqboat import SeqBoatCache, SeqBoatLayer
+from gossamer.modules.sparsifiner import (
+    Connections,
+    ConnectivityPredictor,
+    SparsifinerAttention,
+    distillation_loss,
+    plan_of_connections,
+    prune_tokens,
+    reconstruction_loss,
+    set_stage,
+)
 
 __all__ = [
     "Axial",
     "CombinerAttention",
     "CombinerCache",
+    "Connections",
+    "ConnectivityPredictor",
     "DynamicMask",
     "DynamicMaskAttention",
     "Fixed",
@@ -25,5 +37,11 @@ __all__ = [
     "RoutingAttention",
     "SeqBoatCache",
     "SeqBoatLayer",
+    "SparsifinerAttention",
+    "distillation_loss",
+    "plan_of_connections",
     "plan_of_scores",
+    "prune_tokens",
+    "reconstruction_loss",
+    "set_stage",
 ]
