@@ -276,7 +276,7 @@ class RoutingAttention(nn.Module):
     def commitment(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean squared distance of unit keys and the centroid nearest to each, to be added to a loss (times 1e-4).
 
-        It draws keys to their centroids (lucidrains); the authors' code draws queries too, the paper has no such term.
+        It draws keys to their centroids (lucidrains); the authors' code draws queries too.
         """
         tokens = Tokens.of(x, mask)
         keys = F.normalize(self._projected(tokens.align(x))[1][:, self.local :], dim=-1)
