@@ -16,6 +16,12 @@ Update = Literal["sum", "mean"]
 class Centroids(nn.Module):
     """Unit vectors ``means [H, C, D]``, a buffer: no gradient reaches them; they move when `update` is called.
 
+    The tokens "assigned" to a centroid, which move it, are those that it is nearest to, each to one: so the authors'
+    code has it (google-research, ``routing_transformer/utils.py``), and lucidrains'. They are not the balanced clusters
+    that attend each other, which hold a token several times or never; `gossamer.modules.combiner.Learnable`, whose
+    spans are the nearest tokens, moves its centroids by the same rule. The authors' code averages sums and counts
+    apart and divides them, queries before keys, and does not normalise the result; neither form here does that.
+
     Args:
         decay: of the moving average (0.999).
         update: ``"sum"``, the paper's ``mu <- decay mu + (1 - decay) / 2 (sum of its queries + sum of its keys)``;

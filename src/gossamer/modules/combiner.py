@@ -67,7 +67,10 @@ class Axial:
         horizontal: the same direct; each row above is a span, without the own column, which is direct already.
         rowmajor: own row direct; each column of the rows above is a span.
 
-    Without causality "the rows above" are all other rows: the paper describes causal attention alone.
+    In the first two the own column is direct by the paper's definition (Section 4.3). Of rowmajor it says nothing about
+    it, and here it is a span as the others. The paper's formula there has rows as spans (``div``), but its text has
+    summaries that depend on the query's column and on the rows above, as columns do (``mod``); they are columns here.
+    Without causality "the rows above" are all other rows; the paper leaves that to an appendix that was not read.
     """
 
     width: int
@@ -91,9 +94,10 @@ class LogSparse:
 class Learnable:
     """Clusters of online k-means (`Centroids`): own one direct, each other one, up to the query, a span.
 
-    Each token belongs to the cluster nearest to its query, as it asks, and to its key, as it is asked. (The Routing
-    Transformer's clusters of equal size hold a token several times or never; spans must be disjoint.) A token's
-    cluster depends on that token alone, so nothing leaks.
+    Each token belongs to the cluster nearest to its query, as it asks, and to its key, as it is asked; the paper has
+    one region for both (Section 4.4). (The Routing Transformer's clusters of equal size hold a token several times or
+    never; spans must be disjoint.) A token's cluster depends on that token alone, so nothing leaks. How centroids move
+    the paper leaves to the Routing Transformer: see `Centroids`.
     """
 
     clusters: int

@@ -9,13 +9,15 @@ or in none, which gives 0.
 depends on later tokens, though it reads none of their values. ``assign="prefix"`` decides by what precedes: a query
 goes to the cluster nearest to it and reads the ``window`` keys, of those up to itself, that are nearest to that
 centroid. It is the definition of a step of decoding, and what a cache runs; whole sequences are masked and dense. The
-two are not the same function, so that a model trained with one decodes by another.
+two are not the same function, so that a model trained with one decodes by another. (The authors decode by a third
+one: the prefix in balanced clusters, of which the newest query may be in none.)
 
-What sources differ in, with the defaults here:
+What sources differ in, with the defaults here ("authors": google-research, ``routing_transformer/utils.py``):
 
-- ``normalise="layer"``: queries and keys that route are layer-normalised without scale and bias (the paper, as it is
-  remembered); ``"l2"``, default: only the scores of routing see unit vectors (lucidrains).
-- ``shared``: keys are the queries (the paper in causal attention, as it is remembered; off by default, as there).
+- ``normalise="layer"``: queries and keys that route are layer-normalised without scale and bias (authors); ``"l2"``,
+  default: only the scores of routing see unit vectors (lucidrains).
+- ``shared``: keys are the queries (an option of the authors' decoder; off by default, as in lucidrains' code).
+- A token of several clusters gets their mean; the authors divide by 0.01 more than their number.
 - ``memory``: learned keys and values of each cluster that all of its queries see (lucidrains, 1, in causal attention
   whose keys are not shared; it keeps rows from being empty). None takes that default.
 - `Centroids.update`: sums, or means. It moves at the end of each forward pass in training, where lucidrains' code has a
@@ -274,7 +276,7 @@ class RoutingAttention(nn.Module):
     def commitment(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean squared distance of unit keys and the centroid nearest to each, to be added to a loss (times 1e-4).
 
-        It draws keys to their centroids (lucidrains); the paper has no such term.
+        It draws keys to their centroids (lucidrains); the authors' code draws queries too.
         """
         tokens = Tokens.of(x, mask)
         keys = F.normalize(self._projected(tokens.align(x))[1][:, self.local :], dim=-1)
