@@ -1,0 +1,95 @@
+"""Layers to compare with: attention under a mask, and the gated convolution of Zoology (2312.04927, BaseConv).
+
+At the lengths of associative recall a mask over all logits is the right form: nothing is saved by leaving keys out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gossamer.modules.tokens import Heads
+
+__all__ = ["SELECTIONS", "GatedConvolution", "MaskedAttention"]
+
+_NONE = float("-inf")
+_SEED = 0
+SELECTIONS = ("all", "window", "largest", "random")
+
+
+class MaskedAttention(nn.Module):
+    """Causal attention of one head with some of the keys, by a mask over all logits.
+
+    Args:
+        width: E.
+        select: ``all`` keys; a ``window`` of the last ``keep``, the query's own with them; the ``keep`` with the
+            ``largest`` logits, which is the oracle; or ``keep`` at ``random``, drawn for each query and each call in
+            training, and always the same outside of it. A query that has fewer than ``keep`` keys reads all.
+        dropout: of the weights.
+
+    Raises:
+        ValueError: ``keep`` is below 1, or ``select`` is not known.
+    """
+
+    def __init__(self, width: int, select: str, keep: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        if select not in SELECTIONS:
+            raise ValueError(f"select must be one of {', '.join(SELECTIONS)}, got {select!r}")
+        if keep < 1:
+            raise ValueError(f"keep must be 1 or more, got {keep}")
+        self.select, self.keep, self.dropout = select, keep, dropout
+        self.projections = Heads(width, 1, bias=True)
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Which keys are read: bool, of the shape of the logits ``[B, H, T, T]``."""
+        tokens = logits.shape[-1]
+        place = torch.arange(tokens, device=logits.device)
+        seen = (place[:, None] >= place).expand(logits.shape)
+        if self.select == "all":
+            return seen
+        if self.select == "window":
+            return seen & (place[:, None] - place < self.keep)
+        return seen & self._best(self._ranks(logits).masked_fill(~seen, _NONE))
+
+    def _ranks(self, logits: Tensor) -> Tensor:
+        if self.select == "largest":
+            return logits.detach()
+        if self.training:
+            return torch.rand(logits.shape, device=logits.device)
+        drawn = torch.rand(logits.shape[-2:], generator=torch.Generator().manual_seed(_SEED))
+        return drawn.to(logits.device).expand(logits.shape)
+
+    def _best(self, ranks: Tensor) -> Tensor:
+        chosen = ranks.topk(min(self.keep, ranks.shape[-1]), dim=-1).indices
+        return torch.zeros_like(ranks, dtype=torch.bool).scatter_(-1, chosen, True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, E]`` to the same."""
+        q, k, v = self.projections.split(x)
+        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        weights = logits.masked_fill(~self.mask(logits), _NONE).softmax(-1)
+        return self.projections.merge(F.dropout(weights, self.dropout, self.training) @ v)
+
+
+class GatedConvolution(nn.Module):
+    """A linear map of the input times a causal convolution of it, each channel with a filter of its own.
+
+    Args:
+        width: E.
+        taps: length of the filters; long ones are convolved by FFT.
+    """
+
+    def __init__(self, width: int, taps: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, width)
+        self.taps = nn.Parameter(torch.randn(width, taps) * taps**-0.5)
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, E]`` to the same."""
+        tokens = x.shape[1]
+        size = tokens + self.taps.shape[1]
+        spectrum = torch.fft.rfft(x.transpose(1, 2), n=size) * torch.fft.rfft(self.taps, n=size)
+        mixed = torch.fft.irfft(spectrum, n=size)[..., :tokens].transpose(1, 2)
+        return self.gate(x) * (mixed + self.bias)
