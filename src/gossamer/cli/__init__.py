@@ -24,6 +24,7 @@ from gossamer.cli import (
     find_channels,
     inspect,
     methods,
+    mqar,
     profile,
     report,
     run,
@@ -45,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gossamer {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parts = (run, serve, eval, compare, calibrate, report, inspect, train_gates, find_channels, convert_hybrid, profile)
-    for module in (*parts, bench, doctor, methods):
+    for module in (*parts, mqar, bench, doctor, methods):
         module.add_parser(commands)
     return parser
 

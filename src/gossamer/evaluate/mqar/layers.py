@@ -41,35 +41,36 @@ class MaskedAttention(nn.Module):
         self.select, self.keep, self.dropout = select, keep, dropout
         self.projections = Heads(width, 1, bias=True)
 
-    def mask(self, logits: Tensor) -> Tensor:
-        """Which keys are read: bool, of the shape of the logits ``[B, H, T, T]``."""
-        tokens = logits.shape[-1]
-        place = torch.arange(tokens, device=logits.device)
-        seen = (place[:, None] >= place).expand(logits.shape)
+    def mask(self, q: Tensor, k: Tensor) -> Tensor:
+        """Which keys are read, of queries and keys ``[B, 1, T, E]``: bool, ``[B, 1, T, T]`` or ``[T, T]``."""
+        place = torch.arange(q.shape[2], device=q.device)
+        seen = place[:, None] >= place
         if self.select == "all":
             return seen
         if self.select == "window":
             return seen & (place[:, None] - place < self.keep)
-        return seen & self._best(self._ranks(logits).masked_fill(~seen, _NONE))
+        ranks = self._ranks(q, k).masked_fill(~seen, _NONE)
+        chosen = ranks.topk(min(self.keep, len(place)), dim=-1).indices
+        return seen & torch.zeros_like(ranks, dtype=torch.bool).scatter_(-1, chosen, True)
 
-    def _ranks(self, logits: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _ranks(self, q: Tensor, k: Tensor) -> Tensor:
         if self.select == "largest":
-            return logits.detach()
+            return q @ k.transpose(-1, -2)
+        tokens = q.shape[2]
         if self.training:
-            return torch.rand(logits.shape, device=logits.device)
-        drawn = torch.rand(logits.shape[-2:], generator=torch.Generator().manual_seed(_SEED))
-        return drawn.to(logits.device).expand(logits.shape)
-
-    def _best(self, ranks: Tensor) -> Tensor:
-        chosen = ranks.topk(min(self.keep, ranks.shape[-1]), dim=-1).indices
-        return torch.zeros_like(ranks, dtype=torch.bool).scatter_(-1, chosen, True)
+            return torch.rand(len(q), 1, tokens, tokens, device=q.device)
+        return torch.rand(tokens, tokens, generator=torch.Generator().manual_seed(_SEED)).to(q.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, E]`` to the same."""
         q, k, v = self.projections.split(x)
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        weights = logits.masked_fill(~self.mask(logits), _NONE).softmax(-1)
-        return self.projections.merge(F.dropout(weights, self.dropout, self.training) @ v)
+        dropout = self.dropout if self.training else 0.0
+        if self.select == "all":
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, self.mask(q, k), dropout_p=dropout)
+        return self.projections.merge(out)
 
 
 class GatedConvolution(nn.Module):

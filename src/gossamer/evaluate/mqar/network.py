@@ -12,7 +12,7 @@ from gossamer.evaluate.mqar.mixers import Mixer
 
 __all__ = ["RecallModel"]
 
-_SPREAD = 0.02
+_EMBEDDED = 0.02
 
 
 class RecallModel(nn.Module):
@@ -25,13 +25,23 @@ class RecallModel(nn.Module):
         layers: how many.
         mlp: width of the MLP behind each mixer, in multiples of E; 0 for none.
         dropout: of the embeddings, and of the weights of attention where a mixer has that.
+        spread: standard deviation of linear maps at first; None: ``width ** -0.5``. Zoology's is 0.02, which at widths
+            below 64 makes first logits so small that narrow models take thousands of steps to move at all.
 
     Deviation: without an MLP nothing stands in its place. There an identity does, which adds the normalised stream to
     the stream once more.
     """
 
     def __init__(
-        self, variant: Variant, mixer: Mixer, width: int, *, layers: int = 2, mlp: int = 0, dropout: float = 0.0
+        self,
+        variant: Variant,
+        mixer: Mixer,
+        width: int,
+        *,
+        layers: int = 2,
+        mlp: int = 0,
+        dropout: float = 0.0,
+        spread: float | None = None,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(variant.vocabulary, width)
@@ -42,15 +52,17 @@ class RecallModel(nn.Module):
         self.mixers = nn.ModuleList(mixer.build(index, width, variant.length, dropout) for index in range(layers))
         self.mlps = nn.ModuleList(_MLP(width, mlp) for _ in range(layers if mlp else 0))
         self.last = nn.LayerNorm(width)
-        self._start(layers * (2 if mlp else 1))
+        self._start(width**-0.5 if spread is None else spread, layers * (2 if mlp else 1))
 
-    def _start(self, residuals: int) -> None:
+    def _start(self, spread: float, residuals: int) -> None:
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                into = name.endswith("o_proj") or name.endswith("down")
-                nn.init.normal_(module.weight, std=_SPREAD / math.sqrt(residuals) if into else _SPREAD)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=_EMBEDDED)
+            if isinstance(module, nn.Linear):
+                into = name.endswith(("o_proj", "down"))  # what adds to the stream
+                nn.init.normal_(module.weight, std=spread / math.sqrt(residuals) if into else spread)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def stream(self, tokens: Tensor) -> Tensor:
         """What the last norm makes of tokens ``[B, T]`` or ``[B, T, parts]``: ``[B, T, E]``."""
