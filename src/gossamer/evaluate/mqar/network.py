@@ -25,8 +25,9 @@ class RecallModel(nn.Module):
         layers: how many.
         mlp: width of the MLP behind each mixer, in multiples of E; 0 for none.
         dropout: of the embeddings, and of the weights of attention where a mixer has that.
-        spread: standard deviation of linear maps at first; None: ``width ** -0.5``. Zoology's is 0.02, which at widths
-            below 64 makes first logits so small that narrow models take thousands of steps to move at all.
+        spread: standard deviation of linear maps at first, of those that add to the stream divided by the root of how
+            many add; None: the root of one over the numbers that go in, of all of them. Zoology's is 0.02, which leaves
+            the first logits of a narrow model near 0.
 
     Deviation: without an MLP nothing stands in its place. There an identity does, which adds the normalised stream to
     the stream once more.
@@ -52,15 +53,16 @@ class RecallModel(nn.Module):
         self.mixers = nn.ModuleList(mixer.build(index, width, variant.length, dropout) for index in range(layers))
         self.mlps = nn.ModuleList(_MLP(width, mlp) for _ in range(layers if mlp else 0))
         self.last = nn.LayerNorm(width)
-        self._start(width**-0.5 if spread is None else spread, layers * (2 if mlp else 1))
+        self._start(spread, layers * (2 if mlp else 1))
 
-    def _start(self, spread: float, residuals: int) -> None:
+    def _start(self, spread: float | None, residuals: int) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=_EMBEDDED)
             if isinstance(module, nn.Linear):
-                into = name.endswith(("o_proj", "down"))  # what adds to the stream
-                nn.init.normal_(module.weight, std=spread / math.sqrt(residuals) if into else spread)
+                into = name.endswith(("o_proj", "down")) and spread is not None  # what adds to the stream
+                std = module.in_features**-0.5 if spread is None else spread
+                nn.init.normal_(module.weight, std=std / math.sqrt(residuals) if into else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
