@@ -28,7 +28,10 @@ def add_parser(commands: Any) -> None:
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--setting", choices=("quick", "figure2"), default="quick", help="what is trained (default: %(default)s)"
+        "--setting",
+        choices=("quick", "small", "figure2"),
+        default="quick",
+        help="what is trained (default: %(default)s)",
     )
     which.add_argument("--quick", action="store_const", dest="setting", const="quick", help="as --setting quick")
     parser.add_argument(
