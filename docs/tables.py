@@ -19,6 +19,7 @@ import family_tables
 import gpu_tables
 import integer_tables
 import pretrained_tables
+import recall_tables
 import serving_tables
 import training_tables
 from marked import markdown
@@ -345,6 +346,7 @@ def mutants_table() -> str:
 
 
 TABLES = {
+    **recall_tables.TABLES,
     "cpu": cpu_table,
     "parts": parts_table,
     "vllm": vllm_table,

@@ -43,6 +43,7 @@ _RUN = {
     "haystack": {"name": "package", "sha256": "h", "characters": 500},
     "seed": 0,
     "chat": False,
+    "mqar": {"name": "quick"},
 }
 _TABLE = [[0.5, 0.25]]
 _POINT = {"mode": "fixed", "budget": 0.3, "cost": 0.2, "error": 0.1}
@@ -193,6 +194,25 @@ LINES: list[dict[str, Any]] = [
         "frontier": [_POINT | {"held_out": 0.2, "held_out_interval": [0.1, 0.3]}],
         "summary": {"calibration": _SUMMED, "held_out": _SUMMED},
         "about": {"seed": 0},
+    },
+    {
+        "kind": "mqar",
+        "run": "r1",
+        "setting": "quick",
+        "mixer": "window(16)+dense",
+        "task": {
+            **{"variant": "forgetting", "vocabulary": 256, "length": 64, "pairs": 8, "power": 0.01},
+            **{"fillers": "zero", "passes": 2, "updates": 4, "lasting": False},
+        },
+        "width": 32,
+        "rate": 0.003,
+        "seed": 0,
+        "training": {"epochs": 16},
+        "accuracy": 0.5,
+        "loss": 1.5,
+        "by_distance": [[8, 1, 4], [16, 3, 4]],
+        "curve": [0.25, 0.5],
+        **{"steps": 200, "seconds": 1.5, "parameters": 1000, "state": 1024, "reads": 8.5, "batch": 64, "diverged": 7},
     },
 ]
 

@@ -25,6 +25,7 @@ from gossamer.cli import (
     find_channels,
     inspect,
     methods,
+    mqar,
     profile,
     report,
     run,
@@ -59,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
         convert_hybrid,
         profile,
     )
-    for module in (*parts, bench, doctor, methods):
+    for module in (*parts, mqar, bench, doctor, methods):
         module.add_parser(commands)
     return parser
 

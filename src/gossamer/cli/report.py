@@ -16,7 +16,10 @@ __all__ = ["add_parser"]
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "report", execute, "draw results as one HTML page")
     parser.add_argument(
-        "results", type=Path, nargs="+", help="files that `gossamer eval`, `compare`, `calibrate` or `inspect` wrote"
+        "results",
+        type=Path,
+        nargs="+",
+        help="files that `gossamer eval`, `compare`, `calibrate`, `inspect` or `mqar` wrote",
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
     parser.add_argument("--title", default="Sparse attention, measured", help="its heading")

@@ -27,6 +27,7 @@ __all__ = [
     "parse_policies",
     "parse_policy",
     "parse_task",
+    "parse_variant",
     "split_specs",
     "takes_profile",
     "task_names",
@@ -150,6 +151,16 @@ def parse_task(spec: str, *more: str, **given: Any) -> Any:
     if name not in tasks.available():
         raise ValueError(f"unknown task {name!r}; known: {', '.join(task_names(*more))}")
     return tasks.create(name, **given | field_values(type(tasks.create(name)), pairs))
+
+
+def parse_variant(spec: str) -> Any:
+    """As `parse_method`, for a variant of associative recall (`gossamer.evaluate.mqar.VARIANTS`)."""
+    from gossamer.evaluate.mqar import VARIANTS
+
+    name, pairs = _parse_spec(spec)
+    if name not in VARIANTS:
+        raise ValueError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
+    return VARIANTS[name](**field_values(VARIANTS[name], pairs))
 
 
 def field_values(owner: type, pairs: Sequence[str]) -> dict[str, Any]:

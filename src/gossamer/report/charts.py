@@ -13,6 +13,7 @@ from gossamer.report.frontier import frontier
 from gossamer.report.heads import attention_maps, head_patterns, plan_maps
 from gossamer.report.html import Html
 from gossamer.report.latency import latency
+from gossamer.report.mqar import recall
 from gossamer.report.svg import Panel, colour_of, text_on
 
 __all__ = ["figures"]
@@ -23,6 +24,7 @@ Cell = tuple[int, int]
 def figures(records: Sequence[Record], rows: Sequence[SummaryRow]) -> list[Figure]:
     """All pictures that there is data for."""
     made = [
+        recall(records),
         frontier(records),
         chosen_methods(records),
         budgets(records),

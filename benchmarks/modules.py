@@ -1,0 +1,225 @@
+"""What the trainable layers of papers cost by length, forward and backward, beside a layer of dense attention.
+
+    python benchmarks/modules.py [--lengths 1k,2k,...,32k] [--modules combiner,...] [--rounds N] [--quick] [--out FILE]
+
+Whole layers, projections included, of one width on one sequence of fp32, in turns with dense attention by torch on the
+same fresh inputs; medians of the rounds after one that does not count. ``forward`` is without gradients, ``step`` a
+forward and a backward pass down to input and parameters. The rows of a length are printed as JSON once it is done;
+``--out`` also writes all of them with the machine, and what follows from them: the exponent of time by length between
+all lengths and between the last two, and the length from which a layer is faster than dense attention.
+
+A new layer is one line in `MODULES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from machines import machine, results
+from timing import ROUNDS, Bystanders, alternate, write
+from torch import Tensor, nn
+
+from gossamer import AttentionCall, SparsePlan, backends
+from gossamer.evaluate.runner import parse_lengths
+from gossamer.modules import (
+    Axial,
+    CombinerAttention,
+    DynamicMaskAttention,
+    Fixed,
+    LogSparse,
+    Mixture,
+    RoutingAttention,
+)
+from gossamer.modules.tokens import Heads
+
+WIDTH, HEADS = 256, 4
+LENGTHS = "1k,2k,4k,8k,16k,32k"
+BUDGET = 128  # keys of a window, of a cluster; published defaults
+
+
+class Dense(nn.Module):
+    """Attention over all keys, by torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projections = Heads(WIDTH, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projections.merge(F.scaled_dot_product_attention(*self.projections.split(x), is_causal=True))
+
+
+class Planned(nn.Module):
+    """Attention over a plan, on gossamer's kernels: a window, or with None all keys."""
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.projections, self.window = Heads(WIDTH, HEADS), window
+
+    def forward(self, x: Tensor) -> Tensor:
+        call = AttentionCall(*self.projections.split(x))
+        size = call.query_len, call.key_len
+        if self.window is None:
+            plan = SparsePlan.dense(HEADS, *size, call.extent)
+        else:
+            plan = SparsePlan(HEADS, *size, call.extent, window=self.window)
+        return self.projections.merge(backends.attend(call, plan)[0])
+
+
+class DynamicMask(nn.Module):
+    """With one key/value head for each query head, and no rotary embedding; as many keys as the budget."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS}
+        config = SimpleNamespace(hidden_size=WIDTH, **heads, keep_window_size=8 * BUDGET)
+        self.layer = DynamicMaskAttention(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        still = x.new_ones(1, x.shape[1], WIDTH // HEADS)
+        return self.layer(x, (still, torch.zeros_like(still)))[0]
+
+
+def root(length: int) -> int:
+    """The power of two nearest to the root of a length: the span that the paper's cost is least with."""
+    return 1 << round(math.log2(length) / 2)
+
+
+# By name: a layer for sequences of so many tokens, ``[1, T, WIDTH]`` to the same.
+MODULES: dict[str, Callable[[int], nn.Module]] = {
+    "dense": lambda _: Dense(),
+    "dense_gossamer": lambda _: Planned(None),
+    "window": lambda _: Planned(BUDGET),
+    "combiner": lambda length: CombinerAttention(WIDTH, HEADS, Fixed(root(length))),
+    "combiner_axial": lambda length: CombinerAttention(WIDTH, HEADS, Axial(root(length))),
+    "combiner_logsparse": lambda _: CombinerAttention(WIDTH, HEADS, LogSparse()),
+    "combiner_mixture": lambda length: CombinerAttention(
+        WIDTH, HEADS, Mixture((Fixed(root(length)), Axial(root(length))))
+    ),
+    "routing": lambda length: RoutingAttention(WIDTH, HEADS, max(1, length // BUDGET), window=BUDGET),
+    "dynamic_mask": lambda _: DynamicMask(),
+}
+WHAT = ("forward", "step")
+
+
+def forward(layer: nn.Module, given: tuple[Tensor, Tensor]) -> None:
+    with torch.no_grad():
+        layer(given[0])
+
+
+def step(layer: nn.Module, given: tuple[Tensor, Tensor]) -> None:
+    x, reaching = given
+    x = x.detach().requires_grad_()
+    wanted = [x, *layer.parameters()]
+    torch.autograd.grad(layer(x), wanted, reaching, allow_unused=True)
+
+
+def inputs(length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What goes in, and what reaches the output."""
+    generator = torch.Generator().manual_seed(seed)
+    x, reaching = torch.randn(2, 1, length, WIDTH, generator=generator)
+    return x, reaching
+
+
+def measured(names: Sequence[str], length: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Rows of a length. Layers are in ``train()`` for a step alone: centroids move then, which is part of it."""
+    torch.manual_seed(0)
+    layers = {name: MODULES[name](length) for name in names}
+    for what, run in (("forward", forward), ("step", step)):
+        for layer in layers.values():
+            layer.train(what == "step")
+        contenders = {name: partial(run, layer) for name, layer in layers.items()}
+        others = Bystanders()
+        series = alternate(contenders, partial(inputs, length), rounds=rounds)
+        share = others.share()
+        for name, one in series.items():
+            speed = round(series["dense"].median / one.median, 3) if "dense" in series else None
+            row = {"module": name, "what": what, "length": length, "times_dense": speed, "used_by_others": share}
+            yield row | one.to_dict()
+
+
+def exponent(points: Sequence[tuple[int, float]]) -> float | None:
+    """Of seconds by length: the slope of their logarithms, by least squares. None of fewer than two lengths."""
+    if len(points) < 2:
+        return None
+    xs, ys = ([math.log(value) for value in part] for part in zip(*points, strict=True))
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((a - x) ** 2 for a in xs)
+    return round(sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / spread, 3)
+
+
+def break_even(mine: Sequence[tuple[int, float]], dense: Sequence[tuple[int, float]]) -> int | None:
+    """The length from which a layer is faster than dense attention up to the longest, between lengths on a straight
+    line of logarithms. The shortest where it always is; None where it is not at the longest."""
+    gains = [(length, math.log(dict(dense)[length] / seconds)) for length, seconds in mine]
+    if not gains or gains[-1][1] <= 0:
+        return None
+    last = next((i for i in reversed(range(len(gains))) if gains[i][1] <= 0), None)
+    if last is None:
+        return gains[0][0]
+    (low, lost), (high, won) = gains[last], gains[last + 1]
+    return round(low * (high / low) ** (-lost / (won - lost)))
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What follows from all rows, for each layer forward, and in a step."""
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in rows:
+        found.setdefault((row["module"], row["what"]), []).append((row["length"], row["median_s"]))
+    made = []
+    for (name, what), points in found.items():
+        points.sort()
+        dense = sorted(found.get(("dense", what), []))
+        made.append(
+            {
+                "module": name,
+                "what": what,
+                "exponent": exponent(points),
+                "last_exponent": exponent(points[-2:]),
+                "break_even": None if name == "dense" or not dense else break_even(points, dense),
+                "longest": points[-1][0],
+                "times_dense": round(dict(dense)[points[-1][0]] / points[-1][1], 3) if dense else None,
+            }
+        )
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default=LENGTHS)
+    parser.add_argument("--modules", default=",".join(MODULES), help="names; dense stands beside them")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--quick", action="store_true", help="256 and 512 tokens, one round")
+    parser.add_argument("--out", type=Path, nargs="?", const=results("modules.json"), help="a JSON file")
+    arguments = parser.parse_args()
+    lengths = (256, 512) if arguments.quick else parse_lengths(arguments.lengths)
+    names = list(dict.fromkeys(["dense", *arguments.modules.split(",")]))
+    if unknown := [name for name in names if name not in MODULES]:
+        parser.error(f"unknown module {unknown[0]!r}; known: {', '.join(MODULES)}")
+    rounds = 1 if arguments.quick else arguments.rounds
+    header = {"machine": machine(), "date": date.today().isoformat(), "threads": torch.get_num_threads()}
+    header |= {"rounds": rounds, "width": WIDTH, "heads": HEADS, "dtype": "fp32", "budget": BUDGET}
+    rows: list[dict[str, Any]] = []
+    for length in lengths:
+        for row in measured(names, length, rounds):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+        if arguments.out is not None:  # after each length: the longest takes most of the time
+            write(arguments.out, {**header, "summary": summary(rows), "rows": rows})
+    for row in summary(rows):
+        print(json.dumps(row))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""What may mix the tokens of a model of associative recall: one table, `MIXERS`, of which each line is one kind.
+
+A mixer is written ``name`` or ``name(budget)``, and ``a+b`` where layers differ in turn: ``window(16)+dense``. One
+number, the budget, says how much a kind with a choice may read, so that kinds stand beside each other at equal cost:
+keys of a window, keys of a top-k, tokens of Combiner's span, keys of a cluster, taps of a convolution.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from torch import Tensor, nn
+
+from gossamer.evaluate.mqar.layers import GatedConvolution, MaskedAttention
+from gossamer.modules import Axial, CombinerAttention, DynamicMaskAttention, Fixed, LogSparse, RoutingAttention
+
+__all__ = ["MIXERS", "Kind", "Mixer", "parse_mixer"]
+
+_SPEC = re.compile(r"([a-z_0-9]+)(?:\((\d+)\))?")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a layer is built for: E, T and the budget (T where none was given)."""
+
+    width: int
+    tokens: int
+    budget: int
+    dropout: float = 0.0  # of attention weights, where a layer has it
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way of mixing tokens.
+
+    Fields:
+        build: a causal layer, ``[B, T, E]`` to the same.
+        reads: from a query's position i and the sizes, how many logits it computes for its output.
+        holds: from the sizes, vectors of E numbers that a step of decoding needs of the tokens before it.
+        positions: whether the model adds learned positions.
+        budget: what the budget is; empty where there is none.
+        leaks: how its outputs depend on later tokens; empty: they don't.
+        dearer: what ``reads`` leaves out.
+    """
+
+    build: Callable[[Sizes], nn.Module]
+    reads: Callable[[int, Sizes], float]
+    holds: Callable[[Sizes], int]
+    budget: str = ""
+    positions: bool = True
+    leaks: str = ""
+    dearer: str = ""
+
+
+class _DynamicMask(nn.Module):
+    """`DynamicMaskAttention` with one head and Doge's own selection, without a rotary embedding."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+        config = SimpleNamespace(
+            hidden_size=sizes.width, **heads, attention_bias=True, keep_window_size=min(sizes.budget, sizes.tokens)
+        )
+        self.layer = DynamicMaskAttention(config, shared=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cos = x.new_ones(1, x.shape[1], x.shape[2])
+        return self.layer(x, (cos, cos.new_zeros(cos.shape)))[0]
+
+
+def _masked(select: str) -> Callable[[Sizes], nn.Module]:
+    return lambda s: MaskedAttention(s.width, select, s.budget, dropout=s.dropout)
+
+
+def _routing(assign: str) -> Callable[[Sizes], nn.Module]:
+    """Of two heads one is local, as half of the paper's are; as many clusters as the budget has room in the length."""
+    return lambda s: RoutingAttention(
+        s.width,
+        2,
+        max(1, s.tokens // s.budget),
+        window=s.budget,
+        assign="prefix" if assign == "prefix" else "balanced",
+        bias=True,
+    )
+
+
+def _few(i: int, s: Sizes) -> int:
+    return min(i + 1, s.budget)
+
+
+def _axial(i: int, s: Sizes) -> int:
+    """The row so far, the column above, and the other columns above as spans."""
+    row, column = divmod(i, s.budget)
+    return column + 1 + row + (s.budget - 1 if row else 0)
+
+
+_SPAN = "tokens of a span"
+MIXERS: dict[str, Kind] = {
+    "dense": Kind(_masked("all"), lambda i, s: i + 1, lambda s: 2 * s.tokens),
+    "window": Kind(_masked("window"), _few, lambda s: 2 * min(s.budget, s.tokens), "keys, the query's own with them"),
+    "oracle_topk": Kind(
+        _masked("largest"), _few, lambda s: 2 * s.tokens, "keys", dearer="the choice: every logit is computed for it"
+    ),
+    "random_topk": Kind(_masked("random"), _few, lambda s: 2 * s.tokens, "keys"),
+    "combiner": Kind(
+        lambda s: CombinerAttention(s.width, 1, Fixed(s.budget), bias=True),
+        lambda i, s: i % s.budget + 1 + i // s.budget,
+        lambda s: 2 * (min(s.budget, s.tokens) + s.tokens // s.budget),
+        _SPAN,
+        dearer="the summary of each span",
+    ),
+    "combiner_axial": Kind(
+        lambda s: CombinerAttention(s.width, 1, Axial(s.budget), bias=True),
+        _axial,
+        lambda s: 2 * s.tokens,
+        "tokens of a row",
+        dearer="the summary of each column, in each row anew",
+    ),
+    "combiner_logsparse": Kind(
+        lambda s: CombinerAttention(s.width, 1, LogSparse(), bias=True),
+        lambda i, s: 1 + i.bit_count(),
+        lambda s: 2 * s.tokens,
+        dearer="the summary of each node",
+    ),
+    "routing": Kind(
+        _routing("prefix"),
+        lambda i, s: _few(i, s) + 0.5,
+        lambda s: 2 * s.tokens,
+        "keys of a cluster, and of the local head's window",
+        dearer="the scores of centroids; whole sequences are masked and dense",
+    ),
+    "routing_balanced": Kind(
+        _routing("balanced"),
+        lambda i, s: _few(i, s) + 0.5,
+        lambda s: 2 * s.tokens,
+        "tokens of a cluster, and keys of the local head's window",
+        leaks="which tokens share a cluster is decided over the whole sequence",
+        dearer="the scores of centroids",
+    ),
+    "dynamic_mask": Kind(_DynamicMask, _few, lambda s: 2 * min(s.budget, s.tokens), "keys that are kept"),
+    "convolution": Kind(
+        lambda s: GatedConvolution(s.width, min(s.budget, s.tokens)),
+        _few,
+        lambda s: min(s.budget, s.tokens),
+        "taps",
+        positions=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A kind for each layer in turn, with its budget: ``parse_mixer("window(16)+dense")``.
+
+    Fields:
+        layers: (name, budget or None) of each, in turn.
+    """
+
+    layers: tuple[tuple[str, int | None], ...]
+
+    @property
+    def label(self) -> str:
+        return "+".join(name if budget is None else f"{name}({budget})" for name, budget in self.layers)
+
+    @property
+    def positions(self) -> bool:
+        """Whether the model has learned positions: where no layer knows places by itself."""
+        return all(MIXERS[name].positions for name, _ in self.layers)
+
+    @property
+    def leaks(self) -> str:
+        """How it depends on later tokens; empty where it does not."""
+        return "; ".join(dict.fromkeys(kind.leaks for name, _ in self.layers if (kind := MIXERS[name]).leaks))
+
+    def sizes(self, index: int, width: int, tokens: int, dropout: float = 0.0) -> tuple[Kind, Sizes]:
+        """Kind and sizes of layer ``index``."""
+        name, budget = self.layers[index % len(self.layers)]
+        return MIXERS[name], Sizes(width, tokens, tokens if budget is None else budget, dropout)
+
+    def build(self, index: int, width: int, tokens: int, dropout: float = 0.0) -> nn.Module:
+        """Layer ``index`` for ``[B, T, E]``."""
+        kind, sizes = self.sizes(index, width, tokens, dropout)
+        return kind.build(sizes)
+
+    def state(self, layers: int, width: int, tokens: int) -> int:
+        """Numbers that a step of decoding after T tokens needs of them, over all layers."""
+        made = (self.sizes(index, width, tokens) for index in range(layers))
+        return sum(kind.holds(sizes) * width for kind, sizes in made)
+
+    def reads(self, layers: int, width: int, tokens: int) -> float:
+        """Logits that a query computes, its mean over T queries and all layers."""
+        made = [self.sizes(index, width, tokens) for index in range(layers)]
+        return sum(kind.reads(i, sizes) for kind, sizes in made for i in range(tokens)) / (tokens * layers)
+
+
+def parse_mixer(spec: str) -> Mixer:
+    """``name``, ``name(budget)``, or several with ``+`` between them.
+
+    Raises:
+        ValueError: an unknown name, a budget below 1, or one of a kind that has none.
+    """
+    layers = []
+    for part in spec.replace(" ", "").split("+"):
+        found = _SPEC.fullmatch(part)
+        if found is None or found[1] not in MIXERS:
+            raise ValueError(
+                f"unknown mixer {part!r}; give a name or name(budget), or several joined by +. Names: "
+                f"{', '.join(MIXERS)}"
+            )
+        budget = None if found[2] is None else int(found[2])
+        if budget is not None and not MIXERS[found[1]].budget:
+            raise ValueError(f"{found[1]} has no budget, got {part!r}; write {found[1]}")
+        if budget == 0:
+            raise ValueError(f"a budget must be 1 or more, got {part!r}")
+        layers.append((found[1], budget))
+    return Mixer(tuple(layers))

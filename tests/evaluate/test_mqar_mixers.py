@@ -1,0 +1,169 @@
+"""What mixes tokens for associative recall: causal, within its budget, and as its table says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gossamer.evaluate.mqar.layers import GatedConvolution, MaskedAttention
+from gossamer.evaluate.mqar.mixers import MIXERS, Mixer, parse_mixer
+from gossamer.modules import Axial, CombinerAttention, Fixed, LogSparse
+
+pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
+WIDTH, TOKENS = 8, 21
+
+
+def of(name: str, budget: int = 5) -> Mixer:
+    return parse_mixer(f"{name}({budget})" if MIXERS[name].budget else name)
+
+
+def layer(name: str, budget: int = 5, tokens: int = TOKENS) -> nn.Module:
+    torch.manual_seed(0)
+    return of(name, budget).build(0, WIDTH, tokens).eval()
+
+
+def changed(name: str, at: int) -> tuple[Tensor, Tensor]:
+    """Outputs of a sequence, and of one that differs from token ``at`` on."""
+    x = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    other = x.clone()
+    other[:, at:] = torch.randn(2, TOKENS - at, WIDTH, generator=torch.Generator().manual_seed(2))
+    mixes = layer(name)
+    with torch.no_grad():
+        return mixes(x), mixes(other)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in MIXERS.items() if not kind.leaks])
+@pytest.mark.parametrize("at", [1, 8, 20])
+def test_what_comes_later_changes_nothing(name: str, at: int) -> None:
+    out, other = changed(name, at)
+    torch.testing.assert_close(out[:, :at], other[:, :at])
+    assert not torch.allclose(out[:, at:], other[:, at:])
+
+
+def test_clusters_of_equal_size_leak_what_comes_later() -> None:
+    """Routing Transformer, as published: which tokens share a cluster is decided over the whole sequence."""
+    assert [name for name, kind in MIXERS.items() if kind.leaks] == ["routing_balanced"]
+    out, other = changed("routing_balanced", 20)
+    assert not torch.allclose(out[:, :20], other[:, :20])
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_has_the_shape_of_its_input_and_gradients(name: str) -> None:
+    mixes = layer(name).train()
+    x = torch.randn(2, TOKENS, WIDTH, requires_grad=True)
+    out = mixes(x)
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    assert torch.as_tensor(x.grad).isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixes.parameters())
+
+
+def seen_by(layer: MaskedAttention, batch: int = 3) -> Tensor:
+    q, k = torch.randn(2, batch, 1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+    return layer.mask(q, k).expand(batch, 1, TOKENS, TOKENS)
+
+
+@pytest.mark.parametrize("select", ["largest", "random", "window"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_query_reads_as_many_keys_as_the_budget_allows(select: str, train: bool) -> None:
+    seen = seen_by(MaskedAttention(WIDTH, select, 6).train(train))
+    place = torch.arange(TOKENS)
+    assert not bool(seen[..., place[:, None] < place].any())
+    assert torch.equal(seen.sum(-1), (place + 1).clamp(max=6).expand(3, 1, -1))
+
+
+def test_the_oracle_keeps_the_largest_logits() -> None:
+    attention = MaskedAttention(WIDTH, "largest", 4)
+    q, k = torch.randn(2, 2, 1, TOKENS, WIDTH)
+    logits, seen = q @ k.transpose(-1, -2), attention.mask(q, k)
+    for row in range(4, TOKENS):
+        before = logits[:, 0, row, : row + 1]
+        assert bool((before[seen[:, 0, row, : row + 1]].view(2, 4).amin(1) >= before.sort(1).values[:, -4]).all())
+
+
+def test_random_keys_are_drawn_anew_in_training_alone() -> None:
+    attention = MaskedAttention(WIDTH, "random", 4)
+    assert not torch.equal(seen_by(attention), seen_by(attention))
+    assert torch.equal(seen_by(attention.eval()), seen_by(attention))
+
+
+@pytest.mark.parametrize("select", ["largest", "random", "window"])
+def test_a_budget_of_everything_is_dense(select: str) -> None:
+    dense, few = MaskedAttention(WIDTH, "all", 1), MaskedAttention(WIDTH, select, TOKENS)
+    few.load_state_dict(dense.state_dict())
+    x = torch.randn(2, TOKENS, WIDTH)
+    torch.testing.assert_close(few(x), dense(x))
+
+
+def test_a_convolution_is_a_sum_over_the_last_taps() -> None:
+    mixes = GatedConvolution(WIDTH, 4)
+    x = torch.randn(1, TOKENS, WIDTH)
+    mixed = torch.zeros(TOKENS, WIDTH)
+    for i in range(TOKENS):
+        for tap in range(min(4, i + 1)):
+            mixed[i] += mixes.taps[:, tap].detach() * x[0, i - tap]
+    torch.testing.assert_close(mixes(x)[0], mixes.gate(x[0]) * (mixed + mixes.bias))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"), [("combiner", Fixed(5)), ("combiner_axial", Axial(5)), ("combiner_logsparse", LogSparse())]
+)
+def test_combiners_are_built_with_the_pattern_that_their_budget_says(name: str, pattern: object) -> None:
+    mixes = layer(name)
+    assert isinstance(mixes, CombinerAttention)
+    assert mixes.pattern == pattern
+
+
+def test_what_is_read_and_held() -> None:
+    """By hand, of 16 tokens, in one layer of width 8."""
+
+    def costs(spec: str) -> tuple[float, int]:
+        mixer = parse_mixer(spec)
+        return mixer.reads(1, 8, 16) * 16, mixer.state(1, 8, 16) // 8
+
+    assert costs("dense") == (136, 32)
+    assert costs("window(4)") == (1 + 2 + 3 + 13 * 4, 8)
+    assert costs("oracle_topk(4)") == costs("random_topk(4)") == (58, 32)
+    assert costs("combiner(4)") == (4 * 10 + 4 * (0 + 1 + 2 + 3), 2 * (4 + 4))
+    # Rows of 4: 1 to 4 in the own row, rows above in the own column, and 3 other columns from the second row on.
+    assert costs("combiner_axial(4)") == (4 * 10 + 4 * (0 + 1 + 2 + 3) + 12 * 3, 32)
+    assert costs("combiner_logsparse") == (16 + 32, 32)
+    assert costs("dynamic_mask(4)") == (58, 8)
+    assert costs("convolution(4)") == (58, 4)
+
+
+def test_layers_take_turns() -> None:
+    mixer = parse_mixer("window(4) + dense")
+    assert mixer.label == "window(4)+dense"
+    selections = [mixer.build(index, WIDTH, TOKENS).select for index in range(3)]
+    assert selections == ["window", "all", "window"]
+    assert math.isclose(mixer.reads(2, 8, 16) * 32, 58 + 136)
+    assert mixer.state(2, 8, 16) == 8 * (8 + 32)
+    assert mixer.positions
+    assert not parse_mixer("convolution(3)+dense").positions
+    assert "cluster" in parse_mixer("dense+routing_balanced(4)").leaks
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nonesuch", "unknown mixer 'nonesuch'"),
+        ("dense(4)", "has no budget"),
+        ("window(0)", "1 or more"),
+        ("window(", "unknown"),
+        ("dense+", "unknown mixer ''"),
+    ],
+)
+def test_a_wrong_spec_is_refused(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_mixer(spec)
+
+
+def test_wrong_selections_are_refused() -> None:
+    with pytest.raises(ValueError, match="select must be one of"):
+        MaskedAttention(8, "best", 4)
+    with pytest.raises(ValueError, match="keep must be 1"):
+        MaskedAttention(8, "window", 0)

@@ -1,0 +1,48 @@
+"""The tables of associative recall and of the layers' costs, from files as the command and the benchmark write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from repository import script
+
+from gossamer.evaluate.mqar.data import Plain
+from gossamer.evaluate.mqar.mixers import parse_mixer
+from gossamer.evaluate.mqar.settings import Cell
+
+
+def line(mixer: str, seed: int, accuracy: float, setting: str = "quick") -> dict[str, Any]:
+    cell = Cell(parse_mixer(mixer), Plain(256, 64, 8), 32, 0.003, seed)
+    more = {"accuracy": accuracy, "state": 128, "reads": 8.125, "by_distance": [[16, 4, 4], [32, 1, 4]]}
+    return {"kind": "mqar", "training": {"of": setting}, "setting": setting} | cell.to_dict() | more
+
+
+def test_the_table_of_recall(tmp_path: Path) -> None:
+    path = tmp_path / "machine" / "mqar.jsonl"
+    path.parent.mkdir()
+    run = {"kind": "run", "format": 1, "machine": {"processor": "a processor"}}
+    lines = [run, line("dense", 0, 1.0), line("dense", 1, 0.5), line("window(4)+dense", 0, 0.25, "small")]
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    quick, small = script("docs/recall_tables.py").recall_tables(path)
+    assert quick[0] == "Setting `quick`, plain 64/8 of 256; a processor (`machine`)."
+    assert quick[1] == (
+        *("layers", "width", "accuracy", "worst to best", "seeds", "to 16", "to 32", "state", "logits", "of dense"),
+    )
+    assert quick[2] == [("`dense`", 32, "0.750", "0.500 to 1.000", 2, "1.00", "0.25", "128", "8.1", "25%")]
+    assert [row[0] for row in small[2]] == ["`window(4)+dense`"]
+
+
+def test_the_table_of_costs() -> None:
+    def row(module: str, what: str, even: int | None) -> dict[str, Any]:
+        figures = {"exponent": 1.5, "last_exponent": 2.0, "longest": 4096, "times_dense": 0.5}
+        return {"module": module, "what": what, "break_even": even, **figures}
+
+    summary = [row(m, w, n) for m, n in (("dense", None), ("fast", 2048), ("slow", None)) for w in ("forward", "step")]
+    found = {"machine": {"cpu": "a cpu"}, "threads": 2, "width": 256, "heads": 4, "rounds": 5, "summary": summary}
+    above, header, rows = script("docs/recall_tables.py").costs_of(found)
+    assert above.startswith("a cpu, 2 threads, fp32, width 256, 4 heads; medians of 5 rounds")
+    assert header[4] == "forward: times dense at 4,096"
+    assert [cells[3] for cells in rows] == ["", "2,048", "never"]
+    assert rows[1] == ("`fast`", *("1.50", "2.00", "2,048", "0.50") * 2)
