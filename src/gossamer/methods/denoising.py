@@ -56,7 +56,7 @@ def layout_of(call: AttentionCall) -> TokenLayout:
     Raises:
         ValueError: it has none.
     """
-    if call.layout is None:
+    if not isinstance(call.layout, TokenLayout):
         raise ValueError("this call does not say which of its tokens are text: make it with layout=")
     return call.layout
 

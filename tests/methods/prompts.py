@@ -1,0 +1,62 @@
+"""Calls as a model that reads images makes them: text, images and videos in one prompt, with planted heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer import AttentionCall, Extent
+from gossamer.layout import IMAGE, TEXT, VIDEO, ModalityLayout
+
+__all__ = ["layout_of", "of_weights", "prompt", "weights"]
+
+_NUMBERS = {"t": TEXT, "i": IMAGE, "v": VIDEO}
+
+
+def layout_of(*rows: str, strides: Any = ()) -> ModalityLayout:
+    """From strings such as ``"t5 i20 t3"``."""
+    kinds = [[_NUMBERS[run[0]] for run in row.split() for _ in range(int(run[1:]))] for row in rows]
+    longest = max(map(len, kinds))
+    padded = [row + [TEXT] * (longest - len(row)) for row in kinds]
+    return ModalityLayout(torch.tensor(padded, dtype=torch.int8), strides)
+
+
+def prompt(
+    *rows: str, heads: int = 4, groups: int = 2, dim: int = 16, left: int = 0, seed: int = 0, sharp: float = 2.0, **f: Any
+) -> AttentionCall:
+    """Random q, k and v for prompts of these runs; the shorter ones and ``left`` have padding on the left, of NaN."""
+    counts = [sum(int(run[1:]) for run in row.split()) for row in rows]
+    tokens = max(counts) + left
+    generator = torch.Generator().manual_seed(seed)
+    q = sharp * torch.randn(len(rows), heads, tokens, dim, generator=generator)
+    k, v = (torch.randn(len(rows), groups, tokens, dim, generator=generator) for _ in "kv")
+    pads = [tokens - count for count in counts]
+    extent = Extent([-pad for pad in pads], counts, pads, counts)
+    dead = ~extent.live_keys(tokens)[:, None, :, None]
+    q, k, v = (x.masked_fill(dead, float("nan")) for x in (q, k, v))
+    return AttentionCall(q, k, v, extent, **({"layer": 0, "layout": layout_of(*rows)} | f))
+
+
+def of_weights(wanted: Tensor, layout: ModalityLayout | None = None, sharp: float = 40.0, seed: int = 0) -> AttentionCall:
+    """A call whose head attends evenly to the pairs of a bool mask ``[N, N]`` (causal, none empty), and to no others.
+
+    Keys are unit vectors, one for each token, and queries their sums: N is the head dimension.
+    """
+    count = len(wanted)
+    q = wanted.float()[None, None] * sharp
+    k = torch.eye(count)[None, None]
+    v = torch.randn(1, 1, count, count, generator=torch.Generator().manual_seed(seed))
+    return AttentionCall(q, k, v, Extent.full(1, count, count), scale=1.0, layer=0, layout=layout)
+
+
+def weights(call: AttentionCall, row: int = 0) -> Tensor:
+    """The softmax of a batch row, by position: fp64 ``[H, queries, keys]``."""
+    extent = call.extent
+    start, count = int(extent.key_start[row]), int(extent.key_count[row])
+    first, queries = int(extent.first_query[row]), int(extent.query_count[row])
+    keys = call.k[row, :, start : start + count].double().repeat_interleave(call.share, dim=0)
+    logits = call.q[row, :, first : first + queries].double() @ keys.transpose(-1, -2) * call.scale
+    later = torch.arange(count) > torch.arange(queries)[:, None]
+    return logits.masked_fill(later, float("-inf")).softmax(dim=-1)
