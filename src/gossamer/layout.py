@@ -72,9 +72,8 @@ class ModalityLayout:
     def __post_init__(self) -> None:
         kinds = self.kinds
         if not isinstance(kinds, Tensor) or kinds.dtype != torch.int8:
-            raise TypeError(
-                f"kinds must be an int8 tensor, got {kinds.dtype if isinstance(kinds, Tensor) else type(kinds).__name__}"
-            )
+            given = kinds.dtype if isinstance(kinds, Tensor) else type(kinds).__name__
+            raise TypeError(f"kinds must be an int8 tensor, got {given}")
         if kinds.ndim != 2 or kinds.device.type != "cpu" or bool((kinds < 0).any()):
             raise ValueError(
                 "kinds must be numbers of modalities from 0 on, [batch, positions] on the CPU, "

@@ -24,7 +24,14 @@ def layout_of(*rows: str, strides: Any = ()) -> ModalityLayout:
 
 
 def prompt(
-    *rows: str, heads: int = 4, groups: int = 2, dim: int = 16, left: int = 0, seed: int = 0, sharp: float = 2.0, **f: Any
+    *rows: str,
+    heads: int = 4,
+    groups: int = 2,
+    dim: int = 16,
+    left: int = 0,
+    seed: int = 0,
+    sharp: float = 2.0,
+    **f: Any,
 ) -> AttentionCall:
     """Random q, k and v for prompts of these runs; the shorter ones and ``left`` have padding on the left, of NaN."""
     counts = [sum(int(run[1:]) for run in row.split()) for row in rows]
@@ -39,7 +46,9 @@ def prompt(
     return AttentionCall(q, k, v, extent, **({"layer": 0, "layout": layout_of(*rows)} | f))
 
 
-def of_weights(wanted: Tensor, layout: ModalityLayout | None = None, sharp: float = 40.0, seed: int = 0) -> AttentionCall:
+def of_weights(
+    wanted: Tensor, layout: ModalityLayout | None = None, sharp: float = 40.0, seed: int = 0
+) -> AttentionCall:
     """A call whose head attends evenly to the pairs of a bool mask ``[N, N]`` (causal, none empty), and to no others.
 
     Keys are unit vectors, one for each token, and queries their sums: N is the head dimension.
@@ -47,7 +56,7 @@ def of_weights(wanted: Tensor, layout: ModalityLayout | None = None, sharp: floa
     count = len(wanted)
     q = wanted.float()[None, None] * sharp
     k = torch.eye(count)[None, None]
-    v = torch.randn(1, 1, count, count, generator=torch.Generator().manual_seed(seed))
+    v = torch.randn(1, 1, count, count, generator=torch.Generator().manual_seed(0))
     return AttentionCall(q, k, v, Extent.full(1, count, count), scale=1.0, layer=0, layout=layout)
 
 

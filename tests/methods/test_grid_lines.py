@@ -32,7 +32,9 @@ def naive_lines(method: GridLines, weight: torch.Tensor, strides: list[int]) -> 
     found: tuple[float, int, int, int] | None = None
     for s in strides:
         of_columns, of_distances = best_class(columns, s), best_class(distances, s)
-        score = (of_columns[0] if method.vline or not method.slash else 0.0) + (of_distances[0] if method.slash else 0.0)
+        score = (of_columns[0] if method.vline or not method.slash else 0.0) + (
+            of_distances[0] if method.slash else 0.0
+        )
         if found is None or score > found[0] + 1e-6:
             found = score, s, of_columns[1], of_distances[1]
     assert found is not None

@@ -15,8 +15,8 @@ from gossamer.layout import ModalityLayout
 from gossamer.methods import AShape, GridLines, Method, MMInference, VerticalSlash
 
 BLOCK = 64
-ROWS = ("t100 i90 t7 v140 t50", "i30 t200")
-SLASH, OTHER = VerticalSlash(33, 130, last=20), VerticalSlash(40, 260)
+ROWS = ("t120 i150 t7 v250 t60", "i30 t200")
+SLASH, OTHER = VerticalSlash(33, 128, last=20), VerticalSlash(40, 192)
 PATTERNS: dict[str, tuple[str, tuple[Method, ...]]] = {
     "q, one pattern": ("q", (SLASH,)),
     "q": ("q", (SLASH, OTHER)),
@@ -86,7 +86,7 @@ def test_it_computes_what_a_naive_one_does(case: str) -> None:
     mask, layout = plan.to_mask(), call.layout
     assert isinstance(layout, ModalityLayout)
     assert torch.equal(plan.count_pairs(), mask.sum(dim=(2, 3)))
-    assert 0.2 < plan.density() < 0.95
+    assert 0.2 < plan.density() < 0.97
     for row, weight in enumerate(weights(call, row) for row in range(2)):
         start, count = int(call.extent.key_start[row]), int(call.extent.key_count[row])
         own = mask[row, :, start:, start:]
@@ -132,7 +132,7 @@ def planted(kind: str) -> tuple[torch.Tensor, ModalityLayout, MMInference]:
     i, j = torch.arange(count)[:, None], torch.arange(count)
     diagonal, near = i == j, i - j < 20
     columns = {name: torch.isin(j, torch.tensor(at)) for name, at in (("t", [40, 300]), ("v", [90, 260, 410]))}
-    few = VerticalSlash(33, 128)
+    few = VerticalSlash(40, 128)
     if kind == "k":  # all rows alike: keys of a modality stand out
         return (columns["t"] | columns["v"] | diagonal) & (j <= i), layout, MMInference("none", (few,))
     if kind == "q":  # queries of each modality see other keys
@@ -150,7 +150,7 @@ def test_a_planted_boundary_is_executed_exactly(kind: str) -> None:
     call = of_weights(wanted, layout)
     plan = method.plan(call)
     assert not bool((wanted & ~plan.to_mask()[0, 0]).any())
-    assert plan.density() < 0.6
+    assert plan.density() < 0.7
     out, _ = backends.attend(call, plan)
     dense = weights(call)[0] @ call.values[0, 0].double()
     torch.testing.assert_close(out[0, 0].double(), dense, atol=1e-5, rtol=1e-4)
@@ -211,7 +211,7 @@ def test_fields_are_checked_and_survive_a_dictionary() -> None:
 
 
 def test_layouts_are_checked() -> None:
-    with pytest.raises(TypeError, match="int8 tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"int8 tensor, got torch\.int64"):
         ModalityLayout(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="from 0 on"):
         ModalityLayout(torch.full((1, 3), -1, dtype=torch.int8))

@@ -134,7 +134,10 @@ def test_plans_of_blocks_and_columns_of_ordered_queries(seed: int, limit: int | 
     keys = 10 if "k_order" in given else -(-extent.longest // 6)
     mask = torch.rand(2, 2, 7, keys, generator=generator) < 0.4
     listed = torch.rand(2, 2, 3, extent.longest, generator=generator) < 0.2
-    given |= {"column_group": 3, "column_indptr": torch.cat([torch.zeros(1), listed.sum(-1).flatten().cumsum(0)]).long()}
+    given |= {
+        "column_group": 3,
+        "column_indptr": torch.cat([torch.zeros(1), listed.sum(-1).flatten().cumsum(0)]).long(),
+    }
     given["column_indices"] = listed.nonzero()[:, 3].int()
     plan = SparsePlan.from_block_mask(mask, 50, 57, extent=extent, block_q=8, block_k=6, **given)
     assert_counts(plan)

@@ -14,6 +14,7 @@ from gossamer.layout import ModalityLayout
 from gossamer.methods.base import Method, Settings, require_at_least, require_flag
 from gossamer.methods.probed_rows import by_distance, padded_order, probed_rows
 from gossamer.plan import SparsePlan, ceil_div
+from gossamer.plan.integers import MOST
 
 __all__ = ["LINES", "GridLines", "Lines"]
 
@@ -54,8 +55,8 @@ class GridLines(Method):
     block. Causality goes by the original positions.
 
     Fields:
-        stride: s; 0 to find it, in 2 to ``max_stride`` and at most half of the prompt. frames: to look among the strides
-            that the call's layout names (frames and rows of them); where it names none, among all.
+        stride: s; 0 to find it, in 2 to ``max_stride`` and at most half of the prompt. frames: to look among the
+            strides that the call's layout names (frames and rows of them); where it names none, among all.
         hline, vline, slash: which lines are kept; the paper's search has six of the eight combinations.
 
     Points left open by the paper, as decided here: the best stride is the one whose best class of keys, and of
@@ -69,6 +70,7 @@ class GridLines(Method):
 
     name: ClassVar[str] = "grid"
     alone: ClassVar[bool] = True
+    modal: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"causal", "whole prompt"})
     settings: ClassVar[Settings] = ({"hline": False, "slash": False}, {"hline": False}, {})
     candidates: ClassVar[Settings] = tuple({"frames": frames} | lines for frames in (True, False) for lines in LINES)
@@ -104,11 +106,11 @@ class GridLines(Method):
                 for order in orders:
                     order[row] = torch.arange(order.shape[-1], device=call.device)
                 continue
-            lines = self.lines(call, row)
-            found = [_by_class(lines, n) for n in (queries, keys)]
-            mask[row, :, : ceil_div(queries, BLOCK), : ceil_div(keys, BLOCK)] = self._tiles(lines, *found)
-            for order, own in zip(orders, found, strict=True):
-                order[row] = padded_order(own, order.shape[-1])
+            lines, first = self.lines(call, row), int(call.extent.first_position[row])
+            of_queries, of_keys = _by_class(lines, first, queries), _by_class(lines, 0, keys)
+            mask[row, :, : ceil_div(queries, BLOCK), : ceil_div(keys, BLOCK)] = self._tiles(lines, of_queries, of_keys)
+            orders[0][row] = padded_order(of_queries - first, call.query_len)
+            orders[1][row] = padded_order(of_keys, call.key_len)
         return SparsePlan.from_block_mask(
             mask,
             call.query_len,
@@ -120,7 +122,9 @@ class GridLines(Method):
             k_order=orders[1],
         )
 
-    def lines(self, call: AttentionCall, row: int, positions: Tensor | None = None, keys: Tensor | None = None) -> Lines:
+    def lines(
+        self, call: AttentionCall, row: int, positions: Tensor | None = None, keys: Tensor | None = None
+    ) -> Lines:
         """Stride and phases of each query head in a batch row.
 
         Args:
@@ -128,8 +132,8 @@ class GridLines(Method):
             keys: bool, those that count; None: all.
         """
         if positions is None:
-            count = int(call.extent.query_count[row])
-            positions = torch.arange(max(0, count - self.last), count, device="cpu")
+            first, count = int(call.extent.first_position[row]), int(call.extent.query_count[row])
+            positions = torch.arange(max(0, count - self.last), count, device="cpu") + first
         strides = self._strides(call, row)
         parts = []
         for _, weights in probed_rows(call, row, positions):
@@ -179,7 +183,7 @@ class GridLines(Method):
         return torch.where(counts > 0, sums / counts.clamp(min=1), float("inf")).argmin(dim=1)
 
     def _tiles(self, lines: Lines, q_order: Tensor, k_order: Tensor) -> Tensor:
-        """Which tiles of the orders ``[H, n]`` are kept, bool ``[H, m, n]``."""
+        """Which tiles are kept, bool ``[H, m, n]``, of queries and keys whose positions by rank are ``[H, .]``."""
         queries, keys = _Tiles(lines, q_order), _Tiles(lines, k_order)
         m, n = queries.first[:, :, None], keys.first[:, None]
         last_m, last_n = queries.last[:, :, None], keys.last[:, None]
@@ -210,15 +214,15 @@ class _Tiles:
         ends = (torch.arange(1, blocks + 1, device=order.device) * BLOCK).clamp(max=order.shape[1]) - 1
         self.first, self.last = classes[:, ::BLOCK], classes[:, ends]
         missing = blocks * BLOCK - order.shape[1]
-        self.low = F.pad(order, (0, missing), value=order.shape[1]).view(len(order), -1, BLOCK).amin(dim=-1)
+        self.low = F.pad(order, (0, missing), value=MOST).view(len(order), -1, BLOCK).amin(dim=-1)
         self.high = F.pad(order, (0, missing), value=-1).view(len(order), -1, BLOCK).amax(dim=-1)
 
 
-def _by_class(lines: Lines, count: int) -> Tensor:
-    """Positions by class and then by place, int64 ``[H, count]``."""
-    position = torch.arange(count, device=lines.stride.device)
-    classes = (position - lines.column[:, None]) % lines.stride[:, None]
-    return (classes * count + position).argsort(dim=1)
+def _by_class(lines: Lines, first: int, count: int) -> Tensor:
+    """``count`` positions from the first one on, by class and then by place, int64 ``[H, count]``."""
+    place = torch.arange(count, device=lines.stride.device)
+    classes = (place + first - lines.column[:, None]) % lines.stride[:, None]
+    return (classes * count + place).argsort(dim=1) + first
 
 
 def _above_share(mass: Tensor, stride: int) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,9 @@ class GroupedRow:
         for (of_query, of_key), chosen in self._pairs.items():
             own, theirs = self._groups[order] == of_query, self._of_keys == of_key
             if chosen.bands is not None:
-                kept |= _banded(chosen.bands[heads], _touched(order, own), _touched(self._k_order[None], theirs[None])[0])
+                kept |= _banded(
+                    chosen.bands[heads], _touched(order, own), _touched(self._k_order[None], theirs[None])[0]
+                )
             if chosen.lines is not None and chosen.hline:
                 lines = chosen.lines.of(heads)
                 on_line = own & ((order - lines.row[:, None]) % lines.stride[:, None] == 0)

@@ -33,8 +33,8 @@ class MMInference(Method):
     Attention between modalities breaks what is regular inside of one. Of each head:
 
     * ``none``: no boundary, or a K-boundary, along which rows stay as they are: one pattern for the whole prompt.
-    * ``q`` (Q-boundary, Algorithm 2): queries are grouped by modality, and each group has a pattern over all keys, found
-      from its own last queries.
+    * ``q`` (Q-boundary, Algorithm 2): queries are grouped by modality, and each group has a pattern over all keys,
+      found from its own last queries.
     * ``2d`` (2D-boundary, Algorithm 3): keys are grouped, too, and each pair of a query's and a key's modality has a
       pattern; one softmax runs over all of them.
 
@@ -47,11 +47,11 @@ class MMInference(Method):
         patterns: one for everything; or of ``q`` two, for the queries of text and for those of other modalities; or of
             ``2d`` four: text to text, text to others, others to text, others to others.
 
-    A call whose layout does not say which token is of which modality (`gossamer.layout.ModalityLayout`) is all text: its
-    pattern is the first one. Images and videos are one modality to it, as in the paper's figures.
+    A call whose layout does not say which token is of which modality (`gossamer.layout.ModalityLayout`) is all text:
+    its pattern is the first one. Images and videos are one modality to it, as in the paper's figures.
 
-    Points left open by the paper, as decided here: the default is ``q`` with the budget that MInference's code has for a
-    head without a pattern. What a group's last queries see is a softmax over all keys, in ``2d`` too, of which a pair
+    Points left open by the paper, as decided here: the default is ``q`` with the budget that MInference's code has for
+    a head without a pattern. What a group's last queries see is a softmax over all keys, in ``2d`` too, of which a pair
     takes its part. The 30 first columns and the two nearest bands of a `VerticalSlash` are kept in each pair, the first
     keys being those of its modality. In groups an `AShape` has its window by whole key blocks, and a `GridLines` its
     columns and slashes as single keys and its horizontal lines as blocks of queries; every query keeps its own key. A
@@ -61,10 +61,7 @@ class MMInference(Method):
 
     name: ClassVar[str] = "mminference"
     alone: ClassVar[bool] = True
-    settings: ClassVar[Settings] = tuple(
-        {"patterns": (VerticalSlash(columns, slashes),)}
-        for columns, slashes in ((128, 512), (256, 1024), (512, 2048), (1000, 4096))
-    )
+    modal: ClassVar[bool] = True
     candidates: ClassVar[Settings] = tuple(
         {"boundary": boundary, "patterns": (VerticalSlash(columns, slashes),)}
         for boundary in BOUNDARIES

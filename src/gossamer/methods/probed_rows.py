@@ -50,7 +50,7 @@ def probed_rows(call: AttentionCall, row: int, positions: Tensor) -> Iterator[tu
 
 
 def by_distance(weights: Tensor, positions: Tensor) -> Tensor:
-    """Sums of weights ``[heads, L, keys]`` over pairs at each distance ``pos(i) - pos(j)`` from 0 on: ``[heads, keys]``.
+    """Sums of weights ``[heads, L, keys]`` over pairs at each distance ``pos(i) - pos(j) >= 0``: ``[heads, keys]``.
 
     Args:
         positions: of the queries, ``[L]``.

@@ -65,9 +65,7 @@ def _of_class(phase: Tensor, stride: Tensor, count: int) -> Tensor:
     return (torch.arange(count, device=phase.device) - phase[:, None]) % stride[:, None] == 0
 
 
-def _vertical_slash(
-    call: AttentionCall, row: int, pattern: VerticalSlash, positions: Tensor, keys: Tensor
-) -> Chosen:
+def _vertical_slash(call: AttentionCall, row: int, pattern: VerticalSlash, positions: Tensor, keys: Tensor) -> Chosen:
     ours = keys.to(call.device)
     columns, distances = [], []
     for _, weights in probed_rows(call, row, positions):
@@ -75,7 +73,7 @@ def _vertical_slash(
         distances.append(by_distance(weights * ours, positions))
     first = (keys & (keys.cumsum(0) <= FORCED_COLUMNS)).to(call.device)
     mass = torch.cat(columns).masked_fill(first, float("inf")).masked_fill(~ours, float("-inf"))
-    bands = band_mass(torch.cat(distances), FORCED_BANDS)
+    bands = band_mass(torch.cat(distances)[None])[0]
     return Chosen(
         top_k(mass, at_least(pattern.vertical_size, FORCED_COLUMNS)),
         top_k(bands, at_least(pattern.slash_size, FORCED_BANDS * BLOCK, BLOCK)),
