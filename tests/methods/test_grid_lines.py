@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from prompts import layout_of, of_weights, prompt, weights
+from prompts import layout_of, of_weights, planted_grid, prompt, weights
 
 from gossamer import AttentionCall, backends
 from gossamer.methods import GridLines
@@ -77,20 +77,11 @@ def test_it_keeps_the_tiles_on_the_lines_that_it_finds(lines: dict[str, bool]) -
             assert torch.equal(own[head], torch.tensor(expected)), (row, head)
 
 
-def planted(count: int, s: int, p_k: int | None, p_q: int | None, p_d: int | None) -> torch.Tensor:
-    i, j = torch.arange(count)[:, None], torch.arange(count)
-    on = torch.zeros(count, count, dtype=torch.bool)
-    for phase, of in ((p_k, j), (p_q, i), (p_d, i - j)):
-        if phase is not None:
-            on = on | (of % s == phase)
-    return (on | (i == j)) & (j <= i)
-
-
 @pytest.mark.parametrize("phases", [(5, None, None), (None, None, 3), (4, 9, None), (4, None, 0), (7, 2, 5)])
 def test_a_planted_grid_is_found_and_executed_exactly(phases: tuple[int | None, int | None, int | None]) -> None:
     p_k, p_q, p_d = phases
     count, s = 640, 20
-    wanted = planted(count, s, p_k, p_q, p_d)
+    wanted = planted_grid(count, s, p_k, p_q, p_d)
     call = of_weights(wanted)
     method = GridLines(hline=p_q is not None, vline=p_k is not None, slash=p_d is not None, max_stride=100)
     lines = method.lines(call, 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from prompts import layout_of, of_weights, prompt, weights
+from prompts import of_weights, planted_boundary, prompt, weights
 
 from gossamer import AttentionCall, backends, methods
 from gossamer.layout import ModalityLayout
@@ -124,29 +124,9 @@ def test_a_grid_inside_of_a_group_keeps_its_lines(boundary: str) -> None:
                     assert not bool((wanted & ~mask[row, head, start:, start:]).any()), (row, head)
 
 
-def planted(kind: str) -> tuple[torch.Tensor, ModalityLayout, MMInference]:
-    """A head with one kind of boundary, and the method that it calls for."""
-    layout = layout_of("t200 v320 t60 v100 t120")
-    vision = layout.kinds[0] > 0
-    count = len(vision)
-    i, j = torch.arange(count)[:, None], torch.arange(count)
-    diagonal, near = i == j, i - j < 20
-    columns = {name: torch.isin(j, torch.tensor(at)) for name, at in (("t", [40, 300]), ("v", [90, 260, 410]))}
-    few = VerticalSlash(40, 128)
-    if kind == "k":  # all rows alike: keys of a modality stand out
-        return (columns["t"] | columns["v"] | diagonal) & (j <= i), layout, MMInference("none", (few,))
-    if kind == "q":  # queries of each modality see other keys
-        wanted = (~vision[:, None] & columns["t"]) | (vision[:, None] & (columns["v"] | near)) | diagonal
-        return wanted & (j <= i), layout, MMInference("q", (few, few))
-    of_text = columns["t"] & ~vision | near & vision  # of one modality columns, of the other a window
-    of_vision = columns["v"] & vision | (i - j < 150) & (i - j > 128) & ~vision
-    wanted = torch.where(vision[:, None], of_vision, of_text) | diagonal
-    return wanted & (j <= i), layout, MMInference("2d", (few, few, VerticalSlash(30, 320), few))
-
-
 @pytest.mark.parametrize("kind", ["k", "q", "2d"])
 def test_a_planted_boundary_is_executed_exactly(kind: str) -> None:
-    wanted, layout, method = planted(kind)
+    wanted, layout, method = planted_boundary(kind)
     call = of_weights(wanted, layout)
     plan = method.plan(call)
     assert not bool((wanted & ~plan.to_mask()[0, 0]).any())
@@ -158,7 +138,7 @@ def test_a_planted_boundary_is_executed_exactly(kind: str) -> None:
 
 def test_without_its_boundary_a_planted_head_loses_what_text_does_not_ask_for() -> None:
     """The negative control: the last queries are text, and say nothing of what queries of images attend."""
-    wanted, layout, method = planted("q")
+    wanted, layout, method = planted_boundary("q")
     call = of_weights(wanted, layout)
     lost = wanted & ~MMInference("none", method.patterns[:1]).plan(call).to_mask()[0, 0]
     assert int(lost.sum()) > 300

@@ -19,8 +19,8 @@ from torch import Tensor
 from gossamer import backends
 from gossamer.backends.torch.attend import wide
 from gossamer.backends.torch.scores import diagonal_sums
+from gossamer.backends.torch.tiles import Piece, RowMass, key_pieces, query_pieces
 from gossamer.call import AttentionCall
-from gossamer.oracle.tiles import Piece, RowMass, key_pieces, query_pieces
 from gossamer.plan import Grid, SparsePlan
 
 __all__ = ["ExactMasses", "block_mass", "block_peaks", "exact_masses", "log_sum_exp", "plan_recall"]
