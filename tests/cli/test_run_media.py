@@ -62,7 +62,7 @@ def reader_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(WORDS), num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=1, **small
     )
     torch.manual_seed(0)
-    config = LlavaConfig(vision, text, image_token_id=2)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=2)
     LlavaForConditionalGeneration(config).save_pretrained(path)
     return path
 

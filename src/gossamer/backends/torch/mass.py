@@ -27,6 +27,7 @@ def block_mass(call: AttentionCall, lse: Tensor, grid: Grid, part: range) -> Ten
         ValueError: a shape that does not fit.
     """
     check_lse(call, lse)
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     blocks = torch.zeros(call.batch, call.heads, len(part), grid.key_blocks, device=call.device)
     for row in range(call.batch):
         tiles = RowMass(call, lse, row)
