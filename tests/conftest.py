@@ -23,9 +23,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Every budget by which the code cuts its work into pieces, at the value that makes the most pieces of it.
 _SMALLEST = {
     "gossamer.plan.count": {"_ROW_BUDGET": 1, "_MASK_BUDGET": 1},
+    "gossamer.plan.count_permuted": {"_BUDGET": 1},
     "gossamer.blocks": {"MASK_BYTES": 1},
     "gossamer.methods.slashes": {"PART_ENTRIES": 1},
-    "gossamer.oracle.tiles": {"TILE_BYTES": 1, "MOST_QUERIES": 1, "MOST_KEYS": 1},
+    "gossamer.backends.torch.tiles": {"TILE_BYTES": 1, "MOST_QUERIES": 1, "MOST_KEYS": 1},
     "gossamer.backends.torch": {"PART_BYTES": 1},
     "gossamer.backends.torch.attend": {"_LOGITS": 1},
     "gossamer.backends.torch.backward": {"_LOGITS": 1},

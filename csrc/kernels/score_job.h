@@ -55,6 +55,8 @@ struct ScoreKernels {
   void (*raise_maxima)(const ScorePanel&, float* maximum);
   // Adds 2^(logit + shift[row]) to its column's sum and, at index column - row + rows - 1, to its diagonal's.
   void (*add_mass)(const ScorePanel&, const float* shift, float* columns, float* diagonals);
+  // Adds 2^(logit + shift[row]) to its column's sum.
+  void (*column_mass)(const ScorePanel&, const float* shift, float* columns);
   // Returns the largest logit; sums over the rows 2^(logit - largest) for each column.
   float (*energy)(const ScorePanel&, float* sums);
   // Sums 2^(logit - reference) over each `run` consecutive columns of a row: 64 / run sums a row, 0 where it sees none.

@@ -109,6 +109,24 @@ class ScoreCode {
       add_diagonals(panel, first, diagonals + first);
   }
 
+  static void column_mass(const ScorePanel& panel, const float* shift, float* columns) {
+    multiply(panel);
+    Reg sums[kVectors];
+#pragma GCC unroll 16
+    for (int t = 0; t < kVectors; ++t) sums[t] = V::load(columns + t * V::kWidth);
+    for (int r = 0; r < panel.rows; ++r) {
+      if (panel.masks[r] == 0) continue;
+      Reg z[kVectors];
+      load_row(panel, r, z);
+      const Reg down = V::set1(shift[r]);
+#pragma GCC unroll 16
+      for (int t = 0; t < kVectors; ++t)
+        sums[t] = V::add(sums[t], V::template exp2<kDegree>(V::add(z[t], down)));
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < kVectors; ++t) V::store(columns + t * V::kWidth, sums[t]);
+  }
+
   static float energy(const ScorePanel& panel, float* sums) {
     multiply(panel);
     Reg top = V::set1(kNothing);
@@ -402,7 +420,7 @@ const ScoreKernels* score_kernels() {
   using Code = ScoreCode<Isa>;
   static const ScoreKernels kernels{
       Code::pack_keys, Code::pack_queries, Code::add_exponentials,      Code::raise_maxima,           Code::add_mass,
-      Code::energy,    Code::run_mass,     Code::run_maxima,            Code::add_peaks,
+      Code::column_mass, Code::energy,  Code::run_mass,     Code::run_maxima,            Code::add_peaks,
       Code::template largest<true>,        Code::template largest<false>,
       Code::mark_above, Code::products,    Code::softmax,               Code::turn,
       Code::mean,       Code::bounds,      score_pages<typename Isa::Vec>,   label_scores_of<typename Isa::Vec>,

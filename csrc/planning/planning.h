@@ -59,6 +59,11 @@ void pooled_products(const Kernels& kernels, const TensorView& queries, const Te
 void pooled_shares(const Kernels& kernels, const TensorView& queries, const TensorView& keys, const Grid& grid,
                    const Part& part, float scale, float* out, int threads);
 
+// Sums over the pairs of each block of 2^(log2(e) * (logit - lse)), with lse [batch, heads, queries] in natural units; a
+// row whose LSE is infinite counts nothing: out [batch, heads, part, key_blocks].
+void block_mass(const Kernels& kernels, const ScoreCall& call, const Grid& grid, const Part& part, int64_t key_blocks,
+                const float* lse, float* out);
+
 struct EnergyTiles {
   bool per_head;  // of the query block in one head; else in all heads of a group
   bool ended;     // in causal attention a row takes part for blocks that end at or before it; else for all that begin

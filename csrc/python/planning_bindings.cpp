@@ -187,6 +187,17 @@ void bind_scores(nb::module_& m) {
       },
       "isa"_a, "queries"_a, "keys"_a, "grid"_a, "part"_a, nb::kw_only(), "scale"_a, "out"_a, "threads"_a, Release());
   m.def(
+      "block_mass",
+      [](const std::string& isa, const ScoreCall& call, const Grid& grid, const Part& part, int64_t key_blocks,
+         const Given& lse, uintptr_t out) {
+        check_grid(grid, call.q);
+        check_keys(call.extent, call.k.tokens);
+        check_key_blocks(grid, key_blocks);
+        check_count("lse", lse.second, checked_product({call.q.batch, call.q.heads, call.q.tokens}));
+        block_mass(kernels_for(isa), call, grid, part, key_blocks, pointer<float>(lse), pointer<float>(out));
+      },
+      "isa"_a, "call"_a, "grid"_a, "part"_a, nb::kw_only(), "key_blocks"_a, "lse"_a, "out"_a, Release());
+  m.def(
       "block_energy",
       [](const std::string& isa, const ScoreCall& call, const Grid& grid, const Part& part, bool per_head, bool ended,
          uintptr_t out) {

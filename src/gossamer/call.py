@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypedDict, TypeVar, overload
 import torch
 from torch import Tensor
 
-from gossamer.layout import DenoisingStep, TokenLayout
+from gossamer.layout import DenoisingStep, ModalityLayout, TokenLayout
 from gossamer.plan import Extent, SparsePlan
 from gossamer.plan.checks import checks_numbers
 from gossamer.rotary import Rotary
@@ -66,7 +66,7 @@ class CallFields(TypedDict, total=False):
     softcap: float | None
     layer: int | None
     store: Store | None
-    layout: TokenLayout | None
+    layout: TokenLayout | ModalityLayout | None
     step: DenoisingStep | None
     state: Sequence[dict[str, Any]] | None
     rotary: Rotary | None
@@ -85,7 +85,8 @@ class AttentionCall:
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the mask (Gemma 2).
         layer: the model's index of the layer, for methods that differ between layers.
         store: the layer's cache, where it knows more than k and v; see `Store`.
-        layout: which tokens are text, and how the others lie in an image or a video, where a denoising model says so.
+        layout: which tokens are text, and how the others lie in an image or a video, where a denoising model says so;
+            or of which modality each is, where a model that reads several does.
         step: of the denoising.
         state: one mapping for each batch row, which an integration keeps over the calls of a request.
         rotary: how the model turned q and k by position, for methods that look at them before that.
@@ -105,7 +106,7 @@ class AttentionCall:
     softcap: float | None = None
     layer: int | None = None
     store: Store | None = None
-    layout: TokenLayout | None = None
+    layout: TokenLayout | ModalityLayout | None = None
     step: DenoisingStep | None = None
     state: Sequence[dict[str, Any]] | None = None
     rotary: Rotary | None = None
@@ -140,12 +141,15 @@ class AttentionCall:
             )
         if self.bias is not None:
             self._check_bias(self.bias)
-        if self.layout is not None and not isinstance(self.layout, TokenLayout):
-            raise TypeError(f"layout must be a gossamer.layout.TokenLayout, got {type(self.layout).__name__}")
+        if self.layout is not None and not isinstance(self.layout, TokenLayout | ModalityLayout):
+            raise TypeError(
+                "layout must be a gossamer.layout.TokenLayout or a gossamer.layout.ModalityLayout, "
+                f"got {type(self.layout).__name__}"
+            )
         if self.step is not None and not isinstance(self.step, DenoisingStep):
             raise TypeError(f"step must be a gossamer.layout.DenoisingStep, got {type(self.step).__name__}")
-        if self.layout is not None and len(self.layout.before) != self.batch:
-            raise ValueError(f"the layout is of {len(self.layout.before)} batch rows, but q has {self.batch}")
+        if self.layout is not None and self.layout.batch != self.batch:
+            raise ValueError(f"the layout is of {self.layout.batch} batch rows, but q has {self.batch}")
         if self.rotary is not None and self.rotary.channels > self.q.shape[-1]:
             raise ValueError(
                 f"rotary turns {self.rotary.channels} channels, but the head dimension is {self.q.shape[-1]}"
@@ -286,7 +290,7 @@ class AttentionCall:
             "causal": self.extent.causal,
             "values": self.v is not None,
             "store": self.store is not None,
-            "layout": self.layout is not None,
+            "layout": isinstance(self.layout, TokenLayout),
             "step": self.step is not None,
             "layer": self.layer is not None,
             "state": self.state is not None,

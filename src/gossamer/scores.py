@@ -25,6 +25,7 @@ __all__ = [
     "antidiagonal_peaks",
     "antidiagonal_scores",
     "block_attention",
+    "block_mass",
     "block_sums",
     "count_top_p",
     "group_differences",
@@ -243,6 +244,20 @@ def block_attention(
     backend = backend_of(call, "block_attention")
     for part in _parts(call, grid, call.heads, backend.PART_BYTES):
         yield part, backend.block_attention(call, grid, queries, keys, scale, part)
+
+
+def block_mass(call: AttentionCall, lse: Tensor, grid: Grid) -> Iterator[tuple[range, Tensor]]:
+    """Attention mass of each block under a given LSE: ``exp(logit - lse)`` over its pairs (AdaSpa, 2502.21079).
+
+    Args:
+        lse: ``[B, H, S]``, of the call's dense attention, or of an earlier one; -inf where a row does not count.
+
+    Yields:
+        plan rows, and mass fp32 ``[B, H, rows, N]``.
+    """
+    backend = backend_of(call, "block_mass")
+    for part in _parts(call, grid, call.heads, backend.PART_BYTES):
+        yield part, backend.block_mass(call, lse, grid, part)
 
 
 def query_similarity(call: AttentionCall, grid: Grid) -> Tensor:

@@ -157,6 +157,8 @@ def compile_others(capability: int) -> None:
     compile_kernel(kernels.block_means, capability, means | dict(TILE=64), x_ptr="*bf16", out_ptr="*fp32")
     tiles = means | dict(SHARE=4, TILE_M=32, TILE_N=32)
     compile_kernel(kernels.mean_products, capability, tiles, stages=1, out_ptr="*fp32")
+    masses = means | dict(SHARE=4, BLOCK_Q=64, BLOCK_K=64, TILE_M=64, TILE_N=64)
+    compile_kernel(kernels.block_mass, capability, masses, stages=1, q_ptr="*bf16", k_ptr="*bf16", mass_ptr="*fp32")
     compile_kernel(kernels.merge_energies, capability, dict(PARTS=2, TILE_N=64, TILE=1024), out_ptr="*fp32")
     compile_kernel(kernels.mark_blocks, capability, dict(TILE=128))
     compile_kernel(kernels.list_bits, capability, dict(TILE=32))

@@ -28,6 +28,7 @@ EVERY_VERB = (
     "differences",
     "near",
     "maxima",
+    "masses",
 )
 every_verb = pytest.mark.parametrize("verb", EVERY_VERB)
 # block_q, block_k, stride of the antidiagonals, rows of the probe; query blocks that are grouped
@@ -86,6 +87,8 @@ def scores_of(backend, verb: str, call: AttentionCall, shape: str, whole: bool =
         near = grid.queries.unflatten(1, (-1, 1)) + torch.tensor([-last, 3])  # not where blocks or tiles begin
         regions = torch.cat([torch.tensor([-5, 70]).expand_as(near), near], dim=2)
         return [torch.cat([backend.mean_row_maxima(call, grid, regions, part) for part in parts], dim=2)]
+    if verb == "masses":
+        return [torch.cat([backend.block_mass(call, lse_of(call), grid, part) for part in parts], dim=2)]
     keys = reference.pool_keys(call, grid)
     if verb == "energies":
         keys = keys.to(call.q.dtype)
@@ -95,6 +98,13 @@ def scores_of(backend, verb: str, call: AttentionCall, shape: str, whole: bool =
         ]
     queries = reference.pool_queries(call, grid)
     return [torch.cat([backend.pooled_scores(call, grid, queries, keys, part) for part in parts], dim=2)]
+
+
+def lse_of(call: AttentionCall) -> Tensor:
+    """Of some other logits; rows whose LSE is -inf are left out."""
+    lse = torch.linspace(3, 6, call.q[..., 0].numel()).view(call.q.shape[:3]).clone()
+    lse[:, :, ::7] = -math.inf
+    return lse
 
 
 def near_lists(backend, call: AttentionCall, grid: Grid, group: int, parts: list[range]) -> list[Tensor]:
@@ -240,5 +250,7 @@ def test_bad_input_is_named() -> None:
         cpu.pooled_scores(call, grid, queries[:, :1], keys, range(1))
     with pytest.raises(ValueError, match=r"consecutive rows of the plan's 3, got range\(0, 4\)"):
         cpu.antidiagonal_scores(call, grid, 2, range(4))
+    with pytest.raises(ValueError, match=r"lse must be \[batch, heads, queries\] = \(1, 2, 10\), got \(1, 2, 9\)"):
+        cpu.block_mass(call, torch.zeros(1, 2, 9), grid, range(1))
     with pytest.raises(ValueError, match="stride must divide block_q and block_k, got 3 for blocks 4 and 4"):
         cpu.antidiagonal_scores(call, grid, 3, range(1))

@@ -83,6 +83,22 @@ def in_parts(verb: str, call: AttentionCall, grid: Grid, *inputs: Any) -> tuple[
 
 
 @every_situation
+@pytest.mark.parametrize(("length", "block_q", "block_k", "dim"), [(100, 16, 8, 20), (50, 5, 3, 144), (90, 80, 70, 20)])
+def test_block_mass(situation: str, length: int, block_q: int, block_k: int, dim: int) -> None:
+    """Of a given LSE; rows for which it is -inf do not count."""
+    dtype = list(DTYPES.values())[(SITUATIONS.index(situation) + block_q) % 3]
+    call = moved(make_call(situation, length=length * FULL_SIZE, heads=2, groups=1, dim=dim, dtype=dtype))
+    grid = Grid(call.extent, block_q, block_k)
+    lse = torch.linspace(2, 5, call.q[..., 0].numel(), device=DEVICE).view(call.q.shape[:3]).clone()
+    lse[:, :, ::7] = -math.inf
+    first = grid.query_blocks // 3
+    parts = (range(first), range(first, grid.query_blocks))
+    ours = torch.cat([triton.block_mass(call, lse, grid, part) for part in parts], dim=2)
+    expected = definition.block_mass(wide(call), lse, grid, range(grid.query_blocks))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=3e-5)
+
+
+@every_situation
 @pytest.mark.parametrize(("length", "block_q", "block_k", "dim"), [(100, 16, 8, 20), (50, 5, 3, 144)])
 def test_pooled_scores(situation: str, length: int, block_q: int, block_k: int, dim: int) -> None:
     call = moved(make_call(situation, length=length * FULL_SIZE, heads=2, groups=1, dim=dim, dtype=torch.bfloat16))

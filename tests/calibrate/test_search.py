@@ -235,6 +235,8 @@ APART = [
         "auto",
         "mtraining",
         "longgen",
+        "grid",
+        "mminference",
     ),
 ]
 
@@ -245,7 +247,7 @@ def test_every_other_method_declares_candidates_whose_mixture_runs_as_it_was_mea
     assert {*APART, "flash_prefill", "pbs", "corrected", "dense", "minference", "per_head"} >= {
         name for name in methods.available() if class_of(name).apart
     }
-    model = tiny_llama(num_attention_heads=18, num_key_value_heads=9, hidden_size=144, num_hidden_layers=1)
+    model = tiny_llama(num_attention_heads=20, num_key_value_heads=10, hidden_size=160, num_hidden_layers=1)
     of = Subject(model, Words(), "tiny")
     calls: list[Any] = []
     tokens = torch.arange(2, 302)[None] % VOCAB
@@ -257,7 +259,7 @@ def test_every_other_method_declares_candidates_whose_mixture_runs_as_it_was_mea
     of.hidden_states(tokens, Policy(profile.method, min_tokens=0, max_density=1.0), seen.append)
     plan = profile.method.plan(call)
     error = relative_l2(backends.attend(call, plan)[0][0], out[0])
-    of_heads = torch.arange(18)
+    of_heads = torch.arange(20)
     torch.testing.assert_close(error.double(), figures.error[of_heads + 1, of_heads], atol=1e-5, rtol=1e-3)
     share = pairs_of_heads(call, plan) / (300 * 301 / 2)
     torch.testing.assert_close(share, figures.cost[of_heads + 1, of_heads])

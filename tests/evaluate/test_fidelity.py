@@ -26,6 +26,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "mtraining": {"p": 0.3, "last": 16},
     "longgen": {"recent": 2, "sink": 0, "block": 16},
     "minference": {"vertical_size": 9, "slash_size": 30},
+    "grid": {"stride": 29, "hline": False},
+    "mminference": {"patterns": [methods.VerticalSlash(9, 30)]},
     "block_sparse": {"blocks": 1},
     "max_relative": {"last_rows": 0, "window_blocks": 1, "sink_blocks": 0, "alpha": 1.0, "block_q": 16, "block_k": 16},
     "duo_attention": {"gates": [[0.9, 0.1]], "sink": 3, "recent": 40},

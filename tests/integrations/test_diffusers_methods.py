@@ -11,8 +11,7 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 from tiny_diffusers import FAMILIES, inputs_of, tiny
 
-import gossamer.oracle
-from gossamer import methods
+from gossamer import methods, scores
 from gossamer.calibrate.denoising import ModeSearch, OrderSearch
 from gossamer.integrations.diffusers import enable
 
@@ -91,8 +90,8 @@ def test_the_step_that_chooses_is_dense_under_any_policy() -> None:
 
 def test_a_search_is_made_at_its_steps_alone_and_for_each_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, masses = tiny("wan"), []
-    found = gossamer.oracle.block_mass
-    monkeypatch.setattr(gossamer.oracle, "block_mass", lambda *given: masses.append(1) or found(*given))
+    found = scores.block_mass
+    monkeypatch.setattr(scores, "block_mass", lambda *given: masses.append(1) or found(*given))
     with enable(model, "adaspa", **SMALL["adaspa"], **ALWAYS), torch.no_grad():
         counts = []
         for time in TIMES:

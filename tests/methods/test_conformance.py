@@ -241,6 +241,7 @@ LEAST = {
     "triangle_mix": {"sink": 0, "window": 1, "last": 0, "block": 1, "first_layer": 0},
     "vertical_slash": {"vertical_size": 0, "slash_size": 0, "last": 1},
     "minference": {"vertical_size": 0, "slash_size": 0, "last": 1},
+    "grid": {"stride": 0, "max_stride": 1, "last": 1},
     "block_sparse": {"blocks": 1, "block": 1},
     "sparge": {"sink_blocks": 0, "block_q": 1, "block_k": 1},
     "prism": {"sink_blocks": 0, "block": 1},

@@ -39,6 +39,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mtraining": {"p": 0.9},
     "longgen": {"recent": 2, "block": 32},
     "minference": _SLASHES,
+    "mminference": {"patterns": [VerticalSlash(**_SLASHES)]},
     "flexprefill(tau=0)": _FLEX | {"tau": 0.0},
     "flexprefill(tau=1)": _FLEX | {"tau": 1.0, "gamma": 0.98},
     "xattention": {"stride": 8, "block": 32},
@@ -116,8 +117,8 @@ def assert_as_promised(shares: Tensor, promise: str) -> None:
 
 
 def test_every_method_says_what_becomes_of_the_question() -> None:
-    holders = {"per_head"}  # as the methods that it holds
-    assert {name.partition("(")[0] for name in PROMISED} == set(methods.available()) - holders
+    others = {"per_head", "grid"}  # as the methods that it holds; what repeats, in a prompt that is read in one piece
+    assert {name.partition("(")[0] for name in PROMISED} == set(methods.available()) - others
     assert set(FIELDS) <= set(PROMISED)
 
 

@@ -143,7 +143,7 @@ def test_a_row_of_blocks_sums_to_its_live_rows() -> None:
 def test_tiles_smaller_and_larger_than_blocks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     call = call_in("padded chunk", 500)
     whole = oracle.exact_masses(call, block_q=100, block_k=150)
-    monkeypatch.setattr("gossamer.oracle.tiles.TILE_BYTES", 1 << 10)
+    monkeypatch.setattr("gossamer.backends.torch.tiles.TILE_BYTES", 1 << 10)
     small = oracle.exact_masses(call, block_q=100, block_k=150)
     for name in ("columns", "diagonals", "blocks", "rows"):
         torch.testing.assert_close(getattr(small, name), getattr(whole, name), **TOLERANCE)

@@ -115,3 +115,30 @@ def test_nothing_has_no_pairs(batch: int, query_len: int, key_len: int, permuted
     order = torch.arange(query_len, dtype=torch.int32).expand(batch, 2, -1)
     plan = SparsePlan(2, query_len, key_len, extent, window=9, q_order=order if permuted else None)
     assert torch.equal(count_pairs(plan), torch.zeros(batch, 2, dtype=torch.int64))
+
+
+@pytest.mark.usefixtures("constants")
+@pytest.mark.parametrize("limit", [None, 1, 9, 60])
+@pytest.mark.parametrize("seed", range(6))
+def test_plans_of_blocks_and_columns_of_ordered_queries(seed: int, limit: int | None) -> None:
+    """With keys in an order of their own or in none; dead numbers stand anywhere."""
+    causal = seed % 2 == 0
+    size: dict[str, Any] = {"batch": 2, "heads": 2, "query_len": 50, "key_len": 57, "block_q": 8, "block_k": 6}
+    extent = random_plan(seed, **size, padded=seed > 1, causal=causal, limit=limit).extent
+    generator = torch.Generator().manual_seed(seed)
+
+    def order(length: int) -> torch.Tensor:
+        return torch.stack([torch.randperm(length, generator=generator) for _ in range(4)]).view(2, 2, length).int()
+
+    given: dict[str, Any] = {"q_order": order(50)} | ({"k_order": order(57)} if seed % 3 else {})
+    keys = 10 if "k_order" in given else -(-extent.longest // 6)
+    mask = torch.rand(2, 2, 7, keys, generator=generator) < 0.4
+    listed = torch.rand(2, 2, 3, extent.longest, generator=generator) < 0.2
+    given |= {
+        "column_group": 3,
+        "column_indptr": torch.cat([torch.zeros(1), listed.sum(-1).flatten().cumsum(0)]).long(),
+    }
+    given["column_indices"] = listed.nonzero()[:, 3].int()
+    plan = SparsePlan.from_block_mask(mask, 50, 57, extent=extent, block_q=8, block_k=6, **given)
+    assert_counts(plan)
+    assert int(plan.count_pairs().sum()) > 0 or limit is not None

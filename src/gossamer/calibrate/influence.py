@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from gossamer.backends.torch.attend import wide
+from gossamer.backends.torch.tiles import RowMass, key_pieces, query_pieces
 from gossamer.call import AttentionCall
 from gossamer.integrations.transformers import Observation, enable
 from gossamer.methods import Method
 from gossamer.oracle import log_sum_exp
-from gossamer.oracle.tiles import RowMass, key_pieces, query_pieces
 from gossamer.plan import Grid
 
 __all__ = ["answer_loss", "block_influence", "influence", "mean_influence", "with_answer"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import gossamer
@@ -102,21 +102,27 @@ def load_tokenizer(path: Path) -> Any:
         raise BadInput(f"{path} has no tokenizer that transformers can load: {first_line(error)}") from error
 
 
-def load_model(path: Path, dtype: str, progress: bool, device: str = "cpu") -> Any:
-    """The model of a folder, not moved: the device tells which dtype ``auto`` is."""
+def load_model(path: Path, dtype: str, progress: bool, device: str = "cpu", shown: bool = False) -> Any:
+    """The model of a folder, not moved: the device tells which dtype ``auto`` is.
+
+    Args:
+        shown: one that reads images.
+    """
     wanted = fast_dtype(device)[0] if dtype == "auto" else getattr(torch, dtype)
     if not progress:
         transformers_logging.disable_progress_bar()
+    kind = AutoModelForImageTextToText if shown else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, local_files_only=True, trust_remote_code=False)
+        model = kind.from_pretrained(path, dtype=wanted, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
-        raise BadInput(f"{path} is no language model that transformers can load: {first_line(error)}") from error
+        what = "model that reads images" if shown else "language model"
+        raise BadInput(f"{path} is no {what} that transformers can load: {first_line(error)}") from error
     return model.eval()
 
 
-def load_checked(path: Path, dtype: str, device: str = "cpu") -> Any:
-    """The model of a folder on a device, looked at before anything slow is done; says which dtype ``auto`` took."""
-    model = load_model(path, dtype, progress=sys.stderr.isatty(), device=device)
+def load_checked(path: Path, dtype: str, device: str = "cpu", shown: bool = False) -> Any:
+    """`load_model` on a device, looked at before anything slow is done; says which dtype ``auto`` took."""
+    model = load_model(path, dtype, progress=sys.stderr.isatty(), device=device, shown=shown)
     try:
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
@@ -212,8 +218,13 @@ def generate(
     *,
     keep_top1: bool = False,
     cache: CachePolicy | None = None,
+    shown: Mapping[str, Tensor] | None = None,
 ) -> Generation:
-    """Prefill ``prompt [1, S]`` by the policy, decode greedily, write the text to ``stream`` as it comes."""
+    """Prefill ``prompt [1, S]`` by the policy, decode greedily, write the text to ``stream`` as it comes.
+
+    Args:
+        shown: what else the model is given with the prompt, such as pictures.
+    """
     hidden: list[Tensor] = []
     hooks = []
     if keep_top1:
@@ -222,7 +233,8 @@ def generate(
     with gossamer.enable(model, policy, cache=cache) as handle:
         held = None if handle.cache is None else handle.new_cache()
         started = time.perf_counter()
-        out = model(input_ids=prompt, past_key_values=held, use_cache=True, logits_to_keep=1)
+        given = _as_model(shown or {}, model)
+        out = model(input_ids=prompt, past_key_values=held, use_cache=True, logits_to_keep=1, **given)
         prefilled = time.perf_counter()
         for hook in hooks:
             hook.remove()
@@ -263,6 +275,11 @@ def generate(
         head = model.get_output_embeddings()
         result.top1 = torch.cat([head(rows).argmax(-1) for rows in hidden[0][0].split(_HEAD_ROWS)])
     return result
+
+
+def _as_model(given: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Pictures in the model's dtype."""
+    return {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in given.items()}
 
 
 def compare_top1(one: Generation, other: Generation) -> float:

@@ -23,6 +23,7 @@ from gossamer.cli.inputs import (
     text_config,
 )
 from gossamer.cli.machine import add_dtype
+from gossamer.cli.media import load_processor, prepare, read_media
 from gossamer.cli.pretrained import model_folder
 from gossamer.cli.specs import make_policy, parse_cache, parse_method
 from gossamer.policy import Policy
@@ -59,6 +60,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--min-tokens", type=int, help="shorter prompts run dense (default: as `gossamer doctor` says)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
     add_dtype(parser)
+    parser.add_argument(
+        "--image", action="append", default=[], type=Path, metavar="FILE", help="a picture to read; may be repeated"
+    )
+    parser.add_argument(
+        "--video", action="append", default=[], type=Path, metavar="FOLDER", help="a folder of frames to read"
+    )
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
     parser.add_argument(
         "--filter", metavar="LAYER:KEEP", help="drop all but the KEEP tokens that the last one looks at most in a layer"
@@ -70,12 +77,15 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise BadInput(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     filtering = _parse_filter(arguments.filter)
+    if filtering and (arguments.image or arguments.video):
+        raise BadInput("--filter takes prompts of text alone; leave --image and --video out")
     check_environment()
     profile = read_profile(arguments.profile)
     policy, cache = _make_policy(arguments, profile), _make_cache(arguments.cache)
     arguments.model = model_folder(arguments.model)
     config = read_model(arguments.model)
     check_profile([policy], profile, config)
+    media = read_media(arguments.image, arguments.video)
     text = read_prompt(arguments.prompt)
     require_transformers("run")
     from gossamer.cli.generation import (
@@ -88,17 +98,22 @@ def execute(arguments: argparse.Namespace) -> int:
         tokenize,
     )
 
-    tokenizer = load_tokenizer(arguments.model)
-    prompt = tokenize(tokenizer, text, arguments.chat)
+    if media:
+        processor = load_processor(arguments.model)
+        tokenizer, inputs = processor.tokenizer, prepare(processor, text, media, arguments.chat)
+    else:
+        tokenizer = load_tokenizer(arguments.model)
+        inputs = {"input_ids": tokenize(tokenizer, text, arguments.chat)}
+    prompt = inputs.pop("input_ids")
     _check_length(config, prompt.shape[1], arguments.max_new_tokens)
-    model = load_checked(arguments.model, arguments.dtype)
+    model = load_checked(arguments.model, arguments.dtype, shown=bool(media))
     check_made_for(profile, model)
 
     contenders = [policy]
     short = filtered(model, prompt, policy, *filtering) if filtering else None
     if arguments.compare:
         # Pages the weights in, so that neither contender pays.
-        _generated(generate, model, tokenizer, prompt[:, :64], policy, 1)
+        _generated(generate, model, tokenizer, prompt[:, -1:] if media else prompt[:, :64], policy, 1)
         contenders.append(Policy.of("dense"))
     results: list[Generation] = []
     for contender in contenders:
@@ -108,7 +123,7 @@ def execute(arguments: argparse.Namespace) -> int:
         with layer_progress(model, f"{contender.name}: prefill"):
             given = model, tokenizer, read, contender, arguments.max_new_tokens, stream
             kept = None if contender is not policy else cache
-            results.append(_generated(generate, *given, keep_top1=top1, cache=kept))
+            results.append(_generated(generate, *given, keep_top1=top1, cache=kept, shown=inputs))
     answer, dense = results[0], results[-1]
     if short is not None:
         answer.prefill_seconds += short.seconds

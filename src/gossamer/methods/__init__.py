@@ -14,6 +14,7 @@ from gossamer.methods.double_sparsity import DoubleSparsity
 from gossamer.methods.duo_attention import DuoAttention
 from gossamer.methods.flash_prefill import FlashPrefill
 from gossamer.methods.flexprefill import FlexPrefill
+from gossamer.methods.grid_lines import GridLines
 from gossamer.methods.infllm import InfLLM
 from gossamer.methods.infllm_long import InfLLMLong
 from gossamer.methods.longgen import LongGen
@@ -21,6 +22,7 @@ from gossamer.methods.lserve import LServe
 from gossamer.methods.magicpig import MagicPIG
 from gossamer.methods.max_relative import MaxRelative
 from gossamer.methods.minference import MInference
+from gossamer.methods.mminference import MMInference
 from gossamer.methods.moa import MoA
 from gossamer.methods.mtraining import MTraining
 from gossamer.methods.oracle_topk import OracleTopK
@@ -59,11 +61,13 @@ __all__ = [
     "DuoAttention",
     "FlashPrefill",
     "FlexPrefill",
+    "GridLines",
     "InfLLM",
     "InfLLMLong",
     "LServe",
     "LongGen",
     "MInference",
+    "MMInference",
     "MTraining",
     "MagicPIG",
     "MaxRelative",

@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Settings, require_at_least, require_flag, require_share
-from gossamer.methods.denoising import Denoising, keep, kept, plan_of_rows, step_of, text_blocks
+from gossamer.methods.denoising import Denoising, keep, kept, mass_of_blocks, plan_of_rows, step_of, text_blocks
 from gossamer.plan import Grid, SparsePlan
 from gossamer.rules import TopKOfRows, top_k
 
@@ -74,7 +74,7 @@ class AdaSpa(Denoising):
         return missing
 
     def plan(self, call: AttentionCall) -> SparsePlan:
-        from gossamer.oracle import block_mass, log_sum_exp
+        from gossamer.oracle import log_sum_exp
 
         step, found = step_of(call).number, kept(call, self)
         if found is not None and not any(found[0].step < due <= step for due in self.search):
@@ -82,7 +82,7 @@ class AdaSpa(Denoising):
         stale = found is not None and self.cached
         lse = torch.stack([one.extra for one in found]) if stale and found is not None else log_sum_exp(call)
         grid = Grid(call.extent, self.block, self.block)
-        plan = self._chosen(call, block_mass(call, lse, grid), grid)
+        plan = self._chosen(call, mass_of_blocks(call, grid, lse), grid)
         keep(call, self, plan, step, list(lse))
         if found is None and step == self.search[0]:
             return SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)

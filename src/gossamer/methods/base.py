@@ -38,6 +38,7 @@ class Method(ABC):
         decodes: it plans calls of one query on a cache with a store: what a decode step reads (`Policy.decode`).
         extends: what it computes is no approximation of the call, whose tokens it gives other distances: no call is too
             short for it, or too dense, and it reads prompts and steps alike.
+        modal: it looks at a call's `gossamer.layout.ModalityLayout`, where there is one.
         settings: fields that `gossamer compare` tries, from the sparsest to the densest; empty: the defaults alone.
         candidates: fields that `gossamer calibrate` tries for each head; empty: `settings`.
     """
@@ -53,6 +54,7 @@ class Method(ABC):
     files: ClassVar[tuple[str, ...]] = ()
     decodes: ClassVar[bool] = False
     extends: ClassVar[bool] = False
+    modal: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, call: AttentionCall) -> SparsePlan:

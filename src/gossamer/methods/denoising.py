@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gossamer import scores
 from gossamer.call import AttentionCall
 from gossamer.layout import DenoisingStep, TokenLayout
 from gossamer.methods.base import Method
@@ -22,6 +23,7 @@ __all__ = [
     "keep",
     "kept",
     "layout_of",
+    "mass_of_blocks",
     "plan_of_mask",
     "plan_of_rows",
     "reordered",
@@ -56,7 +58,7 @@ def layout_of(call: AttentionCall) -> TokenLayout:
     Raises:
         ValueError: it has none.
     """
-    if call.layout is None:
+    if not isinstance(call.layout, TokenLayout):
         raise ValueError("this call does not say which of its tokens are text: make it with layout=")
     return call.layout
 
@@ -100,6 +102,21 @@ def axis_order(call: AttentionCall, axes: str) -> Tensor:
     for row, before in enumerate(layout.before):
         order[row, before : before + layout.patches] = patches + before
     return order
+
+
+def mass_of_blocks(call: AttentionCall, grid: Grid, lse: Tensor | None = None) -> Tensor:
+    """Attention mass of each block of patches and text, fp32 ``[B, H, M, N]``.
+
+    Args:
+        lse: ``[B, H, S]``, of the call or of one like it; None: found.
+    """
+    from gossamer.oracle import log_sum_exp
+
+    lse = log_sum_exp(call) if lse is None else lse
+    parts = [mass for _, mass in scores.block_mass(call, lse, grid)]
+    return (
+        torch.cat(parts, dim=2) if parts else torch.zeros(call.batch, call.heads, 0, grid.key_blocks, device=lse.device)
+    )
 
 
 def plan_of_mask(call: AttentionCall, mask: Tensor, block: int, order: Tensor | None = None) -> SparsePlan:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from gossamer import backends
 from gossamer.backends.torch.attend import wide
+from gossamer.backends.torch.mass import add_blocks, check_lse
 from gossamer.backends.torch.scores import diagonal_sums
+from gossamer.backends.torch.tiles import Piece, RowMass, key_pieces, query_pieces
 from gossamer.call import AttentionCall
-from gossamer.oracle.tiles import Piece, RowMass, key_pieces, query_pieces
 from gossamer.plan import Grid, SparsePlan
 
 __all__ = ["ExactMasses", "block_mass", "block_peaks", "exact_masses", "log_sum_exp", "plan_recall"]
@@ -51,10 +52,10 @@ def block_mass(call: AttentionCall, lse: Tensor, grid: Grid) -> Tensor:
     Raises:
         ValueError: a shape that does not fit.
     """
-    blocks = torch.zeros(call.batch, call.heads, grid.query_blocks, grid.key_blocks, device=call.device)
-    for row, queries, keys, mass in _tiles(call, lse, grid):
-        _add_blocks(blocks[row], queries, keys, queries.sums(mass, -2))
-    return blocks
+    check_lse(call, lse)
+    exact = replace(call, q=wide(call.q), k=wide(call.k), v=None)
+    backend = backends.backend_of(exact, "block_mass")
+    return backend.block_mass(exact, lse, grid, range(grid.query_blocks))
 
 
 def block_peaks(call: AttentionCall, lse: Tensor, grid: Grid) -> Tensor:
@@ -76,7 +77,7 @@ def block_peaks(call: AttentionCall, lse: Tensor, grid: Grid) -> Tensor:
 
 def _tiles(call: AttentionCall, lse: Tensor, grid: Grid) -> Iterator[tuple[int, Piece, Piece, Tensor]]:
     """The softmax mass of all pairs, in tiles: batch row, queries, keys, ``[H, queries, keys]``."""
-    _check_lse(call, lse)
+    check_lse(call, lse)
     for row in range(call.batch):
         tiles = RowMass(call, lse, row)
         for queries in query_pieces(grid, row, range(grid.query_blocks), tiles.most_queries):
@@ -84,20 +85,6 @@ def _tiles(call: AttentionCall, lse: Tensor, grid: Grid) -> Iterator[tuple[int, 
                 mass = tiles.mass(queries.tokens, keys.tokens)
                 if mass is not None:
                     yield row, queries, keys, mass
-
-
-def _add_blocks(blocks: Tensor, queries: Piece, keys: Piece, by_query_block: Tensor) -> None:
-    part = keys.sums(by_query_block, -1)
-    m, n = queries.first_block, keys.first_block
-    blocks[:, m : m + part.shape[1], n : n + part.shape[2]] += part
-
-
-def _check_lse(call: AttentionCall, lse: Tensor) -> None:
-    if lse.shape != call.q.shape[:3]:
-        raise ValueError(
-            f"lse must be [batch, heads, queries] = {tuple(call.q.shape[:3])}, got {tuple(lse.shape)}; "
-            "make it with gossamer.oracle.log_sum_exp"
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,7 +132,7 @@ def exact_masses(
     first = min(step // 2, max(0, grid.query_blocks - 1)) if offset is None else offset
     chosen = range(first, grid.query_blocks, step)
     lse = _lse_of(call, grid, chosen) if lse is None else lse
-    _check_lse(call, lse)
+    check_lse(call, lse)
     columns = torch.zeros(call.batch, call.heads, call.extent.longest, device=call.device)
     diagonals = torch.zeros_like(columns)
     blocks = torch.zeros(call.batch, call.heads, len(chosen), grid.key_blocks, device=call.device)
@@ -160,7 +147,7 @@ def exact_masses(
                     continue
                 by_query_block = queries.sums(mass, -2)
                 columns[row, :, keys.tokens.start : keys.tokens.stop] += by_query_block.sum(dim=1)
-                _add_blocks(blocks[row], queries, keys, by_query_block)
+                add_blocks(blocks[row], queries, keys, by_query_block)
                 _add_diagonals(diagonals[row], mass, queries.tokens, keys.tokens)
     return ExactMasses(columns, diagonals, blocks, chosen, rows)
 

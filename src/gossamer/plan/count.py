@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gossamer.plan.count_permuted import count_permuted
 from gossamer.plan.integers import MOST
 from gossamer.plan.plan import WHOLE, SparsePlan
 
@@ -29,6 +30,8 @@ def count_pairs(plan: SparsePlan) -> Tensor:
     counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64, device="cpu")
     if plan.permuted and _has_blocks_alone(plan):
         return _count_ordered(plan)
+    if plan.permuted and not _has_bands(plan):
+        return count_permuted(plan)
     if plan.permuted:
         chunk = max(1, _MASK_BUDGET // max(1, plan.batch * plan.heads * plan.key_len))
         for start in range(0, plan.query_len, chunk):
@@ -47,8 +50,11 @@ def count_pairs(plan: SparsePlan) -> Tensor:
 
 
 def _has_blocks_alone(plan: SparsePlan) -> bool:
-    bands = (torch.as_tensor(x, device=plan.device) for x in (plan.sink, plan.window))
-    return plan.q_order is None and not plan.column_indices.numel() and not any(bool(x.any()) for x in bands)
+    return plan.q_order is None and not plan.column_indices.numel() and not _has_bands(plan)
+
+
+def _has_bands(plan: SparsePlan) -> bool:
+    return any(bool(torch.as_tensor(x, device=plan.device).any()) for x in (plan.sink, plan.window))
 
 
 def _count_ordered(plan: SparsePlan) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from methods.listed import LISTED
 
 from gossamer.integrations.vllm.counters import METRICS
-from gossamer.methods import available
+from gossamer.methods import available, create
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -22,8 +22,10 @@ def row(first: str) -> list[str]:
 
 
 def test_methods_stand_where_the_tests_of_chunks_have_them() -> None:
-    whole, tail, dependent, made = map(row, ("do not depend on chunks", "likewise", "depend on them", "as the methods"))
-    assert sorted(whole + tail + dependent + made) == sorted(available())
+    names = ("do not depend on chunks", "likewise", "depend on them", "plan whole prompts", "as the methods")
+    whole, tail, dependent, one_piece, made = map(row, names)
+    assert sorted(whole + tail + dependent + one_piece + made) == sorted(available())
+    assert one_piece == [name for name in available() if "whole prompt" in create(name).needs]
     by_block = {one.name for one in LISTED if one.by_block}
     tails = {one.name for one in LISTED if one.by_block and one.tail(1)}
     assert set(whole) == by_block - tails - set(made)

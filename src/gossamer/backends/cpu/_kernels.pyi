@@ -242,6 +242,9 @@ def pooled_products(
 def pooled_shares(
     isa: str, queries: Tensor, keys: Tensor, grid: Grid, part: Part, *, scale: float, out: int, threads: int
 ) -> None: ...
+def block_mass(
+    isa: str, call: ScoreCall, grid: Grid, part: Part, *, key_blocks: int, lse: tuple[int, int], out: int
+) -> None: ...
 def block_energy(
     isa: str, call: ScoreCall, grid: Grid, part: Part, *, per_head: bool, ended: bool, out: int
 ) -> None: ...

@@ -13,7 +13,17 @@ from torch import Tensor
 from gossamer.backends import torch as definition
 from gossamer.backends.cpu.lists import listed
 from gossamer.backends.cpu.native import active_isa, check_tensors, kernels
-from gossamer.backends.cpu.views import address, dense_rows, grid_view, part_view, score_view, tensor_view, tokens_view
+from gossamer.backends.cpu.views import (
+    address,
+    arrays,
+    dense_rows,
+    grid_view,
+    part_view,
+    score_view,
+    tensor_view,
+    tokens_view,
+)
+from gossamer.backends.torch.mass import check_lse
 from gossamer.call import AttentionCall
 from gossamer.plan import Grid, ceil_div
 from gossamer.rules import PerHead, per_head
@@ -24,6 +34,7 @@ __all__ = [
     "antidiagonal_peaks",
     "antidiagonal_scores",
     "block_attention",
+    "block_mass",
     "group_differences",
     "group_shares",
     "last_query_probe",
@@ -141,6 +152,29 @@ def block_attention(
         threads=torch.get_num_threads(),
     )
     return shares
+
+
+def block_mass(call: AttentionCall, lse: Tensor, grid: Grid, part: range) -> Tensor:
+    """See `gossamer.backends.torch.block_mass`, which serves calls with a soft-cap, too."""
+    if call.softcap is not None:
+        return definition.block_mass(call, lse, grid, part)
+    _check(call, call.q, call.k)
+    check_lse(call, lse)
+    grid = _of_call(grid, call)
+    _check_part(part, grid)
+    mass = torch.empty(call.batch, call.heads, len(part), grid.key_blocks, device="cpu")
+    q, k, lse = dense_rows(call.q), dense_rows(call.k), lse.float().contiguous()
+    (given,) = arrays((lse,), (torch.float32,))
+    kernels().block_mass(
+        active_isa(q.dtype),
+        score_view(q, k, call),
+        grid_view(grid),
+        part_view(part),
+        key_blocks=grid.key_blocks,
+        lse=given,
+        out=mass.data_ptr(),
+    )
+    return mass
 
 
 def row_block_energy(

@@ -6,6 +6,7 @@ from gossamer.backends.torch.cells import antidiagonal_means, antidiagonal_peaks
 from gossamer.backends.torch.choose import ListWriter, count, finish
 from gossamer.backends.torch.gates import block_attention, pool_before_rotary, pool_key_bounds
 from gossamer.backends.torch.groups import group_differences, group_shares, mean_row_maxima, near_keys
+from gossamer.backends.torch.mass import block_mass
 from gossamer.backends.torch.pages import forget_slots, keep_bounds, page_scores, page_tokens
 from gossamer.backends.torch.scores import (
     NEAR_BYTES,
@@ -34,6 +35,7 @@ __all__ = [
     "attend_backward",
     "attend_rows",
     "block_attention",
+    "block_mass",
     "collisions",
     "count",
     "count_top_p",

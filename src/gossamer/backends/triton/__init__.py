@@ -16,6 +16,7 @@ from gossamer.backends.triton.pairs import count
 from gossamer.backends.triton.scores import (
     PART_BYTES,
     antidiagonal_scores,
+    block_mass,
     last_query_probe,
     pool_keys,
     pool_queries,
@@ -31,6 +32,7 @@ __all__ = [
     "attend",
     "attend_backward",
     "autotune",
+    "block_mass",
     "collisions",
     "count",
     "finish",

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.backends import torch as definition
+from gossamer.backends.torch.mass import check_lse
 from gossamer.backends.triton.config import power_of_two
 from gossamer.backends.triton.device import check_call, extent_on, integers_on, kernels, run
 from gossamer.call import AttentionCall
@@ -19,6 +21,7 @@ from gossamer.plan import Grid, ceil_div
 __all__ = [
     "PART_BYTES",
     "antidiagonal_scores",
+    "block_mass",
     "last_query_probe",
     "pool_keys",
     "pool_queries",
@@ -175,6 +178,28 @@ def row_block_energy(
     return out
 
 
+def block_mass(call: AttentionCall, lse: Tensor, grid: Grid, part: range) -> Tensor:
+    """See `gossamer.backends.torch.block_mass`, which serves calls with a soft-cap, too."""
+    if call.softcap is not None:
+        return definition.block_mass(call, lse, grid, part)
+    check_call(call)
+    check_lse(call, lse)
+    _check_part(part, grid)
+    mass = torch.zeros(call.batch, call.heads, len(part), grid.key_blocks, device=call.device)
+    if mass.numel() == 0:
+        return mass
+    q, k = _dense_rows(call.q), _dense_rows(call.k)
+    tile_m, tile_n, warps = _energy_tiles(q, grid.block_q)
+    run(
+        kernels().block_mass, call.batch * call.heads * len(part), q, k, (lse.float() * _LOG2_E).contiguous(), mass,
+        *q.stride()[:3], *k.stride()[:3], extent_on(call.extent, q.device), call.heads, call.query_len,
+        grid.key_blocks, part.start, len(part), call.scale * _LOG2_E, SHARE=call.share, BLOCK_Q=grid.block_q,
+        BLOCK_K=grid.block_k, TILE_M=min(tile_m, 64), TILE_N=min(tile_n, power_of_two(grid.block_k)), **_operands(q),
+        num_warps=warps, num_stages=1,
+    )  # fmt: skip
+    return mass
+
+
 def _energy_tiles(q: Tensor, rows: int) -> tuple[int, int, int]:
     """Rows, means of keys and warps for query blocks of ``rows`` rows."""
     wide = q.shape[-1] > 128
@@ -187,8 +212,6 @@ def _energy_tiles(q: Tensor, rows: int) -> tuple[int, int, int]:
 def antidiagonal_scores(call: AttentionCall, grid: Grid, stride: int, part: range) -> Tensor:
     """See `gossamer.backends.torch.antidiagonal_scores`, which serves blocks of more than 128 cells."""
     if max(grid.block_q, grid.block_k) > _MOST_CELLS * stride:
-        from gossamer.backends import torch as definition
-
         return definition.antidiagonal_scores(call, grid, stride, part)
     check_call(call)
     _check_part(part, grid)

@@ -237,7 +237,7 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     fields = asked.scale, asked.sinks, asked.softcap, asked.layer
     if store is not None:
         store.place(extent)
-    given: dict[str, Any] = owner.given(asked.layer, extent) if store is None else {"state": store.state}
+    given = owner.about(asked.layer, extent, asked.query_len) | ({} if store is None else {"state": store.state})
     call = AttentionCall(asked.query, keys, values, extent, *fields, store=store, rotary=rotary, **given)
     kept = None if call.needs_gradient else store
     if kept is not None:
@@ -265,7 +265,7 @@ def _run_operator(owner: Owner, *tensors_and_fields: Any) -> Tensor:
     asked = _Asked(*tensors_and_fields)
     owner.reached[asked.layer] += 1
     # In a graph nobody sees which positions the model gives its tokens; what was seen before it is another forward's.
-    return _by_policy(owner if owner.rotary is None else replace(owner, rotary=None), asked, None)
+    return _by_policy(replace(owner, rotary=None, modalities=None), asked, None)
 
 
 _operator = operator(_run_operator)

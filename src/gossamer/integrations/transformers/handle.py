@@ -24,6 +24,7 @@ from gossamer.integrations.stats import LayerStats, Stats
 from gossamer.integrations.transformers.attention import BIDIRECTIONAL, register
 from gossamer.integrations.transformers.configs import configs, implementations, path_to, request
 from gossamer.integrations.transformers.context import Context
+from gossamer.integrations.transformers.modalities import Modalities
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, lend, owner_of, set_owner
 from gossamer.integrations.transformers.reached import Reached
 from gossamer.integrations.transformers.rotary import Positions, rotary_module, verified
@@ -57,7 +58,7 @@ class Handle:
         self._model = weakref.ref(model)
         self._lent = lent
         self._layers: dict[int | None, LayerStats] = {}
-        self._reached = Reached(model)
+        self._reached, self._modalities = Reached(model), Modalities(model)
         self._stores = None if cache is None else Stores(model, cache)
         self._positions: Positions | None = None
         self._hook: Any = None
@@ -204,6 +205,7 @@ class Handle:
         self._enabled = False
         self._given_back.detach()
         self._reached.stop()
+        self._modalities.stop()
         if self._stores is not None:
             self._stores.stop()
         if self._hook is not None:
@@ -220,6 +222,8 @@ class Handle:
         self._visit = visit
         for part, counter in self._reached.counters(model):
             owner = Owner(self.policy, self._record, visit, counter, rotary, self._instead, shared) if enabled else None
+            if owner is not None and part is model:
+                owner = dataclasses.replace(owner, modalities=self._modalities.layout)
             if owner is not None and self._sampling is not None:
                 owner = dataclasses.replace(owner, given=self._sampling.given)
             for module in part.modules():

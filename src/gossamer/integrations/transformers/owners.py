@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gossamer.attention import CallRecord
 from gossamer.call import AttentionCall
 from gossamer.integrations.stats import Observation
+from gossamer.layout import ModalityLayout
 from gossamer.plan import Extent
 from gossamer.policy import Policy
 from gossamer.rotary import Rotary
@@ -53,6 +54,8 @@ class Owner:
         rotary: how the model turned a call's q and k, where somebody asked for it.
         instead: makes the output ``[B, H, S, Dv]`` of calls with several queries, in place of the policy.
         given: what else a call says of itself, by its layer and extent.
+        modalities: which of a call's tokens are text, by its extent and number of query rows; where a method or an
+            observer looks at it.
         context: the same of all calls, where several processes share a prompt; what it is given has no extent.
     """
 
@@ -64,6 +67,14 @@ class Owner:
     instead: Callable[[AttentionCall], Tensor] | None = None
     context: Callable[[AttentionCall], Tensor] | None = None
     given: Callable[[int | None, Extent], dict[str, Any]] = _nothing
+    modalities: Callable[[Extent, int], ModalityLayout | None] | None = None
+
+    def about(self, layer: int | None, extent: Extent, queries: int) -> dict[str, Any]:
+        """What a call of so many query rows says of itself besides its tensors."""
+        wanted = self.modalities is not None and queries > 1
+        wanted = wanted and (self.observe is not None or any(part.modal for part in self.policy.method.parts()))
+        layout = self.modalities(extent, queries) if wanted and self.modalities is not None else None
+        return ({} if layout is None else {"layout": layout}) | self.given(layer, extent)
 
 
 _owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()

@@ -12,6 +12,7 @@ from gossamer.backends.triton.kernels.attend import attend
 from gossamer.backends.triton.kernels.choices import choose_rows, list_bits
 from gossamer.backends.triton.kernels.columns import mark_blocks
 from gossamer.backends.triton.kernels.key_gradients import column_gradients, key_gradients, mean_gradients
+from gossamer.backends.triton.kernels.mass import block_mass
 from gossamer.backends.triton.kernels.means import block_means, mean_products, merge_energies, row_energies
 from gossamer.backends.triton.kernels.pairs import count_columns, count_pairs
 from gossamer.backends.triton.kernels.probe import merge_diagonals, merge_sums, probe_mass, probe_sums
@@ -21,6 +22,7 @@ from gossamer.backends.triton.kernels.steps import hash_collisions, label_produc
 __all__ = [
     "antidiagonal_mass",
     "attend",
+    "block_mass",
     "block_means",
     "choose_rows",
     "column_gradients",

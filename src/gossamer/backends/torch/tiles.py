@@ -1,4 +1,4 @@
-"""Softmax mass in tiles of queries by keys, and sums over blocks: the machinery of the exact oracle."""
+"""Softmax mass in tiles of queries by keys, and sums over blocks: block mass by definition, and the exact oracle's."""
 
 from __future__ import annotations
 
