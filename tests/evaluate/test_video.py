@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from repository import ROOT
@@ -195,3 +196,25 @@ def test_other_folders_and_files_are_refused(tmp_path: Path, folder: Path, capsy
     assert main(["eval-video", str(folder), "--out", str(other)]) == 2
     assert "is no line of eval-video" in capsys.readouterr().err
     assert other.read_text() == '{"kind": "run"}\n'
+
+
+def test_the_masked_language_model_learns_of_masks_alone(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "models"))
+    try:
+        import train_masked
+    finally:
+        sys.path.remove(str(ROOT / "models"))
+    schedule = (train_masked.Phase(32, 6, 3, 1.0, 1.0),)
+    config = train_masked.CONFIG | {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config |= {"head_dim": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    tokens = np.arange(4000) % 50 + 3
+    trainer = train_masked.Trainer(0, schedule, config, tokens, 60, False)
+    given, masked, share = trainer.batch(schedule[0])
+    assert given.shape == masked.shape == (6, 32)
+    assert torch.all(share.diff() > 0)
+    ascending = (given.diff(dim=1) % 50 == 1).all(dim=1)
+    assert 0 < int(ascending.sum()) < 6  # the others say a passage twice
+    loss = trainer.loss(schedule[0])
+    assert float(loss.detach()) == pytest.approx(math.log(61), rel=0.3)  # nats of a token of which nothing is known
+    assert trainer.train(tmp_path / "state.pt", math.inf)
+    assert trainer.step == 3

@@ -1,0 +1,140 @@
+"""A training run of a small model: steps that repeat, averaged weights, checkpoints to go on from, a log."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Phase", "Run"]
+
+WARMUP = 50
+DECAY = 0.01  # of matrices
+
+
+class Phase(Protocol):
+    """A stretch of training: ``steps`` steps, between two multipliers of the learning rate; a dataclass."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def first(self) -> float: ...
+    @property
+    def last(self) -> float: ...
+    @property
+    def tokens(self) -> int:
+        """Of one sequence."""
+        ...
+
+
+class Run(ABC):
+    """Weights, optimiser and log. Each step draws its data from a generator seeded with (seed, step).
+
+    Args:
+        bfloat16: multiply in bfloat16; weights, sums and the optimiser stay in fp32.
+    """
+
+    def __init__(self, seed: int, schedule: Sequence[Phase], model: Any, rate: float, bfloat16: bool) -> None:
+        self.seed, self.schedule, self.rate, self.bfloat16 = seed, schedule, rate, bfloat16
+        self.model = model.float().train()
+        parameters = list(self.model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": DECAY},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.97))
+        # What is shipped.
+        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.step, self.wall = 0, 0.0
+        self.log: list[dict[str, float]] = []
+
+    @abstractmethod
+    def loss(self, phase: Any) -> Tensor:
+        """Of the current step's batch."""
+
+    def generator(self) -> torch.Generator:
+        """Of the current step."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+
+    def products(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if self.bfloat16 else nullcontext()
+
+    def train_step(self, phase: Phase, multiplier: float) -> dict[str, float]:
+        """Update the weights; what is logged."""
+        loss = self.loss(phase)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * multiplier * min(1.0, (self.step + 1) / WARMUP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        kept = min(0.99, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                self.average[name].lerp_(parameter, 1 - kept)
+        return {"step": self.step, "tokens": phase.tokens, "loss": loss.item()}
+
+    def train(self, checkpoint: Path | None, until: float) -> bool:
+        """Run the schedule from the current step on; False where ``until`` seconds of all runs were over before."""
+        wall, begin = time.time() - self.wall, 0
+        for phase in self.schedule:
+            for i in range(max(0, self.step - begin), phase.steps):
+                record = self.train_step(phase, phase.first + (phase.last - phase.first) * i / max(1, phase.steps))
+                self.wall = time.time() - wall
+                self.log.append(record | {"wall_s": round(self.wall, 1)})
+                if self.step % 10 == 0:
+                    print(json.dumps(self.log[-1] | {"loss": round(record["loss"], 4)}), flush=True)
+                over = self.wall > until
+                if checkpoint and (over or self.step % 100 == 0 or i + 1 == phase.steps):
+                    self.save(checkpoint)
+                if over:
+                    return False
+            begin += phase.steps
+        return True
+
+    def save(self, path: Path) -> None:
+        """Everything that is needed to go on."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        state |= {"counts": (self.step, self.wall), "log": self.log}
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint of the same seed and schedule."""
+        state = torch.load(path)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average, self.log = state["average"], state["log"]
+        self.step, self.wall = state["counts"]
+
+    def take_average(self) -> None:
+        """The averaged weights become the model's."""
+        self.model.load_state_dict(self.average, strict=False)
+
+    def write_log(self, out: Path, **more: Any) -> None:
+        """``training_log.json``: what was run, and every tenth step."""
+        summary = {
+            "seed": self.seed,
+            "schedule": [asdict(phase) | {"tokens": phase.tokens} for phase in self.schedule],  # type: ignore[call-overload]
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "steps": self.step,
+            "wall_s": round(self.wall, 1),
+            "threads": torch.get_num_threads(),
+            "bfloat16": self.bfloat16,
+            **more,
+        }
+        rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in self.log[::10]]
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        head = json.dumps(summary, indent=1).removesuffix("\n}")
+        (out / "training_log.json").write_text(f'{head},\n "log": [\n{lines}\n ]\n}}\n')
