@@ -147,8 +147,8 @@ def main() -> int:
     if arguments.resume:
         trainer.resume(arguments.checkpoint)
     # Dense attention, forward and backward, by gossamer's kernels: torch's in bfloat16 is slow on CPUs.
-    method = gossamer.methods.create("dense", kernel="gossamer")
-    with gossamer.enable(trainer.model, gossamer.Policy(method, min_tokens=0, training=True), bidirectional=True):
+    dense: dict[str, Any] = dict(method="dense", kernel="gossamer", min_tokens=0, training=True)
+    with gossamer.enable(trainer.model, **dense, bidirectional=True):
         done = trainer.train(arguments.checkpoint, arguments.until)
     if not done:
         print(f"stopped at step {trainer.step}: --resume goes on from {arguments.checkpoint}", file=sys.stderr)

@@ -136,8 +136,8 @@ def main() -> int:
     if arguments.resume:
         trainer.resume(arguments.checkpoint)
     # Dense attention, forward and backward, by gossamer's kernels: torch's in bfloat16 is slow on CPUs.
-    policy = gossamer.Policy(gossamer.methods.create("dense", kernel="gossamer"), min_tokens=0, training=True)
-    with gossamer.enable(trainer.model, policy):
+    dense: dict[str, Any] = dict(method="dense", kernel="gossamer", min_tokens=0, training=True)
+    with gossamer.enable(trainer.model, **dense):
         done = trainer.train(arguments.checkpoint, arguments.until)
     if not done:
         print(f"stopped at step {trainer.step}: --resume goes on from {arguments.checkpoint}", file=sys.stderr)
