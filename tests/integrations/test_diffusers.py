@@ -43,6 +43,17 @@ def run(model: nn.Module, name: str, batch: int = 3, time: float = 500.0, **chan
         return model(**inputs_of(name, batch, time * FAMILIES[name].scale) | changes)[0]
 
 
+@pytest.mark.parametrize("kernel", ["torch", "gossamer"])
+def test_dense_attention_runs_where_it_is_told_to(kernel: str) -> None:
+    model = tiny("wan")
+    expected = run(model, "wan")
+    with enable(model, "dense", kernel=kernel, min_tokens=0) as handle:
+        got = run(model, "wan")
+        executors = {name for row in handle.stats() if row.layer is not None for name in row.executors}
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert (executors == {"native"}) is (kernel == "torch")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parity_at_full_budget(name: str) -> None:
     """Several videos in a batch, with text, padded where the model takes a mask; and not by doing nothing."""
