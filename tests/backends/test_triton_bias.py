@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from gossamer.backends import torch as definition
 pytestmark = MARKS
 
 
-def call_of(bias: torch.Tensor | float, **more: float) -> AttentionCall:
+def call_of(bias: torch.Tensor | float, **more: Any) -> AttentionCall:
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, 2, 40, 16, generator=generator) for _ in range(3))
     return AttentionCall(q, k, v, bias=torch.as_tensor(bias).float().expand(1, 2, 40), **more)

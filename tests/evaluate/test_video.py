@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -34,16 +35,14 @@ TINY: dict[str, Any] = dict(
 def scripts() -> dict[str, ModuleType]:
     sys.path.insert(0, str(ROOT / "models"))
     try:
-        import clips
-        import train_video
+        return {name: importlib.import_module(name) for name in ("clips", "train_video", "train_masked")}
     finally:
         sys.path.remove(str(ROOT / "models"))
-    return {"clips": clips, "train": train_video}
 
 
 @pytest.fixture(scope="module")
 def folder(scripts: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    train = scripts["train"]
+    train = scripts["train_video"]
     out = tmp_path_factory.mktemp("video") / "model"
     schedule = (train.Phase(2, 8, 2, 1, 1.0, 1.0), train.Phase(4, 16, 1, 1, 1.0, 0.5))
     trainer = train.Trainer(0, schedule, TINY, False)
@@ -102,7 +101,7 @@ def test_clips_are_what_their_sentences_say(scripts: dict[str, ModuleType]) -> N
 
 
 def test_training_steps_repeat_and_resume(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
-    train = scripts["train"]
+    train = scripts["train_video"]
     schedule = (train.Phase(2, 8, 2, 4, 1.0, 1.0),)
     whole = train.Trainer(0, schedule, TINY, False)
     assert whole.train(None, math.inf)
@@ -198,12 +197,8 @@ def test_other_folders_and_files_are_refused(tmp_path: Path, folder: Path, capsy
     assert other.read_text() == '{"kind": "run"}\n'
 
 
-def test_the_masked_language_model_learns_of_masks_alone(tmp_path: Path) -> None:
-    sys.path.insert(0, str(ROOT / "models"))
-    try:
-        import train_masked
-    finally:
-        sys.path.remove(str(ROOT / "models"))
+def test_the_masked_language_model_learns_of_masks_alone(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    train_masked = scripts["train_masked"]
     schedule = (train_masked.Phase(32, 6, 3, 1.0, 1.0),)
     config = train_masked.CONFIG | {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
     config |= {"head_dim": 16, "intermediate_size": 32, "num_hidden_layers": 1}
