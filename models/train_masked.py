@@ -125,7 +125,7 @@ class Trainer(Run):
     def export(self, out: Path, tokenizer: PreTrainedTokenizerFast, corpus: str) -> None:
         """Write the averaged weights in bfloat16, the tokenizer and the training log."""
         self.take_average()
-        shipped: Any = EuroBertForMaskedLM(self.model.config).to(torch.bfloat16)
+        shipped: Any = EuroBertForMaskedLM(self.model.config).bfloat16()
         shipped.load_state_dict(self.model.state_dict())
         shipped.save_pretrained(out)
         tokenizer.save_pretrained(out)

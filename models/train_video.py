@@ -18,7 +18,8 @@ from typing import Any
 
 import clips
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from runs import Run
 from torch import Tensor
 
@@ -98,20 +99,23 @@ class Trainer(Run):
             found = self.model((1 - share) * x + share * noise, times * TIMES, text, return_dict=False)[0]
         return (found.float() - (noise - x)).square().mean()
 
-    def export(self, out: Path) -> None:
-        """Write the averaged weights in bfloat16 and the scheduler in diffusers' format, and the training log."""
+    def export(self, out: Path, size: tuple[int, int, int]) -> None:
+        """Write the averaged weights in bfloat16 and the scheduler in diffusers' format, and the training log.
+
+        Args:
+            size: frames, height and width of the clips that are asked for.
+        """
         self.take_average()
-        shipped: Any = WanTransformer3DModel(**self.model.config).to(torch.bfloat16)
+        shipped: Any = WanTransformer3DModel(**self.model.config).bfloat16()
         shipped.load_state_dict(self.model.state_dict())
         shipped.save_pretrained(out / "transformer")
         FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(out / "scheduler")
-        last = self.schedule[-1]
         generator = torch.Generator().manual_seed(self.seed + 1)
         words = {
             "words": clips.WORDS,
             "codes": clips.word_codes().tolist(),
             "prompts": [" ".join(clips.describe(clips.draw_shapes(generator))) for _ in range(PROMPTS)],
-            "size": [self.model.config.in_channels, last.frames, last.size, last.size],
+            "size": [self.model.config.in_channels, *size],
             "guidance": GUIDANCE,
         }
         (out / "words.json").write_text(json.dumps(words) + "\n")
@@ -142,7 +146,8 @@ def main() -> int:
     if not done:
         print(f"stopped at step {trainer.step}: --resume goes on from {arguments.checkpoint}", file=sys.stderr)
         return 1
-    trainer.export(arguments.out)
+    last = SCHEDULE[-1]
+    trainer.export(arguments.out, (last.frames, last.size, last.size))
     return 0
 
 

@@ -47,7 +47,7 @@ def folder(scripts: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFact
     schedule = (train.Phase(2, 8, 2, 1, 1.0, 1.0), train.Phase(4, 16, 1, 1, 1.0, 0.5))
     trainer = train.Trainer(0, schedule, TINY, False)
     assert trainer.train(None, math.inf)
-    trainer.export(out)
+    trainer.export(out, (4, 16, 16))
     return out
 
 

@@ -24,10 +24,10 @@ def step_bytes(record: Mapping[str, Any], model: Mapping[str, Any]) -> float | N
     if "cache_bytes" not in record:
         return None
     read = record.get("read", 1.0) * record["cache_bytes"]
-    fields, sizes = record.get("decode_fields"), [model.get(name) for name in ("layers", "kv_heads", "head_dim")]
-    if fields is None or None in sizes or "prompt_tokens" not in record:
+    fields = record.get("decode_fields")
+    if fields is None or "prompt_tokens" not in record or not {"layers", "kv_heads", "head_dim"} <= model.keys():
         return read
-    layers, heads, dim = sizes
+    layers, heads, dim = (int(model[name]) for name in ("layers", "kv_heads", "head_dim"))
     try:
         method = from_dict(dict(fields))
     except (TypeError, ValueError):  # of another version, or of a package that is not here

@@ -172,9 +172,9 @@ def mass_read(call: AttentionCall, plan: SparsePlan) -> MassRead:
     best = torch.zeros_like(chosen).scatter_(
         2, ranked, torch.arange(call.key_len, device=call.device) < chosen.sum(dim=-1, keepdim=True)
     )
-    mass = [float((weights * keys[:, :, None]).sum(dim=-1).mean()) for keys in (chosen, best)]
+    mass, most = (float((weights * keys[:, :, None]).sum(dim=-1).mean()) for keys in (chosen, best))
     found = (chosen & best).sum(dim=-1) / best.sum(dim=-1).clamp(min=1)
-    return MassRead(*mass, float(found.mean()), call.key_len)
+    return MassRead(mass, most, float(found.mean()), call.key_len)
 
 
 def differences(rows: Tensor, wanted: Tensor, tokens: Tensor) -> tuple[float, float, float]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gossamer
 from gossamer.evaluate.records import label_of, policy_fields
 from gossamer.evaluate.video_quality import feature_distance, psnr, ssim
+from gossamer.integrations.diffusers import enable
 from gossamer.integrations.stats import Stats
 from gossamer.policy import Policy
 
@@ -122,7 +122,7 @@ def load_video_model(folder: Path, prompts: Sequence[str] = (), size: Mapping[st
 
     try:
         if (folder / "model_index.json").is_file():
-            pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
+            pipeline: Any = getattr(diffusers, "DiffusionPipeline").from_pretrained(folder)  # noqa: B009
             return PipelineModel(pipeline, folder.name, prompts, size or {})
         if (folder / "words.json").is_file():
             words = json.loads((folder / "words.json").read_text())
@@ -169,7 +169,7 @@ def compare_videos(
                 continue
             dense = model.sample(prompt, seed, steps)
             for policy in left:
-                with gossamer.enable(model.enabled, policy, steps=steps) as handle:
+                with enable(model.enabled, policy, steps=steps) as handle:
                     started = time.perf_counter()
                     clip = model.sample(prompt, seed, steps)
                     seconds = time.perf_counter() - started
