@@ -136,12 +136,14 @@ class RowInteraction(nn.Module):
         self.classes, self.window, self.random, self.seed = classes, window, random, seed
         self.depth = ceil_div(blocks, len(self.scales))
         self.blocks = nn.ModuleList(Block(width, heads, **factory) for _ in range(self.depth * len(self.scales)))
-        self.special = nn.Parameter(nn.init.trunc_normal_(torch.empty(classes + globals_, width, **factory), std=0.02))
+        self.special = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(classes + globals_, width, device=device, dtype=dtype), std=0.02)
+        )
         self.norm = nn.LayerNorm(width, **factory)
         self.rotary = replace(Rotary.of_base(width // heads, base), interleaved=True)
         if group == "learned":
             self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, **factory) for _ in range(3))
-            self.group = nn.Parameter(0.02 * torch.randn(width, **factory))
+            self.group = nn.Parameter(0.02 * torch.randn(width, device=device, dtype=dtype))
         else:
             self.register_parameter("group", None)
 
