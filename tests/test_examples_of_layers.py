@@ -69,7 +69,7 @@ def test_an_example_of_a_layer_runs(
     name: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = request.getfixturevalue(name)
-    small = {"TEST": 8, "BATCH": 4} if name == "shapes" else {"TESTS": 2, "BATCH": 1, "ROWS": 51}
+    small = {"TEST": 8, "BATCH": 4} if name == "shapes" else {"TESTS": 2, "BATCH": 1, "ROWS": 36}
     for what, value in small.items():
         monkeypatch.setattr(example, what, value)
     example.main(["--steps", "2"])
