@@ -190,6 +190,13 @@ def test_the_order_of_labelled_rows_does_not_matter() -> None:
     torch.testing.assert_close(made(x[:, order], labels[:, order], 6), made(x, labels, 6))
 
 
+@pytest.mark.parametrize(("group", "known"), [("learned", False), ("mean", True)])
+def test_the_place_of_a_column_is_lost_where_groups_are_learned(group: Any, known: bool) -> None:
+    made, (x, labels) = model(group=group), table()
+    out = made(x[:, :, [2, 0, 4, 1, 3]], labels, 6)
+    assert torch.allclose(out, made(x, labels, 6), rtol=0, atol=1e-9) != known
+
+
 @pytest.mark.parametrize("group", ["learned", "mean"])
 def test_columns_that_are_not_there_change_nothing(group: Any) -> None:
     made, (x, labels) = model(group=group), table()

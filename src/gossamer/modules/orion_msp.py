@@ -20,6 +20,9 @@ What the paper says and the released code does differ:
 - Options differ from place to place; by default they are those of the project's description (6 blocks, scales 1, 4 and
   16, window 8, 2 random links, 4 global tokens, learned groups, 32 memory vectors in 2 layers). The class there has 3
   blocks, scales 1, 4 and 8, window 4, no random links, 2 global tokens, means as groups and 16 vectors.
+- With learned groups, in the release as here, all groups of all scales read all columns, by what a column holds and not
+  by its place: **the order of columns is lost, and columns whose numbers lie alike cannot be told apart.** With means
+  the rotary embedding tells their places.
 - ``embed_with_test`` lets columns be summarised from all rows, which reaches from unlabelled rows to others.
 - Left out: more classes than the model has (a tree of models there), ensembles, and a value that marks empty columns.
 """
@@ -136,12 +139,14 @@ class RowInteraction(nn.Module):
         self.classes, self.window, self.random, self.seed = classes, window, random, seed
         self.depth = ceil_div(blocks, len(self.scales))
         self.blocks = nn.ModuleList(Block(width, heads, **factory) for _ in range(self.depth * len(self.scales)))
-        self.special = nn.Parameter(nn.init.trunc_normal_(torch.empty(classes + globals_, width, **factory), std=0.02))
+        self.special = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(classes + globals_, width, device=device, dtype=dtype), std=0.02)
+        )
         self.norm = nn.LayerNorm(width, **factory)
         self.rotary = replace(Rotary.of_base(width // heads, base), interleaved=True)
         if group == "learned":
             self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, **factory) for _ in range(3))
-            self.group = nn.Parameter(0.02 * torch.randn(width, **factory))
+            self.group = nn.Parameter(0.02 * torch.randn(width, device=device, dtype=dtype))
         else:
             self.register_parameter("group", None)
 

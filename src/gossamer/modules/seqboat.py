@@ -203,11 +203,11 @@ class SeqBoatLayer(nn.Module):
             truncated_normal(proj.weight, 0.02)
             nn.init.zeros_(proj.bias)
         # Queries and keys are one projection, scaled and shifted by channel.
-        self.gains = nn.Parameter(truncated_normal(torch.empty(2, key_dim, **factory), 0.02))
-        self.shifts = nn.Parameter(torch.zeros(2, key_dim, **factory))
-        start = torch.full((1,), math.log(temperature * width**0.5), **factory)
+        self.gains = nn.Parameter(truncated_normal(torch.empty(2, key_dim, device=device, dtype=dtype), 0.02))
+        self.shifts = nn.Parameter(torch.zeros(2, key_dim, device=device, dtype=dtype))
+        start = torch.full((1,), math.log(temperature * width**0.5), device=device, dtype=dtype)
         self.log_temperature = nn.Parameter(start) if router else None
-        made = truncated_normal(torch.empty(2 * most_positions - 1, **factory), 0.02)
+        made = truncated_normal(torch.empty(2 * most_positions - 1, device=device, dtype=dtype), 0.02)
         self.relative = nn.Parameter(made) if positions == "relative" else None
         self.rotary = replace(Rotary.of_base(key_dim), interleaved=True) if positions == "rotary" else None
 

@@ -113,9 +113,11 @@ class ConnectivityPredictor(nn.Module):
         factory: Factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(head_dim, head_dim // reduce, **factory)
         self.k_proj = nn.Linear(head_dim, head_dim // reduce, **factory)
-        self.down = nn.Parameter(nn.init.trunc_normal_(torch.empty(tokens, rank, **factory), std=0.02))
+        self.down = nn.Parameter(nn.init.trunc_normal_(torch.empty(tokens, rank, device=device, dtype=dtype), std=0.02))
         self.basis = (
-            self.down if shared else nn.Parameter(nn.init.trunc_normal_(torch.empty(tokens, rank, **factory), std=0.02))
+            self.down
+            if shared
+            else nn.Parameter(nn.init.trunc_normal_(torch.empty(tokens, rank, device=device, dtype=dtype), std=0.02))
         )
 
     def weigh(self, q: Tensor, k: Tensor, live: Tensor | None = None) -> Tensor:

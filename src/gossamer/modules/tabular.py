@@ -92,7 +92,7 @@ class ColumnEmbedding(nn.Module):
         super().__init__()
         factory: Factory = {"device": device, "dtype": dtype}
         self.first = nn.Linear(1, width, **factory)
-        starts = (torch.empty(points, width, **factory) for _ in range(depth))
+        starts = (torch.empty(points, width, device=device, dtype=dtype) for _ in range(depth))
         self.points = nn.ParameterList(nn.init.trunc_normal_(start, std=0.02) for start in starts)
         self.write, self.read = (nn.ModuleList(Block(width, heads, **factory) for _ in range(depth)) for _ in range(2))
         self.weight, self.shift = (
@@ -156,7 +156,9 @@ class PerceiverMemory(nn.Module):
     ) -> None:
         super().__init__()
         factory: Factory = {"device": device, "dtype": dtype}
-        self.latents = nn.Parameter(nn.init.trunc_normal_(torch.empty(latents, width, **factory), std=0.02))
+        self.latents = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(latents, width, device=device, dtype=dtype), std=0.02)
+        )
         self.writers = nn.ModuleList(_Crossing(width, heads, True, factory) for _ in range(depth))
         self.readers = nn.ModuleList(_Crossing(width, heads, mixing, factory) for _ in range(depth))
 
