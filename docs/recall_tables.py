@@ -66,8 +66,25 @@ def costs_table() -> str:
     return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
 
 
+def characters_of(found: dict[str, Any]) -> Table:
+    """A row for each kind of attention of `examples/character_model.py`."""
+    rows = []
+    for kind in dict.fromkeys(one["kind"] for one in found["rows"]):
+        mine = [one for one in found["rows"] if one["kind"] == kind]
+        bits, seconds = [one["bits"] for one in mine], [one["seconds"] for one in mine]
+        said = (f"{sum(bits) / len(bits):.3f}", f"{min(bits):.3f} to {max(bits):.3f}", len(mine))
+        rows.append((f"`{kind}`", *said, f"{mine[0]['reads']:.0f}", f"{sum(seconds) / len(seconds):.0f}"))
+    above = f"{found['machine']['cpu']}, {found['threads']} threads; {found['rows'][0]['steps']} steps."
+    return above, ("attention", "bits a character", "best to worst", "seeds", "keys a query", "seconds"), rows
+
+
+def characters_table() -> str:
+    made = [characters_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/characters.json"))]
+    return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-TABLES = {"recall": recall_table, "module_costs": costs_table}
+TABLES = {"recall": recall_table, "module_costs": costs_table, "characters": characters_table}

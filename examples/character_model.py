@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from reading import repository_text
+from reading import machine, repository_text
 from torch import Tensor, nn
 
 from gossamer.cli.common import table
-from gossamer.cli.machine import examine_cpu
 from gossamer.cli.specs import split_specs
 from gossamer.evaluate.mqar.mixers import Mixer, parse_mixer
 
@@ -97,7 +96,9 @@ def trained(kind: str, text: Tensor, held_out: Tensor, steps: int, seed: int) ->
     model.eval()
     with torch.no_grad():
         nats = float(loss_of(model, samples(held_out, HELD_OUT, torch.Generator().manual_seed(0))))
-    return {"kind": kind, "seed": seed, "bits": nats / math.log(2), "seconds": seconds, "steps": steps}
+    reads = parse_mixer(kind).reads(LAYERS, WIDTH, TOKENS)
+    figures = {"bits": nats / math.log(2), "seconds": seconds, "steps": steps, "reads": reads}
+    return {"kind": kind, "seed": seed} | figures
 
 
 def rows_of(found: list[dict[str, Any]]) -> list[list[str]]:
@@ -107,7 +108,7 @@ def rows_of(found: list[dict[str, Any]]) -> list[list[str]]:
     for kind in dict.fromkeys(one["kind"] for one in found):
         mine = [one for one in found if one["kind"] == kind]
         bits, seconds = [one["bits"] for one in mine], [one["seconds"] for one in mine]
-        reads = parse_mixer(kind).reads(LAYERS, WIDTH, TOKENS)
+        reads = mine[0]["reads"]
         cells = [f"{sum(bits) / len(bits):.3f}", f"{min(bits):.3f}-{max(bits):.3f}", f"{reads:.0f}"]
         rows.append([kind, *cells, f"{reads / dense:.0%}", f"{sum(seconds) / len(seconds):.0f}"])
     return rows
@@ -131,7 +132,7 @@ def main() -> int:
     ]
     print(table(rows_of(found)))
     if arguments.out is not None:
-        about = {"machine": examine_cpu(), "torch": torch.__version__, "rows": found}
+        about = {"machine": machine(), "threads": torch.get_num_threads(), "rows": found}
         arguments.out.write_text(json.dumps(about, indent=1) + "\n")
     return 0
 

@@ -46,3 +46,12 @@ def test_the_table_of_costs() -> None:
     assert header[4] == "forward: times dense at 4,096"
     assert [cells[3] for cells in rows] == ["", "2,048", "never"]
     assert rows[1] == ("`fast`", *("1.50", "2.00", "2,048", "0.50") * 2)
+
+
+def test_the_table_of_characters() -> None:
+    rows = [{"kind": "dense", "bits": bits, "seconds": 10.0, "steps": 5, "reads": 128.5} for bits in (2.0, 3.0)]
+    found = {"machine": {"cpu": "a cpu"}, "threads": 2, "rows": rows}
+    above, header, made = script("docs/recall_tables.py").characters_of(found)
+    assert above == "a cpu, 2 threads; 5 steps."
+    assert made == [("`dense`", "2.500", "2.000 to 3.000", 2, "128", "10")]
+    assert len(header) == len(made[0])
