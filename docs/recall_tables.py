@@ -23,7 +23,7 @@ def recall_tables(path: Path) -> list[Table]:
     for group in dict.fromkeys((row.settings, row.task) for row in rows):
         here = [row for row in rows if (row.settings, row.task) == group]
         edges = sorted({edge for row in here for edge, _ in near_and_far(row)})
-        above = f"Setting `{', '.join(group[0])}`, {group[1]}; {machine['processor']} (`{path.parent.name}`)."
+        above = f"Setting `{', '.join(group[0])}`, `{group[1]}`; {machine['processor']} (`{path.parent.name}`)."
         header = ("layers", "width", "accuracy", "worst to best", "seeds", *(f"to {edge}" for edge in edges))
         made.append((above, (*header, "state", "logits", "of dense"), [recall_row(row, edges) for row in here]))
     return made

@@ -26,7 +26,7 @@ def test_the_table_of_recall(tmp_path: Path) -> None:
     lines = [run, line("dense", 0, 1.0), line("dense", 1, 0.5), line("window(4)+dense", 0, 0.25, "small")]
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
     quick, small = script("docs/recall_tables.py").recall_tables(path)
-    assert quick[0] == "Setting `quick`, plain 64/8 of 256; a processor (`machine`)."
+    assert quick[0] == "Setting `quick`, `plain(vocabulary=256,length=64,pairs=8)`; a processor (`machine`)."
     assert quick[1] == (
         *("layers", "width", "accuracy", "worst to best", "seeds", "to 16", "to 32", "state", "logits", "of dense"),
     )
