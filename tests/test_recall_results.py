@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from repository import script
+from repository import ROOT, script
 
 from gossamer.evaluate.mqar.data import Plain
 from gossamer.evaluate.mqar.mixers import parse_mixer
 from gossamer.evaluate.mqar.settings import Cell
+from gossamer.evaluate.mqar.summary import RecallRow, near_and_far, recall_rows
+from gossamer.evaluate.summary import read_results
 
 
 def line(mixer: str, seed: int, accuracy: float, setting: str = "quick") -> dict[str, Any]:
@@ -55,3 +57,33 @@ def test_the_table_of_characters() -> None:
     assert above == "a cpu, 2 threads; 5 steps."
     assert made == [("`dense`", "2.500", "2.000 to 3.000", 2, "128", "10")]
     assert len(header) == len(made[0])
+
+
+FILE = ROOT / "benchmarks" / "results" / "amd-epyc-zen5-2-cores-avx512-bf16" / "mqar.jsonl"
+
+
+def measured(second: str, width: int = 32) -> RecallRow:
+    """The row of a convolution over three tokens and another layer."""
+    rows = [row for row in recall_rows(read_results(FILE)) if row.settings == ("quick",)]
+    (one,) = [row for row in rows if (row.mixer, row.width) == (f"convolution(3)+{second}", width)]
+    return one
+
+
+def test_the_page_says_what_was_measured() -> None:
+    text = (ROOT / "docs" / "recall.md").read_text(encoding="utf-8")
+    kinds = ("dense", "window(16)", "oracle_topk(8)", "random_topk(8)", "fixed(8)", "combiner(8)", "convolution")
+    for kind in (*kinds, "routing(16)", "combiner_logsparse"):
+        row = measured(kind)
+        assert row.seeds == 3
+        assert f"{row.accuracy:.3f}" in text, kind
+    assert measured("dense").low > 0.99
+    assert measured("oracle_topk(8)").reads == measured("random_topk(8)").reads
+    assert measured("oracle_topk(8)").low > measured("random_topk(8)").high + 0.4
+    assert measured("fixed(8)").reads == measured("combiner(8)").reads
+    assert measured("fixed(8)").low > measured("combiner(8)").high
+
+
+def test_a_window_recalls_what_it_sees_and_nothing_else() -> None:
+    far = dict(near_and_far(measured("window(16)")))
+    assert min(far[8], far[16]) > 0.99
+    assert max(far[32], far[64]) < 0.02
