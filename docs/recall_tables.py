@@ -23,7 +23,7 @@ def recall_tables(path: Path) -> list[Table]:
     for group in dict.fromkeys((row.settings, row.task) for row in rows):
         here = [row for row in rows if (row.settings, row.task) == group]
         edges = sorted({edge for row in here for edge, _ in near_and_far(row)})
-        above = f"Setting `{', '.join(group[0])}`, {group[1]}; {machine['processor']} (`{path.parent.name}`)."
+        above = f"Setting `{', '.join(group[0])}`, `{group[1]}`; {machine['processor']} (`{path.parent.name}`)."
         header = ("layers", "width", "accuracy", "worst to best", "seeds", *(f"to {edge}" for edge in edges))
         made.append((above, (*header, "state", "logits", "of dense"), [recall_row(row, edges) for row in here]))
     return made
@@ -66,8 +66,25 @@ def costs_table() -> str:
     return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
 
 
+def characters_of(found: dict[str, Any]) -> Table:
+    """A row for each kind of attention of `examples/character_model.py`."""
+    rows = []
+    for kind in dict.fromkeys(one["kind"] for one in found["rows"]):
+        mine = [one for one in found["rows"] if one["kind"] == kind]
+        bits, seconds = [one["bits"] for one in mine], [one["seconds"] for one in mine]
+        said = (f"{sum(bits) / len(bits):.3f}", f"{min(bits):.3f} to {max(bits):.3f}", len(mine))
+        rows.append((f"`{kind}`", *said, f"{mine[0]['reads']:.0f}", f"{sum(seconds) / len(seconds):.0f}"))
+    above = f"{found['machine']['cpu']}, {found['threads']} threads; {found['rows'][0]['steps']} steps."
+    return above, ("attention", "bits a character", "best to worst", "seeds", "keys a query", "seconds"), rows
+
+
+def characters_table() -> str:
+    made = [characters_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/characters.json"))]
+    return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-TABLES = {"recall": recall_table, "module_costs": costs_table}
+TABLES = {"recall": recall_table, "module_costs": costs_table, "characters": characters_table}

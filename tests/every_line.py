@@ -200,7 +200,9 @@ LINES: list[dict[str, Any]] = [
         "run": "r1",
         "setting": "quick",
         "mixer": "window(16)+dense",
-        "task": {
+        "task": "forgetting(vocabulary=256,length=64,pairs=8)",
+        "length": 64,
+        "task_fields": {
             **{"variant": "forgetting", "vocabulary": 256, "length": 64, "pairs": 8, "power": 0.01},
             **{"fillers": "zero", "passes": 2, "updates": 4, "lasting": False},
         },

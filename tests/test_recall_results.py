@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from repository import script
+from repository import ROOT, script
 
 from gossamer.evaluate.mqar.data import Plain
 from gossamer.evaluate.mqar.mixers import parse_mixer
 from gossamer.evaluate.mqar.settings import Cell
+from gossamer.evaluate.mqar.summary import RecallRow, near_and_far, recall_rows
+from gossamer.evaluate.summary import read_results
 
 
 def line(mixer: str, seed: int, accuracy: float, setting: str = "quick") -> dict[str, Any]:
@@ -26,7 +28,7 @@ def test_the_table_of_recall(tmp_path: Path) -> None:
     lines = [run, line("dense", 0, 1.0), line("dense", 1, 0.5), line("window(4)+dense", 0, 0.25, "small")]
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
     quick, small = script("docs/recall_tables.py").recall_tables(path)
-    assert quick[0] == "Setting `quick`, plain 64/8 of 256; a processor (`machine`)."
+    assert quick[0] == "Setting `quick`, `plain(vocabulary=256,length=64,pairs=8)`; a processor (`machine`)."
     assert quick[1] == (
         *("layers", "width", "accuracy", "worst to best", "seeds", "to 16", "to 32", "state", "logits", "of dense"),
     )
@@ -46,3 +48,42 @@ def test_the_table_of_costs() -> None:
     assert header[4] == "forward: times dense at 4,096"
     assert [cells[3] for cells in rows] == ["", "2,048", "never"]
     assert rows[1] == ("`fast`", *("1.50", "2.00", "2,048", "0.50") * 2)
+
+
+def test_the_table_of_characters() -> None:
+    rows = [{"kind": "dense", "bits": bits, "seconds": 10.0, "steps": 5, "reads": 128.5} for bits in (2.0, 3.0)]
+    found = {"machine": {"cpu": "a cpu"}, "threads": 2, "rows": rows}
+    above, header, made = script("docs/recall_tables.py").characters_of(found)
+    assert above == "a cpu, 2 threads; 5 steps."
+    assert made == [("`dense`", "2.500", "2.000 to 3.000", 2, "128", "10")]
+    assert len(header) == len(made[0])
+
+
+FILE = ROOT / "benchmarks" / "results" / "amd-epyc-zen5-2-cores-avx512-bf16" / "mqar.jsonl"
+
+
+def measured(second: str, width: int = 32) -> RecallRow:
+    """The row of a convolution over three tokens and another layer."""
+    rows = [row for row in recall_rows(read_results(FILE)) if row.settings == ("quick",)]
+    (one,) = [row for row in rows if (row.mixer, row.width) == (f"convolution(3)+{second}", width)]
+    return one
+
+
+def test_the_page_says_what_was_measured() -> None:
+    text = (ROOT / "docs" / "recall.md").read_text(encoding="utf-8")
+    kinds = ("dense", "window(16)", "oracle_topk(8)", "random_topk(8)", "fixed(8)", "combiner(8)", "convolution")
+    for kind in (*kinds, "routing(16)", "combiner_logsparse"):
+        row = measured(kind)
+        assert row.seeds == 3
+        assert f"{row.accuracy:.3f}" in text, kind
+    assert measured("dense").low > 0.99
+    assert measured("oracle_topk(8)").reads == measured("random_topk(8)").reads
+    assert measured("oracle_topk(8)").low > measured("random_topk(8)").high + 0.4
+    assert measured("fixed(8)").reads == measured("combiner(8)").reads
+    assert measured("fixed(8)").low > measured("combiner(8)").high
+
+
+def test_a_window_recalls_what_it_sees_and_nothing_else() -> None:
+    far = dict(near_and_far(measured("window(16)")))
+    assert min(far[8], far[16]) > 0.99
+    assert max(far[32], far[64]) < 0.02

@@ -27,7 +27,10 @@ def test_a_sweep_prints_its_table_and_goes_on(out: Path, capsys: pytest.CaptureF
     assert run("--mixers", "dense,window(3)+dense", "--out", str(out)) == 0
     shown = capsys.readouterr()
     assert [line.split()[0] for line in shown.out.splitlines()] == ["mixer", "dense", "window(3)+dense"]
-    assert "4 of at most 4: window(3)+dense, width 8, plain 16/2, rate 0.01, seed 1: accuracy" in shown.err
+    assert (
+        "4 of at most 4: window(3)+dense, width 8, plain(vocabulary=16,length=16,pairs=2), rate 0.01, seed 1: accuracy"
+        in shown.err
+    )
     before = out.read_bytes()
     assert run("--mixers", "dense,window(3)+dense", "--out", str(out), "--json") == 0
     shown = capsys.readouterr()

@@ -75,6 +75,13 @@ def test_a_query_reads_as_many_keys_as_the_budget_allows(select: str, train: boo
     assert torch.equal(seen.sum(-1), (place + 1).clamp(max=6).expand(3, 1, -1))
 
 
+def test_spans_and_their_last_tokens_are_read() -> None:
+    seen = seen_by(MaskedAttention(WIDTH, "fixed", 4))[0, 0]
+    assert seen[9].nonzero()[:, 0].tolist() == [3, 7, 8, 9]
+    sizes = of("fixed", 4).sizes(0, WIDTH, TOKENS)
+    assert seen.sum(-1).tolist() == [sizes[0].reads(i, sizes[1]) for i in range(TOKENS)]
+
+
 def test_the_oracle_keeps_the_largest_logits() -> None:
     attention = MaskedAttention(WIDTH, "largest", 4)
     q, k = torch.randn(2, 2, 1, TOKENS, WIDTH)
@@ -128,6 +135,7 @@ def test_what_is_read_and_held() -> None:
     assert costs("window(4)") == (1 + 2 + 3 + 13 * 4, 8)
     assert costs("oracle_topk(4)") == costs("random_topk(4)") == (58, 32)
     assert costs("combiner(4)") == (4 * 10 + 4 * (0 + 1 + 2 + 3), 2 * (4 + 4))
+    assert costs("fixed(4)") == costs("combiner(4)")
     # Rows of 4: 1 to 4 in the own row, rows above in the own column, and 3 other columns from the second row on.
     assert costs("combiner_axial(4)") == (4 * 10 + 4 * (0 + 1 + 2 + 3) + 12 * 3, 32)
     assert costs("combiner_logsparse") == (16 + 32, 32)

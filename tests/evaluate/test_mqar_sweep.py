@@ -280,7 +280,7 @@ def test_the_best_rate_of_each_seed_counts() -> None:
 
 
 def test_other_trainings_and_tasks_have_rows_of_their_own() -> None:
-    other = Plain(256, 64, 8, fillers="random").to_dict()
+    other = Plain(256, 64, 8, fillers="random").label
     records = [
         line("dense", 0, 0.01, 0.5),
         line("dense", 0, 0.01, 1.0, training={"epochs": 2}),
@@ -288,4 +288,4 @@ def test_other_trainings_and_tasks_have_rows_of_their_own() -> None:
     ]
     rows = recall_rows(records)
     assert [row.accuracy for row in rows] == [0.5, 1.0, 0.0]
-    assert recall_table(rows)[3][1] == "plain 64/8 of 256, random fillers"
+    assert recall_table(rows)[3][1] == "plain(vocabulary=256,length=64,pairs=8,fillers=random)"

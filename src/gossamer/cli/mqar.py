@@ -100,8 +100,8 @@ def _setting(arguments: argparse.Namespace) -> Setting:
         changes["rates"] = tuple(map(_rate, split_specs(arguments.rates)))
     changes |= {n: v for n in ("epochs", "examples", "mlp") if (v := getattr(arguments, n)) is not None}
     setting = SETTINGS[arguments.setting]
-    # Mixers and seeds are cells of their own, and change no other.
-    other = changes.keys() - {"mixers", "seeds"}
+    # Of the others each value is a cell of its own, and changes no other.
+    other = changes.keys() & {"epochs", "examples", "mlp"}
     return replace(setting, **changes, name=f"{setting.name}, changed" if other else setting.name)
 
 

@@ -300,15 +300,6 @@ _CALIBRATION = Fields(
     },
     (_heads_fit,),
 )
-_TASK = Fields(
-    {"variant": _TEXT, "vocabulary": _LENGTH, "length": _LENGTH, "pairs": _LENGTH},
-    {
-        "power": number("a number", lambda value: abs(value) <= 1e9),
-        "fillers": _TEXT,
-        **dict.fromkeys(("passes", "updates"), _COUNT),
-        "lasting": _FLAG,
-    },
-)
 _ANSWERS = leaf(
     "a distance, how many are right, and of how many",
     lambda value: (
@@ -322,7 +313,8 @@ _ANSWERS = leaf(
 _MQAR = Fields(
     {
         "mixer": _TEXT,
-        "task": _TASK,
+        "task": _TEXT,
+        "length": _LENGTH,
         "width": _LENGTH,
         "rate": _AMOUNT,
         "seed": integer(-(2**63)),
@@ -333,6 +325,7 @@ _MQAR = Fields(
     {
         "run": _TEXT,
         "setting": _TEXT,
+        "task_fields": OBJECT,
         "training": OBJECT,
         "loss": or_null(_NATS),
         "curve": list_of(_SCORE),

@@ -18,7 +18,7 @@ Deviations from HazyResearch/zoology at d88d6f5:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import isqrt
 from typing import Any, ClassVar, Literal
 
@@ -121,6 +121,13 @@ class Variant(ABC):
     @abstractmethod
     def _draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs, labels and distances."""
+
+    @property
+    def label(self) -> str:
+        """As a command line has it: ``plain(vocabulary=256,length=64,pairs=8)``, and what differs from the defaults."""
+        always = ("vocabulary", "length", "pairs")
+        shown = [f.name for f in fields(self) if f.name in always or getattr(self, f.name) != f.default]
+        return f"{self.name}({','.join(f'{name}={getattr(self, name)}' for name in shown)})"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, with ``variant``."""

@@ -15,7 +15,7 @@ __all__ = ["SELECTIONS", "GatedConvolution", "MaskedAttention"]
 
 _NONE = float("-inf")
 _SEED = 0
-SELECTIONS = ("all", "window", "largest", "random")
+SELECTIONS = ("all", "window", "fixed", "largest", "random")
 
 
 class MaskedAttention(nn.Module):
@@ -23,9 +23,11 @@ class MaskedAttention(nn.Module):
 
     Args:
         width: E.
-        select: ``all`` keys; a ``window`` of the last ``keep``, the query's own with them; the ``keep`` with the
-            ``largest`` logits, which is the oracle; or ``keep`` at ``random``, drawn for each query and each call in
-            training, and always the same outside of it. A query that has fewer than ``keep`` keys reads all.
+        select: ``all`` keys; a ``window`` of the last ``keep``, the query's own with them; ``fixed``, the span of
+            ``keep`` tokens so far and the last token of each span before it (Sparse Transformer, 1904.10509, which
+            Combiner completes); the ``keep`` with the ``largest`` logits, which is the oracle; or ``keep`` at
+            ``random``, drawn for each query and each call in training, and always the same outside of it. A query that
+            has fewer than ``keep`` keys reads all.
         dropout: of the weights.
 
     Raises:
@@ -49,6 +51,9 @@ class MaskedAttention(nn.Module):
             return seen
         if self.select == "window":
             return seen & (place[:, None] - place < self.keep)
+        if self.select == "fixed":
+            span = place // self.keep
+            return seen & ((span[:, None] == span) | (place % self.keep == self.keep - 1))
         ranks = self._ranks(q, k).masked_fill(~seen, _NONE)
         chosen = ranks.topk(min(self.keep, len(place)), dim=-1).indices
         return seen & torch.zeros_like(ranks, dtype=torch.bool).scatter_(-1, chosen, True)

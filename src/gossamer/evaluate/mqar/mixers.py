@@ -91,6 +91,16 @@ def _few(i: int, s: Sizes) -> int:
     return min(i + 1, s.budget)
 
 
+def _spans(i: int, s: Sizes) -> int:
+    """The span so far, and one key of each before it."""
+    return i % s.budget + 1 + i // s.budget
+
+
+def _two_a_span(s: Sizes) -> int:
+    """Keys and values of a span, and a key and a value of each."""
+    return 2 * (min(s.budget, s.tokens) + s.tokens // s.budget)
+
+
 def _axial(i: int, s: Sizes) -> int:
     """The row so far, the column above, and the other columns above as spans."""
     row, column = divmod(i, s.budget)
@@ -101,14 +111,15 @@ _SPAN = "tokens of a span"
 MIXERS: dict[str, Kind] = {
     "dense": Kind(_masked("all"), lambda i, s: i + 1, lambda s: 2 * s.tokens),
     "window": Kind(_masked("window"), _few, lambda s: 2 * min(s.budget, s.tokens), "keys, the query's own with them"),
+    "fixed": Kind(_masked("fixed"), _spans, _two_a_span, _SPAN),
     "oracle_topk": Kind(
         _masked("largest"), _few, lambda s: 2 * s.tokens, "keys", dearer="the choice: every logit is computed for it"
     ),
     "random_topk": Kind(_masked("random"), _few, lambda s: 2 * s.tokens, "keys"),
     "combiner": Kind(
         lambda s: CombinerAttention(s.width, 1, Fixed(s.budget), bias=True),
-        lambda i, s: i % s.budget + 1 + i // s.budget,
-        lambda s: 2 * (min(s.budget, s.tokens) + s.tokens // s.budget),
+        _spans,
+        _two_a_span,
         _SPAN,
         dearer="the summary of each span",
     ),

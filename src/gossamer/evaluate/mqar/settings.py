@@ -108,18 +108,14 @@ class Cell:
     @property
     def group(self) -> tuple[str, str, int, int]:
         """What cells share that differ by their rate alone."""
-        return self.mixer.label, str(sorted(self.task.to_dict().items())), self.width, self.seed
+        return self.mixer.label, self.task.label, self.width, self.seed
 
     def to_dict(self) -> dict[str, Any]:
-        named = {"mixer": self.mixer.label, "task": self.task.to_dict(), "width": self.width}
-        return named | {"rate": self.rate, "seed": self.seed}
+        named = {"mixer": self.mixer.label, "task": self.task.label, "task_fields": self.task.to_dict()}
+        return named | {"length": self.task.length, "width": self.width, "rate": self.rate, "seed": self.seed}
 
     def __str__(self) -> str:
-        task = self.task
-        return (
-            f"{self.mixer.label}, width {self.width}, {task.name} {task.length}/{task.pairs}, rate {self.rate:g}, "
-            f"seed {self.seed}"
-        )
+        return f"{self.mixer.label}, width {self.width}, {self.task.label}, rate {self.rate:g}, seed {self.seed}"
 
 
 def _logspace(low: float, high: float, count: int) -> tuple[float, ...]:
@@ -158,6 +154,7 @@ _SMALL = Setting(
         "oracle_topk(8)",
         "random_topk(8)",
         "convolution(3)+convolution",
+        "fixed(8)",
         "combiner(8)",
         "combiner(8)+window(16)",
         "routing(16)",
@@ -189,6 +186,7 @@ QUICK = replace(
             "window(16)",
             "oracle_topk(8)",
             "random_topk(8)",
+            "fixed(8)",
             "combiner(8)",
             "routing(16)",
             "convolution",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["RecallRow", "recall_rows", "recall_table", "task_label"]
+__all__ = ["RecallRow", "recall_rows", "recall_table"]
 
 Record = dict[str, Any]
 # Distances up to here are counted together in a table.
@@ -50,20 +50,6 @@ class RecallRow:
         return asdict(self)
 
 
-def task_label(task: Record) -> str:
-    """``plain 64/8 of 256``: length, pairs and vocabulary, and what differs from the paper's task."""
-    parts = [f"{task['variant']} {task['length']}/{task['pairs']} of {task['vocabulary']}"]
-    parts += [
-        f"{name} {task[name]}" for name, usual in (("passes", 1), ("updates", None)) if _differs(task, name, usual)
-    ]
-    parts += ["random fillers"] * (task.get("fillers") == "random") + ["lasting"] * bool(task.get("lasting"))
-    return ", ".join(parts)
-
-
-def _differs(task: Record, name: str, usual: int | None) -> bool:
-    return name in task and task[name] != usual
-
-
 def recall_rows(records: Iterable[Record]) -> list[RecallRow]:
     """A row for each task, mixer and width, in the order of the records; of lines of another kind nothing.
 
@@ -74,8 +60,7 @@ def recall_rows(records: Iterable[Record]) -> list[RecallRow]:
         if record["kind"] != "mqar":
             continue
         training = json.dumps(record.get("training"), sort_keys=True)
-        task = json.dumps(record["task"], sort_keys=True)
-        seeds = groups.setdefault((task, training, record["mixer"], record["width"]), {})
+        seeds = groups.setdefault((record["task"], training, record["mixer"], record["width"]), {})
         best = seeds.get(record["seed"])
         if best is None or record["accuracy"] > best["accuracy"]:
             seeds[record["seed"]] = record
@@ -86,7 +71,7 @@ def recall_rows(records: Iterable[Record]) -> list[RecallRow]:
 def _row(best: Sequence[Record]) -> RecallRow:
     first, scores = best[0], [record["accuracy"] for record in best]
     rates = [record["rate"] for record in best]
-    length = first["task"]["length"]
+    length = first["length"]
     counts: dict[int, list[int]] = {}
     for record in best:
         for edge, right, asked in record.get("by_distance", ()):
@@ -94,7 +79,7 @@ def _row(best: Sequence[Record]) -> RecallRow:
             total[0], total[1] = total[0] + right, total[1] + asked
     return RecallRow(
         mixer=first["mixer"],
-        task=task_label(first["task"]),
+        task=first["task"],
         length=length,
         width=first["width"],
         accuracy=sum(scores) / len(scores),
