@@ -10,7 +10,7 @@ import pytest
 import torch
 from prompts import of_weights, planted_boundary, prompt, weights
 
-from gossamer import AttentionCall, backends, methods
+from gossamer import AttentionCall, Extent, backends, methods
 from gossamer.layout import ModalityLayout
 from gossamer.methods import AShape, GridLines, Method, MMInference, VerticalSlash
 
@@ -155,6 +155,19 @@ def test_full_budget_is_dense(boundary: str) -> None:
         assert method.least_density(call) in (0.0, 1.0)
 
 
+@pytest.mark.parametrize("boundary", ["q", "2d"])
+@pytest.mark.parametrize(("batch", "tokens", "live"), [(0, 70, 0), (1, 0, 0), (2, 70, 0), (1, 1, 1)])
+def test_prompts_of_nothing_are_planned(batch: int, tokens: int, live: int, boundary: str) -> None:
+    q = torch.randn(batch, 2, tokens, 8)
+    row = torch.ones(batch, dtype=torch.int64)
+    layout = ModalityLayout(torch.ones(batch, tokens, dtype=torch.int8), ((3,),) * batch)
+    call = AttentionCall(q, q, q, Extent(0 * row, live * row, 0 * row, live * row), layer=0, layout=layout)
+    for pattern in (SLASH, AShape(), GridLines()):
+        plan = MMInference(boundary, (pattern,)).plan(call)
+        assert int(plan.count_pairs().sum()) == batch * 2 * live
+        assert backends.attend(call, plan)[0].shape == q.shape
+
+
 def test_rows_do_not_depend_on_their_companions() -> None:
     call = prompt(*ROWS, left=3)
     for boundary in ("q", "2d"):
@@ -165,7 +178,8 @@ def test_rows_do_not_depend_on_their_companions() -> None:
             assert isinstance(layout, ModalityLayout)
             alone: dict[str, Any] = {"extent": call.extent.of_rows(slice(row, row + 1)), "layer": 0}
             alone["layout"] = ModalityLayout(layout.kinds[row : row + 1])
-            one = AttentionCall(*(x[row : row + 1] for x in (call.q, call.k, call.values)), **alone)
+            q, k, v = (x[row : row + 1] for x in (call.q, call.k, call.values))
+            one = AttentionCall(q, k, v, **alone)
             assert torch.equal(method.plan(one).to_mask()[0], both[row])
 
 
