@@ -13,8 +13,10 @@ from prompts import of_weights, planted_boundary, prompt, weights
 from gossamer import AttentionCall, Extent, backends, methods
 from gossamer.layout import ModalityLayout
 from gossamer.methods import AShape, GridLines, Method, MMInference, VerticalSlash
+from gossamer.testing import assert_accurate
 
 BLOCK = 64
+_ROWS_OF = ("query_start", "query_count", "key_start", "key_count")
 ROWS = ("t120 i150 t7 v250 t60", "i30 t200")
 SLASH, OTHER = VerticalSlash(33, 128, last=20), VerticalSlash(40, 192)
 PATTERNS: dict[str, tuple[str, tuple[Method, ...]]] = {
@@ -144,6 +146,20 @@ def test_without_its_boundary_a_planted_head_loses_what_text_does_not_ask_for() 
     assert int(lost.sum()) > 300
     blind = replace(call, layout=None)
     assert torch.equal(method.plan(blind).to_mask(), method.patterns[0].plan(blind).to_mask())
+
+
+@pytest.mark.parametrize("limit", [None, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("boundary", ["q", "2d"])
+def test_plans_are_executed_as_they_are_defined(boundary: str, dtype: torch.dtype, limit: int | None) -> None:
+    """By the fastest backend, in a model's own window too; what is padding is NaN."""
+    call = prompt(*ROWS, left=5)
+    extent = Extent(*(getattr(call.extent, name) for name in _ROWS_OF), limit=limit)
+    call = replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.values.to(dtype), extent=extent)
+    for patterns in ((SLASH,), (GridLines(max_stride=20),)):
+        plan = MMInference(boundary, patterns).plan(call)
+        assert torch.equal(plan.count_pairs(), plan.to_mask().sum(dim=(2, 3)))
+        assert_accurate(call, plan, *backends.attend(call, plan), most_rows=60)
 
 
 @pytest.mark.parametrize("boundary", ["none", "q", "2d"])
