@@ -160,9 +160,9 @@ def joined(call: AttentionCall, rows: Sequence[GroupedRow], group: int, *, order
         for heads in row.parts():
             of_blocks.add(row.blocks(heads))
             of_columns.add(row.columns(heads, group))
-    orders: dict[str, Any] = {"q_order": _stacked([row.q_order for row in rows], call.heads, call.query_len)}
+    orders: dict[str, Any] = {"q_order": _stacked([row.q_order for row in rows], call, call.query_len)}
     if ordered_keys:
-        orders["k_order"] = _stacked([row.k_order for row in rows], call.heads, call.key_len)
+        orders["k_order"] = _stacked([row.k_order for row in rows], call, call.key_len)
     return SparsePlan(
         heads=call.heads,
         query_len=call.query_len,
@@ -179,8 +179,10 @@ def joined(call: AttentionCall, rows: Sequence[GroupedRow], group: int, *, order
     )
 
 
-def _stacked(orders: Sequence[Tensor], heads: int, tokens: int) -> Tensor:
-    return torch.stack(list(orders)) if orders else torch.zeros(0, heads, tokens, dtype=torch.int32, device="cpu")
+def _stacked(orders: Sequence[Tensor], call: AttentionCall, tokens: int) -> Tensor:
+    if not orders:
+        return torch.zeros(0, call.heads, tokens, dtype=torch.int32, device=call.device)
+    return torch.stack(list(orders))
 
 
 class _Lists:
