@@ -65,7 +65,7 @@ def test_what_was_found_computes_planted_heads_exactly(profile: Profile, tmp_pat
     plan = method.plan(seen.call)
     torch.testing.assert_close(backends.attend(seen.call, plan)[0], seen.out, atol=1e-5, rtol=1e-4)
     assert profile.errors is not None
-    assert max(profile.errors[0]) < 1e-9
+    assert all(error is not None and error < 1e-9 for error in profile.errors[0])
     share = plan.count_pairs()[0].double() / int(seen.call.extent.count_allowed())
     assert profile.costs is not None
     torch.testing.assert_close(
@@ -86,7 +86,7 @@ def test_heads_that_no_pattern_fits_stay_dense() -> None:
 def test_the_cheapest_is_taken_where_no_pattern_is_within_the_budget() -> None:
     call = prompt("t100 v200 t60")
     (heads,) = searched(call, budget=0.01).method.layers
-    costs = {p: MMInference("none", (p,)).plan(call).count_pairs()[0] for p in TRIED}
+    costs: dict[Any, Any] = {p: MMInference("none", (p,)).plan(call).count_pairs()[0] for p in TRIED}
     for number, head in enumerate(heads):
         assert isinstance(head, MMInference)
         if head.boundary == "none":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gossamer.cli import main
+from gossamer.cli import generation, main
 from gossamer.cli.common import BadInput
 from gossamer.cli.media import Media, prepare, read_media
 
@@ -62,7 +62,8 @@ def reader_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(WORDS), num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=1, **small
     )
     torch.manual_seed(0)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=2)
+    kind: Any = LlavaConfig
+    config = kind(vision_config=vision, text_config=text, image_token_id=2)
     LlavaForConditionalGeneration(config).save_pretrained(path)
     return path
 
@@ -101,14 +102,17 @@ def test_a_folder_of_frames_is_read(capsys, reader_path: Path, frames: Path, que
     assert found["dense_because"] == {}
 
 
-def test_pictures_change_the_answer_and_full_budget_does_not(
-    capsys, reader_path: Path, frames: Path, question: Path
+def test_pictures_reach_the_model_and_full_budget_is_dense(
+    capsys, monkeypatch, reader_path: Path, frames: Path, question: Path
 ) -> None:
-    plain, _ = run(capsys, reader_path, question, "--method", "dense", "--max-new-tokens", 3)
+    seen: list[Any] = []
+    found = generation._as_model
+    monkeypatch.setattr(generation, "_as_model", lambda given, model: seen.append(given) or found(given, model))
     given = ["--image", frames / "frame_0.png", "--image", frames / "frame_11.png"]
     shown, _ = run(capsys, reader_path, question, *given, "--method", "dense", "--max-new-tokens", 3)
     full, _ = run(capsys, reader_path, question, *given, *SPARSE)
-    assert plain["prompt_tokens"] == 30
+    assert all(given["pixel_values"].shape == (2, 3, SIDE, SIDE) for given in seen)
+    assert len(seen) == 2
     assert shown["prompt_tokens"] == full["prompt_tokens"] == 2 * PER_IMAGE + 30
     assert full["tokens"] == shown["tokens"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from prompts import layout_of, of_weights, planted_grid, prompt, weights
 
-from gossamer import AttentionCall, backends
+from gossamer import AttentionCall, backends, methods
 from gossamer.methods import GridLines
 from gossamer.methods.grid_lines import BLOCK, LINES
 
@@ -123,4 +123,4 @@ def test_fields_are_checked() -> None:
         GridLines(hline=1)  # pyright: ignore[reportArgumentType]
     for field, least in {"stride": 0, "max_stride": 1, "last": 1}.items():
         with pytest.raises(ValueError, match=f"grid.{field} must be at least {least}, got {least - 1}"):
-            GridLines(**{field: least - 1})
+            methods.create("grid", **{field: least - 1})

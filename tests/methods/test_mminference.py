@@ -10,11 +10,13 @@ import pytest
 import torch
 from prompts import of_weights, planted_boundary, prompt, weights
 
-from gossamer import AttentionCall, backends, methods
+from gossamer import AttentionCall, Extent, backends, methods
 from gossamer.layout import ModalityLayout
 from gossamer.methods import AShape, GridLines, Method, MMInference, VerticalSlash
+from gossamer.testing import assert_accurate
 
 BLOCK = 64
+_ROWS_OF = ("query_start", "query_count", "key_start", "key_count")
 ROWS = ("t120 i150 t7 v250 t60", "i30 t200")
 SLASH, OTHER = VerticalSlash(33, 128, last=20), VerticalSlash(40, 192)
 PATTERNS: dict[str, tuple[str, tuple[Method, ...]]] = {
@@ -146,6 +148,20 @@ def test_without_its_boundary_a_planted_head_loses_what_text_does_not_ask_for() 
     assert torch.equal(method.plan(blind).to_mask(), method.patterns[0].plan(blind).to_mask())
 
 
+@pytest.mark.parametrize("limit", [None, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("boundary", ["q", "2d"])
+def test_plans_are_executed_as_they_are_defined(boundary: str, dtype: torch.dtype, limit: int | None) -> None:
+    """By the fastest backend, in a model's own window too; what is padding is NaN."""
+    call = prompt(*ROWS, left=5)
+    extent = Extent(*(getattr(call.extent, name) for name in _ROWS_OF), limit=limit)
+    call = replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.values.to(dtype), extent=extent)
+    for patterns in ((SLASH,), (GridLines(max_stride=20),)):
+        plan = MMInference(boundary, patterns).plan(call)
+        assert torch.equal(plan.count_pairs(), plan.to_mask().sum(dim=(2, 3)))
+        assert_accurate(call, plan, *backends.attend(call, plan), most_rows=60)
+
+
 @pytest.mark.parametrize("boundary", ["none", "q", "2d"])
 def test_full_budget_is_dense(boundary: str) -> None:
     call = prompt(*ROWS)
@@ -153,6 +169,19 @@ def test_full_budget_is_dense(boundary: str) -> None:
         method = MMInference(boundary, (pattern,))
         assert method.plan(call).density() == 1.0, pattern
         assert method.least_density(call) in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("boundary", ["q", "2d"])
+@pytest.mark.parametrize(("batch", "tokens", "live"), [(0, 70, 0), (1, 0, 0), (2, 70, 0), (1, 1, 1)])
+def test_prompts_of_nothing_are_planned(batch: int, tokens: int, live: int, boundary: str) -> None:
+    q = torch.randn(batch, 2, tokens, 8)
+    row = torch.ones(batch, dtype=torch.int64)
+    layout = ModalityLayout(torch.ones(batch, tokens, dtype=torch.int8), ((3,),) * batch)
+    call = AttentionCall(q, q, q, Extent(0 * row, live * row, 0 * row, live * row), layer=0, layout=layout)
+    for pattern in (SLASH, AShape(), GridLines()):
+        plan = MMInference(boundary, (pattern,)).plan(call)
+        assert int(plan.count_pairs().sum()) == batch * 2 * live
+        assert backends.attend(call, plan)[0].shape == q.shape
 
 
 def test_rows_do_not_depend_on_their_companions() -> None:
@@ -165,7 +194,8 @@ def test_rows_do_not_depend_on_their_companions() -> None:
             assert isinstance(layout, ModalityLayout)
             alone: dict[str, Any] = {"extent": call.extent.of_rows(slice(row, row + 1)), "layer": 0}
             alone["layout"] = ModalityLayout(layout.kinds[row : row + 1])
-            one = AttentionCall(*(x[row : row + 1] for x in (call.q, call.k, call.values)), **alone)
+            q, k, v = (x[row : row + 1] for x in (call.q, call.k, call.values))
+            one = AttentionCall(q, k, v, **alone)
             assert torch.equal(method.plan(one).to_mask()[0], both[row])
 
 

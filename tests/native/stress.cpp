@@ -74,6 +74,25 @@ bool pooled_scores_are_right(Problem& problem, const Kernels& kernels, int threa
          std::all_of(energies.begin(), energies.end(), [&](float x) { return x >= 0 && x <= most; });
 }
 
+// Masses of a part under an LSE that is NaN in dead rows: finite, and none in rows that attend nothing.
+bool masses_are_right(Problem& problem, const Kernels& kernels, int threads) {
+  const Grid grid = problem.grid();
+  int64_t rows = 0;
+  for (int64_t b = 0; b < kBatch; ++b) rows = std::max(rows, grid.row_blocks(b));
+  const int64_t blocks = ceil_div(problem.longest(), grid.block_k);
+  const Part part{rows / 2, rows};
+  std::vector<float> lse(kBatch * kQueryHeads * problem.query_len, std::numeric_limits<float>::quiet_NaN());
+  const Extent extent = problem.extent();
+  for (int64_t row = 0; row < kBatch * kQueryHeads; ++row) {
+    const int64_t b = row / kQueryHeads, first = extent.first_position(b);
+    for (int64_t i = first; i < first + extent.query_count[b]; ++i)
+      lse[row * problem.query_len + extent.query_row(b, i)] = i % 5 == 0 ? -std::numeric_limits<float>::infinity() : 3.0f;
+  }
+  std::vector<float> masses(kBatch * kQueryHeads * part.size() * blocks, std::numeric_limits<float>::quiet_NaN());
+  block_mass(kernels, problem.score_call(threads), grid, part, blocks, lse.data(), masses.data());
+  return std::all_of(masses.begin(), masses.end(), [](float x) { return x >= 0 && x < 1e9f; });
+}
+
 // Antidiagonal scores: as many whole cells as see any key; and what each kind of top-p chooses of them.
 bool choices_are_right(Problem& problem, const Kernels& kernels, int threads) {
   const Grid grid{problem.extent(), 48, 80};
@@ -183,6 +202,7 @@ void check(const std::string& isa, unsigned seed, int threads) {
   expect(gradients_are_right(problem, kernels, threads), isa, seed, "gradients are wrong");
   expect(probe_is_right(problem, kernels, threads), isa, seed, "the probe is wrong");
   expect(pooled_scores_are_right(problem, kernels, threads), isa, seed, "pooled scores are wrong");
+  expect(masses_are_right(problem, kernels, threads), isa, seed, "masses are wrong");
   expect(choices_are_right(problem, kernels, threads), isa, seed, "choices are wrong");
   expect(slashes_are_right(problem, threads), isa, seed, "slashes are wrong");
   expect(counts_are_right(problem, threads), isa, seed, "counted pairs are wrong");

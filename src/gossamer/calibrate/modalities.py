@@ -23,6 +23,7 @@ from gossamer.methods import AShape, Dense, GridLines, Method, MMInference, PerH
 from gossamer.methods.grid_lines import LINES
 from gossamer.methods.mminference import BOUNDARIES, groups_of
 from gossamer.methods.probed_rows import probed_rows
+from gossamer.plan import SparsePlan
 from gossamer.profiles import Profile
 
 __all__ = ["PATTERNS", "ModalitySearch"]
@@ -130,47 +131,24 @@ class ModalitySearch:
         known = isinstance(call.layout, ModalityLayout) and call.layer is not None
         return not known or call.lacks({"causal", "whole prompt"}) is not None
 
-    def _methods(self, boundary: str) -> list[MMInference]:
-        return [MMInference(boundary, (pattern,)) for pattern in self.patterns]
-
     def _measure(self, observed: Observation) -> None:
-        call, layout = observed.call, observed.call.layout
-        if self._lacks(observed) or not isinstance(layout, ModalityLayout) or call.layer is None:
+        call = observed.call
+        if self._lacks(observed) or call.layer is None:
             return
-        plans = [[method.plan(call) for method in self._methods(boundary)] for boundary in BOUNDARIES]
-        kept = torch.zeros(2, len(plans), len(self.patterns), call.heads, 2, 2, dtype=torch.float64, device="cpu")
+        kept = torch.zeros(2, len(BOUNDARIES), len(self.patterns), call.heads, 2, 2, dtype=torch.float64, device="cpu")
         whole = torch.zeros(2, call.heads, 2, 2, dtype=torch.float64, device="cpu")
-        for row in range(call.batch):
-            groups = groups_of(layout, row, call)
-            start, count = int(call.extent.key_start[row]), int(call.extent.key_count[row])
-            positions = self._sampled(groups[:count])
-            mass = torch.cat([weights for _, weights in probed_rows(call, row, positions)]).double().cpu()
-            allowed = torch.arange(count, device="cpu") <= positions[:, None]
-            of_query = torch.nn.functional.one_hot(groups[positions], 2).double()
-            of_key = torch.nn.functional.one_hot(groups[:count], 2).double()
-            rows = positions - int(call.extent.query_start[row])
-
-            def by_pair(x: Tensor, of_query: Tensor = of_query, of_key: Tensor = of_key) -> Tensor:
-                return torch.einsum("hij,im,jn->hmn", x.double(), of_query, of_key)
-
-            whole += torch.stack([by_pair(mass), by_pair(allowed.expand_as(mass))])
-            for b, of_boundary in enumerate(plans):
-                for p, plan in enumerate(of_boundary):
-                    mask = plan.rows_mask(rows)[row, :, :, start : start + count].cpu()
-                    mask = mask.repeat_interleave(call.heads // plan.heads, dim=0)
-                    kept[:, b, p] += torch.stack([by_pair(mass * mask), by_pair(mask)])
+        samples = [_Sample(observed, row, self.rows) for row in range(call.batch)]
+        for sample in samples:
+            whole += torch.stack([sample.by_pair(sample.mass), sample.by_pair(sample.allowed)])
+        for b, boundary in enumerate(BOUNDARIES):
+            for p, pattern in enumerate(self.patterns):
+                plan = MMInference(boundary, (pattern,)).plan(call)
+                for sample in samples:
+                    mask = sample.mask(plan)
+                    kept[:, b, p] += torch.stack([sample.by_pair(sample.mass * mask), sample.by_pair(mask)])
         before = self._sums.get(call.layer)
         found = [*kept, *whole]
         self._sums[call.layer] = found if before is None else [x + y for x, y in zip(before, found, strict=True)]
-
-    def _sampled(self, groups: Tensor) -> Tensor:
-        """Positions of some queries of each modality, evenly apart and the last one among them."""
-        found = []
-        for group in (0, 1):
-            (own,) = (groups == group).nonzero(as_tuple=True)
-            step = max(1, len(own) // self.rows)
-            found.append(own.flip(0)[::step][: self.rows])
-        return torch.cat(found).sort().values
 
     def _composed(
         self, mass: Tensor, pairs: Tensor, all_mass: Tensor, all_pairs: Tensor
@@ -187,7 +165,7 @@ class ModalitySearch:
             fits |= (cost == cost.amin(dim=0)) & ~fits.any(dim=0)
             # Of those that keep as much but for rounding the cheapest.
             most = recall.masked_fill(~fits, -1.0).amax(dim=0)
-            fits &= recall >= most - 1e-9
+            fits &= recall >= most - 1e-6
             return [self.patterns[int(n)] for n in cost.masked_fill(~fits, float("inf")).argmin(dim=0)]
 
         none = [best(0, (0, 1), (0, 1))]
@@ -216,3 +194,37 @@ class ModalitySearch:
         self._errors[layer] = self._errors.get(layer, torch.zeros_like(error)) + error
         self._costs[layer] = self._costs.get(layer, torch.zeros_like(cost)) + cost
         self._calls[layer] = self._calls.get(layer, 0) + 1
+
+
+class _Sample:
+    """Some queries of a batch row, of each modality evenly apart and the last one among them.
+
+    Attributes:
+        mass: of each key, fp32 ``[H, L, keys]`` on the CPU; allowed: the causal pairs, the same shape.
+    """
+
+    def __init__(self, observed: Observation, row: int, count: int) -> None:
+        call, layout = observed.call, observed.call.layout
+        assert isinstance(layout, ModalityLayout)
+        first, keys = int(call.extent.key_start[row]), int(call.extent.key_count[row])
+        self._row, self._keys = row, slice(first, first + keys)
+        groups = groups_of(layout, row, call)[:keys]
+        positions = torch.cat([_evenly((groups == group).nonzero()[:, 0], count) for group in (0, 1)]).sort().values
+        self._of_query = torch.nn.functional.one_hot(groups[positions], 2).double()
+        self._of_key = torch.nn.functional.one_hot(groups, 2).float()
+        self._rows, self._heads = positions - int(call.extent.query_start[row]), call.heads
+        self.mass = torch.cat([weights for _, weights in probed_rows(call, row, positions)]).cpu()
+        self.allowed = (torch.arange(keys, device="cpu") <= positions[:, None]).expand_as(self.mass)
+
+    def mask(self, plan: SparsePlan) -> Tensor:
+        """What a plan computes, as `mass`."""
+        mask = plan.rows_mask(self._rows)[self._row, :, :, self._keys].cpu()
+        return mask.repeat_interleave(self._heads // plan.heads, dim=0)
+
+    def by_pair(self, x: Tensor) -> Tensor:
+        """Sums by modality of query and key, fp64 ``[H, 2, 2]``."""
+        return torch.einsum("hin,im->hmn", (x.float() @ self._of_key).double(), self._of_query)
+
+
+def _evenly(positions: Tensor, count: int) -> Tensor:
+    return positions.flip(0)[:: max(1, len(positions) // count)][:count]

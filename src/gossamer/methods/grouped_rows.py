@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,10 +160,9 @@ def joined(call: AttentionCall, rows: Sequence[GroupedRow], group: int, *, order
         for heads in row.parts():
             of_blocks.add(row.blocks(heads))
             of_columns.add(row.columns(heads, group))
-    empty = torch.empty(0, call.heads, 0, dtype=torch.int32, device=call.device)
-    orders = {"q_order": torch.stack([row.q_order for row in rows]) if rows else empty.expand(0, -1, call.query_len)}
+    orders: dict[str, Any] = {"q_order": _stacked([row.q_order for row in rows], call, call.query_len)}
     if ordered_keys:
-        orders["k_order"] = torch.stack([row.k_order for row in rows]) if rows else empty.expand(0, -1, call.key_len)
+        orders["k_order"] = _stacked([row.k_order for row in rows], call, call.key_len)
     return SparsePlan(
         heads=call.heads,
         query_len=call.query_len,
@@ -177,6 +177,12 @@ def joined(call: AttentionCall, rows: Sequence[GroupedRow], group: int, *, order
         column_indices=of_columns.indices,
         **orders,
     )
+
+
+def _stacked(orders: Sequence[Tensor], call: AttentionCall, tokens: int) -> Tensor:
+    if not orders:
+        return torch.zeros(0, call.heads, tokens, dtype=torch.int32, device=call.device)
+    return torch.stack(list(orders))
 
 
 class _Lists:

@@ -47,7 +47,8 @@ def choose(call: AttentionCall, row: int, pattern: Method, queries: Tensor, keys
     if isinstance(pattern, AShape):
         first = keys & (keys.cumsum(0) <= pattern.sink)
         bands = torch.arange(len(keys) // BLOCK + 2, device=call.device) <= ceil_div(pattern.window - 1, BLOCK)
-        return Chosen(*(x.to(call.device).expand(call.heads, -1) for x in (first, bands)))
+        first, bands = (x.to(call.device).expand(call.heads, -1) for x in (first, bands))
+        return Chosen(first, bands)
     if not isinstance(pattern, VerticalSlash | GridLines):
         raise TypeError(f"a pattern must be a_shape, vertical_slash or grid, got {pattern.name}")
     (positions,) = queries[: int(call.extent.query_count[row])].nonzero(as_tuple=True)

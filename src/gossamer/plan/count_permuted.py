@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +24,26 @@ def count_permuted(plan: SparsePlan) -> Tensor:
     among the sorted positions of the tile's queries.
     """
     counts = torch.zeros(plan.batch, plan.heads, dtype=torch.int64, device="cpu")
-    blocks, columns = plan.block_mask().cpu(), plan.column_mask().cpu()
     for b, head in itertools.product(range(plan.batch), range(plan.heads)):
         queries = _by_block(_positions(plan, b, head, "q_order"), plan.block_q, plan.num_query_blocks)
         keys = _by_block(_positions(plan, b, head, "k_order"), plan.block_k, plan.num_key_blocks)
         if queries.numel() and keys.numel():
-            chosen = blocks[b, head]
+            row = b * plan.heads + head
+            chosen = torch.zeros(len(queries), len(keys), dtype=torch.bool, device="cpu")
+            for m, listed in enumerate(_lists_of(plan.block_indptr, plan.block_indices, row, len(queries))):
+                chosen[m, listed] = True
+            columns = _lists_of(plan.column_indptr, plan.column_indices, row, plan.num_column_groups)
             counts[b, head] = _in_blocks(plan, queries, keys, chosen) + _in_columns(
-                plan, queries, keys, chosen, columns[b, head]
+                plan, queries, keys, chosen, columns
             )
     return counts
+
+
+def _lists_of(indptr: Tensor, indices: Tensor, row: int, many: int) -> list[Tensor]:
+    """The ``many`` lists of head ``row``, int64 on the CPU each."""
+    pointers = indptr[row * many : (row + 1) * many + 1].cpu()
+    members = indices[int(pointers[0]) : int(pointers[-1])].cpu().long()
+    return list(members.split(pointers.diff().tolist()))
 
 
 def _positions(plan: SparsePlan, b: int, head: int, name: str) -> Tensor:
@@ -86,14 +97,14 @@ def _in_blocks(plan: SparsePlan, queries: Tensor, keys: Tensor, chosen: Tensor) 
     return total
 
 
-def _in_columns(plan: SparsePlan, queries: Tensor, keys: Tensor, chosen: Tensor, columns: Tensor) -> int:
+def _in_columns(plan: SparsePlan, queries: Tensor, keys: Tensor, chosen: Tensor, columns: Sequence[Tensor]) -> int:
     """Pairs of columns outside the chosen blocks."""
     of_key = torch.zeros(plan.extent.longest, dtype=torch.int64, device="cpu")
     live = keys < MOST
     of_key[keys[live]] = torch.arange(len(keys), device="cpu")[:, None].expand_as(keys)[live]
     total = 0
     for group, listed in enumerate(columns):
-        (column,) = listed[: int(live.sum())].nonzero(as_tuple=True)
+        column = listed[listed < int(live.sum())]
         rows = range(group * plan.column_group, min((group + 1) * plan.column_group, len(queries)))
         step = max(1, _BUDGET // max(1, len(column)))
         for start in range(rows.start, rows.stop if len(column) else rows.start, step):

@@ -237,8 +237,7 @@ def _by_policy(owner: Owner, asked: _Asked, training: str | None) -> Tensor:
     fields = asked.scale, asked.sinks, asked.softcap, asked.layer
     if store is not None:
         store.place(extent)
-    given: dict[str, Any] = owner.about(asked.layer, extent, asked.query_len)
-    given |= {} if store is None else {"state": store.state}
+    given = owner.about(asked.layer, extent, asked.query_len, None if store is None else store.state)
     call = AttentionCall(asked.query, keys, values, extent, *fields, store=store, rotary=rotary, **given)
     kept = None if call.needs_gradient else store
     if kept is not None:

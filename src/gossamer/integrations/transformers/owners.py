@@ -69,12 +69,17 @@ class Owner:
     given: Callable[[int | None, Extent], dict[str, Any]] = _nothing
     modalities: Callable[[Extent, int], ModalityLayout | None] | None = None
 
-    def about(self, layer: int | None, extent: Extent, queries: int) -> dict[str, Any]:
-        """What a call of so many query rows says of itself besides its tensors."""
+    def about(self, layer: int | None, extent: Extent, queries: int, state: Any) -> dict[str, Any]:
+        """What a call of so many query rows says of itself besides its tensors.
+
+        Args:
+            state: the store's, where the layer has one.
+        """
         wanted = self.modalities is not None and queries > 1
         wanted = wanted and (self.observe is not None or any(part.modal for part in self.policy.method.parts()))
         layout = self.modalities(extent, queries) if wanted and self.modalities is not None else None
-        return ({} if layout is None else {"layout": layout}) | self.given(layer, extent)
+        own = self.given(layer, extent) if state is None else {"state": state}
+        return ({} if layout is None else {"layout": layout}) | own
 
 
 _owners: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
