@@ -227,6 +227,29 @@ def test_heads_of_different_modes_are_merged(groups: int) -> None:
     torch.testing.assert_close(out, definition.attend(call, plan)[0], atol=1e-4, rtol=1e-4)
 
 
+STATEFUL = [
+    [methods.create("sparse_vdit", mode="stripe", share=share, block=16, every=2) for share in (0.1, 0.3, 0.1, 0.2)],
+    [methods.create("paro", order=order, density=0.3, block=16) for order in ("WHF", "FHW", "WHF", "HFW")],
+    [methods.create("sparsed", share=share, block=16) for share in (0.1, 0.3, 0.1, 0.2)],
+    [methods.create("adaspa", sparsity=sparsity, block=16) for sparsity in (0.6, 0.8, 0.6, 0.9)],
+]
+
+
+@pytest.mark.parametrize("kinds", STATEFUL, ids=lambda kinds: kinds[0].name)
+def test_heads_of_one_layer_keep_what_is_theirs(kinds: list[Method]) -> None:
+    """All heads of a layer are given the same state, and heads of several settings are planned in groups."""
+    state: Any = [{}, {}]
+    for step in (20, 21):
+        mask = PerHead((kinds,)).plan(clip(step=step, state=state, seed=step)).to_mask()
+        for head, method in enumerate(kinds):
+            first = clip(step=20, seed=20)  # what is found at step 20 holds at step 21
+            assert torch.equal(mask[:, head], _heads_of(method.plan(first).to_mask(), first.heads)[:, head])
+
+
+def _heads_of(mask: torch.Tensor, heads: int) -> torch.Tensor:
+    return mask.repeat_interleave(heads // mask.shape[1], dim=1)
+
+
 def test_orders_of_chunks_are_not_merged() -> None:
     call = clip(before=(0,), after=(0,), dead=0)
     plan = methods.create("paro", order="WHF", density=0.3, block=16).plan(call)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -96,20 +97,16 @@ class SparseVDiT(Denoising):
         """Mass of each key, fp32 ``[B, H, positions]``: of the first call of a sampling, where there is one."""
         from gossamer.oracle import exact_masses
 
-        states = call.state or ()
+        states: Sequence[dict[Any, Any]] = call.state or ()
         sizes = (call.heads, call.extent.longest)
-        found = [state.get(self._key) for state in states]
+        found = [state.get(self) for state in states]
         if found and all(one is not None and tuple(one.shape) == sizes for one in found):
             return torch.stack([one for one in found if one is not None])
         step = min(self.every, max(1, ceil_div(call.query_len, self.block)))
         mass = exact_masses(call, block_q=self.block, block_k=self.block, step=step).columns
         for row, state in enumerate(states):
-            state[self._key] = mass[row]
+            state[self] = mass[row]  # by the method: other heads of the layer may have another share
         return mass
-
-    @property
-    def _key(self) -> str:
-        return f"{self.name}: columns by every {self.every} blocks of {self.block}"
 
     def _across_frames(self, call: AttentionCall) -> SparsePlan:
         order = axis_order(call, "HWF")
