@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Settings, require_at_least, require_flag, require_share
-from gossamer.methods.denoising import Denoising, keep, kept, plan_of_rows, step_of, text_blocks
+from gossamer.methods.denoising import Denoising, keep, kept, mass_of_blocks, plan_of_rows, step_of, text_blocks
 from gossamer.plan import Grid, SparsePlan
 from gossamer.rules import TopKOfRows, top_k
 
@@ -74,19 +74,21 @@ class AdaSpa(Denoising):
         return missing
 
     def plan(self, call: AttentionCall) -> SparsePlan:
-        from gossamer.oracle import block_mass, log_sum_exp
+        from gossamer.oracle import log_sum_exp
 
         step, found = step_of(call).number, kept(call, self)
+        # Also where the layer runs again for a gradient, or as the second stage of a step: as it ran before.
+        is_first = step == self.search[0] and (found is None or found[0].step == step)
         if found is not None and not any(found[0].step < due <= step for due in self.search):
-            return plan_of_rows(call, found)
-        stale = found is not None and self.cached
-        lse = torch.stack([one.extra for one in found]) if stale and found is not None else log_sum_exp(call)
-        grid = Grid(call.extent, self.block, self.block)
-        plan = self._chosen(call, block_mass(call, lse, grid), grid)
-        keep(call, self, plan, step, list(lse))
-        if found is None and step == self.search[0]:
-            return SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
-        return plan
+            plan = plan_of_rows(call, found)
+        else:
+            stale = found is not None and self.cached
+            lse = torch.stack([one.extra for one in found]) if stale and found is not None else log_sum_exp(call)
+            grid = Grid(call.extent, self.block, self.block)
+            plan = self._chosen(call, mass_of_blocks(call, grid, lse), grid)
+            again = self.cached and step < self.search[-1]
+            keep(call, self, plan, step, list(lse) if again else None)
+        return SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent) if is_first else plan
 
     def _chosen(self, call: AttentionCall, mass: Tensor, grid: Grid) -> SparsePlan:
         rows, columns = text_blocks(call, grid)

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Settings, require_at_least, require_share
-from gossamer.methods.denoising import Denoising, keep, kept, layout_of, plan_of_mask, plan_of_rows, step_of
+from gossamer.methods.denoising import (
+    Denoising,
+    keep,
+    kept,
+    layout_of,
+    mass_of_blocks,
+    plan_of_mask,
+    plan_of_rows,
+    step_of,
+)
 from gossamer.plan import Extent, Grid, SparsePlan
 from gossamer.rules import top_k
 
@@ -69,20 +78,20 @@ class SparseD(Denoising):
 
     def plan(self, call: AttentionCall) -> SparsePlan:
         step, found = step_of(call), kept(call, self)
-        if found is not None:
-            return plan_of_rows(call, found)
-        plan = plan_of_mask(call, self.mask(call), self.block)
-        keep(call, self, plan, step.number)
+        if found is None:
+            plan = plan_of_mask(call, self.mask(call), self.block)
+            keep(call, self, plan, step.number)
+        else:
+            plan = plan_of_rows(call, found)
+        # Also where the layer runs again for a gradient: as it ran before.
         if step.total is not None and step.number == self.chooses_at(step.total):
             return SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
         return plan
 
     def mask(self, call: AttentionCall) -> Tensor:
         """The blocks that are selected, bool ``[B, H, M, N]``."""
-        from gossamer.oracle import block_mass, log_sum_exp
-
         grid = Grid(call.extent, self.block, self.block)
-        mass = block_mass(call, log_sum_exp(call), grid)
+        mass = mass_of_blocks(call, grid)
         blocks = -(-call.extent.key_count // self.block)
         first = self._first_to_fill(call, blocks)
         chosen = top_k(_seen(mass, blocks), _budget(self.share, blocks))
@@ -91,7 +100,7 @@ class SparseD(Denoising):
         column = torch.arange(grid.key_blocks, device=mass.device)
         chosen &= (column < first.to(mass.device)[:, None])[:, None, None]
         rest, part = _from(call, first * self.block), blocks - first
-        alone = block_mass(rest, log_sum_exp(rest), Grid(rest.extent, self.block, self.block))
+        alone = mass_of_blocks(rest, Grid(rest.extent, self.block, self.block))
         filled = top_k(_seen(alone, part), _budget(self.share, part))
         for row, start in enumerate(first.tolist()):
             width = int(part[row])
