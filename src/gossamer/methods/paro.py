@@ -16,6 +16,7 @@ from gossamer.methods.denoising import (
     axis_order,
     keep,
     kept,
+    mass_of_blocks,
     plan_of_mask,
     plan_of_rows,
     reordered,
@@ -84,11 +85,9 @@ class PARO(Denoising):
 
     def mask(self, call: AttentionCall, order: Tensor) -> Tensor:
         """The blocks of ranks that are kept, bool ``[B, H, M, M]``."""
-        from gossamer.oracle import block_mass, log_sum_exp
-
         permuted = reordered(call, order)
         grid = Grid(permuted.extent, self.block, self.block)
-        mass = block_mass(permuted, log_sum_exp(permuted), grid)
+        mass = mass_of_blocks(permuted, grid)
         rows, columns = (on_device(x, call.device) for x in text_blocks(call, grid))
         forced = rows[:, None, :, None] | columns[:, None, None]
         budget = (self.density * (~forced).sum(dim=(2, 3)).double()).ceil().long()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Settings, require_at_least, require_share
-from gossamer.methods.denoising import Denoising, axis_order, layout_of, plan_of_mask, text_blocks
-from gossamer.plan import Grid, SparsePlan, ceil_div
+from gossamer.methods.denoising import Denoising, axis_order, kept_through, layout_of, plan_of_mask, text_blocks
+from gossamer.plan import Extent, Grid, SparsePlan, ceil_div
 from gossamer.rules import Above, TopK
 
 __all__ = ["MODES", "SparseVDiT"]
@@ -65,7 +65,9 @@ class SparseVDiT(Denoising):
         if self.mode == "skip":
             nothing = torch.zeros(call.batch, call.groups, dtype=torch.int64, device="cpu")
             return SparsePlan.unchecked(heads=call.groups, pairs=nothing, **given)
-        return self._across_frames(call) if self.mode == "multi_diagonal" else self._in_order(call)
+        if self.mode == "multi_diagonal":
+            return kept_through(call, self, lambda: self._across_frames(call))
+        return self._in_order(call)
 
     def _in_order(self, call: AttentionCall) -> SparsePlan:
         """Diagonals and stripes, exact to the token."""
@@ -102,8 +104,11 @@ class SparseVDiT(Denoising):
         found = [state.get(self) for state in states]
         if found and all(one is not None and tuple(one.shape) == sizes for one in found):
             return torch.stack([one for one in found if one is not None])
-        step = min(self.every, max(1, ceil_div(call.query_len, self.block)))
-        mass = exact_masses(call, block_q=self.block, block_k=self.block, step=step).columns
+        mass = torch.zeros(call.batch, *sizes, device=call.device)
+        for row, count in enumerate(call.extent.key_count.tolist()):  # each as by itself
+            step = min(self.every, max(1, ceil_div(count, self.block)))
+            found_here = exact_masses(_living(call, row), block_q=self.block, block_k=self.block, step=step).columns
+            mass[row, :, :count] = found_here[0]
         for row, state in enumerate(states):
             state[self] = mass[row]  # by the method: other heads of the layer may have another share
         return mass
@@ -117,7 +122,19 @@ class SparseVDiT(Denoising):
         # Text lies where it lay, so that blocks of ranks hold it where those of positions do.
         rows, columns = (_widened(x, number) for x in text_blocks(call, Grid(call.extent, self.block, self.block)))
         mask = band | rows[:, :, None] | columns[:, None]
-        return plan_of_mask(call, mask[:, None].expand(-1, call.groups, -1, -1).to(call.device), self.block, order)
+        of_heads = mask[:, None].to(call.device).expand(-1, call.groups, -1, -1)
+        return plan_of_mask(call, of_heads, self.block, order)
+
+
+def _living(call: AttentionCall, row: int) -> AttentionCall:
+    """A batch row by itself, for scores alone; queries of padding are dead."""
+    one = slice(row, row + 1)
+    whole = call.extent.of_rows(one)
+    count = whole.query_count.minimum(whole.key_count)
+    own = Extent(whole.query_start, count, whole.key_start, whole.key_count, causal=False)
+    bias = None if call.bias is None else call.bias[one]
+    given = {"layout": None, "state": None, "bias": bias}
+    return replace(call, q=call.q[one], k=call.k[one], v=None, extent=own, **given)
 
 
 def _taken(mass: Tensor, count: int) -> Tensor:
