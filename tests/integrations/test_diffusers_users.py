@@ -19,6 +19,7 @@ from tiny_diffusers import FAMILIES, TEXT, inputs_of, noise, tiny  # noqa: E402
 import gossamer  # noqa: E402
 from gossamer import methods  # noqa: E402
 from gossamer.integrations.diffusers import enable, seats  # noqa: E402
+from gossamer.layout import DenoisingStep  # noqa: E402
 from gossamer.methods import PerHead  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -105,15 +106,15 @@ def test_processors_made_anew_from_the_class_of_ours_are_plain() -> None:
 
 def test_the_scheduler_is_the_one_that_the_pipeline_has_when_it_is_called() -> None:
     pipe = pipeline(tiny("wan"))
-    with gossamer.enable(pipe, **NARROW) as handle:
+    with enable(pipe, **NARROW) as handle:
         sample(pipe, 2)
         assert handle.steps == [0, 1]
         handle.reset()
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
         seen = []
-        handle.observe(lambda observed: seen.append((observed.call.step.number, observed.call.step.total)))
+        handle.observe(lambda observed: seen.append(observed.call.step))
         sample(pipe, 3)
-        assert seen == [(n, 3) for n in range(3) for _ in "ab"]
+        assert seen == [DenoisingStep(n, 3) for n in range(3) for _ in "ab"]
 
 
 def test_schedulers_of_second_order_number_their_timesteps_once() -> None:
@@ -121,11 +122,11 @@ def test_schedulers_of_second_order_number_their_timesteps_once() -> None:
     scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
     pipe = pipeline(model)
     pipe.scheduler = scheduler
-    with gossamer.enable(pipe, **NARROW) as handle:
+    with enable(pipe, **NARROW) as handle:
         handle.observe(lambda observed: seen.append(observed.call.step))
         sample(pipe, 3)
     assert len(scheduler.timesteps) == 5
-    assert [(step.number, step.total, step.branch) for step in seen[::2]] == [(n, 3, 0) for n in (0, 1, 1, 2, 2)]
+    assert seen[::2] == [DenoisingStep(n, 3) for n in (0, 1, 1, 2, 2)]
 
 
 class CutOff(Exception):
@@ -138,7 +139,7 @@ def test_a_sampling_of_a_pipeline_that_was_cut_off_leaves_nothing_to_the_next() 
     def cut(*given: Any) -> Any:
         raise CutOff
 
-    with gossamer.enable(pipe, **NARROW) as handle:
+    with enable(pipe, **NARROW) as handle:
         handle.observe(lambda observed: seen.append(observed.call))
         with pytest.raises(CutOff):
             sample(pipe, 2, callback_on_step_end=cut)
@@ -192,7 +193,7 @@ def test_a_model_that_cannot_be_enabled_is_left_as_it_was(monkeypatch: pytest.Mo
 def test_a_model_under_two_names_is_enabled_once() -> None:
     model = tiny("wan")
     pipe = pipeline(model, transformer_2=model, boundary_ratio=0.8)
-    with gossamer.enable(pipe, **NARROW) as handle:
+    with enable(pipe, **NARROW) as handle:
         run(model, "wan")
         assert [row.layer for row in handle.stats()] == [0, 1, None]
         assert len(handle._seats) == 4
@@ -207,7 +208,7 @@ def test_what_was_compiled_is_enabled() -> None:
     run(compiled, "wan")
     pipe = pipeline(model)
     pipe.components["transformer"] = pipe.transformer = compiled
-    with gossamer.enable(pipe, **NARROW) as handle:
+    with enable(pipe, **NARROW) as handle:
         got = run(compiled, "wan")
         assert [row.sparse_calls for row in handle.stats() if row.layer is not None] == [1, 1]
         assert (got - expected).abs().max() > 1e-3
@@ -220,7 +221,7 @@ def test_what_was_compiled_is_enabled() -> None:
 def test_layers_are_numbered_by_the_order_of_the_transformers() -> None:
     first, second = tiny("wan"), tiny("wan")
     pipe = pipeline(first, transformer_2=second, boundary_ratio=0.5)
-    with gossamer.enable(pipe, **NARROW) as handle:
+    with enable(pipe, **NARROW) as handle:
         run(second, "wan")
         assert [row.layer for row in handle.stats()] == [2, 3, None]
         run(first, "wan")
@@ -230,5 +231,5 @@ def test_layers_are_numbered_by_the_order_of_the_transformers() -> None:
         if hasattr(module, "is_cross_attention"):
             del module.is_cross_attention
     method = PerHead(((methods.create("a_shape"),) * 2,) * 4)
-    with gossamer.enable(pipe, method, min_tokens=0), pytest.raises(ValueError, match=r"layers .* cannot be numbered"):
+    with enable(pipe, method, min_tokens=0), pytest.raises(ValueError, match=r"layers .* cannot be numbered"):
         run(second, "wan")

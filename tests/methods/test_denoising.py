@@ -110,7 +110,7 @@ def test_a_row_is_planned_as_by_itself(listed: Listed) -> None:
         assert torch.equal(listed.method.plan(alone).to_mask()[0], mask[row])
 
 
-@pytest.mark.parametrize(("before", "after"), [((9, 5), (0, 0)), ((0, 2), (12, 6))])
+@pytest.mark.parametrize(("before", "after"), [((9, 5), (0, 0)), ((0, 2), (12, 6)), ((3, 0), (0, 40))])
 @pytest.mark.parametrize("listed", LISTED, ids=IDS)
 def test_padding_on_the_right_changes_nothing(listed: Listed, before: tuple[int, ...], after: tuple[int, ...]) -> None:
     """Padded queries share a block with the last patches, where text comes first, or with text."""

@@ -90,8 +90,10 @@ class PARO(Denoising):
         mass = mass_of_blocks(permuted, grid)
         rows, columns = (on_device(x, call.device) for x in text_blocks(call, grid))
         forced = rows[:, None, :, None] | columns[:, None, None]
-        budget = (self.density * (~forced).sum(dim=(2, 3)).double()).ceil().long()
-        best = top_k(mass.masked_fill(forced, float("-inf")).flatten(2), budget.cpu()).view(mass.shape)
+        low, high = grid.key_block_ends()
+        free = ~forced & on_device(high > low, call.device)[:, None, None]
+        budget = (self.density * free.sum(dim=(2, 3)).double()).ceil().long()
+        best = top_k(mass.masked_fill(~free, float("-inf")).flatten(2), budget.cpu()).view(mass.shape)
         number = ceil_div(call.query_len, self.block)
         missing = (0, number - mass.shape[3], 0, number - mass.shape[2])
         own = torch.eye(number, dtype=torch.bool, device=call.device)
