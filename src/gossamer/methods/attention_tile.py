@@ -32,7 +32,7 @@ class AttentionTile(Denoising):
 
     Points left open, as decided here: reference n is the frame ``n * F // k``, the first one among them. Blocks that
     hold tokens of several frames are kept if one of their tiles is, so that a little more is computed where a frame is
-    no multiple of the block. The authors' distillation, to which they owe most of their speed, is no part of it.
+    no multiple of the block. The authors' distillation, to fewer steps, is no part of it: about 5 of their 7.8 times.
     """
 
     name: ClassVar[str] = "attention_tile"

@@ -36,7 +36,8 @@ class SparseVDiT(Denoising):
     profile holds it (`gossamer.methods.PerHead`).
 
     Points left open by the paper, as decided here: what each mode leaves out is its field ``share`` (the paper's are
-    not published); stripes are found by the mass of every ``every``-th query block, at the first call of a sampling,
+    not published), and what it costs is counted; stripes are found by the mass of every ``every``-th query block that
+    holds tokens of its row, at the first call of a sampling,
     and stay for the rest of it (how the paper finds them is not said).
     """
 
