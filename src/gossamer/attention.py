@@ -18,6 +18,7 @@ from gossamer.backends.torch import dense
 from gossamer.backends.torch.partial import merge
 from gossamer.call import AttentionCall, CallFields
 from gossamer.methods import Method, Reduced
+from gossamer.methods.per_head import needs_of
 from gossamer.plan import SparsePlan
 from gossamer.policy import Decision, Policy
 from gossamer.profiles import Profile
@@ -138,7 +139,10 @@ def attend(
         executor = backends.name_of(call)
         if executor == "torch":
             _warn_slow(backends.why_slow(call))
-        out, lse = backends.attend(call, decision.plan, make=None if policy.keep_plans else policy.planner(call).plan)
+        method = policy.planner(call)
+        # What a method keeps over calls may be another's when the gradient is computed: then the plan is kept.
+        keeps = policy.keep_plans or "state" in needs_of(method)
+        out, lse = backends.attend(call, decision.plan, make=None if keeps else method.plan)
     if decision.reason is not None:
         _log_once(decision.reason)
     if record is not None:

@@ -74,7 +74,7 @@ class Policy:
         max_density: a plan that computes more than this share of the dense pairs is not worth it: dense.
         training: whether a call that needs a gradient is planned like any other; else it is dense.
         keep_plans: whether what a plan names is kept in memory until the gradient is computed; else the method makes
-            the plan again then, from the same tensors.
+            the plan again then, from the same tensors. Methods that keep something over calls keep the plan, too.
         profile: name of the profile that the method is from, if of one. Labels have it in place of the method's name.
         decode: chooses what a decode step reads of a cache with a store (`gossamer.methods.decoding`); None: all of it.
         cache: what a model's caches keep, for whoever makes them (``gossamer.enable``); None: everything, as it is.

@@ -77,6 +77,8 @@ def test_each_head_gets_the_mode_that_was_planted(noise: float) -> None:
     assert again.layers == profile.layers
     plan = profile.method.plan(replace(call, state=[{}]))
     assert plan.density() < 0.6
+    pairs = plan.count_pairs()[0].double() / (PATCHES + 4) ** 2
+    assert profile.costs[0] == pytest.approx(pairs.tolist())  # counted, and no constants of the modes
 
 
 def test_a_head_that_is_nothing_is_skipped() -> None:

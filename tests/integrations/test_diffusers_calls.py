@@ -90,10 +90,16 @@ def test_dead_tokens_come_last() -> None:
     assert ordered_by_life(torch.tensor([[True, True, False]]))[1] is None
 
 
-def numbers(steps: Steps, times: list[Any]) -> list[Any]:
+def steps_of(times: torch.Tensor) -> Steps:
+    scheduler = SimpleNamespace(timesteps=times)
+    return Steps(lambda: scheduler)
+
+
+def numbers(steps: Steps, times: list[Any], latents: str = "") -> list[Any]:
+    """The step and branch of each call; calls with one letter have the same latents."""
     found = []
-    for time in times:
-        steps.begin(time)
+    for n, time in enumerate(times):
+        steps.begin(time, torch.full((1, 4), float(ord(latents[n]))) if latents else None)
         found.append(None if steps.now is None else (steps.now.number, steps.now.branch))
     return found
 
@@ -113,7 +119,7 @@ def test_timesteps_are_counted() -> None:
 @pytest.mark.parametrize("scale", [lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000])
 def test_a_scheduler_says_which_step_it_is(scale: Any) -> None:
     times = torch.tensor([999.0, 750.0, 500.0, 250.0])
-    steps = Steps(SimpleNamespace(timesteps=times))
+    steps = steps_of(times)
     assert numbers(steps, scale(times)[[0, 0, 1, 3, 3, 0, 2]].tolist()) == [
         (0, 0), (0, 1), (1, 0), (3, 0), (3, 1), (0, 0), (2, 0)
     ]  # fmt: skip
@@ -121,8 +127,99 @@ def test_a_scheduler_says_which_step_it_is(scale: Any) -> None:
     assert steps.now.total == 4
 
 
+def test_another_scheduler_or_new_timesteps_begin_a_sampling() -> None:
+    scheduler = SimpleNamespace(timesteps=torch.tensor([900.0, 600.0, 300.0]))
+    now = scheduler
+    steps = Steps(lambda: now)
+    assert numbers(steps, [900.0, 600.0]) == [(0, 0), (1, 0)]
+    rows = steps.state(0, (1, 8))
+    scheduler.timesteps = scheduler.timesteps.clone()  # by set_timesteps, as each pipeline's call does
+    assert numbers(steps, [600.0]) == [(1, 0)]  # a part of the way, as images are changed
+    assert steps.state(0, (1, 8)) is not rows
+    now = SimpleNamespace(timesteps=torch.tensor([0.5, 0.25]))
+    assert numbers(steps, [0.5, 0.25]) == [(0, 0), (1, 0)]
+    assert steps.now is not None
+    assert steps.now.total == 2
+
+
+def test_the_scale_of_timesteps_is_found_anew_in_each_sampling() -> None:
+    steps = steps_of(torch.tensor([1000.0, 500.0, 1.0]))
+    assert numbers(steps, [1000.0, 500.0, 1.0]) == [(0, 0), (1, 0), (2, 0)]
+    steps.restart()
+    assert numbers(steps, [1.0, 0.5, 0.001]) == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_timesteps_that_are_one_once_they_are_rounded_are_told_apart() -> None:
+    """HunyuanVideo: 50 steps at shift 7, in bfloat16."""
+    sigma = torch.linspace(1, 0, 51)[:-1]
+    times = 1000 * 7 * sigma / (1 + 6 * sigma)
+    rounded = times.bfloat16()
+    assert len(rounded.unique()) < 50
+    steps = steps_of(times)
+    letters = "".join(chr(100 + n) for n in range(50))
+    assert numbers(steps, list(rounded), letters) == [(n, 0) for n in range(50)]
+    twice = numbers(steps, [time for time in rounded for _ in "ab"], "".join(2 * letter for letter in letters))
+    assert twice == [(n, branch) for n in range(50) for branch in range(2)]
+    over = steps_of(times)
+    assert [n for n, _ in numbers(over, list(rounded / 1000), letters)] == list(range(50))
+
+
+def test_steps_of_second_order_are_counted_once() -> None:
+    """Heun's: the second stage of a step and the first of the next are called with one timestep and other latents."""
+    steps = steps_of(torch.tensor([900.0, 600.0, 600.0, 300.0, 300.0]))
+    times = [900.0, 900.0, 600.0, 600.0, 600.0, 600.0, 300.0, 300.0, 300.0, 300.0]
+    found = numbers(steps, times, "aabbccddee")
+    assert found == [(0, 0), (0, 1), *[(1, 0), (1, 1)] * 2, *[(2, 0), (2, 1)] * 2]
+    assert steps.now is not None
+    assert steps.now.total == 3
+    assert numbers(steps, [900.0]) == [(0, 0)]
+
+
+def test_a_sampling_of_other_latents_begins_in_the_first_step() -> None:
+    assert numbers(Steps(), [900] * 3, "aaa") == [(0, 0), (0, 1), (0, 2)]
+    assert numbers(Steps(), [900] * 3 + [500] * 2, "abacd") == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    # One was cut off after its first branch, and both branches of another follow.
+    steps = Steps()
+    assert numbers(steps, [900], "a") == [(0, 0)]
+    first = steps.state(0, (1, 8))
+    assert numbers(steps, [900], "b") == [(0, 1)]
+    second = steps.state(0, (1, 8))
+    assert numbers(steps, [900], "b") == [(0, 1)]
+    assert steps.state(0, (1, 8)) is not second
+    steps.begin(500)
+    assert steps.state(0, (1, 8)) is second
+    assert second is not first
+    assert numbers(Steps(), [900] * 5, "aabb" + "c") == [(0, 0), (0, 1), (0, 0), (0, 1), (0, 0)]
+
+
+@pytest.mark.parametrize("latents", ["abcdefghijklmnopqrst", "a" * 20, ""])
+def test_what_is_kept_is_bounded_where_all_calls_have_one_timestep(latents: str) -> None:
+    steps = Steps()
+    for n in range(20):
+        numbers(steps, [900], latents[n : n + 1])
+        steps.state(0, (1, 8))
+        assert len(steps._kept) <= (2 if latents.startswith("ab") else 8)
+
+
+def test_a_call_that_failed_comes_again_or_another_sampling_begins() -> None:
+    steps = Steps()
+    numbers(steps, [900])
+    rows = steps.state(0, (1, 8))
+    steps.failed()
+    assert numbers(steps, [900]) == [(0, 0)]
+    assert steps.state(0, (1, 8)) is not rows
+    rows = steps.state(0, (1, 8))
+    assert numbers(steps, [500, 500]) == [(1, 0), (1, 1)]
+    steps.failed()
+    assert numbers(steps, [500]) == [(1, 1)]
+    steps.begin(300)
+    steps.failed()
+    assert numbers(steps, [300]) == [(2, 0)]
+    assert steps.state(0, (1, 8)) is rows
+
+
 def test_a_sampling_may_begin_in_the_middle() -> None:
-    steps = Steps(SimpleNamespace(timesteps=torch.tensor([999.0, 750.0, 500.0, 250.0])))
+    steps = steps_of(torch.tensor([999.0, 750.0, 500.0, 250.0]))
     assert numbers(steps, [500.0, 250.0, 7.0]) == [(2, 0), (3, 0), (4, 0)]  # 7 is none of them, and is counted
     assert steps.now is not None
     assert steps.now.total is None

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gossamer import AttentionCall, Extent
 from gossamer.layout import DenoisingStep, TokenLayout
+from gossamer.methods.denoising import layout_of
 
-__all__ = ["FRAMES", "HEIGHT", "PATCHES", "WIDTH", "clip", "weights"]
+__all__ = ["FRAMES", "HEIGHT", "PATCHES", "WIDTH", "clip", "ranks_of_tokens", "text_of_blocks", "weights"]
 
 FRAMES, HEIGHT, WIDTH = 4, 6, 8
 PATCHES = FRAMES * HEIGHT * WIDTH
@@ -48,6 +49,25 @@ def clip(
         "state": [{} for _ in range(batch)] if state is None else state,
     }
     return AttentionCall(q, k, v, extent, **given | fields)
+
+
+def text_of_blocks(call: AttentionCall, row: int, block: int) -> tuple[list[bool], list[bool]]:
+    """Whether each query block of a batch row holds live text, or nothing that lives; and each key block, live text."""
+    layout = layout_of(call)
+    live, before = int(call.extent.key_count[row]), layout.before[row]
+
+    def is_text(first: int, end: int) -> bool:
+        return any(not before <= token < before + layout.patches for token in range(first, min(end, live)))
+
+    queries = [n >= live or is_text(n, n + block) for n in range(0, call.query_len, block)]
+    return queries, [is_text(n, n + block) for n in range(0, live, block)]
+
+
+def ranks_of_tokens(call: AttentionCall, row: int, ranks: Tensor) -> Tensor:
+    """Rank of each token where patches have the ``ranks`` ``[P]`` among each other, and text stays."""
+    rank, before = torch.arange(call.query_len), layout_of(call).before[row]
+    rank[before : before + len(ranks)] = before + ranks
+    return rank
 
 
 def weights(call: AttentionCall, live: Tensor | None = None) -> Tensor:

@@ -147,6 +147,24 @@ def test_later_searches_use_the_lse_of_the_first(cached: bool) -> None:
     assert method.plan(clip(step=6, seed=2, state=first.state)) is new
 
 
+def test_the_step_that_searches_first_is_dense_however_often_it_runs() -> None:
+    """A gradient's checkpoint runs a layer again, as does the second stage of a step."""
+    method = AdaSpa(0.6, search=(2, 5), block=BLOCK)
+    call = clip(step=2)
+    assert [method.plan(call).density() for _ in range(2)] == [1.0, 1.0]
+    assert method.plan(clip(step=3, state=call.state)).density() < 1
+
+
+@pytest.mark.parametrize(("cached", "kept"), [(True, [True, False]), (False, [False, False])])
+def test_the_lse_is_kept_for_as_long_as_a_search_is_to_come(cached: bool, kept: list[bool]) -> None:
+    method, state = AdaSpa(0.6, search=(2, 5), block=BLOCK, cached=cached), [{}, {}]
+    found = []
+    for step in (2, 5):
+        method.plan(clip(step=step, state=state))
+        found.append([one.extra is not None for row in state for one in row.values()])
+    assert found == [[has] * 2 for has in kept]
+
+
 def test_a_search_that_was_missed_is_made_up_for() -> None:
     method = AdaSpa(0.6, search=(2, 5), block=BLOCK)
     first = clip(step=3)

@@ -110,6 +110,21 @@ def test_a_row_is_planned_as_by_itself(listed: Listed) -> None:
         assert torch.equal(listed.method.plan(alone).to_mask()[0], mask[row])
 
 
+@pytest.mark.parametrize(("before", "after"), [((9, 5), (0, 0)), ((0, 2), (12, 6)), ((3, 0), (0, 40))])
+@pytest.mark.parametrize("listed", LISTED, ids=IDS)
+def test_padding_on_the_right_changes_nothing(listed: Listed, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+    """Padded queries share a block with the last patches, where text comes first, or with text."""
+    call = clip(before=before, after=after, dead=19)
+    mask = listed.method.plan(call).to_mask()
+    for row in range(2):
+        count = int(call.extent.key_count[row])
+        one, live = slice(row, row + 1), slice(0, count)
+        given: dict[str, Any] = {"layout": TokenLayout(before[one], FRAMES, HEIGHT, WIDTH), "state": [{}]}
+        q, k = call.q[one, :, live], call.k[one, :, live]
+        alone = replace(call, q=q, k=k, v=None, extent=Extent.full(1, count, count, causal=False), **given)
+        assert torch.equal(listed.method.plan(alone).to_mask()[0], mask[row, :, live, live])
+
+
 @pytest.mark.parametrize("listed", LISTED, ids=IDS)
 def test_padding_on_the_left_changes_nothing(listed: Listed) -> None:
     call, pad = clip(), 7
@@ -151,6 +166,39 @@ def test_what_a_call_lacks_is_said(listed: Listed) -> None:
             state=lacking.state,
         )  # fmt: skip
         assert reasons[0].reason == f"{listed.name} needs {missing}"
+
+
+STEADY = [LISTED[1], LISTED[5]]
+
+
+@pytest.mark.parametrize("listed", STEADY, ids=lambda one: one.name)
+def test_a_plan_that_depends_on_the_layout_alone_is_made_once(listed: Listed) -> None:
+    state: Any = [{}, {}]
+    plan = listed.method.plan(clip(state=state))
+    assert listed.method.plan(clip(step=13, seed=1, state=state)) is plan
+    assert listed.method.plan(clip()) is not plan
+    turned = clip(step=13, grid=(HEIGHT, FRAMES, WIDTH), state=state)  # as many patches, which lie otherwise
+    assert torch.equal(listed.method.plan(turned).to_mask(), listed.method.plan(replace(turned, state=None)).to_mask())
+    shifted = clip(before=(4, 3), after=(5, 9), state=state)
+    fresh = listed.method.plan(replace(shifted, state=None))
+    assert torch.equal(listed.method.plan(shifted).to_mask(), fresh.to_mask())
+
+
+def test_a_gradient_without_kept_plans_is_of_the_plan_that_was_used() -> None:
+    """Two searches lie between the call and its gradient, and none of them changes it."""
+    method, gradients = methods.create("adaspa", sparsity=0.8, search=(2, 5, 7), block=16), []
+    for keep_plans in (True, False):
+        state: Any = [{}, {}]
+        policy = Policy(method, min_tokens=0, max_density=2.0, keep_plans=keep_plans)
+        outs = []
+        for step in (2, 3, 5, 7):
+            call = clip(step=step, seed=step, state=state)
+            q = call.q.clone().requires_grad_()
+            given: Any = {"layout": call.layout, "step": call.step, "state": state, "extent": call.extent}
+            outs.append((q, sparse_attention(q, call.k, call.values, policy, causal=False, **given)))
+        gradients.append([torch.autograd.grad(out.sum(), q)[0] for q, out in outs])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 KEEPING = ["adaspa", "sparsed", "paro"]
@@ -225,6 +273,29 @@ def test_heads_of_different_modes_are_merged(groups: int) -> None:
         assert torch.equal(mask[:, head], alone)
     out, _ = backends.attend(call, plan)
     torch.testing.assert_close(out, definition.attend(call, plan)[0], atol=1e-4, rtol=1e-4)
+
+
+STATEFUL = [
+    [methods.create("sparse_vdit", mode="stripe", share=share, block=16, every=2) for share in (0.1, 0.3, 0.1, 0.2)],
+    [methods.create("paro", order=order, density=0.3, block=16) for order in ("WHF", "FHW", "WHF", "HFW")],
+    [methods.create("sparsed", share=share, block=16) for share in (0.1, 0.3, 0.1, 0.2)],
+    [methods.create("adaspa", sparsity=sparsity, block=16) for sparsity in (0.6, 0.8, 0.6, 0.9)],
+]
+
+
+@pytest.mark.parametrize("kinds", STATEFUL, ids=lambda kinds: kinds[0].name)
+def test_heads_of_one_layer_keep_what_is_theirs(kinds: list[Method]) -> None:
+    """All heads of a layer are given the same state, and heads of several settings are planned in groups."""
+    state: Any = [{}, {}]
+    for step in (20, 21):
+        mask = PerHead((kinds,)).plan(clip(step=step, state=state, seed=step)).to_mask()
+        for head, method in enumerate(kinds):
+            first = clip(step=20, seed=20)  # what is found at step 20 holds at step 21
+            assert torch.equal(mask[:, head], _heads_of(method.plan(first).to_mask(), first.heads)[:, head])
+
+
+def _heads_of(mask: torch.Tensor, heads: int) -> torch.Tensor:
+    return mask.repeat_interleave(heads // mask.shape[1], dim=1)
 
 
 def test_orders_of_chunks_are_not_merged() -> None:

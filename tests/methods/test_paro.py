@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from clips import FRAMES, HEIGHT, PATCHES, WIDTH, clip, weights
+from clips import FRAMES, HEIGHT, PATCHES, WIDTH, clip, ranks_of_tokens, text_of_blocks, weights
 
 from gossamer import AttentionCall, backends
 from gossamer.layout import DenoisingStep
@@ -42,6 +42,42 @@ def test_it_keeps_the_blocks_with_the_most_mass_in_its_order(axes: str) -> None:
         kept = torch.eye(number, dtype=torch.bool).flatten()
         kept[best[: math.ceil(0.3 * number * number)]] = True
         assert torch.equal(mask[0, head], kept.view(number, number)[block][:, block])
+
+
+@pytest.mark.parametrize("axes", ["FHW", "WHF"])
+def test_text_is_outside_of_the_budget_and_so_is_padding(axes: str) -> None:
+    """Rows of different lengths; masks need not be square, nor is the last key block always kept as in their bench."""
+    call = clip(before=(5, 3), after=(4, 40), dead=20)
+    mask, mass = PARO(axes, 0.3, BLOCK).plan(call).to_mask(), weights(call)
+    for row in range(2):
+        live = int(call.extent.key_count[row])
+        block = ranks_of_tokens(call, row, ranks(axes)) // BLOCK
+        of_queries, of_keys = text_of_blocks(call, row, BLOCK)
+        free = [(m, n) for m, text in enumerate(of_queries) for n, other in enumerate(of_keys) if not (text or other)]
+        budget = math.ceil(0.3 * len(free))
+        for head in range(4):
+            total = {}
+            for m, n in free:
+                queries, keys = (block == m) & (torch.arange(call.query_len) < live), block == n
+                total[m, n] = float(mass[row, head][queries][:, keys].sum())
+            best = sorted(free, key=lambda pair, total=total: (-total[pair], pair))[:budget]
+            kept = torch.zeros(len(of_queries), len(of_keys), dtype=torch.bool)
+            kept[torch.tensor(of_queries)] = True
+            kept[:, torch.tensor(of_keys)] = True
+            for m, n in best:
+                kept[m, n] = True
+            for m in range(len(of_keys)):
+                kept[m, m] = True
+            expected = kept[block][:, block[:live]]
+            assert torch.equal(mask[row, head, :, :live], expected)
+            assert not mask[row, head, :, live:].any()
+
+
+def test_the_last_key_block_is_no_exception() -> None:
+    """The authors' kernel takes square masks alone, and their bench keeps the last key block always."""
+    call = clip(before=(0,), after=(0,), dead=0)
+    mask = PARO("FHW", 0.1, BLOCK).plan(call).block_mask()[0]
+    assert not mask[:, :-1, -1].all(dim=1).any()
 
 
 def test_the_order_that_was_planted_holds_the_most() -> None:

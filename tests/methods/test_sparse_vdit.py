@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from clips import FRAMES, HEIGHT, PATCHES, WIDTH, clip, weights
+from clips import FRAMES, HEIGHT, PATCHES, WIDTH, clip, ranks_of_tokens, text_of_blocks, weights
 from torch import Tensor
 
 from gossamer import AttentionCall, backends
@@ -53,12 +53,29 @@ def test_multi_diagonal(share: float) -> None:
     assert bool(mask[0][place[:, None] == place].all())
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_multi_diagonal_beside_text(share: float) -> None:
+    """Rows of different lengths, with padding: text attends and is attended by all, other blocks are as without it."""
+    call = clip(before=(5, 3), after=(4, 40), dead=20)
+    mask = SparseVDiT("multi_diagonal", share, BLOCK).plan(call).to_mask()[:, 0]
+    f, place = torch.arange(PATCHES) // (HEIGHT * WIDTH), torch.arange(PATCHES) % (HEIGHT * WIDTH)
+    reach = max(0, round(share * PATCHES / BLOCK - 1) // 2)
+    for row in range(2):
+        live = int(call.extent.key_count[row])
+        block = ranks_of_tokens(call, row, place * FRAMES + f) // BLOCK
+        of_queries, of_keys = (torch.tensor(text) for text in text_of_blocks(call, row, BLOCK))
+        keys = block[:live]
+        expected = ((block[:, None] - keys).abs() <= reach) | of_queries[block][:, None] | of_keys[keys]
+        assert torch.equal(mask[row, :, :live], expected)
+        assert not mask[row, :, live:].any()
+
+
 def test_stripes_are_the_keys_with_the_most_mass_and_stay() -> None:
     call = clip()
     method = SparseVDiT("stripe", 0.1, BLOCK, every=1)
     mask = method.plan(call).to_mask()
-    mass = weights(call).sum(dim=2)
     for row, before in enumerate((5, 3)):
+        mass = weights(call)[:, :, : int(call.extent.key_count[row])].sum(dim=2)  # of live queries
         middle = slice(before + 2 * BLOCK, before + 3 * BLOCK)
         for head in range(4):
             of_patches = mass[row, head, before : before + PATCHES]

@@ -18,7 +18,8 @@ def enable(model: Any, *args: Any, **options: Any) -> Any:
         method: a method's name, a method or a policy; the second argument.
         **options: of the integration, and fields of the method.
     """
-    if any(kind.__module__.partition(".")[0] == "diffusers" for kind in type(model).__mro__):
+    kinds = type(getattr(model, "_orig_mod", model)).__mro__  # of a compiled model, what was compiled
+    if any(kind.__module__.partition(".")[0] == "diffusers" for kind in kinds):
         from gossamer.integrations import diffusers
 
         return diffusers.enable(model, *args, **options)

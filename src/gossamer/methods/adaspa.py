@@ -77,16 +77,18 @@ class AdaSpa(Denoising):
         from gossamer.oracle import log_sum_exp
 
         step, found = step_of(call).number, kept(call, self)
+        # Also where the layer runs again for a gradient, or as the second stage of a step: as it ran before.
+        is_first = step == self.search[0] and (found is None or found[0].step == step)
         if found is not None and not any(found[0].step < due <= step for due in self.search):
-            return plan_of_rows(call, found)
-        stale = found is not None and self.cached
-        lse = torch.stack([one.extra for one in found]) if stale and found is not None else log_sum_exp(call)
-        grid = Grid(call.extent, self.block, self.block)
-        plan = self._chosen(call, mass_of_blocks(call, grid, lse), grid)
-        keep(call, self, plan, step, list(lse))
-        if found is None and step == self.search[0]:
-            return SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
-        return plan
+            plan = plan_of_rows(call, found)
+        else:
+            stale = found is not None and self.cached
+            lse = torch.stack([one.extra for one in found]) if stale and found is not None else log_sum_exp(call)
+            grid = Grid(call.extent, self.block, self.block)
+            plan = self._chosen(call, mass_of_blocks(call, grid, lse), grid)
+            again = self.cached and step < self.search[-1]
+            keep(call, self, plan, step, list(lse) if again else None)
+        return SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent) if is_first else plan
 
     def _chosen(self, call: AttentionCall, mass: Tensor, grid: Grid) -> SparsePlan:
         rows, columns = text_blocks(call, grid)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Settings, require_at_least
-from gossamer.methods.denoising import Denoising, layout_of, plan_of_mask, text_blocks
+from gossamer.methods.denoising import Denoising, kept_through, layout_of, plan_of_mask, text_blocks
 from gossamer.methods.head_tables import of_layer
 from gossamer.plan import Grid, SparsePlan
 
@@ -32,7 +32,7 @@ class AttentionTile(Denoising):
 
     Points left open, as decided here: reference n is the frame ``n * F // k``, the first one among them. Blocks that
     hold tokens of several frames are kept if one of their tiles is, so that a little more is computed where a frame is
-    no multiple of the block. The authors' distillation, to which they owe most of their speed, is no part of it.
+    no multiple of the block. The authors' distillation, to fewer steps, is no part of it: about 5 of their 7.8 times.
     """
 
     name: ClassVar[str] = "attention_tile"
@@ -53,6 +53,9 @@ class AttentionTile(Denoising):
         return "several frames" if missing is None and layout_of(call).frames < 2 else missing
 
     def plan(self, call: AttentionCall) -> SparsePlan:
+        return kept_through(call, self, lambda: self._tiles(call))
+
+    def _tiles(self, call: AttentionCall) -> SparsePlan:
         layout, grid = layout_of(call), Grid(call.extent, self.block, self.block)
         k = self.frames
         if self.layers:
@@ -67,7 +70,7 @@ class AttentionTile(Denoising):
         own = (low_q[:, :, None] <= high_k[:, None]) & (low_k[:, None] <= high_q[:, :, None])
         rows, columns = rows | _any(reference, low_q, high_q), columns | _any(reference, low_k, high_k)
         mask = own | rows[:, :, None] | columns[:, None]
-        return plan_of_mask(call, mask[:, None].expand(-1, call.groups, -1, -1).to(call.device), self.block)
+        return plan_of_mask(call, mask[:, None].to(call.device).expand(-1, call.groups, -1, -1), self.block)
 
     def _frames(self, ends: tuple[Tensor, Tensor], first: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """First and last frame of each block ``[B, blocks]``; of text and of nothing, whatever."""

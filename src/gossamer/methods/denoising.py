@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ __all__ = [
     "axis_order",
     "keep",
     "kept",
+    "kept_through",
     "layout_of",
     "mass_of_blocks",
     "plan_of_mask",
@@ -77,12 +78,12 @@ def step_of(call: AttentionCall) -> DenoisingStep:
 def text_blocks(call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor]:
     """Query blocks and key blocks that hold a token of text, bool ``[B, M]`` and ``[B, N]`` on the CPU.
 
-    Queries beyond a row's keys count as text.
+    Queries beyond a row's keys are of padding: a block of nothing else counts as text, any other by its live queries.
     """
-    layout = layout_of(call)
+    layout, count = layout_of(call), call.extent.key_count[:, None]
     first = torch.tensor(layout.before, dtype=torch.int64, device="cpu")[:, None]
     low, high = grid.queries.unbind(-1)
-    rows = ((low < first) | (high > first + layout.patches)) & (high > low)
+    rows = ((low < first) | (low >= count) | (high.minimum(count) > first + layout.patches)) & (high > low)
     low, high = grid.key_block_ends()
     return rows, ((low < first) | (high > first + layout.patches)) & (high > low)
 
@@ -105,14 +106,17 @@ def axis_order(call: AttentionCall, axes: str) -> Tensor:
 
 
 def mass_of_blocks(call: AttentionCall, grid: Grid, lse: Tensor | None = None) -> Tensor:
-    """Attention mass of each block of patches and text, fp32 ``[B, H, M, N]``.
+    """Attention mass of each block of patches and text, fp32 ``[B, H, M, N]``, without that of queries beyond a row's
+    keys: so padding in a query block does not count in what the block chooses.
 
     Args:
         lse: ``[B, H, S]``, of the call or of one like it; None: found.
     """
     from gossamer.oracle import log_sum_exp
 
-    lse = log_sum_exp(call) if lse is None else lse
+    lse, extent = log_sum_exp(call) if lse is None else lse, call.extent
+    beyond = torch.arange(call.query_len, device="cpu") >= (extent.key_start + extent.key_count)[:, None]
+    lse = lse.masked_fill(on_device(beyond, lse.device)[:, None], float("inf"))
     parts = [mass for _, mass in scores.block_mass(call, lse, grid)]
     return (
         torch.cat(parts, dim=2) if parts else torch.zeros(call.batch, call.heads, 0, grid.key_blocks, device=lse.device)
@@ -135,15 +139,26 @@ def plan_of_mask(call: AttentionCall, mask: Tensor, block: int, order: Tensor | 
         block_k=block,
         **({} if order is None else _orders(call, order, heads)),
     )
-    begin = torch.arange(max(mask.shape[2:]), device="cpu") * block
-    sizes = [
-        (count[:, None] - begin[:blocks]).clamp(0, block).double()
-        for count, blocks in ((call.extent.query_count, mask.shape[2]), (call.extent.key_count, mask.shape[3]))
-    ]
-    pairs = torch.einsum("bhmn,bm,bn->bh", mask.cpu().double(), *sizes).long()
+    of_one = mask[:, :1] if mask.stride(1) == 0 else mask  # heads that are one mask expanded are counted once
+    pairs = _pairs(of_one, call.extent, block).expand(-1, heads).contiguous()
     given = {name: getattr(plan, name) for name in ("heads", "query_len", "key_len", "extent", "block_q", "block_k")}
     lists = {name: getattr(plan, name) for name in ("block_indptr", "block_indices", "q_order", "k_order")}
     return SparsePlan.unchecked(**given, **lists, pairs=pairs)
+
+
+def _pairs(mask: Tensor, extent: Extent, block: int) -> Tensor:
+    """Pairs of live tokens in blocks ``[B, heads, M, N]``, int64 ``[B, heads]`` on the CPU."""
+    of_heads = []
+    for row, (queries, keys) in enumerate(zip(extent.query_count.tolist(), extent.key_count.tolist(), strict=True)):
+        counts = _tokens_of(mask[row], keys, block)
+        of_heads.append(_tokens_of(counts, queries, block))
+    return torch.stack(of_heads).cpu() if of_heads else torch.zeros(0, mask.shape[1], dtype=torch.int64, device="cpu")
+
+
+def _tokens_of(x: Tensor, count: int, block: int) -> Tensor:
+    """``x`` summed over blocks, its last dimension, each as often as it has tokens of ``count``; int64."""
+    whole, rest = divmod(count, block)
+    return x[..., :whole].sum(dim=-1) * block + x[..., whole : whole + 1].sum(dim=-1) * rest
 
 
 def _orders(call: AttentionCall, order: Tensor, heads: int) -> dict[str, Tensor]:
@@ -200,6 +215,18 @@ def kept(call: AttentionCall, key: Hashable) -> list[Kept] | None:
         for row, one in enumerate(found)
     )
     return found if same else None
+
+
+def kept_through(call: AttentionCall, method: Method, make: Callable[[], SparsePlan]) -> SparsePlan:
+    """A plan that depends on the call's layout and lengths alone: made once and kept, where there is a state."""
+    layout = layout_of(call)
+    lies = [(before, layout.frames, layout.height, layout.width) for before in layout.before]
+    found = kept(call, method)
+    if found is not None and [one.extra for one in found] == lies:
+        return plan_of_rows(call, found)
+    plan = make()
+    keep(call, method, plan, 0, lies)
+    return plan
 
 
 def _tokens(extent: Extent, row: int) -> list[int]:

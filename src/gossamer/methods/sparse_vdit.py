@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from gossamer.blocks import Blocks
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Settings, require_at_least, require_share
-from gossamer.methods.denoising import Denoising, axis_order, layout_of, plan_of_mask, text_blocks
-from gossamer.plan import Grid, SparsePlan, ceil_div
+from gossamer.methods.denoising import Denoising, axis_order, kept_through, layout_of, plan_of_mask, text_blocks
+from gossamer.plan import Extent, Grid, SparsePlan, ceil_div
 from gossamer.rules import Above, TopK
 
 __all__ = ["MODES", "SparseVDiT"]
@@ -35,7 +36,8 @@ class SparseVDiT(Denoising):
     profile holds it (`gossamer.methods.PerHead`).
 
     Points left open by the paper, as decided here: what each mode leaves out is its field ``share`` (the paper's are
-    not published); stripes are found by the mass of every ``every``-th query block, at the first call of a sampling,
+    not published), and what it costs is counted; stripes are found by the mass of every ``every``-th query block that
+    holds tokens of its row, at the first call of a sampling,
     and stay for the rest of it (how the paper finds them is not said).
     """
 
@@ -64,7 +66,9 @@ class SparseVDiT(Denoising):
         if self.mode == "skip":
             nothing = torch.zeros(call.batch, call.groups, dtype=torch.int64, device="cpu")
             return SparsePlan.unchecked(heads=call.groups, pairs=nothing, **given)
-        return self._across_frames(call) if self.mode == "multi_diagonal" else self._in_order(call)
+        if self.mode == "multi_diagonal":
+            return kept_through(call, self, lambda: self._across_frames(call))
+        return self._in_order(call)
 
     def _in_order(self, call: AttentionCall) -> SparsePlan:
         """Diagonals and stripes, exact to the token."""
@@ -96,20 +100,19 @@ class SparseVDiT(Denoising):
         """Mass of each key, fp32 ``[B, H, positions]``: of the first call of a sampling, where there is one."""
         from gossamer.oracle import exact_masses
 
-        states = call.state or ()
+        states: Sequence[dict[Any, Any]] = call.state or ()
         sizes = (call.heads, call.extent.longest)
-        found = [state.get(self._key) for state in states]
+        found = [state.get(self) for state in states]
         if found and all(one is not None and tuple(one.shape) == sizes for one in found):
             return torch.stack([one for one in found if one is not None])
-        step = min(self.every, max(1, ceil_div(call.query_len, self.block)))
-        mass = exact_masses(call, block_q=self.block, block_k=self.block, step=step).columns
+        mass = torch.zeros(call.batch, *sizes, device=call.device)
+        for row, count in enumerate(call.extent.key_count.tolist()):  # each as by itself
+            step = min(self.every, max(1, ceil_div(count, self.block)))
+            found_here = exact_masses(_living(call, row), block_q=self.block, block_k=self.block, step=step).columns
+            mass[row, :, :count] = found_here[0]
         for row, state in enumerate(states):
-            state[self._key] = mass[row]
+            state[self] = mass[row]  # by the method: other heads of the layer may have another share
         return mass
-
-    @property
-    def _key(self) -> str:
-        return f"{self.name}: columns by every {self.every} blocks of {self.block}"
 
     def _across_frames(self, call: AttentionCall) -> SparsePlan:
         order = axis_order(call, "HWF")
@@ -120,7 +123,19 @@ class SparseVDiT(Denoising):
         # Text lies where it lay, so that blocks of ranks hold it where those of positions do.
         rows, columns = (_widened(x, number) for x in text_blocks(call, Grid(call.extent, self.block, self.block)))
         mask = band | rows[:, :, None] | columns[:, None]
-        return plan_of_mask(call, mask[:, None].expand(-1, call.groups, -1, -1).to(call.device), self.block, order)
+        of_heads = mask[:, None].to(call.device).expand(-1, call.groups, -1, -1)
+        return plan_of_mask(call, of_heads, self.block, order)
+
+
+def _living(call: AttentionCall, row: int) -> AttentionCall:
+    """A batch row by itself, for scores alone; queries of padding are dead."""
+    one = slice(row, row + 1)
+    whole = call.extent.of_rows(one)
+    count = whole.query_count.minimum(whole.key_count)
+    own = Extent(whole.query_start, count, whole.key_start, whole.key_count, causal=False)
+    bias = None if call.bias is None else call.bias[one]
+    given = {"layout": None, "state": None, "bias": bias}
+    return replace(call, q=call.q[one], k=call.k[one], v=None, extent=own, **given)
 
 
 def _taken(mass: Tensor, count: int) -> Tensor:

@@ -45,6 +45,9 @@ class SparseD(Denoising):
     than ``skip T``; the part before g is ranked among all blocks, so that it may fall below its share (the paper ranks
     it by itself). Selection uses the call's own scale: the authors' code for LLaDA divides by the root of the number of
     heads there, which sharpens the softmax. What a call fills in is what follows ``layout.before``.
+
+    By the authors' own numbers it is for long texts: on an A800 LLaDA-1.5 takes 41 s for 38 s at 4k tokens and 95 s for
+    94 s at 8k, and 1695 s for 2127 s at 64k.
     """
 
     name: ClassVar[str] = "sparsed"
@@ -78,10 +81,12 @@ class SparseD(Denoising):
 
     def plan(self, call: AttentionCall) -> SparsePlan:
         step, found = step_of(call), kept(call, self)
-        if found is not None:
-            return plan_of_rows(call, found)
-        plan = plan_of_mask(call, self.mask(call), self.block)
-        keep(call, self, plan, step.number)
+        if found is None:
+            plan = plan_of_mask(call, self.mask(call), self.block)
+            keep(call, self, plan, step.number)
+        else:
+            plan = plan_of_rows(call, found)
+        # Also where the layer runs again for a gradient: as it ran before.
         if step.total is not None and step.number == self.chooses_at(step.total):
             return SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
         return plan

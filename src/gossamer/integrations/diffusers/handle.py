@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal
 
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from gossamer.attention import CallRecord
-from gossamer.integrations.diffusers.runs import Run
-from gossamer.integrations.diffusers.seats import Seat, modules_of, seat_of
+from gossamer.integrations.diffusers.runs import Run, modules_of
+from gossamer.integrations.diffusers.seats import Seat, seat_of
 from gossamer.integrations.policies import policy_of
 from gossamer.integrations.stats import LayerStats, Observation, Stats
 from gossamer.integrations.steps import Steps
@@ -30,8 +31,8 @@ __all__ = ["Handle", "enable"]
 class Handle:
     """An enabled pipeline or transformer. `enable` makes it; as a context manager it disables it on the way out.
 
-    It holds the models weakly. Layers are counted in the order in which they first attend a whole image or video,
-    through all transformers of a pipeline.
+    It holds the models weakly. Layers are counted in the order in which they first attend a whole image or video, those
+    of a pipeline's first transformer before those of its second.
     """
 
     def __init__(self, models: Iterable[nn.Module], policy: Policy, steps: Steps, text_first: bool | None) -> None:
@@ -43,14 +44,22 @@ class Handle:
         self._hooks: list[Any] = []
         self._names: list[str] = []
         self._enabled = True
-        layers = itertools.count()
-        for model in models:
-            run = Run(model, policy, steps, self._record, layers, text_first)
-            self._runs.append(run)
-            self._names.append(type(model).__name__)
-            self._hooks.append(model.register_forward_pre_hook(run.enter, with_kwargs=True))
-            self._hooks.append(model.register_forward_hook(run.exit))
-            self._seats += [Seat(run, module) for module in modules_of(model)]
+        try:
+            for model in models:
+                self._take(model, text_first)
+        except BaseException:
+            self.disable()
+            raise
+
+    def _take(self, model: nn.Module, text_first: bool | None) -> None:
+        run = Run(model, self.policy, self._steps, self._record, self._runs, text_first)
+        self._runs.append(run)
+        self._names.append(type(model).__name__)
+        self._hooks.append(model.register_forward_pre_hook(run.enter, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(run.exit, always_call=True))
+        for module in modules_of(model):
+            if seat_of(module) is None:  # else a part of two models
+                self._seats.append(Seat(run, module))
 
     @property
     def enabled(self) -> bool:
@@ -86,7 +95,9 @@ class Handle:
     def restart(self) -> None:
         """Forget what methods keep: the next call begins a sampling.
 
-        A sampling whose timesteps begin where the last one's did is noticed by itself.
+        Most samplings are noticed by themselves: where a pipeline sets its scheduler's timesteps, where timesteps go
+        back, where a call of the first step failed. A transformer called by itself may have to be told so, after a
+        sampling that was left in its first step.
         """
         self._steps.restart()
 
@@ -106,13 +117,15 @@ class Handle:
     def disable(self) -> None:
         """Give each module its own processor back. A second call does nothing.
 
-        Processors and backends that were set since stay.
+        Processors that were set since stay, and what was set on processors, such as a backend.
         """
         self._enabled = False
         for hook in self._hooks:
             hook.remove()
         for seat in self._seats:
             seat.leave()
+        for run in self._runs:
+            run.observe = None
         self._seats, self._hooks = [], []
         self._steps.restart()
 
@@ -153,7 +166,7 @@ def enable(
     step for which the method asks for dense attention. Weights, configs and the library stay as they are.
 
     Args:
-        model: a pipeline, of which every transformer is enabled, or one model.
+        model: a pipeline, of which every transformer is enabled, or one model; of compiled ones what was compiled.
         method: a name from `gossamer.methods.denoising` or `gossamer.methods.available`, a method, or a policy.
         profile: methods per layer and head instead: a `Profile`, or the path of one.
         steps: of a sampling. A pipeline's scheduler says it by itself; a method that acts by a share of the steps needs
@@ -185,11 +198,18 @@ def enable(
             f"{policy.method.name} looks at q and k before their rotary embedding, which here has several axes; "
             "use another method"
         )
+    model = unwrap_module(model)
     models = _models_of(model)
     if any(seat_of(module) is not None for part in models for module in modules_of(part)):
         raise ValueError(f"this {type(model).__name__} is enabled already; call disable() on its handle first")
-    scheduler = None if isinstance(model, nn.Module) else getattr(model, "scheduler", None)
+    scheduler = None if isinstance(model, nn.Module) else _scheduler_of(model)
     return Handle(models, policy, Steps(scheduler, steps), None if text is None else text == "first")
+
+
+def _scheduler_of(pipeline: Any) -> Callable[[], Any]:
+    """Whichever a pipeline has when it is asked: users replace it."""
+    there = weakref.ref(pipeline)
+    return lambda: getattr(there(), "scheduler", None)
 
 
 def _models_of(model: Any) -> list[nn.Module]:
@@ -197,7 +217,8 @@ def _models_of(model: Any) -> list[nn.Module]:
     if isinstance(model, ModelMixin):
         found: list[nn.Module] = [model] if modules_of(model) else []
     elif hasattr(model, "components"):
-        parts = [part for part in model.components.values() if isinstance(part, ModelMixin)]
+        parts = [unwrap_module(part) for part in model.components.values()]
+        parts = list({id(part): part for part in parts if isinstance(part, ModelMixin)}.values())
         found = [part for part in parts if _denoises(part) and modules_of(part)]
     else:
         raise TypeError(f"gossamer.enable needs a pipeline or a model of diffusers, got {type(model).__name__}")

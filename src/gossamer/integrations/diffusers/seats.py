@@ -38,15 +38,12 @@ from gossamer.layout import TokenLayout
 from gossamer.methods import Dense
 from gossamer.plan import Extent
 
-__all__ = ["Seat", "modules_of", "seat_of"]
+__all__ = ["Seat", "seat_of"]
 
 _seats: weakref.WeakKeyDictionary[nn.Module, Seat] = weakref.WeakKeyDictionary()
 _numbers = itertools.count()
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """The attention modules of a diffusers model: those whose processor can be set."""
-    return [m for m in model.modules() if callable(getattr(m, "processor", None)) and hasattr(m, "set_processor")]
+# What our copy of a processor has otherwise than its original.
+_OURS = ("_attention_backend", "_gossamer_seat")
 
 
 def seat_of(module: nn.Module) -> Seat | None:
@@ -80,13 +77,15 @@ class Seat:
         self._hidden: Tensor | None = None
         self._text: Tensor | None = None
         self._inside = self._came = False
-        self._member: AttentionBackendName | None = None
-        self._processor = self._copied(self._former)
+        self._name: str | None = None
+        own = self._copied(self._former)
+        self._processor = weakref.ref(own)
+        self._was = {name: value for name, value in _fields(own).items() if name not in _OURS}
+        cast(Any, module).processor = own
         self._hooks = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            module.register_forward_hook(self._exit),
+            module.register_forward_hook(self._exit, always_call=True),
         ]
-        cast(Any, module).processor = self._processor
         _seats[module] = self
 
     def __deepcopy__(self, memo: Any) -> Seat:
@@ -96,13 +95,8 @@ class Seat:
     def _copied(self, processor: Any) -> Any:
         own = copy.copy(processor)
         if hasattr(processor, "_attention_backend"):
-            name = f"gossamer-{next(_numbers)}"
-            member = str.__new__(AttentionBackendName, name)  # a name beside the closed list, for this module alone
-            member._name_, member._value_ = name, name
-            _AttentionBackendRegistry.register(member, supports_context_parallel=True)(_dispatched(self))
-            self._member = own._attention_backend = member
-            self._left = weakref.finalize(cast(nn.Module, self._module()), _unregister, member)
-            self._left.atexit = False
+            self._name = f"gossamer-{next(_numbers)}"
+            own._attention_backend = _registered(self._name, _dispatched(self, processor._attention_backend))
             return own
         own.__class__ = _intercepted(type(processor))
         own._gossamer_seat = self
@@ -111,27 +105,36 @@ class Seat:
     @property
     def taken(self) -> bool:
         """Whether the module's attention comes here: nobody set another processor or backend since."""
-        module = self._module()
-        return (
-            module is not None
-            and module.processor is self._processor
-            and (self._member is None or self._processor._attention_backend is self._member)
-        )
+        module, own = self._module(), self._processor()
+        return module is not None and own is not None and module.processor is own and self._asks_here(own)
+
+    def _asks_here(self, own: Any) -> bool:
+        return self._name is None or getattr(own._attention_backend, "value", None) == self._name
 
     def leave(self) -> None:
-        """Give the module its processor back, unless it has got another since."""
-        module = self._module()
+        """Give the module its processor back, unless it has got another since.
+
+        What was set on our copy stays, and the copy, which somebody may have saved, runs as its original.
+        """
         for hook in self._hooks:
             hook.remove()
-        if self._member is not None:
-            self._left()
-        if module is None:
+        self._inside = False
+        self._hidden = self._text = None
+        module, own = self._module(), self._processor()
+        if module is not None:
+            _seats.pop(module, None)
+        if own is None:
             return
-        _seats.pop(module, None)
-        if module.processor is not self._processor:
+        if self._name is None:
+            own.__class__ = type(self._former)
+            del own._gossamer_seat
+        elif self._asks_here(own):
+            own._attention_backend = self._former._attention_backend
+        if module is None or module.processor is not own:
             return
-        if self._member is not None and not self.taken:
-            self._former._attention_backend = self._processor._attention_backend
+        for name, value in _fields(own).items():
+            if name == "_attention_backend" or name not in self._was or self._was[name] is not value:
+                setattr(self._former, name, value)
         cast(Any, module).processor = self._former
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -145,7 +148,8 @@ class Seat:
         self._inside, self._came = True, False
 
     def _exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._inside and not self._came and self._hidden is not None:
+        failed = output is None
+        if self._inside and not self._came and self._hidden is not None and not failed:
             tokens = self._hidden.shape[1]
             record = CallRecord(None, "dense", "attention of its own", 1.0, 0.0, 0.0, "model", tokens, tokens)
             self.run.record(record)
@@ -239,8 +243,30 @@ class Seat:
         return TokenLayout(tuple(live[:, :before].sum(dim=1).tolist()), *cast(Any, self.run.grid))
 
 
-def _dispatched(seat: Seat) -> Callable[..., Tensor]:
-    """The backend of one seat, as diffusers calls it: ``[B, S, H, D]``."""
+def _fields(processor: Any) -> dict[str, Any]:
+    return dict(vars(processor))
+
+
+def _registered(name: str, attention: Callable[..., Tensor]) -> AttentionBackendName:
+    """A name beside diffusers' closed list, known to it for as long as some processor has it: copies may."""
+    member, key = _member(name), _member(name)
+    _AttentionBackendRegistry.register(key, supports_context_parallel=True)(attention)
+    weakref.finalize(member, _unregister, key).atexit = False
+    return member
+
+
+def _member(name: str) -> AttentionBackendName:
+    member = str.__new__(AttentionBackendName, name)
+    member._name_, member._value_ = name, name
+    return member
+
+
+def _dispatched(seat: Seat, former: Any) -> Callable[..., Tensor]:
+    """The backend of one seat, as diffusers calls it: ``[B, S, H, D]``.
+
+    Args:
+        former: the backend that the processor had, None for the active one.
+    """
     there = weakref.ref(seat)
 
     @torch.compiler.disable
@@ -256,7 +282,6 @@ def _dispatched(seat: Seat) -> Callable[..., Tensor]:
         _parallel_config: Any = None,
     ) -> Tensor:
         own = there()
-        former = None if own is None else own._former._attention_backend
 
         def dense() -> Tensor:
             given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -313,7 +338,10 @@ def _intercepted(kind: type) -> type:
 
     @functools.wraps(kind.__call__)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _Intercept(self._gossamer_seat):
+        seat = getattr(self, "_gossamer_seat", None)
+        if seat is None:  # made anew from the class of ours, as diffusers does where it loads an IP-Adapter
+            return kind.__call__(self, *args, **kwargs)
+        with _Intercept(seat):
             return kind.__call__(self, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": torch.compiler.disable(run), "__module__": kind.__module__})
