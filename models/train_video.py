@@ -1,6 +1,6 @@
 """Train the small video model from scratch on a CPU: `python models/train_video.py --out models/video`.
 
-A text-conditioned diffusion transformer (diffusers' Wan, pixels for latents) on clips of moving shapes (`clips.py`), by
+A text-conditioned diffusion transformer (diffusers' Wan, pixels for latents) on clips of moving shapes (`moving_shapes.py`), by
 rectified flow: between a clip and noise the model predicts their difference. Steps, not seconds, define the schedule,
 and each step draws its data from a generator seeded with (seed, step), so that a run can be resumed (--resume) and
 repeated. Most steps see small clips; the last ones have the 4,096 tokens of the model's size.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import clips
+import moving_shapes
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = dict(
     attention_head_dim=64,
     in_channels=3,
     out_channels=3,
-    text_dim=clips.TEXT_DIM,
+    text_dim=moving_shapes.TEXT_DIM,
     freq_dim=64,
     ffn_dim=512,
     num_layers=6,
@@ -82,9 +82,9 @@ class Trainer(Run):
     def batch(self, phase: Phase) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Clips ``[B, 3, F, H, W]``, noise, sentences ``[B, words, D]`` and times in 0 .. 1, of the current step."""
         generator = self.generator()
-        shapes = [clips.draw_shapes(generator) for _ in range(phase.rows)]
-        x = torch.stack([clips.render(some, phase.frames, phase.size, phase.size) for some in shapes])
-        text = clips.embed([clips.describe(some) for some in shapes])
+        shapes = [moving_shapes.draw_shapes(generator) for _ in range(phase.rows)]
+        x = torch.stack([moving_shapes.render(some, phase.frames, phase.size, phase.size) for some in shapes])
+        text = moving_shapes.embed([moving_shapes.describe(some) for some in shapes])
         text[torch.rand(phase.rows, generator=generator) < WITHOUT_TEXT] = 0.0
         noise = torch.randn(x.shape, generator=generator)
         # One of each part of the range, so that batches differ less.
@@ -112,9 +112,9 @@ class Trainer(Run):
         FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(out / "scheduler")
         generator = torch.Generator().manual_seed(self.seed + 1)
         words = {
-            "words": clips.WORDS,
-            "codes": clips.word_codes().tolist(),
-            "prompts": [" ".join(clips.describe(clips.draw_shapes(generator))) for _ in range(PROMPTS)],
+            "words": moving_shapes.WORDS,
+            "codes": moving_shapes.word_codes().tolist(),
+            "prompts": [" ".join(moving_shapes.describe(moving_shapes.draw_shapes(generator))) for _ in range(PROMPTS)],
             "size": [self.model.config.in_channels, *size],
             "guidance": GUIDANCE,
         }

@@ -35,7 +35,7 @@ TINY: dict[str, Any] = dict(
 def scripts() -> dict[str, ModuleType]:
     sys.path.insert(0, str(ROOT / "models"))
     try:
-        return {name: importlib.import_module(name) for name in ("clips", "train_video", "train_masked")}
+        return {name: importlib.import_module(name) for name in ("moving_shapes", "train_video", "train_masked")}
     finally:
         sys.path.remove(str(ROOT / "models"))
 
@@ -82,7 +82,7 @@ def test_ssim_is_that_of_its_formula() -> None:
 
 
 def test_clips_are_what_their_sentences_say(scripts: dict[str, ModuleType]) -> None:
-    clips = scripts["clips"]
+    clips = scripts["moving_shapes"]
     shape = clips.Shape("red", "square", "left", 0.5, 0.5, 0.15)
     assert clips.describe([shape, shape]) == ["red", "square", "left", "and", "red", "square", "left"]
     drawn = clips.render([shape], 5, 40, 40)
