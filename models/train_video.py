@@ -1,9 +1,9 @@
 """Train the small video model from scratch on a CPU: `python models/train_video.py --out models/video`.
 
 A text-conditioned diffusion transformer (diffusers' Wan, pixels for latents) on clips of moving shapes
-(`moving_shapes.py`), by rectified flow: between a clip and noise the model predicts their difference. Steps, not seconds, define the schedule,
-and each step draws its data from a generator seeded with (seed, step), so that a run can be resumed (--resume) and
-repeated. Most steps see small clips; the last ones have the 4,096 tokens of the model's size.
+(`moving_shapes.py`), by rectified flow: between a clip and noise the model predicts their difference. Steps, not
+seconds, define the schedule, and each step draws its data from a generator seeded with (seed, step), so that a run can
+be resumed (--resume) and repeated. Most steps see small clips; the last ones have the 4,096 tokens of the model's size.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mtraining": {"p": 0.9},
     "longgen": {"recent": 2, "block": 32},
     "minference": _SLASHES,
-    "mminference": {"patterns": [VerticalSlash(**_SLASHES)]},
+    "mminference": {"patterns": [VerticalSlash(100, 300)]},
     "flexprefill(tau=0)": _FLEX | {"tau": 0.0},
     "flexprefill(tau=1)": _FLEX | {"tau": 1.0, "gamma": 0.98},
     "xattention": {"stride": 8, "block": 32},
