@@ -22,7 +22,8 @@ A new policy is a frozen dataclass in a file of its own whose ``layer`` makes a 
 from gossamer.cache.caches import adopt, nbytes, new_cache, peak_nbytes
 from gossamer.cache.encodings import Int8, Kivi, Mustafar
 from gossamer.cache.evictions import PyramidKV, SnapKV, StreamingLLM
-from gossamer.cache.layer import Part, StoreLayer, store_of
+from gossamer.cache.layer import Part, StoreLayer
+from gossamer.cache.marks import store_of
 from gossamer.cache.policies import CachePolicy, Keep
 from gossamer.cache.registry import available, create
 from gossamer.cache.split import DuoAttention

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from gossamer.cache.marks import is_locked, marked
 from gossamer.call import AttentionCall
 from gossamer.plan import Extent
 from gossamer.summaries import Held, Kept, Summary
-from gossamer.unread import Unread
 
-__all__ = ["Part", "StoreLayer", "is_locked", "marked", "store_of"]
+__all__ = ["Part", "StoreLayer"]
 
-_STORE = "_gossamer_store"
 # Calls of so many tokens are drafts and short turns, which leave a summary of the prompt as it is.
 _DRAFT = 64
 
@@ -69,8 +68,7 @@ class StoreLayer(DynamicLayer):
     def _forget(self) -> None:
         self._room: tuple[Tensor, Tensor] | None = None
         self._in_graph = False  # a graph may hold the room
-        self._told = True  # of the last call's attention
-        self.peak = 0
+        self._told, self.peak = True, 0  # of the last call's attention
         self.length = self.dropped = self.prompt = self._appended = 0
         self.starts: list[int] | None = None
         self.positions: Tensor | None = None
@@ -159,8 +157,7 @@ class StoreLayer(DynamicLayer):
         self.positions = held.gather(2, index.clamp(min=0)).masked_fill(index < 0, -1)
         self.starts = kept[:, 0].tolist()
         self.dropped = self.length - index.shape[2]
-        self._appended = 0
-        self._room = None
+        self._appended, self._room = 0, None
         self._make_room(index.shape[2], *moved)
         assert self._room is not None
         for room, new in zip(self._room, moved, strict=True):
@@ -399,27 +396,5 @@ class StoreLayer(DynamicLayer):
             row.clear()
 
 
-def is_locked(tensor: Tensor) -> bool:
-    """Whether a tensor was made in inference mode, which has been left since: it can be written in that mode alone."""
-    return tensor.is_inference() and not torch.is_inference_mode_enabled()
-
-
 Part = tuple[list[int], StoreLayer]
 """Key/value heads of a layer, ascending, and their store."""
-
-
-def marked(keys: Tensor, store: StoreLayer) -> Tensor:
-    """Keys that know the layer that gave them."""
-    if not isinstance(keys, Unread):  # those are made for each call
-        keys = keys[:]  # a view of its own: the layer holds nothing that holds the layer
-    setattr(keys, _STORE, store)
-    return keys
-
-
-def store_of(keys: Tensor) -> StoreLayer | None:
-    """The layer that gave these keys by `StoreLayer.update`, if one did and holds them still.
-
-    Layers of a model that share keys may see some that have been dropped since. In graphs, none does.
-    """
-    store = None if torch.compiler.is_compiling() else getattr(keys, _STORE, None)
-    return store if store is not None and store.slots == keys.shape[2] else None

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gossamer import methods
 from gossamer.cache.evictions import StreamingLayer
-from gossamer.cache.layer import Part, StoreLayer, marked
+from gossamer.cache.layer import Part, StoreLayer
+from gossamer.cache.marks import marked
 from gossamer.cache.policies import CachePolicy, require_tokens
 from gossamer.call import AttentionCall
 from gossamer.methods.base import require_share

@@ -14,7 +14,8 @@ from torch import Tensor
 from gossamer import backends
 from gossamer.backends.torch.partial import merge
 from gossamer.cache.block_file import aligned
-from gossamer.cache.layer import StoreLayer, is_locked
+from gossamer.cache.layer import StoreLayer
+from gossamer.cache.marks import is_locked
 from gossamer.cache.partly_held import PartlyHeld
 from gossamer.cache.policies import CachePolicy, require_tokens
 from gossamer.cache.pool import Pool

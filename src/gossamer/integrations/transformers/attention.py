@@ -37,7 +37,7 @@ from gossamer.integrations.transformers.masks import (
 )
 from gossamer.integrations.transformers.operator import named, operator, trains
 from gossamer.integrations.transformers.owners import NAME, Observation, Owner, owner_for
-from gossamer.integrations.transformers.parts import before, in_parts
+from gossamer.integrations.transformers.parts import before, in_parts, take_padding
 from gossamer.plan import Extent
 from gossamer.policy import TRAINING
 
@@ -275,7 +275,7 @@ def _described(asked: _Asked, owner: Owner) -> tuple[Extent | None, int, str | N
     """The pairs that are asked for as an extent, as far as they are one; the key slots that it is for; why dense."""
     mask, batch, keys = asked.mask, asked.batch, asked.key_len
     if asked.store is not None and asked.store.dropped:
-        _take_padding(asked, asked.store)
+        take_padding(asked, asked.store)
         return asked.store.extent(asked.query_len), keys, None
     if mask is not None and mask.ndim == 4 and asked.query_len > 1:
         mask = compact_of(mask)
@@ -295,23 +295,6 @@ def _described(asked: _Asked, owner: Owner) -> tuple[Extent | None, int, str | N
     if not asked.causal:
         return None, keys, "not causal"
     return *extent_of(None, batch, asked.query_len, keys, asked.window), None
-
-
-def _take_padding(asked: _Asked, store: StoreLayer) -> None:
-    """Tell a cache that has dropped tokens of padding before a row's first token, as in chunks of a padded prompt.
-
-    Raises:
-        ValueError: padding elsewhere: its mask no longer says where that is.
-    """
-    mask = asked.mask
-    if mask is None:
-        return
-    new = mask[:, -asked.query_len :] if mask.ndim == 2 else mask[:, 0, -1, -asked.query_len :]
-    live = new if new.dtype == torch.bool else new > 0
-    before = live.long().cumsum(1) == 0
-    if asked.causal and bool((live | before).all()) and store.pad(asked.query_len, before.sum(1).expand(asked.batch)):
-        return
-    store.refuse("padding between turns, or a mask of another kind")
 
 
 def _counted(owner: Owner, asked: _Asked, reason: str | None, run: Callable[[], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Calls of layers whose heads are in several stores, and what comes before a call."""
+"""Calls on stores: of layers whose heads are in several, of padded rows, and what comes before a call."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gossamer.attention import CallRecord
@@ -14,7 +15,7 @@ from gossamer.call import AttentionCall
 from gossamer.integrations.transformers.owners import Owner
 from gossamer.methods import Method
 
-__all__ = ["before", "in_parts"]
+__all__ = ["before", "in_parts", "take_padding"]
 
 
 def in_parts(
@@ -73,3 +74,20 @@ def before(call: AttentionCall, store: StoreLayer, decode: Method | None) -> Non
     for kind in () if decode is None else decode.watches(call):
         store.begin(kind)
     store.seen(call)
+
+
+def take_padding(asked: Any, store: StoreLayer) -> None:
+    """Tell a cache that has dropped tokens of padding before a row's first token, as in chunks of a padded prompt.
+
+    Raises:
+        ValueError: padding elsewhere: its mask no longer says where that is.
+    """
+    mask = asked.mask
+    if mask is None:
+        return
+    new = mask[:, -asked.query_len :] if mask.ndim == 2 else mask[:, 0, -1, -asked.query_len :]
+    live = new if new.dtype == torch.bool else new > 0
+    before = live.long().cumsum(1) == 0
+    if asked.causal and bool((live | before).all()) and store.pad(asked.query_len, before.sum(1).expand(asked.batch)):
+        return
+    store.refuse("padding between turns, or a mask of another kind")
