@@ -1,5 +1,6 @@
 """Tables of what a decode step's attention takes and loses, from `benchmarks/decoding.py`."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,8 @@ def encoded(found: dict[str, Any], _: Path) -> str | None:
 def answers(records: Sequence[dict[str, Any]]) -> list[Table]:
     """For each length the settings in the order of their answers, dense first."""
     rows = [row for row in summary_rows(records) if row.samples]
-    model = next(record["model"]["name"] for record in records if record["kind"] == "run")
+    named = next(record["model"]["name"] for record in records if record["kind"] == "run")
+    model = re.sub("-[0-9a-f]{16}$", "", named)  # of a folder that a GGUF file was converted into
     made = []
     for length in sorted({row.length for row in rows}):
         here = sorted((r for r in rows if r.length == length), key=lambda r: ("+" in r.method, -(r.accuracy or 0)))
