@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from repository import ROOT
 
-from gossamer.evaluate.summary import read_results, summary_rows
+from gossamer.evaluate.summary import SummaryRow, read_results, summary_rows
 
 RESULTS = ROOT / "benchmarks" / "results"
 FOUND = RESULTS / "intel-xeon-ice-lake-2-cores-avx512" / "decoding.json"
@@ -187,3 +187,30 @@ def test_what_choices_answer_on_the_reference_model() -> None:
     assert rows[same[2]].read == pytest.approx(0.066, abs=0.0005)
     assert all(accuracy[f"lserve(budget={budget})"] < 0.56 * dense for budget in (256, 1024))
     assert accuracy["infllm(blocks=8,block=64,init=64,local=448)"] < 0.03
+
+
+def answered(file: str) -> dict[str, SummaryRow]:
+    """What a pretrained model answered, by what its steps read."""
+    rows = summary_rows(read_results(ZEN_5 / file))
+    assert len({(row.length, row.samples) for row in rows}) == 1
+    return {row.method.partition("+")[2]: row for row in rows}
+
+
+def test_what_choices_answer_on_smollm2() -> None:
+    rows = answered("decoding_smollm2.jsonl")
+    said = {
+        "": 0.58,
+        "oracle_topk(budget=256)": 0.60,
+        "double_sparsity(budget=512,group_factor=2)": 0.62,
+        "quest(budget=512)": 0.17,
+        "lserve(budget=512)": 0.06,
+        "magicpig(buffer=64)": 0.40,
+        "retro_infer(probe=0.05,segment=2048,least=1,update=256)": 0.25,
+    }
+    assert {name: rows[name].accuracy for name in said} == {
+        name: pytest.approx(x, abs=0.006) for name, x in said.items()
+    }
+    shares = {name: (row.step_bytes or 0) / (row.cache_bytes or 1) for name, row in rows.items() if name}
+    assert shares["double_sparsity(budget=512,group_factor=2)"] == pytest.approx(0.256, abs=0.01)
+    assert shares["retro_infer(probe=0.05,segment=2048,least=1,update=256)"] == pytest.approx(0.128, abs=0.01)
+    assert shares["magicpig(buffer=64)"] > 1.1
