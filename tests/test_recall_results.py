@@ -87,3 +87,13 @@ def test_a_window_recalls_what_it_sees_and_nothing_else() -> None:
     far = dict(near_and_far(measured("window(16)")))
     assert min(far[8], far[16]) > 0.99
     assert max(far[32], far[64]) < 0.02
+
+
+def test_a_dynamic_mask_recalls_in_two_seeds_of_three() -> None:
+    text = (ROOT / "docs" / "recall.md").read_text(encoding="utf-8")
+    lines = [r for r in read_results(FILE) if r["kind"] == "mqar" and r["mixer"] == "convolution(3)+dynamic_mask(16)"]
+    lost, *kept = sorted((record for record in lines if record["rate"] == 0.003), key=lambda record: record["accuracy"])
+    assert len(kept) == 2
+    assert all(record["accuracy"] > 0.99 for record in kept)
+    assert f"{max(lost['curve']):.3f}" in text
+    assert f"{lost['accuracy']:.3f} at the end" in text
