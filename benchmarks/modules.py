@@ -40,6 +40,7 @@ from gossamer.modules import (
     LogSparse,
     Mixture,
     RoutingAttention,
+    SeqBoatLayer,
 )
 from gossamer.modules.tokens import Heads
 
@@ -107,6 +108,7 @@ MODULES: dict[str, Callable[[int], nn.Module]] = {
         WIDTH, HEADS, Mixture((Fixed(root(length)), Axial(root(length))))
     ),
     "routing": lambda length: RoutingAttention(WIDTH, HEADS, max(1, length // BUDGET), window=BUDGET),
+    "seqboat": lambda _: SeqBoatLayer(WIDTH, window=BUDGET),
     "dynamic_mask": lambda _: DynamicMask(),
 }
 WHAT = ("forward", "step")

@@ -15,7 +15,15 @@ from types import SimpleNamespace
 from torch import Tensor, nn
 
 from gossamer.evaluate.mqar.layers import GatedConvolution, MaskedAttention
-from gossamer.modules import Axial, CombinerAttention, DynamicMaskAttention, Fixed, LogSparse, RoutingAttention
+from gossamer.modules import (
+    Axial,
+    CombinerAttention,
+    DynamicMaskAttention,
+    Fixed,
+    LogSparse,
+    RoutingAttention,
+    SeqBoatLayer,
+)
 
 __all__ = ["MIXERS", "Kind", "Mixer", "parse_mixer"]
 
@@ -152,6 +160,14 @@ MIXERS: dict[str, Kind] = {
         dearer="the scores of centroids",
     ),
     "dynamic_mask": Kind(_DynamicMask, _few, lambda s: 2 * min(s.budget, s.tokens), "keys that are kept"),
+    "seqboat": Kind(
+        lambda s: SeqBoatLayer(s.width, key_dim=s.width, window=s.budget),
+        _few,
+        lambda s: 16 + 2 * min(s.budget, s.tokens),
+        "activated tokens that one looks back",
+        positions=False,
+        dearer="averages over all tokens; a token that is not activated computes no logit",
+    ),
     "convolution": Kind(
         lambda s: GatedConvolution(s.width, min(s.budget, s.tokens)),
         _few,
