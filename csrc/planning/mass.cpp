@@ -77,9 +77,9 @@ class BlockMass {
     kernels_.pack_queries(
         list_queries(call_.q, call_.extent, b, panel.head, panel.first, panel.count, padded_, rows),
         scratch.queries.data() + number * kScoreRows * padded_);
+    const float* lse = lse_ + (b * call_.q.heads + panel.head) * call_.q.tokens;
     for (int r = 0; r < panel.count; ++r)
-      scratch.shifts[number * kScoreRows + r] =
-          -kLog2E * lse_[(b * call_.q.heads + panel.head) * call_.q.tokens + call_.extent.query_row(b, panel.first + r)];
+      scratch.shifts[number * kScoreRows + r] = -kLog2E * lse[call_.extent.query_row(b, panel.first + r)];
     scratch.panels.push_back(panel);
   }
 

@@ -146,7 +146,7 @@ def test_threads_do_not_matter(isa: str, dtype: torch.dtype, layout: str) -> Non
 
 
 # Whose planning reads the keys in torch; and those that need numbers of a model's heads.
-READERS = ("pbs", "sparge")
+READERS = ("pbs", "sparge", "grid")
 OF_HEADS = ("duo_attention", "lserve", "moa", "per_head")
 
 

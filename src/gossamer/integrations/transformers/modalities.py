@@ -23,7 +23,7 @@ _NAMES = {
     for name, kind in (("image_token", IMAGE), ("video_token", VIDEO), ("audio_token", _AUDIO))
     for end in ("_id", "_index")
 }
-_MOST_STRIDES = 8
+_MOST_STRIDES, _MOST_SIZES = 8, 2
 
 
 def tokens_of(config: Any) -> dict[int, int]:
@@ -115,18 +115,17 @@ class Modalities:
         return self._kinds
 
     def _strides(self, kinds: Tensor) -> tuple[int, ...]:
-        """Of one row's tokens."""
-        found: set[int] = set()
+        """Of one row's tokens: of the most frequent sizes of videos and images, then distances between runs."""
+        found: list[int] = []
         for name in ("video_grid_thw", "image_grid_thw"):
             grid = self._given.get(name)
             if grid is not None and grid.ndim == 2 and grid.shape[1] == 3:
-                for _, height, width in {tuple(row) for row in grid.tolist()}:
-                    found |= {height * width // self._merge**2, width // self._merge}
+                for (height, width), _ in Counter(map(tuple, grid[:, 1:].tolist())).most_common(_MOST_SIZES):
+                    found += [height * width // self._merge**2, width // self._merge]
         seen = kinds != TEXT
         starts = (seen & ~torch.nn.functional.pad(seen, (1, 0))[:-1]).nonzero().flatten()
-        often = Counter(starts.diff().tolist()).most_common(_MOST_STRIDES)
-        found |= {stride for stride, _ in often}
-        return tuple(sorted(stride for stride in found if stride > 1)[:_MOST_STRIDES])
+        found += [stride for stride, _ in Counter(starts.diff().tolist()).most_common(_MOST_STRIDES)]
+        return tuple(sorted([stride for stride in dict.fromkeys(found) if stride > 1][:_MOST_STRIDES]))
 
 
 def _merge_of(config: Any) -> int:
