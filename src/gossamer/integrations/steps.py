@@ -40,6 +40,7 @@ class Steps:
     def __init__(self, scheduler: Callable[[], Any] | None = None, total: int | None = None) -> None:
         self._scheduler, self._total = scheduler, total
         self._schedule: Any = None
+        self._running = False
         self._kept: dict[tuple[int, int], tuple[Any, list[dict[str, Any]]]] = {}
         self.restart()
 
@@ -54,15 +55,18 @@ class Steps:
         self._kept.clear()
 
     def begin(self, timestep: Any, latents: Any = None) -> None:
-        """A model is called.
+        """A model is called; `done` or `failed` say how it went. Neither of them: it was interrupted.
 
         Args:
             timestep: a number, or a tensor whose largest number is it; None: it says none.
             latents: that it is called with, if a tensor; few of their numbers are looked at.
         """
+        if self._running:
+            self.failed()
         if timestep is None:
             self.now = None
             return
+        self._running = True
         dtype = timestep.dtype if isinstance(timestep, Tensor) else torch.float64
         time = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
         schedule = None if self._scheduler is None else getattr(self._scheduler(), "timesteps", None)
@@ -80,8 +84,15 @@ class Steps:
         total = len(distinct) if places else self._total
         self.now = DenoisingStep(self._number, total, len(self._sketches) - 1)
 
+    def done(self) -> None:
+        """The call that began last came to its end."""
+        self._running = False
+
     def failed(self) -> None:
         """The call that began last raised an error. It may come again, or another sampling begins."""
+        if not self._running:
+            return
+        self._running = False
         if self._number == self._began:
             self.restart()
         elif self._sketches:
@@ -126,6 +137,7 @@ class Steps:
     def _start(self, number: int, sketch: Sketch | None) -> None:
         self._number = self._began = number
         self._sketches = [sketch]
+        self._kept.clear()
 
     def _again(self, sketch: Sketch | None) -> None:
         """A further call of the same timestep: a branch, the second stage of a step, or another sampling."""

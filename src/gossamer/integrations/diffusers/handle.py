@@ -58,8 +58,12 @@ class Handle:
         self._hooks.append(model.register_forward_pre_hook(run.enter, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(run.exit, always_call=True))
         for module in modules_of(model):
-            if seat_of(module) is None:  # else a part of two models
-                self._seats.append(Seat(run, module))
+            if seat_of(module) is not None:
+                raise ValueError(
+                    f"this {type(model).__name__} shares attention modules with another model of the pipeline; enable "
+                    "one of them by itself"
+                )
+            self._seats.append(Seat(run, module))
 
     @property
     def enabled(self) -> bool:
