@@ -193,6 +193,18 @@ def test_a_sampling_of_other_latents_begins_in_the_first_step() -> None:
     assert numbers(Steps(), [900] * 5, "aabb" + "c") == [(0, 0), (0, 1), (0, 0), (0, 1), (0, 0)]
 
 
+@pytest.mark.parametrize(("latents", "stays"), [("aa", True), ("ab", False)])
+def test_what_two_calls_with_different_latents_found_is_not_kept(latents: str, stays: bool) -> None:
+    """The second is a branch, or the only one of another sampling: the first was left before its second step."""
+    steps = Steps()
+    rows = []
+    for letter in latents:
+        numbers(steps, [900], letter)
+        rows.append(steps.state(0, (1, 8)))
+    assert numbers(steps, [500], "c") == [(1, 0)]
+    assert (steps.state(0, (1, 8)) is rows[0]) == stays
+
+
 @pytest.mark.parametrize("latents", ["abcdefghijklmnopqrst", "a" * 20, ""])
 def test_what_is_kept_is_bounded_where_all_calls_have_one_timestep(latents: str) -> None:
     steps = Steps()

@@ -29,7 +29,8 @@ class Steps:
 
     What is kept belongs to one sampling. One begins where the scheduler's timesteps are set anew, where timesteps go
     back the way they came, where a call of the first step failed, and in the first step where the third or a later
-    call has other latents than the first: guidance may give each of two branches its own. Otherwise `restart` says so.
+    call has other latents than the first. Of two calls with different latents the second may be a branch or the next
+    sampling: what the first step found is then not kept. Otherwise `restart` says so.
 
     Args:
         scheduler: gives what has ``timesteps`` while a pipeline runs, which may be another one in each call; None
@@ -115,7 +116,7 @@ class Steps:
         if same and not (later and self._is_new(sketch)):
             self._again(sketch)
         elif later:
-            self._number, self._sketches = later[0], [sketch]
+            self._advance(later[0], sketch)
         else:
             self.restart()
             self._start(anew()[0], sketch)
@@ -132,12 +133,17 @@ class Steps:
                 self._start(0, sketch)
             else:
                 self._direction = direction
-                self._number, self._sketches = self._number + 1, [sketch]
+                self._advance(self._number + 1, sketch)
 
     def _start(self, number: int, sketch: Sketch | None) -> None:
         self._number = self._began = number
         self._sketches = [sketch]
         self._kept.clear()
+
+    def _advance(self, number: int, sketch: Sketch | None) -> None:
+        if self._number == self._began and len(set(self._sketches)) > 1:
+            self._kept.clear()  # of branches with latents of their own, or of a sampling that was left and the next
+        self._number, self._sketches = number, [sketch]
 
     def _again(self, sketch: Sketch | None) -> None:
         """A further call of the same timestep: a branch, the second stage of a step, or another sampling."""

@@ -101,7 +101,7 @@ class Handle:
 
         Most samplings are noticed by themselves: where a pipeline sets its scheduler's timesteps, where timesteps go
         back, where a call of the first step failed. A transformer called by itself may have to be told so, after a
-        sampling that was left in its first step.
+        sampling with the same latents that was left in its first step.
         """
         self._steps.restart()
 
