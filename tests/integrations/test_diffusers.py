@@ -318,12 +318,19 @@ def test_a_transformer_alone_counts_its_timesteps() -> None:
     assert seen[0][1] is not seen[8][1]
 
 
-def test_padding_between_text_and_image_changes_nothing_but_its_order() -> None:
+PADDED: dict[str, dict[str, Any]] = {
+    "a_shape": {"window": 30, "sink": 2},
+    "adaspa": {"search": (0, 5), "block": 8},
+    "paro": {"density": 0.3, "order": "FWH", "block": 8},
+}
+
+
+@pytest.mark.parametrize("method", PADDED)
+def test_padding_between_text_and_image_changes_nothing_but_its_order(method: str) -> None:
     """Padded text stands in the middle: a sample in a padded batch is what it is by itself."""
-    model, fields = tiny("qwen-image"), dict(NARROW)
-    fields |= {"window": 30, "sink": 2}
-    with enable(model, **fields):
-        both = run(model, "qwen-image", batch=2)
+    model, times = tiny("qwen-image"), (0.9, 0.5)
+    with enable(model, method, **PADDED[method], **ALWAYS, steps=9), torch.no_grad():
+        both = [run(model, "qwen-image", batch=2, timestep=torch.full((2,), time)) for time in times]
         given = inputs_of("qwen-image", 2, 0.5)
         for row in range(2):
             words = int(given["encoder_hidden_states_mask"][row].sum())
@@ -332,11 +339,10 @@ def test_padding_between_text_and_image_changes_nothing_but_its_order() -> None:
                 "encoder_hidden_states": given["encoder_hidden_states"][row : row + 1, :words],
                 "encoder_hidden_states_mask": None,
                 "img_shapes": given["img_shapes"][:1],
-                "timestep": given["timestep"][:1],
             }
-            with torch.no_grad():
-                alone = model(**one, return_dict=False)[0]
-            torch.testing.assert_close(both[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+            for time, expected in zip(times, both, strict=True):
+                alone = model(**one, timestep=torch.full((1,), time), return_dict=False)[0]
+                torch.testing.assert_close(expected[row : row + 1], alone, atol=1e-4, rtol=1e-4)
 
 
 class Bare(nn.Module):

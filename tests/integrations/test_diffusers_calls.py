@@ -100,6 +100,7 @@ def numbers(steps: Steps, times: list[Any], latents: str = "") -> list[Any]:
     found = []
     for n, time in enumerate(times):
         steps.begin(time, torch.full((1, 4), float(ord(latents[n]))) if latents else None)
+        steps.done()
         found.append(None if steps.now is None else (steps.now.number, steps.now.branch))
     return found
 
@@ -186,10 +187,22 @@ def test_a_sampling_of_other_latents_begins_in_the_first_step() -> None:
     second = steps.state(0, (1, 8))
     assert numbers(steps, [900], "b") == [(0, 1)]
     assert steps.state(0, (1, 8)) is not second
-    steps.begin(500)
+    assert numbers(steps, [500]) == [(1, 0)]
     assert steps.state(0, (1, 8)) is second
     assert second is not first
     assert numbers(Steps(), [900] * 5, "aabb" + "c") == [(0, 0), (0, 1), (0, 0), (0, 1), (0, 0)]
+
+
+@pytest.mark.parametrize(("latents", "stays"), [("aa", True), ("ab", False)])
+def test_what_two_calls_with_different_latents_found_is_not_kept(latents: str, stays: bool) -> None:
+    """The second is a branch, or the only one of another sampling: the first was left before its second step."""
+    steps = Steps()
+    rows = []
+    for letter in latents:
+        numbers(steps, [900], letter)
+        rows.append(steps.state(0, (1, 8)))
+    assert numbers(steps, [500], "c") == [(1, 0)]
+    assert (steps.state(0, (1, 8)) is rows[0]) == stays
 
 
 @pytest.mark.parametrize("latents", ["abcdefghijklmnopqrst", "a" * 20, ""])
@@ -201,19 +214,25 @@ def test_what_is_kept_is_bounded_where_all_calls_have_one_timestep(latents: str)
         assert len(steps._kept) <= (2 if latents.startswith("ab") else 8)
 
 
-def test_a_call_that_failed_comes_again_or_another_sampling_begins() -> None:
+@pytest.mark.parametrize("said", [True, False])
+def test_a_call_that_failed_comes_again_or_another_sampling_begins(said: bool) -> None:
+    """An interrupt is no error that a hook is told of."""
     steps = Steps()
-    numbers(steps, [900])
+
+    def fails(time: float) -> None:
+        steps.begin(time)
+        if said:
+            steps.failed()
+
+    fails(900)
     rows = steps.state(0, (1, 8))
-    steps.failed()
     assert numbers(steps, [900]) == [(0, 0)]
     assert steps.state(0, (1, 8)) is not rows
     rows = steps.state(0, (1, 8))
-    assert numbers(steps, [500, 500]) == [(1, 0), (1, 1)]
-    steps.failed()
+    assert numbers(steps, [500]) == [(1, 0)]
+    fails(500)
     assert numbers(steps, [500]) == [(1, 1)]
-    steps.begin(300)
-    steps.failed()
+    fails(300)
     assert numbers(steps, [300]) == [(2, 0)]
     assert steps.state(0, (1, 8)) is rows
 
@@ -227,16 +246,16 @@ def test_a_sampling_may_begin_in_the_middle() -> None:
 
 def test_what_is_kept_ends_with_the_sampling_and_with_other_sizes() -> None:
     steps = Steps()
-    steps.begin(900)
+    numbers(steps, [900])
     rows = steps.state(0, (2, 64))
     assert steps.state(0, (2, 64)) is rows
     assert steps.state(1, (2, 64)) is not rows
-    steps.begin(900)
+    numbers(steps, [900])
     assert steps.state(0, (2, 64)) is not rows  # the other branch
-    steps.begin(500)
+    numbers(steps, [500])
     assert steps.state(0, (2, 64)) is rows
     assert steps.state(0, (2, 65)) is not rows
     rows = steps.state(0, (2, 65))
     steps.restart()
-    steps.begin(900)
+    numbers(steps, [900])
     assert steps.state(0, (2, 65)) is not rows

@@ -190,6 +190,14 @@ def test_a_model_that_cannot_be_enabled_is_left_as_it_was(monkeypatch: pytest.Mo
     enable(model, **NARROW).disable()
 
 
+def test_models_that_share_modules_are_refused_and_left_as_they_were() -> None:
+    first, second = tiny("wan"), tiny("wan")
+    second.blocks[1] = first.blocks[1]
+    with pytest.raises(ValueError, match="shares attention modules with another model of the pipeline"):
+        enable(pipeline(first, transformer_2=second, boundary_ratio=0.5), **NARROW)
+    assert not any(module._forward_hooks for model in (first, second) for module in model.modules())
+
+
 def test_a_model_under_two_names_is_enabled_once() -> None:
     model = tiny("wan")
     pipe = pipeline(model, transformer_2=model, boundary_ratio=0.8)

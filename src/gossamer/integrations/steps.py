@@ -29,7 +29,8 @@ class Steps:
 
     What is kept belongs to one sampling. One begins where the scheduler's timesteps are set anew, where timesteps go
     back the way they came, where a call of the first step failed, and in the first step where the third or a later
-    call has other latents than the first: guidance may give each of two branches its own. Otherwise `restart` says so.
+    call has other latents than the first. Of two calls with different latents the second may be a branch or the next
+    sampling: what the first step found is then not kept. Otherwise `restart` says so.
 
     Args:
         scheduler: gives what has ``timesteps`` while a pipeline runs, which may be another one in each call; None
@@ -40,6 +41,7 @@ class Steps:
     def __init__(self, scheduler: Callable[[], Any] | None = None, total: int | None = None) -> None:
         self._scheduler, self._total = scheduler, total
         self._schedule: Any = None
+        self._running = False
         self._kept: dict[tuple[int, int], tuple[Any, list[dict[str, Any]]]] = {}
         self.restart()
 
@@ -54,15 +56,18 @@ class Steps:
         self._kept.clear()
 
     def begin(self, timestep: Any, latents: Any = None) -> None:
-        """A model is called.
+        """A model is called; `done` or `failed` say how it went. Neither of them: it was interrupted.
 
         Args:
             timestep: a number, or a tensor whose largest number is it; None: it says none.
             latents: that it is called with, if a tensor; few of their numbers are looked at.
         """
+        if self._running:
+            self.failed()
         if timestep is None:
             self.now = None
             return
+        self._running = True
         dtype = timestep.dtype if isinstance(timestep, Tensor) else torch.float64
         time = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
         schedule = None if self._scheduler is None else getattr(self._scheduler(), "timesteps", None)
@@ -80,8 +85,15 @@ class Steps:
         total = len(distinct) if places else self._total
         self.now = DenoisingStep(self._number, total, len(self._sketches) - 1)
 
+    def done(self) -> None:
+        """The call that began last came to its end."""
+        self._running = False
+
     def failed(self) -> None:
         """The call that began last raised an error. It may come again, or another sampling begins."""
+        if not self._running:
+            return
+        self._running = False
         if self._number == self._began:
             self.restart()
         elif self._sketches:
@@ -104,7 +116,7 @@ class Steps:
         if same and not (later and self._is_new(sketch)):
             self._again(sketch)
         elif later:
-            self._number, self._sketches = later[0], [sketch]
+            self._advance(later[0], sketch)
         else:
             self.restart()
             self._start(anew()[0], sketch)
@@ -121,11 +133,17 @@ class Steps:
                 self._start(0, sketch)
             else:
                 self._direction = direction
-                self._number, self._sketches = self._number + 1, [sketch]
+                self._advance(self._number + 1, sketch)
 
     def _start(self, number: int, sketch: Sketch | None) -> None:
         self._number = self._began = number
         self._sketches = [sketch]
+        self._kept.clear()
+
+    def _advance(self, number: int, sketch: Sketch | None) -> None:
+        if self._number == self._began and len(set(self._sketches)) > 1:
+            self._kept.clear()  # of branches with latents of their own, or of a sampling that was left and the next
+        self._number, self._sketches = number, [sketch]
 
     def _again(self, sketch: Sketch | None) -> None:
         """A further call of the same timestep: a branch, the second stage of a step, or another sampling."""

@@ -58,8 +58,12 @@ class Handle:
         self._hooks.append(model.register_forward_pre_hook(run.enter, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(run.exit, always_call=True))
         for module in modules_of(model):
-            if seat_of(module) is None:  # else a part of two models
-                self._seats.append(Seat(run, module))
+            if seat_of(module) is not None:
+                raise ValueError(
+                    f"this {type(model).__name__} shares attention modules with another model of the pipeline; enable "
+                    "one of them by itself"
+                )
+            self._seats.append(Seat(run, module))
 
     @property
     def enabled(self) -> bool:
@@ -97,7 +101,7 @@ class Handle:
 
         Most samplings are noticed by themselves: where a pipeline sets its scheduler's timesteps, where timesteps go
         back, where a call of the first step failed. A transformer called by itself may have to be told so, after a
-        sampling that was left in its first step.
+        sampling with the same latents that was left in its first step.
         """
         self._steps.restart()
 

@@ -127,6 +127,7 @@ class Run:
         if output is None:
             self.steps.failed()
             return
+        self.steps.done()
         self._ran = True
         if not self.reached:
             raise RuntimeError(
