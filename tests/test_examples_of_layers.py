@@ -16,7 +16,7 @@ def shapes() -> Any:
 
 @pytest.fixture(scope="module")
 def tables() -> Any:
-    return script("examples/tables.py")
+    return script("examples/learn_tables.py")
 
 
 def test_images_show_the_pair_that_they_are_called(shapes: Any) -> None:

@@ -1,7 +1,7 @@
 """Tables learned in context: a small Orion-MSP, trained on made-up tables, beside models that are fitted to each table.
 
-    python examples/tables.py                # some minutes on two cores
-    python examples/tables.py --steps 4      # a look at what it does
+    python examples/learn_tables.py                # some minutes on two cores
+    python examples/learn_tables.py --steps 4      # a look at what it does
 
 Every table has columns from random numbers, some mixed from others, and classes from a random network or a random tree
 of some of its columns: a small prior of the kind that such models are trained on. Three variants of Orion-MSP see the
