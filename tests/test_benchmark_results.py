@@ -118,7 +118,10 @@ def test_the_roof_is_what_registers_can_do_where_that_was_measured(script):
 
 def test_the_pictures_in_the_documentation_are_drawn_from_the_committed_results(script, monkeypatch, tmp_path):
     pictures = script("pictures")
-    committed = {path.relative_to(pictures.IMAGES): path.read_text() for path in pictures.IMAGES.glob("*/*.svg")}
+    drawn = [
+        path for path in pictures.IMAGES.glob("*/*.svg") if path.parent.name != "modules"
+    ]  # of layers, not machines
+    committed = {path.relative_to(pictures.IMAGES): path.read_text() for path in drawn}
     monkeypatch.setattr(pictures, "IMAGES", tmp_path)
     pictures.main()
     assert {path.relative_to(tmp_path): path.read_text() for path in tmp_path.glob("*/*.svg")} == committed

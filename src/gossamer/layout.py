@@ -9,7 +9,9 @@ from torch import Tensor
 
 __all__ = ["IMAGE", "TEXT", "VIDEO", "DenoisingStep", "ModalityLayout", "TokenLayout"]
 
-TEXT, IMAGE, VIDEO = 0, 1, 2
+TEXT = 0
+IMAGE = 1
+VIDEO = 2
 """Numbers of modalities, as transformers' ``mm_token_type_ids`` has them."""
 
 

@@ -20,6 +20,7 @@ VERBS = (
     "antidiagonal_scores",
     "attend_rows",
     "block_attention",
+    "block_mass",
     "collisions",
     "count",
     "count_top_p",

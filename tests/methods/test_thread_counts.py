@@ -14,7 +14,8 @@ PROGRAM = Path(__file__).with_name("thread_digests.py")
 
 def digests(threads: int) -> list[str]:
     # MKL, which torch asks for the number, would use no more threads than cores; and idle threads should not spin.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "passive"}
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    environment = {**os.environ, **counts, "MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(
         [sys.executable, str(PROGRAM)], capture_output=True, text=True, env=environment, timeout=300, check=True
     )
