@@ -214,3 +214,18 @@ def test_what_choices_answer_on_smollm2() -> None:
     assert shares["double_sparsity(budget=512,group_factor=2)"] == pytest.approx(0.256, abs=0.01)
     assert shares["retro_infer(probe=0.05,segment=2048,least=1,update=256)"] == pytest.approx(0.128, abs=0.01)
     assert shares["magicpig(buffer=64)"] > 1.1
+
+
+def test_what_choices_answer_on_qwen() -> None:
+    rows = answered("decoding_qwen.jsonl")
+    assert {(row.length, row.samples) for row in rows.values()} == {(8192, 6)}
+    tasks = {name: [row.tasks[task][0] for task in sorted(row.tasks, reverse=True)] for name, row in rows.items()}
+    same = "oracle_topk(budget=512)", "double_sparsity(budget=1024,group_factor=2)"
+    assert [tasks[name] for name in same] == [tasks[""]] * 2
+    said = {
+        "quest(budget=1024)": [0.92, 0.0],
+        "retro_infer(probe=0.05,segment=2048,least=1,update=256)": [0.92, 0.33],
+        "magicpig(buffer=64)": [0.58, 0.33],
+        "lserve(budget=1024)": [0.67, 0.0],
+    }
+    assert {name: tasks[name] for name in said} == {name: pytest.approx(x, abs=0.006) for name, x in said.items()}
