@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from repository import ROOT, script
 
 from gossamer.evaluate.mqar.data import Plain
@@ -97,3 +98,25 @@ def test_a_dynamic_mask_recalls_in_two_seeds_of_three() -> None:
     assert all(record["accuracy"] > 0.99 for record in kept)
     assert f"{max(lost['curve']):.3f}" in text
     assert f"{lost['accuracy']:.3f} at the end" in text
+
+
+def test_attention_needs_no_width_and_convolutions_do() -> None:
+    dense = [measured("dense", width).accuracy for width in (16, 32, 64)]
+    convolved = [measured("convolution", width).accuracy for width in (16, 32, 64)]
+    assert [round(x, 3) for x in dense] == [0.992, 0.997, 0.998]
+    assert [round(x, 3) for x in convolved] == [0.069, 0.13, 0.144]
+    assert round(measured("seqboat(16)").accuracy, 3) == 0.039
+
+
+def test_what_the_page_says_of_costs() -> None:
+    found = json.loads((FILE.parent / "modules.json").read_text())
+    steps = {row["module"]: row for row in found["summary"] if row["what"] == "step"}
+    assert {row["longest"] for row in steps.values()} == {32768}
+    said = {"window": 27, "combiner": 12, "routing": 9.8}
+    assert {name: steps[name]["times_dense"] for name in said} == {
+        name: pytest.approx(times, rel=0.03) for name, times in said.items()
+    }
+    in_torch = [steps[name] for name in ("combiner_axial", "combiner_logsparse", "seqboat")]
+    assert all(1290 < row["break_even"] < 6200 for row in in_torch)
+    assert all(1.85 < row["times_dense"] < 3.85 for row in in_torch)
+    assert all(row["last_exponent"] > row["exponent"] for row in steps.values())
