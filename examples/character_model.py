@@ -44,6 +44,7 @@ class CharacterModel(nn.Module):
         self.places = nn.Embedding(TOKENS, WIDTH)
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2 * LAYERS + 1))
         self.mixers = nn.ModuleList(mixer.build(index, WIDTH, TOKENS) for index in range(LAYERS))
+        self.whole = [mixer.whole(index) for index in range(LAYERS)]
         self.mlps = nn.ModuleList(
             nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)) for _ in range(LAYERS)
         )
@@ -53,7 +54,7 @@ class CharacterModel(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids) + self.places.weight[: ids.shape[1]]
         for index, (mixer, mlp) in enumerate(zip(self.mixers, self.mlps, strict=True)):
-            x = x + mixer(self.norms[2 * index](x))
+            x = mixer(x) if self.whole[index] else x + mixer(self.norms[2 * index](x))
             x = x + mlp(self.norms[2 * index + 1](x))
         return self.norms[-1](x) @ self.embedding.weight.T
 

@@ -212,3 +212,11 @@ def test_wrong_arguments_of_a_combiner_are_named() -> None:
             make()
     with pytest.raises(TypeError, match="mask must be bool"):
         Tokens.of(q[0], torch.ones(2, 8))
+
+
+def test_padding_may_hold_anything() -> None:
+    layer, x = CombinerAttention(16, 2, Axial(4)).eval(), torch.randn(2, 12, 16)
+    spoilt = x.clone()
+    spoilt[1, 9:] = torch.nan
+    lengths = torch.tensor([12, 9])
+    assert torch.equal(layer(spoilt, lengths), layer(x, lengths))

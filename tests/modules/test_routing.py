@@ -168,3 +168,11 @@ def test_wrong_arguments_of_routing_are_named() -> None:
             layer(**options)
     with pytest.raises(ValueError, match="a cache serves"):
         layer()(torch.zeros(1, 3, 8), torch.tensor([3]), KeysAndValues())
+
+
+def test_padding_may_hold_anything() -> None:
+    layer, x = RoutingAttention(16, 2, 3, window=4).eval(), torch.randn(2, 12, 16)
+    spoilt = x.clone()
+    spoilt[1, 9:] = torch.nan
+    lengths = torch.tensor([12, 9])
+    assert torch.equal(layer(spoilt, lengths), layer(x, lengths))

@@ -271,3 +271,21 @@ def test_wrong_arguments_of_seqboat_are_named() -> None:
         layer()(x, torch.tensor([3]), SeqBoatCache())
     with pytest.raises(ValueError, match="call eval"):
         layer(norm="batch").train()(x, cache=SeqBoatCache())
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "relu2", "positions": "relative"}], ids=["softmax", "relu2"])
+def test_under_autocast(options: dict[str, Any]) -> None:
+    layer, x = SeqBoatLayer(16, key_dim=8, window=4, **options), torch.randn(2, 12, 16)
+    with torch.no_grad():
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x)
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
+
+
+def test_padding_may_hold_anything() -> None:
+    layer, x = SeqBoatLayer(16, key_dim=8, window=4), torch.randn(2, 12, 16)
+    spoilt = x.clone()
+    spoilt[1, 9:] = torch.nan
+    lengths = torch.tensor([12, 9])
+    assert torch.equal(layer(spoilt, lengths), layer(x, lengths))

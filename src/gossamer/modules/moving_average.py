@@ -57,9 +57,10 @@ class MovingAverage(nn.Module):
         self.omega = nn.Parameter(truncated_normal(torch.empty(width, device=device, dtype=dtype), 1.0))
 
     def _rates(self) -> tuple[Tensor, Tensor]:
-        """``p`` and ``r``, ``[K, N]``, K twice E without causality."""
-        p = self.delta.sigmoid()
-        return p, 1 - p * self.alpha.sigmoid()
+        """``p`` and ``r``, ``[K, N]``, K twice E without causality; in fp32 at least, as rates near 1 need."""
+        wide = torch.promote_types(self.delta.dtype, torch.float32)
+        p = self.delta.to(wide).sigmoid()
+        return p, 1 - p * self.alpha.to(wide).sigmoid()
 
     def _powers(self, length: int) -> Tensor:
         """``r`` to the power of 0, 1, .., ``[K, N, length]``."""
@@ -91,10 +92,11 @@ class MovingAverage(nn.Module):
     def state(self, x: Tensor) -> Tensor:
         """``h`` after the last token of ``[B, T, E]``: ``[B, E, N]``. Causal alone."""
         powers = self._powers(x.shape[1]).flip(-1)
-        return torch.einsum("bte,ent->ben", x, powers) * self._rates()[0] * self.beta
+        return torch.einsum("bte,ent->ben", x.to(powers), powers) * self._rates()[0] * self.beta
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One more token ``[B, E]`` and the state before it: its output, and the state after it. Causal alone."""
         p, rate = self._rates()
         state = rate * state + p * self.beta * x[..., None]
-        return (state * self.gamma).sum(-1) / math.sqrt(self.gamma.shape[1]) + x * self.omega, state
+        out = (state * self.gamma).sum(-1) / math.sqrt(self.gamma.shape[1])
+        return out.to(x.dtype) + x * self.omega, state

@@ -249,7 +249,7 @@ class RoutingAttention(nn.Module):
         if self.shared:
             far_k = far_q
         if self.normalise == "layer":
-            far_q, far_k = (F.layer_norm(part, part.shape[-1:]) for part in (far_q, far_k))
+            far_q, far_k = (F.layer_norm(part, part.shape[-1:]).to(v.dtype) for part in (far_q, far_k))
         return torch.cat([q[:, :local], far_q], 1), torch.cat([k[:, :local], far_k], 1), v
 
     def _routed(self, q: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> Tensor:

@@ -242,7 +242,7 @@ class SeqBoatLayer(nn.Module):
     def _averaged(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """``phi``, and what the averages read, which in dead slots is 0."""
         read = self._normed(x, tokens.live(x.device)) if self.prenorm else x
-        read = read if tokens.whole else read * tokens.live(x.device)[..., None]
+        read = read if tokens.whole else read.masked_fill(~tokens.live(x.device)[..., None], 0)
         return F.silu(self.average(read)), read
 
     def _normed(self, x: Tensor, live: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ class SeqBoatLayer(nn.Module):
     def _unit(self, state: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values and gates of ``[B, m, E]`` at positions ``[B, m]``."""
         shared, gate, values = F.silu(self.unit_proj(state)).split(self.dims, dim=-1)
-        q, k = (shared[..., None, :] * self.gains + self.shifts).unbind(-2)
+        q, k = (shared[..., None, :] * self.gains + self.shifts).to(values.dtype).unbind(-2)
         if self.rotary is not None:
             q, k = (self.rotary.turn(x[:, None], at)[:, 0] for x in (q, k))
         return q, k, values, gate
@@ -285,7 +285,7 @@ class SeqBoatLayer(nn.Module):
             out = attend_near(q, k, v, at, counts, scale=self._scale, bias=self.relative, **given)
         held = torch.arange(at.shape[1], device=x.device) < counts.to(x.device)[:, None]
         out = self.out_proj(out * gate) * (confidence.gather(1, at) * held)[..., None]
-        added = torch.zeros_like(hidden).scatter_add(1, at[..., None].expand_as(out), out)
+        added = torch.zeros_like(hidden).scatter_add(1, at[..., None].expand_as(out), out.to(hidden.dtype))
         if cache is not None:
             cache.seen, cache.state = x.shape[1], self.average.state(read)
             last = counts.to(x.device)[:, None] - self.window + torch.arange(self.window, device=x.device)

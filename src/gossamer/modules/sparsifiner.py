@@ -124,7 +124,7 @@ class ConnectivityPredictor(nn.Module):
         """Coefficients of the basis, ``[B, H, N - 1, n]``; keys that are not live, bool ``[B, N]``, count as 0."""
         q, k = self.q_proj(q[..., 1:, :]), self.k_proj(k)
         if live is not None:
-            k = k * live[:, None, :, None]
+            k = k.masked_fill(~live[:, None, :, None], 0)
         return (q @ (k.transpose(-1, -2) @ self.down) * self.scale).softmax(-1)
 
     def reconstruct(self, q: Tensor, k: Tensor, live: Tensor | None = None) -> Tensor:
@@ -238,7 +238,7 @@ class SparsifinerAttention(nn.Module):
         if record is not None:
             record(Connections(attention, predicted, chosen))
         out = self.projections.merge(attention @ v)
-        return out if mask is None else out * mask[..., None]
+        return out if mask is None else out.masked_fill(~mask[..., None], 0)
 
     def multiplications(self) -> dict[str, float]:
         """Of one image: ``dense`` attention, ``masked`` attention, and its ``predictor``, projections not counted.

@@ -81,14 +81,16 @@ class Tokens:
 
     def align(self, x: Tensor) -> Tensor:
         """``[B, T, ...]`` with each row's first live token in slot 0, and zeros in dead slots."""
-        return x if self.whole else self._moved(x, self.starts) * self._factor(x)
+        return x if self.whole else self._cleared(self._moved(x, self.starts))
 
     def restore(self, x: Tensor) -> Tensor:
         """Back to the slots of the input; dead ones are 0."""
-        return x if self.whole else self._moved(x * self._factor(x), -self.starts)
+        return x if self.whole else self._moved(self._cleared(x), -self.starts)
 
-    def _factor(self, x: Tensor) -> Tensor:
-        return self.live(x.device).view(*x.shape[:2], *[1] * (x.ndim - 2)).to(x.dtype)
+    def _cleared(self, x: Tensor) -> Tensor:
+        """Zeros in dead slots, whatever they hold."""
+        dead = ~self.live(x.device).view(*x.shape[:2], *[1] * (x.ndim - 2))
+        return x.masked_fill(dead, 0)
 
     def _moved(self, x: Tensor, by: Tensor) -> Tensor:
         if not bool(by.any()):

@@ -50,6 +50,7 @@ class Kind:
         holds: from the sizes, vectors of E numbers that a step of decoding needs of the tokens before it.
         positions: whether the model adds learned positions.
         budget: what the budget is; empty where there is none.
+        whole: whether it is a block with a norm and a residual of its own, and with its own start.
         leaks: how its outputs depend on later tokens; empty: they don't.
         dearer: what ``reads`` leaves out.
     """
@@ -59,6 +60,7 @@ class Kind:
     holds: Callable[[Sizes], int]
     budget: str = ""
     positions: bool = True
+    whole: bool = False
     leaks: str = ""
     dearer: str = ""
 
@@ -109,6 +111,11 @@ def _two_a_span(s: Sizes) -> int:
     return 2 * (min(s.budget, s.tokens) + s.tokens // s.budget)
 
 
+def _three_in_a_span(s: Sizes) -> int:
+    """Queries, keys and values of the open span, and a key and a value of each."""
+    return _two_a_span(s) + min(s.budget, s.tokens)
+
+
 def _axial(i: int, s: Sizes) -> int:
     """The row so far, the column above, and the other columns above as spans."""
     row, column = divmod(i, s.budget)
@@ -127,7 +134,7 @@ MIXERS: dict[str, Kind] = {
     "combiner": Kind(
         lambda s: CombinerAttention(s.width, 1, Fixed(s.budget), bias=True),
         _spans,
-        _two_a_span,
+        _three_in_a_span,
         _SPAN,
         dearer="the summary of each span",
     ),
@@ -162,10 +169,11 @@ MIXERS: dict[str, Kind] = {
     "dynamic_mask": Kind(_DynamicMask, _few, lambda s: 2 * min(s.budget, s.tokens), "keys that are kept"),
     "seqboat": Kind(
         lambda s: SeqBoatLayer(s.width, key_dim=s.width, window=s.budget),
-        _few,
-        lambda s: 16 + 2 * min(s.budget, s.tokens),
+        lambda i, s: min(i, s.budget) + 1,
+        lambda s: 16 + 3 * min(s.budget, s.tokens),  # averages, keys, and values of twice the width
         "activated tokens that one looks back",
         positions=False,
+        whole=True,
         dearer="averages over all tokens; a token that is not activated computes no logit",
     ),
     "convolution": Kind(
@@ -206,6 +214,10 @@ class Mixer:
         """Kind and sizes of layer ``index``."""
         name, budget = self.layers[index % len(self.layers)]
         return MIXERS[name], Sizes(width, tokens, tokens if budget is None else budget, dropout)
+
+    def whole(self, index: int) -> bool:
+        """Whether layer ``index`` is a block with a norm and a residual of its own."""
+        return MIXERS[self.layers[index % len(self.layers)][0]].whole
 
     def build(self, index: int, width: int, tokens: int, dropout: float = 0.0) -> nn.Module:
         """Layer ``index`` for ``[B, T, E]``."""

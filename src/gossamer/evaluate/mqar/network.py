@@ -49,14 +49,20 @@ class RecallModel(nn.Module):
         self.join = nn.Linear(variant.parts * width, width) if variant.parts > 1 else None
         self.places = nn.Embedding(variant.length, width) if mixer.positions else None
         self.dropout = nn.Dropout(dropout)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        self.norms = nn.ModuleList(
+            nn.Identity() if mixer.whole(index) else nn.LayerNorm(width) for index in range(layers)
+        )
+        self.whole = [mixer.whole(index) for index in range(layers)]
         self.mixers = nn.ModuleList(mixer.build(index, width, variant.length, dropout) for index in range(layers))
         self.mlps = nn.ModuleList(_MLP(width, mlp) for _ in range(layers if mlp else 0))
         self.last = nn.LayerNorm(width)
         self._start(spread, layers * (2 if mlp else 1))
 
     def _start(self, spread: float | None, residuals: int) -> None:
+        own = tuple(f"mixers.{index}." for index, whole in enumerate(self.whole) if whole)
         for name, module in self.named_modules():
+            if own and name.startswith(own):
+                continue
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=_EMBEDDED)
             if isinstance(module, nn.Linear):
@@ -75,7 +81,7 @@ class RecallModel(nn.Module):
             x = x + self.places.weight[: x.shape[1]]
         x = self.dropout(x)
         for index, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
-            x = x + mixer(norm(x))
+            x = mixer(x) if self.whole[index] else x + mixer(norm(x))
             if self.mlps:
                 x = x + self.mlps[index](x)
         return self.last(x)
