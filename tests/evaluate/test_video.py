@@ -155,6 +155,22 @@ def test_methods_are_held_beside_dense_clips(folder: Path, tmp_path: Path, capsy
     assert out.read_text() == before  # nothing was made again
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["clips"] for row in rows] == [2, 2, 2]
+    fewer = [
+        "eval-video",
+        str(folder),
+        "--steps",
+        "2",
+        "--limit",
+        "1",
+        "--out",
+        str(out),
+        "--methods",
+        "dense",
+        "--json",
+    ]
+    assert main(fewer) == 0  # other steps stand in the same file, and in a table of their own
+    assert [row["clips"] for row in json.loads(capsys.readouterr().out)["rows"]] == [1]
+    assert len(lines(out)) == 7
     assert rows[0]["psnr"] is None
     assert rows[2]["density"] < 0.5
 
@@ -174,6 +190,8 @@ def test_pictures_have_the_dense_clip_above() -> None:
     ("more", "message"),
     [
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--out", "nowhere/clips.jsonl"], "cannot write"),
         (["--size", "height"], "--size takes NAME=NUMBER"),
         (["--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--methods", "nothing"], "unknown method 'nothing'"),

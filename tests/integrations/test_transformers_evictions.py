@@ -372,3 +372,33 @@ def test_heads_that_all_stream_are_streaming_llm() -> None:
         with enable(model, "dense", cache=policy) as handle:
             found.append(decoded(model, handle.new_cache(), ids, mask, PROMPT, *[1] * STEPS))
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-6)
+
+
+def test_padding_that_was_cut_off_counts_once() -> None:
+    """A chunk in which a row begins is taken back and read again."""
+    ids, mask = tokens(2), left_padded([14, 0])
+    model = tiny()
+    policy = cache.SnapKV(budget=8, window=6)
+    with enable(model, "dense", cache=policy) as handle:
+        past = handle.new_cache()
+        decoded(model, past, ids, mask, 12)
+        with torch.no_grad():
+            given = {"attention_mask": mask[:, :17], "position_ids": (mask[:, :17].cumsum(1) - 1).clamp(min=0)[:, 12:]}
+            first = model(ids[:, 12:17], past_key_values=past, **given).logits[:, -1]
+            assert all(layer.starts == [8 + 2, 0] for layer in past.layers)
+            past.crop(-5)
+            again = model(ids[:, 12:17], past_key_values=past, **given).logits[:, -1]
+    torch.testing.assert_close(again, first, atol=1e-6, rtol=1e-6)
+    assert all(layer.starts == [8 + 2, 0] for layer in past.layers)
+
+
+def test_a_mask_of_pairs_is_refused_also_where_the_last_token_sees_all() -> None:
+    ids, model = tokens(), tiny()
+    with enable(model, "dense", cache=few("snapkv")) as handle, torch.no_grad():
+        past = handle.new_cache()
+        model(ids[:, :PROMPT], past_key_values=past)
+        slots = past.layers[0].slots
+        pairs = torch.ones(3, slots + 3).tril(slots).bool()
+        pairs[1, slots] = False  # a tree: the second token does not see the first
+        with pytest.raises(ValueError, match="cannot be combined with a mask that is not plain"):
+            model(ids[:, PROMPT : PROMPT + 3], past_key_values=past, attention_mask=pairs[None, None])

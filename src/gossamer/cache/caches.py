@@ -51,7 +51,7 @@ def adopt(cache: Any, policy: CachePolicy, layers: int | None = None) -> bool:
 
 
 def _next(store: StoreLayer, before: list[Any]) -> StoreLayer:
-    store.leads = not any(isinstance(layer, StoreLayer) for layer in before)
+    store.leads = not before
     return store
 
 
@@ -91,7 +91,7 @@ def nbytes(cache: Cache) -> int:
 
 def peak_nbytes(cache: Cache) -> int:
     """The most bytes that a cache has held of keys and values at once: while one layer has a call's tokens as they
-    came, the others hold what is left of them. See `nbytes`.
+    came, the others hold what is left of them. See `nbytes`. What was cut off again (`crop`) counts in one layer alone.
     """
     if isinstance(cache, EncoderDecoderCache):
         return peak_nbytes(cache.self_attention_cache) + nbytes(cache.cross_attention_cache)

@@ -45,7 +45,7 @@ class StoreLayer(DynamicLayer):
     Attributes:
         drops: whether the policy drops tokens.
         peak: the most bytes that the layer has held at once, with the tokens of the call that had come (`nbytes`).
-        leads: whether this is the first store of its cache, which raises for all of them while none has changed.
+        leads: whether this is the first layer of its cache, which raises for all of them while none has changed.
         keys, values: views ``[B, G, slots, D]`` and ``[B, G, slots, Dv]``; None before the first update.
         length: tokens seen.
         dropped: tokens seen and no longer held, in each row.
@@ -68,7 +68,7 @@ class StoreLayer(DynamicLayer):
     def _forget(self) -> None:
         self._room: tuple[Tensor, Tensor] | None = None
         self._in_graph = False  # a graph may hold the room
-        self._told, self.peak = True, 0  # of the last call's attention
+        self._told, self._padded, self.peak = True, False, 0  # of the last call: its attention, its padding
         self.length = self.dropped = self.prompt = self._appended = 0
         self.starts: list[int] | None = None
         self.positions: Tensor | None = None
@@ -190,19 +190,16 @@ class StoreLayer(DynamicLayer):
         return Extent(count - query_len, live, starts, count)
 
     def pad(self, count: int, padding: Tensor) -> bool:
-        """Take leading padding of the last ``count`` tokens in: rows that had no live token before begin behind it.
-
-        Args:
-            padding: int64 ``[B]``, how many of these tokens are padding, the first ones.
-
-        Returns:
-            Whether no other row has any.
+        """Take in that of the last ``count`` tokens the first ``padding`` int64 ``[B]`` are padding: rows without a
+        live token before begin behind it. Returns whether no other row has any.
         """
+        if self._padded:  # by another layer of the model that reads this store
+            return True
         rows = padding.tolist()
         starts = self.starts or [0] * len(rows)
         if any(n and start < self.slots - count for n, start in zip(rows, starts, strict=True)):
             return False
-        self.starts = [start + n for n, start in zip(rows, starts, strict=True)]
+        self.starts, self._padded = [start + n for n, start in zip(rows, starts, strict=True)], True
         return True
 
     def parts(self) -> tuple[Part, ...]:
@@ -262,11 +259,12 @@ class StoreLayer(DynamicLayer):
         if self.length:
             if self.drops and not self._told and not torch.is_grad_enabled():
                 raise ValueError(
-                    "a cache that drops tokens was not told of the attention of the last call, as under torch.compile: "
-                    "it would keep everything. Use an uncompiled model, or a cache that drops nothing (cache='keep')"
+                    "a cache that drops tokens was not told of the last call's attention: it ran under torch.compile, "
+                    "recorded gradients or failed. Take a new cache with an uncompiled model under torch.no_grad(), "
+                    "or one that drops nothing (cache='keep')"
                 )
             self.before_update(count)
-        self._told = False
+        self._told = self._padded = False
         if count > 1:
             self._forget_state()
         if self.positions is not None:
@@ -309,6 +307,7 @@ class StoreLayer(DynamicLayer):
         self.length -= removed
         self._appended -= removed
         self.cut(self.slots)
+        self.starts = None if self.starts is None else [min(start, self.slots) for start in self.starts]
         if self.positions is not None:
             self.positions = self.positions[:, :, : self.slots]
         self._cut_summaries(self.slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from gossamer.summaries import Held
 
 __all__ = ["TieredLayer", "Tiers"]
 
+_log = logging.getLogger("gossamer")
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _AT_ONCE = 64  # blocks of all heads that are written, or read in passing, at once
 
@@ -131,10 +133,9 @@ class TieredLayer(StoreLayer):
         try:
             self._write_old()
         except OSError as error:
-            if (
-                self.leads or error.errno not in _FULL
-            ):  # ... until the next call, which fails before any layer has its tokens
-                raise
+            if self.leads or error.errno not in _FULL:
+                raise  # ... until the next call, which fails before any layer has its tokens
+            _log.warning("what a cache has no room for in its file stays in memory: %s", error)
 
     def cut(self, slots: int) -> None:
         if slots < self.first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.cli.common import BadInput, add_command, first_line, one_line, print_json, table
+from gossamer.cli.common import BadInput, add_command, first_line, one_line, print_json, table, unicode
 from gossamer.cli.specs import parse_method, split_specs
 from gossamer.policy import Policy
 from gossamer.profiles.files import parse_json
@@ -21,6 +22,7 @@ from gossamer.report.png import png
 __all__ = ["add_parser"]
 
 Record = dict[str, Any]
+_FIELDS = {"method", "model", "size", "prompt", "seed", "steps", "seconds", "by_step", "psnr", "ssim", "distance"}
 
 
 def add_parser(commands: Any) -> None:
@@ -64,19 +66,29 @@ def execute(arguments: argparse.Namespace) -> int:
         policies = [Policy(parse_method(spec), min_tokens=arguments.min_tokens) for spec in specs]
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
-    known = _read(arguments.out)
-    if arguments.pictures is not None:
-        arguments.pictures.mkdir(parents=True, exist_ok=True)
-    found = list(known)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise BadInput(f"--limit must be at least 1, got {arguments.limit}")
+    of = {"model": unicode(arguments.model.name), "steps": arguments.steps, "size": arguments.size}
+    found = [record for record in _read(arguments.out) if {name: record[name] for name in of} == of]
+    try:
+        if arguments.pictures is not None:
+            arguments.pictures.mkdir(parents=True, exist_ok=True)
+        if arguments.out is not None:
+            arguments.out.open("ab").close()
+    except OSError as error:
+        raise BadInput(f"cannot write {error.filename}: {error.strerror}; name another") from error
 
     def write(record: Record, clip: Tensor, dense: Tensor) -> None:
+        record |= of
         found.append(record)
         if arguments.out is not None:
             with arguments.out.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(record) + "\n")
         if arguments.pictures is not None:
             name = f"{record['method']} {record['prompt']} {record['seed']}"
-            path = arguments.pictures / ("".join(c if c.isalnum() else "-" for c in name)[:150] + ".png")
+            mark = hashlib.sha256(json.dumps([name, of]).encode()).hexdigest()[:8]
+            readable = "".join(c if c.isascii() and c.isalnum() else "-" for c in name)[:100]
+            path = arguments.pictures / f"{readable}-{mark}.png"
             path.write_bytes(side_by_side(dense, clip))
         print(one_line(f"{record['method']}: {record['prompt']}, {record['seconds']:.1f} s"), file=sys.stderr)
 
@@ -85,11 +97,7 @@ def execute(arguments: argparse.Namespace) -> int:
         model.prompts = model.prompts[: arguments.limit]
         if not model.prompts:
             raise BadInput("there is no prompt: give a file with --prompts")
-        made = [
-            (record["method"], record["prompt"], record["seed"])
-            for record in known
-            if record["steps"] == arguments.steps
-        ]
+        made = [(record["method"], record["prompt"], record["seed"]) for record in found]
         compare_videos(model, policies, steps=arguments.steps, seeds=range(arguments.seeds), known=made, write=write)
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
@@ -153,11 +161,11 @@ def _read(out: Path | None) -> list[Record]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             record = parse_json(line.encode())
-            if (
-                record["kind"] != "clip"
-                or not {"method", "prompt", "seed", "steps", "by_step", "psnr"} <= record.keys()
-            ):
+            if record["kind"] != "clip" or not record.keys() >= _FIELDS:
                 raise ValueError
+            for step in record["by_step"]:
+                if not all(isinstance(step[name], int | float) for name in ("density", "plan_s", "attention_s")):
+                    raise ValueError
         except (ValueError, KeyError, TypeError):
             raise BadInput(f"{out}, line {number}, is no line of eval-video; choose another --out") from None
         records.append(record)

@@ -49,8 +49,8 @@ def _frames(folder: Path) -> list[Any]:
 
 def _by_number(path: Path) -> list[Any]:
     """``frame_9`` before ``frame_10``."""
-    parts = re.split("([0-9]+)", path.name)
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
+    parts = re.split("([0-9]+)", path.name)  # every second one is a number
+    return [(1, int(part), "") if n % 2 else (0, 0, part) for n, part in enumerate(parts)]
 
 
 def _picture(path: Path) -> Any:
@@ -61,7 +61,7 @@ def _picture(path: Path) -> Any:
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of a damaged PNG
         raise BadInput(f"{path} is no picture that Pillow can read: {first_line(error)}") from error
 
 
@@ -101,6 +101,9 @@ def prepare(processor: Any, text: str, media: Media, chat: bool) -> dict[str, Te
         shown = _with_places(processor, text, len(images), len(videos), chat)
         given: dict[str, Any] = {"images": images} if images else {}
         given |= {"videos": videos} if videos else {}
+        begin = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+        if begin and shown.startswith(begin):  # a template says it already
+            given["add_special_tokens"] = False
         made = processor(text=[shown], return_tensors="pt", **given)
     except BadInput:
         raise

@@ -103,10 +103,11 @@ def sampled(
     """Clips of noise ``[B, C, F, H, W]``, by classifier-free guidance; its two branches are one batch."""
     scheduler.set_timesteps(steps)
     dtype = next(transformer.parameters()).dtype
-    x, both = noise, torch.cat([text, no_text]).to(dtype)
+    x, both = noise * getattr(scheduler, "init_noise_sigma", 1.0), torch.cat([text, no_text]).to(dtype)
+    scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)  # those for flows have none
     for t in scheduler.timesteps:
-        times = t.expand(2 * len(x))
-        found = transformer(torch.cat([x, x]).to(dtype), times, both, return_dict=False)[0]
+        times, given = t.expand(2 * len(x)), scaled(x, t)
+        found = transformer(torch.cat([given, given]).to(dtype), times, both, return_dict=False)[0]
         with_text, without = found.float().chunk(2)
         x = scheduler.step(without + guidance * (with_text - without), t, x, return_dict=False)[0]
     return x
@@ -157,8 +158,9 @@ def compare_videos(
     Args:
         steps: of denoising.
         known: method's label, prompt and seed of what is not to be made again.
-        write: gets each record, the clip and the dense one. A record has ``method``, ``method_fields``, ``prompt``,
-            ``seed``, ``steps``, ``seconds``, ``psnr`` (None for equal clips), ``ssim``, ``distance``, and ``by_step``:
+        write: gets each record, the clip and the dense one. A record has ``method``, ``method_fields``, ``model``, the
+            ``shape`` of the clip, ``prompt``, ``seed``, ``steps``, ``finite`` (numbers that are not count as 0),
+            ``seconds``, ``psnr`` (None for equal clips), ``ssim``, ``distance``, and ``by_step``:
             for each step its ``density``, ``plan_s`` and ``attention_s``, over all layers.
     """
     skipped, wanted = set(known), list(policies)
@@ -174,13 +176,18 @@ def compare_videos(
                     clip = model.sample(prompt, seed, steps)
                     seconds = time.perf_counter() - started
                     by_step = [_of_step(handle.stats(step=step)) for step in handle.steps]
+                finite = bool(clip.isfinite().all())
+                clip = clip.nan_to_num(0.0)
                 near = psnr(clip, dense)
                 record = {
                     "kind": "clip",
                     **policy_fields(policy),
+                    "model": model.name,
+                    "shape": list(clip.shape),
                     "prompt": prompt,
                     "seed": seed,
                     "steps": steps,
+                    "finite": finite,
                     "seconds": round(seconds, 4),
                     "psnr": None if near == float("inf") else round(near, 4),
                     "ssim": round(ssim(clip, dense), 6),

@@ -144,7 +144,7 @@ class GridLines(Method):
     def _strides(self, call: AttentionCall, row: int) -> list[int]:
         """Those that are looked at, ascending."""
         if self.stride:
-            return [self.stride]
+            return [max(1, min(self.stride, int(call.extent.key_count[row])))]  # beyond it, each key is a class
         most = min(self.max_stride, int(call.extent.key_count[row]) // 2)
         named: tuple[int, ...] = ()
         if self.frames and isinstance(call.layout, ModalityLayout) and call.layout.strides:

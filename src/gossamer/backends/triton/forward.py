@@ -74,6 +74,7 @@ def autotune(call: AttentionCall, plan: SparsePlan) -> None:
     Raises:
         RuntimeError, ValueError, TypeError: as `attend`; a CPU tensor, which cannot be timed; no shape runs.
     """
+    call = _as_read(call, plan)
     arguments = _arguments(call, plan)
     if not call.q.is_cuda:
         raise ValueError(f"autotune measures on a CUDA device, got tensors on {call.device}")

@@ -79,7 +79,7 @@ class Modalities:
 
     def leave(self) -> None:
         self._depth = max(0, self._depth - 1)
-        if self._depth == 0:
+        if self._depth == 0 and not torch.is_grad_enabled():  # else layers may run again for a gradient
             self._given, self._kinds = {}, None
 
     def layout(self, extent: Extent, queries: int) -> ModalityLayout | None:
