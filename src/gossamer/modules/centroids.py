@@ -22,6 +22,10 @@ class Centroids(nn.Module):
     spans are the nearest tokens, moves its centroids by the same rule. The authors' code averages sums and counts
     apart and divides them, queries before keys, and does not normalise the result; neither form here does that.
 
+    In the first training pass the whole batch says where centroids begin (`start`), so that in this one pass a token's
+    cluster depends on later tokens and on other rows, also with ``assign="prefix"`` and in Combiner's learned spans.
+    Keep the module in fp32: a step of a decay near 1 is below what bf16 tells apart.
+
     Args:
         decay: of the moving average (0.999).
         update: ``"sum"``, the paper's ``mu <- decay mu + (1 - decay) / 2 (sum of its queries + sum of its keys)``;
