@@ -96,8 +96,8 @@ class Learnable:
 
     Each token belongs to the cluster nearest to its query, as it asks, and to its key, as it is asked; the paper has
     one region for both (Section 4.4). (The Routing Transformer's clusters of equal size hold a token several times or
-    never; spans must be disjoint.) A token's cluster depends on that token alone, so nothing leaks after the first training pass. How centroids move
-    the paper leaves to the Routing Transformer: see `Centroids`.
+    never; spans must be disjoint.) A token's cluster depends on that token alone, so nothing leaks after the first
+    training pass. How centroids move the paper leaves to the Routing Transformer: see `Centroids`.
     """
 
     clusters: int
