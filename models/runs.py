@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,7 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Phase", "Run"]
+import gossamer
+
+__all__ = ["Phase", "Run", "asked", "trained"]
 
 WARMUP = 50
 DECAY = 0.01  # of matrices
@@ -138,3 +143,35 @@ class Run(ABC):
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         head = json.dumps(summary, indent=1).removesuffix("\n}")
         (out / "training_log.json").write_text(f'{head},\n "log": [\n{lines}\n ]\n}}\n')
+
+
+def asked(about: str | None, out: Path) -> argparse.Namespace:
+    """The command line of a training script; ``out`` is the folder to write to unless another is named."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--checkpoint", type=Path, help="file to write every 100 steps, and to go on from")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--until", type=float, default=math.inf, help="seconds of all runs, after which it stops")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16: where a processor multiplies it slowly")
+    arguments = parser.parse_args()
+    if arguments.resume and (arguments.checkpoint is None or not arguments.checkpoint.is_file()):
+        parser.error(f"--resume needs the file of a run, --checkpoint FILE; got {arguments.checkpoint}")
+    return arguments
+
+
+def trained(run: Run, arguments: argparse.Namespace, **fields: Any) -> bool:
+    """Train as `asked`; False where it stopped before the end.
+
+    Dense attention, forward and backward, by gossamer's kernels: torch's in bfloat16 is slow on CPUs.
+
+    Args:
+        fields: further ones of `gossamer.enable`.
+    """
+    if arguments.resume:
+        run.resume(arguments.checkpoint)
+    with gossamer.enable(run.model, "dense", kernel="gossamer", min_tokens=0, training=True, **fields):
+        done = run.train(arguments.checkpoint, arguments.until)
+    if not done:
+        print(f"stopped at step {run.step}: --resume goes on from {arguments.checkpoint}", file=sys.stderr)
+    return done

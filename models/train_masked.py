@@ -9,9 +9,6 @@ seeded with (seed, step).
 
 from __future__ import annotations
 
-import argparse
-import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from corpus import load_corpus
-from runs import Run
+from runs import Run, asked, trained
 from tokenizer import BOS, EOS, PAD, encode_all
 from torch import Tensor
 from transformers import EuroBertConfig, EuroBertForMaskedLM, PreTrainedTokenizerFast
-
-import gossamer
 
 REFERENCE = Path(__file__).parent / "reference"
 REPEATS = 1 / 3  # share of the sequences that say a passage twice
@@ -133,25 +128,11 @@ class Trainer(Run):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "masked")
-    parser.add_argument("--checkpoint", type=Path, help="file to write every 100 steps, and to go on from")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--until", type=float, default=math.inf, help="seconds of all runs, after which it stops")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16: where a processor multiplies it slowly")
-    arguments = parser.parse_args()
+    arguments = asked(__doc__, Path(__file__).parent / "masked")
     tokenizer, corpus = PreTrainedTokenizerFast.from_pretrained(REFERENCE), load_corpus()
     tokens = encode_all(tokenizer, corpus.train)
     trainer = Trainer(arguments.seed, SCHEDULE, CONFIG, tokens, len(tokenizer), not arguments.float32)
-    if arguments.resume:
-        trainer.resume(arguments.checkpoint)
-    # Dense attention, forward and backward, by gossamer's kernels: torch's in bfloat16 is slow on CPUs.
-    dense: dict[str, Any] = dict(method="dense", kernel="gossamer", min_tokens=0, training=True)
-    with gossamer.enable(trainer.model, **dense, bidirectional=True):
-        done = trainer.train(arguments.checkpoint, arguments.until)
-    if not done:
-        print(f"stopped at step {trainer.step}: --resume goes on from {arguments.checkpoint}", file=sys.stderr)
+    if not trained(trainer, arguments, bidirectional=True):
         return 1
     trainer.export(arguments.out, tokenizer, corpus.sha256)
     return 0

@@ -8,10 +8,7 @@ be resumed (--resume) and repeated. Most steps see small clips; the last ones ha
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +17,8 @@ import moving_shapes
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from runs import Run
+from runs import Run, asked, trained
 from torch import Tensor
-
-import gossamer
 
 TIMES = 1000  # of a schedule's timesteps
 WITHOUT_TEXT = 0.1  # share of the clips whose sentence is left out, for guidance
@@ -128,23 +123,9 @@ def shifted(times: Tensor) -> Tensor:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "video")
-    parser.add_argument("--checkpoint", type=Path, help="file to write every 100 steps, and to go on from")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--until", type=float, default=math.inf, help="seconds of all runs, after which it stops")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16: where a processor multiplies it slowly")
-    arguments = parser.parse_args()
+    arguments = asked(__doc__, Path(__file__).parent / "video")
     trainer = Trainer(arguments.seed, SCHEDULE, CONFIG, not arguments.float32)
-    if arguments.resume:
-        trainer.resume(arguments.checkpoint)
-    # Dense attention, forward and backward, by gossamer's kernels: torch's in bfloat16 is slow on CPUs.
-    dense: dict[str, Any] = dict(method="dense", kernel="gossamer", min_tokens=0, training=True)
-    with gossamer.enable(trainer.model, **dense):
-        done = trainer.train(arguments.checkpoint, arguments.until)
-    if not done:
-        print(f"stopped at step {trainer.step}: --resume goes on from {arguments.checkpoint}", file=sys.stderr)
+    if not trained(trainer, arguments):
         return 1
     last = SCHEDULE[-1]
     trainer.export(arguments.out, (last.frames, last.size, last.size))

@@ -61,6 +61,7 @@ class TieredLayer(StoreLayer):
         self._numbers: Tensor | None = None  # int64 [B, G, blocks], of the file
         self._blocks: TokenBlocks | None = None
         self._pool: Pool | None = None
+        self._warned = False
 
     # What the cache is asked for.
 
@@ -135,7 +136,9 @@ class TieredLayer(StoreLayer):
         except OSError as error:
             if self.leads or error.errno not in _FULL:
                 raise  # ... until the next call, which fails before any layer has its tokens
-            _log.warning("what a cache has no room for in its file stays in memory: %s", error)
+            if not self._warned:
+                _log.warning("what a cache has no room for in its file stays in memory: %s", error)
+            self._warned = True
 
     def cut(self, slots: int) -> None:
         if slots < self.first:

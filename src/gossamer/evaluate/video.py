@@ -120,10 +120,11 @@ def load_video_model(folder: Path, prompts: Sequence[str] = (), size: Mapping[st
         ValueError: neither; or what is there cannot be loaded.
     """
     import diffusers
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
         if (folder / "model_index.json").is_file():
-            pipeline: Any = getattr(diffusers, "DiffusionPipeline").from_pretrained(folder)  # noqa: B009
+            pipeline: Any = DiffusionPipeline.from_pretrained(folder)
             return PipelineModel(pipeline, folder.name, prompts, size or {})
         if (folder / "words.json").is_file():
             words = json.loads((folder / "words.json").read_text())

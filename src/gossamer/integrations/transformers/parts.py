@@ -85,14 +85,13 @@ def take_padding(asked: Any, store: StoreLayer) -> None:
     mask = asked.mask
     if mask is None:
         return
-    new = mask[:, -asked.query_len :] if mask.ndim == 2 else mask[:, 0, -1, -asked.query_len :]
-    live = new if new.dtype == torch.bool else new > 0
-    if mask.ndim == 4 and asked.query_len > 1:  # among themselves the new tokens must be causal, and no more
+    if mask.ndim == 2:
+        live = mask[:, -asked.query_len :] > 0
+    else:  # of pairs: among themselves the new tokens must be causal, and no more
         pairs = mask[:, 0, :, -asked.query_len :]
-        pairs = pairs if pairs.dtype == torch.bool else pairs == 0
-        live = live if new.dtype == torch.bool else new == 0
-        wanted = live[:, None] & torch.ones_like(pairs[0]).tril()
-        if not bool(((pairs == wanted) | ~live[:, :, None]).all()):
+        pairs = pairs if pairs.dtype == torch.bool else pairs == 0  # what is added to logits
+        live = pairs[:, -1]
+        if not bool(((pairs == live[:, None] & torch.ones_like(pairs[0]).tril()) | ~live[:, :, None]).all()):
             store.refuse("a mask that is not plain")
     before = live.long().cumsum(1) == 0
     if asked.causal and bool((live | before).all()) and store.pad(asked.query_len, before.sum(1).expand(asked.batch)):
