@@ -1,0 +1,114 @@
+"""Linear layers that store a weight's zeros as bits, or the whole weight as bits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gossamer.compress.billm import Binarised
+
+__all__ = ["OneBitLinear", "PackedLinear", "SparseLinear", "bits_of", "bools_of"]
+
+
+def bits_of(x: Tensor) -> Tensor:
+    """uint8 ``[..., ceil(n / 8)]`` of bool ``[..., n]``; the first of eight is the lowest bit."""
+    padded = F.pad(x, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (padded.to(torch.uint8) << _places(x.device)).sum(-1, dtype=torch.uint8)
+
+
+def bools_of(x: Tensor, number: int) -> Tensor:
+    """bool ``[..., number]`` of `bits_of`."""
+    return ((x[..., None] >> _places(x.device)) & 1).flatten(-2)[..., :number].bool()
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+class PackedLinear(nn.Module):
+    """``x W^T + b`` with a weight that is stored in another form.
+
+    Attributes:
+        in_features, out_features, dtype: of the weight.
+    """
+
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``, made anew each time."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is stored, without the bias."""
+        return sum(x.numel() * x.element_size() for x in self.buffers())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., out]`` of inputs ``[..., in]``; forward only."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bytes={self.nbytes}"
+
+
+class SparseLinear(PackedLinear):
+    """A weight with zeros: a bit for each number, and those that are not 0.
+
+    Buffers: ``bitmap`` uint8 ``[out, ceil(in / 8)]``; ``values`` of the weight's dtype ``[n]``, row by row; ``starts``
+    int64 ``[out + 1]``, where each row's begin.
+    """
+
+    bitmap: Tensor
+    values: Tensor
+    starts: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(*weight.shape, bias, weight.dtype)
+        kept = weight != 0
+        self.register_buffer("bitmap", bits_of(kept))
+        self.register_buffer("values", weight.detach()[kept])
+        self.register_buffer("starts", F.pad(kept.sum(1).cumsum(0), (1, 0)))
+
+    @property
+    def weight(self) -> Tensor:
+        kept = bools_of(self.bitmap, self.in_features)
+        return torch.zeros(kept.shape, dtype=self.values.dtype, device=kept.device).masked_scatter_(kept, self.values)
+
+
+class OneBitLinear(PackedLinear):
+    """A weight of `binarise`: signs, groups, and means and scales of each row and block.
+
+    Buffers: ``positive``, ``high`` uint8 ``[out, ceil(in / 8)]`` and ``salient`` uint8 ``[ceil(in / 8)]``, bits;
+    ``second`` uint8 ``[out, ceil(salient / 8)]``, of the salient columns alone; ``mean``, ``scale`` fp16
+    ``[4, out, blocks]``.
+    """
+
+    positive: Tensor
+    high: Tensor
+    salient: Tensor
+    second: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, found: Binarised, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(*found.positive.shape, bias, dtype)
+        self.block = found.block
+        for name in ("positive", "high", "salient"):
+            self.register_buffer(name, bits_of(getattr(found, name)))
+        self.register_buffer("second", bits_of(found.second[:, found.salient]))
+        for name in ("mean", "scale"):
+            self.register_buffer(name, getattr(found, name).half())
+
+    @property
+    def weight(self) -> Tensor:
+        salient = bools_of(self.salient, self.in_features)
+        second = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=salient.device)
+        second[:, salient] = bools_of(self.second, int(salient.sum()))
+        signs = (bools_of(x, self.in_features) for x in (self.positive, self.high))
+        found = Binarised(*signs, salient, second, self.mean.float(), self.scale.float(), self.block)
+        return found.dequantised().to(self.dtype)
