@@ -24,7 +24,7 @@ def test_sparse_weights_are_exact(dtype: torch.dtype, share: float) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(7, 45, generator=generator).masked_fill(torch.rand(7, 45, generator=generator) < share, 0)
     weight, bias, x = weight.to(dtype), torch.randn(7, generator=generator).to(dtype), torch.randn(2, 3, 45).to(dtype)
-    layer = SparseLinear(weight, bias)
+    layer = SparseLinear.of(weight, bias)
     assert torch.equal(layer.weight, weight)
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, bias))
     assert layer.starts.tolist() == [0, *(weight != 0).sum(1).cumsum(0).tolist()]
@@ -36,7 +36,7 @@ def test_binarised_weights_are_what_was_found(block: int) -> None:
     generator = torch.Generator().manual_seed(1)
     weight, x = torch.randn(6, 37, generator=generator), torch.randn(4, 37, generator=generator)
     found = binarise(weight, None, block=block)
-    layer = OneBitLinear(found, None)
+    layer = OneBitLinear.of(found, None)
     near = {"rtol": 2e-3, "atol": 2e-3}  # means and scales are fp16
     torch.testing.assert_close(layer.weight, found.dequantised(), **near)
     torch.testing.assert_close(layer(x), x @ layer.weight.T)

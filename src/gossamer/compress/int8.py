@@ -51,10 +51,9 @@ class InputScale:
         limit = min(self.largest, float(_top_of(min(place, BINS - 1)))) if share < 1 else self.largest
         return (limit or 1.0) / TOP
 
-    @property
-    def importance(self) -> float:
+    def importance(self, share: float = SHARE) -> float:
         """Of its outliers: the largest number over what the scale holds (llm.npu keeps those of 15% of the layers)."""
-        return self.largest / (self.scale() * TOP)
+        return self.largest / (self.scale(share) * TOP) if self.largest else 1.0
 
 
 def _bin_of(magnitude: Tensor) -> Tensor:
@@ -99,26 +98,49 @@ class Int8Linear(nn.Module):
     The product is oneDNN's through torch where it has a fast one (uint8 by int8: VNNI, AMX); elsewhere the weight is
     multiplied in float.
 
-    Args:
-        weight: ``[out, in]``.
-        bias: ``[out]`` or None.
-        scale: of inputs, from `InputScale`.
+    Buffers: ``quantised`` int8 ``[out, in]``; ``by_row`` fp32 ``[out]``; ``scale`` fp32, of the inputs.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float, outliers: bool = True) -> None:
+    quantised: Tensor
+    by_row: Tensor
+    scale: Tensor
+
+    def __init__(self, quantised: Tensor, by_row: Tensor, scale: Tensor, bias: Tensor | None, outliers: bool) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale must be above 0, got {scale}")
-        if weight.ndim != 2:
-            raise ValueError(f"weight must be [out, in], got {list(weight.shape)}")
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = quantised.shape
         self.outliers = outliers
-        quantised, by_row = int8_weight(weight)
         self.register_buffer("quantised", quantised)
         self.register_buffer("by_row", by_row)
-        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+        self.register_buffer("scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self._packed: tuple[Any, Any] = (None, None)  # the weight as oneDNN reads it, and of which state it is
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, scale: float, outliers: bool = True) -> Int8Linear:
+        """Of a weight ``[out, in]``, a bias ``[out]`` or None, and a scale of the inputs, from `InputScale`.
+
+        Raises:
+            ValueError: another shape, or a scale that is not above 0.
+        """
+        if not 0.0 < scale < float("inf"):
+            raise ValueError(f"scale must be above 0 and finite, got {scale}")
+        if weight.ndim != 2:
+            raise ValueError(f"weight must be [out, in], got {list(weight.shape)}")
+        of_inputs = torch.tensor(scale, dtype=torch.float32, device=weight.device)
+        return cls(*int8_weight(weight), of_inputs, bias, outliers)
+
+    @classmethod
+    def empty(cls, out_features: int, in_features: int, bias: bool, dtype: torch.dtype, outliers: bool) -> Int8Linear:
+        """One to read a file into, on the current device."""
+        by_row, scale = torch.empty(out_features), torch.empty(())
+        shift = torch.empty(out_features, dtype=dtype) if bias else None
+        return cls(torch.empty(out_features, in_features, dtype=torch.int8), by_row, scale, shift, outliers)
+
+    def check(self) -> None:
+        """Raise ValueError where what was read from a file is no such weight."""
+        scales = bool(self.by_row.isfinite().all()) and bool((self.by_row > 0).all())
+        if not (scales and 0.0 < float(self.scale) < float("inf")):
+            raise ValueError("its scales are not above 0 and finite")
 
     @property
     def weight(self) -> Tensor:

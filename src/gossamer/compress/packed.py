@@ -43,6 +43,10 @@ class PackedLinear(nn.Module):
         """``[out, in]``, made anew each time."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Raise ValueError where what was read from a file is no such weight."""
+        raise NotImplementedError
+
     @property
     def nbytes(self) -> int:
         """Of what is stored, without the bias."""
@@ -67,12 +71,33 @@ class SparseLinear(PackedLinear):
     values: Tensor
     starts: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(*weight.shape, bias, weight.dtype)
+    def __init__(self, in_features: int, bitmap: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None) -> None:
+        super().__init__(len(bitmap), in_features, bias, values.dtype)
+        self.register_buffer("bitmap", bitmap)
+        self.register_buffer("values", values)
+        self.register_buffer("starts", starts)
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> SparseLinear:
+        """Of a weight ``[out, in]``."""
         kept = weight != 0
-        self.register_buffer("bitmap", bits_of(kept))
-        self.register_buffer("values", weight.detach()[kept])
-        self.register_buffer("starts", F.pad(kept.sum(1).cumsum(0), (1, 0)))
+        starts = F.pad(kept.sum(1).cumsum(0), (1, 0))
+        return cls(weight.shape[1], bits_of(kept), weight.detach()[kept], starts, bias)
+
+    @classmethod
+    def empty(cls, out_features: int, in_features: int, bias: bool, dtype: torch.dtype, values: int) -> SparseLinear:
+        """One to read a file into, on the current device, whose weight has so many numbers that are not 0."""
+        bitmap = torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8)
+        starts = torch.empty(out_features + 1, dtype=torch.int64)
+        shift = torch.empty(out_features, dtype=dtype) if bias else None
+        return cls(in_features, bitmap, torch.empty(values, dtype=dtype), starts, shift)
+
+    def check(self) -> None:
+        counts = bools_of(self.bitmap, 8 * self.bitmap.shape[1])
+        beyond = bool(counts[:, self.in_features :].any())
+        starts = F.pad(counts.sum(1).cumsum(0), (1, 0))
+        if beyond or not torch.equal(starts, self.starts) or int(starts[-1]) != len(self.values):
+            raise ValueError(f"its bitmap has {int(starts[-1])} numbers, and {len(self.values)} are there")
 
     @property
     def weight(self) -> Tensor:
@@ -95,14 +120,48 @@ class OneBitLinear(PackedLinear):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, found: Binarised, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(*found.positive.shape, bias, dtype)
-        self.block = found.block
-        for name in ("positive", "high", "salient"):
-            self.register_buffer(name, bits_of(getattr(found, name)))
-        self.register_buffer("second", bits_of(found.second[:, found.salient]))
-        for name in ("mean", "scale"):
-            self.register_buffer(name, getattr(found, name).half())
+    def __init__(
+        self,
+        in_features: int,
+        columns: int,
+        block: int,
+        buffers: dict[str, Tensor],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(len(buffers["positive"]), in_features, bias, dtype)
+        self.columns, self.block = columns, block
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+
+    @classmethod
+    def of(cls, found: Binarised, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> OneBitLinear:
+        """Of what `binarise` found."""
+        buffers = {name: bits_of(getattr(found, name)) for name in ("positive", "high", "salient")}
+        buffers["second"] = bits_of(found.second[:, found.salient])
+        buffers |= {name: getattr(found, name).half() for name in ("mean", "scale")}
+        return cls(found.positive.shape[1], int(found.salient.sum()), found.block, buffers, bias, dtype)
+
+    @classmethod
+    def empty(
+        cls, out_features: int, in_features: int, bias: bool, dtype: torch.dtype, salient: int, block: int
+    ) -> OneBitLinear:
+        """One to read a file into, on the current device, with so many salient columns."""
+        width, parts = -(-in_features // 8), (4, out_features, -(-in_features // block))
+        shapes = {"positive": (out_features, width), "high": (out_features, width), "salient": (width,)}
+        shapes["second"] = (out_features, -(-salient // 8))
+        buffers = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in shapes.items()}
+        buffers |= {name: torch.empty(parts, dtype=torch.float16) for name in ("mean", "scale")}
+        shift = torch.empty(out_features, dtype=dtype) if bias else None
+        return cls(in_features, salient, block, buffers, shift, dtype)
+
+    def check(self) -> None:
+        columns = bools_of(self.salient, 8 * len(self.salient))
+        number = int(columns.sum())
+        if bool(columns[self.in_features :].any()) or number != self.columns:
+            raise ValueError(f"it has {number} salient columns, and second signs of {self.columns}")
+        if not bool(self.mean.isfinite().all() and self.scale.isfinite().all()):
+            raise ValueError("its means and scales are not finite")
 
     @property
     def weight(self) -> Tensor:
