@@ -11,10 +11,10 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gossamer.compress.int8 import Int8Linear
-from gossamer.compress.packed import OneBitLinear, SparseLinear
-from gossamer.compress.recipes import Recipe, recipe_of
-from gossamer.compress.sequential import walk
+from gossamer.compressed.int8 import Int8Linear
+from gossamer.compressed.packed import OneBitLinear, SparseLinear
+from gossamer.compressed.recipes import Recipe, recipe_of
+from gossamer.compressed.sequential import walk
 
 __all__ = ["METHOD", "CompressedConfig", "CompressedQuantizer", "compress"]
 
@@ -107,11 +107,11 @@ def compress(
 ) -> Any:
     """Replace the linear layers of a model's decoder layers; embeddings and head stay. In place.
 
-    ``save_pretrained`` then writes a folder that ``from_pretrained`` loads where ``gossamer.compress`` was imported.
+    ``save_pretrained`` then writes a folder that ``from_pretrained`` loads where ``gossamer.compressed`` was imported.
 
     Args:
         model: a causal language model of transformers.
-        recipe: one of `gossamer.compress.recipes`, or its dictionary.
+        recipe: one of `gossamer.compressed.recipes`, or its dictionary.
         samples: token ids ``[B, T]`` that say what enters the layers.
         progress: told the name of each layer once it is done.
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gossamer.compress.hessian import propagated
+from gossamer.compressed.hessian import propagated
 
 __all__ = ["Binarised", "Search", "binarise", "rounded", "sign_and_scale"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from gossamer.compress.sequential import decoder_layers, linear_layers, walk  # noqa: E402
+from gossamer.compressed.sequential import decoder_layers, linear_layers, walk  # noqa: E402
 
 
 def tiny(kind: str) -> Any:

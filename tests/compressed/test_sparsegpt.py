@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer.compress.hessian import Hessian
-from gossamer.compress.sparsegpt import Pattern, magnitude, prune
+from gossamer.compressed.hessian import Hessian
+from gossamer.compressed.sparsegpt import Pattern, magnitude, prune
 
 OUT, IN, SAMPLES = 6, 24, 64
 

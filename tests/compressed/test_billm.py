@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer.compress.billm import MOST_SALIENT, QUANTILES, binarise, rounded, sign_and_scale
-from gossamer.compress.hessian import Hessian
+from gossamer.compressed.billm import MOST_SALIENT, QUANTILES, binarise, rounded, sign_and_scale
+from gossamer.compressed.hessian import Hessian
 
 OUT, IN = 5, 14
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.compress.hessian import in_order, propagated
+from gossamer.compressed.hessian import in_order, propagated
 
 __all__ = ["Pattern", "magnitude", "prune"]
 

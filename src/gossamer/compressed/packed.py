@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gossamer.compress.billm import Binarised
+from gossamer.compressed.billm import Binarised
 
 __all__ = ["OneBitLinear", "PackedLinear", "SparseLinear", "bits_of", "bools_of"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer.compress.int8 import InputScale, Int8Linear, has_product, int8_weight, overflow, product_by_definition
+from gossamer.compressed.int8 import InputScale, Int8Linear, has_product, int8_weight, overflow, product_by_definition
 
 OUT, IN = 9, 70
 
@@ -79,7 +79,7 @@ def test_layers_without_the_fast_product(monkeypatch: pytest.MonkeyPatch) -> Non
     weight, shift, x = case()
     layer = Int8Linear.of(weight, shift, scale_of(x))
     fast = layer(x)
-    monkeypatch.setattr("gossamer.compress.int8.has_product", lambda device: False)
+    monkeypatch.setattr("gossamer.compressed.int8.has_product", lambda device: False)
     torch.testing.assert_close(layer(x), fast, rtol=1e-5, atol=1e-3)
 
 

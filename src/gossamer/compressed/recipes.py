@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from gossamer.compress.billm import binarise, rounded, sign_and_scale
-from gossamer.compress.hessian import Hessian
-from gossamer.compress.int8 import InputScale, Int8Linear
-from gossamer.compress.packed import OneBitLinear, SparseLinear
-from gossamer.compress.sparsegpt import Pattern, magnitude, prune
+from gossamer.compressed.billm import binarise, rounded, sign_and_scale
+from gossamer.compressed.hessian import Hessian
+from gossamer.compressed.int8 import InputScale, Int8Linear
+from gossamer.compressed.packed import OneBitLinear, SparseLinear
+from gossamer.compressed.sparsegpt import Pattern, magnitude, prune
 
 __all__ = ["RECIPES", "BiLLM", "Int8", "Magnitude", "Recipe", "Rounded", "SignAndScale", "SparseGPT", "recipe_of"]
 

@@ -14,8 +14,8 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from gossamer.compress.model import compress  # noqa: E402
-from gossamer.compress.recipes import RECIPES, recipe_of  # noqa: E402
+from gossamer.compressed.model import compress  # noqa: E402
+from gossamer.compressed.recipes import RECIPES, recipe_of  # noqa: E402
 
 
 def tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gossamer.compress.billm import binarise
-from gossamer.compress.packed import OneBitLinear, SparseLinear, bits_of, bools_of
+from gossamer.compressed.billm import binarise
+from gossamer.compressed.packed import OneBitLinear, SparseLinear, bits_of, bools_of
 
 
 @pytest.mark.parametrize("number", [1, 7, 8, 9, 63, 130])
