@@ -37,7 +37,7 @@ def test_binarised_weights_are_what_was_found(block: int) -> None:
     weight, x = torch.randn(6, 37, generator=generator), torch.randn(4, 37, generator=generator)
     found = binarise(weight, None, block=block)
     layer = OneBitLinear.of(found, None)
-    near = {"rtol": 2e-3, "atol": 2e-3}  # means and scales are fp16
-    torch.testing.assert_close(layer.weight, found.dequantised(), **near)
+    # Means and scales are fp16.
+    torch.testing.assert_close(layer.weight, found.dequantised(), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(layer(x), x @ layer.weight.T)
     assert layer.second.shape == (6, -(-int(found.salient.sum()) // 8))

@@ -31,6 +31,10 @@ def samples() -> list[Tensor]:
     return [torch.randint(60, (2, n), generator=generator) for n in (9, 14)]
 
 
+def noting(seen: dict[str, list[Tensor]], name: str) -> Any:
+    return lambda _, args: seen.setdefault(name, []).append(args[0].clone())
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Gemma3Text"])
 def test_inputs_are_those_of_the_changed_model(kind: str) -> None:
     model, other = tiny(kind), tiny(kind)
@@ -51,9 +55,7 @@ def test_inputs_are_those_of_the_changed_model(kind: str) -> None:
     place, layers = decoder_layers(other)
     for number, layer in enumerate(layers):  # one layer more is changed in each pass
         hooks = [
-            linear.register_forward_pre_hook(
-                lambda _, args, name=f"{place}.{number}.{inner}": expected.setdefault(name, []).append(args[0].clone())
-            )
+            linear.register_forward_pre_hook(noting(expected, f"{place}.{number}.{inner}"))
             for inner, linear in linear_layers(layer)
         ]
         with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def binarise(
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     rows, features = weight.shape
-    of = dict(dtype=torch.bool, device=weight.device)
+    of: dict[str, Any] = {"dtype": torch.bool, "device": weight.device}
     positive, high, second = (torch.zeros(rows, features, **of) for _ in range(3))
     columns = torch.zeros(features, **of)
     number = -(-features // block)

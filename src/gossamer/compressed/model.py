@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -155,9 +155,9 @@ def compress(
     model.train(training)
     entries = {name: entry for name, layer in made.items() if (entry := described(layer)) is not None}
     if entries:
-        config = CompressedConfig(recipe.to_dict(), entries)
+        config = cast(Any, CompressedConfig)(recipe.to_dict(), entries)  # transformers' decorators hide what it takes
         model.config.quantization_config = config
-        model.hf_quantizer = CompressedQuantizer(config, pre_quantized=True)
+        model.hf_quantizer = cast(Any, CompressedQuantizer)(config, pre_quantized=True)
     return model
 
 

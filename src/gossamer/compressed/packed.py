@@ -168,6 +168,6 @@ class OneBitLinear(PackedLinear):
         salient = bools_of(self.salient, self.in_features)
         second = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=salient.device)
         second[:, salient] = bools_of(self.second, int(salient.sum()))
-        signs = (bools_of(x, self.in_features) for x in (self.positive, self.high))
-        found = Binarised(*signs, salient, second, self.mean.float(), self.scale.float(), self.block)
+        positive, high = (bools_of(x, self.in_features) for x in (self.positive, self.high))
+        found = Binarised(positive, high, salient, second, self.mean.float(), self.scale.float(), self.block)
         return found.dequantised().to(self.dtype)
