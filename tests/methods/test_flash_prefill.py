@@ -200,6 +200,8 @@ def test_what_the_base_needs_is_needed() -> None:
 def test_it_is_written_and_read_with_its_base() -> None:
     method = Corrected(MaxRelative(0.3), pruned_mean=False, skip=4.0)
     assert methods.from_dict(method.to_dict()) == method
+    with pytest.raises(ValueError, match="corrected has pruned_mean and quantised"):
+        Corrected(quantised=True)
     with pytest.raises(TypeError, match=r"corrected\.base must be a method, got str"):
         Corrected("max_relative")  # pyright: ignore[reportArgumentType]
 

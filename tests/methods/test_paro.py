@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from clips import FRAMES, HEIGHT, PATCHES, WIDTH, clip, ranks_of_tokens, text_of_blocks, weights
 
 from gossamer import AttentionCall, backends
+from gossamer.backends.torch import attend
 from gossamer.layout import DenoisingStep
 from gossamer.methods import PARO
 from gossamer.methods.denoising import ORDERS
@@ -105,6 +107,20 @@ def test_queries_and_keys_are_turned_back() -> None:
         out, _ = backends.attend(call, plan)
         values = call.values.double().repeat_interleave(2, dim=1)
         torch.testing.assert_close(out.double(), weights(call) @ values, atol=1e-5, rtol=1e-4)
+
+
+def test_queries_and_keys_in_int8_are_asked_of_the_executor() -> None:
+    """Of the plan that is made, and of one put together of what two rows kept."""
+    state: list = [{}, {}]
+    method = PARO(density=0.5, block=BLOCK, quantised=True)
+    call = clip(before=(5, 5), after=(4, 4), step=0, total=30, state=state)
+    plans = [method.plan(call), method.plan(replace(call, state=state[::-1]))]
+    ordinary = PARO(density=0.5, block=BLOCK).plan(replace(call, state=[{}, {}]))
+    assert [plan.quantised for plan in (*plans, ordinary)] == [True, True, False]
+    assert torch.equal(plans[0].block_mask(), ordinary.block_mask())
+    exact = attend(call, ordinary)[0]
+    error = float((attend(call, plans[0])[0] - exact).norm() / exact.norm())
+    assert 1e-5 < error < 0.05
 
 
 def test_parts_of_the_sampling_have_masks_of_their_own() -> None:
