@@ -5,8 +5,8 @@ first of bands, blocks and columns that names it: bands are arithmetic, so block
 whether a column's key block is selected is looked up in a bitmap.
 
 There are four loops: full tiles of blocks and bands, partial ones, full columns, and partial ones; one of full tiles of
-permuted blocks; and one of means of blocks. What is full needs no mask by pair: every row may attend all of it, and no other part names it. Where rows leave
-tiles out, tiles come in ascending order.
+permuted blocks; and one of means of blocks. What is full needs no mask by pair: every row may attend all of it, and no
+other part names it. Where rows leave tiles out, tiles come in ascending order.
 """
 
 # Triton compiles these functions; their parameters and constants are not what Python sees.

@@ -1,8 +1,8 @@
 """Selected blocks and bands: full tiles, all of whose pairs count, and partial ones.
 
 Of the blocks that a row of the plan lists, in ascending order, the full ones are consecutive, and found by bisection.
-Of permuted ones all are full or none is, since which positions a block of ranks holds is not known: they are where every
-row may attend every key, as in bidirectional attention, and there is no band. Not yet run on a GPU.
+Of permuted ones all are full or none is, since which positions a block of ranks holds is not known: they are where
+every row may attend every key, as in bidirectional attention, and there is no band. Not yet run on a GPU.
 Loops over many tiles are software-pipelined, so each pass reads the index that the next one needs: an address that
 waits for its index would stall the pipeline.
 """
