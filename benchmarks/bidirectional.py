@@ -44,6 +44,7 @@ import gossamer
 from gossamer import AttentionCall, Extent, SparsePlan
 from gossamer.backends import cpu
 from gossamer.layout import TokenLayout
+from gossamer.methods import PARO, AdaSpa, AttentionTile, Dense, Method, PerHead, SparseVDiT
 from gossamer.methods.denoising import ORDERS, axis_order
 from gossamer.plan import ceil_div
 
@@ -231,12 +232,15 @@ class Clip:
 CLIPS = (Clip(16, 32, "bf16"), Clip(16, 32, "fp32"), Clip(16, 64, "bf16"), Clip(32, 64, "bf16"))
 QUICK_CLIPS = (Clip(4, 16, "fp32"),)
 # Each at about a fifth of the pairs.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense": ("dense", {"kernel": "gossamer"}),
-    "adaspa": ("adaspa", {"sparsity": 0.8, "search": (0, 2)}),
-    "paro": ("paro", {"density": 0.2, "order": "HWF"}),
-    "attention_tile": ("attention_tile", {"frames": 1}),
-    "sparse_vdit": ("sparse_vdit", {"mode": "multi_diagonal", "share": 0.2}),
+METHODS: dict[str, Callable[[int], Method]] = {
+    "dense": lambda _: Dense(kernel="gossamer"),
+    "adaspa": lambda _: AdaSpa(sparsity=0.8, search=(0, 2)),
+    "paro": lambda _: PARO("HWF", density=0.2),
+    "paro, an order a head": lambda layers: PerHead(
+        [[PARO(ORDERS[1 + head], density=0.2) for head in range(HEADS)]] * layers
+    ),
+    "attention_tile": lambda _: AttentionTile(1),
+    "sparse_vdit": lambda _: SparseVDiT("multi_diagonal", 0.2),
 }
 
 
@@ -286,10 +290,10 @@ def steps(arguments: argparse.Namespace) -> Iterator[Row]:
         model, text_dim = video_model(arguments.weights, arguments.quick)
         model = model.to(DTYPES[clip.dtype])
         contenders = {"torch": Contender(model)}
-        for name, (method, fields) in METHODS.items():
-            own = copy.deepcopy(model)
-            enabled = gossamer.enable(own, method, steps=SAMPLING, min_tokens=0, **fields)
-            contenders[name] = Contender(own, enabled, 1 if method == "dense" else STEPS)
+        for name, make in METHODS.items():
+            own, method = copy.deepcopy(model), make(len(model.blocks))
+            enabled = gossamer.enable(own, method, steps=SAMPLING, min_tokens=0)
+            contenders[name] = Contender(own, enabled, 1 if name == "dense" else STEPS)
         verified(contenders, clip.draw(text_dim, 0))
         others = Bystanders()
         rounds = 1 if arguments.quick else rounds_of(clip.tokens)
@@ -297,8 +301,7 @@ def steps(arguments: argparse.Namespace) -> Iterator[Row]:
         share = others.share()
         about = {"frames": clip.frames, "side": clip.side, "tokens": clip.tokens, "dtype": clip.dtype}
         for name, contender in contenders.items():
-            fields = METHODS[name][1] if name in METHODS else {}
-            row = about | {"method": name, "fields": fields, "used_by_others": share, "rounds": rounds}
+            row = about | {"method": name, "used_by_others": share, "rounds": rounds}
             yield row | {"steps": contender.medians()} | series[name].to_dict()
             if contender.handle is not None:
                 contender.handle.disable()
