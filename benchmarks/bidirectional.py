@@ -24,6 +24,7 @@ import copy
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -287,8 +288,7 @@ def steps(arguments: argparse.Namespace) -> Iterator[Row]:
     for clip in clips:
         if arguments.tokens and clip.tokens not in arguments.tokens:
             continue
-        model, text_dim = video_model(arguments.weights, arguments.quick)
-        model = model.to(DTYPES[clip.dtype])
+        model, text_dim = video_model(arguments.weights, clip.dtype, arguments.quick)
         contenders = {"torch": Contender(model)}
         for name, make in METHODS.items():
             own, method = copy.deepcopy(model), make(len(model.blocks))
@@ -307,7 +307,7 @@ def steps(arguments: argparse.Namespace) -> Iterator[Row]:
                 contender.handle.disable()
 
 
-def video_model(weights: Path | None, quick: bool) -> tuple[Any, int]:
+def video_model(weights: Path | None, dtype: str, quick: bool) -> tuple[Any, int]:
     """The model, and the dimension of its text."""
     sys.path.insert(0, str(MODELS))
     try:
@@ -315,11 +315,15 @@ def video_model(weights: Path | None, quick: bool) -> tuple[Any, int]:
         from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     finally:
         sys.path.remove(str(MODELS))
-    if weights is not None:
-        model = WanTransformer3DModel.from_pretrained(weights, local_files_only=True)
-    else:
-        torch.manual_seed(0)
-        model = WanTransformer3DModel(**(train_video.CONFIG | ({"num_layers": 1} if quick else {})))
+    with tempfile.TemporaryDirectory() as folder:
+        if weights is None:
+            torch.manual_seed(0)
+            config = train_video.CONFIG | ({"num_layers": 1} if quick else {})
+            WanTransformer3DModel(**config).save_pretrained(folder)
+        # As it is loaded for use: some parts stay in fp32.
+        model = WanTransformer3DModel.from_pretrained(
+            weights or folder, torch_dtype=DTYPES[dtype], local_files_only=True
+        )
     return model.eval(), train_video.CONFIG["text_dim"]
 
 

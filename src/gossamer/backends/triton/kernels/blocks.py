@@ -120,11 +120,11 @@ def permuted_tiles(state, queries, keys, logits, extent, blocks, listed):
 def ranked_keys(extent, blocks, listed, n, TILE_N: tl.constexpr):
     """Positions of the n-th tile of full blocks, and which of them are live keys; 0 where not, which may be loaded."""
     PIECES: tl.constexpr = (blocks.BLOCK_K + TILE_N - 1) // TILE_N
-    some = n < listed.full_tiles
+    some = listed.full_tiles > n
     block = tl.load(blocks.indices + listed.full + n // PIECES, mask=some, other=0)
     offset = (n % PIECES) * TILE_N + tl.arange(0, TILE_N)
     rank = block * blocks.BLOCK_K + offset
-    keep = some & (offset < blocks.BLOCK_K) & (rank < blocks.key_len)
+    keep = (offset < blocks.BLOCK_K) & (rank < tl.where(some, blocks.key_len, 0))
     positions = tl.load(blocks.order + rank, mask=keep, other=0)
     keep = keep & (positions < extent.keys)
     return tl.where(keep, positions, 0), keep
