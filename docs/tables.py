@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # Files beside this one: mkdocs finds them while it loads a hook.
+import bidirectional_tables
 import calibration_tables
 import choices
 import contender_tables
@@ -347,6 +348,8 @@ def mutants_table() -> str:
 
 TABLES = {
     **recall_tables.TABLES,
+    "bidirectional": lambda: for_each_machine("bidirectional.json", bidirectional_tables.kernels_table),
+    "denoising_steps": lambda: for_each_machine("bidirectional.json", bidirectional_tables.steps_table),
     "cpu": cpu_table,
     "parts": parts_table,
     "vllm": vllm_table,

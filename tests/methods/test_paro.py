@@ -12,7 +12,7 @@ from clips import FRAMES, HEIGHT, PATCHES, WIDTH, clip, ranks_of_tokens, text_of
 from gossamer import AttentionCall, backends
 from gossamer.backends.torch import attend
 from gossamer.layout import DenoisingStep
-from gossamer.methods import PARO
+from gossamer.methods import PARO, PerHead
 from gossamer.methods.denoising import ORDERS
 
 BLOCK = 16
@@ -135,6 +135,16 @@ def test_parts_of_the_sampling_have_masks_of_their_own() -> None:
         masks.append(method.plan(call))
     changes = [step for step in range(1, 30) if masks[step] is not masks[step - 1]]
     assert changes == [2, 5, 8, 11, 14]
+
+
+def test_heads_of_several_orders_are_merged_once_for_each_mask() -> None:
+    heads = [PARO(order, density=0.3, block=16, halves=False) for order in ("WHF", "FHW", "HWF", "WHF")]
+    method, state = PerHead([heads]), [{}, {}]
+    plans = [method.plan(clip(step=step, state=state)) for step in (0, 1, 3, 4)]
+    assert plans[0] is plans[1] is plans[2]
+    assert plans[3] is not plans[0]
+    fresh = method.plan(clip(step=4))
+    assert torch.equal(plans[3].to_mask(), fresh.to_mask())
 
 
 def test_it_needs_the_number_of_steps_and_checks_its_fields() -> None:

@@ -12,7 +12,14 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 import gossamer
@@ -106,18 +113,24 @@ def load_model(path: Path, dtype: str, progress: bool, device: str = "cpu", show
     """The model of a folder, not moved: the device tells which dtype ``auto`` is.
 
     Args:
-        shown: one that reads images.
+        shown: it is to read images. One that reads them reads text alone as well.
     """
     wanted = fast_dtype(device)[0] if dtype == "auto" else getattr(torch, dtype)
     if not progress:
         transformers_logging.disable_progress_bar()
-    kind = AutoModelForImageTextToText if shown else AutoModelForCausalLM
     try:
+        kind = AutoModelForImageTextToText if shown or _reads_images(path) else AutoModelForCausalLM
         model = kind.from_pretrained(path, dtype=wanted, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
         what = "model that reads images" if shown else "language model"
         raise BadInput(f"{path} is no {what} that transformers can load: {first_line(error)}") from error
     return model.eval()
+
+
+def _reads_images(path: Path) -> bool:
+    """Whether a folder holds a model that transformers has no other class for."""
+    config = type(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+    return config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def load_checked(path: Path, dtype: str, device: str = "cpu", shown: bool = False) -> Any:

@@ -15,6 +15,8 @@ from gossamer.plan import SparsePlan
 
 __all__ = ["PerHead", "needs_of"]
 
+_MERGED = "plans of heads, merged"  # of a layer, in its state
+
 
 @dataclass(frozen=True)
 class PerHead(Method):
@@ -63,7 +65,18 @@ class PerHead(Method):
             sources.append([planned.index(head) // share if head in planned else 0 for head in range(call.heads)])
             for head in heads:
                 owner[head] = number
-        return plans[0] if len(plans) == 1 else merge_plans(plans, owner, sources)
+        return plans[0] if len(plans) == 1 else self._merged(call, plans, owner, sources)
+
+    def _merged(
+        self, call: AttentionCall, plans: Sequence[SparsePlan], owner: Sequence[int], sources: Sequence[Sequence[int]]
+    ) -> SparsePlan:
+        """The plans merged; where all are those that were kept of a call before, as they were merged then."""
+        state = call.state[0] if call.state else {}
+        before, merged = state.get(_MERGED, ((), None))
+        if merged is None or len(before) != len(plans) or any(a is not b for a, b in zip(before, plans, strict=True)):
+            merged = merge_plans(plans, owner, sources)
+            state[_MERGED] = tuple(plans), merged
+        return merged
 
     def of_rank(self, rank: int, ranks: int, heads: int, groups: int) -> PerHead:
         layers = [

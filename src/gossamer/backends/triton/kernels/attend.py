@@ -4,9 +4,9 @@ Everything is in positions, 0 being the batch row's first live key. A pair that 
 first of bands, blocks and columns that names it: bands are arithmetic, so blocks and columns test them for themselves;
 whether a column's key block is selected is looked up in a bitmap.
 
-There are four loops: full tiles of blocks and bands, partial ones, full columns, and partial ones; and one of means of
-blocks. What is full needs no mask by pair: every row may attend all of it, and no other part names it. Where rows leave
-tiles out, tiles come in ascending order.
+There are four loops: full tiles of blocks and bands, partial ones, full columns, and partial ones; one of full tiles of
+permuted blocks; and one of means of blocks. What is full needs no mask by pair: every row may attend all of it, and no
+other part names it. Where rows leave tiles out, tiles come in ascending order.
 """
 
 # Triton compiles these functions; their parameters and constants are not what Python sees.
@@ -18,7 +18,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gossamer.backends.triton.kernels.blocks import Blocks, block_tiles, full_tiles, partial_tiles
+from gossamer.backends.triton.kernels.blocks import (
+    Blocks,
+    block_tiles,
+    full_tiles,
+    partial_tiles,
+    permuted_tiles,
+)
 from gossamer.backends.triton.kernels.coded import PLAIN, Coded
 from gossamer.backends.triton.kernels.columns import Columns, column_runs, full_columns, partial_columns
 from gossamer.backends.triton.kernels.extent import load_extent
@@ -149,12 +155,14 @@ def attend_keys(state, queries, keys, logits, extent, bands, blocks, columns):
     """The state after all keys that bands, blocks and columns name: of the softmax, or of slopes."""
     ranges = key_ranges(queries, extent, bands)
     in_bands = band_tiles(queries, bands, ranges, keys.TILE_N)
-    listed = block_tiles(blocks, ranges, keys.TILE_N)
+    listed = block_tiles(blocks, ranges, extent, keys.TILE_N)
     before = 0
     if logits.SKIP:  # in order
         before = listed.before * (blocks.BLOCK_K // keys.TILE_N)
         state = partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands, 0, before)
     state = full_tiles(state, queries, keys, logits, blocks, listed, in_bands)
+    if blocks.LISTED and blocks.PERMUTED:
+        state = permuted_tiles(state, queries, keys, logits, extent, blocks, listed)
     past = listed.partial_tiles + in_bands.partial
     state = partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands, before, past)
     if columns.LISTED:
