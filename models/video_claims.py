@@ -100,10 +100,10 @@ def share(mass: Tensor, mask: Tensor) -> Tensor:
 class Look:
     """What is taken from one dense sampling. ``masses[step][layer]`` are ``[B, H, M, N]``."""
 
-    def __init__(self, modes: bool = True) -> None:
+    def __init__(self) -> None:
         self.masses: dict[int, dict[int, Tensor]] = {}
         self.rows: list[Record] = []
-        self.modes = ModeSearch(block=BLOCK) if modes else None
+        self.modes = ModeSearch(block=BLOCK)
         self.recalls: dict[int, list[Tensor]] = {}
         self._lse: dict[int, Tensor] = {}
         self._states: dict[Any, list[dict[Any, Any]]] = {}
@@ -122,8 +122,7 @@ class Look:
             self._drift(call, grid, step, layer, lse)
         self._search(observed, step, layer)
         self._tiles(observed, step, layer, mass)
-        if self.modes is not None:
-            self.modes(observed)
+        self.modes(observed)
         if step in ORDERED:
             self._orders(call, layer, lse)
 
@@ -280,8 +279,7 @@ def chosen(figures: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of one layer's ``[error and density, H, modes]`` the mode of each head, its density and its error."""
     error, density = figures
     best = (error + weight * density).argmin(dim=1)
-    picked = (x.gather(1, best[:, None])[:, 0] for x in (density, error))
-    return best, *picked
+    return best, density.gather(1, best[:, None])[:, 0], error.gather(1, best[:, None])[:, 0]
 
 
 def rounded(values: Any, digits: int = 5) -> Any:
@@ -316,7 +314,7 @@ def main() -> None:
             clip, _ = sample(model, dense, prompt, seed, visits)
             own = {"prompt": prompt, "seed": seed, "chose": prompt in chose}
             lines += [own | row for row in look.rows]
-            errors, densities = torch.stack(look.modes.means()).unbind(1) if look.modes else ([], [])
+            errors, densities = torch.stack(look.modes.means()).unbind(1)
             recall = torch.stack([torch.stack(some).mean(dim=0) for _, some in sorted(look.recalls.items())], dim=1)
             lines.append(own | {"what": "modes", "error": errors.tolist(), "density": densities.tolist()})
             lines.append(own | {"what": "orders", "recall": recall.tolist()})
@@ -330,7 +328,7 @@ def main() -> None:
         samples="; ".join(chose),
         metric="relative mean square of what changes in a head's output",
     )
-    made = profiles([look.modes for (p, _), look in looks.items() if p in chose and look.modes], orders, about)
+    made = profiles([look.modes for (p, _), look in looks.items() if p in chose], orders, about)
     scores = [[ORDERS.index(head.order) for head in layer] for layer in made["orders-20"].layers]  # type: ignore[attr-defined]
     lines.append({"what": "chosen", "orders": scores})
     with arguments.out.open("w", encoding="utf-8") as out:

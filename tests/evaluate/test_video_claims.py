@@ -89,7 +89,7 @@ def test_tables_of_heads_are_judged_on_other_prompts(made: Path) -> None:
 def test_profiles_come_to_their_densities(made: Path) -> None:
     profiles = {path.stem: Profile.load(path) for path in made.glob("*.json")}
     assert len(profiles) == 6
-    costs = [sum(map(sum, profiles[f"modes-{n}"].costs or ())) / 4 for n in (15, 25, 40)]
+    costs = [torch.tensor(profiles[f"modes-{n}"].costs).mean().item() for n in (15, 25, 40)]
     assert costs == sorted(costs)
     assert abs(costs[1] - 0.25) < 0.15  # modes of four heads come in steps
     densities = {head.to_dict()["density"] for layer in profiles["orders-30"].layers for head in layer}

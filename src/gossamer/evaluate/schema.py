@@ -352,7 +352,7 @@ _CLIP = Fields(
         "seconds": _SECONDS,
         "psnr": or_null(number("dB", lambda value: abs(value) <= 1e9)),
         "ssim": number("a similarity, -1 to 1", lambda value: abs(value) <= 1 + _ROUNDING),
-        "distance": _AMOUNT,
+        "distance": number("a distance, 0 to 1e9", lambda value: 0 <= value <= 1e9),
         "by_step": list_of(Fields({"density": _SHARE, "plan_s": _SECONDS, "attention_s": _SECONDS}), 1),
     },
     {

@@ -63,7 +63,7 @@ class VideoModel(ABC):
         """Hash of the configs and of a strided sample of every weight: changes when the model does."""
         digest = hashlib.sha256(str(self.dtype).encode())
         for part in self.parts:
-            config = getattr(part, "config", {})
+            config: Any = getattr(part, "config", {})
             plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
             told = {name: value for name, value in plain.items() if not name.startswith("_")}
             digest.update(json.dumps(told, sort_keys=True, default=str).encode())

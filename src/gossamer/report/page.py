@@ -62,7 +62,6 @@ details > summary h2 { display: inline; margin: 0; }
 figure { margin: 0; padding: .7rem; background: var(--card); border-radius: .5rem; min-width: 0; }
 figcaption { overflow-wrap: anywhere; margin-bottom: .3rem; }
 svg { width: 100%; height: auto; display: block; font-family: inherit; }
-img.map.frames { max-width: 100%; }
 img.map { width: 100%; max-width: 260px; image-rendering: pixelated; border: 1px solid var(--grid); background: #fff; }
 .legend { margin-top: .6rem; display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .85rem; }
 .legend > span { display: inline-flex; align-items: center; gap: .3rem; } .legend svg { width: 34px; flex: none; }

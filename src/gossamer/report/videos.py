@@ -59,7 +59,8 @@ def clip_frontier(records: Sequence[Record]) -> Figure:
 
 def _with_interval(row: ClipRow, name: str) -> tuple[Any, Any, Any]:
     interval: Interval | None = getattr(row, f"{name}_interval")
-    return (getattr(row, name), *(interval or (None, None)))
+    low, high = interval or (None, None)
+    return getattr(row, name), low, high
 
 
 def frontier_panel(rows: Sequence[ClipRow], name: str, axis: str, styles: Mapping[str, Style]) -> Panel:
@@ -68,8 +69,9 @@ def frontier_panel(rows: Sequence[ClipRow], name: str, axis: str, styles: Mappin
     ends = [value for row in shown for value in _with_interval(row, name) if value is not None]
     panel = Panel(400, 300, f"{axis} against density")
     low = min(row.density for row in shown) * 0.85
-    spread = (max(ends) - min(ends)) or 1.0
-    y = max(0.0, min(ends) - 0.05 * spread), max(ends) + 0.05 * spread
+    spread = max(max(ends) - min(ends), 1e-3 * max(map(abs, ends))) or 1.0
+    low_y = min(ends) - 0.05 * spread
+    y = (max(0.0, low_y) if min(ends) >= 0 else low_y), max(ends) + 0.05 * spread
     panel.axes((low, 1.1), y, ("density", axis), (True, False), [tick for tick in _TICKS if tick >= low])
     for series, style in styles.items():
         own = sorted((row for row in shown if row.series == series), key=lambda row: row.density)
@@ -127,13 +129,14 @@ def clip_frames(records: Sequence[Record]) -> Figure:
     """Frames of one clip of each method below those of the dense one."""
     shown = [record for record in records if record["kind"] == "clip" and "frames" in record][:_MOST_FRAMES]
     densities = {row.method: row.density for row in clip_rows(records)}
-    panels, table = [], [["method", "prompt", "seed", "psnr", "density"]]
+    panels: list[tuple[str, Html]] = []
+    table: Table = [["method", "prompt", "seed", "psnr", "density"]]
     for record in shown:
         label, known = record["method"], record["psnr"]
         said = "equal" if known is None else f"PSNR {known:.1f} dB"
         picture = element(
             "img",
-            class_="map frames",
+            style="width:100%;image-rendering:pixelated",
             src=f"data:image/png;base64,{record['frames']}",
             alt=f"frames of {label}, {record['prompt']}",
         )
