@@ -21,8 +21,8 @@ TINY: dict[str, Any] = dict(
     freq_dim=16, ffn_dim=16, num_layers=2, rope_max_seq_len=32,
 )  # fmt: skip
 SMALL: dict[str, Any] = {
-    "STEPS": 4, "LOOKED": (0, 1, 2, 3), "SEARCH": (1, 2), "ORDERED": (1,), "SCORED": 1, "QUARTER": 1, "BLOCK": 16,
-    "TILES": (1,), "PROMPTS": ("red square left", "blue circle up"),
+    "STEPS": 4, "LOOKED": (0, 1, 2, 3), "SEARCH": (1, 2), "ORDERED": (1,), "TRIED": (2,), "SCORED": 1,
+    "QUARTER": 1, "BLOCK": 16, "TILES": (1,), "PROMPTS": ("red square left", "blue circle up"),
 }  # fmt: skip
 METHODS = ("attention_tile", "window_blocks", "random_blocks", "oracle_blocks")
 claims = script("docs/claim_tables.py")
