@@ -37,7 +37,7 @@ from gossamer.evaluate.video_quality import feature_distance, psnr, ssim
 from gossamer.integrations.diffusers import enable
 from gossamer.integrations.stats import Observation
 from gossamer.methods import PARO, AdaSpa, AttentionTile, Dense, Method, OracleBlocks, RandomBlocks, WindowBlocks
-from gossamer.methods.denoising import ORDERS, axis_order, mass_of_blocks, reordered, step_of
+from gossamer.methods.denoising import ORDERS, axis_order, layout_of, mass_of_blocks, reordered, step_of
 from gossamer.oracle import log_sum_exp
 from gossamer.plan import Grid, SparsePlan
 from gossamer.policy import Policy
@@ -284,6 +284,15 @@ def chosen(figures: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
     return best, density.gather(1, best[:, None])[:, 0], error.gather(1, best[:, None])[:, 0]
 
 
+def scored(observed: Observation, orders: OrderSearch) -> None:
+    """Show a search one step's calls, of the half of the batch that has the sentence: whole maps take long."""
+    call, one = observed.call, slice(0, 1)
+    if call.layer is not None and call.layout is not None and step_of(call).number == SCORED:
+        layout, extent = replace(layout_of(call), before=layout_of(call).before[one]), call.extent.of_rows(one)
+        given: dict[str, Any] = {"q": call.q[one], "k": call.k[one], "v": None, "state": None}
+        orders(Observation(replace(call, extent=extent, layout=layout, **given), observed.out[one]))
+
+
 def rounded(values: Any, digits: int = 5) -> Any:
     if isinstance(values, list | tuple):
         return [rounded(value, digits) for value in values]
@@ -312,7 +321,7 @@ def main() -> None:
             look = looks[prompt, seed] = Look()
             visits: list[Callable[[Observation], None]] = [look]
             if prompt in chose and seed == 0:
-                visits.append(lambda seen: orders(seen) if step_of(seen.call).number == SCORED else None)
+                visits.append(lambda seen: scored(seen, orders))
             clip, _ = sample(model, dense, prompt, seed, visits)
             own = {"prompt": prompt, "seed": seed, "chose": prompt in chose}
             lines += [own | row for row in look.rows]
