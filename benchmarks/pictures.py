@@ -7,7 +7,12 @@ from pathlib import Path
 
 from machines import measured
 
-from gossamer.report.svg import MARKERS, PALETTE, Panel, svg_file
+from gossamer.evaluate.clips import ClipRow, clip_rows
+from gossamer.evaluate.summary import read_results
+from gossamer.report.figure import label_styles
+from gossamer.report.html import element
+from gossamer.report.svg import MARKERS, PALETTE, Panel, stacked, svg_file
+from gossamer.report.videos import choice_of, choice_styles, frontier_panel, map_of_choices
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 BLOCK_K = 128
@@ -183,6 +188,52 @@ def found_by_step(rows: list[dict]) -> Panel:
     return panel
 
 
+def clip_losses(rows: list[ClipRow]) -> Panel:
+    """PSNR and the distance of features against density, with intervals over clips."""
+    rows = [row for row in rows if row.psnr is not None]
+    styles = label_styles(row.series for row in rows)
+    drawn = [frontier_panel(rows, "psnr", "PSNR, dB", styles), frontier_panel(rows, "distance", "distance", styles)]
+    whole = stacked(drawn, "What clips lose against density")
+    whole.width += 230
+    for n, (name, style) in enumerate(styles.items()):
+        whole.line([(410, 30 + 18 * n), (440, 30 + 18 * n)], style.colour, 1.4, style.dash)
+        whole.marker(425, 30 + 18 * n, style.marker or "circle", style.colour)
+        whole.text(448, 34 + 18 * n, name, "start")
+    return whole
+
+
+def frames_of_clips(records: list[dict], most: int = 12) -> Panel:
+    """Frames of one prompt's clip by each method, the dense ones above, of settings of about a quarter of the pairs."""
+    densities = {row.method: row.density for row in clip_rows(records)}
+    shown = [record for record in records if "frames" in record and record["psnr"] is not None]
+    near: dict[str, dict] = {}
+    for record in sorted(shown, key=lambda record: abs(densities[record["method"]] - 0.25)):
+        near.setdefault(record["method"].partition("(")[0].partition("-")[0], record)
+    shown = list(near.values())[:most]
+    wide, high, pitch = 4 * 48, 2 * 48, 2 * 48 + 30
+    panel = Panel(3 * (wide + 20) + 10, -(-len(shown) // 3) * pitch + 10, f"Frames: {shown[0]['prompt']}")
+    for n, record in enumerate(shown):
+        x, y = 10 + n % 3 * (wide + 20), 20 + n // 3 * pitch
+        name = record["method"].partition(".json(")[0].partition("(")[0]
+        panel.text(x, y - 4, f"{name}, {densities[record['method']]:.0%}, {record['psnr']:.1f} dB", "start", size=10)
+        given = {"x": x, "y": y, "width": wide, "height": high, "style": "image-rendering:pixelated"}
+        panel.parts.append(element("image", href=f"data:image/png;base64,{record['frames']}", **given))
+    return panel
+
+
+def choices_of_heads(records: list[dict]) -> Panel:
+    """Modes and orders of axes by layer and head, below each other."""
+    found: dict[str, list] = {}
+    for record in records:
+        layers = record.get("method_fields", {}).get("layers")
+        if layers and isinstance(layers[0], list):
+            # Orders are the same in all profiles of orders, which differ in density.
+            found.setdefault(json.dumps([[choice_of(head) for head in layer] for layer in layers]), layers)
+    kinds = [choice_of(head)[0] for layers in found.values() for layer in layers for head in layer]
+    styles = choice_styles(kinds)
+    return stacked([map_of_choices(layers, styles) for layers in found.values()], "Choices by layer and head")
+
+
 def even(most: float) -> list[float]:
     return [round(most * n / 4, 1) for n in range(5)]
 
@@ -223,6 +274,11 @@ def main() -> None:
         for model, length in dict.fromkeys((row["model"], row["length"]) for row in rows):
             own = [row for row in rows if (row["model"], row["length"]) == (model, length)]
             save(found_by_step(own), IMAGES / file.parent.name / f"found_{model}_{length}.svg")
+    for file in measured("video_clips.jsonl"):
+        records = read_results(file)
+        save(clip_losses(clip_rows(records)), IMAGES / file.parent.name / "video_frontier.svg")
+        save(frames_of_clips(records), IMAGES / file.parent.name / "video_frames.svg")
+        save(choices_of_heads(records), IMAGES / file.parent.name / "video_modes.svg")
     for file in measured("cpu.json"):
         sections = json.loads(file.read_text())["sections"]
         if {"gemm", "prefill", "decode"} <= sections.keys():

@@ -23,6 +23,7 @@ import pretrained_tables
 import recall_tables
 import serving_tables
 import training_tables
+import video_tables
 from marked import markdown
 from targets import targets_of
 
@@ -350,6 +351,7 @@ TABLES = {
     **recall_tables.TABLES,
     "bidirectional": lambda: for_each_machine("bidirectional.json", bidirectional_tables.kernels_table),
     "denoising_steps": lambda: for_each_machine("bidirectional.json", bidirectional_tables.steps_table),
+    **video_tables.TABLES,
     "cpu": cpu_table,
     "parts": parts_table,
     "vllm": vllm_table,
@@ -400,4 +402,7 @@ PICTURES = {
     "cpu_roofline": "Roofline",
     "extend_loss": "Loss of answers by steps and by seconds",
     "extend_needles": "Right answers by length",
+    "video_frontier": "What clips lose against density",
+    "video_frames": "Frames of clips beside dense ones",
+    "video_modes": "Modes by layer and head",
 }

@@ -8,10 +8,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from gossamer.report.png import png
+
 __all__ = ["LINES", "OTHERS", "UNREADABLE", "fields_of", "spoil", "spoilt_everywhere"]
 
 _SPOT = "@spot@"
 _PIXELS = base64.b64encode(bytes(range(4))).decode()
+_PNG = base64.b64encode(png(bytes(12), 2, 2, 3)).decode()
 _MODEL = {
     "name": "model",
     "architecture": "LlamaForCausalLM",
@@ -194,6 +197,27 @@ LINES: list[dict[str, Any]] = [
         "frontier": [_POINT | {"held_out": 0.2, "held_out_interval": [0.1, 0.3]}],
         "summary": {"calibration": _SUMMED, "held_out": _SUMMED},
         "about": {"seed": 0},
+    },
+    {
+        "kind": "clip",
+        "run": "r1",
+        **{name: _FAST[name] for name in ("method", "profile", "method_fields", "policy")},
+        "model": "video",
+        "shape": [16, 3, 32, 32],
+        "prompt": "red square left",
+        "seed": 0,
+        "steps": 2,
+        "size": "height=32",
+        "dtype": "bfloat16",
+        "beside": "dense",
+        "finite": True,
+        "seconds": 3.5,
+        "psnr": 20.5,
+        "ssim": 0.9,
+        "distance": 0.01,
+        "dense_because": {"adaspa needs step 1 or later": 6},
+        "by_step": [{"density": density, "plan_s": 0.1, "attention_s": 0.2} for density in (1.0, 0.2)],
+        "frames": _PNG,
     },
     {
         "kind": "mqar",

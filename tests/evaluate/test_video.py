@@ -19,10 +19,15 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
+from gossamer import methods
 from gossamer.cli import main
 from gossamer.cli.eval_video import side_by_side
+from gossamer.evaluate.clips import series_of
+from gossamer.evaluate.summary import read_results
 from gossamer.evaluate.video import load_video_model
 from gossamer.evaluate.video_quality import feature_distance, psnr, ssim
+from gossamer.profiles import Profile
+from gossamer.report.videos import clip_frontier, clip_modes
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 TINY: dict[str, Any] = dict(
@@ -134,10 +139,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_methods_are_held_beside_dense_clips(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, pictures = tmp_path / "clips.jsonl", tmp_path / "pictures"
     given = ["eval-video", str(folder), "--steps", "3", "--limit", "2", "--out", str(out)]
-    methods = "dense,a_shape(window=100000),a_shape(sink=0,window=4)"
-    assert main([*given, "--methods", methods, "--pictures", str(pictures)]) == 0
-    found = {(record["method"].split("(")[0], record["ssim"] == 1, record["prompt"]): record for record in lines(out)}
+    tried = "dense,a_shape(window=100000),a_shape(sink=0,window=4)"
+    assert main([*given, "--methods", tried, "--pictures", str(pictures)]) == 0
+    head, *clips = read_results(out)
+    assert head["kind"] == "run"
+    assert head["model"]["parameters"] > 1000
+    found = {(record["method"].split("(")[0], record["ssim"] == 1, record["prompt"]): record for record in clips}
     assert len(found) == 6
+    assert sum("frames" in record for record in clips) == 3  # of the first clip of each method
     for name, same, prompt in found:
         record = found[name, same, prompt]
         assert [set(step) for step in record["by_step"]] == [{"density", "plan_s", "attention_s"}] * 3
@@ -151,7 +160,7 @@ def test_methods_are_held_beside_dense_clips(folder: Path, tmp_path: Path, capsy
     capsys.readouterr()
     before = out.read_text()
     out.write_text(before + before[:30])  # a run that was stopped in the middle of a line
-    assert main([*given, "--methods", methods, "--json"]) == 0
+    assert main([*given, "--methods", tried, "--json"]) == 0
     assert out.read_text() == before  # nothing was made again
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["clips"] for row in rows] == [2, 2, 2]
@@ -170,8 +179,10 @@ def test_methods_are_held_beside_dense_clips(folder: Path, tmp_path: Path, capsy
     ]
     assert main(fewer) == 0  # other steps stand in the same file, and in a table of their own
     assert [row["clips"] for row in json.loads(capsys.readouterr().out)["rows"]] == [1]
-    assert len(lines(out)) == 7
+    assert [record["kind"] for record in lines(out)] == ["run", *["clip"] * 6, "run", "clip"]
     assert rows[0]["psnr"] is None
+    assert rows[0]["equal"] == 2
+    assert rows[2]["ssim_interval"][0] <= rows[2]["ssim"] <= rows[2]["ssim_interval"][1]
     assert rows[2]["density"] < 0.5
 
 
@@ -209,10 +220,38 @@ def test_other_folders_and_files_are_refused(tmp_path: Path, folder: Path, capsy
     assert main(["eval-video", str(tmp_path)]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
     other = tmp_path / "other.jsonl"
-    other.write_text('{"kind": "run"}\n')
-    assert main(["eval-video", str(folder), "--out", str(other)]) == 2
-    assert "is no line of eval-video" in capsys.readouterr().err
-    assert other.read_text() == '{"kind": "run"}\n'
+    run = {"kind": "run", "format": 1, "model": {"name": "model", "fingerprint": "another"}}
+    given = ["eval-video", str(folder), "--out", str(other), "--methods", "dense", "--steps", "1", "--limit", "1"]
+    for content, message in (
+        ([{"kind": "clip"}], "must be text, found nothing"),
+        ([run, {"kind": "point2"}], "has lines of kind point2"),
+        ([run], "holds clips of another model or dtype (another, now "),
+    ):
+        text = "".join(json.dumps(line) + "\n" for line in content)
+        other.write_text(text)
+        assert main(given) == 2
+        assert message in capsys.readouterr().err
+        assert other.read_text() == text
+
+
+def test_profiles_and_other_dense_attention(folder: Path, tmp_path: Path) -> None:
+    """In bfloat16, each head with its own mode; what they are held beside is our own dense kernel."""
+    kinds = [methods.create("sparse_vdit", mode=mode, block=16) for mode in ("diagonal", "multi_diagonal")]
+    Profile([kinds, kinds[::-1]]).save(tmp_path / "modes.json")
+    out = tmp_path / "clips.jsonl"
+    given = ["eval-video", str(folder), "--steps", "2", "--limit", "1", "--out", str(out), "--dtype", "bfloat16"]
+    given += ["--beside", "dense(kernel=gossamer)", "--methods", "dense(kernel=gossamer)"]
+    assert main([*given, "--profiles", str(tmp_path / "modes.json")]) == 0
+    _, dense, modes = read_results(out)
+    assert dense["psnr"] is None  # the same kernel
+    assert (modes["dtype"], modes["beside"]) == ("bfloat16", "dense(kernel=gossamer)")
+    assert modes["method"].startswith("modes.json(layers=")
+    assert series_of(modes) == "sparse_vdit"
+    assert modes["psnr"] < 60
+    figures = {figure.name: figure for figure in (clip_modes([modes]), clip_frontier([dense, modes]))}
+    kinds_drawn = [row[3] for row in figures["clip-modes"].table[1:]]
+    assert kinds_drawn == ["diagonal", "multi_diagonal", "multi_diagonal", "diagonal"]
+    assert len(figures["clips"].panels) == 3
 
 
 def test_the_masked_language_model_learns_of_masks_alone(scripts: dict[str, ModuleType], tmp_path: Path) -> None:

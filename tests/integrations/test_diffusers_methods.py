@@ -28,6 +28,7 @@ FULL: dict[str, dict[str, Any]] = {
     "paro": {"order": "WHF", "density": 1.0, "block": 16},
     "sparsed": {"share": 1.0, "block": 16},
     "sparse_vdit": {"mode": "dense"},
+    **{f"{kind}_blocks": {"density": 1.0, "block": 16} for kind in ("oracle", "window", "random")},
 }
 SMALL: dict[str, dict[str, Any]] = {
     "adaspa": {"sparsity": 0.8, "search": (1, 3), "block": 16},
@@ -35,6 +36,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "paro": {"order": "WHF", "density": 0.2, "block": 16},
     "sparsed": {"share": 0.1, "block": 16},
     "sparse_vdit": {"mode": "multi_diagonal", "share": 0.3, "block": 8},
+    **{f"{kind}_blocks": {"density": 0.2, "block": 16} for kind in ("oracle", "window", "random")},
 }
 # The first steps, which run dense; the last of them chooses, and is counted as a plan that computes everything.
 DENSE = {"adaspa": (1, "adaspa needs step 1 or later"), "sparsed": (2, "sparsed needs step 2 or later")}

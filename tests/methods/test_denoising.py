@@ -45,6 +45,10 @@ LISTED = [
     Listed("sparse_vdit", VDIT | {"mode": "multi_diagonal"}, VDIT | {"mode": "multi_diagonal", "block": 400}),
     Listed("sparse_vdit", VDIT | {"mode": "stripe", "every": 2}, VDIT | {"mode": "stripe", "share": 1.0}),
     Listed("sparse_vdit", {"mode": "skip"}, text=False),
+    *(
+        Listed(f"{kind}_blocks", {"density": 0.2, "block": 16}, {"density": 1.0, "block": 16})
+        for kind in ("oracle", "window", "random")
+    ),
 ]
 IDS = [f"{one.name}-{one.small.get('mode', '')}".rstrip("-") for one in LISTED]
 
@@ -168,7 +172,7 @@ def test_what_a_call_lacks_is_said(listed: Listed) -> None:
         assert reasons[0].reason == f"{listed.name} needs {missing}"
 
 
-STEADY = [LISTED[1], LISTED[5]]
+STEADY = [LISTED[1], LISTED[5], *LISTED[-2:]]
 
 
 @pytest.mark.parametrize("listed", STEADY, ids=lambda one: one.name)

@@ -38,7 +38,7 @@ def with_text(value: Any, added: str, name: str = "") -> Any:
         return {(key + added if free else key): with_text(item, added, key) for key, item in value.items()}
     if isinstance(value, list):
         return [with_text(item, added, name) for item in value]
-    return value + added if isinstance(value, str) and name not in ("kind", "data") else value
+    return value + added if isinstance(value, str) and name not in ("kind", "data", "frames") else value
 
 
 class Tags(HTMLParser):

@@ -60,8 +60,8 @@ class Search:
     def _figures(self, call: AttentionCall, out: Tensor) -> Tensor:
         """fp64 ``[figures, heads, choices]``, the mean of the call's batch rows."""
 
-    def _means(self) -> list[Tensor]:
-        """Of each layer.
+    def means(self) -> list[Tensor]:
+        """The figures of each layer, fp64 ``[figures, heads, choices]``, means over the calls that were seen.
 
         Raises:
             ValueError: no layer was seen, or layers are missing among them.
@@ -113,7 +113,7 @@ class ModeSearch(Search):
             ValueError: not every layer was seen.
         """
         layers, errors, costs = [], [], []
-        for error, density in self._means():
+        for error, density in self.means():
             loss = error + self.weight * density
             best = loss.argmin(dim=1)
             stays = loss.amin(dim=1) > self.limit
@@ -159,7 +159,7 @@ class OrderSearch(Search):
             ValueError: not every layer was seen.
         """
         layers, scores = [], []
-        for figures in self._means():
+        for figures in self.means():
             score = order_scores(*figures, alpha=self.alpha)
             best = score.argmin(dim=1)
             layers.append([PARO(ORDERS[n], **self._fields) for n in best])
@@ -197,7 +197,7 @@ class TileSearch(Search):
             ValueError: not every layer was seen.
         """
         layers = []
-        for (errors,) in self._means():
+        for (errors,) in self.means():
             fits = [k for k, error in zip(self.frames, errors[0].tolist(), strict=True) if error <= self.limit]
             layers.append(min(fits, default=self._most))
         return AttentionTile(layers=tuple(layers), block=self.block)

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer.cli.common import BadInput, add_command, first_line, one_line, print_json, table, unicode
 from gossamer.cli.specs import parse_method, split_specs
+from gossamer.evaluate.clips import clip_rows, clip_table
+from gossamer.evaluate.records import read_own
 from gossamer.policy import Policy
-from gossamer.profiles.files import parse_json
+from gossamer.profiles import Profile
 from gossamer.report.png import png
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "side_by_side"]
 
 Record = dict[str, Any]
-_FIELDS = {"method", "model", "size", "prompt", "seed", "steps", "seconds", "by_step", "psnr", "ssim", "distance"}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_FRAMES, _LARGEST = 4, 96  # of the frames in a line: how many, and their longer side
 
 
 def add_parser(commands: Any) -> None:
@@ -36,6 +41,13 @@ def add_parser(commands: Any) -> None:
         metavar="LIST",
         help="names with fields (default: %(default)s)",
     )
+    parser.add_argument(
+        "--profiles", type=Path, nargs="+", default=[], metavar="FILE", help="methods by layer and head, besides"
+    )
+    parser.add_argument(
+        "--beside", metavar="METHOD", help="what dense clips are made with (default: the model's own attention)"
+    )
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32", help="(default: %(default)s)")
     parser.add_argument("--prompts", type=Path, help="file with one prompt a line (default: those of words.json)")
     parser.add_argument("--limit", type=int, help="of the prompts, so many")
     parser.add_argument("--seeds", type=int, default=1, help="clips of each prompt (default: %(default)s)")
@@ -57,19 +69,19 @@ def execute(arguments: argparse.Namespace) -> int:
     for name in ("seeds", "steps"):
         if getattr(arguments, name) < 1:
             raise BadInput(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise BadInput(f"--limit must be at least 1, got {arguments.limit}")
     try:
-        from gossamer.evaluate.video import compare_videos, load_video_model
+        from gossamer.evaluate.video import compare_videos, header_of, load_video_model
     except ImportError as error:
         raise BadInput(f"eval-video needs diffusers ({error}): pip install 'gossamer[diffusers]'") from error
     try:
-        specs = split_specs(arguments.methods)
-        policies = [Policy(parse_method(spec), min_tokens=arguments.min_tokens) for spec in specs]
+        policies, beside = _policies(arguments)
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
-    if arguments.limit is not None and arguments.limit < 1:
-        raise BadInput(f"--limit must be at least 1, got {arguments.limit}")
-    of = {"model": unicode(arguments.model.name), "steps": arguments.steps, "size": arguments.size}
-    found = [record for record in _read(arguments.out) if {name: record[name] for name in of} == of]
+    except OSError as error:
+        raise BadInput(f"cannot read {error.filename}: {error.strerror}") from error
+    lines = _read(arguments.out)
     try:
         if arguments.pictures is not None:
             arguments.pictures.mkdir(parents=True, exist_ok=True)
@@ -77,13 +89,38 @@ def execute(arguments: argparse.Namespace) -> int:
             arguments.out.open("ab").close()
     except OSError as error:
         raise BadInput(f"cannot write {error.filename}: {error.strerror}; name another") from error
+    try:
+        dtype = _DTYPES[arguments.dtype]
+        model = load_video_model(arguments.model, _prompts(arguments.prompts), _size(arguments.size), dtype)
+    except ValueError as error:
+        raise BadInput(first_line(error)) from error
+    model.prompts = model.prompts[: arguments.limit]
+    if not model.prompts:
+        raise BadInput("there is no prompt: give a file with --prompts")
+    of = {
+        "model": unicode(model.name),
+        "steps": arguments.steps,
+        "size": arguments.size,
+        "dtype": arguments.dtype,
+        "beside": arguments.beside or "",
+    }
+    header = header_of(model)
+    _check_model(arguments.out, header, [line for line in lines if line["kind"] == "run"])
+    clips = [line for line in lines if line["kind"] == "clip"]
+    found = [clip for clip in clips if {name: clip.get(name) for name in of} == of]
+    shown, begun = {clip["method"] for clip in found}, [False]
 
     def write(record: Record, clip: Tensor, dense: Tensor) -> None:
-        record |= of
+        if record["method"] not in shown:
+            record["frames"] = _small(dense, clip)
+        shown.add(record["method"])
+        record |= of | {"run": header["run"]}
         found.append(record)
         if arguments.out is not None:
             with arguments.out.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(record) + "\n")
+                for line in [record] if begun[0] else [header, record]:
+                    out.write(json.dumps(line, allow_nan=False) + "\n")
+            begun[0] = True
         if arguments.pictures is not None:
             name = f"{record['method']} {record['prompt']} {record['seed']}"
             mark = hashlib.sha256(json.dumps([name, of]).encode()).hexdigest()[:8]
@@ -93,42 +130,32 @@ def execute(arguments: argparse.Namespace) -> int:
         print(one_line(f"{record['method']}: {record['prompt']}, {record['seconds']:.1f} s"), file=sys.stderr)
 
     try:
-        model = load_video_model(arguments.model, _prompts(arguments.prompts), _size(arguments.size))
-        model.prompts = model.prompts[: arguments.limit]
-        if not model.prompts:
-            raise BadInput("there is no prompt: give a file with --prompts")
-        made = [(record["method"], record["prompt"], record["seed"]) for record in found]
-        compare_videos(model, policies, steps=arguments.steps, seeds=range(arguments.seeds), known=made, write=write)
+        made = [(clip["method"], clip["prompt"], clip["seed"]) for clip in found]
+        seeds = range(arguments.seeds)
+        compare_videos(model, policies, steps=arguments.steps, seeds=seeds, beside=beside, known=made, write=write)
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
-    rows = summarise(found)
+    rows = clip_rows(found)
     if arguments.json:
-        print_json({"rows": rows})
+        print_json({"rows": [row.to_dict() for row in rows]})
         return 0
-    print(table([["method", "clips", "density", "PSNR", "SSIM", "distance", "attention s", "s"], *map(_cells, rows)]))
+    print(table(clip_table(rows)))
     return 0
 
 
-def summarise(records: Sequence[Record]) -> list[Record]:
-    """A row for each method: means over its clips; of PSNR over those that differ from the dense clip."""
-    rows = []
-    for name in dict.fromkeys(record["method"] for record in records):
-        own = [record for record in records if record["method"] == name]
-        steps = [step for record in own for step in record["by_step"]]
-        differing = [record["psnr"] for record in own if record["psnr"] is not None]
-        rows.append(
-            {
-                "method": name,
-                "clips": len(own),
-                "density": _mean([step["density"] for step in steps]),
-                "psnr": _mean(differing),
-                "ssim": _mean([record["ssim"] for record in own]),
-                "distance": _mean([record["distance"] for record in own]),
-                "attention_s": _mean([sum(s["plan_s"] + s["attention_s"] for s in r["by_step"]) for r in own]),
-                "seconds": _mean([record["seconds"] for record in own]),
-            }
-        )
-    return rows
+def _policies(arguments: argparse.Namespace) -> tuple[list[Policy], Policy | None]:
+    """Of the methods and profiles, and of what dense clips are made with.
+
+    Raises:
+        ValueError, TypeError: a name, a field or a file that is none.
+        OSError: a file that cannot be read.
+    """
+    specs = split_specs(arguments.methods) if arguments.methods else []
+    policies = [Policy(parse_method(spec), min_tokens=arguments.min_tokens) for spec in specs]
+    for path in arguments.profiles:
+        policies.append(dataclasses.replace(Policy.of(Profile.load(path)), min_tokens=arguments.min_tokens))
+    beside = None if arguments.beside is None else Policy(parse_method(arguments.beside))
+    return policies, beside
 
 
 def side_by_side(dense: Tensor, clip: Tensor, most: int = 8) -> bytes:
@@ -140,38 +167,39 @@ def side_by_side(dense: Tensor, clip: Tensor, most: int = 8) -> bytes:
     return png(picture.contiguous().numpy().tobytes(), picture.shape[1], picture.shape[0], 3)
 
 
-def _cells(row: Record) -> list[str]:
-    shown = {"density": ".3f", "psnr": ".1f", "ssim": ".4f", "distance": ".4f", "attention_s": ".2f", "seconds": ".2f"}
-    numbers = ["-" if row[name] is None else format(row[name], form) for name, form in shown.items()]
-    return [row["method"], str(row["clips"]), *numbers]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _small(dense: Tensor, clip: Tensor) -> str:
+    """`side_by_side` in base64, of few and small frames."""
+    scale = min(1.0, _LARGEST / max(dense.shape[2:]))
+    size = [max(1, round(side * scale)) for side in dense.shape[2:]]
+    small = [F.interpolate(x, size, mode="area") if scale < 1 else x for x in (dense, clip)]
+    return base64.b64encode(side_by_side(small[0], small[1], _FRAMES)).decode()
 
 
 def _read(out: Path | None) -> list[Record]:
+    """The lines of a file to go on with; what was cut off at its end goes."""
     if out is None or not out.exists():
         return []
-    records = []
     try:
-        lines = out.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {out}: {first_line(error)}; choose another --out") from error
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            record = parse_json(line.encode())
-            if record["kind"] != "clip" or not record.keys() >= _FIELDS:
-                raise ValueError
-            for step in record["by_step"]:
-                if not all(isinstance(step[name], int | float) for name in ("density", "plan_s", "attention_s")):
-                    raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{out}, line {number}, is no line of eval-video; choose another --out") from None
-        records.append(record)
-    if lines[-1]:  # a line that was cut off
-        out.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
+        records, whole = read_own(out)
+        others = sorted({record["kind"] for record in records} - {"run", "clip"})
+        if others:
+            raise ValueError(f"{out} has lines of kind {others[0]}; choose another --out")
+        if whole < out.stat().st_size:
+            with out.open("r+b") as file:
+                file.truncate(whole)
+    except OSError as error:
+        raise BadInput(f"cannot read {out}: {error.strerror}; choose another --out") from error
+    except ValueError as error:
+        raise BadInput(first_line(error)) from error
     return records
+
+
+def _check_model(out: Path | None, header: Record, runs: list[Record]) -> None:
+    mine = header["model"]["fingerprint"]
+    for run in runs:
+        theirs = (run.get("model") or {}).get("fingerprint")
+        if theirs != mine:
+            raise BadInput(f"{out} holds clips of another model or dtype ({theirs}, now {mine}); choose another --out")
 
 
 def _prompts(path: Path | None) -> list[str]:

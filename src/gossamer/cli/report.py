@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
         "results",
         type=Path,
         nargs="+",
-        help="files that `gossamer eval`, `compare`, `calibrate`, `inspect` or `mqar` wrote",
+        help="files that `gossamer eval`, `eval-video`, `compare`, `calibrate`, `inspect` or `mqar` wrote",
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
     parser.add_argument("--title", default="Sparse attention, measured", help="its heading")

@@ -174,6 +174,13 @@ _HEAD = Fields(
 )
 
 
+def _is_png(text: str) -> bool:
+    try:
+        return base64.b64decode(text, validate=True).startswith(b"\x89PNG\r\n\x1a\n")
+    except (binascii.Error, ValueError):  # ValueError: not ASCII
+        return False
+
+
 def _named_model(value: Any, where: str) -> Misfit | None:
     """An object; older files have the name alone, or nothing."""
     return None if value is None or isinstance(value, str) else _MODEL(value, where)
@@ -334,6 +341,28 @@ _MQAR = Fields(
         "seconds": _SECONDS,
     },
 )
+_IMAGE = leaf("a PNG in base64", lambda value: isinstance(value, str) and _is_png(value))
+_CLIP = Fields(
+    {
+        "method": _TEXT,
+        "model": _TEXT,
+        "prompt": _TEXT,
+        "seed": integer(-(2**63)),
+        "steps": _LENGTH,
+        "seconds": _SECONDS,
+        "psnr": or_null(number("dB", lambda value: abs(value) <= 1e9)),
+        "ssim": number("a similarity, -1 to 1", lambda value: abs(value) <= 1 + _ROUNDING),
+        "distance": number("a distance, 0 to 1e9", lambda value: 0 <= value <= 1e9),
+        "by_step": list_of(Fields({"density": _SHARE, "plan_s": _SECONDS, "attention_s": _SECONDS}), 1),
+    },
+    {
+        **{name: _MORE_OF_A_METHOD[name] for name in ("run", "profile", "method_fields", "policy", "dense_because")},
+        **dict.fromkeys(("size", "dtype", "beside"), _TEXT),
+        "shape": list_of(_COUNT),
+        "finite": _FLAG,
+        "frames": _IMAGE,
+    },
+)
 # By ``kind``. Others are those of later versions.
 KINDS: Mapping[str, Fields] = {
     "run": _RUN,
@@ -347,6 +376,7 @@ KINDS: Mapping[str, Fields] = {
     "logits": _LOGITS,
     "calibration": _CALIBRATION,
     "mqar": _MQAR,
+    "clip": _CLIP,
 }
 
 

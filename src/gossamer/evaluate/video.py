@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import json
+import platform
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gossamer import __version__
 from gossamer.evaluate.records import label_of, policy_fields
+from gossamer.evaluate.schema import FORMAT
 from gossamer.evaluate.video_quality import feature_distance, psnr, ssim
 from gossamer.integrations.diffusers import enable
 from gossamer.integrations.stats import Stats
 from gossamer.policy import Policy
 
-__all__ = ["PipelineModel", "VideoModel", "WordModel", "compare_videos", "load_video_model", "sampled"]
+__all__ = [
+    "PipelineModel",
+    "VideoModel",
+    "WordModel",
+    "compare_videos",
+    "header_of",
+    "load_video_model",
+    "sampled",
+]
 
 Record = dict[str, Any]
 
@@ -30,11 +44,34 @@ class VideoModel(ABC):
         name: of its folder.
         enabled: the transformer or pipeline that `gossamer.enable` takes.
         prompts: some that it can be asked for.
+        dtype: of its products.
     """
 
     name: str
     enabled: Any
     prompts: tuple[str, ...]
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What of it has weights."""
+        whole = self.enabled
+        parts = [whole] if isinstance(whole, nn.Module) else list(whole.components.values())
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+    def fingerprint(self) -> str:
+        """Hash of the configs and of a strided sample of every weight: changes when the model does."""
+        digest = hashlib.sha256(str(self.dtype).encode())
+        for part in self.parts:
+            config: Any = getattr(part, "config", {})
+            plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+            told = {name: value for name, value in plain.items() if not name.startswith("_")}
+            digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+            for name, weight in part.named_parameters():
+                flat = weight.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+                digest.update(name.encode() + sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @abstractmethod
     def sample(self, prompt: str, seed: int, steps: int) -> Tensor:
@@ -50,6 +87,7 @@ class PipelineModel(VideoModel):
 
     def __init__(self, pipeline: Any, name: str, prompts: Sequence[str], size: Mapping[str, int]) -> None:
         self.name, self.enabled, self.prompts = name, pipeline, tuple(prompts)
+        self.dtype = pipeline.dtype
         self._size = dict(size)
 
     def sample(self, prompt: str, seed: int, steps: int) -> Tensor:
@@ -68,6 +106,7 @@ class WordModel(VideoModel):
 
     def __init__(self, transformer: Any, scheduler: Any, words: Mapping[str, Any], name: str) -> None:
         self.name, self.enabled, self.prompts = name, transformer, tuple(words["prompts"])
+        self.dtype = transformer.dtype
         self.scheduler, self._words, self._size = scheduler, list(words["words"]), tuple(words["size"])
         self._codes, self._guidance = torch.tensor(words["codes"]), float(words["guidance"])
 
@@ -102,7 +141,7 @@ def sampled(
 ) -> Tensor:
     """Clips of noise ``[B, C, F, H, W]``, by classifier-free guidance; its two branches are one batch."""
     scheduler.set_timesteps(steps)
-    dtype = next(transformer.parameters()).dtype
+    dtype = transformer.dtype
     x, both = noise * getattr(scheduler, "init_noise_sigma", 1.0), torch.cat([text, no_text]).to(dtype)
     scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)  # those for flows have none
     for t in scheduler.timesteps:
@@ -113,8 +152,16 @@ def sampled(
     return x
 
 
-def load_video_model(folder: Path, prompts: Sequence[str] = (), size: Mapping[str, int] | None = None) -> VideoModel:
+def load_video_model(
+    folder: Path,
+    prompts: Sequence[str] = (),
+    size: Mapping[str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> VideoModel:
     """A folder with ``model_index.json`` as a pipeline, and one with ``words.json`` as a `WordModel`.
+
+    Args:
+        dtype: of its products; what diffusers keeps in fp32 stays so.
 
     Raises:
         ValueError: neither; or what is there cannot be loaded.
@@ -124,13 +171,13 @@ def load_video_model(folder: Path, prompts: Sequence[str] = (), size: Mapping[st
 
     try:
         if (folder / "model_index.json").is_file():
-            pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+            pipeline: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
             return PipelineModel(pipeline, folder.name, prompts, size or {})
         if (folder / "words.json").is_file():
             words = json.loads((folder / "words.json").read_text())
             transformer_class = getattr(diffusers, _class_in(folder / "transformer"))
             scheduler_class = getattr(diffusers, _class_in(folder / "scheduler", "scheduler_config.json"))
-            transformer = transformer_class.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
+            transformer = transformer_class.from_pretrained(folder / "transformer", torch_dtype=dtype).eval()
             model = WordModel(transformer, scheduler_class.from_pretrained(folder / "scheduler"), words, folder.name)
             model.prompts = tuple(prompts) or model.prompts
             return model
@@ -145,12 +192,43 @@ def _class_in(folder: Path, name: str = "config.json") -> str:
     return json.loads((folder / name).read_text())["_class_name"]
 
 
+def header_of(model: VideoModel) -> Record:
+    """The ``run`` line: of which model, on which machine."""
+    import diffusers
+
+    from gossamer.evaluate.results import machine_of
+
+    parameters = [p for part in model.parts for p in part.parameters()]
+    device = parameters[0].device if parameters else torch.device("cpu")
+    return {
+        "kind": "run",
+        "format": FORMAT,
+        "run": uuid.uuid4().hex[:8],
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": {
+            "name": model.name,
+            "architecture": type(model.enabled).__name__,
+            "fingerprint": model.fingerprint(),
+            "parameters": sum(p.numel() for p in parameters),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "machine": machine_of(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "gossamer": __version__,
+        },
+    }
+
+
 def compare_videos(
     model: VideoModel,
     policies: Iterable[Policy],
     *,
     steps: int,
     seeds: Sequence[int],
+    beside: Policy | None = None,
     known: Iterable[tuple[str, str, int]] = (),
     write: Callable[[Record, Tensor, Tensor], None],
 ) -> None:
@@ -158,11 +236,10 @@ def compare_videos(
 
     Args:
         steps: of denoising.
+        beside: what the dense clips are made with; None: the model's own attention.
         known: method's label, prompt and seed of what is not to be made again.
-        write: gets each record, the clip and the dense one. A record has ``method``, ``method_fields``, ``model``, the
-            ``shape`` of the clip, ``prompt``, ``seed``, ``steps``, ``finite`` (numbers that are not count as 0),
-            ``seconds``, ``psnr`` (None for equal clips), ``ssim``, ``distance``, and ``by_step``:
-            for each step its ``density``, ``plan_s`` and ``attention_s``, over all layers.
+        write: gets each record, the clip and the dense one. The documentation of the format (``results-format``) has
+            all fields of a record.
     """
     skipped, wanted = set(known), list(policies)
     for prompt in model.prompts:
@@ -170,13 +247,9 @@ def compare_videos(
             left = [policy for policy in wanted if (label_of(policy), prompt, seed) not in skipped]
             if not left:
                 continue
-            dense = model.sample(prompt, seed, steps)
+            dense = _sampled(model, beside, prompt, seed, steps)[0]
             for policy in left:
-                with enable(model.enabled, policy, steps=steps) as handle:
-                    started = time.perf_counter()
-                    clip = model.sample(prompt, seed, steps)
-                    seconds = time.perf_counter() - started
-                    by_step = [_of_step(handle.stats(step=step)) for step in handle.steps]
+                clip, made = _sampled(model, policy, prompt, seed, steps)
                 finite = bool(clip.isfinite().all())
                 clip = clip.nan_to_num(0.0)
                 near = psnr(clip, dense)
@@ -189,13 +262,28 @@ def compare_videos(
                     "seed": seed,
                     "steps": steps,
                     "finite": finite,
-                    "seconds": round(seconds, 4),
                     "psnr": None if near == float("inf") else round(near, 4),
                     "ssim": round(ssim(clip, dense), 6),
                     "distance": round(feature_distance(clip, dense), 6),
-                    "by_step": by_step,
+                    **made,
                 }
                 write(record, clip, dense)
+
+
+def _sampled(model: VideoModel, policy: Policy | None, prompt: str, seed: int, steps: int) -> tuple[Tensor, Record]:
+    """A clip, and what a line says of its making."""
+    if policy is None:
+        return model.sample(prompt, seed, steps), {}
+    with enable(model.enabled, policy, steps=steps) as handle:
+        started = time.perf_counter()
+        clip = model.sample(prompt, seed, steps)
+        seconds = time.perf_counter() - started
+        by_step = [_of_step(handle.stats(step=step)) for step in handle.steps]
+        reasons: dict[str, int] = {}
+        for layer in handle.stats():
+            for reason, count in layer.fallbacks.items() if layer.layer is not None else ():
+                reasons[reason] = reasons.get(reason, 0) + count
+    return clip, {"seconds": round(seconds, 4), "dense_because": reasons, "by_step": by_step}
 
 
 def _of_step(stats: Stats) -> Record:

@@ -6,6 +6,7 @@ from gossamer.methods.anchor_attention import AnchorAttention
 from gossamer.methods.attention_tile import AttentionTile
 from gossamer.methods.auto import Auto
 from gossamer.methods.base import Method
+from gossamer.methods.block_bounds import OracleBlocks, RandomBlocks, WindowBlocks
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.corrected import Corrected
 from gossamer.methods.cosa import CoSA
@@ -73,10 +74,12 @@ __all__ = [
     "MaxRelative",
     "Method",
     "MoA",
+    "OracleBlocks",
     "OracleTopK",
     "PerHead",
     "Prism",
     "Quest",
+    "RandomBlocks",
     "Reduced",
     "Reducing",
     "RetroInfer",
@@ -89,6 +92,7 @@ __all__ = [
     "TriangleMix",
     "VecAttention",
     "VerticalSlash",
+    "WindowBlocks",
     "XAttention",
     "available",
     "create",

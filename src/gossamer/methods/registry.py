@@ -12,6 +12,7 @@ from gossamer.methods.anchor_attention import AnchorAttention
 from gossamer.methods.attention_tile import AttentionTile
 from gossamer.methods.auto import Auto
 from gossamer.methods.base import Method
+from gossamer.methods.block_bounds import OracleBlocks, RandomBlocks, WindowBlocks
 from gossamer.methods.block_sparse import BlockSparse
 from gossamer.methods.corrected import Corrected
 from gossamer.methods.cosa import CoSA
@@ -86,8 +87,17 @@ _METHODS: tuple[type[Method], ...] = (
 )
 # Those that choose what a decode step reads, and have no plan for a prompt; InfLLMLong reads it by calls of its own.
 _STEPS: tuple[type[Method], ...] = (Quest, DoubleSparsity, InfLLM, InfLLMLong, MagicPIG, RetroInfer, OracleTopK)
-# Those that plan the calls of models that denoise, which attend in both directions.
-_DENOISING: tuple[type[Method], ...] = (AdaSpa, SparseVDiT, AttentionTile, PARO, SparseD)
+# Those that plan the calls of models that denoise, which attend in both directions; the last three are bounds.
+_DENOISING: tuple[type[Method], ...] = (
+    AdaSpa,
+    SparseVDiT,
+    AttentionTile,
+    PARO,
+    SparseD,
+    OracleBlocks,
+    WindowBlocks,
+    RandomBlocks,
+)
 _OTHERS = (*_STEPS, *_DENOISING)
 
 

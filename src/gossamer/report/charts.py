@@ -15,6 +15,7 @@ from gossamer.report.html import Html
 from gossamer.report.latency import latency
 from gossamer.report.mqar import recall
 from gossamer.report.svg import Panel, colour_of, text_on
+from gossamer.report.videos import clip_frames, clip_frontier, clip_modes, clip_steps
 
 __all__ = ["figures"]
 
@@ -25,6 +26,10 @@ def figures(records: Sequence[Record], rows: Sequence[SummaryRow]) -> list[Figur
     """All pictures that there is data for."""
     made = [
         recall(records),
+        clip_frontier(records),
+        clip_frames(records),
+        clip_steps(records),
+        clip_modes(records),
         frontier(records),
         chosen_methods(records),
         budgets(records),
