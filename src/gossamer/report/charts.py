@@ -13,6 +13,7 @@ from gossamer.report.frontier import frontier
 from gossamer.report.heads import attention_maps, head_patterns, plan_maps
 from gossamer.report.html import Html
 from gossamer.report.latency import latency
+from gossamer.report.masked import fills, overlaps
 from gossamer.report.mqar import recall
 from gossamer.report.svg import Panel, colour_of, text_on
 
@@ -25,6 +26,8 @@ def figures(records: Sequence[Record], rows: Sequence[SummaryRow]) -> list[Figur
     """All pictures that there is data for."""
     made = [
         recall(records),
+        fills(records),
+        overlaps(records),
         frontier(records),
         chosen_methods(records),
         budgets(records),
