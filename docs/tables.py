@@ -18,6 +18,7 @@ import demo_tables
 import family_tables
 import gpu_tables
 import integer_tables
+import masked_tables
 import pretrained_tables
 import recall_tables
 import serving_tables
@@ -347,6 +348,7 @@ def mutants_table() -> str:
 
 TABLES = {
     **recall_tables.TABLES,
+    **masked_tables.TABLES,
     "cpu": cpu_table,
     "parts": parts_table,
     "vllm": vllm_table,
@@ -397,4 +399,6 @@ PICTURES = {
     "cpu_roofline": "Roofline",
     "extend_loss": "Loss of answers by steps and by seconds",
     "extend_needles": "Right answers by length",
+    "masked_fills": "What is filled in, against density",
+    "masked_overlaps": "Blocks in common by step",
 }

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from gossamer.evaluate.masked.summary import FillRow, OverlapRow, fill_rows, fill_table, overlap_rows, overlap_table
 from gossamer.report.figure import Figure, Record, Style, Table, label_styles, legend
 from gossamer.report.html import Html
-from gossamer.report.svg import Panel
+from gossamer.report.svg import PALETTE, Panel
 
-__all__ = ["SHOWN", "fills", "kind_of", "overlap_panel", "overlaps", "panel_of"]
+__all__ = ["SHOWN", "fills", "kind_of", "overlap_panel", "overlaps", "panel_of", "styles_of"]
 
 SHOWN = {
     "copied_accuracy": "right, of what the prompt has said before",
@@ -95,10 +95,10 @@ def overlap_panel(row: OverlapRow, size: tuple[int, int]) -> Panel:
     panel.axes((0.0, max(1.0, float(last))), (0.0, 1.02), ("step", "Jaccard"), (False, False), [*map(float, ticks)])
     panel.line([panel.place(0.0, row.chance), panel.place(float(last), row.chance)], "var(--axis)", 1.0, "5 4")
     points = [panel.place(float(step), y) for step, y in enumerate(row.by_step)]
-    panel.line(points, "var(--link)", 1.6)
+    panel.line(points, PALETTE[0], 1.6)
     for step, (x, y) in enumerate(points):
         shape = "square" if step == row.chosen else "circle"
-        panel.marker(x, y, shape, "var(--link)", f"step {step}: {row.by_step[step]:.3f}")
+        panel.marker(x, y, shape, PALETTE[0], f"step {step}: {row.by_step[step]:.3f}")
     return panel
 
 

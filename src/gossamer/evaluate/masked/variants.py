@@ -24,7 +24,7 @@ CHOICES: Mapping[str, str] = MappingProxyType(
         "fresh": "as SparseD, anew at each step",
         "joint": "the blocks with the most mass, prompt and answer together, once",
         "best": "the same, anew at each step: no choice of as many blocks of a row keeps more mass",
-        "window": "the first block and the nearest ones",
+        "window": "the row's own block, the first, and the nearest ones",
         "random": "the row's own block and any others",
     }
 )
@@ -115,7 +115,8 @@ class Variant(SparseD):
         )
         if self.choice == "window":
             scores = -(rows - columns).abs().float()
-            scores[:, :1] = float("inf")
+            scores[:, :1] = 1.0
+            scores.masked_fill_(rows == columns, 2.0)
             found = scores.expand(call.batch, call.heads, -1, -1)
         else:
             layer, step = call.layer or 0, call.step.number if call.step is not None else 0
