@@ -25,7 +25,7 @@ def masked_model(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     torch.manual_seed(0)
     config = EuroBertConfig(
         vocab_size=103, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, pad_token_id=0, mask_token_id=102,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, pad_token_id=0, mask_token_id=102,
     )  # fmt: skip
     EuroBertForMaskedLM(config).save_pretrained(path)
     AutoTokenizer.from_pretrained(model_path).save_pretrained(path)
@@ -71,7 +71,8 @@ def test_it_writes_lines_and_goes_on(run: Callable[..., int], tmp_path: Path, ca
         (["--beside", "nearest"], "choice must be one of isolated"),
         (["--overlap", "dense"], "--overlap takes settings of sparsed, such as sparsed(share=0.3), got dense"),
         (["--share", "0"], "a passage needs a share above 0 to 1"),
-        (["--lengths", "2k"], "the text has 600 tokens, 2,048 are needed"),
+        (["--lengths", "2k"], "this model takes 1024 tokens, got a length of 2048"),
+        (["--lengths", "700"], "the text has 600 tokens, 700 are needed"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

@@ -35,7 +35,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--beside",
         metavar="LIST",
-        default="",
         help="for each sparsed among them also as many blocks chosen otherwise: joint, best, fresh, window, random",
     )
     parser.add_argument(
@@ -54,9 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--limit", type=int, default=8, help="texts of each length (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="draws of masks of each text (default: %(default)s)")
     parser.add_argument("--text", default="package", help="text file to take texts from (default: gossamer's own text)")
-    parser.add_argument(
-        "--overlap", metavar="LIST", default="", help="of these sparsed also how far choices agree over the steps"
-    )
+    parser.add_argument("--overlap", metavar="LIST", help="of these sparsed also how far choices agree over the steps")
     add_dtype(parser)
     parser.add_argument("--out", type=Path, default=Path("masked.jsonl"), help="results; an existing file goes on")
 
@@ -82,6 +79,9 @@ def execute(arguments: argparse.Namespace) -> int:
         check_out(arguments.out)
         dtype = fast_dtype()[0] if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         subject, haystack = load_masked_model(arguments.model, dtype), load_haystack(arguments.text)
+        longest = max(length for length, _ in fills)
+        if subject.max_length is not None and longest > subject.max_length:
+            raise ValueError(f"this model takes {subject.max_length} tokens, got a length of {longest}; ask for less")
         header = make_header(subject, SimpleNamespace(haystack=haystack, seed=0))
         with ResultsFile(arguments.out, header) as results:
             _run(arguments, subject, subject.text_tokens(haystack.text), policies, watched, fills, results)
@@ -108,7 +108,7 @@ def policies_of(arguments: argparse.Namespace) -> list[Policy]:
         if not isinstance(method, SparseD):
             continue
         own = {part.name: getattr(method, part.name) for part in fields(method)}
-        variants = [Variant(**own, choice=name) for name in split_specs(arguments.beside) if name]
+        variants = [Variant(**own, choice=name) for name in split_specs(arguments.beside)] if arguments.beside else []
         asked += variants
         if arguments.span is not None:
             always = [Variant(**own), *(one for one in variants if one.choice == "fresh")]
@@ -116,13 +116,13 @@ def policies_of(arguments: argparse.Namespace) -> list[Policy]:
     return [Policy(method, min_tokens=0) for method in asked]
 
 
-def overlapping(specs: str) -> list[SparseD]:
+def overlapping(specs: str | None) -> list[SparseD]:
     """Settings of sparsed.
 
     Raises:
         ValueError: something else.
     """
-    found = [parse_method(spec) for spec in split_specs(specs) if spec]
+    found = [parse_method(spec) for spec in split_specs(specs)] if specs else []
     wrong = [method.name for method in found if not isinstance(method, SparseD)]
     if wrong:
         raise ValueError(f"--overlap takes settings of sparsed, such as sparsed(share=0.3), got {wrong[0]}")
