@@ -43,25 +43,22 @@ def _with_interval(figure: list[float]) -> str:
 
 
 def verdict(cells: list[dict[str, Any]]) -> str:
-    """Whether it looks things up: what is said twice beside what is masked twice, at a share of one half."""
-    lines = []
+    """Whether it looks things up: where what is said twice is right more often than what is masked twice."""
+    does, lines = [], []
     for cell in cells:
-        if cell["share"] == 0.5:
-            twice, hidden = cell["said_twice"], cell["masked_twice"]
-            more = "more" if twice[1] > hidden[2] else "no more, as far as the intervals say,"
-            lines.append(
-                f"At {cell['length']:,} tokens {twice[0]:.0%} of what stands visibly elsewhere is right, {more} than "
-                f"of what is masked there as well ({hidden[0]:.0%})."
-            )
-    best = max(cell["said_twice"][0] for cell in cells if cell["share"] == 0.5)
-    looks = (
-        "It copies most of what it could"
-        if best > 0.5
-        else "It looks little up"
-        if best > 0.15
-        else "It looks nothing up"
+        twice, hidden = cell["said_twice"], cell["masked_twice"]
+        does.append(twice[1] > hidden[2])
+        copied = (twice[0] - hidden[0]) / (1 - hidden[0])
+        what = f"{twice[0]:.0%} beside {hidden[0]:.0%}"
+        where = f"{cell['length']:,} tokens with {cell['share']:.0%} masked"
+        lines.append(
+            f"{where}: {what}, {copied:.0%} of what a copy would add" if does[-1] else f"{where}: {what}, nothing"
+        )
+    looks = "It looks things up" if all(does) else "It looks some things up" if any(does) else "It looks nothing up"
+    return (
+        f"**{looks}.** Right, of tokens that stand visibly elsewhere, beside those that are masked there as well; "
+        f"*nothing* where the intervals overlap: {'; '.join(lines)}."
     )
-    return f"**{looks}.** {' '.join(lines)}"
 
 
 def main() -> None:
@@ -77,7 +74,7 @@ def main() -> None:
     words = {
         "parameters": f"{training['parameters'] / 1e6:.1f}",
         "megabytes": f"{(arguments.model / 'model.safetensors').stat().st_size / 1e6:.1f}",
-        "threads": training["threads"],
+        "cores": "one CPU core" if training["threads"] == 1 else f"{training['threads']} CPU cores",
         "tokens": f"{sum(phase['steps'] * phase['rows'] * phase['length'] for phase in schedule) / 1e6:.1f}",
         "table": table(results["cells"]),
         "verdict": verdict(results["cells"]),

@@ -15,7 +15,6 @@ from gossamer.evaluate.masked.sampler import fill
 from gossamer.evaluate.masked.subject import MaskedSubject, load_masked_model
 
 FOLDER = ROOT / "models" / "masked"
-FILLED = ""
 RESULTS = ROOT / "benchmarks" / "results" / "masked_model.json"
 
 
@@ -30,12 +29,13 @@ def measured() -> dict[str, Any]:
 
 
 def test_it_fills_in_a_few_words_as_it_did(subject: MaskedSubject) -> None:
-    text = "Return the number of items in the list, or raise an error if the list is empty."
-    tokens = subject.text_tokens(text)[None]
+    """Of a sentence that the prompt has said, every third token. It was sure: by 0.9 nats at least, at each step."""
+    said = "The window has a width of seven. The colour of the door is green.\n"
+    tokens = subject.text_tokens(said * 2)[None]
     masked = tokens == -1
-    masked[0, [3, 8, 14]] = True
+    masked[0, tokens.shape[1] // 2 + 1 :: 3] = True
     filled = fill(subject.predict, tokens, masked, subject.mask_token, 3)
-    assert subject.tokenizer.decode(filled[0]) == FILLED
+    assert subject.tokenizer.decode(filled[0]) == said + said.replace("seven", "sequences")
 
 
 def test_the_weights_are_those_that_were_measured(measured: dict[str, Any]) -> None:
