@@ -8,9 +8,11 @@ from pathlib import Path
 from machines import measured
 
 from gossamer.evaluate.clips import ClipRow, clip_rows
+from gossamer.evaluate.masked.summary import fill_rows, overlap_rows
 from gossamer.evaluate.summary import read_results
 from gossamer.report.figure import label_styles
 from gossamer.report.html import element
+from gossamer.report.masked import SHOWN, kind_of, overlap_panel, panel_of, styles_of
 from gossamer.report.svg import MARKERS, PALETTE, Panel, stacked, svg_file
 from gossamer.report.videos import choice_of, choice_styles, frontier_panel, map_of_choices
 
@@ -234,6 +236,35 @@ def choices_of_heads(records: list[dict]) -> Panel:
     return stacked([map_of_choices(layers, styles) for layers in found.values()], "Choices by layer and head")
 
 
+def masked_fills(records: list[dict]) -> Panel:
+    """What is right and what is as in dense runs against density, a panel for each length and figure."""
+    rows = [row for row in fill_rows(records) if "span=" not in row.method]
+    styles, panels = styles_of(rows), []
+    for length in dict.fromkeys(row.length for row in rows):
+        for figure in SHOWN:
+            panel = panel_of([row for row in rows if row.length == length], figure, styles, (720, 300))
+            panel.text(60, 26, f"{length:,} tokens", "start")
+            panels.append(panel)
+    names = Panel(720, 24 + 16 * len(styles), "")
+    for n, (kind, style) in enumerate(styles.items()):
+        y = 16 + 16 * n
+        names.line([(60, y - 4), (90, y - 4)], style.colour, 1.4, style.dash)
+        if style.marker:
+            names.marker(75, y - 4, style.marker, style.colour)
+        names.text(98, y, kind, "start")
+    return stacked([names, *panels], "What is filled in under masks, against density")
+
+
+def masked_overlaps(records: list[dict]) -> Panel:
+    """Blocks in common with those that are chosen, by step."""
+    panels = []
+    for row in overlap_rows(records):
+        panel = overlap_panel(row, (720, 280))
+        panel.text(60, 26, f"{kind_of(row.method)}, {row.length:,} tokens, {row.texts} texts", "start")
+        panels.append(panel)
+    return stacked(panels, "Blocks in common by step")
+
+
 def even(most: float) -> list[float]:
     return [round(most * n / 4, 1) for n in range(5)]
 
@@ -279,6 +310,10 @@ def main() -> None:
         save(clip_losses(clip_rows(records)), IMAGES / file.parent.name / "video_frontier.svg")
         save(frames_of_clips(records), IMAGES / file.parent.name / "video_frames.svg")
         save(choices_of_heads(records), IMAGES / file.parent.name / "video_modes.svg")
+    for file in measured("masked.jsonl"):
+        records = read_results(file)
+        save(masked_fills(records), IMAGES / file.parent.name / "masked_fills.svg")
+        save(masked_overlaps(records), IMAGES / file.parent.name / "masked_overlaps.svg")
     for file in measured("cpu.json"):
         sections = json.loads(file.read_text())["sections"]
         if {"gemm", "prefill", "decode"} <= sections.keys():

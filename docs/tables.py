@@ -19,6 +19,7 @@ import demo_tables
 import family_tables
 import gpu_tables
 import integer_tables
+import masked_tables
 import pretrained_tables
 import recall_tables
 import serving_tables
@@ -352,6 +353,7 @@ TABLES = {
     "bidirectional": lambda: for_each_machine("bidirectional.json", bidirectional_tables.kernels_table),
     "denoising_steps": lambda: for_each_machine("bidirectional.json", bidirectional_tables.steps_table),
     **video_tables.TABLES,
+    **masked_tables.TABLES,
     "cpu": cpu_table,
     "parts": parts_table,
     "vllm": vllm_table,
@@ -405,4 +407,6 @@ PICTURES = {
     "video_frontier": "What clips lose against density",
     "video_frames": "Frames of clips beside dense ones",
     "video_modes": "Modes by layer and head",
+    "masked_fills": "What is filled in, against density",
+    "masked_overlaps": "Blocks in common by step",
 }

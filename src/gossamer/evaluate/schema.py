@@ -363,6 +363,30 @@ _CLIP = Fields(
         "frames": _IMAGE,
     },
 )
+_OF_A_FILL = {"task": _TEXT, "length": _LENGTH, "index": _COUNT, "seed": integer(-(2**63))}
+_STEP = Fields({"density": _SHARE}, dict.fromkeys(("plan_s", "attention_s", "seconds", "cpu_s"), _SECONDS))
+_FILL = Fields(
+    {
+        **{"method": _TEXT, **_OF_A_FILL, "density": _SHARE, "seconds": _SECONDS},
+        **{"accuracy": _SCORE, "agreement": _SCORE, "kl": _NATS, "top1": _SHARE},
+    },
+    {
+        **_MORE_OF_A_METHOD,
+        **dict.fromkeys(("copied_accuracy", "rest_accuracy", "copied_agreement"), or_null(_SCORE)),
+        **dict.fromkeys(("filled", "copied"), _COUNT),
+        "compared": list_of(Fields({"step": _COUNT, "kl": _NATS, "top1": _SHARE})),
+        "by_step": list_of(_STEP),
+    },
+)
+_OVERLAP = Fields(
+    {"method": _TEXT, **_OF_A_FILL, "chosen": _COUNT, "by_step": list_of(_SHARE, 1), "chance": _SHARE},
+    {
+        **_MORE_OF_A_METHOD,
+        "blocks": _SHARE,
+        "by_head": list_of(list_of(_SHARE, 1)),
+        **dict.fromkeys(("seeds", "texts"), list_of(_SHARE)),
+    },
+)
 # By ``kind``. Others are those of later versions.
 KINDS: Mapping[str, Fields] = {
     "run": _RUN,
@@ -377,6 +401,8 @@ KINDS: Mapping[str, Fields] = {
     "calibration": _CALIBRATION,
     "mqar": _MQAR,
     "clip": _CLIP,
+    "fill": _FILL,
+    "overlap": _OVERLAP,
 }
 
 
