@@ -41,28 +41,38 @@ def recall_table() -> str:
     return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
 
 
+WHAT = {"forward": "forward", "step": "step", "decode": "decoding"}
+
+
 def costs_of(found: dict[str, Any]) -> Table:
-    """A row for each layer: how its time grows, forward and in a step, and from where it is faster than dense."""
+    """A row for each layer: how its time grows, forward, in a step and where it decodes, and from where it is faster
+    than dense."""
     by = {(row["module"], row["what"]): row for row in found["summary"]}
+    kinds = [what for what in WHAT if any(row["what"] == what for row in found["summary"])]
+    longest = max(row["longest"] for row in found["summary"])
     rows = []
     for name in dict.fromkeys(row["module"] for row in found["summary"]):
         cells: list[Any] = [f"`{name}`"]
-        for what in ("forward", "step"):
-            row = by[name, what]
+        for what in kinds:
+            row = by.get((name, what))
+            if row is None:
+                cells += [""] * 4
+                continue
             even = "" if name == "dense" else "never" if row["break_even"] is None else f"{row['break_even']:,}"
-            cells += [_number(row["exponent"]), _number(row["last_exponent"]), even, _number(row["times_dense"])]
+            times = _number(row["times_dense"]) + ("" if row["longest"] == longest else f" at {row['longest']:,}")
+            cells += [_number(row["exponent"]), _number(row["last_exponent"]), even, times]
         rows.append(tuple(cells))
-    longest = max(row["longest"] for row in found["summary"])
     each = ("exponent", "of the last doubling", "faster from", f"times dense at {longest:,}")
+    tokens = f" Decoding is of {found['decoded_tokens']} tokens, one by one." if "decode" in kinds else ""
     above = (
         f"{found['machine']['cpu']}, {found['threads']} threads, fp32, width {found['width']}, {found['heads']} heads; "
-        f"medians of {found['rounds']} rounds. A step is a forward and a backward pass."
+        f"medians of {found['rounds']} rounds. A step is a forward and a backward pass.{tokens}"
     )
-    return above, ("layer", *(f"forward: {name}" for name in each), *(f"step: {name}" for name in each)), rows
+    return above, ("layer", *(f"{WHAT[what]}: {name}" for what in kinds for name in each)), rows
 
 
 def costs_table() -> str:
-    made = [costs_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/modules.json"))]
+    made = [costs_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/modules*.json"))]
     return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
 
 
@@ -79,7 +89,7 @@ def characters_of(found: dict[str, Any]) -> Table:
 
 
 def characters_table() -> str:
-    made = [characters_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/characters.json"))]
+    made = [characters_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/characters*.json"))]
     return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
 
 
