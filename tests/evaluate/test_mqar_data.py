@@ -196,7 +196,7 @@ def test_negative_counts_are_refused_and_fields_are_told() -> None:
         "plain",
         "compositional",
     }
-    assert set(VARIANTS) == {"plain", "forgetting", "compositional", "stacked"}
+    assert set(VARIANTS) == {"plain", "forgetting", "compositional", "stacked", "scattered"}
 
 
 def test_scattered_pairs_and_queries_stand_anywhere() -> None:
