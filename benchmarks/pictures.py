@@ -9,6 +9,7 @@ from machines import measured
 
 from gossamer.evaluate.clips import ClipRow, clip_rows
 from gossamer.evaluate.masked.summary import fill_rows, overlap_rows
+from gossamer.evaluate.mqar.summary import RecallRow, recall_rows
 from gossamer.evaluate.summary import read_results
 from gossamer.report.figure import label_styles
 from gossamer.report.html import element
@@ -265,6 +266,56 @@ def masked_overlaps(records: list[dict]) -> Panel:
     return stacked(panels, "Blocks in common by step")
 
 
+# What recalls in the second layer, and what it is recalled with.
+RECALL_TASK, RECALL_FIRST = "plain(vocabulary=256,length=64,pairs=8)", "convolution(3)+"
+
+
+def quick_recall(records: list[dict]) -> list[RecallRow]:
+    """Rows of the setting `quick` with one kind of layer after a convolution over three tokens."""
+    rows = [row for row in recall_rows(records) if (row.settings, row.task) == (("quick",), RECALL_TASK)]
+    return [row for row in rows if row.mixer.startswith(RECALL_FIRST)]
+
+
+def recall_by_width(rows: list[RecallRow]) -> Panel:
+    """Accuracy against width, of the kinds that were trained at several, from the worst to the best seed."""
+    lines: dict[str, list[RecallRow]] = {}
+    for row in sorted(rows, key=lambda row: row.width):
+        lines.setdefault(row.mixer.removeprefix(RECALL_FIRST), []).append(row)
+    lines = {name: line for name, line in lines.items() if len(line) > 1}
+    widths = sorted({row.width for line in lines.values() for row in line})
+    panel = Panel(640, 400, "Associative recall against width")
+    panel.axes((widths[0] * 0.8, widths[-1] * 1.25), (0, 1.02), ("width", "share recalled"), (True, False), widths)
+    for n, line in enumerate(lines.values()):
+        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
+        panel.line([panel.place(row.width, row.accuracy) for row in line], colour)
+        for row in line:
+            panel.line([panel.place(row.width, row.low), panel.place(row.width, row.high)], colour, 1.0)
+            hint = f"{row.mixer}, width {row.width}: {row.accuracy:.3f}"
+            panel.marker(*panel.place(row.width, row.accuracy), marker, colour, hint)
+    legend(panel, list(lines), 70, 200)
+    return panel
+
+
+def recall_by_state(rows: list[RecallRow], width: int = 32) -> Panel:
+    """Accuracy against what a step of decoding holds, each kind a mark with its name, from worst to best seed."""
+    rows = [row for row in rows if row.width == width]
+    states = [row.state for row in rows]
+    panel = Panel(720, 460, f"Associative recall against state, width {width}")
+    ticks = [2.0**n for n in range(8, 16) if min(states) * 0.7 <= 2**n <= max(states) * 1.6]
+    names = ("numbers that a step of decoding holds", "share recalled")
+    panel.axes((min(states) * 0.7, max(states) * 1.6), (0, 1.02), names, (True, False), ticks)
+    marks = []
+    for n, row in enumerate(rows):
+        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n // len(PALETTE) % len(MARKERS)]
+        panel.line([panel.place(row.state, row.low), panel.place(row.state, row.high)], colour, 1.0)
+        x, y = panel.place(row.state, row.accuracy)
+        panel.marker(x, y, marker, colour, f"{row.mixer}: {row.accuracy:.3f}")
+        marks.append((x, y, row.mixer.removeprefix(RECALL_FIRST)))
+    for x, y, name, anchor in placed(marks):
+        panel.text(x, y, name, anchor, size=9)
+    return panel
+
+
 def even(most: float) -> list[float]:
     return [round(most * n / 4, 1) for n in range(5)]
 
@@ -314,6 +365,10 @@ def main() -> None:
         records = read_results(file)
         save(masked_fills(records), IMAGES / file.parent.name / "masked_fills.svg")
         save(masked_overlaps(records), IMAGES / file.parent.name / "masked_overlaps.svg")
+    for file in measured("mqar.jsonl"):
+        rows = quick_recall(read_results(file))
+        save(recall_by_width(rows), IMAGES / file.parent.name / "recall_width.svg")
+        save(recall_by_state(rows), IMAGES / file.parent.name / "recall_state.svg")
     for file in measured("cpu.json"):
         sections = json.loads(file.read_text())["sections"]
         if {"gemm", "prefill", "decode"} <= sections.keys():

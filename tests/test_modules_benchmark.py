@@ -37,6 +37,23 @@ def test_every_layer_runs_forward_and_backward(script: Any) -> None:
             assert layer(given[0]).shape == given[0].shape
 
 
+def test_layers_decode_after_a_cache_of_the_length(script: Any) -> None:
+    modules = script("modules")
+    rows = list(modules.measured(["dense", *modules.DECODERS], 64, 1))
+    assert [row["module"] for row in rows if row["what"] == "decode"] == list(modules.DECODERS)
+    layer, (x, token) = modules.MODULES["dense"](64), modules.inputs(64, 0)
+    with torch.no_grad():
+        out = modules.decode_dense(layer, x)(token[:, :1])
+        torch.testing.assert_close(out, layer(torch.cat([x, token[:, :1]], 1))[:, -1:])
+
+
+def test_layers_that_hold_all_pairs_stop_early(script: Any, monkeypatch: Any) -> None:
+    modules = script("modules")
+    monkeypatch.setitem(modules.LONGEST, "sparsifiner", 32)
+    rows = list(modules.measured(["dense", "sparsifiner"], 64, 1))
+    assert {(row["module"], row["what"]) for row in rows} == {("dense", "forward"), ("dense", "step")}
+
+
 def test_exponents_and_break_even_by_hand(script: Any) -> None:
     modules = script("modules")
     square = [(n, 1e-6 * n**2) for n in (1024, 2048, 4096)]

@@ -60,6 +60,58 @@ def test_the_table_of_characters() -> None:
     assert len(header) == len(made[0])
 
 
+def test_layers_that_stop_early_say_where_and_layers_that_do_not_decode_leave_it_empty() -> None:
+    figures = {"exponent": 1.0, "last_exponent": 1.0, "break_even": 64, "times_dense": 2.0}
+    rows = [("dense", "forward", 256), ("short", "forward", 128), ("dense", "decode", 256)]
+    summary = [{"module": m, "what": w, "longest": n, **figures} for m, w, n in rows]
+    found = {"machine": {"cpu": "a cpu"}, "threads": 2, "width": 8, "heads": 2, "rounds": 3, "decoded_tokens": 16}
+    above, header, made = script("docs/recall_tables.py").costs_of({**found, "summary": summary})
+    assert "Decoding is of 16 tokens" in above
+    assert header[5] == "decoding: exponent"
+    assert made[1] == ("`short`", "1.00", "1.00", "64", "2.00 at 128", *[""] * 4)
+
+
+def test_the_table_of_what_routers_activate() -> None:
+    def one(seed: int, accuracy: float, **active: float) -> dict[str, Any]:
+        return line("seqboat(8)", seed, accuracy) | {"steps": 8, "active": [dict.fromkeys(active, 0.5), active]}
+
+    shares = {"filler": 0.125, "key": 0.25, "value": 1.0, "query": 0.75}
+    other = one(0, 0.5, **dict.fromkeys(shares, 0.0))
+    lines = [other, one(0, 0.75, **shares), one(1, 0.25, **shares), line("dense", 0, 1.0)]
+    _, header, rows = script("docs/recall_tables.py").active_of(lines)
+    assert len(header) == len(rows[0])
+    assert [row[3:8] for row in rows] == [(0, "0.003", 8, "0.750", "0.12"), (1, "0.003", 8, "0.250", "0.12")]
+    assert rows[0][8:] == ("0.25", "1.00", "0.75")
+
+
+MACHINE = {"processor": "a cpu", "threads": 1}
+
+
+def test_the_table_of_shapes() -> None:
+    rows = [
+        {"seed": seed, "connections": name, "mass": 0.5, "before": 0.25 * (seed + 1), "after": 0.75}
+        for seed in (0, 1)
+        for name in ("dense", "random")
+    ]
+    found = {"machine": MACHINE, "steps": 8, "second_steps": 2, "keep": 0.25, "images": 9, "seconds": 1.2, "rows": rows}
+    above, header, made = script("docs/recall_tables.py").shapes_of(found, "folder")
+    assert above.startswith("a cpu (`folder`), 1 threads; 8 steps, then 2 with each mask, which keeps 25%")
+    assert made == [(name, "0.500", "0.375 (0.250 to 0.500)", "0.750", 2) for name in ("dense", "random")]
+    assert len(header) == len(made[0])
+
+
+def test_the_table_of_learned_tables() -> None:
+    rows = [
+        {"model": "logistic regression", "seeds": [0.75], "interval": 0.01, "difference": [0.0, 0.0]},
+        {"model": "Orion-MSP", "seeds": [0.5, 0.75], "interval": 0.02, "difference": [-0.125, 0.03]},
+    ]
+    sizes = {"steps": 8, "batch": 2, "tables": 4, "labelled": 32, "rows_of_a_table": 48, "columns": 8, "seconds": 1.0}
+    _, header, made = script("docs/recall_tables.py").learned_of({"machine": MACHINE, "rows": rows, **sizes}, "folder")
+    assert made[0] == ("logistic regression", "0.750 ± 0.010", "", "", "")
+    assert made[1] == ("Orion-MSP", "0.625 ± 0.020", "0.500 to 0.750", 2, "-0.125 ± 0.030")
+    assert len(header) == len(made[0])
+
+
 FILE = ROOT / "benchmarks" / "results" / "amd-epyc-zen5-2-cores-avx512-bf16" / "mqar.jsonl"
 
 

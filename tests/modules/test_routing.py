@@ -144,6 +144,24 @@ def test_centroids_move_as_the_formula_says(how: Any) -> None:
             torch.testing.assert_close(means.means[h, c], expected)
 
 
+def test_centroids_of_a_narrow_model_move_as_those_of_a_wide_one() -> None:
+    torch.manual_seed(0)
+    wide, narrow = Centroids(1, 2, 8), Centroids(1, 2, 8, dtype=torch.bfloat16)
+    narrow.load_state_dict(wide.state_dict())
+    narrow = narrow.half().to(torch.bfloat16)
+    assert narrow.means.dtype == torch.float32
+    assert torch.equal(narrow.means, wide.means)
+    start, live = wide.means.clone(), torch.ones(2, 9, dtype=torch.bool)
+    for _ in range(40):
+        q, k = (start[:, torch.randint(2, (2, 9))].transpose(0, 1) + 0.3 * torch.randn(2, 1, 9, 8)).unbind(0)
+        q, k = (x[None].bfloat16().expand(2, -1, -1, -1) for x in (q, k))
+        wide.update(q.float(), k.float(), live)
+        narrow.update(q, k, live)
+    assert float((wide.means - start).abs().max()) > 0.003
+    torch.testing.assert_close(narrow.means, wide.means, atol=2e-3, rtol=0)
+    assert Centroids(1, 2, 8).double().means.dtype == torch.float64
+
+
 def test_training_reaches_everything_but_the_centroids() -> None:
     routing = layer().train()
     x = torch.randn(2, 12, 8, dtype=torch.float64)

@@ -337,6 +337,7 @@ _MQAR = Fields(
         "loss": or_null(_NATS),
         "curve": list_of(_SCORE),
         "by_distance": list_of(_ANSWERS),
+        "active": list_of(OBJECT),
         **dict.fromkeys(("steps", "parameters", "batch", "diverged"), _COUNT),
         "seconds": _SECONDS,
     },

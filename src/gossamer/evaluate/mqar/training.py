@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from gossamer.evaluate.mqar.data import IGNORED, Examples
 from gossamer.evaluate.mqar.network import RecallModel
+from gossamer.evaluate.mqar.routers import activated
 from gossamer.evaluate.mqar.settings import Cell, Setting
 
 __all__ = ["Outcome", "evaluate", "sequences", "train"]
@@ -125,7 +126,8 @@ class _Run:
             self._save()
         if outcome is None:
             raise ValueError("a setting needs an epoch or more")
-        return self._result(outcome)
+        active = activated(self.model, self.cell.task, test)
+        return self._result(outcome) | ({"active": active} if active else {})
 
     def _over(self) -> bool:
         return len(self.curve) >= self.setting.epochs or bool(self.curve and self.curve[-1] >= self.setting.enough)
