@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from comparison import Row
 from machines import machine, results
-from timing import ROUNDS, Bystanders, Series, alternate, write
+from timing import Bystanders, Series, alternate, write
 from torch import Tensor
 from workloads import DTYPES
 
@@ -53,8 +53,6 @@ NAME = "bidirectional.json"
 MODELS = Path(__file__).resolve().parent.parent / "models"
 HEADS, BLOCK = 4, 64
 DENSITIES = (0.2, 0.3)
-LONG = 16384  # tokens from which on there are fewer rounds
-FEW_ROUNDS = 3
 STEPS = 4  # of a sampling
 SAMPLING = 50
 
@@ -158,7 +156,7 @@ def kernels(arguments: argparse.Namespace) -> Iterator[Row]:
             others, why_not = checked_flex(case, plans)
             contenders |= others
         others = Bystanders()
-        rounds = 1 if arguments.quick else rounds_of(case.tokens)
+        rounds = 1 if arguments.quick else rounds_of(case.tokens // 4)
         series = alternate(contenders, case.draw, rounds=rounds)
         about = {"frames": case.frames, "height": case.height, "width": case.width, "tokens": case.tokens}
         about |= {"dim": case.dim, "dtype": case.dtype, "heads": HEADS, "block": BLOCK}
@@ -168,7 +166,8 @@ def kernels(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def rounds_of(tokens: int) -> int:
-    return ROUNDS if tokens < LONG else FEW_ROUNDS
+    """Of a model's steps, fewer where they take long; of kernels alone those of a quarter of the tokens."""
+    return 5 if tokens <= 4096 else 3 if tokens <= 16384 else 1
 
 
 def attended(plan: SparsePlan, call: AttentionCall) -> Tensor:
@@ -266,7 +265,7 @@ class Contender:
             taken.append(time.perf_counter() - started)
         parts, self.density = [(0.0, 0.0)] * self.steps, [1.0] * self.steps
         if self.handle is not None:
-            layers = [self.handle.stats(step=n) for n in self.handle.steps]
+            layers = [[x for x in self.handle.stats(step=n) if x.layer is not None] for n in self.handle.steps]
             parts = [(sum(x.plan_seconds for x in one), sum(x.attention_seconds for x in one)) for one in layers]
             self.density = [round(statistics.fmean(x.density for x in one), 4) for one in layers]
         self.runs.append([(whole, *part) for whole, part in zip(taken, parts, strict=True)])
