@@ -105,7 +105,8 @@ def test_codes_reach_from_end_to_end() -> None:
 
 
 def test_no_keys_is_no_attention() -> None:
-    call = AttentionCall(*(torch.randn(1, 1, n, 4) for n in (3, 0, 0)), Extent([0], [3], [0], [0]))
+    q, nothing = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 0, 4)
+    call = AttentionCall(q, nothing, nothing, Extent([0], [3], [0], [0]))
     out, lse = attend(call, SparsePlan(1, 3, 0, call.extent, quantised=True))
     assert bool((out == 0).all())
     assert bool((lse == -math.inf).all())
