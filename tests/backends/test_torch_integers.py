@@ -14,6 +14,7 @@ from gossamer.backends.torch import attend
 from gossamer.backends.torch.integers import integers_of
 from gossamer.methods.merging import merge_plans
 from gossamer.plan import Grid
+from gossamer.testing import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("constants")
 
@@ -117,6 +118,7 @@ def test_the_cpu_computes_the_ordinary_product() -> None:
     plan = plan_of(call, 2)
     for got, expected in zip(cpu.attend(call, plan), cpu.attend(call, plan.with_attributes()), strict=True):
         assert torch.equal(got, expected)
+    assert_accurate(call, plan, *cpu.attend(call, plan))
 
 
 def test_it_goes_with_skip_and_not_with_means() -> None:
