@@ -14,6 +14,7 @@ from gossamer.backends.torch import attend
 from gossamer.backends.torch.integers import integers_of
 from gossamer.methods.merging import merge_plans
 from gossamer.plan import Grid
+from gossamer.testing import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("constants")
 
@@ -105,7 +106,8 @@ def test_codes_reach_from_end_to_end() -> None:
 
 
 def test_no_keys_is_no_attention() -> None:
-    call = AttentionCall(*(torch.randn(1, 1, n, 4) for n in (3, 0, 0)), Extent([0], [3], [0], [0]))
+    q, nothing = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 0, 4)
+    call = AttentionCall(q, nothing, nothing, Extent([0], [3], [0], [0]))
     out, lse = attend(call, SparsePlan(1, 3, 0, call.extent, quantised=True))
     assert bool((out == 0).all())
     assert bool((lse == -math.inf).all())
@@ -116,6 +118,7 @@ def test_the_cpu_computes_the_ordinary_product() -> None:
     plan = plan_of(call, 2)
     for got, expected in zip(cpu.attend(call, plan), cpu.attend(call, plan.with_attributes()), strict=True):
         assert torch.equal(got, expected)
+    assert_accurate(call, plan, *cpu.attend(call, plan))
 
 
 def test_it_goes_with_skip_and_not_with_means() -> None:

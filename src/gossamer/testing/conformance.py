@@ -92,7 +92,8 @@ def assert_accurate(call: AttentionCall, plan: SparsePlan, out: Tensor, lse: Ten
     """A backend's result against the definition in fp64, on all rows or an even sample with the block edges.
 
     fp32: at most 1e-5 of the largest output. bf16 and fp16: at most 1.5 times the error that torch's dense attention
-    makes under the same mask and dtype, both against fp64; 1% where the plan has attributes, which torch has not.
+    makes under the same mask and dtype, both against fp64; 1% where the plan has attributes, which torch has not. 5% of
+    a plan that is quantised, whose products a backend may round to int8 or not.
     """
     rows = torch.arange(call.query_len)
     if call.query_len > most_rows:
@@ -107,7 +108,10 @@ def assert_accurate(call: AttentionCall, plan: SparsePlan, out: Tensor, lse: Ten
     assert torch.equal(got_lse == float("-inf"), expected_lse == float("-inf")), "lse is -inf where nothing is attended"
     assert bool((got[empty] == 0).all()), "rows that attend nothing must have out = 0"
     assert bool(got.isfinite().all()), "the output has NaN or infinity"
-    if call.q.dtype == torch.float32:
+    if plan.quantised:
+        own = float((got - expected).norm()) / max(float(expected.norm()), 1e-30)
+        assert own <= 5e-2, f"relative error {own:.2e} exceeds 5e-2"
+    elif call.q.dtype == torch.float32:
         worst = float((got - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
         assert worst <= 1e-5, f"relative error {worst:.2e} exceeds 1e-5"
     elif plan.pruned_mean or plan.skip is not None:
@@ -121,7 +125,7 @@ def assert_accurate(call: AttentionCall, plan: SparsePlan, out: Tensor, lse: Ten
         own, other = float((got - expected).norm()) / size, float((theirs - expected).norm()) / size
         # Where dense attention happens to be exact (one key a row), a rounding of the last bit is still allowed.
         assert own <= 1.5 * other + 1e-4, f"error {own:.2e} exceeds 1.5 times dense attention's {other:.2e}"
-    tolerance = 1e-4 if call.q.dtype == torch.float32 else 2e-2
+    tolerance = 0.1 if plan.quantised else 1e-4 if call.q.dtype == torch.float32 else 2e-2
     some = expected_lse > float("-inf")
     assert bool(((got_lse - expected_lse)[some].abs() <= tolerance).all()), "lse is off"
 
