@@ -6,7 +6,7 @@ from typing import Any
 
 from marked import markdown
 
-from gossamer.evaluate.masked.summary import Figured, FillRow, OverlapRow, fill_rows, overlap_rows
+from gossamer.evaluate.masked.summary import Figured, FillRow, OverlapRow, fill_rows, overlap_rows, paired
 from gossamer.evaluate.summary import read_results
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -64,7 +64,7 @@ def fills_of(rows: list[FillRow]) -> list[Table]:
 
 def share_of(row: FillRow) -> str:
     """So that rows of one budget stand together."""
-    return next((part for part in row.method.split(",") if "share=" in part), "").rpartition("share=")[2]
+    return next((part for part in row.method.split(",") if "share=" in part), "").rpartition("share=")[2].rstrip(")")
 
 
 def spans_of(rows: list[FillRow]) -> list[Table]:
@@ -104,6 +104,56 @@ def seconds_of(rows: list[FillRow]) -> list[Table]:
     return [("", header, body)] if body else []
 
 
+# What is held beside `sparsed` of the same share, and what of it: the claim, the two, and the figure.
+CLAIMS = (
+    ("more as dense than the window", "sparsed", "window", "agreement"),
+    ("more as dense than random blocks", "sparsed", "random", "agreement"),
+    ("more copied than by the window", "sparsed", "window", "copied_accuracy"),
+    ("more copied than by random blocks", "sparsed", "random", "copied_accuracy"),
+    ("isolated: more as dense than joint, once", "sparsed", "joint", "agreement"),
+    ("isolated: less KL than joint, once", "joint", "sparsed", "kl"),
+    ("oracle: more as dense than `sparsed`", "best", "sparsed", "agreement"),
+    ("oracle: less KL than `sparsed`", "sparsed", "best", "kl"),
+)
+
+
+def label(what: str, share: str, span: str = "") -> str:
+    """Of the file's lines."""
+    if what == "sparsed":
+        return f"sparsed(share={share},block=32,min_tokens=0)"
+    choice = "" if what == "isolated" else f",choice={what}"
+    return f"sparsed_variant(share={share},block=32{choice}{span and f',span={span}'})"
+
+
+def told(found: Figured) -> str:
+    return "shows" if found.low > 0 else "the other way round" if found.high < 0 else "not told apart"
+
+
+def claims_of(records: list[dict[str, Any]]) -> list[Table]:
+    """Differences text by text, and whether the interval is on one side of none."""
+    rows = [row for row in fill_rows(records) if row.method.startswith("sparsed(")]
+    header, body = ("claim", "tokens", "share", "texts", "difference", ""), []
+
+    def add(claim: str, length: int, share: str, more: str, less: str, figure: str) -> None:
+        found = paired(records, more, less, length, figure)
+        if found is not None:
+            difference, texts = found
+            body.append((claim, f"{length:,}", share, texts, shown(difference, "{:+.3f}"), told(difference)))
+
+    for claim, more, less, figure in CLAIMS:
+        for row in rows:
+            share = share_of(row)
+            add(claim, row.length, share, label(more, share), label(less, share), figure)
+    for choice, name in (("isolated", "kept plans"), ("fresh", "plans of each step")):
+        for row in rows:
+            share = share_of(row)
+            first, last = label(choice, share, "first"), label(choice, share, "last")
+            what = f"early steps fragile, {name}: less as dense"
+            add(what, row.length, share, last, first, "agreement")
+            add(f"early steps fragile, {name}: less copied", row.length, share, last, first, "copied_accuracy")
+    return [("", header, body)] if body else []
+
+
 def table(make: Callable[[list[Any]], list[Table]], rows_of: Callable[[list[dict[str, Any]]], list[Any]]) -> str:
     """Of each machine's file."""
     parts = []
@@ -119,6 +169,7 @@ def table(make: Callable[[list[Any]], list[Table]], rows_of: Callable[[list[dict
 
 TABLES: dict[str, Callable[[], str]] = {
     "masked_fills": lambda: table(fills_of, fill_rows),
+    "masked_claims": lambda: table(claims_of, list),
     "masked_spans": lambda: table(spans_of, fill_rows),
     "masked_overlaps": lambda: table(overlaps_of, overlap_rows),
     "masked_seconds": lambda: table(seconds_of, fill_rows),

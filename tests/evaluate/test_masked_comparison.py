@@ -15,7 +15,7 @@ from gossamer.evaluate.masked.comparison import Fills, fields_of, fill_lines
 from gossamer.evaluate.masked.overlap import Overlaps, by_chance, jaccard
 from gossamer.evaluate.masked.passages import draw
 from gossamer.evaluate.masked.subject import MaskedSubject
-from gossamer.evaluate.masked.summary import fill_rows, fill_table, overlap_rows, overlap_table
+from gossamer.evaluate.masked.summary import fill_rows, fill_table, overlap_rows, overlap_table, paired
 from gossamer.evaluate.masked.variants import CHOICES, Variant
 from gossamer.evaluate.schema import checked
 from gossamer.layout import DenoisingStep, TokenLayout
@@ -204,3 +204,16 @@ def test_the_summary_is_by_text(lines: list[dict[str, Any]]) -> None:
     assert alike.others is not None
     assert alike.chance < alike.by_step[2] == 1.0
     assert len(overlap_table([alike])) == 2
+
+
+def test_differences_are_paired_by_text(lines: list[dict[str, Any]]) -> None:
+    one, other = (fields_of(policy)["method"] for policy in POLICIES[:2])
+    found = paired(lines, one, other, 128, "agreement")
+    assert found is not None
+    difference, texts = found
+    assert texts == 2
+    a, b = ([line["agreement"] for line in of(lines, policy)] for policy in POLICIES[:2])
+    by_text = ((a[0] - b[0] + a[2] - b[2]) / 2, a[1] - b[1])
+    assert difference.mean == pytest.approx(sum(by_text) / 2)
+    assert difference.low <= difference.mean <= difference.high
+    assert paired(lines, one, "nothing", 128, "agreement") is None

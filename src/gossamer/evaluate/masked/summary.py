@@ -9,7 +9,17 @@ from typing import Any
 from gossamer.evaluate.metrics import bootstrap_interval, difference_interval, score_interval, shown_interval
 from gossamer.evaluate.records import cell_of
 
-__all__ = ["FIGURES", "Figured", "FillRow", "OverlapRow", "fill_rows", "fill_table", "overlap_rows", "overlap_table"]
+__all__ = [
+    "FIGURES",
+    "Figured",
+    "FillRow",
+    "OverlapRow",
+    "fill_rows",
+    "fill_table",
+    "overlap_rows",
+    "overlap_table",
+    "paired",
+]
 
 Record = dict[str, Any]
 FIGURES = ("accuracy", "copied_accuracy", "rest_accuracy", "agreement", "copied_agreement", "top1", "kl")
@@ -193,6 +203,30 @@ def _overlap_row(lines: list[Record]) -> OverlapRow:
         others=_mean([x for line in alike for x in line.get("texts", ())]),
         chance=sum(line["chance"] for line in alike) / len(alike),
     )
+
+
+def paired(records: Iterable[Record], more: str, less: str, length: int, figure: str) -> tuple[Figured, int] | None:
+    """What one method has more than another of a figure, text by text, on the same masks; and of how many texts.
+
+    Args:
+        more, less: labels of the two methods.
+
+    Returns:
+        None where there is no such text.
+    """
+    found: dict[str, dict[tuple[int, int, str], Record]] = {more: {}, less: {}}
+    for record in records:
+        if record["kind"] == "fill" and record["length"] == length and record["method"] in found:
+            found[record["method"]].setdefault((record["index"], record["seed"], record["task"]), record)
+    differences: dict[int, list[float]] = {}
+    for key in found[more].keys() & found[less].keys():
+        one, other = (found[label][key].get(figure) for label in (more, less))
+        if one is not None and other is not None:
+            differences.setdefault(key[0], []).append(one - other)
+    values = [sum(own) / len(own) for _, own in sorted(differences.items())]
+    if not values:
+        return None
+    return _figured(values, bootstrap_interval if figure == "kl" else difference_interval), len(values)
 
 
 def fill_table(rows: Sequence[FillRow]) -> list[list[str]]:
