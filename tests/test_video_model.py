@@ -17,6 +17,11 @@ from gossamer.profiles import Profile
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 FOLDER = ROOT / "models" / "video"
+# Of what the model says of noise: mean, deviation, and the colour of a corner.
+WAS = (
+    (0.66388, 1.07351, [-0.2075, -0.1121, 1.6037]),
+    (0.53716, 1.2714, [-0.4762, -0.1853, 1.4067]),
+)
 
 
 @pytest.fixture(scope="module")
