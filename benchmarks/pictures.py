@@ -220,7 +220,7 @@ def recall_by_state(rows: list[RecallRow], width: int = 32) -> Panel:
     rows = [row for row in rows if row.width == width]
     states = [row.state for row in rows]
     panel = Panel(720, 460, f"Associative recall against state, width {width}")
-    ticks = [2**n for n in range(8, 16) if min(states) * 0.7 <= 2**n <= max(states) * 1.6]
+    ticks = [2.0**n for n in range(8, 16) if min(states) * 0.7 <= 2**n <= max(states) * 1.6]
     names = ("numbers that a step of decoding holds", "share recalled")
     panel.axes((min(states) * 0.7, max(states) * 1.6), (0, 1.02), names, (True, False), ticks)
     marks = []

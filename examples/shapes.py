@@ -83,7 +83,7 @@ class Block(nn.Module):
 class Vit(nn.Module):
     """Patches, a class token, layers, and the pair of shapes."""
 
-    def __init__(self, width: int = 64, heads: int = 4, depth: int = 3, keep: float = 0.25) -> None:
+    def __init__(self, width: int = 64, heads: int = 4, depth: int = 2, keep: float = 0.25) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, PATCH, stride=PATCH)
         self.start = nn.Parameter(0.02 * torch.randn(1, TOKENS, width))
@@ -194,7 +194,7 @@ def run(steps: int, seed: int, keep: float) -> list[tuple[str, float, float, flo
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=500, help="of training; the second stage has a quarter as many")
+    parser.add_argument("--steps", type=int, default=300, help="of training; the second stage has a quarter as many")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--keep", type=float, default=0.25, help="share of the tokens that a row attends")
     parser.add_argument("--out", type=Path, help="a JSON file of all rows")
