@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--setting",
-        choices=("quick", "small", "figure2"),
+        choices=("quick", "small", "routers", "figure2"),
         default="quick",
         help="what is trained (default: %(default)s)",
     )
