@@ -115,9 +115,9 @@ def test_the_table_of_learned_tables() -> None:
 FILE = ROOT / "benchmarks" / "results" / "amd-epyc-zen5-2-cores-avx512-bf16" / "mqar.jsonl"
 
 
-def measured(second: str, width: int = 32) -> RecallRow:
+def measured(second: str, width: int = 32, task: str = "plain(vocabulary=256,length=64,pairs=8)") -> RecallRow:
     """The row of a convolution over three tokens and another layer."""
-    rows = [row for row in recall_rows(read_results(FILE)) if row.settings == ("quick",)]
+    rows = [row for row in recall_rows(read_results(FILE)) if (row.settings, row.task) == (("quick",), task)]
     (one,) = [row for row in rows if (row.mixer, row.width) == (f"convolution(3)+{second}", width)]
     return one
 
@@ -158,6 +158,19 @@ def test_attention_needs_no_width_and_convolutions_do() -> None:
     assert [round(x, 3) for x in dense] == [0.992, 0.997, 0.998]
     assert [round(x, 3) for x in convolved] == [0.069, 0.13, 0.144]
     assert round(measured("seqboat(16)").accuracy, 3) == 0.020
+
+
+def test_routing_beats_local_attention_where_pairs_are_scattered() -> None:
+    text = (ROOT / "docs" / "recall.md").read_text(encoding="utf-8")
+    task = "scattered(vocabulary=256,length=64,pairs=8)"
+    routing, local = (measured(kind, task=task) for kind in ("routing(16)", "window_heads(16)"))
+    assert routing.seeds == local.seeds == 3
+    assert routing.low > local.high + 0.3
+    for row in (routing, local):
+        assert f"{row.accuracy:.3f}, from {row.low:.3f} to {row.high:.3f}" in text
+    far = [dict(near_and_far(row)) for row in (routing, local)]
+    assert round(min(far[0][32], far[0][64]), 2) == 0.73
+    assert {round(far[1][edge], 2) for edge in (32, 64)} == {0.01}
 
 
 def test_what_the_page_says_of_costs() -> None:
