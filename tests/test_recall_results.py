@@ -187,6 +187,26 @@ def test_what_the_page_says_of_costs() -> None:
     assert all(row["last_exponent"] > row["exponent"] for row in steps.values())
 
 
+def test_what_the_page_says_of_variants_and_decoding() -> None:
+    found = json.loads((FILE.parent / "modules_variants.json").read_text())
+    by = {(row["module"], row["what"]): row for row in found["summary"]}
+    times = {key: row["times_dense"] for key, row in by.items()}
+    assert (found["threads"], found["rounds"]) == (1, 2)
+    assert by["seqboat_relu2", "step"]["longest"] == 32768
+    assert times["seqboat_relu2", "step"] == pytest.approx(times["seqboat", "step"], rel=0.05)
+    assert round(times["seqboat_relu2", "step"], 1) == 5.3
+    decoded = [round(times[name, "decode"]) for name in ("combiner", "seqboat", "seqboat_relu2")]
+    assert decoded == [28, 10, 27]
+    assert round(1 / times["routing_prefix", "decode"]) == 11
+    whole = {"routing_prefix": (0.12, 4096), "sparsifiner": (0.03, 2048), "orion_columns": (0.13, 2048)}
+    assert {n: (round(times[n, "forward"], 2), by[n, "forward"]["longest"]) for n in whole} == whole
+    assert round(times["combiner_learnable", "forward"], 3) == 0.007
+    dense = [row["median_s"] for row in found["rows"] if (row["module"], row["what"]) == ("dense", "step")]
+    assert by["combiner_learnable", "step"]["exponent"] > 2.5 > by["dense", "step"]["exponent"]
+    assert len(dense) == 6
+    assert all(by[name, what]["break_even"] is None for name in whole for what in ("forward", "step"))
+
+
 def test_what_the_page_says_of_characters() -> None:
     rows = json.loads((FILE.parent / "characters.json").read_text())["rows"]
     kinds = {row["kind"] for row in rows}
