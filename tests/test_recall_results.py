@@ -160,6 +160,13 @@ def test_attention_needs_no_width_and_convolutions_do() -> None:
     assert round(measured("seqboat(16)").accuracy, 3) == 0.020
 
 
+def test_a_router_of_seqboat_does_not_fire_on_what_matters() -> None:
+    lines = [r for r in read_results(FILE) if r["kind"] == "mqar" and r["setting"] == "routers"]
+    routed = [r for r in lines if r["mixer"] == "convolution(3)+seqboat(8)"]
+    assert [(r["rate"], r["seed"], round(r["accuracy"], 3)) for r in routed] == [(0.01, 0, 0.286)]
+    assert set(routed[0]["active"][-1].values()) == {1.0}
+
+
 def test_routing_beats_local_attention_where_pairs_are_scattered() -> None:
     text = (ROOT / "docs" / "recall.md").read_text(encoding="utf-8")
     task = "scattered(vocabulary=256,length=64,pairs=8)"
