@@ -163,7 +163,7 @@ def test_attention_needs_no_width_and_convolutions_do() -> None:
 def test_a_router_of_seqboat_does_not_fire_on_what_matters() -> None:
     lines = [r for r in read_results(FILE) if r["kind"] == "mqar" and r["setting"] == "routers"]
     routed = [r for r in lines if r["mixer"] == "convolution(3)+seqboat(8)"]
-    assert [(r["rate"], r["seed"], round(r["accuracy"], 3)) for r in routed] == [(0.01, 0, 0.286)]
+    assert [(r["rate"], r["seed"], round(r["accuracy"], 3)) for r in routed] == [(0.01, 0, 0.285)]
     assert set(routed[0]["active"][-1].values()) == {1.0}
 
 
