@@ -139,7 +139,7 @@ MODULES: dict[str, Callable[[int], nn.Module]] = {
     "sparsifiner": lambda length: SparsifinerAttention(WIDTH, HEADS, length),
     "orion_columns": lambda _: Columns(),
 }
-LONGEST = {"combiner_learnable": 4096, "routing_prefix": 4096, "sparsifiner": 2048, "orion_columns": 2048}
+LONGEST = {"combiner_learnable": 2048, "routing_prefix": 4096, "sparsifiner": 2048, "orion_columns": 2048}
 TOKENS = 16  # that are decoded in a call
 
 

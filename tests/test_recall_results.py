@@ -115,9 +115,9 @@ def test_the_table_of_learned_tables() -> None:
 FILE = ROOT / "benchmarks" / "results" / "amd-epyc-zen5-2-cores-avx512-bf16" / "mqar.jsonl"
 
 
-def measured(second: str, width: int = 32) -> RecallRow:
+def measured(second: str, width: int = 32, task: str = "plain(vocabulary=256,length=64,pairs=8)") -> RecallRow:
     """The row of a convolution over three tokens and another layer."""
-    rows = [row for row in recall_rows(read_results(FILE)) if row.settings == ("quick",)]
+    rows = [row for row in recall_rows(read_results(FILE)) if (row.settings, row.task) == (("quick",), task)]
     (one,) = [row for row in rows if (row.mixer, row.width) == (f"convolution(3)+{second}", width)]
     return one
 
@@ -160,6 +160,26 @@ def test_attention_needs_no_width_and_convolutions_do() -> None:
     assert round(measured("seqboat(16)").accuracy, 3) == 0.020
 
 
+def test_a_router_of_seqboat_does_not_fire_on_what_matters() -> None:
+    lines = [r for r in read_results(FILE) if r["kind"] == "mqar" and r["setting"] == "routers"]
+    routed = [r for r in lines if r["mixer"] == "convolution(3)+seqboat(8)"]
+    assert [(r["rate"], r["seed"], round(r["accuracy"], 3)) for r in routed] == [(0.01, 0, 0.285)]
+    assert set(routed[0]["active"][-1].values()) == {1.0}
+
+
+def test_routing_beats_local_attention_where_pairs_are_scattered() -> None:
+    text = (ROOT / "docs" / "recall.md").read_text(encoding="utf-8")
+    task = "scattered(vocabulary=256,length=64,pairs=8)"
+    routing, local = (measured(kind, task=task) for kind in ("routing(16)", "window_heads(16)"))
+    assert routing.seeds == local.seeds == 3
+    assert routing.low > local.high + 0.3
+    for row in (routing, local):
+        assert f"{row.accuracy:.3f}, from {row.low:.3f} to {row.high:.3f}" in text
+    far = [dict(near_and_far(row)) for row in (routing, local)]
+    assert round(min(far[0][32], far[0][64]), 2) == 0.73
+    assert {round(far[1][edge], 2) for edge in (32, 64)} == {0.01}
+
+
 def test_what_the_page_says_of_costs() -> None:
     found = json.loads((FILE.parent / "modules.json").read_text())
     steps = {row["module"]: row for row in found["summary"] if row["what"] == "step"}
@@ -172,6 +192,26 @@ def test_what_the_page_says_of_costs() -> None:
     assert all(1290 < row["break_even"] < 6200 for row in in_torch)
     assert all(1.85 < row["times_dense"] < 3.85 for row in in_torch)
     assert all(row["last_exponent"] > row["exponent"] for row in steps.values())
+
+
+def test_what_the_page_says_of_variants_and_decoding() -> None:
+    found = json.loads((FILE.parent / "modules_variants.json").read_text())
+    by = {(row["module"], row["what"]): row for row in found["summary"]}
+    times = {key: row["times_dense"] for key, row in by.items()}
+    assert (found["threads"], found["rounds"]) == (1, 2)
+    assert by["seqboat_relu2", "step"]["longest"] == 32768
+    assert times["seqboat_relu2", "step"] == pytest.approx(times["seqboat", "step"], rel=0.05)
+    assert round(times["seqboat_relu2", "step"], 1) == 5.3
+    decoded = [round(times[name, "decode"]) for name in ("combiner", "seqboat", "seqboat_relu2")]
+    assert decoded == [28, 10, 27]
+    assert round(1 / times["routing_prefix", "decode"]) == 11
+    whole = {"routing_prefix": (0.12, 4096), "sparsifiner": (0.03, 2048), "orion_columns": (0.13, 2048)}
+    assert {n: (round(times[n, "forward"], 2), by[n, "forward"]["longest"]) for n in whole} == whole
+    assert round(times["combiner_learnable", "forward"], 3) == 0.007
+    dense = [row["median_s"] for row in found["rows"] if (row["module"], row["what"]) == ("dense", "step")]
+    assert by["combiner_learnable", "step"]["exponent"] > 2.5 > by["dense", "step"]["exponent"]
+    assert len(dense) == 6
+    assert all(by[name, what]["break_even"] is None for name in whole for what in ("forward", "step"))
 
 
 def test_what_the_page_says_of_characters() -> None:
