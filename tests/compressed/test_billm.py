@@ -96,7 +96,7 @@ def test_each_part_brings_outputs_nearer() -> None:
             "whole": binarise(weight, factor, block=32).dequantised(),
             "no salient": binarise(weight, factor, block=32, salient=False).dequantised(),
             "no split": binarise(weight, factor, block=32, split=False).dequantised(),
-            "no compensation": binarise(weight, None, block=32).dequantised(),
+            "no compensation": binarise(weight, factor, block=32, compensate=False).dequantised(),
         }
         for name, found in some.items():
             totals[name] = totals.get(name, 0.0) + float((x @ (weight - found).T).square().mean())
@@ -114,6 +114,17 @@ def test_the_whole_is_made_of_what_it_stores() -> None:
         signs = [sign, 1.0 if found.second[row, column] else -1.0]
         parts = [found.mean[g, row, n] + found.scale[g, row, n] * s for g, s in zip(groups, signs, strict=False)]
         torch.testing.assert_close(values[row, column], torch.stack(parts).sum())
+
+
+def test_features_that_are_never_there_are_not_salient() -> None:
+    weight, _, x = case(2, 8, 40)
+    x = 0.05 * x
+    x[:, ::4] = 0.0
+    hessian = Hessian(40)
+    hessian.add(x)
+    found = binarise(weight, hessian.factor(), dead=hessian.dead)
+    assert not bool(found.salient[::4].any())
+    assert bool(found.salient.any())
 
 
 def test_one_bit_of_rows_of_two_values_is_exact() -> None:

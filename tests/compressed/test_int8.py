@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -113,6 +116,34 @@ def test_a_saved_layer_is_the_same() -> None:
     other(x)
     other.load_state_dict(layer.state_dict())
     torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
+
+
+def test_layers_that_ran_can_be_copied_saved_and_moved(tmp_path: Path) -> None:
+    weight, shift, x = case()
+    layer = Int8Linear.of(weight, shift, scale_of(x))
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    torch.save(layer, tmp_path / "layer.pt")
+    assert torch.equal(torch.load(tmp_path / "layer.pt", weights_only=False)(x), expected)
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert half.by_row.dtype == half.scale.dtype == torch.float32
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    with torch.inference_mode():
+        assert torch.equal(Int8Linear.of(weight, shift, scale_of(x))(x), expected)
+
+
+@pytest.mark.parametrize("outliers", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_stay_so(outliers: bool, value: float) -> None:
+    weight, shift, x = case()
+    layer = Int8Linear.of(weight, shift, scale_of(x), outliers)
+    expected = layer(x)
+    x = x.clone()
+    x[1, 4, 30] = value
+    found = layer(x)
+    assert bool(found[1, 4].isnan().all())
+    found[1, 4] = expected[1, 4]
+    torch.testing.assert_close(found, expected)
 
 
 def test_bad_input() -> None:

@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+import gossamer  # noqa: E402
 from gossamer.compressed.model import compress  # noqa: E402
 from gossamer.compressed.recipes import RECIPES, recipe_of  # noqa: E402
 
@@ -130,6 +131,7 @@ def test_damaged_files_are_refused(recipe: str, key: str, change: Any, said: str
         ({"kind": "sparse", "values": "9"}, "not numbers of 0 or more"),
         ({"kind": "sparse"}, "a layer of kind sparse is not"),
         ({"kind": "one_bit", "salient": 1, "block": 0}, "a layer of kind one_bit is not"),
+        ({"kind": "one_bit", "salient": 1, "block": 2**28}, "a layer of kind one_bit is not"),
     ],
 )
 def test_hostile_configurations_are_refused(entry: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -142,11 +144,98 @@ def test_hostile_configurations_are_refused(entry: dict[str, Any], said: str, tm
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "key"),
+    [
+        *(("sparsegpt", key) for key in ("bitmap", "values", "starts")),
+        *(("billm", key) for key in ("positive", "high", "salient", "second", "mean", "scale")),
+        *(("int8", key) for key in ("quantised", "by_row", ".scale")),
+    ],
+)
+def test_files_that_lack_a_tensor_are_refused(recipe: str, key: str, tmp_path: Path) -> None:
+    compress(tiny(), recipe, samples()).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    state.pop(next(name for name in state if name.endswith(key)))
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="it lacks 1 tensors"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config: config["layers"].pop("model.layers.0.self_attn.q_proj"), "nothing says of which layer"),
+        (lambda config: config.pop("recipe"), "needs a recipe, and layers"),
+        (lambda config: config.update(layers=[1]), "needs a recipe, and layers"),
+        (lambda config: config["layers"].update({"model.layers.0.self_attn.q_proj": "x"}), "needs a recipe"),
+        (lambda config: config["layers"].update({"model.layers.9.x": {"kind": "sparse", "values": 1}}), "has none"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(change: Any, said: str, tmp_path: Path) -> None:
+    compress(tiny(), "sparsegpt", samples()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=said):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sparsegpt", "rounded"):
+        model = tiny().train()
+        before = model.state_dict()
+        plain = [type(module) for module in model.modules()]
+        told: list[str] = []
+
+        def progress(layer: str, told: list[str] = told) -> None:
+            told.append(layer)
+            if len(told) == 2:
+                raise RuntimeError("stop")
+
+        with pytest.raises(RuntimeError, match="stop"):
+            compress(model, name, samples(), progress=progress)
+        after = model.state_dict()
+        assert [type(module) for module in model.modules()] == plain
+        assert all(torch.equal(after[key], before[key]) for key in before)
+        assert model.training
+        assert getattr(model.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize("recipe", ["int8", "billm", "sparsegpt"])
+def test_compressed_models_run_sparse(recipe: str) -> None:
+    model = compress(tiny(), recipe, samples())
+    dense = logits(model)
+    with gossamer.enable(model, "dense", kernel="gossamer", min_tokens=0):
+        torch.testing.assert_close(logits(model), dense, rtol=1e-4, atol=1e-4)
+    with gossamer.enable(model, "a_shape", sink=1, window=2, min_tokens=0):
+        assert not torch.allclose(logits(model), dense, atol=1e-2)
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="a recipe is one of"):
         recipe_of({"recipe": "gptq"})
     with pytest.raises(ValueError, match="has no field bits"):
         recipe_of({"recipe": "billm", "bits": 1})
+    for recipe in (3, None):
+        with pytest.raises(ValueError, match="a recipe is a name"):
+            recipe_of(recipe)  # type: ignore[arg-type]
+    for fields, said in (
+        ({"recipe": "billm", "block": 0}, "block must be"),
+        ({"recipe": "sparsegpt", "damp": "x"}, "damp must be"),
+        ({"recipe": "billm", "search": "x"}, "search must be"),
+        ({"recipe": "sparsegpt", "pattern": "2:4", "block": 6}, "multiple of 4"),
+        ({"recipe": "sparsegpt", "pattern": None}, "a pattern is"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            recipe_of(fields)
+    assert recipe_of({"recipe": "sparsegpt", "pattern": 0.5}).to_dict()["pattern"] == 0.5
+    with pytest.raises(ValueError, match="multiples of 5, and model"):
+        compress(tiny(), {"recipe": "magnitude", "pattern": "2:5"}, samples())
+    for some in (samples()[0], [samples()[0][0]], [[1, 2]]):
+        with pytest.raises(TypeError, match="list of tensors"):
+            compress(tiny(), "int8", some)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs samples"):
         compress(tiny(), {"recipe": "int8"}, [])
     model = compress(tiny(), {"recipe": "int8"}, samples())

@@ -83,6 +83,20 @@ def test_features_that_are_never_there_touch_no_other() -> None:
     assert (factor[:7, 7] == 0).all()
 
 
+def test_weights_of_features_that_are_never_there_go_first() -> None:
+    weight, _, x = case(3)
+    x = 0.05 * x
+    x[:, ::4] = 0.0
+    hessian = Hessian(IN)
+    hessian.add(x)
+    assert hessian.dead.tolist() == [i % 4 == 0 for i in range(IN)]
+    pruned = prune(weight, hessian.factor(), Pattern(0.5), dead=hessian.dead)
+    assert (pruned[:, ::4] == 0).all()
+    assert float((pruned == 0).float().mean()) == 0.5
+    lost = float((x @ (weight - pruned).T).norm())
+    assert lost < 0.8 * float((x @ (weight - magnitude(weight, Pattern(0.5))).T).norm())
+
+
 def test_nothing_is_lost_where_nothing_is_pruned() -> None:
     weight, hessian, _ = case()
     torch.testing.assert_close(prune(weight, hessian.factor(), Pattern(0.0)), weight)

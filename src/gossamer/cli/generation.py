@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -118,6 +119,7 @@ def load_model(path: Path, dtype: str, progress: bool, device: str = "cpu", show
     wanted = fast_dtype(device)[0] if dtype == "auto" else getattr(torch, dtype)
     if not progress:
         transformers_logging.disable_progress_bar()
+    importlib.import_module("gossamer.compressed")  # so that transformers knows what `gossamer.compress` saved
     try:
         kind = AutoModelForImageTextToText if shown or _reads_images(path) else AutoModelForCausalLM
         model = kind.from_pretrained(path, dtype=wanted, local_files_only=True, trust_remote_code=False)

@@ -60,10 +60,12 @@ def binarise(
     weight: Tensor,
     factor: Tensor | None,
     *,
+    dead: Tensor | None = None,
     block: int = 128,
     search: Search = "weights",
     salient: bool = True,
     split: bool = True,
+    compensate: bool = True,
 ) -> Binarised:
     """BiLLM of a weight ``[out, in]`` (2402.04291, section 3 and algorithm 1).
 
@@ -73,9 +75,10 @@ def binarise(
 
     Args:
         factor: `Hessian.factor` of the layer's inputs, ``[in, in]``; None hands no loss on and ranks by magnitude.
+        dead: `Hessian.dead`; their weights begin as 0.
         search: what errors are measured on. ``"saliency"`` is a quirk of the released code: the search for columns
             sees ``w^2 / U_ii^2`` in place of the weights, and binarises both parts twice.
-        salient, split: without one of the two, as in the paper's ablation.
+        salient, split, compensate: without one of these, as in the paper's ablation; the last hands no loss on.
 
     Raises:
         ValueError: another search, or a block below 1.
@@ -111,7 +114,7 @@ def binarise(
         return values, (w - values) / own.diagonal()
 
     u = torch.eye(features, device=weight.device) if factor is None else factor
-    propagated(weight, u, choose, block)
+    propagated(weight, u, choose, block, dead=dead, hand_on=compensate)
     return Binarised(positive, high, columns, second, mean, scale, block)
 
 

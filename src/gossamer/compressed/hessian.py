@@ -44,10 +44,15 @@ class Hessian:
         """H, fp32 ``[in, in]``."""
         return self.sum * (2.0 / max(1, self.count))
 
+    @property
+    def dead(self) -> Tensor:
+        """Features that never were anything but 0, bool ``[in]``: whatever their weights are, nothing is lost."""
+        return self.sum.diagonal() == 0
+
     def factor(self, damp: float = 0.01) -> Tensor:
         """Upper triangular U ``[in, in]`` with ``H^-1 = U^T U``, of H with ``damp`` of its mean diagonal added to it.
 
-        Features that never were anything but 0 have an own diagonal of 1, so that their columns touch no other.
+        Dead features have the mean diagonal of the others as their own, so that their columns touch no other.
 
         Raises:
             ValueError: nothing was counted, or ``damp`` is not above 0.
@@ -57,14 +62,23 @@ class Hessian:
         if not damp > 0:
             raise ValueError(f"damp must be above 0, got {damp}")
         h = self.matrix().double()
-        diagonal = h.diagonal()
-        diagonal[diagonal == 0] = 1.0
-        diagonal += damp * float(diagonal.mean())
+        diagonal, dead = h.diagonal(), self.dead
+        mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+        diagonal[dead] = mean
+        diagonal += damp * mean
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
         return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def propagated(weight: Tensor, factor: Tensor, choose: Choose, block: int = 128) -> Tensor:
+def propagated(
+    weight: Tensor,
+    factor: Tensor,
+    choose: Choose,
+    block: int = 128,
+    *,
+    dead: Tensor | None = None,
+    hand_on: bool = True,
+) -> Tensor:
     """The compressed weight, fp32 ``[out, in]``: each block is what ``choose`` makes of it, and its loss is handed on.
 
     Args:
@@ -74,12 +88,17 @@ def propagated(weight: Tensor, factor: Tensor, choose: Choose, block: int = 128)
             ``[b, b]``, and its first column; gives its compressed values and each column's loss over ``U_ii``, both
             ``[out, b]``.
         block: columns of a block.
+        dead: features that never are anything but 0, bool ``[in]``; their weights begin as 0, as in the authors' code.
+        hand_on: False leaves later blocks as they are.
     """
     w, out = weight.detach().float().clone(), torch.empty_like(weight, dtype=torch.float32)
+    if dead is not None:
+        w[:, dead] = 0.0
     for start in range(0, w.shape[1], block):
         end = min(start + block, w.shape[1])
         out[:, start:end], errors = choose(w[:, start:end], factor[start:end, start:end], start)
-        w[:, end:] -= errors @ factor[start:end, end:]
+        if hand_on:
+            w[:, end:] -= errors @ factor[start:end, end:]
     return out
 
 

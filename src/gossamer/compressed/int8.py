@@ -139,6 +139,8 @@ class Int8Linear(nn.Module):
     def check(self) -> None:
         """Raise ValueError where what was read from a file is no such weight."""
         scales = bool(self.by_row.isfinite().all()) and bool((self.by_row > 0).all())
+        if bool((self.quantised == -TOP - 1).any()):
+            raise ValueError(f"its weight has numbers below {-TOP}")
         if not (scales and 0.0 < float(self.scale) < float("inf")):
             raise ValueError("its scales are not above 0 and finite")
 
@@ -148,17 +150,24 @@ class Int8Linear(nn.Module):
         return self.quantised.float() * self.by_row[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., out]`` of inputs ``[..., in]``, in their dtype; forward only."""
+        """``[..., out]`` of inputs ``[..., in]``, in their dtype; forward only. Rows that are not finite give NaN."""
         rows = x.reshape(-1, self.in_features)
         scale = float(self.scale)
         wide = rows.float()
+        largest = wide.abs().amax(0) if len(wide) else wide.new_zeros(self.in_features)
+        lost = None
+        if not bool(largest.isfinite().all()):
+            lost = ~wide.isfinite().all(1)
+            wide = wide.masked_fill(lost[:, None], 0.0)
+            largest = wide.abs().amax(0)
         inputs = (wide / scale).round_().clamp_(-TOP, TOP).add_(ZERO).to(torch.uint8)
         out = self._product(inputs, scale)
-        if self.outliers and len(wide):
-            features = (wide.amax(0).maximum(-wide.amin(0)) > TOP * scale).nonzero()[:, 0]
-            if len(features):
-                columns = self.quantised[:, features].float() * self.by_row[:, None]
-                out.addmm_(overflow(wide[:, features], scale), columns.T)
+        features = (largest > TOP * scale).nonzero()[:, 0]
+        if self.outliers and len(features):
+            columns = self.quantised[:, features].float() * self.by_row[:, None]
+            out.addmm_(overflow(wide[:, features], scale), columns.T)
+        if lost is not None:
+            out[lost] = float("nan")
         if self.bias is not None:
             out += self.bias
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -166,12 +175,23 @@ class Int8Linear(nn.Module):
     def _product(self, inputs: Tensor, scale: float) -> Tensor:
         if not (len(inputs) and has_product(inputs.device)):
             return product_by_definition(inputs, scale, self.quantised, self.by_row)
-        state = (self.quantised.data_ptr(), self.quantised._version)
+        # A tensor of inference mode counts no changes.
+        state = (self.quantised.data_ptr(), None if self.quantised.is_inference() else self.quantised._version)
         if self._packed[1] != state:
             self._packed = torch.ops.onednn.qlinear_prepack(self.quantised, None), state
         zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
         more = (None, 1.0, 0, torch.float32, "none", [], "")
         return torch.ops.onednn.qlinear_pointwise(inputs, scale, ZERO, self._packed[0], self.by_row, zero, *more)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
+        """Move; the scales stay in fp32, which their product asks for."""
+        super()._apply(fn, recurse)
+        for name in ("by_row", "scale"):
+            setattr(self, name, getattr(self, name).float())
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": (None, None)}  # which cannot be copied or saved
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, outliers={self.outliers}"

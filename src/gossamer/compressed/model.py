@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -14,12 +15,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from gossamer.compressed.int8 import Int8Linear
 from gossamer.compressed.packed import OneBitLinear, SparseLinear
 from gossamer.compressed.recipes import Recipe, recipe_of
-from gossamer.compressed.sequential import walk
+from gossamer.compressed.sequential import decoder_layers, linear_layers, walk
 
 __all__ = ["METHOD", "CompressedConfig", "CompressedQuantizer", "compress"]
 
 METHOD = "gossamer"
 _KINDS: dict[str, Any] = {"int8": Int8Linear, "sparse": SparseLinear, "one_bit": OneBitLinear}
+_BUFFERS = frozenset(
+    ("quantised", "by_row", "scale", "bitmap", "values", "starts", "positive", "high", "salient", "second", "mean")
+)
 
 
 @register_quantization_config(METHOD)
@@ -31,8 +35,11 @@ class CompressedConfig(QuantizationConfigMixin):
         layers: for each replaced layer by name its ``kind`` and what its buffers' shapes need.
     """
 
-    def __init__(self, recipe: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], **_: Any) -> None:
+    def __init__(self, recipe: Any = None, layers: Any = None, **_: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
+        fits = isinstance(recipe, Mapping) and isinstance(layers, Mapping)
+        if not fits or not all(isinstance(entry, Mapping) for entry in layers.values()):
+            raise ValueError("the quantization_config of a compressed model needs a recipe, and layers by their names")
         self.recipe, self.layers = dict(recipe), {name: dict(entry) for name, entry in layers.items()}
 
 
@@ -49,12 +56,17 @@ class CompressedQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return False
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+        needed: set[str] = set()
         for name, entry in self.quantization_config.layers.items():
             if name not in linears:
                 raise ValueError(f"the compressed model has a layer {name!r}, and {type(model).__name__} has none")
-            _put(model, name, _empty(linears[name], name, entry))
+            layer = _empty(linears[name], name, entry)
+            needed |= {f"{name}.{key}" for key in layer.state_dict()}
+            _put(model, name, layer)
+        if checkpoint_files is not None:
+            _refuse_misfits(checkpoint_files, needed)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -73,6 +85,19 @@ class CompressedQuantizer(HfQuantizer):
         return False
 
 
+def _refuse_misfits(files: Sequence[Any], needed: set[str]) -> None:
+    """Raise ValueError where files lack a tensor of a compressed layer, or have one of a layer that is none."""
+    there: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            there |= set(opened.keys())
+    if missing := sorted(needed - there):
+        raise ValueError(f"the compressed model is damaged: it lacks {len(missing)} tensors, the first {missing[0]}")
+    own = {key for key in there - needed if key.rpartition(".")[2] in _BUFFERS}
+    if own:
+        raise ValueError(f"the compressed model is damaged: nothing says of which layer {min(own)} is")
+
+
 def _empty(linear: nn.Linear, name: str, entry: Mapping[str, Any]) -> nn.Module:
     known = dict(entry)
     kind = known.pop("kind", None)
@@ -83,7 +108,7 @@ def _empty(linear: nn.Linear, name: str, entry: Mapping[str, Any]) -> nn.Module:
     try:
         shape = linear.out_features, linear.in_features, linear.bias is not None, linear.weight.dtype
         return _KINDS[kind].empty(*shape, **known)
-    except (TypeError, ZeroDivisionError, RuntimeError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"layer {name} is described by {known}, which a layer of kind {kind} is not") from error
 
 
@@ -100,7 +125,7 @@ def described(layer: nn.Module) -> dict[str, Any] | None:
 
 def compress(
     model: Any,
-    recipe: Recipe | Mapping[str, Any],
+    recipe: Recipe | Mapping[str, Any] | str,
     samples: Sequence[Tensor],
     *,
     progress: Callable[[str], None] | None = None,
@@ -111,8 +136,8 @@ def compress(
 
     Args:
         model: a causal language model of transformers.
-        recipe: one of `gossamer.compressed.recipes`, or its dictionary.
-        samples: token ids ``[B, T]`` that say what enters the layers.
+        recipe: one of `gossamer.compressed.recipes`, its dictionary, or its name.
+        samples: token ids ``[B, T]`` each, that say what enters the layers.
         progress: told the name of each layer once it is done.
 
     Returns:
@@ -120,8 +145,11 @@ def compress(
 
     Raises:
         ValueError: no samples; a model that is compressed already; or as the recipe has it.
+        TypeError: samples that are no list of ids. Whatever is raised, the model is as it was.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipe_of(recipe)
+    if isinstance(samples, Tensor) or not all(isinstance(x, Tensor) and x.ndim == 2 for x in samples):
+        raise TypeError("samples are a list of tensors of token ids [B, T]")
     if not samples:
         raise ValueError("compressing needs samples: give token ids of some texts")
     if getattr(model.config, "quantization_config", None) is not None:
@@ -146,13 +174,24 @@ def compress(
         if progress is not None:
             progress(name)
 
+    place, layers = decoder_layers(model)
+    former = {f"{place}.{name}": linear for name, linear in linear_layers(layers)}
+    weights = {name: linear.weight for name, linear in former.items()}
+    recipe.check(former)
     made: dict[str, nn.Module] = {}
     training = model.training
     model.eval()
-    walk(model, samples, observe, after if recipe.in_turn else None)
-    with torch.no_grad():
-        replace()
-    model.train(training)
+    try:
+        walk(model, samples, observe, after if recipe.in_turn else None)
+        with torch.no_grad():
+            replace()
+    except BaseException:  # nothing is half done
+        for name, linear in former.items():
+            linear.weight = weights[name]
+            _put(model, name, linear)
+        raise
+    finally:
+        model.train(training)
     entries = {name: entry for name, layer in made.items() if (entry := described(layer)) is not None}
     if entries:
         config = cast(Any, CompressedConfig)(recipe.to_dict(), entries)  # transformers' decorators hide what it takes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,6 +44,14 @@ class PackedLinear(nn.Module):
     def weight(self) -> Tensor:
         """``[out, in]``, made anew each time."""
         raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        """Move; means and scales stay in fp16, and the values become what the model is."""
+        super()._apply(fn, recurse)
+        for name in ("mean", "scale"):
+            if name in self._buffers:
+                self._buffers[name] = getattr(self, name).half()
+        return self
 
     def check(self) -> None:
         """Raise ValueError where what was read from a file is no such weight."""
@@ -98,6 +108,8 @@ class SparseLinear(PackedLinear):
         starts = F.pad(counts.sum(1).cumsum(0), (1, 0))
         if beyond or not torch.equal(starts, self.starts) or int(starts[-1]) != len(self.values):
             raise ValueError(f"its bitmap has {int(starts[-1])} numbers, and {len(self.values)} are there")
+        if not bool(self.values.isfinite().all()):
+            raise ValueError("its numbers are not finite")
 
     @property
     def weight(self) -> Tensor:
@@ -107,6 +119,9 @@ class SparseLinear(PackedLinear):
 
 class OneBitLinear(PackedLinear):
     """A weight of `binarise`: signs, groups, and means and scales of each row and block.
+
+    Besides the sign there is a bit for the group and, at a block of 128, one for means and scales: about 3.1 bits a
+    weight.
 
     Buffers: ``positive``, ``high`` uint8 ``[out, ceil(in / 8)]`` and ``salient`` uint8 ``[ceil(in / 8)]``, bits;
     ``second`` uint8 ``[out, ceil(salient / 8)]``, of the salient columns alone; ``mean``, ``scale`` fp16
@@ -136,17 +151,26 @@ class OneBitLinear(PackedLinear):
 
     @classmethod
     def of(cls, found: Binarised, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> OneBitLinear:
-        """Of what `binarise` found."""
+        """Of what `binarise` found; a block is at most as long as the inputs, or 128."""
         buffers = {name: bits_of(getattr(found, name)) for name in ("positive", "high", "salient")}
         buffers["second"] = bits_of(found.second[:, found.salient])
         buffers |= {name: getattr(found, name).half() for name in ("mean", "scale")}
-        return cls(found.positive.shape[1], int(found.salient.sum()), found.block, buffers, bias, dtype)
+        return cls(
+            found.positive.shape[1],
+            int(found.salient.sum()),
+            min(found.block, max(128, len(found.salient))),
+            buffers,
+            bias,
+            dtype,
+        )
 
     @classmethod
     def empty(
         cls, out_features: int, in_features: int, bias: bool, dtype: torch.dtype, salient: int, block: int
     ) -> OneBitLinear:
         """One to read a file into, on the current device, with so many salient columns."""
+        if not 0 < block <= max(128, in_features) or salient > in_features:
+            raise ValueError(f"block must be 1 to {max(128, in_features)} and salient at most {in_features}")
         width, parts = -(-in_features // 8), (4, out_features, -(-in_features // block))
         shapes = {"positive": (out_features, width), "high": (out_features, width), "salient": (width,)}
         shapes["second"] = (out_features, -(-salient // 8))
@@ -162,12 +186,27 @@ class OneBitLinear(PackedLinear):
             raise ValueError(f"it has {number} salient columns, and second signs of {self.columns}")
         if not bool(self.mean.isfinite().all() and self.scale.isfinite().all()):
             raise ValueError("its means and scales are not finite")
+        for name in ("positive", "high"):
+            if bool(bools_of(getattr(self, name), 8 * self.positive.shape[1])[:, self.in_features :].any()):
+                raise ValueError(f"its {name} bits go beyond the inputs")
 
     @property
     def weight(self) -> Tensor:
-        salient = bools_of(self.salient, self.in_features)
-        second = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=salient.device)
-        second[:, salient] = bools_of(self.second, int(salient.sum()))
-        positive, high = (bools_of(x, self.in_features) for x in (self.positive, self.high))
-        found = Binarised(positive, high, salient, second, self.mean.float(), self.scale.float(), self.block)
-        return found.dequantised().to(self.dtype)
+        salient, made = bools_of(self.salient, self.in_features), []
+        second, positive, high = (
+            bools_of(bits, number)
+            for bits, number in (
+                (self.second, self.columns),
+                (self.positive, self.in_features),
+                (self.high, self.in_features),
+            )
+        )
+        for n in range(self.mean.shape[2]):  # a block at a time: in fp32 groups and signs take many times the weight
+            here = slice(n * self.block, min((n + 1) * self.block, self.in_features))
+            columns, before = salient[here], int(salient[: here.start].sum())
+            twice = torch.zeros(self.out_features, len(columns), dtype=torch.bool, device=salient.device)
+            twice[:, columns] = second[:, before : before + int(columns.sum())]
+            mean, scale = (x[..., n : n + 1].float() for x in (self.mean, self.scale))
+            part = Binarised(positive[:, here], high[:, here], columns, twice, mean, scale, self.block)
+            made.append(part.dequantised().to(self.dtype))
+        return torch.cat(made, dim=1)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from gossamer.compressed.billm import binarise, rounded, sign_and_scale
@@ -41,6 +40,10 @@ class Recipe(ABC):
     def statistic(self, linear: nn.Linear) -> Statistic:
         """What the inputs of a layer are to be added to."""
 
+    def check(self, linears: Mapping[str, nn.Linear]) -> None:
+        """Raise ValueError where one of a model's linear layers does not fit, before anything is done."""
+        return
+
     @abstractmethod
     def replaced(self, linears: Mapping[str, nn.Linear], seen: Mapping[str, Any]) -> dict[str, nn.Module]:
         """New layers by name, of the linear layers that were seen together."""
@@ -49,6 +52,20 @@ class Recipe(ABC):
         """Its name and fields, as JSON has them."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"recipe": self.name, **fields}
+
+
+def _check_pattern(pattern: str | float, linears: Mapping[str, nn.Linear]) -> None:
+    of = Pattern.parse(pattern).of
+    for name, linear in linears.items():
+        if of and linear.in_features % of:
+            raise ValueError(f"{pattern} needs inputs in multiples of {of}, and {name} has {linear.in_features}")
+
+
+def _check_hessian(recipe: Any) -> None:
+    if isinstance(recipe.block, bool) or not isinstance(recipe.block, int) or recipe.block < 1:
+        raise ValueError(f"{recipe.name}.block must be an integer of at least 1, got {recipe.block!r}")
+    if isinstance(recipe.damp, bool) or not isinstance(recipe.damp, (int, float)) or not 0 < recipe.damp < 1e9:
+        raise ValueError(f"{recipe.name}.damp must be a number above 0, got {recipe.damp!r}")
 
 
 class _OneByOne(Recipe):
@@ -84,15 +101,21 @@ class SparseGPT(_ByHessian):
     """Zeros by SparseGPT; ``pattern`` is their share, or N:M (`Pattern.parse`)."""
 
     name: ClassVar[str] = "sparsegpt"
-    pattern: str = "0.5"
+    pattern: str | float = "0.5"
     damp: float = 0.01
     block: int = 128
 
     def __post_init__(self) -> None:
-        Pattern.parse(self.pattern)
+        _check_hessian(self)
+        pattern = Pattern.parse(self.pattern)
+        if pattern.of and self.block % pattern.of:
+            raise ValueError(f"sparsegpt.block must be a multiple of {pattern.of} for {pattern}, got {self.block}")
+
+    def check(self, linears: Mapping[str, nn.Linear]) -> None:
+        _check_pattern(self.pattern, linears)
 
     def layer(self, linear: nn.Linear, seen: Hessian) -> nn.Module:
-        weight = prune(linear.weight, seen.factor(self.damp), Pattern.parse(self.pattern), self.block)
+        weight = prune(linear.weight, seen.factor(self.damp), Pattern.parse(self.pattern), self.block, dead=seen.dead)
         return SparseLinear.of(weight.to(linear.weight.dtype), linear.bias)
 
 
@@ -101,10 +124,13 @@ class Magnitude(_Blind):
     """Zeros where weights are least."""
 
     name: ClassVar[str] = "magnitude"
-    pattern: str = "0.5"
+    pattern: str | float = "0.5"
 
     def __post_init__(self) -> None:
         Pattern.parse(self.pattern)
+
+    def check(self, linears: Mapping[str, nn.Linear]) -> None:
+        _check_pattern(self.pattern, linears)
 
     def layer(self, linear: nn.Linear, seen: Any) -> nn.Module:
         weight = magnitude(linear.weight, Pattern.parse(self.pattern))
@@ -123,10 +149,15 @@ class BiLLM(_ByHessian):
     split: bool = True
     compensate: bool = True
 
+    def __post_init__(self) -> None:
+        _check_hessian(self)
+        if self.search not in ("weights", "saliency"):
+            raise ValueError(f"billm.search must be 'weights' or 'saliency', got {self.search!r}")
+
     def layer(self, linear: nn.Linear, seen: Hessian) -> nn.Module:
-        factor = seen.factor(self.damp) if self.compensate else None
-        options: dict[str, Any] = {"search": self.search, "salient": self.salient, "split": self.split}
-        found = binarise(linear.weight.detach().float(), factor, block=self.block, **options)
+        fields = ("block", "search", "salient", "split", "compensate")
+        options: dict[str, Any] = {name: getattr(self, name) for name in fields}
+        found = binarise(linear.weight.detach().float(), seen.factor(self.damp), dead=seen.dead, **options)
         return OneBitLinear.of(found, linear.bias, linear.weight.dtype)
 
 
@@ -184,8 +215,7 @@ class Int8(Recipe):
 
 
 def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Module:
-    with torch.no_grad():
-        linear.weight.copy_(weight)
+    linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
     return linear
 
 
@@ -194,12 +224,16 @@ RECIPES: dict[str, type[Recipe]] = {
 }
 
 
-def recipe_of(data: Mapping[str, Any]) -> Recipe:
-    """Inverse of `Recipe.to_dict`.
+def recipe_of(data: Mapping[str, Any] | str) -> Recipe:
+    """Inverse of `Recipe.to_dict`; a name alone is the recipe with its defaults.
 
     Raises:
         ValueError: no recipe of that name, or a field or value that it does not have.
     """
+    if isinstance(data, str):
+        data = {"recipe": data}
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a recipe is a name, or a dictionary with 'recipe' and its fields; got {data!r}")
     fields = dict(data)
     name = fields.pop("recipe", None)
     if not isinstance(name, str) or name not in RECIPES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,10 @@ def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, child
 
 
+class _Seen(Exception):
+    """All layers were called."""
+
+
 @dataclass(frozen=True)
 class _Call:
     """What a layer was called with, but for its hidden states."""
@@ -53,7 +57,7 @@ class _Call:
 
 @torch.no_grad()
 def walk(
-    model: nn.Module,
+    model: Any,
     samples: Sequence[Tensor],
     observe: Observe,
     after: Callable[[str, nn.Module], None] | None = None,
@@ -61,7 +65,7 @@ def walk(
     """Show every linear layer its inputs, layer by layer of the model.
 
     Hidden states of all samples are held at once, ``[samples, T, E]``; masks and positions are those that the model
-    itself gave each layer.
+    itself gave each layer, and are held once where samples of one shape have the same.
 
     Args:
         samples: token ids ``[B, T]`` each.
@@ -76,13 +80,30 @@ def walk(
     calls: list[list[_Call]] = [[] for _ in layers]
     hidden: list[Tensor] = []
 
+    held: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def shared(x: Any) -> Any:
+        if isinstance(x, (tuple, list)):
+            return type(x)(shared(item) for item in x)
+        if isinstance(x, dict):
+            return {key: shared(item) for key, item in x.items()}
+        if not isinstance(x, Tensor):
+            return x
+        known = held.setdefault((x.shape, x.dtype), [])
+        same = next((other for other in known if torch.equal(other, x)), None)
+        if same is None:
+            known.append(x)
+        return x if same is None else same
+
     def note(number: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             known = dict(kwargs)
             first = args[0] if args else known.pop("hidden_states")
             if number == 0:
                 hidden.append(first.clone())
-            calls[number].append(_Call(args[1:], known))
+            calls[number].append(_Call(shared(args[1:]), shared(known)))
+            if number == len(layers) - 1:
+                raise _Seen  # the rest of the model, its head above all, is for nothing
 
         return hook
 
@@ -90,7 +111,8 @@ def walk(
         for number, layer in enumerate(layers):
             stack.callback(layer.register_forward_pre_hook(note(number), with_kwargs=True).remove)
         for ids in samples:
-            model(input_ids=ids, use_cache=False)
+            with suppress(_Seen):
+                model(input_ids=ids.to(model.device), use_cache=False)
     if not hidden or any(len(own) != len(samples) for own in calls):
         raise ValueError(f"{type(model).__name__} does not call each of {name} once for a prompt")
     for number, layer in enumerate(layers):

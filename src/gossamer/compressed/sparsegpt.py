@@ -34,18 +34,18 @@ class Pattern:
             raise ValueError(f"share must be in [0, 1), got {self.share}")
 
     @staticmethod
-    def parse(text: str) -> Pattern:
-        """``"0.7"``, or ``"2:4"`` for two of four kept.
+    def parse(text: str | float) -> Pattern:
+        """``"0.7"`` or the number, or ``"2:4"`` for two of four kept.
 
         Raises:
             ValueError: neither.
         """
         try:
-            if ":" in text:
+            if isinstance(text, str) and ":" in text:
                 keep, of = text.split(":")
                 return Pattern(keep=int(keep), of=int(of)) if int(of) else Pattern(share=2.0)
             return Pattern(float(text))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"a pattern is the share of zeros, such as 0.7, or N:M, such as 2:4; got {text!r}"
             ) from error
@@ -54,7 +54,7 @@ class Pattern:
         return f"{self.keep}:{self.of}" if self.of else f"{self.share:g}"
 
 
-def prune(weight: Tensor, factor: Tensor, pattern: Pattern, block: int = 128) -> Tensor:
+def prune(weight: Tensor, factor: Tensor, pattern: Pattern, block: int = 128, *, dead: Tensor | None = None) -> Tensor:
     """A weight ``[out, in]`` with zeros by the pattern, fp32.
 
     The masks of a block of columns are chosen by the least ``w^2 / U_ii^2``: of the whole block at once where the
@@ -63,6 +63,7 @@ def prune(weight: Tensor, factor: Tensor, pattern: Pattern, block: int = 128) ->
 
     Args:
         factor: `Hessian.factor` of the layer's inputs, ``[in, in]``.
+        dead: `Hessian.dead`; their weights are pruned first.
 
     Raises:
         ValueError: M does not divide the inputs, or the block.
@@ -82,7 +83,7 @@ def prune(weight: Tensor, factor: Tensor, pattern: Pattern, block: int = 128) ->
 
         return in_order(w, own, column)
 
-    return propagated(weight, factor, choose, block)
+    return propagated(weight, factor, choose, block, dead=dead)
 
 
 def magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
