@@ -49,15 +49,25 @@ def fills_of(rows: list[FillRow]) -> list[Table]:
     made = []
     for length in dict.fromkeys(row.length for row in rows):
         here = [row for row in rows if row.length == length and not is_span(row)]
-        texts = f"{max(row.texts for row in here)} texts, {max(row.fills for row in here)} fills"
-        above = f"{length:,} tokens, `{here[0].task}`, {texts}."
-        header = ("method, share", "density", "copied right", "others right", "as dense", "top-1", "KL, nats", "lost")
+        above = f"{length:,} tokens, `{here[0].task}`."
+        header = (
+            "method, share",
+            "texts",
+            "fills",
+            "density",
+            "copied right",
+            "others right",
+            "as dense",
+            "top-1",
+            "KL, nats",
+            "lost",
+        )
         body = []
         for row in sorted(here, key=lambda row: (row.method.startswith("sparsed"), share_of(row))):
             figures = (shown(row.figures.get(name)) for name in ("copied_accuracy", "rest_accuracy", "agreement"))
             near = shown(row.figures.get("top1")), shown(row.figures.get("kl"), "{:.2g}")
             lost = shown(row.lost.get("copied_accuracy"), "{:+.3f}")
-            body.append((called(row), f"{row.density:.3f}", *figures, *near, lost))
+            body.append((called(row), row.texts, row.fills, f"{row.density:.3f}", *figures, *near, lost))
         made.append((above, header, body))
     return made
 
@@ -72,12 +82,20 @@ def spans_of(rows: list[FillRow]) -> list[Table]:
     made = []
     for length in dict.fromkeys(row.length for row in rows if is_span(row)):
         here = [row for row in rows if row.length == length and is_span(row)]
-        above = f"{length:,} tokens, {max(row.texts for row in here)} texts, {max(row.fills for row in here)} fills."
-        header = ("blocks, share, sparse steps", "density", "copied right", "others right", "as dense")
+        above = f"{length:,} tokens."
+        header = (
+            "blocks, share, sparse steps",
+            "texts",
+            "fills",
+            "density",
+            "copied right",
+            "others right",
+            "as dense",
+        )
         body = []
         for row in here:
             figures = (shown(row.figures.get(name)) for name in ("copied_accuracy", "rest_accuracy", "agreement"))
-            body.append((called(row), f"{row.density:.3f}", *figures))
+            body.append((called(row), row.texts, row.fills, f"{row.density:.3f}", *figures))
         made.append((above, header, body))
     return made
 
@@ -94,12 +112,14 @@ def overlaps_of(rows: list[OverlapRow]) -> list[Table]:
 
 
 def seconds_of(rows: list[FillRow]) -> list[Table]:
-    """Processor seconds of a step: dense, and sparse."""
+    """Processor seconds of a step: of dense samplings, and of sparse steps."""
+    dense = {row.length: row.cpu_dense for row in rows if called(row) == "dense"}
     body = []
     for row in rows:
-        if row.method.startswith("sparsed(") and row.cpu_dense and row.cpu_sparse and row.sparse is not None:
-            cells = (f"{row.length:,}", called(row), f"{row.sparse:.3f}", f"{1000 * row.cpu_dense:.0f}")
-            body.append((*cells, f"{1000 * row.cpu_sparse:.0f}", f"{row.cpu_dense / row.cpu_sparse:.2f}"))
+        whole = dense.get(row.length)
+        if row.method.startswith("sparsed(") and whole and row.cpu_sparse and row.sparse is not None:
+            cells = (f"{row.length:,}", called(row), f"{row.sparse:.3f}", f"{1000 * whole:.0f}")
+            body.append((*cells, f"{1000 * row.cpu_sparse:.0f}", f"{whole / row.cpu_sparse:.2f}"))
     header = ("tokens", "method, share", "density of sparse steps", "dense step, ms", "sparse step, ms", "times")
     return [("", header, body)] if body else []
 
