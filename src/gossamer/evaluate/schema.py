@@ -365,6 +365,7 @@ _CLIP = Fields(
     },
 )
 _OF_A_FILL = {"task": _TEXT, "length": _LENGTH, "index": _COUNT, "seed": integer(-(2**63))}
+_MORE_OF_A_FILL = {n: _MORE_OF_A_METHOD[n] for n in ("run", "profile", "method_fields", "policy", "task_fields")}
 _STEP = Fields({"density": _SHARE}, dict.fromkeys(("plan_s", "attention_s", "seconds", "cpu_s"), _SECONDS))
 _FILL = Fields(
     {
@@ -372,7 +373,8 @@ _FILL = Fields(
         **{"accuracy": _SCORE, "agreement": _SCORE, "kl": _NATS, "top1": _SHARE},
     },
     {
-        **_MORE_OF_A_METHOD,
+        **_MORE_OF_A_FILL,
+        "dense_because": _MORE_OF_A_METHOD["dense_because"],
         **dict.fromkeys(("copied_accuracy", "rest_accuracy", "copied_agreement"), or_null(_SCORE)),
         **dict.fromkeys(("filled", "copied"), _COUNT),
         "compared": list_of(Fields({"step": _COUNT, "kl": _NATS, "top1": _SHARE})),
@@ -382,7 +384,7 @@ _FILL = Fields(
 _OVERLAP = Fields(
     {"method": _TEXT, **_OF_A_FILL, "chosen": _COUNT, "by_step": list_of(_SHARE, 1), "chance": _SHARE},
     {
-        **_MORE_OF_A_METHOD,
+        **_MORE_OF_A_FILL,
         "blocks": _SHARE,
         "by_head": list_of(list_of(_SHARE, 1)),
         **dict.fromkeys(("seeds", "texts"), list_of(_SHARE)),
