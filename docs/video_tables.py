@@ -19,9 +19,14 @@ def clips_table() -> str:
     parts = []
     for path in sorted(RESULTS.glob("*/video_clips.jsonl")):
         header, *rows = clip_table(clip_rows(read_results(path)))
-        named = [(f"`{row[0].partition('.json(')[0]}`", *row[1:]) for row in rows]
+        named = [(f"`{named_shortly(row[0])}`", *row[1:]) for row in rows]
         parts.append(f"`{path.parent.name}`\n\n{markdown('', tuple(header), named)}")
     return "\n\n".join(parts) or NOT_MEASURED
+
+
+def named_shortly(label: str) -> str:
+    """A profile's name without its hash; without thresholds, which are the same for all."""
+    return label.partition(".json(")[0].replace(",min_tokens=0", "").replace("(min_tokens=0)", "")
 
 
 def claims_table(name: str) -> str:

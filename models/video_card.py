@@ -23,7 +23,7 @@ def write_curve(folder: Path, training: dict[str, Any]) -> None:
     losses = [row["loss"] for row in log[len(log) // 20 :]]
     last = training["steps"]
     panel = Panel(0, "loss of a step (running mean)", "steps", (0, last), (0, 1.3 * max(losses)))
-    for tick in range(0, last + 1, max(1, round(last / 5, -2))):
+    for tick in range(0, last + 1, max(1, last // 5)):
         panel.tick(tick, str(tick))
     sizes = list(dict.fromkeys(row["tokens"] for row in log))
     for n, tokens in enumerate(sizes):

@@ -65,6 +65,13 @@ def test_its_card_is_made_of_its_files() -> None:
     assert found["model"]["fingerprint"] == load_video_model(FOLDER, dtype=torch.bfloat16).fingerprint()
 
 
+def test_what_its_card_says_of_its_clips() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "video_model.json").read_text())
+    assert found["shares"]["colour"] > 0.9
+    assert max(found["shares"][name] for name in ("motion", "shape")) < 0.5
+    assert min(found["of_drawn"][name] for name in ("colour", "motion", "shape", "all")) > 0.9
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("profiles/*.json")), ids=lambda path: path.stem)
 def test_its_profiles_fit_it(path: Path) -> None:
     profile = Profile.load(path)
