@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from repository import script as loaded
 
+from gossamer import SparsePlan
 from gossamer.backends import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="needs the C++ kernels")
@@ -58,6 +61,45 @@ def test_efficiency_is_the_dense_time_times_the_density_over_the_sparse_one(scri
     assert row["blocks"]["efficiency"] == round(2.0 * row["density"] / 0.5, 3)
     assert (row["blocks"]["times_sdpa"], row["blocks"]["times_flex"]) == (6.0, 1.5)
     assert (row["ordered"]["times_dense"], row["ordered"]["times_blocks"]) == (2.0, 0.5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("wrong", [None, "dense", ("blocks", 0.3), ("ordered", 0.2), ("flex", 0.2)])
+def test_a_contender_that_is_off_is_not_timed(script: Any, wrong: Any, dtype: str) -> None:
+    """By a query block that loses a key block."""
+    benchmark = script("bidirectional")
+    case = benchmark.Case(2, 16, 16, 32, dtype)
+    call = case.draw(0)
+    plans = {(kind, d): case.blocks(d, ordered=kind == "ordered") for kind in ("blocks", "ordered") for d in (0.2, 0.3)}
+    runs = {"sdpa": benchmark.sdpa, "dense": partial(benchmark.attended, case.dense())}
+    runs |= {name: partial(benchmark.attended, plan) for name, plan in plans.items()}
+    runs["flex", 0.2] = partial(benchmark.attended, plans["blocks", 0.2])
+    if wrong is None:
+        benchmark.check_kernels(runs, plans, call)
+        return
+    plan = case.dense() if wrong == "dense" else runs[wrong].args[0]
+    mask = torch.ones(1, 4, 8, 8, dtype=torch.bool) if wrong == "dense" else plan.block_mask()
+    mask[0, 0, 2, mask[0, 0, 2].nonzero()[0]] = False
+    less = {"extent": plan.extent, "block_q": 64, "block_k": 64, "q_order": plan.q_order, "k_order": plan.k_order}
+    runs[wrong] = partial(benchmark.attended, SparsePlan.from_block_mask(mask, 512, 512, **less))
+    with pytest.raises(AssertionError, match=f"{wrong if wrong == 'dense' else wrong[0]} .*off what is expected"):
+        benchmark.check_kernels(runs, plans, call)
+
+
+def test_what_the_compiler_raises_is_written_and_a_mismatch_is_raised(script: Any, monkeypatch: Any) -> None:
+    benchmark = script("bidirectional")
+    monkeypatch.setattr(benchmark, "CASES", (benchmark.Case(2, 16, 16, 32, "fp32"),))
+    given = argparse.Namespace(quick=False, tokens=None)
+
+    def refused(_: SparsePlan) -> Any:
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(benchmark, "flex_of", refused)
+    monkeypatch.setattr(benchmark, "rounds_of", lambda _: 1)
+    assert {row["no_flex"] for row in benchmark.kernels(given)} == {"RuntimeError: no compiler"}
+    monkeypatch.setattr(benchmark, "flex_of", lambda _: benchmark.sdpa)
+    with pytest.raises(AssertionError, match=r"flex of 0\.[23] is"):
+        next(benchmark.kernels(given))
 
 
 def test_new_rows_stand_in_the_place_of_old_ones(script: Any) -> None:

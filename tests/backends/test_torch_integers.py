@@ -1,5 +1,6 @@
 """The definition of a quantised plan, against attention with integers written out number by number."""
 
+import importlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,13 @@ from definitions import attention, call_in, everywhere, of_each_head, plan_pairs
 
 from gossamer import AttentionCall, Extent, SparsePlan, backends
 from gossamer.backends import cpu
-from gossamer.backends.torch import attend
+from gossamer.backends.torch import attend, attend_rows
 from gossamer.backends.torch.integers import integers_of
 from gossamer.methods.merging import merge_plans
 from gossamer.plan import Grid
 from gossamer.testing import assert_accurate
+
+definition = importlib.import_module("gossamer.backends.torch.attend")  # the package has a function of its name
 
 pytestmark = pytest.mark.usefixtures("constants")
 
@@ -119,6 +122,34 @@ def test_the_cpu_computes_the_ordinary_product() -> None:
     for got, expected in zip(cpu.attend(call, plan), cpu.attend(call, plan.with_attributes()), strict=True):
         assert torch.equal(got, expected)
     assert_accurate(call, plan, *cpu.attend(call, plan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("integers", [True, False])
+def test_a_backend_is_held_to_what_it_computes(dtype: torch.dtype, *, integers: bool) -> None:
+    """Both products pass, and neither with an error that lies between them."""
+    call = call_in("padded chunk", length=60, dim=32)
+    call = replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.values.to(dtype))
+    plan = plan_of(call, 4)
+    out, lse = attend(call, plan if integers else plan.with_attributes())
+    assert_accurate(call, plan, out, lse)
+    with pytest.raises(AssertionError, match=r"error .* exceeds"):
+        assert_accurate(call, plan, out * 1.02, lse)
+    with pytest.raises(AssertionError, match="lse is off"):
+        assert_accurate(call, plan, out, lse + 0.03)
+
+
+def test_queries_and_keys_are_rounded_once_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    monkeypatch.setattr(definition, "_LOGITS", 1)
+    monkeypatch.setattr(definition, "integers_of", lambda *given: called.append(1) or integers_of(*given))
+    call = call_in("no padding", dim=16)
+    plan = plan_of(call, 2)
+    parts = [attend(call, plan), attend_rows(call, plan, torch.arange(call.query_len))]
+    assert len(called) == 2
+    monkeypatch.undo()
+    for part in parts:
+        torch.testing.assert_close(part, attend(call, plan))
 
 
 def test_it_goes_with_skip_and_not_with_means() -> None:

@@ -147,6 +147,14 @@ def test_heads_of_several_orders_are_merged_once_for_each_mask() -> None:
     assert torch.equal(plans[3].to_mask(), fresh.to_mask())
 
 
+def test_quantised_plans_are_kept_as_others_are() -> None:
+    heads = PerHead([[PARO(order, density=0.3, block=BLOCK, quantised=True) for order in ORDERS[:4]]])
+    state: list[dict] = [{}, {}]
+    plans = [heads.plan(clip(step=step, state=state)) for step in (0, 1)]
+    assert plans[0] is plans[1]
+    assert plans[0].quantised
+
+
 def test_it_needs_the_number_of_steps_and_checks_its_fields() -> None:
     assert PARO().lacks(clip(total=None)) == "the number of steps"
     with pytest.raises(ValueError, match=r"order must be one of FHW, .*, got 'HHW'"):

@@ -172,11 +172,19 @@ def _holds_nan(weight: Tensor) -> bool:
     return weight.is_floating_point() and bool(weight.sum().isnan()) and bool(weight.isnan().any())
 
 
+def _decoder_layers(model: Any) -> nn.ModuleList | None:
+    """The longest list of modules in the part that reads text: a tower for images may have more layers, and stands
+    still where none are given. Lists in a layer, as of experts, do not count."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [own for name, own in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    return max(outer, key=len, default=None)
+
+
 @contextmanager
 def layer_progress(model: nn.Module, title: str) -> Iterator[None]:
     """A bar over the decoder's layers during the first forward pass, on a terminal, if it takes over two seconds."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(lists, key=len, default=None)
+    layers = _decoder_layers(model)
     if layers is None or not sys.stderr.isatty():
         yield
         return

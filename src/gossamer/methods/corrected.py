@@ -23,14 +23,15 @@ class Corrected(Method):
     nats below a row's maximum; `SparsePlan` says what they compute. BLASST's threshold on a weight, ``lambda``, is
     ``skip = -ln(lambda)``; its authors make it proportional to the inverse of the length. ``quantised`` is
     SageAttention's int8 product (2410.02367) where the executor has one; it goes with plans of any kind, and not with
-    ``pruned_mean``.
+    ``pruned_mean``. Plans that the base makes ``quantised`` stay so; ``pruned_mean`` and ``skip`` take the place of the
+    base's own.
 
     Deviation from BLASST: each row decides for itself, where the authors keep a tile for all rows of a kernel's tile if
     one of them needs it.
 
     Fields:
         base: the method; for ``pruned_mean`` and ``skip`` one whose plans are blocks alone (with ``skip``, of multiples
-            of 64 keys), else planning raises a ValueError.
+            of 64 keys), and with ``pruned_mean`` are not quantised, else planning raises a ValueError.
     """
 
     name: ClassVar[str] = "corrected"
@@ -62,6 +63,7 @@ class Corrected(Method):
         return replace(self, base=self.base.of_rank(rank, ranks, heads, groups))
 
     def plan(self, call: AttentionCall) -> SparsePlan:
-        return self.base.plan(call).with_attributes(
-            pruned_mean=self.pruned_mean, skip=self.skip, quantised=self.quantised
+        plan = self.base.plan(call)
+        return plan.with_attributes(
+            pruned_mean=self.pruned_mean, skip=self.skip, quantised=self.quantised or plan.quantised
         )

@@ -83,16 +83,13 @@ class PARO(Denoising):
         return min(number, -(-self.buckets // 2)) if self.halves else number
 
     def plan(self, call: AttentionCall) -> SparsePlan:
-        plan = self._kept_or_made(call)
-        return plan.with_attributes(quantised=True) if self.quantised else plan
-
-    def _kept_or_made(self, call: AttentionCall) -> SparsePlan:
         step, found = step_of(call), kept(call, self)
         total = step.total or 1
         if found is not None and self.bucket(found[0].step, total) == self.bucket(step.number, total):
             return plan_of_rows(call, found)
         order = axis_order(call, self.order)
         plan = plan_of_mask(call, self.mask(call, order), self.block, order)
+        plan = plan.with_attributes(quantised=True) if self.quantised else plan
         keep(call, self, plan, step.number)
         return plan
 

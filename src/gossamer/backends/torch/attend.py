@@ -52,8 +52,9 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     plan.check()  # masks are as large as its numbers say; in kernels that would take too long
     out = torch.empty(*call.q.shape[:3], call.values.shape[-1], dtype=call.q.dtype, device=call.device)
     lse = torch.empty(call.q.shape[:3], dtype=wide(call.q[:0]).dtype, device=call.device)
+    codes = codes_of(call) if plan.quantised else None
     for rows in row_parts(call, torch.arange(call.query_len, device="cpu"), _LOGITS):
-        part, lse[:, :, rows] = _attend_rows(call, plan, rows)
+        part, lse[:, :, rows] = _attend_rows(call, plan, rows, codes)
         out[:, :, rows] = part.to(out.dtype)
     return out, lse
 
@@ -87,14 +88,15 @@ def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Te
     Returns:
         out ``[B, H, R, Dv]`` and lse ``[B, H, R]``, both in the dtype of all arithmetic; dead rows attend nothing.
     """
-    parts = [_attend_rows(call, plan, part) for part in row_parts(call, rows, _LOGITS)]
+    codes = codes_of(call) if plan.quantised else None
+    parts = [_attend_rows(call, plan, part, codes) for part in row_parts(call, rows, _LOGITS)]
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 
-def _attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """At once."""
+def _attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor, codes: Codes | None) -> tuple[Tensor, Tensor]:
+    """At once; from products of integers where there are ``codes``."""
     mask = for_query_heads(plan.rows_mask(rows), call)
-    scores = _integer_logits(call, rows) if plan.quantised else logits(call, rows)
+    scores = logits(call, rows) if codes is None else _integer_logits(call, rows, codes)
     if call.bias is not None:
         scores = scores + of_query_heads(call.bias, call)
     scores = scores.masked_fill(~mask, float("-inf"))
@@ -174,9 +176,8 @@ def _logits(call: AttentionCall, rows: Tensor | slice, keys: Tensor) -> Tensor:
     return soft_capped(products(call, q, keys), call)
 
 
-def _integer_logits(call: AttentionCall, rows: Tensor) -> Tensor:
+def _integer_logits(call: AttentionCall, rows: Tensor, codes: Codes) -> Tensor:
     """As `logits` of all keys, from products of integers."""
-    codes = codes_of(call)
     rows = rows.to(call.device).expand(call.batch, -1)[:, None]
     own, q = codes.q_steps.dtype, codes.q.take_along_dim(rows[..., None], dim=2)
     # Sums of products are integers below 2^24, which fp32 holds.
