@@ -16,6 +16,7 @@ import choices
 import contender_tables
 import decoding_tables
 import demo_tables
+import end_to_end_tables
 import family_tables
 import gpu_tables
 import integer_tables
@@ -149,34 +150,7 @@ def parts_of(sections: dict[str, Any]) -> str | None:
 
 def end_to_end_table() -> str:
     """Seconds of whole layers and of the reference model, by part."""
-    return for_each_machine("end_to_end.json", layers_table)
-
-
-def layers_table(report: dict[str, Any], _: Path) -> str:
-    first = next(iter(report.values()))
-    others = max(row["used_by_others"] or 0 for part in report.values() for row in part["rows"])
-    what = {"layers": "{number} 8B-shaped layer{s}", "reference": "reference model, 6 layers"}
-    return markdown(
-        f"{first['threads']} threads, torch {first['machine']['torch']}, bfloat16; medians of as many rounds as stand "
-        f"there; other programs used up to {others:.0%} of the machine.",
-        ("what", "inputs", "tokens", "method", "rounds", "density", "seconds", "of them attention", "of it planning"),
-        [
-            (
-                what[part].format(number="one" if row["layers"] == 1 else row["layers"], s="s" * (row["layers"] > 1)),
-                "text" if part == "reference" else row.get("inputs", "random"),
-                f"{row['length']:,}",
-                f"`{row['method']}`",
-                len(row.get("each_s", [row["total_s"]])),
-                f"{row['density']:.3f}",
-                f"{row['total_s']:.1f}",
-                f"{row['attention_s']:.1f}",
-                f"{row['plan_s']:.2f}",
-            )
-            for part in what
-            if part in report
-            for row in report[part]["rows"]
-        ],
-    )
+    return for_each_machine("end_to_end.json", end_to_end_tables.layers_table)
 
 
 def vllm_table() -> str:
