@@ -89,15 +89,15 @@ class Case:
 
     def blocks(self, density: float, *, ordered: bool) -> SparsePlan:
         """Blocks by chance and the diagonal; ``ordered``: over ranks, each head with another order of axes."""
-        number, more = ceil_div(self.tokens, BLOCK), dict[str, Any]()
+        number = ceil_div(self.tokens, BLOCK)
+        more: dict[str, Any] = {"extent": self.extent(), "block_q": BLOCK, "block_k": BLOCK}
         generator = torch.Generator().manual_seed(0)
         share = (density * number - 1) / (number - 1)  # besides the diagonal
         mask = torch.rand(1, HEADS, number, number, generator=generator) < share
         if ordered:
             call = self.draw(0)
             order = torch.stack([axis_order(call, ORDERS[1 + head]) for head in range(HEADS)], dim=1).int()
-            more = {"q_order": order, "k_order": order}
-        more |= {"extent": self.extent(), "block_q": BLOCK, "block_k": BLOCK}
+            more |= {"q_order": order, "k_order": order}
         return SparsePlan.from_block_mask(mask | torch.eye(number, dtype=torch.bool), self.tokens, self.tokens, **more)
 
 

@@ -71,7 +71,7 @@ def test_a_contender_that_is_off_is_not_timed(script: Any, wrong: Any, dtype: st
     case = benchmark.Case(2, 16, 16, 32, dtype)
     call = case.draw(0)
     plans = {(kind, d): case.blocks(d, ordered=kind == "ordered") for kind in ("blocks", "ordered") for d in (0.2, 0.3)}
-    runs = {"sdpa": benchmark.sdpa, "dense": partial(benchmark.attended, case.dense())}
+    runs: dict[Any, Any] = {"sdpa": benchmark.sdpa, "dense": partial(benchmark.attended, case.dense())}
     runs |= {name: partial(benchmark.attended, plan) for name, plan in plans.items()}
     runs["flex", 0.2] = partial(benchmark.attended, plans["blocks", 0.2])
     if wrong is None:
