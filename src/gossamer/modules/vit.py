@@ -85,8 +85,8 @@ def _of(own: Any, tokens: int, stage: Stage, options: dict[str, Any]) -> Sparsif
     other += [n for n, _ in (*own.named_parameters(recurse=False), *own.named_buffers(recurse=False))]
     if other or not {"qkv", "proj"} <= parts.keys() or not hasattr(own, "num_heads"):
         raise ValueError(
-            f"expected plain attention of timm, with qkv, proj and num_heads, no norms, no dropout and no parameters or "
-            f"buffers beside them; {type(own).__name__} has {', '.join(other) or ', '.join(parts) or 'no parts'}"
+            f"expected plain attention of timm, with qkv, proj and num_heads, no norms, no dropout and no parameters "
+            f"or buffers beside them; {type(own).__name__} has {', '.join(other) or ', '.join(parts) or 'no parts'}"
         )
     weight, bias = own.qkv.weight, own.qkv.bias
     biased = bias is not None or own.proj.bias is not None
