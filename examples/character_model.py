@@ -4,10 +4,10 @@
 
 Combiner stands beside the pattern that it completes (`fixed`: a span, and the last token of each span before it), the
 Routing Transformer, with a local and a routing head, beside two local heads (`window_heads`), and SeqBoat beside itself
-with every token active (`seqboat_local`); each pair reads as many keys. All models have the same
-two layers, see the same samples in the same order, and are asked for the same held-out text, of files that they were
-not trained on. Some hundred steps at one rate do not decide which is better; raise ``--steps`` for that. The table has means over the seeds, and the range from best to worst. ``--quick`` takes a few steps of
-one seed.
+with every token active (`seqboat_local`); each pair reads as many keys. All models have the same two layers, see the
+same samples in the same order, and are asked for the same held-out text, of files that they were not trained on. The
+table has means over the seeds, and the range from best to worst. Some hundred steps at one rate do not decide which is
+better; raise ``--steps`` for that. ``--quick`` takes a few steps of one seed.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@
 Every table has columns from random numbers, some mixed from others, and classes from a random network or a random tree
 of some of its columns: a small prior of the kind that such models are trained on. Three variants of Orion-MSP see the
 same tables: with dense rows, with the links that its paper means, and with the links of its release (no window, random
-links drawn anew at each call, and rows that reach each other where they read the memory). Then, on tables that none has seen, their accuracy on the unlabelled rows stands beside
-logistic regression and the nearest neighbours, fitted to the labelled rows of each; both are written out below, since
-they are a few lines and the library needs torch alone. A test holds them to the same models written in another way,
-and, where scikit-learn is installed, to its own.
+links drawn anew at each call, and rows that reach each other where they read the memory). Then, on tables that none has
+seen, their accuracy on the unlabelled rows stands beside logistic regression and the nearest neighbours, fitted to the
+labelled rows of each; both are written out below, since they are a few lines and the library needs torch alone. A test
+holds them to the same models written in another way, and, where scikit-learn is installed, to its own.
 Columns are scaled and classes cut by labelled rows alone: how the labelled rows fall says nothing about the others. A
 variant sees 5 thousand tables here, and the published model saw 51 million in its first stage: do not expect it to
 come near. Groups of columns are means, since learned ones lose the order of columns.
@@ -113,7 +113,7 @@ def logistic(x: Tensor, y: Tensor) -> Tensor:
 
 
 def regression(x: Tensor, y: Tensor) -> Tensor:
-    """Weights ``[COLUMNS + 1]`` of the labelled rows' columns, and what is added, with scikit-learn's penalty, C = 1."""
+    """Weights ``[COLUMNS + 1]`` of the labelled rows' columns, and what is added; scikit-learn's penalty, C = 1."""
     weights = torch.zeros(COLUMNS + 1, requires_grad=True)
     wide, wanted = F.pad(x[:LABELLED], (0, 1), value=1.0), y[:LABELLED].float()
     optimizer = torch.optim.LBFGS([weights], max_iter=50, line_search_fn="strong_wolfe")

@@ -6,9 +6,9 @@
 
 A dense ViT is trained to name the two shapes of an image, 10 pairs of 4. Its attention is then masked: by what
 Sparsifiner's predictor chooses (first stage: the predictor learns the dense attention), by the keys that have most of
-it, which needs all of it (in the second layer the attention of the masked model, which is no longer the dense one's), by
-the nearest patches, and by chance; each with as many keys a row, the class token's row open. Then each is trained on
-with its mask, and the dense one without (second stage, the same steps, images and loss). The table has the share of the
+it, which needs all of it (in the second layer the masked model's attention, which is no longer the dense one's), by the
+nearest patches, and by chance; each with as many keys a row, the class token's row open. Then each is trained on with
+its mask, and the dense one without (second stage, the same steps, images and loss). The table has the share of the
 dense attention's mass that a choice keeps, and the accuracy before and after the second stage, on images that none has
 seen; ``--out`` writes the rows of every seed as JSON.
 """

@@ -98,7 +98,7 @@ def test_neighbours_are_those_of_a_sorted_list(tables: Any) -> None:
     known = list(zip(x.tolist(), y.tolist(), strict=True))[: tables.LABELLED]
     expected = []
     for row in x[tables.LABELLED :].tolist():
-        near = sorted(known, key=lambda one: sum((a - b) ** 2 for a, b in zip(one[0], row, strict=True)))[:5]  # noqa: B023
+        near = sorted(known, key=lambda one: sum((a - b) ** 2 for a, b in zip(one[0], row, strict=True)))[:5]
         expected.append(int(sum(label for _, label in near) > 2))
     assert tables.neighbours(x, y).tolist() == expected
 
