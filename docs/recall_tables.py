@@ -8,7 +8,7 @@ from typing import Any
 from marked import markdown
 
 from gossamer.evaluate.mqar.routers import ROLES
-from gossamer.evaluate.mqar.summary import RecallRow, near_and_far, recall_rows
+from gossamer.evaluate.mqar.summary import RecallRow, guess, near_and_far, recall_rows
 from gossamer.evaluate.summary import read_results
 
 IMAGES = Path(__file__).resolve().parent / "images"
@@ -27,6 +27,7 @@ def recall_tables(path: Path) -> list[Table]:
         here = [row for row in rows if (row.settings, row.task) == group]
         edges = sorted({edge for row in here for edge, _ in near_and_far(row)})
         above = f"Setting `{', '.join(group[0])}`, `{group[1]}`; {machine['processor']} (`{path.parent.name}`)."
+        above += f" A guess among a sequence's own values is right in {guess(here[0]):.3g}."
         header = ("layers", "width", "accuracy", "worst to best", "seeds", *(f"to {edge}" for edge in edges))
         made.append((above, (*header, "state", "logits", "of dense"), [recall_row(row, edges) for row in here]))
     return made
@@ -53,25 +54,46 @@ def costs_of(found: dict[str, Any]) -> Table:
     by = {(row["module"], row["what"]): row for row in found["summary"]}
     kinds = [what for what in WHAT if any(row["what"] == what for row in found["summary"])]
     longest = max(row["longest"] for row in found["summary"])
+    each = ("exponent", "of the last doubling", "faster from", f"times dense at {longest:,}")
+    if any(row["times_gossamer"] is not None for row in found["summary"]):
+        each = (*each, f"times dense on gossamer's kernels at {longest:,}")
     rows = []
     for name in dict.fromkeys(row["module"] for row in found["summary"]):
         cells: list[Any] = [f"`{name}`"]
         for what in kinds:
             row = by.get((name, what))
             if row is None:
-                cells += [""] * 4
+                cells += [""] * len(each)
                 continue
-            even = "" if name == "dense" else "never" if row["break_even"] is None else f"{row['break_even']:,}"
-            times = _number(row["times_dense"]) + ("" if row["longest"] == longest else f" at {row['longest']:,}")
-            cells += [_number(row["exponent"]), _number(row["last_exponent"]), even, times]
+            if row["beside"] not in ("dense", name):
+                cells[0] = f"`{name}`, beside `{row['beside']}`"
+            at = "" if row["longest"] == longest else f" at {row['longest']:,}"
+            times = [_number(row[key]) for key in ("times_dense", "times_gossamer")[: len(each) - 3]]
+            # Of two lengths there is only the last doubling.
+            exponents = _number(row["exponent"] if row["lengths"] > 2 else None), _number(row["last_exponent"])
+            cells += [*exponents, _even(row), *(f"{one}{at}" if one else "" for one in times)]
         rows.append(tuple(cells))
-    each = ("exponent", "of the last doubling", "faster from", f"times dense at {longest:,}")
     tokens = f" Decoding is of {found['decoded_tokens']} tokens, one by one." if "decode" in kinds else ""
     above = (
         f"{found['machine']['cpu']}, {found['threads']} threads, fp32, width {found['width']}, {found['heads']} heads; "
-        f"medians of {found['rounds']} rounds. A step is a forward and a backward pass.{tokens}"
+        f"medians of {found['rounds']} rounds, while others used {_load(found['rows'])} of the machine. A step is a "
+        f"forward and a backward pass.{tokens}"
     )
     return above, ("layer", *(f"{WHAT[what]}: {name}" for what in kinds for name in each)), rows
+
+
+def _even(row: dict[str, Any]) -> str:
+    """From which length a layer is faster; the shortest that was timed bounds it from above alone."""
+    if row["module"] == row["beside"]:
+        return ""
+    if row["break_even"] is None:
+        return "never"
+    return f"{'≤ ' if row['break_even'] == row['shortest'] else ''}{row['break_even']:,}"
+
+
+def _load(rows: list[dict[str, Any]]) -> str:
+    shares = [row["used_by_others"] for row in rows if row["used_by_others"] is not None]
+    return f"{min(shares):.0%} to {max(shares):.0%}" if shares else "an unknown share"
 
 
 def costs_table() -> str:

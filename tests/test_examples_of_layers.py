@@ -79,13 +79,46 @@ def test_rows_without_a_label_change_nothing_of_those_with_one(tables: Any, monk
     assert torch.equal(y[:, : tables.LABELLED], classes[:, : tables.LABELLED])
 
 
-def test_logistic_regression_is_scikit_learns(tables: Any) -> None:
+def test_logistic_regression_is_newtons_method_with_a_penalty_of_one(tables: Any) -> None:
+    for x, y in zip(*tables.tables(4, torch.Generator().manual_seed(2)), strict=True):
+        rows = torch.cat([x, torch.ones(len(x), 1)], 1)[: tables.LABELLED].double()
+        weights, penalty = rows.new_zeros(tables.COLUMNS + 1), torch.eye(tables.COLUMNS + 1, dtype=torch.float64)
+        penalty[-1, -1] = 0.0
+        for _ in range(30):
+            chance = (rows @ weights).sigmoid()
+            slope = rows.T @ (chance - y[: tables.LABELLED]) + penalty @ weights
+            weights = weights - torch.linalg.solve(rows.T @ (rows * (chance * (1 - chance))[:, None]) + penalty, slope)
+        torch.testing.assert_close(tables.regression(x, y).double(), weights, atol=1e-3, rtol=1e-3)
+        there = [float(row @ weights[:-1] + weights[-1]) > 0 for row in x[tables.LABELLED :].double()]
+        assert tables.logistic(x, y).tolist() == [int(one) for one in there]
+
+
+def test_neighbours_are_those_of_a_sorted_list(tables: Any) -> None:
+    (x,), (y,) = tables.tables(1, torch.Generator().manual_seed(3))
+    known = list(zip(x.tolist(), y.tolist(), strict=True))[: tables.LABELLED]
+    expected = []
+    for row in x[tables.LABELLED :].tolist():
+        near = sorted(known, key=lambda one: sum((a - b) ** 2 for a, b in zip(one[0], row, strict=True)))[:5]
+        expected.append(int(sum(label for _, label in near) > 2))
+    assert tables.neighbours(x, y).tolist() == expected
+
+
+def test_fitted_models_are_scikit_learns(tables: Any) -> None:
+    """Runs where it is installed."""
     linear_model = pytest.importorskip("sklearn.linear_model", reason="the baselines need torch alone")
+    nearest = pytest.importorskip("sklearn.neighbors", reason="the baselines need torch alone")
     for x, y in zip(*tables.tables(8, torch.Generator().manual_seed(2)), strict=True):
         theirs = linear_model.LogisticRegression(max_iter=500, tol=1e-8).fit(
             *(z[: tables.LABELLED].numpy() for z in (x, y))
         )
         assert tables.logistic(x, y).tolist() == theirs.predict(x[tables.LABELLED :].numpy()).tolist()
+        five = nearest.KNeighborsClassifier(5).fit(*(z[: tables.LABELLED].numpy() for z in (x, y)))
+        assert tables.neighbours(x, y).tolist() == five.predict(x[tables.LABELLED :].numpy()).tolist()
+
+
+def test_variants_of_orion_differ_as_their_names_say(tables: Any) -> None:
+    assert [bool(options.get("mixing")) for options in tables.VARIANTS.values()] == [False, False, True]
+    assert tables.VARIANTS["Orion-MSP, as released"] == {"window": None, "random": 1, "seed": None, "mixing": True}
 
 
 def test_models_that_are_fitted_to_a_table_find_what_is_plain(tables: Any) -> None:

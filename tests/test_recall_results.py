@@ -12,7 +12,7 @@ from repository import ROOT, script
 from gossamer.evaluate.mqar.data import Plain
 from gossamer.evaluate.mqar.mixers import parse_mixer
 from gossamer.evaluate.mqar.settings import Cell
-from gossamer.evaluate.mqar.summary import RecallRow, near_and_far, recall_rows
+from gossamer.evaluate.mqar.summary import RecallRow, guess, near_and_far, recall_rows
 from gossamer.evaluate.summary import read_results
 
 
@@ -29,7 +29,10 @@ def test_the_table_of_recall(tmp_path: Path) -> None:
     lines = [run, line("dense", 0, 1.0), line("dense", 1, 0.5), line("window(4)+dense", 0, 0.25, "small")]
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
     quick, small = script("docs/recall_tables.py").recall_tables(path)
-    assert quick[0] == "Setting `quick`, `plain(vocabulary=256,length=64,pairs=8)`; a processor (`machine`)."
+    assert quick[0] == (
+        "Setting `quick`, `plain(vocabulary=256,length=64,pairs=8)`; a processor (`machine`). "
+        "A guess among a sequence's own values is right in 0.125."
+    )
     assert quick[1] == (
         *("layers", "width", "accuracy", "worst to best", "seeds", "to 16", "to 32", "state", "logits", "of dense"),
     )
@@ -37,17 +40,23 @@ def test_the_table_of_recall(tmp_path: Path) -> None:
     assert [row[0] for row in small[2]] == ["`window(4)+dense`"]
 
 
+NAMED = (("dense", None), ("fast", 2048), ("fastest", 1024), ("slow", None))
+
+
 def test_the_table_of_costs() -> None:
     def row(module: str, what: str, even: int | None) -> dict[str, Any]:
-        figures = {"exponent": 1.5, "last_exponent": 2.0, "longest": 4096, "times_dense": 0.5}
+        figures = {"exponent": 1.5, "last_exponent": 2.0, "times_dense": 0.5, "times_gossamer": None, "beside": "dense"}
+        figures |= {"lengths": 3, "shortest": 1024, "longest": 4096}
         return {"module": module, "what": what, "break_even": even, **figures}
 
-    summary = [row(m, w, n) for m, n in (("dense", None), ("fast", 2048), ("slow", None)) for w in ("forward", "step")]
-    found = {"machine": {"cpu": "a cpu"}, "threads": 2, "width": 256, "heads": 4, "rounds": 5, "summary": summary}
+    summary = [row(m, w, n) for m, n in NAMED for w in ("forward", "step")]
+    about = {"machine": {"cpu": "a cpu"}, "threads": 2, "width": 256, "heads": 4, "rounds": 5}
+    found = about | {"rows": [{"used_by_others": share} for share in (0.25, None, 0.125)], "summary": summary}
     above, header, rows = script("docs/recall_tables.py").costs_of(found)
-    assert above.startswith("a cpu, 2 threads, fp32, width 256, 4 heads; medians of 5 rounds")
+    assert above.startswith("a cpu, 2 threads, fp32, width 256, 4 heads; medians of 5 rounds, while")
+    assert "while others used 12% to 25% of the machine" in above
     assert header[4] == "forward: times dense at 4,096"
-    assert [cells[3] for cells in rows] == ["", "2,048", "never"]
+    assert [cells[3] for cells in rows] == ["", "2,048", "≤ 1,024", "never"]
     assert rows[1] == ("`fast`", *("1.50", "2.00", "2,048", "0.50") * 2)
 
 
@@ -61,14 +70,18 @@ def test_the_table_of_characters() -> None:
 
 
 def test_layers_that_stop_early_say_where_and_layers_that_do_not_decode_leave_it_empty() -> None:
-    figures = {"exponent": 1.0, "last_exponent": 1.0, "break_even": 64, "times_dense": 2.0}
-    rows = [("dense", "forward", 256), ("short", "forward", 128), ("dense", "decode", 256)]
-    summary = [{"module": m, "what": w, "longest": n, **figures} for m, w, n in rows]
+    figures = {"exponent": 1.0, "last_exponent": 1.0, "break_even": 64, "times_dense": 2.0, "shortest": 64}
+    rows = [("dense", "forward", 256, 3), ("short", "forward", 128, 2), ("dense", "decode", 256, 3)]
+    more = [{"module": m, "what": w, "longest": n, "lengths": count} for m, w, n, count in rows]
+    figures |= {"beside": "dense_bidirectional", "times_gossamer": 0.25}
+    summary = [one | figures for one in more]
     found = {"machine": {"cpu": "a cpu"}, "threads": 2, "width": 8, "heads": 2, "rounds": 3, "decoded_tokens": 16}
+    found["rows"] = [{"used_by_others": None}]
     above, header, made = script("docs/recall_tables.py").costs_of({**found, "summary": summary})
     assert "Decoding is of 16 tokens" in above
-    assert header[5] == "decoding: exponent"
-    assert made[1] == ("`short`", "1.00", "1.00", "64", "2.00 at 128", *[""] * 4)
+    assert header[6] == "decoding: exponent"
+    cells = ("", "1.00", "≤ 64", "2.00 at 128", "0.25 at 128")  # two lengths have no exponent but the last
+    assert made[1] == ("`short`, beside `dense_bidirectional`", *cells, *[""] * 5)
 
 
 def test_the_table_of_what_routers_activate() -> None:
@@ -152,11 +165,11 @@ def test_a_dynamic_mask_recalls_in_two_seeds_of_three() -> None:
     assert f"{lost['accuracy']:.3f} at the end" in text
 
 
-def test_attention_needs_no_width_and_convolutions_do() -> None:
+def test_attention_needs_no_width_and_two_convolutions_guess() -> None:
     dense = [measured("dense", width).accuracy for width in (16, 32, 64)]
     convolved = [measured("convolution", width).accuracy for width in (16, 32, 64)]
     assert [round(x, 3) for x in dense] == [0.992, 0.997, 0.998]
-    assert [round(x, 3) for x in convolved] == [0.069, 0.13, 0.144]
+    assert max(convolved) < guess(measured("convolution")) + 0.02
     assert round(measured("seqboat(16)").accuracy, 3) == 0.020
 
 
@@ -183,15 +196,18 @@ def test_routing_beats_local_attention_where_pairs_are_scattered() -> None:
 def test_what_the_page_says_of_costs() -> None:
     found = json.loads((FILE.parent / "modules.json").read_text())
     steps = {row["module"]: row for row in found["summary"] if row["what"] == "step"}
-    assert {row["longest"] for row in steps.values()} == {32768}
     said = {"window": 27, "combiner": 12, "routing": 9.8}
+    assert {steps[name]["longest"] for name in ("dense", "dense_gossamer", *said)} == {32768}
     assert {name: steps[name]["times_dense"] for name in said} == {
         name: pytest.approx(times, rel=0.03) for name, times in said.items()
     }
+    ours = {name: round(steps[name]["times_gossamer"], 1) for name in said}
+    assert ours == {"window": 11.7, "combiner": 5.3, "routing": 4.3}
+    assert round(steps["dense_gossamer"]["times_dense"], 1) == 2.3
+    assert "dynamic_mask" not in steps
     in_torch = [steps[name] for name in ("combiner_axial", "combiner_logsparse", "seqboat")]
     assert all(1290 < row["break_even"] < 6200 for row in in_torch)
     assert all(1.85 < row["times_dense"] < 3.85 for row in in_torch)
-    assert all(row["last_exponent"] > row["exponent"] for row in steps.values())
 
 
 def test_what_the_page_says_of_variants_and_decoding() -> None:
@@ -204,12 +220,14 @@ def test_what_the_page_says_of_variants_and_decoding() -> None:
     assert round(times["seqboat_relu2", "step"], 1) == 5.3
     decoded = [round(times[name, "decode"]) for name in ("combiner", "seqboat", "seqboat_relu2")]
     assert decoded == [28, 10, 27]
-    assert round(1 / times["routing_prefix", "decode"]) == 11
+    assert ("routing_prefix", "decode") not in by
+    assert {row["used_by_others"] > 0.5 for row in found["rows"]} == {True}
     whole = {"routing_prefix": (0.12, 4096), "sparsifiner": (0.03, 2048), "orion_columns": (0.13, 2048)}
     assert {n: (round(times[n, "forward"], 2), by[n, "forward"]["longest"]) for n in whole} == whole
     assert round(times["combiner_learnable", "forward"], 3) == 0.007
     dense = [row["median_s"] for row in found["rows"] if (row["module"], row["what"]) == ("dense", "step")]
-    assert by["combiner_learnable", "step"]["exponent"] > 2.5 > by["dense", "step"]["exponent"]
+    assert by["combiner_learnable", "step"]["lengths"] == 2
+    assert {by[name, "step"]["beside"] for name in ("sparsifiner", "orion_columns")} == {"dense"}
     assert len(dense) == 6
     assert all(by[name, what]["break_even"] is None for name in whole for what in ("forward", "step"))
 

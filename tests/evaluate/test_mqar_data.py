@@ -180,6 +180,8 @@ WRONG: list[tuple[type[Variant], dict[str, Any], str]] = [
     (Compositional, {"vocabulary": 8, "pairs": 4}, "has 1 keys"),
     (Stacked, {"length": 10, "pairs": 4}, r"pairs \* \(passes \+ 1\) = 8"),
     (Stacked, {"length": 8, "pairs": 4, "fillers": "random"}, "has no fillers"),
+    (Stacked, {"length": 8, "pairs": 4, "power": 0.5}, "has no power law, got power=0.5"),
+    (Scattered, {"power": 1.0}, "has no power law"),
 ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from gossamer.evaluate.mqar import Compositional, Forgetting, Plain, Scattered, Stacked
 from gossamer.evaluate.mqar.data import IGNORED, Examples
@@ -59,6 +60,23 @@ def test_shares_are_of_what_the_router_activates() -> None:
         layer.hidden_proj.weight[1, 0] = 1.0
         layer.hidden_proj.weight[0, 1] = 1.0
     assert activated(model, task, task.make(6, 0)) == [{"filler": 0.0, "key": 0.0, "value": 1.0, "query": 0.0}]
+
+
+def test_a_test_goes_through_in_parts_to_the_same_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    task, sizes = Plain(40, 24, 4), []
+    model = RecallModel(task, parse_mixer("seqboat(4)"), 8, layers=2)
+    examples = task.make(7, 0)
+    whole = activated(model, task, examples)
+    monkeypatch.setattr("gossamer.evaluate.mqar.routers.TEST_BATCH", 3)
+
+    def count(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        sizes.append(len(given[0]))
+
+    model.register_forward_pre_hook(count)
+    assert activated(model, task, examples) == whole
+    assert sizes == [3, 3, 1]
+    assert len(whole) == 2
 
 
 def test_a_result_says_what_its_routers_activate() -> None:

@@ -271,12 +271,13 @@ def test_the_best_rate_of_each_seed_counts() -> None:
         "seeds",
         "to 8",
         "to 16",
+        "guess",
         "state",
         "logits",
         "of dense",
         "steps",
     ]
-    assert table[1] == ["dense", "32", "0.625", "0.500-0.750", "2", "0.50", "0.62", "128", "16.2", "50%", "10"]
+    assert table[1] == ["dense", "32", "0.625", "0.500-0.750", "2", "0.50", "0.62", "0.125", "128", "16.2", "50%", "10"]
 
 
 def test_other_trainings_and_tasks_have_rows_of_their_own() -> None:

@@ -99,6 +99,31 @@ def test_attention_that_is_another_function_is_refused_and_nothing_is_replaced(
     assert all(isinstance(block.attn, Attention) for block in vit.blocks)
 
 
+def test_attention_with_parameters_or_buffers_of_its_own_is_refused() -> None:
+    biased, indexed, bare = Vit(), Vit(), Vit()
+    biased.blocks[1].attn.relative_position_bias_table = nn.Parameter(torch.zeros(3))
+    indexed.blocks[0].attn.register_buffer("relative_position_index", torch.zeros(3))
+    del bare.blocks[1].attn
+    for vit, named in (
+        (biased, "relative_position_bias_table"),
+        (indexed, "relative_position_index"),
+        (bare, "block 1 has none"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            sparsify_vit(vit)
+
+
+def test_what_was_frozen_stays_frozen() -> None:
+    vit = Vit(bias=False)
+    vit.requires_grad_(False)
+    vit.blocks[0].attn.proj.weight.requires_grad_(True)
+    sparsify_vit(vit)
+    layers = [layer for layer in vit.modules() if isinstance(layer, SparsifinerAttention)]
+    trained = [{n for n, p in layer.projections.named_parameters() if p.requires_grad} for layer in layers]
+    assert trained == [{"o_proj.weight"}, set()]
+    assert all(p.requires_grad for layer in layers for p in layer.predictor.parameters())
+
+
 def test_models_without_one_class_token_are_refused() -> None:
     vit = Vit()
     vit.num_prefix_tokens = 5

@@ -72,6 +72,14 @@ class Centroids(nn.Module):
         """Cosine of tokens ``[B, H, T, D]`` and centroids, ``[B, H, T, C]``; no gradient."""
         return F.normalize(x.detach(), dim=-1) @ self.means.to(x.dtype).transpose(-1, -2)
 
+    def scores_of(self, clusters: Tensor, x: Tensor) -> Tensor:
+        """Cosine of tokens ``[B, H, T, D]`` and the centroids of ``clusters [B, H, S]``, ``[B, H, S, T]``."""
+        if clusters.shape[2] < self.means.shape[1]:  # so few need not be looked up among the scores of all centroids
+            head = torch.arange(len(self.means), device=x.device)[:, None]
+            return self.means[head, clusters].to(x.dtype) @ F.normalize(x.detach(), dim=-1).transpose(-1, -2)
+        every = self.scores(x).transpose(-1, -2)  # [B, H, C, T]
+        return every.gather(2, clusters[..., None].expand(-1, -1, -1, x.shape[2]))
+
     def nearest(self, x: Tensor) -> Tensor:
         """Cluster of each token, int64 ``[B, H, T]``; of equally near ones the first."""
         return self.scores(x).argmax(-1)

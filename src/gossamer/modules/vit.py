@@ -59,7 +59,7 @@ def sparsify_vit(
 
     Raises:
         ValueError: the model has not one class token, or attention that this cannot stand in for: with norms of
-            queries and keys, with dropout, or of another make.
+            queries and keys, with dropout, with parameters or buffers of its own (a position bias), or of another make.
     """
     blocks = getattr(vit, "blocks", None)
     prefix = getattr(vit, "num_prefix_tokens", 1)
@@ -69,6 +69,8 @@ def sparsify_vit(
             f"{0 if blocks is None else len(blocks)} blocks and {prefix} tokens before the patches"
         )
     tokens = int(vit.patch_embed.num_patches) + 1  # pyright: ignore
+    if without := [n for n, block in enumerate(blocks) if not isinstance(getattr(block, "attn", None), nn.Module)]:
+        raise ValueError(f"expected an attn in every block, as timm's have it; block {without[0]} has none")
     made = [_of(block.attn, tokens, stage, options) for block in blocks]  # all, before the first takes its place
     for block, attention in zip(blocks, made, strict=True):
         block.attn = HostedAttention(attention, record).train(block.attn.training)
@@ -79,10 +81,12 @@ def _of(own: Any, tokens: int, stage: Stage, options: dict[str, Any]) -> Sparsif
     parts = dict(own.named_children())
     other = sorted(parts.keys() - _PARTS) + [n for n in ("q_norm", "k_norm", "norm") if not _nothing(parts.get(n))]
     other += [n for n in ("attn_drop", "proj_drop") if getattr(parts.get(n), "p", 0.0)]
-    if other or not {"qkv", "proj"} <= parts.keys():
+    # Such as BEiT's position bias, which the function reads beside qkv and proj.
+    other += [n for n, _ in (*own.named_parameters(recurse=False), *own.named_buffers(recurse=False))]
+    if other or not {"qkv", "proj"} <= parts.keys() or not hasattr(own, "num_heads"):
         raise ValueError(
-            f"expected plain attention of timm, with qkv and proj, no norms and no dropout; {type(own).__name__} has "
-            f"{', '.join(other) or ', '.join(parts) or 'no parts'}"
+            f"expected plain attention of timm, with qkv, proj and num_heads, no norms, no dropout and no parameters "
+            f"or buffers beside them; {type(own).__name__} has {', '.join(other) or ', '.join(parts) or 'no parts'}"
         )
     weight, bias = own.qkv.weight, own.qkv.bias
     biased = bias is not None or own.proj.bias is not None
@@ -91,13 +95,19 @@ def _of(own: Any, tokens: int, stage: Stage, options: dict[str, Any]) -> Sparsif
     to = made.projections
     with torch.no_grad():
         for n, proj in enumerate((to.q_proj, to.k_proj, to.v_proj)):
-            proj.weight.copy_(weight.chunk(3)[n])
+            _take(proj.weight, weight, n, 3)
             if biased:
-                proj.bias.copy_(torch.zeros_like(proj.bias) if bias is None else bias.chunk(3)[n])
-        to.o_proj.weight.copy_(own.proj.weight)
+                _take(proj.bias, bias, n, 3)
+        _take(to.o_proj.weight, own.proj.weight)
         if biased:
-            to.o_proj.bias.copy_(torch.zeros_like(to.o_proj.bias) if own.proj.bias is None else own.proj.bias)
+            _take(to.o_proj.bias, own.proj.bias)
     return made
+
+
+def _take(to: nn.Parameter, given: nn.Parameter | None, part: int = 0, parts: int = 1) -> None:
+    """A part of a parameter, and whether it is trained; where there was none zeros, which stay."""
+    to.copy_(torch.zeros_like(to) if given is None else given.chunk(parts)[part])
+    to.requires_grad_(given is not None and given.requires_grad)
 
 
 def _nothing(part: nn.Module | None) -> bool:

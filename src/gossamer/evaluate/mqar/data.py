@@ -206,6 +206,10 @@ class Scattered(Variant):
 
     name: ClassVar[str] = "scattered"
 
+    def __post_init__(self) -> None:
+        _no_power(self)
+        super().__post_init__()
+
     @property
     def needed(self) -> int:
         return 4 * self.pairs
@@ -316,6 +320,7 @@ class Stacked(Variant):
 
     def __post_init__(self) -> None:
         _at_least("passes", self.passes, 1)
+        _no_power(self)
         super().__post_init__()
         if self.length != self.needed:
             raise ValueError(
@@ -355,6 +360,11 @@ VARIANTS: dict[str, type[Variant]] = {
 def _different(rows: int, choices: int, count: int, generator: torch.Generator) -> Tensor:
     """``count`` different ones of ``choices`` numbers in each row, in any order alike: int64 ``[rows, count]``."""
     return torch.rand(rows, choices, dtype=torch.float64, generator=generator).topk(count, dim=1).indices
+
+
+def _no_power(variant: Variant) -> None:
+    if variant.power != Variant.power:
+        raise ValueError(f"{variant.name} has no power law, got power={variant.power}; leave power={Variant.power}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from gossamer.evaluate.mqar.data import IGNORED, Compositional, Examples, Variant
 from gossamer.modules import SeqBoatLayer
 
-__all__ = ["ROLES", "activated", "roles"]
+__all__ = ["ROLES", "TEST_BATCH", "activated", "roles"]
 
+TEST_BATCH = 256  # sequences of a test at once: a whole test of the paper's sizes takes gigabytes of activations
 ROLES = ("filler", "key", "value", "query")
 
 
@@ -33,19 +34,20 @@ def activated(model: nn.Module, variant: Variant, examples: Examples) -> list[di
     kinds = roles(variant, examples)
     if not layers or kinds is None:
         return []
-    seen: list[Tensor] = []
+    seen: dict[SeqBoatLayer, list[Tensor]] = {layer: [] for layer in layers}
 
     def watch(layer: SeqBoatLayer, given: tuple[Tensor, ...]) -> None:
-        seen.append(layer.active(given[0]))
+        seen[layer].append(layer.active(given[0]))
 
     hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
     try:
         model.eval()
-        model(examples.inputs, examples.labels != IGNORED)
+        for inputs, labels in zip(examples.inputs.split(TEST_BATCH), examples.labels.split(TEST_BATCH), strict=True):
+            model(inputs, labels != IGNORED)
     finally:
         for hook in hooks:
             hook.remove()
     return [
         {name: round(float(active[kinds == role].double().mean()), 4) for role, name in enumerate(ROLES)}
-        for active in seen
+        for active in map(torch.cat, seen.values())
     ]
