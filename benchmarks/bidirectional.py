@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import statistics
 import sys
@@ -324,7 +325,7 @@ def video_model(weights: Path | None, dtype: str, quick: bool) -> tuple[Any, int
     """The model, and the dimension of its text."""
     sys.path.insert(0, str(MODELS))
     try:
-        import train_video
+        train_video = importlib.import_module("train_video")
         from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     finally:
         sys.path.remove(str(MODELS))

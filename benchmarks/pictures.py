@@ -284,7 +284,13 @@ def recall_by_width(rows: list[RecallRow]) -> Panel:
     lines = {name: line for name, line in lines.items() if len(line) > 1}
     widths = sorted({row.width for line in lines.values() for row in line})
     panel = Panel(640, 400, "Associative recall against width")
-    panel.axes((widths[0] * 0.8, widths[-1] * 1.25), (0, 1.02), ("width", "share recalled"), (True, False), widths)
+    panel.axes(
+        (widths[0] * 0.8, widths[-1] * 1.25),
+        (0, 1.02),
+        ("width", "share recalled"),
+        (True, False),
+        [float(width) for width in widths],
+    )
     for n, line in enumerate(lines.values()):
         colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
         panel.line([panel.place(row.width, row.accuracy) for row in line], colour)

@@ -26,7 +26,8 @@ NAMES = {
 def called(row: FillRow) -> str:
     """A method in words: SparseD's rule, or what is held beside it, with the share."""
     name, _, inside = row.method.partition("(")
-    fields = dict(part.partition("=")[::2] for part in inside.removesuffix(")").split(","))
+    parts = (part.partition("=") for part in inside.removesuffix(")").split(","))
+    fields = {name: value for name, _, value in parts}
     if name == "dense":
         return "dense" if "kernel" in fields else "dense, torch's kernel"
     what = "`sparsed`" if name == "sparsed" else NAMES[fields.get("choice", "isolated")]

@@ -317,7 +317,8 @@ def test_plans_on_the_cpu_move_without_waiting(monkeypatch, permuted: bool) -> N
 def test_axis_orders_in_both_directions(block: int, orders: str) -> None:
     """No pair is masked: of a call without padding, and of one where ranks hold keys that are dead."""
     for extent in (Extent.full(2, 100, 100, causal=False), Extent([0, -7], [100, 80], [0, 7], [100, 80], causal=False)):
-        shape = AttentionCall(*(torch.zeros(2, 2, 100, 1) for _ in range(3)), extent)
+        zeros = torch.zeros(2, 2, 100, 1)
+        shape = AttentionCall(zeros, zeros, zeros, extent)
         plan = replace(plan_for(shape, 4, heads=2, block_q=block, block_k=block, orders=orders), sink=0, window=0)
         call = draw(plan, heads=2, groups=2, dim=16)
         check(call, plan, SMALL)

@@ -139,7 +139,7 @@ class LargestTensor(TorchDispatchMode):
 def test_the_search_holds_one_batch_row_at_a_time() -> None:
     """What it finds of a batch is what it finds of its rows one after the other, and takes no larger tensor."""
     rows = [observation(prompt("t60 v150 t40", seed=seed)) for seed in range(3)]
-    tensors = {name: torch.cat([getattr(one.call, name) for one in rows]) for name in ("q", "k", "v")}
+    tensors: dict[str, Any] = {name: torch.cat([getattr(one.call, name) for one in rows]) for name in ("q", "k", "v")}
     kinds = torch.cat([one.call.layout.kinds for one in rows if isinstance(one.call.layout, ModalityLayout)])
     extent = Extent.full(3, 250, 250)
     together = observation(AttentionCall(**tensors, extent=extent, layout=ModalityLayout(kinds)))

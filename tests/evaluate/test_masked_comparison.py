@@ -96,7 +96,7 @@ def subject() -> MaskedSubject:
         vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=512, pad_token_id=0, mask_token_id=96,
     )  # fmt: skip
-    model = EuroBertForMaskedLM(config)
+    model: Any = EuroBertForMaskedLM(config)
     for layer in model.model.layers:  # so that attention is not alike everywhere
         layer.self_attn.q_proj.weight.data *= 8
         layer.self_attn.v_proj.weight.data *= 30
