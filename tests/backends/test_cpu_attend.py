@@ -108,7 +108,7 @@ def test_axis_orders_in_both_directions(force, isa: str, block: int) -> None:
     force(isa)
     order = torch.arange(240).view(4, 6, 10).permute(2, 0, 1).flatten()
     mask = torch.rand(1, 4, 240 // block + (240 % block > 0), 240 // block + (240 % block > 0)) < 0.5
-    sizes = {"extent": Extent.full(1, 240, 240, causal=False), "block_q": block, "block_k": block}
+    sizes: dict[str, Any] = {"extent": Extent.full(1, 240, 240, causal=False), "block_q": block, "block_k": block}
     orders: dict[str, Any] = dict.fromkeys(("q_order", "k_order"), order.int().expand(1, 4, 240))
     plain = SparsePlan.from_block_mask(mask, 240, 240, **sizes)
     plan = SparsePlan.from_block_mask(mask, 240, 240, **sizes, **orders)
