@@ -8,9 +8,12 @@ from pathlib import Path
 from machines import measured
 
 from gossamer.evaluate.clips import ClipRow, clip_rows
+from gossamer.evaluate.masked.summary import fill_rows, overlap_rows
+from gossamer.evaluate.mqar.summary import RecallRow, recall_rows
 from gossamer.evaluate.summary import read_results
 from gossamer.report.figure import label_styles
 from gossamer.report.html import element
+from gossamer.report.masked import SHOWN, kind_of, overlap_panel, panel_of, styles_of
 from gossamer.report.svg import MARKERS, PALETTE, Panel, stacked, svg_file
 from gossamer.report.videos import choice_of, choice_styles, frontier_panel, map_of_choices
 
@@ -234,6 +237,85 @@ def choices_of_heads(records: list[dict]) -> Panel:
     return stacked([map_of_choices(layers, styles) for layers in found.values()], "Choices by layer and head")
 
 
+def masked_fills(records: list[dict]) -> Panel:
+    """What is right and what is as in dense runs against density, a panel for each length and figure."""
+    rows = [row for row in fill_rows(records) if "span=" not in row.method]
+    styles, panels = styles_of(rows), []
+    for length in dict.fromkeys(row.length for row in rows):
+        for figure in SHOWN:
+            panel = panel_of([row for row in rows if row.length == length], figure, styles, (720, 300))
+            panel.text(60, 26, f"{length:,} tokens", "start")
+            panels.append(panel)
+    names = Panel(720, 24 + 16 * len(styles), "")
+    for n, (kind, style) in enumerate(styles.items()):
+        y = 16 + 16 * n
+        names.line([(60, y - 4), (90, y - 4)], style.colour, 1.4, style.dash)
+        if style.marker:
+            names.marker(75, y - 4, style.marker, style.colour)
+        names.text(98, y, kind, "start")
+    return stacked([names, *panels], "What is filled in under masks, against density")
+
+
+def masked_overlaps(records: list[dict]) -> Panel:
+    """Blocks in common with those that are chosen, by step."""
+    panels = []
+    for row in overlap_rows(records):
+        panel = overlap_panel(row, (720, 280))
+        panel.text(60, 26, f"{kind_of(row.method)}, {row.length:,} tokens, {row.texts} texts", "start")
+        panels.append(panel)
+    return stacked(panels, "Blocks in common by step")
+
+
+# What recalls in the second layer, and what it is recalled with.
+RECALL_TASK, RECALL_FIRST = "plain(vocabulary=256,length=64,pairs=8)", "convolution(3)+"
+
+
+def quick_recall(records: list[dict]) -> list[RecallRow]:
+    """Rows of the setting `quick` with one kind of layer after a convolution over three tokens."""
+    rows = [row for row in recall_rows(records) if (row.settings, row.task) == (("quick",), RECALL_TASK)]
+    return [row for row in rows if row.mixer.startswith(RECALL_FIRST)]
+
+
+def recall_by_width(rows: list[RecallRow]) -> Panel:
+    """Accuracy against width, of the kinds that were trained at several, from the worst to the best seed."""
+    lines: dict[str, list[RecallRow]] = {}
+    for row in sorted(rows, key=lambda row: row.width):
+        lines.setdefault(row.mixer.removeprefix(RECALL_FIRST), []).append(row)
+    lines = {name: line for name, line in lines.items() if len(line) > 1}
+    widths = sorted({row.width for line in lines.values() for row in line})
+    panel = Panel(640, 400, "Associative recall against width")
+    panel.axes((widths[0] * 0.8, widths[-1] * 1.25), (0, 1.02), ("width", "share recalled"), (True, False), widths)
+    for n, line in enumerate(lines.values()):
+        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
+        panel.line([panel.place(row.width, row.accuracy) for row in line], colour)
+        for row in line:
+            panel.line([panel.place(row.width, row.low), panel.place(row.width, row.high)], colour, 1.0)
+            hint = f"{row.mixer}, width {row.width}: {row.accuracy:.3f}"
+            panel.marker(*panel.place(row.width, row.accuracy), marker, colour, hint)
+    legend(panel, list(lines), 70, 200)
+    return panel
+
+
+def recall_by_state(rows: list[RecallRow], width: int = 32) -> Panel:
+    """Accuracy against what a step of decoding holds, each kind a mark with its name, from worst to best seed."""
+    rows = [row for row in rows if row.width == width]
+    states = [row.state for row in rows]
+    panel = Panel(720, 460, f"Associative recall against state, width {width}")
+    ticks = [2.0**n for n in range(8, 16) if min(states) * 0.7 <= 2**n <= max(states) * 1.6]
+    names = ("numbers that a step of decoding holds", "share recalled")
+    panel.axes((min(states) * 0.7, max(states) * 1.6), (0, 1.02), names, (True, False), ticks)
+    marks = []
+    for n, row in enumerate(rows):
+        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n // len(PALETTE) % len(MARKERS)]
+        panel.line([panel.place(row.state, row.low), panel.place(row.state, row.high)], colour, 1.0)
+        x, y = panel.place(row.state, row.accuracy)
+        panel.marker(x, y, marker, colour, f"{row.mixer}: {row.accuracy:.3f}")
+        marks.append((x, y, row.mixer.removeprefix(RECALL_FIRST)))
+    for x, y, name, anchor in placed(marks):
+        panel.text(x, y, name, anchor, size=9)
+    return panel
+
+
 def even(most: float) -> list[float]:
     return [round(most * n / 4, 1) for n in range(5)]
 
@@ -279,6 +361,14 @@ def main() -> None:
         save(clip_losses(clip_rows(records)), IMAGES / file.parent.name / "video_frontier.svg")
         save(frames_of_clips(records), IMAGES / file.parent.name / "video_frames.svg")
         save(choices_of_heads(records), IMAGES / file.parent.name / "video_modes.svg")
+    for file in measured("masked.jsonl"):
+        records = read_results(file)
+        save(masked_fills(records), IMAGES / file.parent.name / "masked_fills.svg")
+        save(masked_overlaps(records), IMAGES / file.parent.name / "masked_overlaps.svg")
+    for file in measured("mqar.jsonl"):
+        rows = quick_recall(read_results(file))
+        save(recall_by_width(rows), IMAGES / file.parent.name / "recall_width.svg")
+        save(recall_by_state(rows), IMAGES / file.parent.name / "recall_state.svg")
     for file in measured("cpu.json"):
         sections = json.loads(file.read_text())["sections"]
         if {"gemm", "prefill", "decode"} <= sections.keys():

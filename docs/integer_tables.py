@@ -3,15 +3,24 @@
 from typing import Any
 
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
-ROUNDED = ("bf16 throughout", "int8 by blocks, not smoothed", "int8 by blocks", "int8 by tokens", "int16 by tokens")
+ROUNDED = (
+    "bf16 throughout",
+    "int8 by blocks, not smoothed",
+    "int8 by blocks",
+    "int8 by blocks, values too",
+    "int8 by tokens",
+    "int16 by tokens",
+)
+MADE = ("no product", "int8", "int16", "neither product", "int8, values too")
 
 
 def errors_table(found: dict[str, Any]) -> Table:
     """Output errors, and how many times that of bf16 they are."""
     rows = []
     for row in found["errors"]:
-        base = row["errors"][ROUNDED[0]]
-        others = (f"{row['errors'][what]:.2%} ({row['errors'][what] / base:.2g})" for what in ROUNDED[1:])
+        errors = row["errors"]
+        base = errors[ROUNDED[0]]
+        others = (f"{errors[what]:.2%} ({errors[what] / base:.2g})" if what in errors else "" for what in ROUNDED[1:])
         rows.append((f"{row['inputs']}, {row['length']:,} tokens of {row['dim']}", f"{base:.2%}", *others))
     return "Error of the output, and in brackets how many times that of bf16 it is.", ("inputs", *ROUNDED), rows
 
@@ -22,11 +31,20 @@ def speed_table(found: dict[str, Any]) -> Table:
     for row in found["speed"]:
         low, high = row["quartiles"]
         case = row["isa"], row["dtype"], row["dim"], f"{row['tiles']} of {row['keys'] // 64}"
-        cells.setdefault(case, {})[row["scores"]] = f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})"
+        made = cells.setdefault(case, {})
+        made[row["scores"]] = f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})"
+        if row["scores"] == "int8" and "scores_speedup" in row:
+            made["alone"] = f"{row['scores_speedup']:.2f}"
     rounds = max(len(row["attend_s"]) for row in found["speed"])
-    columns = ("no product", "int8", "int16")
+    columns = [name for name in (*MADE, "alone") if any(name in made for made in cells.values())]
     return (
-        f"One thread, medians and quartiles of {rounds} rounds; four query heads on one key/value head.",
-        ("instruction set", "dtype", "head dimension", "tiles of keys attended", *columns),
+        f"Whole calls on one thread, medians and quartiles of {rounds} rounds; four query heads on one key/value head.",
+        (
+            "instruction set",
+            "dtype",
+            "head dimension",
+            "tiles of keys attended",
+            *("the product alone, int8" if name == "alone" else name for name in columns),
+        ),
         [(*case, *(made.get(name, "") for name in columns)) for case, made in cells.items()],
     )

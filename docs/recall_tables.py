@@ -1,4 +1,5 @@
-"""Tables of what trainable layers recall (`gossamer mqar`) and cost by length (`benchmarks/modules.py`)."""
+"""Tables of what trainable layers recall (`gossamer mqar`), cost by length (`benchmarks/modules.py`), and do in the
+examples that train them."""
 
 import json
 from pathlib import Path
@@ -6,9 +7,11 @@ from typing import Any
 
 from marked import markdown
 
-from gossamer.evaluate.mqar.summary import RecallRow, near_and_far, recall_rows
+from gossamer.evaluate.mqar.routers import ROLES
+from gossamer.evaluate.mqar.summary import RecallRow, guess, near_and_far, recall_rows
 from gossamer.evaluate.summary import read_results
 
+IMAGES = Path(__file__).resolve().parent / "images"
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 NOT_MEASURED = "Not measured yet."
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
@@ -24,6 +27,7 @@ def recall_tables(path: Path) -> list[Table]:
         here = [row for row in rows if (row.settings, row.task) == group]
         edges = sorted({edge for row in here for edge, _ in near_and_far(row)})
         above = f"Setting `{', '.join(group[0])}`, `{group[1]}`; {machine['processor']} (`{path.parent.name}`)."
+        above += f" A guess among a sequence's own values is right in {guess(here[0]):.3g}."
         header = ("layers", "width", "accuracy", "worst to best", "seeds", *(f"to {edge}" for edge in edges))
         made.append((above, (*header, "state", "logits", "of dense"), [recall_row(row, edges) for row in here]))
     return made
@@ -41,28 +45,59 @@ def recall_table() -> str:
     return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
 
 
+WHAT = {"forward": "forward", "step": "step", "decode": "decoding"}
+
+
 def costs_of(found: dict[str, Any]) -> Table:
-    """A row for each layer: how its time grows, forward and in a step, and from where it is faster than dense."""
+    """A row for each layer: how its time grows, forward, in a step and where it decodes, and from where it is faster
+    than dense."""
     by = {(row["module"], row["what"]): row for row in found["summary"]}
+    kinds = [what for what in WHAT if any(row["what"] == what for row in found["summary"])]
+    longest = max(row["longest"] for row in found["summary"])
+    each = ("exponent", "of the last doubling", "faster from", f"times dense at {longest:,}")
+    if any(row["times_gossamer"] is not None for row in found["summary"]):
+        each = (*each, f"times dense on gossamer's kernels at {longest:,}")
     rows = []
     for name in dict.fromkeys(row["module"] for row in found["summary"]):
         cells: list[Any] = [f"`{name}`"]
-        for what in ("forward", "step"):
-            row = by[name, what]
-            even = "" if name == "dense" else "never" if row["break_even"] is None else f"{row['break_even']:,}"
-            cells += [_number(row["exponent"]), _number(row["last_exponent"]), even, _number(row["times_dense"])]
+        for what in kinds:
+            row = by.get((name, what))
+            if row is None:
+                cells += [""] * len(each)
+                continue
+            if row["beside"] not in ("dense", name):
+                cells[0] = f"`{name}`, beside `{row['beside']}`"
+            at = "" if row["longest"] == longest else f" at {row['longest']:,}"
+            times = [_number(row[key]) for key in ("times_dense", "times_gossamer")[: len(each) - 3]]
+            # Of two lengths there is only the last doubling.
+            exponents = _number(row["exponent"] if row["lengths"] > 2 else None), _number(row["last_exponent"])
+            cells += [*exponents, _even(row), *(f"{one}{at}" if one else "" for one in times)]
         rows.append(tuple(cells))
-    longest = max(row["longest"] for row in found["summary"])
-    each = ("exponent", "of the last doubling", "faster from", f"times dense at {longest:,}")
+    tokens = f" Decoding is of {found['decoded_tokens']} tokens, one by one." if "decode" in kinds else ""
     above = (
         f"{found['machine']['cpu']}, {found['threads']} threads, fp32, width {found['width']}, {found['heads']} heads; "
-        f"medians of {found['rounds']} rounds. A step is a forward and a backward pass."
+        f"medians of {found['rounds']} rounds, while others used {_load(found['rows'])} of the machine. A step is a "
+        f"forward and a backward pass.{tokens}"
     )
-    return above, ("layer", *(f"forward: {name}" for name in each), *(f"step: {name}" for name in each)), rows
+    return above, ("layer", *(f"{WHAT[what]}: {name}" for what in kinds for name in each)), rows
+
+
+def _even(row: dict[str, Any]) -> str:
+    """From which length a layer is faster; the shortest that was timed bounds it from above alone."""
+    if row["module"] == row["beside"]:
+        return ""
+    if row["break_even"] is None:
+        return "never"
+    return f"{'≤ ' if row['break_even'] == row['shortest'] else ''}{row['break_even']:,}"
+
+
+def _load(rows: list[dict[str, Any]]) -> str:
+    shares = [row["used_by_others"] for row in rows if row["used_by_others"] is not None]
+    return f"{min(shares):.0%} to {max(shares):.0%}" if shares else "an unknown share"
 
 
 def costs_table() -> str:
-    made = [costs_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/modules.json"))]
+    made = [costs_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/modules*.json"))]
     return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
 
 
@@ -79,12 +114,110 @@ def characters_of(found: dict[str, Any]) -> Table:
 
 
 def characters_table() -> str:
-    made = [characters_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/characters.json"))]
+    made = [characters_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*/characters*.json"))]
     return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
+
+
+def active_of(records: list[dict[str, Any]]) -> Table:
+    """Of each mixer with a router what share of the tokens of each role it activates, of the rate that each seed did
+    best with; beside it what it recalls."""
+    best: dict[tuple[str, str, str, int], dict[int, dict[str, Any]]] = {}
+    for record in records:
+        if record["kind"] == "mqar" and record.get("active"):
+            key = (record["mixer"], record["task"], json.dumps(record["training"], sort_keys=True), record["width"])
+            seeds = best.setdefault(key, {})
+            if record["seed"] not in seeds or record["accuracy"] > seeds[record["seed"]]["accuracy"]:
+                seeds[record["seed"]] = record
+    rows = []
+    for (mixer, task, _, width), seeds in best.items():
+        for seed, record in sorted(seeds.items()):
+            shares = (f"{record['active'][-1][role]:.2f}" for role in ROLES)
+            said = (f"`{mixer}`", f"`{task}`", width, seed, f"{record['rate']:g}", record["steps"])
+            rows.append((*said, f"{record['accuracy']:.3f}", *shares))
+    header = ("layers", "task", "width", "seed", "rate", "steps", "accuracy", *(f"of {role} tokens" for role in ROLES))
+    return "Share of the tokens that the last router activates, after training.", header, rows
+
+
+def active_table() -> str:
+    made = [active_of(read_results(path)) for path in sorted(RESULTS.glob("*/mqar.jsonl"))]
+    return "\n\n".join(markdown(*table) for table in made if table[2]) or NOT_MEASURED
+
+
+def recall_pictures() -> str:
+    """As benchmarks/pictures.py drew them."""
+    files = sorted(IMAGES.glob("*/recall_*.svg"))
+    shown = {"state": "state", "width": "width"}
+    return "\n\n".join(
+        f"![Share recalled against {shown[file.stem.removeprefix('recall_')]}, {file.parent.name}]"
+        f"(images/{file.parent.name}/{file.name})"
+        for file in files
+    )
+
+
+def _told(found: dict[str, Any], folder: str) -> str:
+    return f"{found['machine']['processor']} (`{folder}`), {found['machine']['threads']} threads"
+
+
+def shapes_of(found: dict[str, Any], folder: str) -> Table:
+    """A row for each choice of connections of `examples/shapes.py`."""
+    rows = []
+    for name in dict.fromkeys(row["connections"] for row in found["rows"]):
+        mine = [row for row in found["rows"] if row["connections"] == name]
+        cells = (mean_and_range([row[what] for row in mine]) for what in ("mass", "before", "after"))
+        rows.append((name, *cells, len(mine)))
+    above = (
+        f"{_told(found, folder)}; {found['steps']} steps, then {found['second_steps']} with each mask, which keeps "
+        f"{found['keep']:.0%} of the tokens; {found['images']} images, {found['seconds']:.0f} seconds in all."
+    )
+    return above, ("connections", "mass kept", "accuracy", "after the second stage", "seeds"), rows
+
+
+def shapes_table() -> str:
+    paths = sorted(RESULTS.glob("*/shapes.json"))
+    made = [shapes_of(json.loads(path.read_text()), path.parent.name) for path in paths]
+    return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
+
+
+def learned_of(found: dict[str, Any], folder: str) -> Table:
+    """A row for each model of `examples/learn_tables.py`."""
+    rows = []
+    for row in found["rows"]:
+        apart, interval = row["difference"]
+        beside = "" if row["model"] == "logistic regression" else f"{apart:+.3f} ± {interval:.3f}"
+        accuracy = f"{sum(row['seeds']) / len(row['seeds']):.3f} ± {row['interval']:.3f}"
+        several = len(row["seeds"]) > 1
+        worst = f"{min(row['seeds']):.3f} to {max(row['seeds']):.3f}" if several else ""
+        rows.append((row["model"], accuracy, worst, len(row["seeds"]) if several else "", beside))
+    above = (
+        f"{_told(found, folder)}; {found['steps']} steps of {found['batch']} tables; {found['tables']} tables of "
+        f"{found['rows_of_a_table']} rows, {found['labelled']} of them labelled, and {found['columns']} columns; 95% "
+        f"intervals over the tables; {found['seconds']:.0f} seconds in all."
+    )
+    header = ("model", "accuracy", "worst to best seed", "seeds", "beside logistic regression")
+    return above, header, rows
+
+
+def learned_table() -> str:
+    paths = sorted(RESULTS.glob("*/learn_tables.json"))
+    made = [learned_of(json.loads(path.read_text()), path.parent.name) for path in paths]
+    return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
+
+
+def mean_and_range(values: list[float]) -> str:
+    mean = f"{sum(values) / len(values):.3f}"
+    return mean if min(values) == max(values) else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-TABLES = {"recall": recall_table, "module_costs": costs_table, "characters": characters_table}
+TABLES = {
+    "recall": recall_table,
+    "recall_active": active_table,
+    "recall_pictures": recall_pictures,
+    "module_costs": costs_table,
+    "characters": characters_table,
+    "shapes": shapes_table,
+    "learn_tables": learned_table,
+}

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 # Files beside this one: mkdocs finds them while it loads a hook.
+import bidirectional_tables
 import calibration_tables
 import choices
 import contender_tables
 import decoding_tables
 import demo_tables
+import end_to_end_tables
 import family_tables
 import gpu_tables
 import integer_tables
+import masked_tables
 import pretrained_tables
 import recall_tables
 import serving_tables
@@ -147,34 +150,7 @@ def parts_of(sections: dict[str, Any]) -> str | None:
 
 def end_to_end_table() -> str:
     """Seconds of whole layers and of the reference model, by part."""
-    return for_each_machine("end_to_end.json", layers_table)
-
-
-def layers_table(report: dict[str, Any], _: Path) -> str:
-    first = next(iter(report.values()))
-    others = max(row["used_by_others"] or 0 for part in report.values() for row in part["rows"])
-    what = {"layers": "{number} 8B-shaped layer{s}", "reference": "reference model, 6 layers"}
-    return markdown(
-        f"{first['threads']} threads, torch {first['machine']['torch']}, bfloat16; medians of as many rounds as stand "
-        f"there; other programs used up to {others:.0%} of the machine.",
-        ("what", "inputs", "tokens", "method", "rounds", "density", "seconds", "of them attention", "of it planning"),
-        [
-            (
-                what[part].format(number="one" if row["layers"] == 1 else row["layers"], s="s" * (row["layers"] > 1)),
-                "text" if part == "reference" else row.get("inputs", "random"),
-                f"{row['length']:,}",
-                f"`{row['method']}`",
-                len(row.get("each_s", [row["total_s"]])),
-                f"{row['density']:.3f}",
-                f"{row['total_s']:.1f}",
-                f"{row['attention_s']:.1f}",
-                f"{row['plan_s']:.2f}",
-            )
-            for part in what
-            if part in report
-            for row in report[part]["rows"]
-        ],
-    )
+    return for_each_machine("end_to_end.json", end_to_end_tables.layers_table)
 
 
 def vllm_table() -> str:
@@ -348,7 +324,10 @@ def mutants_table() -> str:
 
 TABLES = {
     **recall_tables.TABLES,
+    "bidirectional": lambda: for_each_machine("bidirectional.json", bidirectional_tables.kernels_table),
+    "denoising_steps": lambda: for_each_machine("bidirectional.json", bidirectional_tables.steps_table),
     **video_tables.TABLES,
+    **masked_tables.TABLES,
     "cpu": cpu_table,
     "parts": parts_table,
     "vllm": vllm_table,
@@ -402,4 +381,6 @@ PICTURES = {
     "video_frontier": "What clips lose against density",
     "video_frames": "Frames of clips beside dense ones",
     "video_modes": "Modes by layer and head",
+    "masked_fills": "What is filled in, against density",
+    "masked_overlaps": "Blocks in common by step",
 }

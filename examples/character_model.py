@@ -2,11 +2,12 @@
 
     python examples/character_model.py [--quick] [--kinds dense,window(32),...] [--steps N] [--seeds N] [--out FILE]
 
-Combiner stands beside the pattern that it completes (`fixed`: a span, and the last token of each span before it), and
-the Routing Transformer beside its local heads alone (`window`); each pair reads as many keys. All models have the same
-two layers, see the same samples in the same order, and are asked for the same held-out text, of files that they were
-not trained on. The table has means over the seeds, and the range from best to worst. ``--quick`` takes a few steps of
-one seed.
+Combiner stands beside the pattern that it completes (`fixed`: a span, and the last token of each span before it), the
+Routing Transformer, with a local and a routing head, beside two local heads (`window_heads`), and SeqBoat beside itself
+with every token active (`seqboat_local`); each pair reads as many keys. All models have the same two layers, see the
+same samples in the same order, and are asked for the same held-out text, of files that they were not trained on. The
+table has means over the seeds, and the range from best to worst. Some hundred steps at one rate do not decide which is
+better; raise ``--steps`` for that. ``--quick`` takes a few steps of one seed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from gossamer.cli.common import table
 from gossamer.cli.specs import split_specs
 from gossamer.evaluate.mqar.mixers import Mixer, parse_mixer
 
-KINDS = "dense,window(32),routing(32),fixed(16),combiner(16)"
+KINDS = "dense,window_heads(32),routing(32),fixed(16),combiner(16),seqboat_local(32),seqboat(32)"
 WIDTH, LAYERS, TOKENS, BATCH = 64, 2, 256, 16
 STEPS, SEEDS, RATE = 400, 3, 3e-3
 HELD_OUT = 32  # samples of a test

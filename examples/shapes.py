@@ -1,22 +1,26 @@
 """Which two shapes are in an image: a small ViT with Sparsifiner's connections beside others of the same number.
 
-    python examples/shapes.py                # some minutes on two cores
+    python examples/shapes.py                # a minute or two on one core
     python examples/shapes.py --steps 4      # a look at what it does
+    python examples/shapes.py --seeds 3 --out shapes.json
 
 A dense ViT is trained to name the two shapes of an image, 10 pairs of 4. Its attention is then masked: by what
 Sparsifiner's predictor chooses (first stage: the predictor learns the dense attention), by the keys that have most of
-it, which needs all of it, by the nearest patches, and by chance; each with as many keys a row, the class token's row
-open. Then each is trained on with its mask (second stage, the same steps and images). The table has the share of the
+it, which needs all of it (in the second layer the masked model's attention, which is no longer the dense one's), by the
+nearest patches, and by chance; each with as many keys a row, the class token's row open. Then each is trained on with
+its mask, and the dense one without (second stage, the same steps, images and loss). The table has the share of the
 dense attention's mass that a choice keeps, and the accuracy before and after the second stage, on images that none has
-seen.
+seen; ``--out`` writes the rows of every seed as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +33,14 @@ from gossamer.modules import (
     reconstruction_loss,
     set_stage,
 )
+from gossamer.profiles.machine import cpu_model
 
 SIDE, PATCH, KINDS = 32, 4, 4
 GRID = SIDE // PATCH
 TOKENS = GRID * GRID + 1
 PAIRS = [(a, b) for a in range(KINDS) for b in range(a, KINDS)]
-BATCH, TEST = 64, 512
+BATCH, TEST = 32, 512
+SECOND = 4  # the second stage has a quarter of the steps
 Logits = tuple[Tensor, Tensor, list[Connections]]
 
 
@@ -78,7 +84,7 @@ class Block(nn.Module):
 class Vit(nn.Module):
     """Patches, a class token, layers, and the pair of shapes."""
 
-    def __init__(self, width: int = 64, heads: int = 4, depth: int = 3, keep: float = 0.25) -> None:
+    def __init__(self, width: int = 64, heads: int = 4, depth: int = 2, keep: float = 0.25) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, PATCH, stride=PATCH)
         self.start = nn.Parameter(0.02 * torch.randn(1, TOKENS, width))
@@ -107,14 +113,13 @@ def train(model: Vit, steps: int, rate: float, seed: int, loss_of: Callable[[Ten
 
 
 @torch.no_grad()
-def measure(model: Vit, teacher: Vit) -> tuple[float, float]:
-    """Share of the teacher's attention on the model's connections, but for the class token's row; and accuracy."""
-    images, labels = shapes(TEST, torch.Generator().manual_seed(10**6))
+def measure(model: Vit, images: Tensor, labels: Tensor, dense: list[Tensor]) -> tuple[float, float]:
+    """Share of dense attention ``[B, H, N, N]`` of each layer that the model's connections keep, but for the class
+    token's row; and accuracy."""
     logits, _, own = model(images)
-    _, _, dense = teacher(images)
     kept = [
-        1.0 if one.chosen is None else float((all_.attention * one.chosen)[:, :, 1:].sum(-1).mean())
-        for one, all_ in zip(own, dense, strict=True)
+        1.0 if one.chosen is None else float((attention * one.chosen)[:, :, 1:].sum(-1).mean())
+        for one, attention in zip(own, dense, strict=True)
     ]
     return sum(kept) / len(kept), float((logits.argmax(-1) == labels).float().mean())
 
@@ -153,43 +158,62 @@ def run(steps: int, seed: int, keep: float) -> list[tuple[str, float, float, flo
     torch.manual_seed(seed)
     teacher = Vit(keep=keep)
     train(teacher, steps, 2e-3, seed, lambda images, labels: F.cross_entropy(teacher(images)[0], labels))
-    for parameter in teacher.parameters():
-        parameter.requires_grad_(False)
+    teacher.requires_grad_(False)
     student = copy.deepcopy(teacher)
     set_stage(student, "reconstruct")
     for name, parameter in student.named_parameters():
-        # What the loss would do to the backbone too is left to the second stage: all choices begin from one ViT.
+        # What the loss would do to the backbone too is left to the second stage: all choices begin from one ViT. So
+        # the student's own attention is the teacher's.
         parameter.requires_grad_("predictor" in name)
-    train(student, steps, 5e-3, seed + 1, lambda images, _: reconstruction_loss(student(images)[2], teacher(images)[2]))
+
+    def reconstruction(images: Tensor, _: Tensor) -> Tensor:
+        seen = student(images)[2]
+        return reconstruction_loss(seen, seen)
+
+    train(student, steps, 5e-3, seed + 1, reconstruction)
     student.requires_grad_(True)
-    rows = [("dense", *measure(teacher, teacher), measure(teacher, teacher)[1])]
-    for name, choice in CHOICES.items():
+    images, labels = shapes(TEST, torch.Generator().manual_seed(10**6))
+    with torch.no_grad():
+        dense = [one.attention for one in teacher(images)[2]]
+    rows = []
+    for name in ("dense", *CHOICES):
         torch.manual_seed(seed)
-        model = masked(student, choice)
-        mass, before = measure(model, teacher)
+        # The dense one is trained on as the others are: what the second stage alone gives is no gain of a mask.
+        model = copy.deepcopy(teacher).requires_grad_(True) if name == "dense" else masked(student, CHOICES[name])
+        mass, before = measure(model, images, labels, dense)
 
         def loss_of(images: Tensor, labels: Tensor, model: Vit = model) -> Tensor:
-            (logits, tokens, _), (wanted, last, _) = model(images), teacher(images)
+            with torch.no_grad():
+                wanted, last, _ = teacher(images)
+            logits, tokens, _ = model(images)
             return distillation_loss(logits, tokens, wanted, last, labels)
 
-        train(model, steps // 2, 5e-4, seed + 2, loss_of)
-        rows.append((name, mass, before, measure(model, teacher)[1]))
+        train(model, steps // SECOND, 5e-4, seed + 2, loss_of)
+        rows.append((name, mass, before, measure(model, images, labels, dense)[1]))
     return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=400, help="of training; the second stage has half as many")
+    parser.add_argument("--steps", type=int, default=300, help="of training; the second stage has a quarter as many")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--keep", type=float, default=0.25, help="share of the tokens that a row attends")
+    parser.add_argument("--out", type=Path, help="a JSON file of all rows")
     given = parser.parse_args(arguments)
     start = time.monotonic()
     found = [run(given.steps, seed, given.keep) for seed in range(given.seeds)]
+    seconds = time.monotonic() - start
     print(f"{'connections':14} {'mass kept':>10} {'accuracy':>10} {'after':>8}   (mean of {given.seeds} seeds)")
     for rows in zip(*found, strict=True):
         mass, before, after = (sum(row[n] for row in rows) / len(rows) for n in (1, 2, 3))
         print(f"{rows[0][0]:14} {mass:10.3f} {before:10.3f} {after:8.3f}")
-    print(f"{time.monotonic() - start:.0f} s")
+    print(f"{seconds:.0f} s")
+    if given.out is not None:
+        named = ("connections", "mass", "before", "after")
+        about = {"machine": {"processor": cpu_model(), "threads": torch.get_num_threads()}, "torch": torch.__version__}
+        about |= {"steps": given.steps, "second_steps": given.steps // SECOND, "keep": given.keep, "images": TEST}
+        rows = [{"seed": seed} | dict(zip(named, row, strict=True)) for seed, one in enumerate(found) for row in one]
+        given.out.write_text(json.dumps(about | {"seconds": round(seconds, 1), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

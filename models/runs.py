@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from optim import Muon
 from torch import Tensor
 
 import gossamer
@@ -24,6 +25,8 @@ __all__ = ["Phase", "Run", "asked", "trained"]
 
 WARMUP = 50
 DECAY = 0.01  # of matrices
+LAYERS = ("layers.", "blocks.")
+MUON_RATE = 0.01
 
 
 class Phase(Protocol):
@@ -51,12 +54,13 @@ class Run(ABC):
     def __init__(self, seed: int, schedule: Sequence[Phase], model: Any, rate: float, bfloat16: bool) -> None:
         self.seed, self.schedule, self.rate, self.bfloat16 = seed, schedule, rate, bfloat16
         self.model = model.float().train()
-        parameters = list(self.model.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": DECAY},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.97))
+        # Muon for the matrices of the layers, AdamW for the rest.
+        matrices, others, vectors = [], [], []
+        for name, parameter in self.model.named_parameters():
+            inner = any(part in name for part in LAYERS)
+            (matrices if inner and parameter.ndim == 2 else others if parameter.ndim > 1 else vectors).append(parameter)
+        groups = [{"params": others, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizers = [Muon(matrices, MUON_RATE), torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.97))]
         # What is shipped.
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.step, self.wall = 0, 0.0
@@ -78,10 +82,11 @@ class Run(ABC):
         loss = self.loss(phase)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * multiplier * min(1.0, (self.step + 1) / WARMUP)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, rate in zip(self.optimizers, (MUON_RATE, self.rate), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * multiplier * min(1.0, (self.step + 1) / WARMUP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         kept = min(0.99, self.step / (self.step + 10))
         with torch.no_grad():
@@ -110,7 +115,8 @@ class Run(ABC):
     def save(self, path: Path) -> None:
         """Everything that is needed to go on."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        state = {"model": self.model.state_dict(), "average": self.average}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         state |= {"counts": (self.step, self.wall), "log": self.log}
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
@@ -119,7 +125,8 @@ class Run(ABC):
         """Go on from a checkpoint of the same seed and schedule."""
         state = torch.load(path)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.average, self.log = state["average"], state["log"]
         self.step, self.wall = state["counts"]
 

@@ -83,7 +83,7 @@ class Trainer(Run):
         self.tokens, self.mask = tokens, vocabulary
         ids = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, mask_token_id=vocabulary)
         model = EuroBertForMaskedLM(EuroBertConfig(vocab_size=vocabulary + 1, **ids, **config))
-        super().__init__(seed, schedule, model, 1.5e-3, bfloat16)
+        super().__init__(seed, schedule, model, 3e-3, bfloat16)
 
     def batch(self, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens ``[B, S]``, which of them are masked, and the share that was drawn ``[B]``, of the current step."""

@@ -26,6 +26,7 @@ _SMALLEST = {
     "gossamer.plan.count_permuted": {"_BUDGET": 1},
     "gossamer.blocks": {"MASK_BYTES": 1},
     "gossamer.methods.slashes": {"PART_ENTRIES": 1},
+    "gossamer.methods.flagged": {"HELD_BYTES": 1},
     "gossamer.backends.torch.tiles": {"TILE_BYTES": 1, "MOST_QUERIES": 1, "MOST_KEYS": 1},
     "gossamer.backends.torch": {"PART_BYTES": 1},
     "gossamer.backends.torch.attend": {"_LOGITS": 1},

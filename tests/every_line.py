@@ -82,6 +82,19 @@ def _seconds(prefill: float) -> dict[str, float]:
     return {"prefill_s": prefill, "plan_s": 0.01, "attention_s": 0.4}
 
 
+_FILLED = {"task": "fill(steps=3,share=0.5)", "task_fields": {"task": "fill"}, "length": 512, "index": 0}
+
+
+def _fill(method: str, density: float, seed: int) -> dict[str, Any]:
+    step = {"density": density, "plan_s": 0.1, "attention_s": 0.2, "seconds": 0.4, "cpu_s": 0.3}
+    of_method = {"method": "dense", "method_fields": {"method": "dense"}} if method == "dense" else _FAST
+    scores = dict.fromkeys(("accuracy", "copied_accuracy", "rest_accuracy", "agreement", "copied_agreement"), 0.5)
+    more = {"filled": 64, "copied": 32, "kl": 0.1, "top1": 0.9, "density": density, "seconds": 1.2}
+    compared = [{"step": 2, "kl": 0.1, "top1": 0.9}]
+    own = {"run": "r1", "seed": seed, "by_step": [step], "compared": compared, "dense_because": {"short prompt": 1}}
+    return {"kind": "fill", **of_method, **_FILLED, **scores, **more, **own}
+
+
 _MAP = {"layer": 0, "head": 1, "size": 2, "data": _PIXELS}
 LINES: list[dict[str, Any]] = [
     _RUN,
@@ -239,6 +252,23 @@ LINES: list[dict[str, Any]] = [
         "by_distance": [[8, 1, 4], [16, 3, 4]],
         "curve": [0.25, 0.5],
         **{"steps": 200, "seconds": 1.5, "parameters": 1000, "state": 1024, "reads": 8.5, "batch": 64, "diverged": 7},
+    },
+    _fill("dense", 1.0, 0),
+    _fill("fast", 0.4, 0),
+    _fill("fast", 0.4, 1),
+    {
+        "kind": "overlap",
+        **_FAST,
+        **_FILLED,
+        "run": "r1",
+        "seed": 0,
+        "chosen": 1,
+        "blocks": 0.3,
+        "by_step": [0.5, 1.0, 0.9],
+        "chance": 0.2,
+        "by_head": [[0.9, 0.8]],
+        "seeds": [0.7],
+        "texts": [0.4],
     },
 ]
 

@@ -33,6 +33,11 @@ def test_the_example_prints_a_table_and_writes_its_trainings(monkeypatch: Any, t
     assert all(0 < row["bits"] < 20 for row in rows)
 
 
+def test_routing_stands_beside_local_heads_of_the_same_number() -> None:
+    kinds = script("examples/character_model.py").KINDS.split(",")
+    assert kinds.index("routing(32)") == kinds.index("window_heads(32)") + 1
+
+
 def test_training_lowers_the_loss(monkeypatch: Any) -> None:
     example = script("examples/character_model.py")
     monkeypatch.setattr(example, "TOKENS", 16)

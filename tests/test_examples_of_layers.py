@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,9 +52,73 @@ def test_choices_of_connections_keep_as_many_and_the_oracle_keeps_most(shapes: A
 
 def test_classes_of_a_table_come_from_its_columns(tables: Any) -> None:
     x, y = tables.tables(6, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(x.mean(1), torch.zeros(6, tables.COLUMNS), atol=1e-5, rtol=0)
-    assert bool((torch.nn.functional.one_hot(y).sum(1) == tables.ROWS // tables.CLASSES).all())
+    seen = x[:, : tables.LABELLED], y[:, : tables.LABELLED]
+    torch.testing.assert_close(seen[0].mean(1), torch.zeros(6, tables.COLUMNS), atol=1e-5, rtol=0)
+    assert bool((torch.nn.functional.one_hot(seen[1]).sum(1) == tables.LABELLED // tables.CLASSES).all())
     assert torch.equal(tables.tables(6, torch.Generator().manual_seed(0))[1], y)
+
+
+def test_rows_without_a_label_change_nothing_of_those_with_one(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled or cut with all rows, the labelled ones would tell how many of each class the others have."""
+    monkeypatch.setattr(tables, "tree", lambda used, generator: used[:, 0])
+    monkeypatch.setattr(tables, "network", lambda used, generator: used[:, 0])
+    drawn, outlier = torch.randn, {}
+
+    def randn(*size: int, **given: Any) -> torch.Tensor:
+        made = drawn(*size, **given)
+        if size == (tables.ROWS, tables.COLUMNS):
+            made[tables.LABELLED :] += outlier.get("by", 0.0)
+        return made
+
+    monkeypatch.setattr(torch, "randn", randn)
+    x, y = tables.tables(3, torch.Generator().manual_seed(0))
+    outlier["by"] = 100.0
+    other, classes = tables.tables(3, torch.Generator().manual_seed(0))
+    assert not torch.allclose(x[:, tables.LABELLED :], other[:, tables.LABELLED :])
+    torch.testing.assert_close(x[:, : tables.LABELLED], other[:, : tables.LABELLED])
+    assert torch.equal(y[:, : tables.LABELLED], classes[:, : tables.LABELLED])
+
+
+def test_logistic_regression_is_newtons_method_with_a_penalty_of_one(tables: Any) -> None:
+    for x, y in zip(*tables.tables(4, torch.Generator().manual_seed(2)), strict=True):
+        rows = torch.cat([x, torch.ones(len(x), 1)], 1)[: tables.LABELLED].double()
+        weights, penalty = rows.new_zeros(tables.COLUMNS + 1), torch.eye(tables.COLUMNS + 1, dtype=torch.float64)
+        penalty[-1, -1] = 0.0
+        for _ in range(30):
+            chance = (rows @ weights).sigmoid()
+            slope = rows.T @ (chance - y[: tables.LABELLED]) + penalty @ weights
+            weights = weights - torch.linalg.solve(rows.T @ (rows * (chance * (1 - chance))[:, None]) + penalty, slope)
+        torch.testing.assert_close(tables.regression(x, y).double(), weights, atol=1e-3, rtol=1e-3)
+        there = [float(row @ weights[:-1] + weights[-1]) > 0 for row in x[tables.LABELLED :].double()]
+        assert tables.logistic(x, y).tolist() == [int(one) for one in there]
+
+
+def test_neighbours_are_those_of_a_sorted_list(tables: Any) -> None:
+    (x,), (y,) = tables.tables(1, torch.Generator().manual_seed(3))
+    known = list(zip(x.tolist(), y.tolist(), strict=True))[: tables.LABELLED]
+    expected = []
+    for row in x[tables.LABELLED :].tolist():
+        near = sorted(known, key=lambda one: sum((a - b) ** 2 for a, b in zip(one[0], row, strict=True)))[:5]
+        expected.append(int(sum(label for _, label in near) > 2))
+    assert tables.neighbours(x, y).tolist() == expected
+
+
+def test_fitted_models_are_scikit_learns(tables: Any) -> None:
+    """Runs where it is installed."""
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="the baselines need torch alone")
+    nearest = pytest.importorskip("sklearn.neighbors", reason="the baselines need torch alone")
+    for x, y in zip(*tables.tables(8, torch.Generator().manual_seed(2)), strict=True):
+        theirs = linear_model.LogisticRegression(max_iter=500, tol=1e-8).fit(
+            *(z[: tables.LABELLED].numpy() for z in (x, y))
+        )
+        assert tables.logistic(x, y).tolist() == theirs.predict(x[tables.LABELLED :].numpy()).tolist()
+        five = nearest.KNeighborsClassifier(5).fit(*(z[: tables.LABELLED].numpy() for z in (x, y)))
+        assert tables.neighbours(x, y).tolist() == five.predict(x[tables.LABELLED :].numpy()).tolist()
+
+
+def test_variants_of_orion_differ_as_their_names_say(tables: Any) -> None:
+    assert [bool(options.get("mixing")) for options in tables.VARIANTS.values()] == [False, False, True]
+    assert tables.VARIANTS["Orion-MSP, as released"] == {"window": None, "random": 1, "seed": None, "mixing": True}
 
 
 def test_models_that_are_fitted_to_a_table_find_what_is_plain(tables: Any) -> None:
@@ -66,14 +132,32 @@ def test_models_that_are_fitted_to_a_table_find_what_is_plain(tables: Any) -> No
 
 @pytest.mark.parametrize("name", ["shapes", "tables"])
 def test_an_example_of_a_layer_runs(
-    name: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    example = request.getfixturevalue(name)
+    example, out = request.getfixturevalue(name), tmp_path / "found.json"
     small = {"TEST": 8, "BATCH": 4} if name == "shapes" else {"TESTS": 2, "BATCH": 1, "ROWS": 36}
     for what, value in small.items():
         monkeypatch.setattr(example, what, value)
-    example.main(["--steps", "2"])
+    example.main(["--steps", "4", "--seeds", "2", "--out", str(out)])
     shown = capsys.readouterr().out
     rows = ["dense", *example.CHOICES] if name == "shapes" else [*example.VARIANTS, "logistic regression"]
     assert all(f"\n{row} " in shown for row in rows)
     assert "nan" not in shown
+    found = json.loads(out.read_text())
+    assert found["steps"] == 4
+    if name == "shapes":
+        assert [(row["seed"], row["connections"]) for row in found["rows"]] == [
+            (n, row) for n in (0, 1) for row in rows
+        ]
+        assert all(0 < row["mass"] <= 1 for row in found["rows"])
+    else:
+        assert {row["model"]: len(row["seeds"]) for row in found["rows"]} == {
+            "logistic regression": 1,
+            "5 nearest neighbours": 1,
+            **dict.fromkeys(example.VARIANTS, 2),
+        }
+        assert found["rows"][0]["difference"] == [0.0, 0.0]

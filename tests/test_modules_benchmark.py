@@ -37,6 +37,44 @@ def test_every_layer_runs_forward_and_backward(script: Any) -> None:
             assert layer(given[0]).shape == given[0].shape
 
 
+def test_layers_decode_after_a_cache_of_the_length(script: Any) -> None:
+    modules = script("modules")
+    rows = list(modules.measured(["dense", *modules.DECODERS], 64, 1))
+    assert [row["module"] for row in rows if row["what"] == "decode"] == list(modules.DECODERS)
+    layer, (x, token) = modules.MODULES["dense"](64), modules.inputs(64, 0)
+    with torch.no_grad():
+        out = modules.decode_dense(layer, x)(token[:, :1])
+        torch.testing.assert_close(out, layer(torch.cat([x, token[:, :1]], 1))[:, -1:])
+
+
+def test_layers_that_hold_all_pairs_stop_early(script: Any, monkeypatch: Any) -> None:
+    modules = script("modules")
+    monkeypatch.setitem(modules.LONGEST, "sparsifiner", 32)
+    rows = list(modules.measured(["dense", "sparsifiner"], 64, 1))
+    assert {(row["module"], row["what"]) for row in rows} == {("dense", "forward"), ("dense", "step")}
+
+
+def test_a_layer_without_causality_stands_beside_a_dense_one_without(script: Any) -> None:
+    modules = script("modules")
+    rows = list(modules.measured(["dense", "sparsifiner", "seqboat"], 64, 1))
+    seconds = {(row["module"], row["what"]): row["median_s"] for row in rows}
+    (one,) = [row for row in rows if (row["module"], row["what"]) == ("sparsifiner", "step")]
+    beside = seconds["dense_bidirectional", "step"] / seconds["sparsifiner", "step"]
+    assert one["times_dense"] == pytest.approx(beside, rel=0.05)
+    found = {(row["module"], row["what"]): row for row in modules.summary(rows)}
+    assert found["sparsifiner", "step"]["beside"] == "dense_bidirectional"
+    assert found["seqboat", "step"]["beside"] == "dense"
+    assert found["seqboat", "step"]["times_gossamer"] is None
+    shares = [row["active"] for row in rows if row["module"] == "seqboat" and row["what"] != "decode"]
+    assert len(shares) == 2
+    assert 0 < min(shares) <= max(shares) <= 1
+    assert "active" not in one
+
+
+def test_keys_of_a_dynamic_mask_are_no_window(script: Any) -> None:
+    assert bool(script("modules").DynamicMask().layer.A.any())
+
+
 def test_exponents_and_break_even_by_hand(script: Any) -> None:
     modules = script("modules")
     square = [(n, 1e-6 * n**2) for n in (1024, 2048, 4096)]

@@ -151,7 +151,8 @@ void Worklist::add_column_tile(const QueryBlock& block, const int32_t* positions
 }
 
 // Permuted keys: every packed chunk that any part may touch. Pairs are tested by their original positions, but in chunks
-// that every row may attend whole, as are most before the query block where keys change places nearby.
+// that every row may attend whole: all where attention is bidirectional, and most before the query block where keys
+// change places nearby. Of these every row attends the keys that blocks select, unless columns or bands add some.
 void Worklist::list_permuted(const QueryBlock& block, const PackedTiles& packed, const ChunkBounds* bounds) {
   const auto [low, high] = reachable(block);
   if (low >= high) return;
@@ -174,9 +175,10 @@ void Worklist::list_permuted(const QueryBlock& block, const PackedTiles& packed,
     const int32_t* positions = order + chunk * kChunk;
     const bool scattered = more && add_scattered(block, columns, positions, chunk, count);
     if (!touched_[chunk] && !scattered) continue;
-    const bool full = selected_[chunk] == ~uint64_t{0} && all_allowed(block, lowest, highest);
-    tiles_.push_back({packed.keys(chunk), packed.values(chunk), positions, 0, selected_[chunk], count,
-                      full ? TileKind::kFull : TileKind::kScattered});
+    const bool whole = selected_[chunk] == ~uint64_t{0};
+    TileKind kind = TileKind::kScattered;
+    if (all_allowed(block, lowest, highest) && (whole || !more)) kind = whole ? TileKind::kFull : TileKind::kSelected;
+    tiles_.push_back({packed.keys(chunk), packed.values(chunk), positions, 0, selected_[chunk], count, kind});
   }
 }
 

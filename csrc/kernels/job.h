@@ -32,6 +32,7 @@ enum class TileKind : int {
   kGathered,     // key t has positions[t], ascending; nothing but key_bits selects
   kScattered,    // key t has positions[t], any order, count of them
   kMeans,        // means of key blocks: key_bits says which every row attends
+  kSelected,     // of keys anywhere, key_bits says which every row attends
 };
 
 struct StoredRows;

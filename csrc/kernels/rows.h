@@ -83,6 +83,7 @@ inline uint64_t row_mask(const Rules& rules, const Tile& tile, const SortedKeys&
       return tile.key_bits & bit_range(positions_before(tile.positions, tile.count, begin),
                                        positions_before(tile.positions, tile.count, end));
     case TileKind::kMeans:
+    case TileKind::kSelected:
       return tile.key_bits;
     case TileKind::kScattered: {
       uint64_t selected = tile.key_bits;

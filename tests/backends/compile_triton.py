@@ -28,6 +28,7 @@ FLOATS = (
     "keys", "bias",
 )  # fmt: skip
 TYPES = INTEGERS | {f"{name}_ptr": "*fp32" for name in FLOATS}
+TYPES |= dict.fromkeys(("q_steps", "q_shifts", "k_steps"), "*fp32")
 TYPES |= dict.fromkeys(("block_indptr", "column_indptr", "indptr_ptr", "pairs_ptr"), "*i64")
 TYPES |= dict.fromkeys(("row_indptr", "gathered_indptr", "list_indptr"), "*i64")
 TYPES |= dict.fromkeys(("flags_ptr", "forced_heads_ptr", "everywhere_ptr"), "*u8")
@@ -41,6 +42,7 @@ INSTRUCTIONS = {
     "tensor-copy": "cp.async.bulk.tensor",
     "warp-matrix": "mma.sync",
     "warpgroup-matrix": "wgmma.mma_async",
+    "int8-matrix": ".s32.s8.s8",
 }
 
 
@@ -76,11 +78,14 @@ def compile_attend(
     share: int = 4,
     descriptors: bool = False,
     codings: tuple[int, int] = (0, 0),
+    quantised: bool = False,
 ) -> Any:
     block_d = power_of_two(dim)
     halves = 2 if capability < 90 and tile[0] < block_d <= 2 * tile[0] else 1
     like_q = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_means", "v_means", "k_scales", "k_zeros", "v_scales", "v_zeros")
     types: dict[str, str] = dict.fromkeys(like_q, "*" + dtype)
+    if quantised:
+        types |= dict.fromkeys(("q_ptr", "k_ptr", "k_scales", "k_zeros"), "*i8")
     types |= {f"{x}_codes": "*u8" if coding else "*" + dtype for x, coding in zip("kv", codings, strict=True)}
     for name, width in (("k_descriptor", block_d), ("v_descriptor", block_d // halves)):
         types[name] = f"tensordesc<{dtype}[1, 1, {tile[1]}, {width}]>" if descriptors else "*" + dtype
@@ -194,12 +199,14 @@ def resources(compiled: Any) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compile_chosen(dtype: str, dim: int, rows: int, flags: set[str]) -> Any:
+def compile_chosen(dtype: str, dim: int, rows: int, flags: set[str], *, quantised: bool = False) -> Any:
     """For Hopper, in the tile that the table chooses for ``rows`` rows of a query block and the heads that share it."""
     parts = {"blocks": "HAS_BLOCKS" in flags, "columns": "HAS_COLUMNS" in flags}
     chosen = config.choose(config.Problem((9, 0), dim, 4 if dtype == "fp32" else 2, rows, 128, 17, **parts))
     options: dict[str, Any] = dict(warps=chosen.warps, stages=chosen.stages, descriptors=chosen.descriptors)
     options |= dict(share=max(1, rows // 64), block=128)
+    if quantised:  # descriptors are of what has two bytes
+        options |= dict(quantised=True, descriptors=False)
     return compile_attend(90, dtype, dim, (chosen.tile_m, chosen.tile_n), flags, **options)
 
 
@@ -210,6 +217,7 @@ def main(capability: int) -> None:
         compiled |= {
             "attend-attributes": compile_attend(capability, "fp16", 128, (64, 64), {"HAS_BLOCKS", *ATTRIBUTES})
         }
+        compiled |= {"attend-int8": compile_attend(capability, "fp16", 64, (64, 64), {"HAS_BLOCKS"}, quantised=True)}
         of_codes = (coded.BY_TOKENS.value, coded.BY_CHANNELS.value)
         compile_attend(capability, "bf16", 128, (16, 32), {"BIASED"}, codings=of_codes, stages=1)
         of_bitmaps = (coded.BITMAP.value, coded.BITMAP.value)
@@ -219,10 +227,11 @@ def main(capability: int) -> None:
     else:
         compiled = {"attend": compile_chosen("bf16", 128, 64, {"HAS_BLOCKS", "HAS_COLUMNS"})}
         compiled |= {"attend-attributes": compile_chosen("bf16", 128, 64, {"HAS_BLOCKS", *ATTRIBUTES})}
+        listed = {"HAS_BLOCKS", "HAS_COLUMNS"}
+        compiled |= {"attend-int8": compile_chosen("bf16", 128, 64, listed, quantised=True)}
         compiled |= {"attend-fp32": compile_chosen("fp32", 128, 64, set())}
         compiled |= {"sums-fp32": compile_products(90, "fp32", 128, 1, only="probe_sums")["probe_sums"]}
         compiled |= compile_products(90, "bf16", 128, 4)
-        listed = {"HAS_BLOCKS", "HAS_COLUMNS"}
         compiled |= compile_backward(90, "bf16", 128, listed, ("query_gradients", "key_gradients"))
     for name, kernel in compiled.items():
         found = [word for word, instruction in INSTRUCTIONS.items() if instruction in kernel.asm["ptx"]]

@@ -102,6 +102,28 @@ def test_permuted_plans(force, isa: str, seed: int) -> None:
 
 
 @every_isa
+@pytest.mark.parametrize("block", [64, 48])
+def test_axis_orders_in_both_directions(force, isa: str, block: int) -> None:
+    """The bits are those of the blocks by themselves, over tokens that lie in that order."""
+    force(isa)
+    order = torch.arange(240).view(4, 6, 10).permute(2, 0, 1).flatten()
+    mask = torch.rand(1, 4, 240 // block + (240 % block > 0), 240 // block + (240 % block > 0)) < 0.5
+    sizes = {"extent": Extent.full(1, 240, 240, causal=False), "block_q": block, "block_k": block}
+    orders = dict.fromkeys(("q_order", "k_order"), order.int().expand(1, 4, 240))
+    plain = SparsePlan.from_block_mask(mask, 240, 240, **sizes)
+    plan = SparsePlan.from_block_mask(mask, 240, 240, **sizes, **orders)
+    for dtype in (torch.float32, torch.bfloat16):
+        call = draw(plan, heads=4, groups=2, dim=32, dtype=dtype)
+        check(call, plan)
+        in_order = replace(call, **{name: getattr(call, name)[:, :, order] for name in ("q", "k", "v")})
+        for got, expected in zip(cpu.attend(call, plan), cpu.attend(in_order, plain), strict=True):
+            assert torch.equal(got[:, :, order], expected)
+    padded = Extent([-5], [200], [5], [200], causal=False)  # ranks of dead keys among those of live ones
+    plan = SparsePlan.from_block_mask(mask, 240, 240, **(sizes | orders | {"extent": padded}))
+    check(draw(plan, heads=4, groups=2, dim=32), plan)
+
+
+@every_isa
 @pytest.mark.parametrize("queries", [600, 200], ids=["prompt", "chunk"])
 def test_keys_that_change_places_nearby(force, isa: str, queries: int) -> None:
     """Chunks before a query block are then whole, unless the model's window, a dead key or no block cuts into them."""

@@ -319,7 +319,7 @@ def test_plans_with_other_attributes_do_not_merge() -> None:
     plan = blocks_by_chance(call, 4, block_k=64)
     others: list[dict[str, Any]] = [{"pruned_mean": True}, {"skip": 1.0}]
     for other in others:
-        with pytest.raises(ValueError, match="heads of one layer must share pruned_mean and skip, got"):
+        with pytest.raises(ValueError, match="heads of one layer must share pruned_mean and skip and quantised, got"):
             merge_plans([plan, plan.with_attributes(**other)], [0, 1, 0, 1])
     finer = blocks_by_chance(call, 4, block_k=32, pruned_mean=True)
     with pytest.raises(ValueError, match="must have the same blocks, got"):

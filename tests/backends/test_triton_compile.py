@@ -32,7 +32,7 @@ def test_products_are_of_tensor_cores_and_loads_asynchronous(compiled) -> None:
     """By descriptors where consecutive keys are loaded; gathered columns stay copies by pointers. fp32 is exact."""
     capability, kernels = compiled
     usual = {"asynchronous-copy", "warpgroup-matrix" if capability >= 90 else "warp-matrix"}
-    expected = {"attend": usual, "attend-attributes": usual}
+    expected = {"attend": usual, "attend-attributes": usual, "attend-int8": usual | {"int8-matrix"}}
     of_gradients = ("query_gradients", "key_gradients") if capability >= 90 else ("column_gradients", "mean_gradients")
     expected |= dict.fromkeys(of_gradients, usual)
     if capability >= 90:

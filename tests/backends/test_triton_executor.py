@@ -310,3 +310,34 @@ def test_plans_on_the_cpu_move_without_waiting(monkeypatch, permuted: bool) -> N
         assert plan.to("meta").device.type == "meta"
     assert all(part.is_meta for part in arguments if isinstance(part, Tensor))
     assert copies.count == 0
+
+
+@pytest.mark.parametrize("orders", ["qk", "k"])
+@pytest.mark.parametrize("block", [32, 24])
+def test_axis_orders_in_both_directions(block: int, orders: str) -> None:
+    """No pair is masked: of a call without padding, and of one where ranks hold keys that are dead."""
+    for extent in (Extent.full(2, 100, 100, causal=False), Extent([0, -7], [100, 80], [0, 7], [100, 80], causal=False)):
+        shape = AttentionCall(*(torch.zeros(2, 2, 100, 1) for _ in range(3)), extent)
+        plan = replace(plan_for(shape, 4, heads=2, block_q=block, block_k=block, orders=orders), sink=0, window=0)
+        call = draw(plan, heads=2, groups=2, dim=16)
+        check(call, plan, SMALL)
+        alone = replace(plan, column_indptr=None, column_indices=torch.empty(0, dtype=torch.int32))
+        assert ON_GPU or _folds(call, alone) == {"BY_KEY"}
+
+
+def _folds(call: AttentionCall, plan: SparsePlan) -> set[str]:
+    """By what the tiles of a call's blocks are masked, as the interpreter runs them."""
+    from gossamer.backends.triton.kernels import blocks, softmax
+
+    names = {getattr(softmax, name).value: name for name in ("UNMASKED", "BY_KEY", "BY_PAIR")}
+    seen: set[str] = set()
+    fold: Any = blocks.fold
+
+    def watched(*arguments: Any) -> Any:
+        seen.add(names[int(getattr(arguments[-1], "value", arguments[-1]))])
+        return fold(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "fold", watched)
+        run(call, plan, SMALL)
+    return seen

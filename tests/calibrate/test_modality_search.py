@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from methods.prompts import of_weights, planted_boundary, planted_grid, prompt
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gossamer import AttentionCall, backends
-from gossamer.calibrate.modalities import PATTERNS, ModalitySearch
+from gossamer import AttentionCall, Extent, backends
+from gossamer.calibrate.modalities import PATTERNS, ModalitySearch, _of_row
 from gossamer.integrations.stats import Observation
+from gossamer.layout import ModalityLayout
 from gossamer.methods import Dense, GridLines, MMInference, PerHead, VerticalSlash
 from gossamer.plan import SparsePlan
 from gossamer.profiles import Profile
@@ -114,3 +116,39 @@ def test_calls_that_say_nothing_of_modalities_are_no_search() -> None:
 def test_the_papers_search_space_has_its_patterns() -> None:
     assert len(PATTERNS) == 3 + 9 + 12
     assert len(set(PATTERNS)) == len(PATTERNS)
+
+
+def test_a_row_is_planned_by_itself_as_among_the_others() -> None:
+    call = prompt("t120 i150 t7 v250 t60", "i30 t200", left=5)
+    for method in (MMInference("none", (GRID,)), MMInference("q", (FEW,)), MMInference("2d", (FAR, GRID, FEW, GRID))):
+        together = method.plan(call).to_mask()
+        for row in range(2):
+            assert torch.equal(method.plan(_of_row(call, row)).to_mask()[0], together[row]), (method, row)
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_the_search_holds_one_batch_row_at_a_time() -> None:
+    """What it finds of a batch is what it finds of its rows one after the other, and takes no larger tensor."""
+    rows = [observation(prompt("t60 v150 t40", seed=seed)) for seed in range(3)]
+    tensors = {name: torch.cat([getattr(one.call, name) for one in rows]) for name in ("q", "k", "v")}
+    kinds = torch.cat([one.call.layout.kinds for one in rows if isinstance(one.call.layout, ModalityLayout)])
+    extent = Extent.full(3, 250, 250)
+    together = observation(AttentionCall(**tensors, extent=extent, layout=ModalityLayout(kinds)))
+    searches = [ModalitySearch(patterns=TRIED, rows=16) for _ in range(2)]
+    with LargestTensor() as one_by_one:
+        for row in rows:
+            next(searches[0].passes())(row)
+    with LargestTensor() as at_once:
+        next(searches[1].passes())(together)
+    for found, expected in zip(searches[1]._sums[0], searches[0]._sums[0], strict=True):
+        assert torch.equal(found, expected)
+    assert at_once.elements <= max(one_by_one.elements, together.call.q.numel())

@@ -117,6 +117,19 @@ def test_pictures_reach_the_model_and_full_budget_is_dense(
     assert full["tokens"] == shown["tokens"]
 
 
+def test_text_alone_is_read_too(capsys, reader_path: Path, question: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    dense, _ = run(capsys, reader_path, question, "--method", "dense", "--max-new-tokens", 3)
+    full, _ = run(capsys, reader_path, question, *SPARSE, "--compare")
+    model: Any = LlavaForConditionalGeneration.from_pretrained(reader_path)
+    prompt = torch.tensor([[WORDS.index(word) for word in question.read_text().split()]])
+    with torch.no_grad():
+        expected = model.generate(input_ids=prompt, max_new_tokens=3, do_sample=False)[0, 30:].tolist()
+    assert dense["prompt_tokens"] == 30
+    assert dense["tokens"] == full["tokens"] == expected
+
+
 def test_frames_come_by_their_numbers(frames: Path) -> None:
     (video,) = read_media([], [frames]).videos
     assert [frame.getpixel((0, 0))[0] for frame in video] == [20 * number for number in range(12)]

@@ -13,6 +13,8 @@ pytest.importorskip("transformers")
 from test_runner import SPARSE, subject
 
 from gossamer import AttentionCall, Extent, Policy, SparsePlan, methods, sparse_attention
+from gossamer.backends.torch import attend
+from gossamer.evaluate import fidelity
 from gossamer.evaluate.fidelity import FIGURES, compare, compare_layer, compare_logits, plan_map
 from gossamer.integrations.transformers import Observation
 from gossamer.oracle import log_sum_exp
@@ -97,6 +99,18 @@ def test_recall_and_errors_equal_those_of_the_full_matrix(name: str, limit: int 
     density = mask.sum(dim=(1, 2)) / pairs
     torch.testing.assert_close(torch.tensor(figures["head_density"]).double(), density.double(), atol=1e-4, rtol=1e-4)
     assert all(0 < value <= 1 + 1e-6 for value in figures["oracle_recall"])
+
+
+@pytest.mark.parametrize("attribute", [{"pruned_mean": True}, {"skip": 0.5}, {"quantised": True}], ids=str)
+def test_recall_is_of_the_plans_own_pairs(attribute: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an executor has in its sum: here the definition's, which rounds to integers where it may."""
+    monkeypatch.setattr(fidelity.backends, "attend", attend)
+    observed, lse = one_call()
+    plan = methods.BlockSparse(2, 64).plan(observed.call)
+    found = compare_layer(observed, plan.with_attributes(**attribute), lse)
+    plain = compare_layer(observed, plan, lse)
+    assert found["recall"] == plain["recall"]
+    assert found["relative_l2"] != plain["relative_l2"]
 
 
 def test_dense_is_perfect() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer.evaluate.mqar import VARIANTS, Compositional, Examples, Forgetting, Plain, Stacked, Variant
+from gossamer.evaluate.mqar import VARIANTS, Compositional, Examples, Forgetting, Plain, Scattered, Stacked, Variant
 from gossamer.evaluate.mqar.data import IGNORED
 
 EVERY = [
@@ -19,6 +19,7 @@ EVERY = [
     Compositional(vocabulary=40, length=64, pairs=9),
     Stacked(vocabulary=40, length=10, pairs=5),
     Stacked(vocabulary=40, length=15, pairs=5, passes=2, lasting=True),
+    Scattered(vocabulary=40, length=32, pairs=5),
 ]
 every = pytest.mark.parametrize("variant", EVERY, ids=str)
 
@@ -31,6 +32,14 @@ def readings(variant: Variant, inputs: Tensor) -> dict[int, tuple[int, int]]:
             if value:
                 held[key] = value, place
             else:
+                found[place] = held[key][0], place - held[key][1]
+        return found
+    if isinstance(variant, Scattered):
+        for place in range(0, variant.length, 2):
+            key, value = tokens[place : place + 2]
+            if value:
+                held[key] = value, place + 1
+            elif key:
                 found[place] = held[key][0], place - held[key][1]
         return found
     size = 2 if isinstance(variant, Compositional) else 1
@@ -171,6 +180,8 @@ WRONG: list[tuple[type[Variant], dict[str, Any], str]] = [
     (Compositional, {"vocabulary": 8, "pairs": 4}, "has 1 keys"),
     (Stacked, {"length": 10, "pairs": 4}, r"pairs \* \(passes \+ 1\) = 8"),
     (Stacked, {"length": 8, "pairs": 4, "fillers": "random"}, "has no fillers"),
+    (Stacked, {"length": 8, "pairs": 4, "power": 0.5}, "has no power law, got power=0.5"),
+    (Scattered, {"power": 1.0}, "has no power law"),
 ]
 
 
@@ -187,4 +198,17 @@ def test_negative_counts_are_refused_and_fields_are_told() -> None:
         "plain",
         "compositional",
     }
-    assert set(VARIANTS) == {"plain", "forgetting", "compositional", "stacked"}
+    assert set(VARIANTS) == {"plain", "forgetting", "compositional", "stacked", "scattered"}
+
+
+def test_scattered_pairs_and_queries_stand_anywhere() -> None:
+    """Half of the places hold something, each as often, and how far apart the two of a key lie is that of any two."""
+    examples = Scattered(vocabulary=64, length=32, pairs=4).make(4000, seed=0)
+    asked = examples.labels != IGNORED
+    held = (examples.inputs >= 32).roll(-1, 1)  # where pairs begin
+    assert not bool((asked | held)[:, 1::2].any())
+    share = (asked | held)[:, ::2].double().mean(0)
+    torch.testing.assert_close(share, torch.full_like(share, 0.5), atol=0.04, rtol=0)
+    far = (examples.distances[asked] + 1) // 2  # places between: of 16, two are d apart in 16 - d of 120 ways
+    found = torch.bincount(far, minlength=16)[1:].double() / len(far)
+    torch.testing.assert_close(found, (16 - torch.arange(1, 16)).double() / 120, atol=0.01, rtol=0)

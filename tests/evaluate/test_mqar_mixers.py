@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gossamer.evaluate.mqar.layers import GatedConvolution, MaskedAttention
+from gossamer.evaluate.mqar.layers import GatedConvolution, MaskedAttention, MaskedByValues
 from gossamer.evaluate.mqar.mixers import MIXERS, Mixer, parse_mixer
-from gossamer.modules import Axial, CombinerAttention, Fixed, LogSparse
+from gossamer.modules import Axial, CombinerAttention, DynamicMaskAttention, Fixed, LogSparse, SeqBoatLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 WIDTH, TOKENS = 8, 21
@@ -124,6 +125,37 @@ def test_combiners_are_built_with_the_pattern_that_their_budget_says(name: str, 
     assert mixes.pattern == pattern
 
 
+def test_a_dynamic_mask_is_the_layer_of_that_name() -> None:
+    torch.manual_seed(0)
+    config = SimpleNamespace(
+        hidden_size=WIDTH, num_attention_heads=1, num_key_value_heads=1, attention_bias=True, keep_window_size=5
+    )
+    layer, masked = DynamicMaskAttention(config, shared=1), MaskedByValues(WIDTH, 5)
+    torch.nn.init.normal_(layer.A)
+    own = {"q_norm.weight", "k_norm.weight"}
+    names = {"A": "scores.A", "dt_proj.weight": "scores.dt_proj.weight", "dt_proj.bias": "scores.dt_proj.bias"}
+    state = layer.state_dict()
+    masked.load_state_dict({names.get(n, n if n in own else f"projections.{n}"): x for n, x in state.items()})
+    x = torch.randn(2, TOKENS, WIDTH)
+    still = torch.ones(1, TOKENS, WIDTH)
+    expected = layer(x, (still, torch.zeros_like(still)))[0]
+    torch.testing.assert_close(masked(x), expected)
+    wide = MaskedByValues(WIDTH, TOKENS)
+    wide.load_state_dict(masked.state_dict())
+    assert not torch.allclose(wide(x), expected)
+
+
+def test_local_kinds_are_the_patterns_that_routers_stand_beside() -> None:
+    routed, local = layer("seqboat"), layer("seqboat_local")
+    assert isinstance(routed, SeqBoatLayer)
+    assert isinstance(local, SeqBoatLayer)
+    assert (routed.router, local.router) == (True, False)
+    assert routed.window == local.window == 5
+    heads = layer("window_heads")
+    assert isinstance(heads, MaskedAttention)
+    assert (heads.select, heads.projections.heads) == ("window", 2)
+
+
 def test_what_is_read_and_held() -> None:
     """By hand, of 16 tokens, in one layer of width 8."""
 
@@ -140,6 +172,8 @@ def test_what_is_read_and_held() -> None:
     assert costs("combiner_axial(4)") == (4 * 10 + 4 * (0 + 1 + 2 + 3) + 12 * 3, 32)
     assert costs("combiner_logsparse") == (16 + 32, 32)
     assert costs("dynamic_mask(4)") == (58, 8)
+    assert costs("window_heads(4)") == costs("window(4)")
+    assert costs("seqboat(4)") == costs("seqboat_local(4)") == (58 + 12, 16 + 12)  # 16 averages; four besides the own
     assert costs("convolution(4)") == (58, 4)
 
 
@@ -175,3 +209,5 @@ def test_wrong_selections_are_refused() -> None:
         MaskedAttention(8, "best", 4)
     with pytest.raises(ValueError, match="keep must be 1"):
         MaskedAttention(8, "window", 0)
+    with pytest.raises(ValueError, match="keep must be 1"):
+        MaskedByValues(8, 0)

@@ -232,7 +232,7 @@ def test_the_papers_setting_is_there_by_name() -> None:
     assert FIGURE_2.rates == pytest.approx((1e-4, 4.6416e-4, 2.15443e-3, 1e-2), rel=1e-4)
     assert [FIGURE_2.batch_of(length) for length in (64, 128, 256, 512)] == [512, 512, 256, 128]
     assert (FIGURE_2.epochs, FIGURE_2.examples, FIGURE_2.mlp, FIGURE_2.enough) == (64, 100_000, 0, 0.99)
-    assert list(SETTINGS) == [setting.name for setting in SETTINGS.values()] == ["quick", "small", "figure2"]
+    assert list(SETTINGS) == [setting.name for setting in SETTINGS.values()] == ["quick", "small", "routers", "figure2"]
     assert SETTINGS["quick"] == QUICK
     assert all(parse_mixer(spec).label == spec for setting in SETTINGS.values() for spec in setting.mixers)
 
@@ -271,12 +271,13 @@ def test_the_best_rate_of_each_seed_counts() -> None:
         "seeds",
         "to 8",
         "to 16",
+        "guess",
         "state",
         "logits",
         "of dense",
         "steps",
     ]
-    assert table[1] == ["dense", "32", "0.625", "0.500-0.750", "2", "0.50", "0.62", "128", "16.2", "50%", "10"]
+    assert table[1] == ["dense", "32", "0.625", "0.500-0.750", "2", "0.50", "0.62", "0.125", "128", "16.2", "50%", "10"]
 
 
 def test_other_trainings_and_tasks_have_rows_of_their_own() -> None:

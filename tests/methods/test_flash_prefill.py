@@ -184,6 +184,15 @@ def test_any_method_of_blocks_takes_the_attributes(base: Any) -> None:
     assert Corrected(base, pruned_mean=False).plan(call).pruned_mean is False
 
 
+def test_a_quantised_base_stays_so() -> None:
+    call = make_call("no padding", length=300, heads=2, groups=1, dim=16)
+    base = Corrected(BlockSparse(3, 64), pruned_mean=False, quantised=True)
+    plan = Corrected(base, pruned_mean=False, skip=2.0).plan(call)
+    assert (plan.quantised, plan.skip) == (True, 2.0)
+    with pytest.raises(ValueError, match="has pruned_mean and quantised"):
+        Corrected(base).plan(call)
+
+
 @pytest.mark.parametrize("base", [AShape(4, 60), VerticalSlash(20, 64)])
 def test_methods_of_more_than_blocks_are_refused(base: Any) -> None:
     call = make_call("no padding", length=300, heads=2, groups=1, dim=16)
@@ -200,6 +209,8 @@ def test_what_the_base_needs_is_needed() -> None:
 def test_it_is_written_and_read_with_its_base() -> None:
     method = Corrected(MaxRelative(0.3), pruned_mean=False, skip=4.0)
     assert methods.from_dict(method.to_dict()) == method
+    with pytest.raises(ValueError, match="corrected has pruned_mean and quantised"):
+        Corrected(quantised=True)
     with pytest.raises(TypeError, match=r"corrected\.base must be a method, got str"):
         Corrected("max_relative")  # pyright: ignore[reportArgumentType]
 

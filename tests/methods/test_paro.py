@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from clips import FRAMES, HEIGHT, PATCHES, WIDTH, clip, ranks_of_tokens, text_of_blocks, weights
 
 from gossamer import AttentionCall, backends
+from gossamer.backends.torch import attend
 from gossamer.layout import DenoisingStep
-from gossamer.methods import PARO
+from gossamer.methods import PARO, PerHead
 from gossamer.methods.denoising import ORDERS
 
 BLOCK = 16
@@ -107,6 +109,20 @@ def test_queries_and_keys_are_turned_back() -> None:
         torch.testing.assert_close(out.double(), weights(call) @ values, atol=1e-5, rtol=1e-4)
 
 
+def test_queries_and_keys_in_int8_are_asked_of_the_executor() -> None:
+    """Of the plan that is made, and of one put together of what two rows kept."""
+    state: list = [{}, {}]
+    method = PARO(density=0.5, block=BLOCK, quantised=True)
+    call = clip(before=(5, 5), after=(4, 4), step=0, total=30, state=state)
+    plans = [method.plan(call), method.plan(replace(call, state=state[::-1]))]
+    ordinary = PARO(density=0.5, block=BLOCK).plan(replace(call, state=[{}, {}]))
+    assert [plan.quantised for plan in (*plans, ordinary)] == [True, True, False]
+    assert torch.equal(plans[0].block_mask(), ordinary.block_mask())
+    exact = attend(call, ordinary)[0]
+    error = float((attend(call, plans[0])[0] - exact).norm() / exact.norm())
+    assert 1e-5 < error < 0.05
+
+
 def test_parts_of_the_sampling_have_masks_of_their_own() -> None:
     method = PARO(density=0.3, block=BLOCK)
     assert [method.bucket(step, 30) for step in (0, 1, 2, 4, 5, 12, 13, 14, 15, 29)] == [0, 0, 1, 1, 2, 4, 4, 5, 5, 5]
@@ -119,6 +135,24 @@ def test_parts_of_the_sampling_have_masks_of_their_own() -> None:
         masks.append(method.plan(call))
     changes = [step for step in range(1, 30) if masks[step] is not masks[step - 1]]
     assert changes == [2, 5, 8, 11, 14]
+
+
+def test_heads_of_several_orders_are_merged_once_for_each_mask() -> None:
+    heads = [PARO(order, density=0.3, block=16, halves=False) for order in ("WHF", "FHW", "HWF", "WHF")]
+    method, state = PerHead([heads]), [{}, {}]
+    plans = [method.plan(clip(step=step, state=state)) for step in (0, 1, 3, 4)]
+    assert plans[0] is plans[1] is plans[2]
+    assert plans[3] is not plans[0]
+    fresh = method.plan(clip(step=4))
+    assert torch.equal(plans[3].to_mask(), fresh.to_mask())
+
+
+def test_quantised_plans_are_kept_as_others_are() -> None:
+    heads = PerHead([[PARO(order, density=0.3, block=BLOCK, quantised=True) for order in ORDERS[:4]]])
+    state: list[dict] = [{}, {}]
+    plans = [heads.plan(clip(step=step, state=state)) for step in (0, 1)]
+    assert plans[0] is plans[1]
+    assert plans[0].quantised
 
 
 def test_it_needs_the_number_of_steps_and_checks_its_fields() -> None:

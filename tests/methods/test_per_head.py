@@ -134,6 +134,16 @@ def test_budgets_differ_between_heads_that_are_planned_together(kind: type) -> N
     assert len({int(mask[:, head].sum()) for head in range(4)}) == 4
 
 
+def test_plans_that_no_method_keeps_are_not_kept_when_merged() -> None:
+    """Through an answer's steps each layer would hold them."""
+    state: list[dict] = [{}]
+    call = make_call("no padding", length=64, heads=2, groups=1, dim=16)
+    method = PerHead([[VerticalSlash(8, 8), BlockSparse(2, 16)]])
+    for _ in range(2):
+        method.plan(replace(call, state=state))
+    assert state == [{}]
+
+
 def test_needs_are_those_of_the_layers_heads() -> None:
     mixed = PerHead(((AShape(), VerticalSlash(exact=True)), (AShape(), VerticalSlash())))
     q = torch.randn(1, 2, 9, 8)

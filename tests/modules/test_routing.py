@@ -65,6 +65,53 @@ def test_choosing_by_the_prefix_is_the_formula() -> None:
         torch.testing.assert_close(out[b, h, i], row(q[b, h, i], k[b, h, chosen], v[b, h, chosen]))
 
 
+@pytest.mark.parametrize("memory", [0, 2])
+def test_one_query_by_the_prefix_is_the_last_of_the_whole_call(memory: int) -> None:
+    q, k, v = drawn(9)
+    means, live = Centroids(2, 3, 4, dtype=torch.float64), torch.arange(9) >= torch.tensor([[0], [7]])
+    kept = torch.randn(2, 2, 3, memory, 4, dtype=torch.float64)
+    options: Any = {"window": 3, "scale": 0.5, "live": live, "memory": (kept[0], kept[1]) if memory else None}
+    whole, one = (attend_prefix(x, k, v, means, **options) for x in (q, q[:, :, -1:]))
+    torch.testing.assert_close(one, whole[:, :, -1:])
+
+
+def test_a_step_scores_keys_against_one_centroid_and_copies_none_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    routing, x, cache = layer(assign="prefix"), torch.randn(1, 40, 8, dtype=torch.float64), KeysAndValues()
+    scored, places, score = [], [], Centroids.scores
+
+    def watch(self: Centroids, of: Tensor) -> Tensor:
+        scored.append(of.shape[2])
+        return score(self, of)
+
+    with torch.no_grad():
+        whole = routing(x)
+        outs = [routing(x[:, :8], cache=cache)]
+        monkeypatch.setattr(Centroids, "scores", watch)
+        for n in range(8, 40):
+            outs.append(routing(x[:, n : n + 1], cache=cache))
+            assert cache.held is not None
+            places.append(cache.held[0].data_ptr())
+    torch.testing.assert_close(torch.cat(outs, 1), whole)
+    assert set(scored) == {1}  # the query's nearest centroid, and no key
+    assert [n for n in range(1, 32) if places[n] != places[n - 1]] == [8, 24]  # at 16 and at 32 tokens
+
+
+def test_a_cache_keeps_gradients_and_what_inference_mode_made() -> None:
+    k = torch.randn(3, 1, 1, 4, 2, requires_grad=True)
+    cache = KeysAndValues()
+    for one in k:
+        held = cache.append(one, one)[0]
+    held.sum().backward()
+    assert torch.equal(k.grad, torch.ones_like(k))
+    cache = KeysAndValues()
+    with torch.inference_mode():
+        for one in k:
+            cache.append(one, one)
+    with torch.no_grad():
+        held = cache.append(k[0], k[0])[0]
+    assert torch.equal(held, torch.cat([*k, k[0]], 2))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_one_cluster_of_everything_is_dense(causal: bool) -> None:
     routing = layer(clusters=1, window=20, causal=causal, memory=0)
@@ -142,6 +189,24 @@ def test_centroids_move_as_the_formula_says(how: Any) -> None:
             total = torch.stack(points).sum(0) / (len(points) if how == "mean" else 2) if points else None
             expected = before[h, c] if total is None else unit(0.9 * before[h, c] + 0.1 * total, dim=0)
             torch.testing.assert_close(means.means[h, c], expected)
+
+
+def test_centroids_of_a_narrow_model_move_as_those_of_a_wide_one() -> None:
+    torch.manual_seed(0)
+    wide, narrow = Centroids(1, 2, 8), Centroids(1, 2, 8, dtype=torch.bfloat16)
+    narrow.load_state_dict(wide.state_dict())
+    narrow = narrow.half().to(torch.bfloat16)
+    assert narrow.means.dtype == torch.float32
+    assert torch.equal(narrow.means, wide.means)
+    start, live = wide.means.clone(), torch.ones(2, 9, dtype=torch.bool)
+    for _ in range(40):
+        q, k = (start[:, torch.randint(2, (2, 9))].transpose(0, 1) + 0.3 * torch.randn(2, 1, 9, 8)).unbind(0)
+        q, k = (x[None].bfloat16().expand(2, -1, -1, -1) for x in (q, k))
+        wide.update(q.float(), k.float(), live)
+        narrow.update(q, k, live)
+    assert float((wide.means - start).abs().max()) > 0.003
+    torch.testing.assert_close(narrow.means, wide.means, atol=2e-3, rtol=0)
+    assert Centroids(1, 2, 8).double().means.dtype == torch.float64
 
 
 def test_training_reaches_everything_but_the_centroids() -> None:

@@ -234,12 +234,12 @@ def all_fields(plan: SparsePlan) -> dict[str, Any]:
 
 
 def full_plan() -> SparsePlan:
-    """No field has its default, but the attributes, which are for plans of blocks alone."""
+    """No field has its default, but the attributes that are for plans of blocks alone."""
     plan = random_plan(5, batch=2, heads=2, query_len=11, key_len=16, block_q=4, block_k=3, permuted=True, padded=True)
     rows = 2 * 2 * 3
     lists = {"block_indptr": torch.arange(rows + 1), "block_indices": torch.arange(rows).int() % 6}
     columns = {"column_indptr": torch.arange(2 * 2 * 2 + 1), "column_indices": torch.arange(8).int() % 4}
-    return replace(plan, **lists, **columns, column_group=2, sink=[1, 2], window=[3, 4])
+    return replace(plan, **lists, **columns, column_group=2, sink=[1, 2], window=[3, 4], quantised=True)
 
 
 def test_a_full_plan_has_no_default() -> None:

@@ -124,7 +124,7 @@ def attend(
         make: makes the plan again for the gradient; without it the plan is kept. In graphs it is kept all the same.
 
     Raises:
-        ValueError: a gradient is needed through a plan with `SparsePlan.skip`.
+        ValueError: a gradient is needed through a plan with `SparsePlan.skip` or ``quantised``.
         NotImplementedError: tensors that carry tangents, or belong to ``torch.func``.
     """
     refuse_transforms(call)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gossamer import backends
+from gossamer.call import AttentionCall
 from gossamer.integrations.stats import Observation
 from gossamer.layout import ModalityLayout
 from gossamer.methods import AShape, Dense, GridLines, Method, MMInference, PerHead, VerticalSlash
@@ -137,14 +138,13 @@ class ModalitySearch:
             return
         kept = torch.zeros(2, len(BOUNDARIES), len(self.patterns), call.heads, 2, 2, dtype=torch.float64, device="cpu")
         whole = torch.zeros(2, call.heads, 2, 2, dtype=torch.float64, device="cpu")
-        samples = [_Sample(observed, row, self.rows) for row in range(call.batch)]
-        for sample in samples:
+        for row in range(call.batch):  # the weights of one at a time
+            own = _of_row(call, row)
+            sample = _Sample(own, self.rows)
             whole += torch.stack([sample.by_pair(sample.mass), sample.by_pair(sample.allowed)])
-        for b, boundary in enumerate(BOUNDARIES):
-            for p, pattern in enumerate(self.patterns):
-                plan = MMInference(boundary, (pattern,)).plan(call)
-                for sample in samples:
-                    mask = sample.mask(plan)
+            for b, boundary in enumerate(BOUNDARIES):
+                for p, pattern in enumerate(self.patterns):
+                    mask = sample.mask(MMInference(boundary, (pattern,)).plan(own))
                     kept[:, b, p] += torch.stack([sample.by_pair(sample.mass * mask), sample.by_pair(mask)])
         before = self._sums.get(call.layer)
         found = [*kept, *whole]
@@ -196,29 +196,46 @@ class ModalitySearch:
         self._calls[layer] = self._calls.get(layer, 0) + 1
 
 
+def _of_row(call: AttentionCall, row: int) -> AttentionCall:
+    """One batch row of a call, which is planned as it is among the others."""
+    layout, rows = call.layout, slice(row, row + 1)
+    assert isinstance(layout, ModalityLayout)
+    return replace(
+        call,
+        q=call.q[rows],
+        k=call.k[rows],
+        v=None,
+        extent=call.extent.of_rows(rows),
+        layout=ModalityLayout(layout.kinds[rows], layout.strides[rows]),
+        store=None,
+        state=None,
+        bias=None,
+    )
+
+
 class _Sample:
-    """Some queries of a batch row, of each modality evenly apart and the last one among them.
+    """Some queries of a call of one batch row, of each modality evenly apart and the last one among them.
 
     Attributes:
         mass: of each key, fp32 ``[H, L, keys]`` on the CPU; allowed: the causal pairs, the same shape.
     """
 
-    def __init__(self, observed: Observation, row: int, count: int) -> None:
-        call, layout = observed.call, observed.call.layout
+    def __init__(self, call: AttentionCall, count: int) -> None:
+        layout = call.layout
         assert isinstance(layout, ModalityLayout)
-        first, keys = int(call.extent.key_start[row]), int(call.extent.key_count[row])
-        self._row, self._keys = row, slice(first, first + keys)
-        groups = groups_of(layout, row, call)[:keys]
+        first, keys = int(call.extent.key_start[0]), int(call.extent.key_count[0])
+        self._keys = slice(first, first + keys)
+        groups = groups_of(layout, 0, call)[:keys]
         positions = torch.cat([_evenly((groups == group).nonzero()[:, 0], count) for group in (0, 1)]).sort().values
         self._of_query = torch.nn.functional.one_hot(groups[positions], 2).double()
         self._of_key = torch.nn.functional.one_hot(groups, 2).float()
-        self._rows, self._heads = positions - int(call.extent.query_start[row]), call.heads
-        self.mass = torch.cat([weights for _, weights in probed_rows(call, row, positions)]).cpu()
+        self._rows, self._heads = positions - int(call.extent.query_start[0]), call.heads
+        self.mass = torch.cat([weights for _, weights in probed_rows(call, 0, positions)]).cpu()
         self.allowed = (torch.arange(keys, device="cpu") <= positions[:, None]).expand_as(self.mass)
 
     def mask(self, plan: SparsePlan) -> Tensor:
         """What a plan computes, as `mass`."""
-        mask = plan.rows_mask(self._rows)[self._row, :, :, self._keys].cpu()
+        mask = plan.rows_mask(self._rows)[0, :, :, self._keys].cpu()
         return mask.repeat_interleave(self._heads // plan.heads, dim=0)
 
     def by_pair(self, x: Tensor) -> Tensor:

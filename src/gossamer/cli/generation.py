@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,14 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 import gossamer
@@ -106,18 +114,25 @@ def load_model(path: Path, dtype: str, progress: bool, device: str = "cpu", show
     """The model of a folder, not moved: the device tells which dtype ``auto`` is.
 
     Args:
-        shown: one that reads images.
+        shown: it is to read images. One that reads them reads text alone as well.
     """
     wanted = fast_dtype(device)[0] if dtype == "auto" else getattr(torch, dtype)
     if not progress:
         transformers_logging.disable_progress_bar()
-    kind = AutoModelForImageTextToText if shown else AutoModelForCausalLM
+    importlib.import_module("gossamer.compressed")  # so that transformers knows what `gossamer.compress` saved
     try:
+        kind = AutoModelForImageTextToText if shown or _reads_images(path) else AutoModelForCausalLM
         model = kind.from_pretrained(path, dtype=wanted, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
         what = "model that reads images" if shown else "language model"
         raise BadInput(f"{path} is no {what} that transformers can load: {first_line(error)}") from error
     return model.eval()
+
+
+def _reads_images(path: Path) -> bool:
+    """Whether a folder holds a model that transformers has no other class for."""
+    config = type(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+    return config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def load_checked(path: Path, dtype: str, device: str = "cpu", shown: bool = False) -> Any:
@@ -157,11 +172,19 @@ def _holds_nan(weight: Tensor) -> bool:
     return weight.is_floating_point() and bool(weight.sum().isnan()) and bool(weight.isnan().any())
 
 
+def _decoder_layers(model: Any) -> nn.ModuleList | None:
+    """The longest list of modules in the part that reads text: a tower for images may have more layers, and stands
+    still where none are given. Lists in a layer, as of experts, do not count."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [own for name, own in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    return max(outer, key=len, default=None)
+
+
 @contextmanager
 def layer_progress(model: nn.Module, title: str) -> Iterator[None]:
     """A bar over the decoder's layers during the first forward pass, on a terminal, if it takes over two seconds."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(lists, key=len, default=None)
+    layers = _decoder_layers(model)
     if layers is None or not sys.stderr.isatty():
         yield
         return

@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--setting",
-        choices=("quick", "small", "figure2"),
+        choices=("quick", "small", "routers", "figure2"),
         default="quick",
         help="what is trained (default: %(default)s)",
     )
@@ -43,7 +43,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--task",
         metavar="LIST",
-        help="plain, forgetting, compositional or stacked, with fields: plain(length=64,pairs=8,vocabulary=256)",
+        help="plain, forgetting, compositional, stacked or scattered, with fields: "
+        "plain(length=64,pairs=8,vocabulary=256)",
     )
     parser.add_argument("--widths", metavar="LIST", help="of the models (default: the setting's)")
     parser.add_argument("--rates", metavar="LIST", help="learning rates, the best of which counts (default: likewise)")

@@ -128,8 +128,9 @@ def compare_layer(
 
 
 def listed_lse(call: AttentionCall, plan: SparsePlan, lse: Tensor) -> Tensor:
-    """Log-sum-exp of the plan's own pairs: ``lse``, which attending gave, unless others are in it or some are not."""
-    if not plan.pruned_mean and plan.skip is None:
+    """Log-sum-exp of the plan's own pairs: ``lse``, which attending gave, unless others are in it, some are not, or
+    their logits may be rounded."""
+    if not plan.pruned_mean and plan.skip is None and not plan.quantised:
         return lse
     return backends.attend(call, plan.with_attributes())[1]
 

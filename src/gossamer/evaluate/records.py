@@ -111,6 +111,8 @@ def cell_of(record: Record) -> tuple[Any, ...]:
     length = record.get("length") or str(record.get("lengths"))
     window = record.get("text_sha256"), record.get("start")
     policy = None if dense else record.get("policy")
+    # Of these a file has several seeds; of others the whole file has one.
+    seed = record.get("seed") if record["kind"] in ("fill", "overlap") else None
     return (
         record["kind"],
         fields,
@@ -122,6 +124,7 @@ def cell_of(record: Record) -> tuple[Any, ...]:
         length,
         record.get("index"),
         window,
+        seed,
     )
 
 

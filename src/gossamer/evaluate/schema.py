@@ -18,33 +18,31 @@ from gossamer.evaluate.checks import (
     leaf,
     list_of,
     mapping_of,
-    number,
     or_null,
 )
+from gossamer.evaluate.leaves import (
+    AMOUNT,
+    COSINE,
+    COUNT,
+    FLAG,
+    LENGTH,
+    MORE_OF_A_METHOD,
+    NATS,
+    POSITIVE_SECONDS,
+    SCORE,
+    SECONDS,
+    SHARE,
+    TEXT,
+)
+from gossamer.evaluate.model_lines import CLIP, FILL, MQAR, OVERLAP
 from gossamer.profiles.files import shown
 
 __all__ = ["FORMAT", "KINDS", "checked"]
 
 FORMAT = 1
 _MOST_LAYERS, _MOST_MAP = 100_000, 4096
-# Shares are sums of rounded masses: they may pass 1 by a hair.
-_ROUNDING = 1e-6
-
-
-_TEXT = leaf("text", lambda value: isinstance(value, str))
-_FLAG = leaf("true or false", lambda value: isinstance(value, bool))
-_COUNT = integer(0)
-_LENGTH = integer(1, 2**40)
-_LINE = Fields({"kind": _TEXT})
+_LINE = Fields({"kind": TEXT})
 _PLACE = {"layer": integer(0, _MOST_LAYERS - 1), "head": integer(0, _MOST_LAYERS - 1)}
-_SCORE = number("a number, 0 to 1", lambda value: 0 <= value <= 1)
-_SHARE = number("a share, 0 to 1", lambda value: -_ROUNDING <= value <= 1 + _ROUNDING)
-_COSINE = number("a cosine, -1 to 1", lambda value: abs(value) <= 1 + _ROUNDING)
-_AMOUNT = number("a number, 0 or more", lambda value: value >= 0)
-_NATS = number("nats, 0 to 1e9", lambda value: 0 <= value <= 1e9)
-# Ratios and logarithms of them stay finite.
-_SECONDS = number("seconds, 0 to 1e9", lambda value: value == 0 or 1e-15 <= value <= 1e9)
-_POSITIVE_SECONDS = number("seconds, above 0 to 1e9", lambda value: 1e-15 <= value <= 1e9)
 _FORMAT = leaf(f"{FORMAT}, which is all that this version reads", lambda value: is_integer(value) and value == FORMAT)
 
 
@@ -78,107 +76,89 @@ def _shapes_fit(value: dict[str, Any], where: str) -> Misfit | None:
     return first_misfit(Misfit(name, "a list of as many layers and heads as recall", "others") for name in names)
 
 
-_MAP = Fields({**_PLACE, "size": integer(1, _MOST_MAP), "data": _TEXT}, whole=(_pixels_fit,))
+_MAP = Fields({**_PLACE, "size": integer(1, _MOST_MAP), "data": TEXT}, whole=(_pixels_fit,))
 _MODEL_SIZES = ("layers", "heads", "kv_heads", "head_dim", "parameters")
 _MODEL = Fields(
-    {"name": _TEXT, "fingerprint": _TEXT}, {"architecture": _TEXT, "dtype": _TEXT} | dict.fromkeys(_MODEL_SIZES, _COUNT)
+    {"name": TEXT, "fingerprint": TEXT}, {"architecture": TEXT, "dtype": TEXT} | dict.fromkeys(_MODEL_SIZES, COUNT)
 )
-_METHOD = {"method": _TEXT, "length": _LENGTH, "index": _COUNT, "density": _SHARE}
-_MORE_OF_A_METHOD = {
-    "run": _TEXT,
-    "profile": _TEXT,
-    "method_fields": Fields({"method": _TEXT}),
-    "policy": _TEXT,
-    "decode_fields": Fields({"method": _TEXT}),
-    "cache_fields": Fields({"cache": _TEXT}),
-    "task": _TEXT,
-    "task_fields": OBJECT,
-    "dense_because": or_null(mapping_of(_COUNT)),
-}
-_MORE_SECONDS = {"plan_s": _SECONDS, "attention_s": _SECONDS}
+_METHOD = {"method": TEXT, "length": LENGTH, "index": COUNT, "density": SHARE}
+_MORE_SECONDS = {"plan_s": SECONDS, "attention_s": SECONDS}
 _RUN = Fields(
     {},
     {
         "format": _FORMAT,
-        "run": _TEXT,
-        "started": _TEXT,
+        "run": TEXT,
+        "started": TEXT,
         "model": _MODEL,
         "machine": OBJECT,
         "versions": OBJECT,
-        "haystack": Fields({}, {"name": _TEXT, "sha256": _TEXT, "characters": _COUNT}),
+        "haystack": Fields({}, {"name": TEXT, "sha256": TEXT, "characters": COUNT}),
         "seed": or_null(integer(-(2**63))),
-        "chat": _FLAG,
+        "chat": FLAG,
         "mqar": OBJECT,
     },
 )
-_TURN = Fields({"score": _SCORE}, {"generated": _TEXT, "references": list_of(_TEXT), "depth": or_null(_SCORE)})
+_TURN = Fields({"score": SCORE}, {"generated": TEXT, "references": list_of(TEXT), "depth": or_null(SCORE)})
 _SAMPLE = Fields(
-    {**_METHOD, "task": _TEXT, "score": _SCORE, "prefill_s": _SECONDS},
+    {**_METHOD, "task": TEXT, "score": SCORE, "prefill_s": SECONDS},
     {
-        **_MORE_OF_A_METHOD,
+        **MORE_OF_A_METHOD,
         **_MORE_SECONDS,
-        "prompt_tokens": _COUNT,
+        "prompt_tokens": COUNT,
         "turns": list_of(_TURN),
-        "one_line": _FLAG,
-        "read": _SHARE,
-        "cache_bytes": _COUNT,
-        "cache_peak_bytes": _COUNT,
-        "decode_s": _SECONDS,
-        "decode_tokens": _COUNT,
+        "one_line": FLAG,
+        "read": SHARE,
+        "cache_bytes": COUNT,
+        "cache_peak_bytes": COUNT,
+        "decode_s": SECONDS,
+        "decode_tokens": COUNT,
     },
 )
-_OF_A_TEXT = {"text": _TEXT, "text_sha256": _TEXT, "start": _COUNT}
+_OF_A_TEXT = {"text": TEXT, "text_sha256": TEXT, "start": COUNT}
 _PERPLEXITY = Fields(
-    {**_METHOD, "nats": _NATS, "prefill_s": _SECONDS},
-    {**_MORE_OF_A_METHOD, **_MORE_SECONDS, **_OF_A_TEXT, "tokens": _COUNT},
+    {**_METHOD, "nats": NATS, "prefill_s": SECONDS},
+    {**MORE_OF_A_METHOD, **_MORE_SECONDS, **_OF_A_TEXT, "tokens": COUNT},
 )
-_TABLES = {"head_density": _SHARE, "recall": _SHARE, "oracle_recall": _SHARE, "relative_l2": _AMOUNT, "cosine": _COSINE}
+_TABLES = {"head_density": SHARE, "recall": SHARE, "oracle_recall": SHARE, "relative_l2": AMOUNT, "cosine": COSINE}
 _TABLES_OF_HEADS = {name: list_of(list_of(check, 1), 1) for name, check in _TABLES.items()}
 _FIDELITY = Fields(
     {
         **_METHOD,
         **{name: check for name, check in _TABLES_OF_HEADS.items() if name != "cosine"},
-        "mean": Fields({"recall": _SHARE, "oracle_recall": _SHARE}, _TABLES),
+        "mean": Fields({"recall": SHARE, "oracle_recall": SHARE}, _TABLES),
         "logits": Fields(
             {
-                "edges": list_of(_COUNT),
-                "kl": list_of(_NATS),
-                "top1": list_of(_SHARE),
-                "mean_kl": _NATS,
-                "mean_top1": _SHARE,
+                "edges": list_of(COUNT),
+                "kl": list_of(NATS),
+                "top1": list_of(SHARE),
+                "mean_kl": NATS,
+                "mean_top1": SHARE,
             },
-            {"nats": _NATS, "dense_nats": _NATS},
+            {"nats": NATS, "dense_nats": NATS},
             whole=(_edges_ascend, _buckets_fit),
         ),
     },
     {
-        **_MORE_OF_A_METHOD,
+        **MORE_OF_A_METHOD,
         **_MORE_SECONDS,
         **_OF_A_TEXT,
-        "prefill_s": _SECONDS,
-        "prompt_tokens": _COUNT,
+        "prefill_s": SECONDS,
+        "prompt_tokens": COUNT,
         "cosine": _TABLES_OF_HEADS["cosine"],
         "maps": list_of(_MAP),
     },
     (_shapes_fit,),
 )
 _HEAD = Fields(
-    {**_PLACE, "pattern": _TEXT, "mass": mapping_of(_SHARE)},
+    {**_PLACE, "pattern": TEXT, "mass": mapping_of(SHARE)},
     {
-        **dict.fromkeys(("budget", "first_token", "first_tokens", "sink_logit"), _SHARE),
-        **dict.fromkeys(("sink_tokens", "local_tokens", "window"), _COUNT),
-        "columns": list_of(Fields({"position": _COUNT, "mass": _SHARE})),
-        "diagonals": list_of(Fields({"distance": _COUNT, "mass": _SHARE})),
-        "blocks": list_of(Fields({"query_block": _COUNT, "key_block": _COUNT, "mass": _SHARE})),
+        **dict.fromkeys(("budget", "first_token", "first_tokens", "sink_logit"), SHARE),
+        **dict.fromkeys(("sink_tokens", "local_tokens", "window"), COUNT),
+        "columns": list_of(Fields({"position": COUNT, "mass": SHARE})),
+        "diagonals": list_of(Fields({"distance": COUNT, "mass": SHARE})),
+        "blocks": list_of(Fields({"query_block": COUNT, "key_block": COUNT, "mass": SHARE})),
     },
 )
-
-
-def _is_png(text: str) -> bool:
-    try:
-        return base64.b64decode(text, validate=True).startswith(b"\x89PNG\r\n\x1a\n")
-    except (binascii.Error, ValueError):  # ValueError: not ASCII
-        return False
 
 
 def _named_model(value: Any, where: str) -> Misfit | None:
@@ -189,52 +169,52 @@ def _named_model(value: Any, where: str) -> Misfit | None:
 _HEADS = Fields(
     {"heads": list_of(_HEAD, 1)},
     {
-        "run": _TEXT,
+        "run": TEXT,
         "model": _named_model,
-        "task": or_null(_TEXT),
-        "length": or_null(_LENGTH),
-        "index": or_null(_COUNT),
-        "rows": or_null(_COUNT),
+        "task": or_null(TEXT),
+        "length": or_null(LENGTH),
+        "index": or_null(COUNT),
+        "rows": or_null(COUNT),
         "maps": list_of(_MAP),
     },
 )
 _LM_EVAL = Fields(
-    {"method": _TEXT, "scores": mapping_of(OBJECT)},
+    {"method": TEXT, "scores": mapping_of(OBJECT)},
     {
-        "run": _TEXT,
-        "profile": _TEXT,
-        "method_fields": Fields({"method": _TEXT}),
-        "policy": _TEXT,
-        "decode_fields": Fields({"method": _TEXT}),
-        "cache_fields": Fields({"cache": _TEXT}),
-        "task": _TEXT,
-        "index": _COUNT,
-        "lengths": list_of(_LENGTH),
+        "run": TEXT,
+        "profile": TEXT,
+        "method_fields": Fields({"method": TEXT}),
+        "policy": TEXT,
+        "decode_fields": Fields({"method": TEXT}),
+        "cache_fields": Fields({"cache": TEXT}),
+        "task": TEXT,
+        "index": COUNT,
+        "lengths": list_of(LENGTH),
         "versions": OBJECT,
-        "density": or_null(_SHARE),
+        "density": or_null(SHARE),
     },
 )
-_PROMPT = {"task": _TEXT, "length": _LENGTH, "index": _COUNT}
-_OF_A_PROMPT = {"run": _TEXT, "task_fields": OBJECT, **_OF_A_TEXT}
-_LISTS = {"density": list_of(_SHARE, 1), "recall": list_of(_SHARE, 1), "error": list_of(_AMOUNT, 1)}
+_PROMPT = {"task": TEXT, "length": LENGTH, "index": COUNT}
+_OF_A_PROMPT = {"run": TEXT, "task_fields": OBJECT, **_OF_A_TEXT}
+_LISTS = {"density": list_of(SHARE, 1), "recall": list_of(SHARE, 1), "error": list_of(AMOUNT, 1)}
 _POINT = Fields(
     {
-        "method": _TEXT,
+        "method": TEXT,
         **_PROMPT,
-        "density": _SHARE,
-        "recall": _SHARE,
-        "error": _AMOUNT,
-        "plan_s": _SECONDS,
-        "attend_s": _SECONDS,
-        "dense_s": _POSITIVE_SECONDS,
-        "sdpa_s": _SECONDS,
+        "density": SHARE,
+        "recall": SHARE,
+        "error": AMOUNT,
+        "plan_s": SECONDS,
+        "attend_s": SECONDS,
+        "dense_s": POSITIVE_SECONDS,
+        "sdpa_s": SECONDS,
     },
     {
         **_OF_A_PROMPT,
-        **{name: _MORE_OF_A_METHOD[name] for name in ("profile", "method_fields", "policy", "dense_because")},
+        **{name: MORE_OF_A_METHOD[name] for name in ("profile", "method_fields", "policy", "dense_because")},
         "layers": Fields(_LISTS),
-        "observed": list_of(_COUNT),
-        "rounds": _COUNT,
+        "observed": list_of(COUNT),
+        "rounds": COUNT,
     },
 )
 
@@ -249,26 +229,26 @@ def _lists_fit(value: dict[str, Any], where: str) -> Misfit | None:
 _BOUND = Fields(_LISTS, whole=(_lists_fit,))
 _BOUNDS = Fields({**_PROMPT, "blocks": _BOUND, "columns": _BOUND}, _OF_A_PROMPT)
 _LOGITS = Fields(
-    {"method": _TEXT, **_PROMPT, "density": _SHARE, "kl": _NATS, "top1": _SHARE, "prefill_s": _SECONDS},
-    {**_OF_A_PROMPT, **_MORE_OF_A_METHOD, **_MORE_SECONDS},
+    {"method": TEXT, **_PROMPT, "density": SHARE, "kl": NATS, "top1": SHARE, "prefill_s": SECONDS},
+    {**_OF_A_PROMPT, **MORE_OF_A_METHOD, **_MORE_SECONDS},
 )
 _INTERVAL = leaf(
     "two ascending numbers, 0 or more",
     lambda value: (
         isinstance(value, list)
         and len(value) == 2
-        and all(_AMOUNT(end, "") is None for end in value)
+        and all(AMOUNT(end, "") is None for end in value)
         and value[0] <= value[1]
     ),
 )
 _FIGURES = ("error", "recall", "cost")
 _LATER = ("last_error", "loss")  # older lines lack the first
 _SUMMED = Fields(
-    {**dict.fromkeys(_FIGURES, _AMOUNT), "prompts": _LENGTH},
-    dict.fromkeys(_LATER, _AMOUNT) | {"intervals": Fields({}, dict.fromkeys((*_FIGURES, *_LATER), _INTERVAL))},
+    {**dict.fromkeys(_FIGURES, AMOUNT), "prompts": LENGTH},
+    dict.fromkeys(_LATER, AMOUNT) | {"intervals": Fields({}, dict.fromkeys((*_FIGURES, *_LATER), _INTERVAL))},
 )
-_OF_HEADS = {name: list_of(list_of(_AMOUNT, 1), 1) for name in _FIGURES}
-_LATER_OF_HEADS = {"last_error": list_of(list_of(_AMOUNT, 1), 1)}
+_OF_HEADS = {name: list_of(list_of(AMOUNT, 1), 1) for name in _FIGURES}
+_LATER_OF_HEADS = {"last_error": list_of(list_of(AMOUNT, 1), 1)}
 _OF_PART = Fields(_OF_HEADS, _LATER_OF_HEADS)
 
 
@@ -288,80 +268,24 @@ def _heads_fit(value: dict[str, Any], where: str) -> Misfit | None:
 _CALIBRATION = Fields(
     {
         "model": _MODEL,
-        "mode": _TEXT,
-        "layers": list_of(_COUNT, 1),
-        "heads": list_of(list_of(Fields({"method": _TEXT}), 1), 1),
+        "mode": TEXT,
+        "layers": list_of(COUNT, 1),
+        "heads": list_of(list_of(Fields({"method": TEXT}), 1), 1),
         "calibration": _OF_PART,
         "frontier": list_of(
             Fields(
-                {"mode": _TEXT, "budget": _AMOUNT, "cost": _AMOUNT, "error": _AMOUNT},
-                {"loss": _AMOUNT, "held_out": or_null(_AMOUNT), "held_out_interval": or_null(_INTERVAL)},
+                {"mode": TEXT, "budget": AMOUNT, "cost": AMOUNT, "error": AMOUNT},
+                {"loss": AMOUNT, "held_out": or_null(AMOUNT), "held_out_interval": or_null(_INTERVAL)},
             )
         ),
     },
     {
         "about": OBJECT,
-        "profile": _TEXT,
+        "profile": TEXT,
         "held_out": _OF_PART,
         "summary": Fields({"calibration": _SUMMED}, {"held_out": _SUMMED}),
     },
     (_heads_fit,),
-)
-_ANSWERS = leaf(
-    "a distance, how many are right, and of how many",
-    lambda value: (
-        isinstance(value, list)
-        and len(value) == 3
-        and all(is_integer(x) and 0 <= x <= 2**40 for x in value)
-        and value[0] > 0
-        and value[1] <= value[2] > 0
-    ),
-)
-_MQAR = Fields(
-    {
-        "mixer": _TEXT,
-        "task": _TEXT,
-        "length": _LENGTH,
-        "width": _LENGTH,
-        "rate": _AMOUNT,
-        "seed": integer(-(2**63)),
-        "accuracy": _SCORE,
-        "state": _COUNT,
-        "reads": _AMOUNT,
-    },
-    {
-        "run": _TEXT,
-        "setting": _TEXT,
-        "task_fields": OBJECT,
-        "training": OBJECT,
-        "loss": or_null(_NATS),
-        "curve": list_of(_SCORE),
-        "by_distance": list_of(_ANSWERS),
-        **dict.fromkeys(("steps", "parameters", "batch", "diverged"), _COUNT),
-        "seconds": _SECONDS,
-    },
-)
-_IMAGE = leaf("a PNG in base64", lambda value: isinstance(value, str) and _is_png(value))
-_CLIP = Fields(
-    {
-        "method": _TEXT,
-        "model": _TEXT,
-        "prompt": _TEXT,
-        "seed": integer(-(2**63)),
-        "steps": _LENGTH,
-        "seconds": _SECONDS,
-        "psnr": or_null(number("dB", lambda value: abs(value) <= 1e9)),
-        "ssim": number("a similarity, -1 to 1", lambda value: abs(value) <= 1 + _ROUNDING),
-        "distance": number("a distance, 0 to 1e9", lambda value: 0 <= value <= 1e9),
-        "by_step": list_of(Fields({"density": _SHARE, "plan_s": _SECONDS, "attention_s": _SECONDS}), 1),
-    },
-    {
-        **{name: _MORE_OF_A_METHOD[name] for name in ("run", "profile", "method_fields", "policy", "dense_because")},
-        **dict.fromkeys(("size", "dtype", "beside"), _TEXT),
-        "shape": list_of(_COUNT),
-        "finite": _FLAG,
-        "frames": _IMAGE,
-    },
 )
 # By ``kind``. Others are those of later versions.
 KINDS: Mapping[str, Fields] = {
@@ -375,8 +299,10 @@ KINDS: Mapping[str, Fields] = {
     "bounds": _BOUNDS,
     "logits": _LOGITS,
     "calibration": _CALIBRATION,
-    "mqar": _MQAR,
-    "clip": _CLIP,
+    "mqar": MQAR,
+    "clip": CLIP,
+    "fill": FILL,
+    "overlap": OVERLAP,
 }
 
 

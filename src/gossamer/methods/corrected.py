@@ -16,29 +16,34 @@ __all__ = ["Corrected"]
 
 @dataclass(frozen=True)
 class Corrected(Method):
-    """The blocks that another method chooses; those that it prunes count by their mean, or tiles are skipped.
+    """The blocks that another method chooses; those that it prunes count by their mean, tiles are skipped, or queries
+    and keys are multiplied in int8.
 
     ``pruned_mean`` is FlashPrefill V2's zero-order correction (2608.19758), ``skip`` BLASST's threshold (2512.12087) in
     nats below a row's maximum; `SparsePlan` says what they compute. BLASST's threshold on a weight, ``lambda``, is
-    ``skip = -ln(lambda)``; its authors make it proportional to the inverse of the length.
+    ``skip = -ln(lambda)``; its authors make it proportional to the inverse of the length. ``quantised`` is
+    SageAttention's int8 product (2410.02367) where the executor has one; it goes with plans of any kind, and not with
+    ``pruned_mean``. Plans that the base makes ``quantised`` stay so; ``pruned_mean`` and ``skip`` take the place of the
+    base's own.
 
     Deviation from BLASST: each row decides for itself, where the authors keep a tile for all rows of a kernel's tile if
     one of them needs it.
 
     Fields:
-        base: the method; one whose plans are blocks alone (with ``skip``, of multiples of 64 keys), else planning
-            raises a ValueError.
+        base: the method; for ``pruned_mean`` and ``skip`` one whose plans are blocks alone (with ``skip``, of multiples
+            of 64 keys), and with ``pruned_mean`` are not quantised, else planning raises a ValueError.
     """
 
     name: ClassVar[str] = "corrected"
     base: Method = MaxRelative()  # noqa: RUF009  # frozen
     pruned_mean: bool = True
     skip: float | None = None
+    quantised: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, Method):
             raise TypeError(f"{self.name}.base must be a method, got {type(self.base).__name__}")
-        check_attributes(self.pruned_mean, self.skip, SKIP_TILE, self.name)
+        check_attributes(self.pruned_mean, self.skip, SKIP_TILE, self.name, quantised=self.quantised)
 
     @property
     def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -58,4 +63,7 @@ class Corrected(Method):
         return replace(self, base=self.base.of_rank(rank, ranks, heads, groups))
 
     def plan(self, call: AttentionCall) -> SparsePlan:
-        return self.base.plan(call).with_attributes(pruned_mean=self.pruned_mean, skip=self.skip)
+        plan = self.base.plan(call)
+        return plan.with_attributes(
+            pruned_mean=self.pruned_mean, skip=self.skip, quantised=self.quantised or plan.quantised
+        )

@@ -248,6 +248,8 @@ def plan_of_rows(call: AttentionCall, rows: list[Kept]) -> SparsePlan:
         mask[row, :, : part.shape[1], : part.shape[2]] = part
     if orders[0] is None:
         grid = Grid(call.extent, first.block_q, first.block_k)
-        return plan_of_mask(call, mask[:, :, : grid.query_blocks, : grid.key_blocks], first.block_q)
-    assert mask.shape[2] == ceil_div(call.query_len, first.block_q)
-    return plan_of_mask(call, mask, first.block_q, torch.stack([order for order in orders if order is not None]))
+        plan = plan_of_mask(call, mask[:, :, : grid.query_blocks, : grid.key_blocks], first.block_q)
+    else:
+        assert mask.shape[2] == ceil_div(call.query_len, first.block_q)
+        plan = plan_of_mask(call, mask, first.block_q, torch.stack([order for order in orders if order is not None]))
+    return plan.with_attributes(quantised=True) if first.quantised else plan

@@ -12,6 +12,7 @@ from torch import Tensor
 from gossamer.call import AttentionCall
 from gossamer.layout import ModalityLayout
 from gossamer.methods.base import Method, Settings, require_at_least, require_flag
+from gossamer.methods.flagged import FlaggedLists, parts
 from gossamer.methods.probed_rows import by_distance, padded_order, probed_rows
 from gossamer.plan import SparsePlan, ceil_div
 from gossamer.plan.integers import MOST
@@ -94,8 +95,7 @@ class GridLines(Method):
         return float(self.stride == 1)
 
     def plan(self, call: AttentionCall) -> SparsePlan:
-        rows, columns = ceil_div(call.query_len, BLOCK), ceil_div(call.key_len, BLOCK)
-        mask = torch.zeros(call.batch, call.heads, rows, columns, dtype=torch.bool, device=call.device)
+        blocks = FlaggedLists(ceil_div(call.query_len, BLOCK), call.device)
         orders = [
             torch.empty(call.batch, call.heads, n, dtype=torch.int32, device=call.device)
             for n in (call.query_len, call.key_len)
@@ -105,19 +105,25 @@ class GridLines(Method):
             if not queries or not keys:
                 for order in orders:
                     order[row] = torch.arange(order.shape[-1], device=call.device)
+                blocks.add_empty(call.heads)
                 continue
             lines, first = self.lines(call, row), int(call.extent.first_position[row])
             of_queries, of_keys = _by_class(lines, first, queries), _by_class(lines, 0, keys)
-            mask[row, :, : ceil_div(queries, BLOCK), : ceil_div(keys, BLOCK)] = self._tiles(lines, of_queries, of_keys)
+            live = ceil_div(queries, BLOCK)
+            for heads, part in parts(call.heads, live, ceil_div(keys, BLOCK)):
+                ranks = of_queries[heads, part.start * BLOCK : part.stop * BLOCK]
+                blocks.add(self._tiles(lines.of(heads), ranks, of_keys[heads]), live, part)
             orders[0][row] = padded_order(of_queries - first, call.query_len)
             orders[1][row] = padded_order(of_keys, call.key_len)
-        return SparsePlan.from_block_mask(
-            mask,
-            call.query_len,
-            call.key_len,
+        return SparsePlan(
+            heads=call.heads,
+            query_len=call.query_len,
+            key_len=call.key_len,
             extent=call.extent,
             block_q=BLOCK,
             block_k=BLOCK,
+            block_indptr=blocks.indptr,
+            block_indices=blocks.indices,
             q_order=orders[0],
             k_order=orders[1],
         )
@@ -183,7 +189,11 @@ class GridLines(Method):
         return torch.where(counts > 0, sums / counts.clamp(min=1), float("inf")).argmin(dim=1)
 
     def _tiles(self, lines: Lines, q_order: Tensor, k_order: Tensor) -> Tensor:
-        """Which tiles are kept, bool ``[H, m, n]``, of queries and keys whose positions by rank are ``[H, .]``."""
+        """Which tiles are kept, bool ``[H, m, n]``.
+
+        Args:
+            q_order, k_order: positions by rank, ``[H, .]``: of some blocks of queries, and of all keys.
+        """
         queries, keys = _Tiles(lines, q_order), _Tiles(lines, k_order)
         m, n = queries.first[:, :, None], keys.first[:, None]
         last_m, last_n = queries.last[:, :, None], keys.last[:, None]
@@ -199,7 +209,9 @@ class GridLines(Method):
                 shift = lines.distance[:, None, None] - turn
                 kept |= (n + shift <= last_m) & (m <= last_n + shift)
         kept &= keys.low[:, None] <= queries.high[:, :, None]
-        own = k_order.argsort(dim=1).gather(1, q_order.clamp(max=k_order.shape[1] - 1)) // BLOCK
+        rank = torch.arange(k_order.shape[1], device=k_order.device).expand_as(k_order)
+        rank = torch.empty_like(k_order).scatter_(1, k_order, rank)
+        own = rank.gather(1, q_order.clamp(max=k_order.shape[1] - 1)) // BLOCK
         place = torch.arange(q_order.shape[1], device=q_order.device) // BLOCK
         kept.view(len(kept), -1).scatter_(1, place * kept.shape[2] + own, True)
         return kept

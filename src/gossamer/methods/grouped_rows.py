@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer.call import AttentionCall
+from gossamer.methods.flagged import FlaggedLists, parts
 from gossamer.methods.probed_rows import padded_order
 from gossamer.methods.segment_patterns import BLOCK, Chosen
-from gossamer.plan import SparsePlan, ceil_div, starts_of
+from gossamer.plan import SparsePlan, ceil_div
 
 __all__ = ["GroupedRow", "joined"]
-
-HELD_BYTES = 64 << 20  # of flags and numbers at once
 
 
 class GroupedRow:
@@ -60,17 +59,10 @@ class GroupedRow:
                 inside = torch.where(groups == of_query, by_class, inside)
         return (groups * count + inside).argsort(dim=1)
 
-    def parts(self) -> Iterator[slice]:
-        """A few heads at a time."""
-        tiles = ceil_div(self.queries, BLOCK) * max(ceil_div(self.keys, BLOCK), 1)
-        together = max(1, HELD_BYTES // max(1, 8 * tiles))
-        for first in range(0, self._heads, together):
-            yield slice(first, min(first + together, self._heads))
-
-    def blocks(self, heads: slice) -> Tensor:
-        """Key blocks of each block of queries, bool ``[heads, m, n]``."""
-        order, rows, columns = self._order[heads], ceil_div(self.queries, BLOCK), ceil_div(self.keys, BLOCK)
-        kept = torch.zeros(len(order), rows, columns, dtype=torch.bool, device=order.device)
+    def blocks(self, heads: slice, rows: slice) -> Tensor:
+        """Key blocks of some blocks of queries, bool ``[heads, rows, n]``."""
+        order, columns = self._ranks(heads, rows, BLOCK), ceil_div(self.keys, BLOCK)
+        kept = torch.zeros(len(order), rows.stop - rows.start, columns, dtype=torch.bool, device=order.device)
         for (of_query, of_key), chosen in self._pairs.items():
             own, theirs = self._groups[order] == of_query, self._of_keys == of_key
             if chosen.bands is not None:
@@ -82,13 +74,18 @@ class GroupedRow:
                 on_line = own & ((order - lines.row[:, None]) % lines.stride[:, None] == 0)
                 kept |= _any_in(on_line, BLOCK)[:, :, None] & _any_in(theirs[None], BLOCK)[:, None]
         low = F.pad(self._k_order, (0, -self.keys % BLOCK), value=self.keys).view(-1, BLOCK).amin(dim=-1)
-        high = F.pad(order, (0, -self.queries % BLOCK), value=-1).view(len(order), -1, BLOCK).amax(dim=-1)
+        high = F.pad(order, (0, -order.shape[1] % BLOCK), value=-1).unflatten(1, (-1, BLOCK)).amax(dim=-1)
         return kept & (low <= high[:, :, None])
 
-    def columns(self, heads: slice, group: int) -> Tensor:
-        """Single keys of each ``group`` of query blocks, bool ``[heads, lists, keys]``."""
-        order, width = self._order[heads], group * BLOCK
-        kept = torch.zeros(len(order), ceil_div(self.queries, width), self.keys, dtype=torch.bool, device=order.device)
+    def _ranks(self, heads: slice, lists: slice, width: int) -> Tensor:
+        """Positions of the queries of some lists, ``width`` ranks each but the last."""
+        return self._order[heads, lists.start * width : lists.stop * width]
+
+    def columns(self, heads: slice, lists: slice, group: int) -> Tensor:
+        """Single keys of some of the groups of ``group`` query blocks, bool ``[heads, lists, keys]``."""
+        width = group * BLOCK
+        order = self._ranks(heads, lists, width)
+        kept = torch.zeros(len(order), lists.stop - lists.start, self.keys, dtype=torch.bool, device=order.device)
         for (of_query, of_key), chosen in self._pairs.items():
             own = self._groups[order] == of_query
             kept |= _any_in(own, width)[:, :, None] & chosen.columns[heads][:, None]
@@ -101,7 +98,7 @@ class GroupedRow:
     ) -> None:
         """Keys at a slash's distance from a query of a list, and each query's own key."""
         assert chosen.lines is not None
-        of_list = torch.arange(self.queries, device=order.device) // width
+        of_list = torch.arange(order.shape[1], device=order.device) // width
         head, rank = (own & (order < self.keys)).nonzero(as_tuple=True)
         kept[head, of_list[rank], order[head, rank]] = True
         if not chosen.slash:
@@ -155,11 +152,14 @@ def _banded(bands: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
 def joined(call: AttentionCall, rows: Sequence[GroupedRow], group: int, *, ordered_keys: bool) -> SparsePlan:
     """The plan of all batch rows, with a list of columns for each ``group`` of query blocks."""
     many = ceil_div(call.query_len, BLOCK)
-    of_blocks, of_columns = _Lists(many, call.device), _Lists(ceil_div(many, group), call.device)
+    of_blocks, of_columns = FlaggedLists(many, call.device), FlaggedLists(ceil_div(many, group), call.device)
     for row in rows:
-        for heads in row.parts():
-            of_blocks.add(row.blocks(heads))
-            of_columns.add(row.columns(heads, group))
+        live = ceil_div(row.queries, BLOCK)
+        for heads, lists in parts(call.heads, live, ceil_div(row.keys, BLOCK)):
+            of_blocks.add(row.blocks(heads, lists), live, lists)
+        live = ceil_div(live, group)
+        for heads, lists in parts(call.heads, live, row.keys):
+            of_columns.add(row.columns(heads, lists, group), live, lists)
     orders: dict[str, Any] = {"q_order": _stacked([row.q_order for row in rows], call, call.query_len)}
     if ordered_keys:
         orders["k_order"] = _stacked([row.k_order for row in rows], call, call.key_len)
@@ -183,25 +183,3 @@ def _stacked(orders: Sequence[Tensor], call: AttentionCall, tokens: int) -> Tens
     if not orders:
         return torch.zeros(0, call.heads, tokens, dtype=torch.int32, device=call.device)
     return torch.stack(list(orders))
-
-
-class _Lists:
-    """Row pointers and members of lists, ``many`` a head."""
-
-    def __init__(self, many: int, device: torch.device) -> None:
-        self._many = many
-        self._counts = [torch.zeros(0, dtype=torch.int64, device=device)]
-        self._members = [torch.zeros(0, dtype=torch.int32, device=device)]
-
-    def add(self, kept: Tensor) -> None:
-        """Of some heads, bool ``[heads, lists, members]``; lists that are missing at the end are empty."""
-        self._counts.append(F.pad(kept.sum(dim=-1), (0, self._many - kept.shape[1])).flatten())
-        self._members.append(kept.nonzero()[:, 2].int())
-
-    @property
-    def indptr(self) -> Tensor:
-        return starts_of(torch.cat(self._counts))
-
-    @property
-    def indices(self) -> Tensor:
-        return torch.cat(self._members)

@@ -76,6 +76,7 @@ def merge_plans(
         window=_band(plans, "window", taken),
         pruned_mean=first.pruned_mean,
         skip=first.skip,
+        quantised=first.quantised,
         pairs=pairs,
         **orders,
     )
@@ -116,12 +117,13 @@ def _band(plans: Sequence[SparsePlan], name: str, taken: Tensor) -> Tensor:
 
 
 def _check_attributes(plans: Sequence[SparsePlan]) -> None:
-    different = {(plan.pruned_mean, plan.skip) for plan in plans}
+    names = ("pruned_mean", "skip", "quantised")
+    different = {tuple(getattr(plan, name) for name in names) for plan in plans}
     if len(different) > 1:
+        given = (", ".join(f"{n}={v}" for n, v in zip(names, own, strict=True)) for own in sorted(different, key=str))
         raise ValueError(
-            "heads of one layer must share pruned_mean and skip, got "
-            + " and ".join(f"pruned_mean={mean}, skip={skip}" for mean, skip in sorted(different, key=str))
-            + "; give the methods of all its heads the same"
+            f"heads of one layer must share {' and '.join(names)}, got {' and '.join(given)}; give the methods of all "
+            "its heads the same"
         )
     blocks = {(plan.block_q, plan.block_k) for plan in plans}
     if plans[0].pruned_mean and len(blocks) > 1:

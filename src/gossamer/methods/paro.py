@@ -43,9 +43,13 @@ class PARO(Denoising):
 
     Points left open by the paper, as decided here: the threshold of a mask is not published, so that blocks are taken
     by their exact mass to the wanted density; masks come from the sampling itself and not from calibration files (of
-    about 1 GB), the order alone is calibrated. INT8 and INT4 products are an executor's, which none here has. Masks are
-    by query and key block, square or not; the authors' kernel takes square ones, and their bench always keeps the last
-    key block, which has to earn its place here.
+    about 1 GB), the order alone is calibrated. Masks are by query and key block, square or not; the authors' kernel
+    takes square ones, and their bench always keeps the last key block, which has to earn its place here.
+
+    INT8: with ``quantised`` queries and keys are multiplied in int8 where the executor does it (Triton's, which no GPU
+    has run yet, and torch's, the slow definition; not the CPU's), with a scale for each token in place of one for each
+    block. Probabilities and values are not, as they are in the paper's option, and nothing is in INT4: the page on
+    benchmarks says why ("Products in integers").
 
     To compare: the paper's rows for SVG are without its dense first steps (PSNR 18.50 at 50%, 25.37 with them).
     """
@@ -60,13 +64,14 @@ class PARO(Denoising):
     block: int = 64
     buckets: int = 10
     halves: bool = True
+    quantised: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise ValueError(f"{self.name}.order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         require_share(self, "density")
         require_at_least(self, 1, "block", "buckets")
-        require_flag(self, "halves")
+        require_flag(self, "halves", "quantised")
 
     def lacks(self, call: AttentionCall) -> str | None:
         missing = super().lacks(call)
@@ -84,6 +89,7 @@ class PARO(Denoising):
             return plan_of_rows(call, found)
         order = axis_order(call, self.order)
         plan = plan_of_mask(call, self.mask(call, order), self.block, order)
+        plan = plan.with_attributes(quantised=True) if self.quantised else plan
         keep(call, self, plan, step.number)
         return plan
 

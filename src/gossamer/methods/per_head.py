@@ -8,12 +8,15 @@ from typing import Any, ClassVar
 
 from gossamer.call import AttentionCall
 from gossamer.methods.base import Method
+from gossamer.methods.denoising import Kept
 from gossamer.methods.head_tables import of_layer
 from gossamer.methods.merging import merge_plans
 from gossamer.methods.ranks import heads_of_rank
 from gossamer.plan import SparsePlan
 
 __all__ = ["PerHead", "needs_of"]
+
+_MERGED = "plans of heads, merged"  # of a layer, in its state
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,25 @@ class PerHead(Method):
             sources.append([planned.index(head) // share if head in planned else 0 for head in range(call.heads)])
             for head in heads:
                 owner[head] = number
-        return plans[0] if len(plans) == 1 else merge_plans(plans, owner, sources)
+        return plans[0] if len(plans) == 1 else self._merged(call, plans, owner, sources)
+
+    def _merged(
+        self, call: AttentionCall, plans: Sequence[SparsePlan], owner: Sequence[int], sources: Sequence[Sequence[int]]
+    ) -> SparsePlan:
+        """The plans merged; where all are those that were kept of a call before, as they were merged then.
+
+        They are kept where the methods keep every part: plans that are made anew in each call are never met again,
+        and would stay in memory for as long as the state.
+        """
+        state = call.state[0] if call.state else {}
+        before, merged = state.get(_MERGED, ((), None))
+        if merged is None or len(before) != len(plans) or any(a is not b for a, b in zip(before, plans, strict=True)):
+            state.pop(_MERGED, None)  # before another is made: of those parts, or of none
+            merged = merge_plans(plans, owner, sources)
+            found = {id(one.plan) for one in state.values() if isinstance(one, Kept)}
+            if all(id(plan) in found for plan in plans):
+                state[_MERGED] = tuple(plans), merged
+        return merged
 
     def of_rank(self, rank: int, ranks: int, heads: int, groups: int) -> PerHead:
         layers = [

@@ -21,6 +21,7 @@ from gossamer.modules.sparsifiner import (
     reconstruction_loss,
     set_stage,
 )
+from gossamer.modules.vit import sparsify_vit
 
 __all__ = [
     "Axial",
@@ -50,4 +51,5 @@ __all__ = [
     "prune_tokens",
     "reconstruction_loss",
     "set_stage",
+    "sparsify_vit",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ class Centroids(nn.Module):
 
     In the first training pass the whole batch says where centroids begin (`start`), so that in this one pass a token's
     cluster depends on later tokens and on other rows, also with ``assign="prefix"`` and in Combiner's learned spans.
-    Keep the module in fp32: a step of a decay near 1 is below what bf16 tells apart.
+    Centroids stay in fp32, at least, whatever a module around them is cast to: a step of a decay near 1 is below what
+    bf16 tells apart, and they would stand still.
 
     Args:
         decay: of the moving average (0.999).
@@ -55,13 +56,29 @@ class Centroids(nn.Module):
         if update not in ("sum", "mean"):
             raise ValueError(f"update must be 'sum' or 'mean', got {update!r}")
         self.decay, self.how = decay, update
-        start = F.normalize(torch.randn(heads, clusters, dim, device=device, dtype=dtype), dim=-1)
+        start = F.normalize(torch.randn(heads, clusters, dim, device=device, dtype=_wide(dtype)), dim=-1)
         self.register_buffer("means", start)
         self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=device))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What ``to()``, ``half()`` and the like do: they move centroids, and do not narrow them."""
+        before = self.means
+        super()._apply(fn, recurse)
+        if self.means.dtype != _wide(self.means.dtype):
+            self.means = before.to(self.means.device)
+        return self
 
     def scores(self, x: Tensor) -> Tensor:
         """Cosine of tokens ``[B, H, T, D]`` and centroids, ``[B, H, T, C]``; no gradient."""
         return F.normalize(x.detach(), dim=-1) @ self.means.to(x.dtype).transpose(-1, -2)
+
+    def scores_of(self, clusters: Tensor, x: Tensor) -> Tensor:
+        """Cosine of tokens ``[B, H, T, D]`` and the centroids of ``clusters [B, H, S]``, ``[B, H, S, T]``."""
+        if clusters.shape[2] < self.means.shape[1]:  # so few need not be looked up among the scores of all centroids
+            head = torch.arange(len(self.means), device=x.device)[:, None]
+            return self.means[head, clusters].to(x.dtype) @ F.normalize(x.detach(), dim=-1).transpose(-1, -2)
+        every = self.scores(x).transpose(-1, -2)  # [B, H, C, T]
+        return every.gather(2, clusters[..., None].expand(-1, -1, -1, x.shape[2]))
 
     def nearest(self, x: Tensor) -> Tensor:
         """Cluster of each token, int64 ``[B, H, T]``; of equally near ones the first."""
@@ -106,3 +123,7 @@ class Centroids(nn.Module):
 
     def _move(self, to: Tensor) -> None:
         self.means.copy_(F.normalize(to, dim=-1))
+
+
+def _wide(dtype: torch.dtype | None) -> torch.dtype:
+    return torch.promote_types(torch.get_default_dtype() if dtype is None else dtype, torch.float32)

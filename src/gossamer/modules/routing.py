@@ -125,15 +125,18 @@ def attend_prefix(
     """
     queries, keys = q.shape[2], k.shape[2]
     cluster = centroids.nearest(q)  # [B, H, S]
-    scores = centroids.scores(k).transpose(-1, -2)  # [B, H, C, T]
-    scores = scores.gather(2, cluster[..., None].expand(-1, -1, -1, keys))
+    scores = centroids.scores_of(cluster, k)
     place = torch.arange(keys, device=q.device)
     seen = place <= place[keys - queries :, None]
     if live is not None:
         seen = seen & live[:, None, None]
     scores = scores.masked_fill(~seen, _NONE)
-    chosen = scores.topk(min(window, keys), dim=-1).indices
-    seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True) & (scores > _NONE)
+    ranked = scores.topk(min(window, keys), dim=-1)
+    if queries == 1:  # a step of decoding reads the chosen keys and values, not all
+        k, v = (_gathered(x, ranked.indices)[:, :, 0] for x in (k, v))
+        seen = ranked.values > _NONE
+    else:
+        seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, ranked.indices, True) & (scores > _NONE)
     logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, _NONE)
     if memory is not None:
         head = torch.arange(q.shape[1], device=q.device)[:, None]
@@ -141,24 +144,51 @@ def attend_prefix(
         logits = torch.cat([logits, torch.einsum("bhsd,bhsmd->bhsm", q, key.to(q)) * scale], -1)
     empty = (logits == _NONE).all(-1, keepdim=True)
     weights = logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    out = weights[..., :keys] @ v
+    read = k.shape[2]
+    out = weights[..., :read] @ v
     if memory is not None:
-        out = out + torch.einsum("bhsm,bhsmd->bhsd", weights[..., keys:], value.to(v))
+        out = out + torch.einsum("bhsm,bhsmd->bhsd", weights[..., read:], value.to(v))
     return out
 
 
 class KeysAndValues:
-    """Keys and values of all tokens so far, ``[B, H, T, D]``: a cache for decoding."""
+    """Keys and values of all tokens so far, ``[B, H, T, D]``: a cache for decoding.
+
+    Without gradients its room doubles where it is full, so that a token does not copy those before it; with gradients,
+    which keep what was read, every call copies. ``copy.deepcopy`` branches it; a shallow copy shares the room.
+    """
 
     def __init__(self) -> None:
         self.held: tuple[Tensor, Tensor] | None = None
+        self._room: tuple[Tensor, Tensor] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the tokens before, and these."""
-        if self.held is not None:
-            k, v = torch.cat([self.held[0], k], 2), torch.cat([self.held[1], v], 2)
-        self.held = k, v
-        return k, v
+        if self.held is None:
+            self.held = k, v
+        elif torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, *self.held)):
+            self.held, self._room = (torch.cat([self.held[0], k], 2), torch.cat([self.held[1], v], 2)), None
+        else:
+            before = self.held[0].shape[2]
+            total = before + k.shape[2]
+            if self._room is None or self._room[0].shape[2] < total or _locked(self._room[0]):
+                self._room = _roomy(self.held[0], max(total, 2 * before)), _roomy(self.held[1], max(total, 2 * before))
+            for room, new in zip(self._room, (k, v), strict=True):
+                room[:, :, before:total] = new
+            self.held = self._room[0][:, :, :total], self._room[1][:, :, :total]
+        return self.held
+
+
+def _locked(x: Tensor) -> bool:
+    """Whether torch refuses to write: what inference mode made, outside of it."""
+    return x.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def _roomy(x: Tensor, tokens: int) -> Tensor:
+    """``[B, H, tokens, D]`` that begins with ``x``."""
+    made = x.new_empty(*x.shape[:2], tokens, x.shape[3])
+    made[:, :, : x.shape[2]] = x.detach()
+    return made
 
 
 class RoutingAttention(nn.Module):
@@ -267,6 +297,8 @@ class RoutingAttention(nn.Module):
         return out
 
     def _near(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, cached: bool) -> Tensor:
+        if cached:  # nearer than the window are all that a plan would read
+            k, v = (part[:, :, -(self.window - 1 + q.shape[2]) :] for part in (k, v))
         call = AttentionCall(q, k, v) if cached else AttentionCall(q, k, v, tokens.extent(causal=self.causal))
         plan = SparsePlan(
             heads=q.shape[1], query_len=q.shape[2], key_len=k.shape[2], extent=call.extent, window=self.window

@@ -46,10 +46,15 @@ def checks_numbers() -> bool:
     return value == "1"
 
 
-def check_attributes(pruned_mean: bool, skip: float | None, block_k: int, owner: str = "SparsePlan") -> None:
+def check_attributes(
+    pruned_mean: bool, skip: float | None, block_k: int, owner: str = "SparsePlan", *, quantised: bool = False
+) -> None:
     """Validate a plan's attributes by themselves; ``owner`` has them in a message."""
-    if not isinstance(pruned_mean, bool):
-        raise TypeError(f"{owner}.pruned_mean must be true or false, got {pruned_mean!r}")
+    for name, value in (("pruned_mean", pruned_mean), ("quantised", quantised)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{owner}.{name} must be true or false, got {value!r}")
+    if pruned_mean and quantised:
+        raise ValueError(f"{owner} has pruned_mean and quantised, but means are not multiplied in int8; choose one")
     if skip is None:
         return
     if isinstance(skip, bool) or not isinstance(skip, (int, float)):

@@ -14,7 +14,7 @@ from gossamer.plan.plan import SparsePlan
 
 __all__ = ["count_permuted"]
 
-_BUDGET = 1 << 22  # pairs of a key and a query block that are looked at at once
+_BUDGET = 1 << 22  # pairs of a key and a query block, or of two blocks, that are looked at at once
 
 
 def count_permuted(plan: SparsePlan) -> Tensor:
@@ -29,12 +29,10 @@ def count_permuted(plan: SparsePlan) -> Tensor:
         keys = _by_block(_positions(plan, b, head, "k_order"), plan.block_k, plan.num_key_blocks)
         if queries.numel() and keys.numel():
             row = b * plan.heads + head
-            chosen = torch.zeros(len(queries), len(keys), dtype=torch.bool, device="cpu")
-            for m, listed in enumerate(_lists_of(plan.block_indptr, plan.block_indices, row, len(queries))):
-                chosen[m, listed] = True
+            blocks = _lists_of(plan.block_indptr, plan.block_indices, row, len(queries))
             columns = _lists_of(plan.column_indptr, plan.column_indices, row, plan.num_column_groups)
-            counts[b, head] = _in_blocks(plan, queries, keys, chosen) + _in_columns(
-                plan, queries, keys, chosen, columns
+            counts[b, head] = _in_blocks(plan, queries, keys, blocks) + _in_columns(
+                plan, queries, keys, blocks, columns
             )
     return counts
 
@@ -80,8 +78,9 @@ def _rows(plan: SparsePlan, queries: Tensor, keys: Tensor) -> Tensor:
     return seen.masked_fill(keys >= MOST, 0)
 
 
-def _in_blocks(plan: SparsePlan, queries: Tensor, keys: Tensor, chosen: Tensor) -> int:
-    m, n = chosen.nonzero(as_tuple=True)
+def _in_blocks(plan: SparsePlan, queries: Tensor, keys: Tensor, blocks: Sequence[Tensor]) -> int:
+    n = torch.cat(list(blocks))
+    m = torch.arange(len(blocks), device="cpu").repeat_interleave(torch.tensor([len(x) for x in blocks], device="cpu"))
     total, step = 0, max(1, _BUDGET // keys.shape[1])
     height, width = (queries < MOST).sum(dim=1), (keys < MOST).sum(dim=1)
     for start in range(0, len(m), step):
@@ -97,7 +96,9 @@ def _in_blocks(plan: SparsePlan, queries: Tensor, keys: Tensor, chosen: Tensor) 
     return total
 
 
-def _in_columns(plan: SparsePlan, queries: Tensor, keys: Tensor, chosen: Tensor, columns: Sequence[Tensor]) -> int:
+def _in_columns(
+    plan: SparsePlan, queries: Tensor, keys: Tensor, blocks: Sequence[Tensor], columns: Sequence[Tensor]
+) -> int:
     """Pairs of columns outside the chosen blocks."""
     of_key = torch.zeros(plan.extent.longest, dtype=torch.int64, device="cpu")
     live = keys < MOST
@@ -106,9 +107,12 @@ def _in_columns(plan: SparsePlan, queries: Tensor, keys: Tensor, chosen: Tensor,
     for group, listed in enumerate(columns):
         column = listed[listed < int(live.sum())]
         rows = range(group * plan.column_group, min((group + 1) * plan.column_group, len(queries)))
-        step = max(1, _BUDGET // max(1, len(column)))
+        step = max(1, _BUDGET // max(1, len(column), len(keys)))
         for start in range(rows.start, rows.stop if len(column) else rows.start, step):
             part = slice(start, min(start + step, rows.stop))
             seen = _rows(plan, queries[part], column.expand(part.stop - start, -1))
-            total += int(seen.masked_fill(chosen[part][:, of_key[column]], 0).sum())
+            chosen = torch.zeros(part.stop - start, len(keys), dtype=torch.bool, device="cpu")
+            for row, block in enumerate(blocks[part]):
+                chosen[row, block] = True
+            total += int(seen.masked_fill(chosen[:, of_key[column]], 0).sum())
     return total

@@ -16,6 +16,7 @@ __all__ = [
     "integer",
     "integers_per_head",
     "integers_per_row",
+    "ranks_of",
     "starts_of",
 ]
 
@@ -109,3 +110,9 @@ def band(given: Integers, name: str, heads: int, device: torch.device) -> Tensor
         given = given.clamp(max=MOST).to(torch.int32)
         return given.to(device, non_blocking=not wait).expand(heads).contiguous()
     return integers_per_head(given, name, heads).to(device, non_blocking=not wait)
+
+
+def ranks_of(order: Tensor) -> Tensor:
+    """Rank of each original number, of the last dimension of ``[B, heads, length]``: int64."""
+    ranks = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    return torch.empty(order.shape, dtype=torch.int64, device=order.device).scatter_(2, order.long(), ranks)

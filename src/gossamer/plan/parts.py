@@ -12,7 +12,7 @@ __all__ = ["plan_of", "plan_parts"]
 
 
 def plan_parts(plan: SparsePlan) -> tuple[list[Tensor], list[int]]:
-    """Tensors and sizes of a plan, without its ``skip``. The extent's tensors lie on the CPU."""
+    """Tensors and sizes of a plan, without its ``skip`` and ``quantised``. The extent's tensors lie on the CPU."""
     extent, absent = plan.extent, torch.empty(0, dtype=torch.int32, device=plan.device)
     tensors = [
         extent.query_start,

@@ -15,7 +15,7 @@ from torch import Tensor
 from gossamer.plan.checks import LISTS, SKIP_TILE, check_attributes, check_blocks_alone, check_numbers, check_sizes
 from gossamer.plan.extent import Extent
 from gossamer.plan.grid import Grid
-from gossamer.plan.integers import MOST, Integers, band, ceil_div, integer, integers_per_head, starts_of
+from gossamer.plan.integers import MOST, Integers, band, ceil_div, integer, integers_per_head, ranks_of, starts_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -64,6 +64,10 @@ class SparsePlan:
       all rows of a kernel's tile leave out is not multiplied with values. Each row decides by itself, so that nothing
       depends on which rows a kernel takes together. Sinks' logits and means take no part, and are never left out.
 
+    And one that goes with every plan but one with ``pruned_mean``: ``quantised`` (SageAttention, 2410.02367) lets the
+    executor multiply queries and keys in int8, as `gossamer.backends.torch.integers` defines. Torch's and Triton's do;
+    the others compute the ordinary product, which is closer to exact. There is no gradient.
+
     Fields:
         heads: H for a plan per query head, or G for one per key/value head that its query heads share.
         query_len, key_len: S and T.
@@ -80,6 +84,7 @@ class SparsePlan:
             the original positions.
         pruned_mean: whether blocks that are not selected count by their mean.
         skip: of tiles far below a row's maximum, in nats; None: none. ``block_k`` is then a multiple of `SKIP_TILE`.
+        quantised: whether queries and keys may be multiplied in int8.
 
     Tensors are copied, and must not be written afterwards. Where one is nevertheless, kernels on the CPU refuse the
     plan or compute something else, but read nothing outside its lists and the call's tensors; ``GOSSAMER_CHECK=1`` has
@@ -106,6 +111,7 @@ class SparsePlan:
     k_order: Tensor | None = None
     pruned_mean: bool = False
     skip: float | None = None
+    quantised: bool = False
     grid: Grid = field(init=False, repr=False)
     _pairs: Tensor | None = field(default=None, init=False, repr=False)  # count_pairs, where a backend counted
 
@@ -128,7 +134,7 @@ class SparsePlan:
         for name in ("query_len", "key_len"):
             integer(getattr(self, name), f"SparsePlan.{name}")
         self.extent.check(self.query_len, self.key_len)
-        check_attributes(self.pruned_mean, self.skip, self.block_k)
+        check_attributes(self.pruned_mean, self.skip, self.block_k, quantised=self.quantised)
 
     def _complete(self) -> None:
         """Sets the grid, row pointers of lists that are absent, and bands as tensors."""
@@ -275,14 +281,17 @@ class SparsePlan:
             **fields,
         )
 
-    def with_attributes(self, *, pruned_mean: bool = False, skip: float | None = None) -> SparsePlan:
+    def with_attributes(
+        self, *, pruned_mean: bool = False, skip: float | None = None, quantised: bool = False
+    ) -> SparsePlan:
         """The same pairs, computed with these attributes in place of the plan's own. Nothing is copied.
 
         Raises:
             ValueError, TypeError: the plan is not one of blocks alone, or a value does not fit.
         """
         given = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
-        return SparsePlan.unchecked(**(given | {"pruned_mean": pruned_mean, "skip": skip}), pairs=self._pairs)
+        attributes = {"pruned_mean": pruned_mean, "skip": skip, "quantised": quantised}
+        return SparsePlan.unchecked(**(given | attributes), pairs=self._pairs)
 
     def to(self, device: torch.device | str) -> SparsePlan:
         """The same plan with its tensors on ``device``; the extent stays on the CPU."""
@@ -338,7 +347,7 @@ class SparsePlan:
     def _unite(self, selected: Tensor, positions: Tensor, order: Tensor | None = None) -> None:
         """Add keys by position, or by rank in an order, ``[B, heads, R, positions]`` to those by slot."""
         if order is not None:
-            positions = positions.gather(3, _ranks(order)[:, :, None].expand(*positions.shape[:3], -1))
+            positions = positions.gather(3, ranks_of(order)[:, :, None].expand(*positions.shape[:3], -1))
         for b, (start, count) in enumerate(zip(self.extent.key_start, self.extent.key_count, strict=True)):
             selected[b, :, :, int(start) : int(start + count)] |= positions[b, :, :, : int(count)]
 
@@ -350,7 +359,7 @@ class SparsePlan:
             block = position // self.block_q - on_device(self.grid.first_block, rows.device)[:, None]
             return block.clamp(0, most)[:, None].expand(-1, self.heads, -1)
         ordinal = (rows - on_device(extent.first_query, rows.device)[:, None]).clamp(0, max(0, self.query_len - 1))
-        return _ranks(self.q_order).gather(2, ordinal[:, None].expand(-1, self.heads, -1)) // self.block_q
+        return ranks_of(self.q_order).gather(2, ordinal[:, None].expand(-1, self.heads, -1)) // self.block_q
 
     def to_mask(self) -> Tensor:
         """Dense bool mask ``[B, heads, S, T]``. For tests and pictures: it has S * T entries a head."""
@@ -389,9 +398,3 @@ class SparsePlan:
         from gossamer.plan.flex_mask import to_block_mask
 
         return to_block_mask(self, num_heads if num_heads is not None else self.heads)
-
-
-def _ranks(order: Tensor) -> Tensor:
-    """Rank of each original number, of the last dimension."""
-    ranks = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
-    return torch.empty(order.shape, dtype=torch.int64, device=order.device).scatter_(2, order.long(), ranks)

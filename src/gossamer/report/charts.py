@@ -13,6 +13,7 @@ from gossamer.report.frontier import frontier
 from gossamer.report.heads import attention_maps, head_patterns, plan_maps
 from gossamer.report.html import Html
 from gossamer.report.latency import latency
+from gossamer.report.masked import fills, overlaps
 from gossamer.report.mqar import recall
 from gossamer.report.svg import Panel, colour_of, text_on
 from gossamer.report.videos import clip_frames, clip_frontier, clip_modes, clip_steps
@@ -30,6 +31,8 @@ def figures(records: Sequence[Record], rows: Sequence[SummaryRow]) -> list[Figur
         clip_frames(records),
         clip_steps(records),
         clip_modes(records),
+        fills(records),
+        overlaps(records),
         frontier(records),
         chosen_methods(records),
         budgets(records),

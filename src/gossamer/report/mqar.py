@@ -15,7 +15,8 @@ _NOTE = (
     "Share of the values that a model of two layers gives right, of the learning rate that each seed did best with: "
     "the mean over seeds, and bars from the worst to the best. State is how many numbers a step of decoding needs of "
     "the tokens before it, logits how many a query computes; what it costs to choose is not counted. Columns to 8, to "
-    "16 and so on: the share of right values that stand so many tokens before the question."
+    "16 and so on: the share of right values that stand so many tokens before the question. Guess: the share that a "
+    "model has which knows a sequence's values and not which key has which."
 )
 
 

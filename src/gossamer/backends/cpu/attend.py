@@ -33,6 +33,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     attend another key of the same 64 (0 * inf; torch's SDPA does so for all keys), or the mean of one of 64 key blocks
     that have means of their own; dead tokens are never read.
     A bias is computed as dimensions of queries and keys, which are copied for it: in fp32 and bf16, without a soft-cap.
+    Plans that are ``quantised`` get the ordinary product.
     The gradient is `attend_backward`'s.
 
     On ``avx512_bf16`` and ``amx`` the hardware takes bf16 values below the smallest normal number (1.2e-38) as 0, and

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gossamer.backends.torch.integers import Codes, integers_of
 from gossamer.backends.torch.scores import block_means
 from gossamer.call import AttentionCall
 from gossamer.plan import SparsePlan
@@ -16,6 +17,7 @@ __all__ = [
     "attend_rows",
     "cleared",
     "cleared_queries",
+    "codes_of",
     "for_query_heads",
     "log_lengths",
     "logits",
@@ -41,7 +43,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: the plan is for another call, its tensors were written since, or the call has no values; a gradient
-            is needed through a plan with `SparsePlan.skip`; a bias beside `SparsePlan.pruned_mean` or ``skip``.
+            is needed through a plan with `SparsePlan.skip` or ``quantised``; a bias beside ``pruned_mean`` or ``skip``.
     """
     call.check_plan(plan)
     refuse_bias_beside(call, plan)
@@ -50,8 +52,9 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
     plan.check()  # masks are as large as its numbers say; in kernels that would take too long
     out = torch.empty(*call.q.shape[:3], call.values.shape[-1], dtype=call.q.dtype, device=call.device)
     lse = torch.empty(call.q.shape[:3], dtype=wide(call.q[:0]).dtype, device=call.device)
+    codes = codes_of(call) if plan.quantised else None
     for rows in row_parts(call, torch.arange(call.query_len, device="cpu"), _LOGITS):
-        part, lse[:, :, rows] = _attend_rows(call, plan, rows)
+        part, lse[:, :, rows] = _attend_rows(call, plan, rows, codes)
         out[:, :, rows] = part.to(out.dtype)
     return out, lse
 
@@ -70,10 +73,13 @@ def refuse_gradient(plan: SparsePlan) -> None:
     """Raise for a plan that has no gradient.
 
     Raises:
-        ValueError: what a row leaves out under `SparsePlan.skip` jumps with its logits.
+        ValueError: what a row leaves out under `SparsePlan.skip` jumps with its logits, and numbers that are rounded to
+            int8 (`SparsePlan.quantised`) do not follow those that they come from.
     """
     if plan.skip is not None:
         raise ValueError("a plan with skip has no gradient; make the plan without, or attend under torch.no_grad()")
+    if plan.quantised:
+        raise ValueError("a quantised plan has no gradient; make the plan without, or attend under torch.no_grad()")
 
 
 def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,14 +88,15 @@ def attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Te
     Returns:
         out ``[B, H, R, Dv]`` and lse ``[B, H, R]``, both in the dtype of all arithmetic; dead rows attend nothing.
     """
-    parts = [_attend_rows(call, plan, part) for part in row_parts(call, rows, _LOGITS)]
+    codes = codes_of(call) if plan.quantised else None
+    parts = [_attend_rows(call, plan, part, codes) for part in row_parts(call, rows, _LOGITS)]
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 
-def _attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """At once."""
+def _attend_rows(call: AttentionCall, plan: SparsePlan, rows: Tensor, codes: Codes | None) -> tuple[Tensor, Tensor]:
+    """At once; from products of integers where there are ``codes``."""
     mask = for_query_heads(plan.rows_mask(rows), call)
-    scores = logits(call, rows)
+    scores = logits(call, rows) if codes is None else _integer_logits(call, rows, codes)
     if call.bias is not None:
         scores = scores + of_query_heads(call.bias, call)
     scores = scores.masked_fill(~mask, float("-inf"))
@@ -167,6 +174,23 @@ def _logits(call: AttentionCall, rows: Tensor | slice, keys: Tensor) -> Tensor:
     else:
         q = wide(call.q[:, :, rows])
     return soft_capped(products(call, q, keys), call)
+
+
+def _integer_logits(call: AttentionCall, rows: Tensor, codes: Codes) -> Tensor:
+    """As `logits` of all keys, from products of integers."""
+    rows = rows.to(call.device).expand(call.batch, -1)[:, None]
+    own, q = codes.q_steps.dtype, codes.q.take_along_dim(rows[..., None], dim=2)
+    # Sums of products are integers below 2^24, which fp32 holds.
+    scores = products(call, q.to(own), codes.k.to(own))
+    scores = scores * codes.q_steps.take_along_dim(rows, dim=2)[..., None]
+    scores = scores * codes.k_steps.repeat_interleave(call.share, dim=1)[:, :, None]
+    return soft_capped(scores + call.scale * codes.shifts.take_along_dim(rows, dim=2)[..., None], call)
+
+
+def codes_of(call: AttentionCall) -> Codes:
+    """A call's queries and keys in int8; dead ones are 0."""
+    live = call.extent.live_keys(call.key_len).to(call.device)
+    return integers_of(wide(cleared_queries(call)), wide(cleared(call.k, call)), live)
 
 
 def products(call: AttentionCall, q: Tensor, keys: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.backends.gradient import refuse
-from gossamer.backends.torch.attend import refuse_bias_beside
+from gossamer.backends.torch.attend import codes_of, refuse_bias_beside
 from gossamer.backends.triton.config import Config, Problem, tune
 from gossamer.backends.triton.device import check_call, extent_on
 from gossamer.call import AttentionCall
@@ -33,7 +33,9 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
 
     fp32, bf16 or fp16 in, fp32 accumulation; head dimensions up to 256. The plan's tensors may lie on another device
     than q; they are moved. Nothing here waits for the device. Few queries, as in decoding, read encoded keys and values
-    as they are stored; for others they are decoded first.
+    as they are stored; for others they are decoded first. Queries and keys of a plan that is `SparsePlan.quantised` are
+    rounded in torch, once a call, and multiplied by the kernel in int8; this has run under Triton's interpreter alone,
+    on no GPU.
 
     Returns:
         out ``[B, H, S, Dv]`` in q's dtype and lse fp32 ``[B, H, S]``, both contiguous.
@@ -53,7 +55,7 @@ def attend(call: AttentionCall, plan: SparsePlan) -> tuple[Tensor, Tensor]:
 
 def _as_read(call: AttentionCall, plan: SparsePlan) -> AttentionCall:
     """With rows in place of keys and values that the kernel does not read as they are."""
-    few = call.query_len * call.share <= READERS and not plan.pruned_mean
+    few = call.query_len * call.share <= READERS and not plan.pruned_mean and not plan.quantised
     few = few and not call.needs_gradient and not torch.compiler.is_compiling()
 
     def read(x: Tensor) -> Tensor:
@@ -153,6 +155,7 @@ def _arguments(call: AttentionCall, plan: SparsePlan) -> tuple:
         call.scale,
         0.0 if call.softcap is None else float(call.softcap),
         plan.skip,
+        list(codes_of(call)) if plan.quantised else [],
     )
 
 
@@ -160,7 +163,8 @@ _library = torch.library.Library("gossamer", "FRAGMENT")
 _library.define(
     "triton_attend(Tensor q, Tensor k, Tensor v, Tensor block_indptr, Tensor block_indices, Tensor column_indptr, "
     "Tensor column_indices, Tensor sink, Tensor window, Tensor q_order, Tensor k_order, Tensor extent, Tensor sinks, "
-    "Tensor bias, int[] shape, bool all_live, float scale, float softcap, float? skip=None) -> (Tensor, Tensor)"
+    "Tensor bias, int[] shape, bool all_live, float scale, float softcap, float? skip, "
+    "Tensor[] codes) -> (Tensor, Tensor)"
 )
 
 

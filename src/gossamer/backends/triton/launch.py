@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -50,7 +51,8 @@ class Arguments(NamedTuple):
     Absent tensors are empty. ``extent`` is that of `gossamer.backends.triton.device.extent_on`; ``shape`` the plan's
     heads, block_q, block_k, column_group, numbers of query and key blocks and pruned_mean; ``all_live`` says that there
     is no dead query row; a ``softcap`` of 0 is none, as is no ``skip``. ``k`` and ``v`` may be
-    `gossamer.encoded.EncodedTokens`; ``bias`` is ``[B, G, T]``.
+    `gossamer.encoded.EncodedTokens`; ``bias`` is ``[B, G, T]``. ``codes`` are none, or
+    `gossamer.backends.torch.integers.Codes`, which the kernel reads in place of ``q`` and ``k``.
     """
 
     q: Tensor
@@ -72,6 +74,7 @@ class Arguments(NamedTuple):
     scale: float
     softcap: float
     skip: float | None = None
+    codes: Sequence[Tensor] = ()
 
     @property
     def pruned_mean(self) -> bool:
@@ -100,6 +103,8 @@ def launch(given: Arguments, *, config: Config | None = None) -> tuple[Tensor, T
     config = config or choose(problem_of(given))
     if given.skip is not None:
         config = _with_skip_tiles(config, given)
+    if given.codes:
+        given = given._replace(q=given.codes[0], k=given.codes[1])
     share, words = heads // plan_heads, ceil_div(key_blocks, 32)
     rows, together = batch * plan_heads, plan_heads // given.k.shape[1]
     bits = given.block_indices
@@ -125,11 +130,14 @@ def _prepared(given: Arguments) -> Arguments:
     """With rows that are dense in memory, and a scale above 0, by which the kernel multiplies a row's maximum."""
     encoded = EncodedTokens
     q, k, v = (t if isinstance(t, encoded) or t.stride(-1) == 1 else t.contiguous() for t in given[:3])
-    scale = given.scale
+    scale, codes = given.scale, [x.contiguous() for x in given.codes]
     if scale <= 0:
+        if codes:
+            sign = -1.0 if scale < 0 else 0.0
+            codes = [*codes[:2], codes[2] * sign, codes[3], codes[4] * sign]
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     sink, window = given.sink.clamp(max=UNLIMITED), given.window.clamp(max=UNLIMITED)
-    return given._replace(q=q, k=k, v=v, scale=scale, sink=sink, window=window)
+    return given._replace(q=q, k=k, v=v, scale=scale, sink=sink, window=window, codes=codes)
 
 
 def _with_skip_tiles(config: Config, given: Arguments) -> Config:
@@ -170,6 +178,8 @@ def _tensors(given: Arguments, config: Config) -> dict[str, Any]:
     lists = ("block_indptr", "block_indices", "column_indptr", "column_indices", "q_order", "k_order")
     tensors |= {name: getattr(given, name) for name in lists}
     tensors |= dict(zip(("k_means", "v_means"), means_of(given), strict=True))
+    steps = given.codes[2:] or (given.q, given.q, given.q)
+    tensors |= dict(zip(("q_steps", "k_steps", "q_shifts"), steps, strict=True))
     tensors |= dict(sink_ptr=given.sink, window_ptr=given.window, extent_ptr=given.extent, sinks_ptr=given.sinks)
     return tensors | dict(k_rank=inverse(given.k_order) if given.needs_bitmap else given.k_order)
 
@@ -233,6 +243,8 @@ def _dims(given: Arguments, config: Config) -> tuple[int, int, int]:
     columns, and then every softmax step passes shared memory. Those of Hopper and big Blackwells do not care.
     """
     block_d, block_dv = power_of_two(given.q.shape[3]), power_of_two(given.v.shape[3])
+    if given.codes:  # products of int8 take 32 dimensions at least
+        block_d = max(32, block_d)
     major = torch.cuda.get_device_capability(given.q.device)[0] if given.q.is_cuda else 0
     halves = 2 if config.tile_m < block_dv <= 2 * config.tile_m and major not in (9, 10) else 1
     return block_d, block_dv // halves, halves

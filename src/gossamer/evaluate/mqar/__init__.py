@@ -4,6 +4,15 @@ The generator (`data`), what mixes tokens (`mixers`), the model and its training
 over mixers, widths, rates and seeds that goes on where it was stopped (`settings`, `sweep`).
 """
 
-from gossamer.evaluate.mqar.data import VARIANTS, Compositional, Examples, Forgetting, Plain, Stacked, Variant
+from gossamer.evaluate.mqar.data import (
+    VARIANTS,
+    Compositional,
+    Examples,
+    Forgetting,
+    Plain,
+    Scattered,
+    Stacked,
+    Variant,
+)
 
-__all__ = ["VARIANTS", "Compositional", "Examples", "Forgetting", "Plain", "Stacked", "Variant"]
+__all__ = ["VARIANTS", "Compositional", "Examples", "Forgetting", "Plain", "Scattered", "Stacked", "Variant"]

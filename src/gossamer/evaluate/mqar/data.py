@@ -3,7 +3,8 @@
 A sequence begins with pairs of a key and its value. Later its keys come again, each at a place whose distance follows
 a power law, and there the model has to say the value; nothing else counts. `Plain` is the paper's. `Forgetting` binds
 some keys anew, and the last value wins; `Compositional` asks for two keys together, neither of which tells the value;
-`Stacked` has key and value in one token, so that one layer that mixes tokens is enough.
+`Stacked` has key and value in one token, so that one layer that mixes tokens is enough. `Scattered` is not the paper's:
+pairs and queries stand anywhere, so that no distance is likelier by where they begin.
 
 Deviations from HazyResearch/zoology at d88d6f5:
 
@@ -25,7 +26,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED", "VARIANTS", "Compositional", "Examples", "Forgetting", "Plain", "Stacked", "Variant"]
+__all__ = ["IGNORED", "VARIANTS", "Compositional", "Examples", "Forgetting", "Plain", "Scattered", "Stacked", "Variant"]
 
 # What a label says where nothing is asked: torch's cross entropy leaves it out.
 IGNORED = -100
@@ -196,6 +197,33 @@ class Plain(Variant):
 
 
 @dataclass(frozen=True)
+class Scattered(Variant):
+    """Pairs and queries at shuffled places of the whole length, each key asked for after its pair; no power law.
+
+    Places are even, and a pair or a query takes two tokens, as in `Plain`. Of 2 n places the sooner of two that were
+    drawn together is the pair's.
+    """
+
+    name: ClassVar[str] = "scattered"
+
+    def __post_init__(self) -> None:
+        _no_power(self)
+        super().__post_init__()
+
+    @property
+    def needed(self) -> int:
+        return 4 * self.pairs
+
+    def _draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = self._bound(rows, generator)
+        places = 2 * _different(rows, self.length // 2, 2 * self.pairs, generator).unflatten(1, (-1, 2))
+        begins, asked = places.amin(-1), places.amax(-1)
+        context = torch.zeros(rows, self.length, dtype=torch.int64, device="cpu")
+        context.scatter_(1, begins, keys).scatter_(1, begins + 1, values)
+        return self._asked(context, keys[..., None], asked, values, begins + 1, generator)
+
+
+@dataclass(frozen=True)
 class Forgetting(Variant):
     """After the pairs, some keys once more with another value, which is the one that counts.
 
@@ -292,6 +320,7 @@ class Stacked(Variant):
 
     def __post_init__(self) -> None:
         _at_least("passes", self.passes, 1)
+        _no_power(self)
         super().__post_init__()
         if self.length != self.needed:
             raise ValueError(
@@ -323,12 +352,19 @@ class Stacked(Variant):
         return inputs, labels, torch.cat([torch.zeros_like(told), place - last.gather(1, asked)], 1)
 
 
-VARIANTS: dict[str, type[Variant]] = {kind.name: kind for kind in (Plain, Forgetting, Compositional, Stacked)}
+VARIANTS: dict[str, type[Variant]] = {
+    kind.name: kind for kind in (Plain, Forgetting, Compositional, Stacked, Scattered)
+}
 
 
 def _different(rows: int, choices: int, count: int, generator: torch.Generator) -> Tensor:
     """``count`` different ones of ``choices`` numbers in each row, in any order alike: int64 ``[rows, count]``."""
     return torch.rand(rows, choices, dtype=torch.float64, generator=generator).topk(count, dim=1).indices
+
+
+def _no_power(variant: Variant) -> None:
+    if variant.power != Variant.power:
+        raise ValueError(f"{variant.name} has no power law, got power={variant.power}; leave power={Variant.power}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -10,15 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 
-from torch import Tensor, nn
+from torch import nn
 
-from gossamer.evaluate.mqar.layers import GatedConvolution, MaskedAttention
+from gossamer.evaluate.mqar.layers import GatedConvolution, MaskedAttention, MaskedByValues
 from gossamer.modules import (
     Axial,
     CombinerAttention,
-    DynamicMaskAttention,
     Fixed,
     LogSparse,
     RoutingAttention,
@@ -65,24 +63,8 @@ class Kind:
     dearer: str = ""
 
 
-class _DynamicMask(nn.Module):
-    """`DynamicMaskAttention` with one head and Doge's own selection, without a rotary embedding."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-        config = SimpleNamespace(
-            hidden_size=sizes.width, **heads, attention_bias=True, keep_window_size=min(sizes.budget, sizes.tokens)
-        )
-        self.layer = DynamicMaskAttention(config, shared=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        cos = x.new_ones(1, x.shape[1], x.shape[2])
-        return self.layer(x, (cos, cos.new_zeros(cos.shape)))[0]
-
-
-def _masked(select: str) -> Callable[[Sizes], nn.Module]:
-    return lambda s: MaskedAttention(s.width, select, s.budget, dropout=s.dropout)
+def _masked(select: str, heads: int = 1) -> Callable[[Sizes], nn.Module]:
+    return lambda s: MaskedAttention(s.width, select, s.budget, heads=heads, dropout=s.dropout)
 
 
 def _routing(assign: str) -> Callable[[Sizes], nn.Module]:
@@ -122,10 +104,26 @@ def _axial(i: int, s: Sizes) -> int:
     return column + 1 + row + (s.budget - 1 if row else 0)
 
 
+def _seqboat(router: bool) -> Kind:
+    return Kind(
+        lambda s: SeqBoatLayer(s.width, key_dim=s.width, window=s.budget, router=router),
+        lambda i, s: min(i, s.budget) + 1,
+        lambda s: 16 + 3 * min(s.budget, s.tokens),  # averages, keys, and values of twice the width
+        "activated tokens that one looks back" if router else "tokens that one looks back",
+        positions=False,
+        whole=True,
+        dearer="averages over all tokens" + ("; a token that is not activated computes no logit" if router else ""),
+    )
+
+
 _SPAN = "tokens of a span"
 MIXERS: dict[str, Kind] = {
     "dense": Kind(_masked("all"), lambda i, s: i + 1, lambda s: 2 * s.tokens),
     "window": Kind(_masked("window"), _few, lambda s: 2 * min(s.budget, s.tokens), "keys, the query's own with them"),
+    # Of as many heads as "routing" has, half of which it gives to this.
+    "window_heads": Kind(
+        _masked("window", 2), _few, lambda s: 2 * min(s.budget, s.tokens), "keys of each of two heads"
+    ),
     "fixed": Kind(_masked("fixed"), _spans, _two_a_span, _SPAN),
     "oracle_topk": Kind(
         _masked("largest"), _few, lambda s: 2 * s.tokens, "keys", dearer="the choice: every logit is computed for it"
@@ -166,16 +164,16 @@ MIXERS: dict[str, Kind] = {
         leaks="which tokens share a cluster is decided over the whole sequence",
         dearer="the scores of centroids",
     ),
-    "dynamic_mask": Kind(_DynamicMask, _few, lambda s: 2 * min(s.budget, s.tokens), "keys that are kept"),
-    "seqboat": Kind(
-        lambda s: SeqBoatLayer(s.width, key_dim=s.width, window=s.budget),
-        lambda i, s: min(i, s.budget) + 1,
-        lambda s: 16 + 3 * min(s.budget, s.tokens),  # averages, keys, and values of twice the width
-        "activated tokens that one looks back",
-        positions=False,
-        whole=True,
-        dearer="averages over all tokens; a token that is not activated computes no logit",
+    "dynamic_mask": Kind(
+        lambda s: MaskedByValues(s.width, s.budget),
+        _few,
+        lambda s: 2 * min(s.budget, s.tokens),
+        "keys that are kept",
+        dearer="whole sequences are masked and dense",
     ),
+    "seqboat": _seqboat(router=True),
+    # Its base pattern: every token is active.
+    "seqboat_local": _seqboat(router=False),
     "convolution": Kind(
         lambda s: GatedConvolution(s.width, min(s.budget, s.tokens)),
         _few,

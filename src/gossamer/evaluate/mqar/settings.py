@@ -196,7 +196,22 @@ QUICK = replace(
     ),
     epochs=8,
 )
-SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (QUICK, _SMALL, FIGURE_2)}
+_ROUTERS = replace(
+    QUICK,
+    name="routers",
+    about=(
+        "Easier and longer than quick, for routers that have to learn what to activate: 32 tokens with 4 pairs of a "
+        "vocabulary of 32, at most 2,500 steps of 16 new sequences, and windows of 8 tokens, which hold the 4 values "
+        "and the 4 queries, and not the 8 tokens of the pairs with them."
+    ),
+    tasks=(Plain(32, 32, 4),),
+    rates=(0.01, 0.003),
+    mixers=tuple(f"convolution(3)+{kind}" for kind in ("seqboat(8)", "seqboat_local(8)", "window(8)", "dense")),
+    examples=1_600,
+    epochs=25,
+    batch=16,
+)
+SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (QUICK, _SMALL, _ROUTERS, FIGURE_2)}
 
 
 def describe(setting: Setting) -> dict[str, Any]:

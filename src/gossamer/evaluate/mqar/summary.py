@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["RecallRow", "recall_rows", "recall_table"]
+__all__ = ["RecallRow", "guess", "near_and_far", "recall_rows", "recall_table"]
 
 Record = dict[str, Any]
 # Distances up to here are counted together in a table.
@@ -96,6 +96,11 @@ def _row(best: Sequence[Record]) -> RecallRow:
     )
 
 
+def guess(row: RecallRow) -> float:
+    """How often a model is right that knows the values of a sequence and not which key has which."""
+    return 1 / int(row.task.partition("pairs=")[2].partition(",")[0].rstrip(")"))
+
+
 def near_and_far(row: RecallRow) -> list[tuple[int, float]]:
     """Share of right answers by distance: up to 8, to 16, to 32 and so on."""
     merged: dict[int, list[int]] = {}
@@ -110,12 +115,12 @@ def recall_table(rows: Sequence[RecallRow]) -> list[list[str]]:
     edges = sorted({edge for row in rows for edge, _ in near_and_far(row)})
     several = len({row.task for row in rows}) > 1
     header = ["mixer", *(["task"] if several else []), "width", "accuracy", "of seeds", "seeds"]
-    header += [f"to {edge}" for edge in edges] + ["state", "logits", "of dense", "steps"]
+    header += [f"to {edge}" for edge in edges] + ["guess", "state", "logits", "of dense", "steps"]
     table = [header]
     for row in rows:
         far = dict(near_and_far(row))
         cells = [row.mixer, *([row.task] if several else []), str(row.width), f"{row.accuracy:.3f}"]
         cells += [f"{row.low:.3f}-{row.high:.3f}", str(row.seeds)]
-        cells += [f"{far[edge]:.2f}" if edge in far else "" for edge in edges]
+        cells += [f"{far[edge]:.2f}" if edge in far else "" for edge in edges] + [f"{guess(row):.3g}"]
         table.append([*cells, f"{row.state:,}", f"{row.reads:.1f}", f"{row.share:.0%}", f"{row.steps:.0f}"])
     return table

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 
 from gossamer.evaluate.mqar.data import IGNORED, Examples
 from gossamer.evaluate.mqar.network import RecallModel
+from gossamer.evaluate.mqar.routers import TEST_BATCH, activated
 from gossamer.evaluate.mqar.settings import Cell, Setting
 
 __all__ = ["Outcome", "evaluate", "sequences", "train"]
 
-_TEST_BATCH = 256
 _TEST_SEED = 1 << 40
 _EPOCH_SEED = 1 << 20
 
@@ -60,7 +60,7 @@ def evaluate(model: RecallModel, examples: Examples) -> Outcome:
     """Answers of a model that is in ``eval()`` from here on."""
     model.eval()
     loss, right = 0.0, []
-    for inputs, labels in zip(examples.inputs.split(_TEST_BATCH), examples.labels.split(_TEST_BATCH), strict=True):
+    for inputs, labels in zip(examples.inputs.split(TEST_BATCH), examples.labels.split(TEST_BATCH), strict=True):
         where = labels != IGNORED
         logits = model(inputs, where)
         loss += float(F.cross_entropy(logits, labels[where], reduction="sum"))
@@ -125,7 +125,8 @@ class _Run:
             self._save()
         if outcome is None:
             raise ValueError("a setting needs an epoch or more")
-        return self._result(outcome)
+        active = activated(self.model, self.cell.task, test)
+        return self._result(outcome) | ({"active": active} if active else {})
 
     def _over(self) -> bool:
         return len(self.curve) >= self.setting.epochs or bool(self.curve and self.curve[-1] >= self.setting.enough)

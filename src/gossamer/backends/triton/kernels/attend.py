@@ -4,9 +4,9 @@ Everything is in positions, 0 being the batch row's first live key. A pair that 
 first of bands, blocks and columns that names it: bands are arithmetic, so blocks and columns test them for themselves;
 whether a column's key block is selected is looked up in a bitmap.
 
-There are four loops: full tiles of blocks and bands, partial ones, full columns, and partial ones; and one of means of
-blocks. What is full needs no mask by pair: every row may attend all of it, and no other part names it. Where rows leave
-tiles out, tiles come in ascending order.
+There are four loops: full tiles of blocks and bands, partial ones, full columns, and partial ones; one of full tiles of
+permuted blocks; and one of means of blocks. What is full needs no mask by pair: every row may attend all of it, and no
+other part names it. Where rows leave tiles out, tiles come in ascending order.
 """
 
 # Triton compiles these functions; their parameters and constants are not what Python sees.
@@ -18,13 +18,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gossamer.backends.triton.kernels.blocks import Blocks, block_tiles, full_tiles, partial_tiles
+from gossamer.backends.triton.kernels.blocks import (
+    Blocks,
+    block_tiles,
+    full_tiles,
+    partial_tiles,
+    permuted_tiles,
+)
 from gossamer.backends.triton.kernels.coded import PLAIN, Coded
 from gossamer.backends.triton.kernels.columns import Columns, column_runs, full_columns, partial_columns
 from gossamer.backends.triton.kernels.extent import load_extent
 from gossamer.backends.triton.kernels.pruned import Means, add_means, wholly_seen
 from gossamer.backends.triton.kernels.ranges import Bands, band_tiles, key_ranges
-from gossamer.backends.triton.kernels.rows import load_queries, tile_rows
+from gossamer.backends.triton.kernels.rows import load_queries, tile_rows, with_steps
 from gossamer.backends.triton.kernels.softmax import FORWARD, Keys, Logits, fresh, with_sinks
 
 __all__ = ["attend", "attend_keys"]
@@ -47,7 +53,7 @@ def attend(
     k_codes_batch_stride, k_codes_head_stride, k_codes_stride, k_scales_batch_stride, k_scales_head_stride,
     k_scales_stride, v_codes_batch_stride, v_codes_head_stride, v_codes_stride, v_scales_batch_stride,
     v_scales_head_stride, v_scales_stride, k_coded, v_coded, bias_ptr,
-    block_indptr, block_indices, column_indptr, column_indices, sink_ptr, window_ptr,
+    q_steps, q_shifts, k_steps, block_indptr, block_indices, column_indptr, column_indices, sink_ptr, window_ptr,
     q_order, k_order, k_rank, selected_bits, k_means, v_means, extent_ptr, sinks_ptr,
     plan_heads, groups, first_row, together, query_len, key_len, blocks, key_blocks, column_lists, column_group, words,
     scale_log2, softcap_log2, softcap_slope, skip_log2,
@@ -64,7 +70,8 @@ def attend(
     time, times ``blocks``, times those heads, times a block's tiles. Heads that read the same keys run at the same
     time, for the sake of the L2 cache, and late query blocks come first: causal ones have the most keys.
     ``selected_bits`` begins with ``first_row``; ``bias`` fp32 ``[B, groups, key_len]`` is in units of log2. The output
-    has HALVES times ``BLOCK_DV`` dimensions at most.
+    has HALVES times ``BLOCK_DV`` dimensions at most. Queries and keys in int8 have steps fp32 ``[B, H, S]`` and
+    ``[B, groups, key_len]``, and queries shifts ``[B, H, S]``.
     """
     TILES: tl.constexpr = (BLOCK_Q * SHARE + TILE_M - 1) // TILE_M
     program = tl.program_id(0)
@@ -84,6 +91,9 @@ def attend(
     k_scales_head = wide_b * k_scales_batch_stride + wide_group * k_scales_head_stride
     v_scales_head = wide_b * v_scales_batch_stride + wide_group * v_scales_head_stride
     queries = load_queries(q_ptr, q_head_stride, q_stride, extent, rows, DIM, BLOCK_D)
+    out_row = (b * plan_heads * SHARE + rows.head).to(tl.int64) * query_len + rows.row
+    if q_ptr.dtype.element_ty == tl.int8:
+        queries = with_steps(queries, q_steps + out_row, q_shifts + out_row, rows.exists)
     selected = selected_bits + ((plan_row - first_row).to(tl.int64) * blocks + block) * words
     state = attend_keys(
         fresh(TILE_M, BLOCK_DV, HALVES),
@@ -100,6 +110,7 @@ def attend(
                 v_zeros + v_scales_head, v_codes_stride, v_scales_stride, v_coded, V_CODING, V_BITS, V_GROUP,
             ),
             bias_ptr + (b * groups + group).to(tl.int64) * key_len + extent.key_start,
+            k_steps + (b * groups + group).to(tl.int64) * key_len + extent.key_start,
             b, group, extent.key_start, DIM, VALUE_DIM, TILE_N, DESCRIPTORS,
         ),
         Logits(scale_log2, softcap_log2, softcap_slope, skip_log2, SOFTCAP, BIASED, SKIP, FORWARD),
@@ -128,7 +139,6 @@ def attend(
         )  # fmt: skip
     if SINKS:
         state = with_sinks(state, tl.load(sinks_ptr + rows.head, mask=rows.exists, other=float("-inf")) * _LOG2_E)
-    out_row = (b * plan_heads * SHARE + rows.head).to(tl.int64) * query_len + rows.row
     store(state, rows.exists, out_ptr + out_row[:, None] * VALUE_DIM, lse_ptr + out_row, VALUE_DIM)
 
 
@@ -145,12 +155,14 @@ def attend_keys(state, queries, keys, logits, extent, bands, blocks, columns):
     """The state after all keys that bands, blocks and columns name: of the softmax, or of slopes."""
     ranges = key_ranges(queries, extent, bands)
     in_bands = band_tiles(queries, bands, ranges, keys.TILE_N)
-    listed = block_tiles(blocks, ranges, keys.TILE_N)
+    listed = block_tiles(blocks, ranges, extent, keys.TILE_N)
     before = 0
     if logits.SKIP:  # in order
         before = listed.before * (blocks.BLOCK_K // keys.TILE_N)
         state = partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands, 0, before)
     state = full_tiles(state, queries, keys, logits, blocks, listed, in_bands)
+    if blocks.LISTED and blocks.PERMUTED:
+        state = permuted_tiles(state, queries, keys, logits, extent, blocks, listed)
     past = listed.partial_tiles + in_bands.partial
     state = partial_tiles(state, queries, keys, logits, extent, bands, blocks, listed, in_bands, before, past)
     if columns.LISTED:

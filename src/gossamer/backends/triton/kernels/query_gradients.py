@@ -84,7 +84,7 @@ def query_gradients(
         q_ptr + b.to(tl.int64) * q_batch_stride, q_head_stride, q_stride, extent, rows, DIM, BLOCK_D
     )  # fmt: skip
     queries = Queries(plain.q, plain.positions, plain.lowest, plain.highest, measured.out, measured.base,
-                      measured.products - measured.lse)  # fmt: skip
+                      measured.products - measured.lse, 0.0, 0.0)  # fmt: skip
     k_ptr += b.to(tl.int64) * k_batch_stride + group.to(tl.int64) * k_head_stride
     v_ptr += b.to(tl.int64) * v_batch_stride + group.to(tl.int64) * v_head_stride
     selected = selected_bits + (wide_row * blocks + block) * words
@@ -94,8 +94,8 @@ def query_gradients(
         Keys(
             k_ptr + extent.key_start.to(tl.int64) * k_stride, v_ptr + extent.key_start.to(tl.int64) * v_stride,
             k_stride, v_stride, k_ptr, v_ptr, Coded(k_ptr, k_ptr, k_ptr, 0, 0, 0, PLAIN, 8, 1),
-            Coded(v_ptr, v_ptr, v_ptr, 0, 0, 0, PLAIN, 8, 1), k_ptr, b, group, extent.key_start, DIM, VALUE_DIM, TILE_N,
-            False,
+            Coded(v_ptr, v_ptr, v_ptr, 0, 0, 0, PLAIN, 8, 1), k_ptr, k_ptr, b, group, extent.key_start, DIM, VALUE_DIM,
+            TILE_N, False,
         ),
         Logits(scale_log2, softcap_log2, softcap_slope, 0.0, SOFTCAP, False, False, PASS),
         extent,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from gossamer.backends.triton.kernels.softmax import Queries
 
-__all__ = ["Rows", "load_queries", "tile_rows"]
+__all__ = ["Rows", "load_queries", "tile_rows", "with_steps"]
 
 
 class Rows(NamedTuple):
@@ -49,4 +49,12 @@ def load_queries(base, head_stride, stride, extent, rows, DIM: tl.constexpr, BLO
     positions = rows.row + extent.query_start
     lowest = tl.min(tl.where(rows.exists, positions, 1 << 30), 0)
     highest = tl.max(tl.where(rows.exists, positions, -(1 << 30)), 0)
-    return Queries(q, positions, lowest, highest, 0.0, 0.0, 0.0)
+    return Queries(q, positions, lowest, highest, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@triton.jit
+def with_steps(queries, steps, shifts, exists):
+    """Queries in int8 with their steps and shifts, at pointers ``[TILE_M]``."""
+    step = tl.load(steps, mask=exists, other=0.0)
+    shift = tl.load(shifts, mask=exists, other=0.0)
+    return Queries(queries.q, queries.positions, queries.lowest, queries.highest, 0.0, 0.0, 0.0, step, shift)

@@ -51,7 +51,8 @@ class Queries(NamedTuple):
 
     Fields: q ``[TILE_M, BLOCK_D]``; positions ``[TILE_M]``; the lowest and highest of those that are live. In the
     backward pass alone: the gradient that reaches the outputs ``[TILE_M, BLOCK_DV]``; the LSE in units of log2, and
-    what a slope is measured from, ``[TILE_M]``.
+    what a slope is measured from, ``[TILE_M]``. Of int8 alone: steps, and what the keys' mean gives a row's products,
+    ``[TILE_M]``.
     """
 
     q: Any
@@ -61,6 +62,8 @@ class Queries(NamedTuple):
     reaching: Any
     base: Any
     level: Any
+    step: Any
+    shift: Any
 
 
 class Keys(NamedTuple):
@@ -68,7 +71,7 @@ class Keys(NamedTuple):
     there, constants.
 
     Of encoded ones the pointers are to the first token that is not, see `gossamer.backends.triton.kernels.coded`.
-    ``bias`` is what position 0 adds to its logits, where they are BIASED.
+    ``bias`` is what position 0 adds to its logits, where they are BIASED; ``steps`` its step, of int8.
     """
 
     k: Any
@@ -80,6 +83,7 @@ class Keys(NamedTuple):
     k_coded: Any
     v_coded: Any
     bias: Any
+    steps: Any
     batch_row: Any
     group: Any
     start: Any
@@ -146,8 +150,12 @@ def fold(state, queries, keys, logits, positions, keep, pairs, MASK: tl.constexp
     k = load_tile(
         keys.k, keys.k_descriptor, keys.k_stride, keys.k_coded, keys, positions, keep, 0, keys.DIM, BLOCK_D, MASK
     )
-    scores = tl.zeros([queries.q.shape[0], keys.TILE_N], dtype=tl.float32)
-    scores = capped(product(queries.q, tl.trans(k), scores), logits)
+    if queries.q.dtype == tl.int8:
+        scores = of_integers(queries, k, keys, positions, keep, MASK)
+    else:
+        scores = tl.zeros([queries.q.shape[0], keys.TILE_N], dtype=tl.float32)
+        scores = product(queries.q, tl.trans(k), scores)
+    scores = capped(scores, logits)
     if logits.BIASED:
         scores = biased(scores, keys, logits, positions, keep, MASK)
     if logits.PASS == FORWARD:
@@ -160,6 +168,17 @@ def fold(state, queries, keys, logits, positions, keep, pairs, MASK: tl.constexp
         )  # fmt: skip
         state = add_slopes(state, queries, k, v, scores, 0.0, logits, keep, pairs, MASK)
     return state
+
+
+@triton.jit
+def of_integers(queries, k, keys, positions, keep, MASK: tl.constexpr):
+    """Products with a tile of keys in int8, as numbers."""
+    at = positions
+    if MASK == UNMASKED:
+        at = positions + tl.arange(0, keys.TILE_N)
+    steps = tl.load(keys.steps + at, mask=keep, other=0.0)
+    sums = tl.dot(queries.q, tl.trans(k), out_dtype=tl.int32)
+    return sums.to(tl.float32) * (queries.step[:, None] * steps[None, :]) + queries.shift[:, None]
 
 
 @triton.jit

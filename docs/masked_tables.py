@@ -1,0 +1,196 @@
+"""Tables of what a masked language model fills in, from lines of `gossamer eval-masked`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from marked import markdown
+
+from gossamer.evaluate.masked.summary import Figured, FillRow, OverlapRow, fill_rows, overlap_rows, paired
+from gossamer.evaluate.summary import read_results
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+NOT_MEASURED = "Not measured yet."
+Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+# What each variant is called in the tables.
+NAMES = {
+    "window": "window and first block",
+    "random": "random blocks",
+    "joint": "joint, once",
+    "best": "joint, at each step (oracle)",
+    "fresh": "isolated, at each step",
+    "isolated": "isolated, once",
+}
+
+
+def called(row: FillRow) -> str:
+    """A method in words: SparseD's rule, or what is held beside it, with the share."""
+    name, _, inside = row.method.partition("(")
+    fields = dict(part.partition("=")[::2] for part in inside.removesuffix(")").split(","))
+    if name == "dense":
+        return "dense" if "kernel" in fields else "dense, torch's kernel"
+    what = "`sparsed`" if name == "sparsed" else NAMES[fields.get("choice", "isolated")]
+    span = fields.get("span", "")
+    return f"{what}, {fields.get('share', '0.3')}" + (f", {span} half of the steps" if span else "")
+
+
+def shown(found: Figured | None, form: str = "{:.3f}") -> str:
+    if found is None:
+        return ""
+    return f"{form.format(found.mean)} ({form.format(found.low)} to {form.format(found.high)})"
+
+
+def is_span(row: FillRow) -> bool:
+    return "span=" in row.method
+
+
+def fills_of(rows: list[FillRow]) -> list[Table]:
+    """For each length, methods that are sparse after the first steps, and dense attention."""
+    made = []
+    for length in dict.fromkeys(row.length for row in rows):
+        here = [row for row in rows if row.length == length and not is_span(row)]
+        above = f"{length:,} tokens, `{here[0].task}`."
+        header = (
+            "method, share",
+            "texts",
+            "fills",
+            "density",
+            "copied right",
+            "others right",
+            "as dense",
+            "top-1",
+            "KL, nats",
+            "lost",
+        )
+        body = []
+        for row in sorted(here, key=lambda row: (row.method.startswith("sparsed"), share_of(row))):
+            figures = (shown(row.figures.get(name)) for name in ("copied_accuracy", "rest_accuracy", "agreement"))
+            near = shown(row.figures.get("top1")), shown(row.figures.get("kl"), "{:.2g}")
+            lost = shown(row.lost.get("copied_accuracy"), "{:+.3f}")
+            body.append((called(row), row.texts, row.fills, f"{row.density:.3f}", *figures, *near, lost))
+        made.append((above, header, body))
+    return made
+
+
+def share_of(row: FillRow) -> str:
+    """So that rows of one budget stand together."""
+    return next((part for part in row.method.split(",") if "share=" in part), "").rpartition("share=")[2].rstrip(")")
+
+
+def spans_of(rows: list[FillRow]) -> list[Table]:
+    """Sparse in the first or in the last half of the steps."""
+    made = []
+    for length in dict.fromkeys(row.length for row in rows if is_span(row)):
+        here = [row for row in rows if row.length == length and is_span(row)]
+        above = f"{length:,} tokens."
+        header = (
+            "blocks, share, sparse steps",
+            "texts",
+            "fills",
+            "density",
+            "copied right",
+            "others right",
+            "as dense",
+        )
+        body = []
+        for row in here:
+            figures = (shown(row.figures.get(name)) for name in ("copied_accuracy", "rest_accuracy", "agreement"))
+            body.append((called(row), row.texts, row.fills, f"{row.density:.3f}", *figures))
+        made.append((above, header, body))
+    return made
+
+
+def overlaps_of(rows: list[OverlapRow]) -> list[Table]:
+    """How much of a choice stays over steps, masks and texts."""
+    header = ("tokens", "texts", "fills", "chosen at", "of steps", "later steps", "last step")
+    body = []
+    for row in rows:
+        numbers = ("" if x is None else f"{x:.3f}" for x in (row.seeds, row.others, row.chance))
+        counts = f"{row.length:,}", row.texts, row.fills, row.chosen, len(row.by_step)
+        body.append((*counts, shown(row.later), shown(row.last), *numbers))
+    return [("", (*header, "other masks", "other texts", "by chance"), body)] if body else []
+
+
+def seconds_of(rows: list[FillRow]) -> list[Table]:
+    """Processor seconds of a step: of dense samplings, and of sparse steps."""
+    dense = {row.length: row.cpu_dense for row in rows if called(row) == "dense"}
+    body = []
+    for row in rows:
+        whole = dense.get(row.length)
+        if row.method.startswith("sparsed(") and whole and row.cpu_sparse and row.sparse is not None:
+            cells = (f"{row.length:,}", called(row), f"{row.sparse:.3f}", f"{1000 * whole:.0f}")
+            body.append((*cells, f"{1000 * row.cpu_sparse:.0f}", f"{whole / row.cpu_sparse:.2f}"))
+    header = ("tokens", "method, share", "density of sparse steps", "dense step, ms", "sparse step, ms", "times")
+    return [("", header, body)] if body else []
+
+
+# What is held beside `sparsed` of the same share, and what of it: the claim, the two, and the figure.
+CLAIMS = (
+    ("more as dense than the window", "sparsed", "window", "agreement"),
+    ("more as dense than random blocks", "sparsed", "random", "agreement"),
+    ("more copied than by the window", "sparsed", "window", "copied_accuracy"),
+    ("more copied than by random blocks", "sparsed", "random", "copied_accuracy"),
+    ("isolated: more as dense than joint, once", "sparsed", "joint", "agreement"),
+    ("isolated: less KL than joint, once", "joint", "sparsed", "kl"),
+    ("oracle: more as dense than `sparsed`", "best", "sparsed", "agreement"),
+    ("oracle: less KL than `sparsed`", "sparsed", "best", "kl"),
+)
+
+
+def label(what: str, share: str, span: str = "") -> str:
+    """Of the file's lines."""
+    if what == "sparsed":
+        return f"sparsed(share={share},block=32,min_tokens=0)"
+    choice = "" if what == "isolated" else f",choice={what}"
+    return f"sparsed_variant(share={share},block=32{choice}{span and f',span={span}'})"
+
+
+def told(found: Figured) -> str:
+    return "shows" if found.low > 0 else "the other way round" if found.high < 0 else "not told apart"
+
+
+def claims_of(records: list[dict[str, Any]]) -> list[Table]:
+    """Differences text by text, and whether the interval is on one side of none."""
+    rows = [row for row in fill_rows(records) if row.method.startswith("sparsed(")]
+    header, body = ("claim", "tokens", "share", "texts", "difference", ""), []
+
+    def add(claim: str, length: int, share: str, more: str, less: str, figure: str) -> None:
+        found = paired(records, more, less, length, figure)
+        if found is not None:
+            difference, texts = found
+            body.append((claim, f"{length:,}", share, texts, shown(difference, "{:+.3f}"), told(difference)))
+
+    for claim, more, less, figure in CLAIMS:
+        for row in rows:
+            share = share_of(row)
+            add(claim, row.length, share, label(more, share), label(less, share), figure)
+    for choice, name in (("isolated", "kept plans"), ("fresh", "plans of each step")):
+        for row in rows:
+            share = share_of(row)
+            first, last = label(choice, share, "first"), label(choice, share, "last")
+            what = f"early steps fragile, {name}: less as dense"
+            add(what, row.length, share, last, first, "agreement")
+            add(f"early steps fragile, {name}: less copied", row.length, share, last, first, "copied_accuracy")
+    return [("", header, body)] if body else []
+
+
+def table(make: Callable[[list[Any]], list[Table]], rows_of: Callable[[list[dict[str, Any]]], list[Any]]) -> str:
+    """Of each machine's file."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/masked.jsonl")):
+        records = read_results(path)
+        machine = next(record for record in records if record["kind"] == "run")["machine"]
+        made = make(rows_of(records))
+        if made:
+            parts.append(f"{machine['processor']} (`{path.parent.name}`)")
+            parts += [markdown(*one) for one in made]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "masked_fills": lambda: table(fills_of, fill_rows),
+    "masked_claims": lambda: table(claims_of, list),
+    "masked_spans": lambda: table(spans_of, fill_rows),
+    "masked_overlaps": lambda: table(overlaps_of, overlap_rows),
+    "masked_seconds": lambda: table(seconds_of, fill_rows),
+}

@@ -1,0 +1,1 @@
+"""What sparse attention changes in what a masked diffusion language model fills in."""
