@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from repository import ROOT, script
 
+from gossamer.evaluate.clips import ClipRow, clip_rows
+from gossamer.evaluate.summary import read_results
+
 FOLDER = ROOT / "benchmarks" / "results" / "amd-epyc-zen5-2-cores-avx512-bf16"
 
 
@@ -91,3 +94,55 @@ def test_reference_frames_do_not_show() -> None:
         }
         assert error["oracle_blocks"] < error["window_blocks"] < error["attention_tile"]
         assert error["attention_tile"] > 0.95 * error["random_blocks"]
+
+
+@cache
+def clips() -> dict[str, ClipRow]:
+    """By label, without thresholds and hashes."""
+    rows = clip_rows(read_results(FOLDER / "video_clips.jsonl"))
+    return {script("docs/video_tables.py").named_shortly(row.method): row for row in rows}
+
+
+def psnr(name: str) -> float:
+    value = clips()[name].psnr
+    assert value is not None
+    return value
+
+
+def test_every_setting_has_the_same_three_clips() -> None:
+    assert len(clips()) == 23
+    assert {row.clips for row in clips().values()} == {3}
+    names = {row.series for row in clips().values()}
+    assert names == {
+        "adaspa(search=[0,12])", "adaspa(search=[4,12])", "sparse_vdit", "paro", "attention_tile", "window_blocks",
+        "random_blocks", "oracle_blocks",
+    }  # fmt: skip
+
+
+def test_what_the_page_says_of_clips() -> None:
+    early = "adaspa(sparsity=0.9,search=[0,12])"
+    names = ("random_blocks", "window_blocks", "orders-20", early, "oracle_blocks", "attention_tile(frames=2)")
+    assert said("video_clips", *(psnr(name) for name in names), digits=1)
+    assert said("video_clips", psnr("window_blocks(density=0.4)"), psnr("random_blocks(density=0.4)"), digits=1)
+    assert said("video_clips", psnr("modes-25"), psnr("modes-40"), digits=1)
+    shares = {
+        early: 16,
+        "attention_tile(frames=2)": 29,
+        "modes-25": 24,
+        "modes-40": 36,
+        "window_blocks(density=0.4)": 41,
+    }
+    for name, share in shares.items():
+        assert round(100 * clips()[name].density) == share
+        assert f"{share}%" in prose("video_clips")
+    for bound in ("window_blocks", "random_blocks"):
+        assert psnr(bound) < min(psnr(name) for name in ("orders-20", "modes-15", early)) - 2
+    assert abs(psnr("attention_tile(frames=2)") - psnr("window_blocks(density=0.4)")) < 0.5
+
+
+def test_pictures_are_drawn_of_the_clips() -> None:
+    folder = ROOT / "docs" / "images" / FOLDER.name
+    for name in ("video_frontier", "video_frames", "video_modes"):
+        assert (folder / f"{name}.svg").stat().st_size < 200_000
+    drawn = (folder / "video_frontier.svg").read_text()
+    assert all(f">{row.series}<" in drawn for row in clips().values())
