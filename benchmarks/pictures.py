@@ -8,7 +8,7 @@ from pathlib import Path
 from machines import measured
 
 from gossamer.evaluate.clips import ClipRow, clip_rows
-from gossamer.evaluate.masked.summary import fill_rows, overlap_rows
+from gossamer.evaluate.masked.summary import fill_rows, overlap_rows, same_seeds
 from gossamer.evaluate.mqar.summary import RecallRow, recall_rows
 from gossamer.evaluate.summary import read_results
 from gossamer.report.figure import label_styles
@@ -239,7 +239,7 @@ def choices_of_heads(records: list[dict]) -> Panel:
 
 def masked_fills(records: list[dict]) -> Panel:
     """What is right and what is as in dense runs against density, a panel for each length and figure."""
-    rows = [row for row in fill_rows(records) if "span=" not in row.method]
+    rows = [row for row in fill_rows(same_seeds(records)) if "span=" not in row.method]
     styles, panels = styles_of(rows), []
     for length in dict.fromkeys(row.length for row in rows):
         for figure in SHOWN:

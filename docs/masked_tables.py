@@ -6,7 +6,17 @@ from typing import Any
 
 from marked import markdown
 
-from gossamer.evaluate.masked.summary import Figured, FillRow, OverlapRow, fill_rows, overlap_rows, paired
+from gossamer.evaluate.masked.summary import (
+    Figured,
+    FillRow,
+    OverlapRow,
+    StepCost,
+    fill_rows,
+    overlap_rows,
+    paired,
+    same_seeds,
+    step_costs,
+)
 from gossamer.evaluate.summary import read_results
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -23,7 +33,7 @@ NAMES = {
 }
 
 
-def called(row: FillRow) -> str:
+def called(row: FillRow | StepCost) -> str:
     """A method in words: SparseD's rule, or what is held beside it, with the share."""
     name, _, inside = row.method.partition("(")
     parts = (part.partition("=") for part in inside.removesuffix(")").split(","))
@@ -112,17 +122,20 @@ def overlaps_of(rows: list[OverlapRow]) -> list[Table]:
     return [("", (*header, "other masks", "other texts", "by chance"), body)] if body else []
 
 
-def seconds_of(rows: list[FillRow]) -> list[Table]:
-    """Processor seconds of a step: of dense samplings, and of sparse steps."""
-    dense = {row.length: row.cpu_dense for row in rows if called(row) == "dense"}
+def seconds_of(rows: list[StepCost]) -> list[Table]:
+    """Processor time of a step: of dense samplings, of the step that chooses, and of sparse steps."""
     body = []
     for row in rows:
-        whole = dense.get(row.length)
-        if row.method.startswith("sparsed(") and whole and row.cpu_sparse and row.sparse is not None:
-            cells = (f"{row.length:,}", called(row), f"{row.sparse:.3f}", f"{1000 * whole:.0f}")
-            body.append((*cells, f"{1000 * row.cpu_sparse:.0f}", f"{whole / row.cpu_sparse:.2f}"))
-    header = ("tokens", "method, share", "density of sparse steps", "dense step, ms", "sparse step, ms", "times")
-    return [("", header, body)] if body else []
+        cells = (f"{row.length:,}", called(row), row.texts, f"{row.density:.3f}")
+        costs = (f"{1000 * seconds:.0f}" for seconds in (row.dense, row.chooses, row.sparse))
+        body.append((*cells, *costs, f"{row.dense / row.sparse:.2f}"))
+    header = ("tokens", "method, share", "texts", "density of sparse steps", "dense step, ms", "step that chooses, ms")
+    return [("", (*header, "sparse step, ms", "dense over sparse"), body)] if body else []
+
+
+def rows_of_fills(records: list[dict[str, Any]]) -> list[FillRow]:
+    """Rows of the same masks alone: some methods were also run under other masks of their texts."""
+    return fill_rows(same_seeds(records))
 
 
 # What is held beside `sparsed` of the same share, and what of it: the claim, the two, and the figure.
@@ -189,9 +202,9 @@ def table(make: Callable[[list[Any]], list[Table]], rows_of: Callable[[list[dict
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "masked_fills": lambda: table(fills_of, fill_rows),
+    "masked_fills": lambda: table(fills_of, rows_of_fills),
     "masked_claims": lambda: table(claims_of, list),
-    "masked_spans": lambda: table(spans_of, fill_rows),
+    "masked_spans": lambda: table(spans_of, rows_of_fills),
     "masked_overlaps": lambda: table(overlaps_of, overlap_rows),
-    "masked_seconds": lambda: table(seconds_of, fill_rows),
+    "masked_seconds": lambda: table(seconds_of, step_costs),
 }

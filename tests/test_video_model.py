@@ -33,8 +33,6 @@ def test_it_is_as_large_as_its_card_says(model: VideoModel) -> None:
     assert model.enabled.config.num_layers == 6
     count = sum(p.numel() for p in model.enabled.parameters())
     assert f"{count / 1e6:.2f} million parameters" in (FOLDER / "README.md").read_text(encoding="utf-8")
-    weights = sum(path.stat().st_size for path in FOLDER.rglob("*.safetensors"))
-    assert weights < 11e6
 
 
 def test_a_step_is_as_it_was(model: VideoModel) -> None:

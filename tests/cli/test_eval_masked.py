@@ -61,6 +61,13 @@ def test_it_writes_lines_and_goes_on(run: Callable[..., int], tmp_path: Path, ca
     assert (tmp_path / "page_csv" / "overlaps.csv").is_file()
 
 
+def test_texts_with_fewer_masks_than_steps_and_stretches_are_filled_in(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run("--share", "0.1", "--steps", "8", "--block", "8", "--limit", "2") == 0
+    lines = [record for record in read_results(tmp_path / "masked.jsonl") if record["kind"] == "fill"]
+    assert [line["filled"] for line in lines] == [2] * 4
+    assert all(line["kl"] is None or line["kl"] >= 0 for line in lines)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -70,6 +77,10 @@ def test_it_writes_lines_and_goes_on(run: Callable[..., int], tmp_path: Path, ca
         (["--methods", "nothing"], "unknown method 'nothing'"),
         (["--beside", "nearest"], "choice must be one of isolated"),
         (["--overlap", "dense"], "--overlap takes settings of sparsed, such as sparsed(share=0.3), got dense"),
+        (["--methods", "dense", "--beside", "window"], "--beside varies sparsed, and --methods has none"),
+        (["--methods", "dense", "--span", "0.5"], "--span varies sparsed, and --methods has none"),
+        (["--span", "1"], "--span must be a share of the steps between 0 and 1, got 1"),
+        (["--block", "6"], "4 steps cannot be shared evenly by 3 stretches of 6 tokens, as the last quarter of 64 has"),
         (["--share", "0"], "a passage needs a share above 0 to 1"),
         (["--lengths", "2k"], "this model takes 1024 tokens, got a length of 2048"),
         (["--lengths", "700"], "the text has 600 tokens, 700 are needed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -11,11 +12,19 @@ pytest.importorskip("transformers")
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
 from gossamer import AttentionCall, Extent
-from gossamer.evaluate.masked.comparison import Fills, fields_of, fill_lines
+from gossamer.evaluate.masked.comparison import Fills, fields_of, fill_lines, weighed
 from gossamer.evaluate.masked.overlap import Overlaps, by_chance, jaccard
 from gossamer.evaluate.masked.passages import draw
 from gossamer.evaluate.masked.subject import MaskedSubject
-from gossamer.evaluate.masked.summary import fill_rows, fill_table, overlap_rows, overlap_table, paired
+from gossamer.evaluate.masked.summary import (
+    fill_rows,
+    fill_table,
+    overlap_rows,
+    overlap_table,
+    paired,
+    same_seeds,
+    step_costs,
+)
 from gossamer.evaluate.masked.variants import CHOICES, Variant
 from gossamer.evaluate.schema import checked
 from gossamer.layout import DenoisingStep, TokenLayout
@@ -23,6 +32,8 @@ from gossamer.methods import SparseD
 from gossamer.methods.denoising import mass_of_blocks
 from gossamer.plan import Grid
 from gossamer.policy import Policy
+from gossamer.report.masked import fills as picture_of_fills
+from gossamer.report.masked import kind_of
 
 BLOCK, PROMPT, LENGTH = 16, 101, 150
 
@@ -191,8 +202,7 @@ def test_the_summary_is_by_text(lines: list[dict[str, Any]]) -> None:
     expected = ((agreement[0] + agreement[2]) / 2 + agreement[1]) / 2
     assert row.figures["agreement"].mean == pytest.approx(expected)
     assert row.figures["agreement"].low <= expected <= row.figures["agreement"].high
-    assert row.sparse is not None
-    assert row.sparse < row.density < 1
+    assert row.density < 1
     dense = rows["dense(kernel=gossamer)"]
     assert dense.lost == {}
     difference = dense.figures["accuracy"].mean - row.figures["accuracy"].mean
@@ -217,3 +227,68 @@ def test_differences_are_paired_by_text(lines: list[dict[str, Any]]) -> None:
     assert difference.mean == pytest.approx(sum(by_text) / 2)
     assert difference.low <= difference.mean <= difference.high
     assert paired(lines, one, "nothing", 128, "agreement") is None
+
+
+def test_seconds_are_without_what_observes(subject: MaskedSubject) -> None:
+    text, waited = torch.arange(6, 86).repeat(3), list[int]()
+
+    def wait(passage: Any, step: int, seen: Any) -> None:
+        waited.append(step)
+        time.sleep(0.2)
+
+    (line,) = fill_lines(subject, [], [draw(text, 64, 0, 0, 0.5)], Fills(2), observe=wait)
+    assert waited == [0, 0, 1, 1]
+    assert line["seconds"] < 0.4
+    assert line["seconds"] == pytest.approx(sum(step["seconds"] for step in line["by_step"]), abs=1e-5)
+
+
+def test_steps_without_a_mask_are_not_compared(subject: MaskedSubject) -> None:
+    """With 3 masks and 8 steps, one of the 4 steps that are compared has any left, and with 1 mask none has."""
+    text = torch.arange(6, 86).repeat(3)
+    for share, steps in ((3 / 16, [2]), (1 / 16, [])):
+        _, line = fill_lines(subject, [POLICIES[0]], [draw(text, 64, 0, 0, share)], Fills(8))
+        assert [one["step"] for one in line["compared"]] == steps
+        assert (line["kl"] is None) == (line["top1"] is None) == (not steps)
+        assert checked(line) == line
+        assert len(fill_table(fill_rows([line]))) == 2
+
+
+def test_figures_are_means_over_masked_tokens_of_sparse_steps() -> None:
+    by_step = [{"density": density} for density in (1.0, 0.5, 0.5)]
+    near = [{"step": step, "masks": masks, "kl": kl} for step, masks, kl in ((0, 90, 0.0), (1, 30, 0.1), (2, 10, 0.5))]
+    assert weighed(near, by_step, "kl", 6) == 0.2
+    assert weighed(near[:1], by_step, "kl", 6) == 0.0
+    assert weighed([], by_step, "kl", 6) is None
+
+
+def line_of(method: str, index: int, seed: int, steps: list[tuple[float, float]], run: str = "r") -> dict[str, Any]:
+    by_step = [{"density": density, "cpu_s": cpu} for density, cpu in steps]
+    of = {"kind": "fill", "run": run, "task": "fill", "length": 64, "index": index, "seed": seed, "by_step": by_step}
+    return of | {"method": method, "method_fields": {"method": method.partition("(")[0]}}
+
+
+def test_costs_are_beside_dense_steps_of_the_same_run() -> None:
+    """Not beside a method's own dense steps, which run on another kernel; and the step that chooses is by itself."""
+    steps = [(1.0, 9.0), (1.0, 5.0), (0.5, 1.0), (0.25, 2.0)]
+    lines = [line_of("dense", 0, 0, [(1.0, 3.0), (1.0, 5.0)]), line_of("sparsed", 0, 0, steps)]
+    lines += [line_of("sparsed", 1, 0, steps), line_of("sparsed", 0, 0, steps, "another")]
+    (cost,) = step_costs(lines)
+    assert (cost.texts, cost.density, cost.dense, cost.chooses, cost.sparse) == (1, 0.375, 4.0, 5.0, 1.5)
+    untimed = [{**lines[0], "by_step": [{"density": 1.0}]}, lines[1]]
+    assert step_costs(untimed) == []
+
+
+def test_rows_are_of_the_seeds_that_all_methods_have() -> None:
+    lines = [line_of("dense", 0, seed, []) for seed in (0, 1)] + [line_of("sparsed", index, 0, []) for index in (0, 1)]
+    assert same_seeds(lines) == [lines[0], *lines[2:]]
+
+
+def test_pictures_tell_settings_and_tasks_apart(lines: list[dict[str, Any]]) -> None:
+    labels = ("sparsed(share=0.2,block=16,min_tokens=0)", "sparsed(share=0.4,block=16,min_tokens=0)")
+    assert [kind_of(label) for label in labels] == ["sparsed(block=16)"] * 2
+    assert kind_of("sparsed(share=0.2,isolated=false,min_tokens=0)") == "sparsed(isolated=false)"
+    assert kind_of("dense") == "dense"
+    other = [{**line, "task": "fill(steps=12,share=0.5)"} for line in lines]
+    one, both = (picture_of_fills(some).panels for some in (lines, [*lines, *other]))
+    assert len(both) == 2 * len(one)
+    assert len({title for title, _ in both}) == len(both)

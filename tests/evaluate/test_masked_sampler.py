@@ -97,6 +97,21 @@ def test_what_cannot_be_filled_is_refused() -> None:
         fill(model, tokens, masks(2), MASK, 0)
 
 
+def test_stretches_from_a_start_do_not_depend_on_the_masks() -> None:
+    """Of tokens 2 to 6 there are two stretches, though the masks of the last text would fit into one."""
+    tokens = torch.zeros(1, 6, dtype=torch.int64)
+    for where in ((2, 5), (3, 4), (2, 3)):
+        model = Certain([1] * 6, [1.0] * 6)
+        filled = fill(model, tokens, masks(*where), MASK, 4, block=2, start=2)
+        assert len(model.shown) == 4
+        assert filled[0].nonzero().flatten().tolist() == list(where)
+    model = Certain([1] * 6, [1.0] * 6)
+    with pytest.raises(ValueError, match="4 steps cannot be shared evenly by 3 stretches"):
+        fill(model, tokens, masks(2), MASK, 4, block=2, start=0)
+    with pytest.raises(ValueError, match="start must be a position below 6 with no masked token before it, got 3"):
+        fill(model, tokens, masks(2), MASK, 4, block=2, start=3)
+
+
 def test_a_passage_says_again_what_its_prompt_has_said() -> None:
     text = torch.arange(1000)
     for index in range(20):

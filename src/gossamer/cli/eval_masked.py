@@ -76,6 +76,8 @@ def execute(arguments: argparse.Namespace) -> int:
             (length, Fills(steps, arguments.share, arguments.block))
             for length, steps in zip(*_sizes(arguments), strict=True)
         ]
+        for length, how in fills:
+            how.check(length)
         check_out(arguments.out)
         dtype = fast_dtype()[0] if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         subject, haystack = load_masked_model(arguments.model, dtype), load_haystack(arguments.text)
@@ -98,10 +100,12 @@ def policies_of(arguments: argparse.Namespace) -> list[Policy]:
     """What was asked for, each sparsed followed by what it is held beside.
 
     Raises:
-        ValueError, TypeError: an unknown name or field.
+        ValueError, TypeError: an unknown name or field, or something to vary of `sparsed` where there is none.
     """
     from gossamer.evaluate.masked.variants import Variant
 
+    if arguments.span is not None and not 0 < arguments.span < 1:
+        raise ValueError(f"--span must be a share of the steps between 0 and 1, got {arguments.span:g}")
     asked: list[Any] = []
     for method in map(parse_method, split_specs(arguments.methods)):
         asked.append(method)
@@ -113,6 +117,9 @@ def policies_of(arguments: argparse.Namespace) -> list[Policy]:
         if arguments.span is not None:
             always = [Variant(**own), *(one for one in variants if one.choice == "fresh")]
             asked += [replace(one, span=at, part=arguments.span) for one in always for at in ("first", "last")]
+    beside = [option for option in ("beside", "span") if getattr(arguments, option) is not None]
+    if beside and not any(isinstance(method, SparseD) for method in asked):
+        raise ValueError(f"--{beside[0]} varies sparsed, and --methods has none; add one, such as sparsed(share=0.2)")
     return [Policy(method, min_tokens=0) for method in asked]
 
 

@@ -92,15 +92,16 @@ _MORE_OF_A_FILL = {n: MORE_OF_A_METHOD[n] for n in ("run", "profile", "method_fi
 _STEP = Fields({"density": SHARE}, dict.fromkeys(("plan_s", "attention_s", "seconds", "cpu_s"), SECONDS))
 FILL = Fields(
     {
-        **{"method": TEXT, **_OF_A_FILL, "density": SHARE, "seconds": SECONDS},
-        **{"accuracy": SCORE, "agreement": SCORE, "kl": NATS, "top1": SHARE},
+        **{"method": TEXT, **_OF_A_FILL, "density": SHARE, "accuracy": SCORE, "agreement": SCORE},
+        **{"kl": or_null(NATS), "top1": or_null(SHARE)},
     },
     {
         **_MORE_OF_A_FILL,
         "dense_because": MORE_OF_A_METHOD["dense_because"],
+        "seconds": SECONDS,
         **dict.fromkeys(("copied_accuracy", "rest_accuracy", "copied_agreement"), or_null(SCORE)),
         **dict.fromkeys(("filled", "copied"), COUNT),
-        "compared": list_of(Fields({"step": COUNT, "kl": NATS, "top1": SHARE})),
+        "compared": list_of(Fields({"step": COUNT, "kl": NATS, "top1": SHARE}, {"masks": COUNT})),
         "by_step": list_of(_STEP),
     },
 )

@@ -27,9 +27,13 @@ _OVERLAPS = (
 
 
 def kind_of(label: str) -> str:
-    """A method without its budget, so that budgets are one line of a picture: ``sparsed_variant(choice=window)``."""
+    """A method without its budget, so that budgets are one line of a picture: ``sparsed_variant(choice=window)``.
+
+    The policy's bounds go too; all else tells settings apart.
+    """
     name, _, inside = label.partition("(")
-    kept = [part for part in inside.removesuffix(")").split(",") if part.startswith(("choice=", "span="))]
+    left_out = ("share=", "min_tokens=", "max_density=")
+    kept = [part for part in inside.removesuffix(")").split(",") if part and not part.startswith(left_out)]
     return f"{name}({','.join(kept)})" if kept else name
 
 
@@ -72,12 +76,14 @@ def fills(records: Sequence[Record]) -> Figure:
     rows = fill_rows(records)
     styles = styles_of(rows)
     panels: list[tuple[str, Html]] = []
-    for length in dict.fromkeys(row.length for row in rows):
-        here = [row for row in rows if row.length == length]
+    groups = dict.fromkeys((row.length, row.task) for row in rows)
+    for length, task in groups:
+        here = [row for row in rows if (row.length, row.task) == (length, task)]
+        several = sum(other == length for other, _ in groups) > 1
         for figure, title in SHOWN.items():
             if any(figure in row.figures for row in here):
                 drawn = panel_of(here, figure, styles, (380, 280)).render()
-                panels.append((f"{length:,} tokens: {title}", drawn))
+                panels.append((f"{length:,} tokens{f', {task}' if several else ''}: {title}", drawn))
     table: Table = [["length", "task", "method", "texts", "fills", "density", "figure", "mean", "low", "high"]]
     for row in rows:
         named = {**row.figures, **{f"lost {name}": found for name, found in row.lost.items()}}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer.evaluate.masked.passages import Passage
+from gossamer.evaluate.masked.passages import Passage, answer_tokens
 from gossamer.evaluate.masked.sampler import fill
 from gossamer.evaluate.masked.subject import MaskedSubject
 from gossamer.evaluate.masked.variants import Variant
@@ -34,7 +34,8 @@ class Fills:
     Fields:
         steps: of the sampling; block: of a stretch, None for one stretch.
         share: of the last quarter that is masked.
-        compared: steps at which predictions are held beside the dense ones on the dense run's own tokens.
+        compared: steps at which predictions are held beside the dense ones on the dense run's own tokens, of those that
+            have a mask left.
     """
 
     steps: int
@@ -50,6 +51,19 @@ class Fills:
         """Evenly spread up to the last step; never the first, which begins a sampling."""
         count = min(self.compared, self.steps - 1)
         return sorted({max(1, round((n + 1) * (self.steps - 1) / count)) for n in range(count)})
+
+    def check(self, length: int) -> None:
+        """Whether passages of a length can be filled in so.
+
+        Raises:
+            ValueError: their stretches cannot share the steps evenly.
+        """
+        stretches = 1 if self.block is None else -(-answer_tokens(length) // self.block)
+        if self.steps % stretches:
+            raise ValueError(
+                f"{self.steps} steps cannot be shared evenly by {stretches} stretches of {self.block} tokens, as the "
+                f"last quarter of {length} has; give a multiple of {stretches}"
+            )
 
     def head(self, passage: Passage) -> Record:
         """What of a line says which passage was filled in, and how."""
@@ -93,7 +107,7 @@ def fill_lines(
 
     Args:
         has: whether a line is there already; it is given what `Fills.head` and `fields_of` say.
-        observe: sees each layer's call of the dense run, with the passage and the step.
+        observe: sees each layer's call of a dense run of its own, which is not timed, with the passage and the step.
     """
     dense = Policy(Dense(kernel="gossamer"), min_tokens=0)
     for passage in passages:
@@ -103,9 +117,11 @@ def fill_lines(
             if policy.method != dense.method and not has({"kind": "fill"} | fields_of(policy) | fills.head(passage))
         ]
         own = {"kind": "fill"} | fields_of(dense) | fills.head(passage)
-        if not left and has(own) and observe is None:
+        if observe is not None:
+            _sampled(subject, dense, passage, fills, None, observe)
+        if not left and has(own):
             continue
-        kept, record = _sampled(subject, dense, passage, fills, None, observe)
+        kept, record = _sampled(subject, dense, passage, fills, None, None)
         if not has(own):
             yield own | record
         for policy in left:
@@ -134,7 +150,7 @@ def _sampled(
         def begin(step: int, tokens: Tensor) -> None:
             sampling.begin(step)
             handle.reset()
-            if dense is None and step in wanted:
+            if dense is None and step in wanted and bool((tokens == subject.mask_token).any()):
                 run.states[step] = tokens, torch.empty(0)
             now[:] = step, time.perf_counter(), time.process_time()
 
@@ -157,7 +173,7 @@ def _sampled(
 
         run.tokens = fill(
             subject.predict, passage.tokens[None], masked, subject.mask_token, fills.steps, block=fills.block,
-            begin=begin, seen=seen,
+            start=passage.prompt, begin=begin, seen=seen,
         )  # fmt: skip
         near = [] if dense is None else [_beside(subject, sampling, step, *dense.states[step]) for step in dense.states]
     yardstick = run if dense is None else dense
@@ -173,8 +189,8 @@ def _sampled(
         "rest_accuracy": _share(right, rest),
         "agreement": _share(same, passage.masked),
         "copied_agreement": _share(same, passage.copied),
-        "kl": round(sum(one["kl"] for one in near) / len(near), 8) if near else 0.0,
-        "top1": round(sum(one["top1"] for one in near) / len(near), 6) if near else 1.0,
+        "kl": 0.0 if dense is None else weighed(near, by_step, "kl", 8),
+        "top1": 1.0 if dense is None else weighed(near, by_step, "top1", 6),
         "seconds": round(sum(step["seconds"] for step in by_step), 6),
         "compared": near,
         "by_step": by_step,
@@ -196,7 +212,21 @@ def _beside(subject: MaskedSubject, sampling: Any, step: int, tokens: Tensor, ex
     found = _log_shares(subject.predict(tokens), tokens, subject.mask_token)
     kl = F.kl_div(found.clamp(min=-1e4), exact.clamp(min=-1e4), reduction="none", log_target=True)
     top1 = (found.argmax(dim=-1) == exact.argmax(dim=-1)).float().mean()
-    return {"step": step, "kl": round(max(0.0, float(kl.sum(dim=-1).mean())), 8), "top1": round(float(top1), 6)}
+    own = {"kl": round(max(0.0, float(kl.sum(dim=-1).mean())), 8), "top1": round(float(top1), 6)}
+    return {"step": step, "masks": len(exact), **own}
+
+
+def weighed(near: Sequence[Record], by_step: Sequence[Record], name: str, digits: int) -> float | None:
+    """Mean of a figure over the masked tokens of the compared steps that were sparse, or of all where none was.
+
+    A step with two masks left says less than one with fifty, and one that ran dense says nothing of a plan.
+
+    Returns:
+        None where no step had a mask to compare.
+    """
+    near = [one for one in near if by_step[one["step"]]["density"] < 1] or near
+    tokens = sum(one["masks"] for one in near)
+    return round(sum(one["masks"] * one[name] for one in near) / tokens, digits) if tokens else None
 
 
 def _share(right: Tensor, of: Tensor) -> float | None:

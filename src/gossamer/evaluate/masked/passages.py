@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Passage", "draw"]
+__all__ = ["Passage", "answer_tokens", "draw"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,11 @@ class Passage:
         return len(self.tokens)
 
 
+def answer_tokens(length: int) -> int:
+    """Tokens of the part of a passage that has masks: its last quarter."""
+    return length // 4
+
+
 def draw(text: Tensor, length: int, index: int, seed: int, share: float) -> Passage:
     """A window of a text, whose last quarter is to be filled in.
 
@@ -56,7 +61,7 @@ def draw(text: Tensor, length: int, index: int, seed: int, share: float) -> Pass
     places = random.Random(f"{length}/{index}")
     start = places.randrange(len(text) - length + 1)
     tokens = text[start : start + length].clone()
-    answer, size = length // 4, length // 8
+    answer, size = answer_tokens(length), length // 8
     prompt = length - answer
     source = places.randrange(prompt - size + 1)
     target = prompt + places.randrange(answer - size + 1)

@@ -25,6 +25,7 @@ def fill(
     steps: int,
     *,
     block: int | None = None,
+    start: int | None = None,
     begin: Callable[[int, Tensor], None] = lambda step, tokens: None,
     seen: Callable[[int, Tensor], None] = lambda step, logits: None,
 ) -> Tensor:
@@ -32,7 +33,7 @@ def fill(
 
     At each step every masked token is predicted from all that is there, and those with the highest probability are kept
     (LLaDA 2502.09992, algorithm 5: remasking of low confidence); of equal ones the first. With ``block`` the masked
-    region, from its first masked token on, is filled in stretch by stretch (its section 2.4, semi-autoregressive).
+    region is filled in stretch by stretch (its section 2.4, semi-autoregressive).
 
     Deviations: any tokens may be masked, not only all that follow a prompt; the mask itself is never filled in;
     temperature is 0.
@@ -43,6 +44,8 @@ def fill(
         masked: bool ``[B, S]``.
         steps: of the whole sampling.
         block: tokens of a stretch; ``steps`` must be a multiple of the number of stretches.
+        start: where the first stretch begins: stretches then go on to the end, also those without a mask, so that their
+            number does not depend on which tokens are masked. None: at the first masked token, up to the last.
         begin: called before each step, with its number and the tokens that the model gets.
         seen: called after each step, with its logits.
 
@@ -59,7 +62,12 @@ def fill(
         )
     if steps < 1 or (block is not None and block < 1):
         raise ValueError(f"fill needs at least 1 step and blocks of at least 1 token, got {steps} and {block}")
-    parts = _stretches(masked, block)
+    if start is not None and not (0 <= start < masked.shape[1] and not bool(masked[:, :start].any())):
+        raise ValueError(
+            f"start must be a position below {masked.shape[1]} with no masked token before it, got {start}; give the "
+            "first one that may be masked"
+        )
+    parts = _stretches(masked, block, start)
     if steps % len(parts):
         raise ValueError(
             f"{steps} steps cannot be shared evenly by {len(parts)} stretches of {block} tokens; give a multiple"
@@ -79,11 +87,14 @@ def fill(
     return filled
 
 
-def _stretches(masked: Tensor, block: int | None) -> list[Tensor]:
-    """The masked tokens of each stretch, bool ``[B, S]``; stretches of a row begin at its first masked token."""
+def _stretches(masked: Tensor, block: int | None, start: int | None) -> list[Tensor]:
+    """The masked tokens of each stretch, bool ``[B, S]``; they begin at ``start`` or a row's first masked one."""
     if block is None or not bool(masked.any()):
         return [masked]
     position = torch.arange(masked.shape[1], device=masked.device)
+    if start is not None:
+        number = (position - start).div(block, rounding_mode="floor")
+        return [masked & (number == n) for n in range(int(number[-1]) + 1)]
     first = torch.where(masked, position, masked.shape[1]).amin(dim=1, keepdim=True)
     number = (position - first).div(block, rounding_mode="floor")
     last = int(number.masked_fill(~masked, 0).max())

@@ -14,11 +14,14 @@ __all__ = [
     "Figured",
     "FillRow",
     "OverlapRow",
+    "StepCost",
     "fill_rows",
     "fill_table",
     "overlap_rows",
     "overlap_table",
     "paired",
+    "same_seeds",
+    "step_costs",
 ]
 
 Record = dict[str, Any]
@@ -40,11 +43,10 @@ class FillRow:
 
     Fields:
         texts, fills: their number; a text is filled in with several masks.
-        density: mean over the steps; sparse: over those below 1, None where there are none.
+        density: mean over the steps.
         figures: by `FIGURES`, of those that were measured.
         lost: by ``accuracy`` and ``copied_accuracy``, what dense attention has more on the same texts.
-        seconds, cpu: of one sampling's model calls, means; cpu None where it is not known.
-        cpu_dense, cpu_sparse: processor seconds of one dense step, and of one step below a density of 1.
+        seconds: of one sampling's model calls, mean over the lines that have it; None where none has.
     """
 
     method: str
@@ -53,13 +55,9 @@ class FillRow:
     texts: int
     fills: int
     density: float
-    sparse: float | None
     figures: dict[str, Figured]
     lost: dict[str, Figured]
-    seconds: float
-    cpu: float | None
-    cpu_dense: float | None
-    cpu_sparse: float | None
+    seconds: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,6 +92,80 @@ class OverlapRow:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Processor seconds of a step of a method beside one of dense attention on our kernel, of the same texts and run.
+
+    Fields:
+        density: of the sparse steps.
+        dense, chooses, sparse: of a dense step of the dense sampling; of the step that chooses; of a sparse step. Means
+            over steps, then over texts.
+    """
+
+    method: str
+    length: int
+    texts: int
+    density: float
+    dense: float
+    chooses: float
+    sparse: float
+
+
+def step_costs(records: Iterable[Record]) -> list[StepCost]:
+    """Of each method that has sparse steps, where the dense sampling of the same text has processor seconds.
+
+    The method's own dense steps are left out: before it needs a plan it runs on torch's kernel.
+    """
+    records = [record for record in records if record["kind"] == "fill" and _has_cpu(record)]
+    dense = {_sampling(record): record for record in records if _is_dense(record)}
+    found: dict[tuple[str, int], list[tuple[int, tuple[float, ...]]]] = {}
+    for record in records:
+        steps, beside = record["by_step"], dense.get(_sampling(record))
+        first = next((n for n, step in enumerate(steps) if step["density"] < 1), 0)
+        if beside is None or first == 0:
+            continue
+        sparse = [step for step in steps[first:] if step["density"] < 1]
+        costs = (
+            _over(sparse, "density"),
+            _over(beside["by_step"], "cpu_s"),
+            steps[first - 1]["cpu_s"],
+            _over(sparse, "cpu_s"),
+        )
+        found.setdefault((record["method"], record["length"]), []).append((record["index"], costs))
+    return [
+        StepCost(
+            *key, len({index for index, _ in own}), *(sum(x) / len(own) for x in zip(*(c for _, c in own), strict=True))
+        )
+        for key, own in sorted(found.items(), key=lambda item: item[0][1])
+    ]
+
+
+def _has_cpu(record: Record) -> bool:
+    steps = record.get("by_step", ())
+    return bool(steps) and all("cpu_s" in step for step in steps)
+
+
+def _sampling(record: Record) -> tuple[Any, ...]:
+    """Which text under which masks, in which run: a machine is not as fast in all of them."""
+    return record.get("run"), record["task"], record["length"], record["index"], record["seed"]
+
+
+def _over(steps: Sequence[Record], name: str) -> float:
+    return sum(step[name] for step in steps) / len(steps)
+
+
+def same_seeds(records: Iterable[Record]) -> list[Record]:
+    """Lines ``fill`` of the seeds that all methods of their task and length have; and all other lines."""
+    records = list(records)
+    seeds: dict[tuple[Any, ...], dict[str, set[int]]] = {}
+    for record in records:
+        if record["kind"] == "fill":
+            of = seeds.setdefault((record["task"], record["length"]), {})
+            of.setdefault(record["method"], set()).add(record["seed"])
+    shared = {key: set.intersection(*of.values()) for key, of in seeds.items()}
+    return [r for r in records if r["kind"] != "fill" or r["seed"] in shared[r["task"], r["length"]]]
 
 
 def fill_rows(records: Iterable[Record]) -> list[FillRow]:
@@ -157,10 +229,6 @@ def _fill_row(lines: list[Record], dense: list[Record]) -> FillRow:
             mine, theirs = (_by_text(part, lambda line, name=name: line.get(name)) for part in (lines, beside))
             if both := sorted(mine.keys() & theirs.keys()):
                 lost[name] = _figured([theirs[index] - mine[index] for index in both], difference_interval)
-    steps = [step for line in lines for step in line.get("by_step", ())]
-    sparse = [step for step in steps if step["density"] < 1]
-    whole = [step for step in steps if step["density"] >= 1]
-    by_line = [[step["cpu_s"] for step in line.get("by_step", ()) if "cpu_s" in step] for line in lines]
     return FillRow(
         method=lines[0]["method"],
         task=lines[0]["task"],
@@ -168,13 +236,9 @@ def _fill_row(lines: list[Record], dense: list[Record]) -> FillRow:
         texts=len({line["index"] for line in lines}),
         fills=len(lines),
         density=sum(line["density"] for line in lines) / len(lines),
-        sparse=_mean([step["density"] for step in sparse]),
         figures=figures,
         lost=lost,
-        seconds=sum(line["seconds"] for line in lines) / len(lines),
-        cpu=_mean([sum(numbers) for numbers in by_line if numbers]),
-        cpu_dense=_mean([step["cpu_s"] for step in whole if "cpu_s" in step]),
-        cpu_sparse=_mean([step["cpu_s"] for step in sparse if "cpu_s" in step]),
+        seconds=_mean([line["seconds"] for line in lines if "seconds" in line]),
     )
 
 
@@ -241,7 +305,7 @@ def fill_table(rows: Sequence[FillRow]) -> list[list[str]]:
             cells.append(
                 "" if found is None else f"{found.mean:.4g}{shown_interval((found.low, found.high), '{:.3g}')}"
             )
-        table.append([*cells, f"{row.seconds:.2f}"])
+        table.append([*cells, "" if row.seconds is None else f"{row.seconds:.2f}"])
     return table
 
 
