@@ -42,7 +42,7 @@ class MaskedSubject(Subject):
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], device=self.device)
 
 
-def load_masked_model(folder: Path, dtype: torch.dtype = torch.float32) -> MaskedSubject:
+def load_masked_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> MaskedSubject:
     """A folder of transformers with a masked language model and its tokenizer; nothing is downloaded.
 
     Raises:
@@ -50,6 +50,7 @@ def load_masked_model(folder: Path, dtype: torch.dtype = torch.float32) -> Maske
     """
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+    folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no folder of a model: it has no config.json")
     try:
