@@ -208,6 +208,8 @@ def test_what_the_page_says_of_costs() -> None:
     in_torch = [steps[name] for name in ("combiner_axial", "combiner_logsparse", "seqboat")]
     assert all(1290 < row["break_even"] < 6200 for row in in_torch)
     assert all(1.85 < row["times_dense"] < 3.85 for row in in_torch)
+    assert [round(max(row["times_gossamer"] for row in in_torch), 1), in_torch[1]["times_gossamer"]] == [1.7, 0.811]
+    assert min(row["times_gossamer"] for row in in_torch) == in_torch[1]["times_gossamer"]
 
 
 def test_what_the_page_says_of_variants_and_decoding() -> None:
