@@ -149,7 +149,7 @@ MODULES: dict[str, Callable[[int], nn.Module]] = {
 }
 LONGEST = {"combiner_learnable": 2048, "routing_prefix": 4096, "sparsifiner": 2048, "orion_columns": 2048}
 # What a layer stands beside, where that is not causal dense attention.
-BESIDE = dict.fromkeys(("dense_bidirectional", "sparsifiner", "orion_columns"), "dense_bidirectional")
+BESIDE: dict[str, str] = dict.fromkeys(("dense_bidirectional", "sparsifiner", "orion_columns"), "dense_bidirectional")
 TOKENS = 16  # that are decoded in a call
 
 
@@ -289,7 +289,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     made = []
     for (name, what), points in found.items():
         points.sort()
-        beside = BESIDE[name] if (BESIDE.get(name, ""), what) in found else "dense"
+        beside = BESIDE.get(name, "dense")
+        beside = beside if (beside, what) in found else "dense"
         dense, ours = (sorted(found.get((other, what), [])) for other in (beside, "dense_gossamer"))
         longest, seconds = points[-1]
         made.append(

@@ -27,7 +27,8 @@ def recall_tables(path: Path) -> list[Table]:
         here = [row for row in rows if (row.settings, row.task) == group]
         edges = sorted({edge for row in here for edge, _ in near_and_far(row)})
         above = f"Setting `{', '.join(group[0])}`, `{group[1]}`; {machine['processor']} (`{path.parent.name}`)."
-        above += f" A guess among a sequence's own values is right in {guess(here[0]):.3g}."
+        if (by_chance := guess(here[0])) is not None:
+            above += f" A guess among a sequence's own values is right in {by_chance:.3g}."
         header = ("layers", "width", "accuracy", "worst to best", "seeds", *(f"to {edge}" for edge in edges))
         made.append((above, (*header, "state", "logits", "of dense"), [recall_row(row, edges) for row in here]))
     return made

@@ -102,6 +102,7 @@ def test_a_cache_keeps_gradients_and_what_inference_mode_made() -> None:
     for one in k:
         held = cache.append(one, one)[0]
     held.sum().backward()
+    assert k.grad is not None
     assert torch.equal(k.grad, torch.ones_like(k))
     cache = KeysAndValues()
     with torch.inference_mode():

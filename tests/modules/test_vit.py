@@ -100,6 +100,9 @@ def test_attention_that_is_another_function_is_refused_and_nothing_is_replaced(
 
 
 def test_attention_with_parameters_or_buffers_of_its_own_is_refused() -> None:
+    biased: Any
+    indexed: Any
+    bare: Any
     biased, indexed, bare = Vit(), Vit(), Vit()
     biased.blocks[1].attn.relative_position_bias_table = nn.Parameter(torch.zeros(3))
     indexed.blocks[0].attn.register_buffer("relative_position_index", torch.zeros(3))
@@ -114,7 +117,7 @@ def test_attention_with_parameters_or_buffers_of_its_own_is_refused() -> None:
 
 
 def test_what_was_frozen_stays_frozen() -> None:
-    vit = Vit(bias=False)
+    vit: Any = Vit(bias=False)
     vit.requires_grad_(False)
     vit.blocks[0].attn.proj.weight.requires_grad_(True)
     sparsify_vit(vit)

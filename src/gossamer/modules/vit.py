@@ -104,7 +104,7 @@ def _of(own: Any, tokens: int, stage: Stage, options: dict[str, Any]) -> Sparsif
     return made
 
 
-def _take(to: nn.Parameter, given: nn.Parameter | None, part: int = 0, parts: int = 1) -> None:
+def _take(to: Tensor, given: Tensor | None, part: int = 0, parts: int = 1) -> None:
     """A part of a parameter, and whether it is trained; where there was none zeros, which stay."""
     to.copy_(torch.zeros_like(to) if given is None else given.chunk(parts)[part])
     to.requires_grad_(given is not None and given.requires_grad)

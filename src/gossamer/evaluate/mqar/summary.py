@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -96,9 +97,11 @@ def _row(best: Sequence[Record]) -> RecallRow:
     )
 
 
-def guess(row: RecallRow) -> float:
-    """How often a model is right that knows the values of a sequence and not which key has which."""
-    return 1 / int(row.task.partition("pairs=")[2].partition(",")[0].rstrip(")"))
+def guess(row: RecallRow) -> float | None:
+    """How often a model is right that knows the values of a sequence and not which key has which; None of a task whose
+    label names no pairs."""
+    found = re.search(r"\bpairs=([1-9][0-9]{0,8})\b", row.task)
+    return 1 / int(found[1]) if found else None
 
 
 def near_and_far(row: RecallRow) -> list[tuple[int, float]]:
@@ -121,6 +124,8 @@ def recall_table(rows: Sequence[RecallRow]) -> list[list[str]]:
         far = dict(near_and_far(row))
         cells = [row.mixer, *([row.task] if several else []), str(row.width), f"{row.accuracy:.3f}"]
         cells += [f"{row.low:.3f}-{row.high:.3f}", str(row.seeds)]
-        cells += [f"{far[edge]:.2f}" if edge in far else "" for edge in edges] + [f"{guess(row):.3g}"]
+        cells += [f"{far[edge]:.2f}" if edge in far else "" for edge in edges]
+        by_chance = guess(row)
+        cells.append("" if by_chance is None else f"{by_chance:.3g}")
         table.append([*cells, f"{row.state:,}", f"{row.reads:.1f}", f"{row.share:.0%}", f"{row.steps:.0f}"])
     return table
