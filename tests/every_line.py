@@ -90,7 +90,7 @@ def _fill(method: str, density: float, seed: int) -> dict[str, Any]:
     of_method = {"method": "dense", "method_fields": {"method": "dense"}} if method == "dense" else _FAST
     scores = dict.fromkeys(("accuracy", "copied_accuracy", "rest_accuracy", "agreement", "copied_agreement"), 0.5)
     more = {"filled": 64, "copied": 32, "kl": 0.1, "top1": 0.9, "density": density, "seconds": 1.2}
-    compared = [{"step": 2, "kl": 0.1, "top1": 0.9}]
+    compared = [{"step": 2, "masks": 32, "kl": 0.1, "top1": 0.9}]
     own = {"run": "r1", "seed": seed, "by_step": [step], "compared": compared, "dense_because": {"short prompt": 1}}
     return {"kind": "fill", **of_method, **_FILLED, **scores, **more, **own}
 

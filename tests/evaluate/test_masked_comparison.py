@@ -33,7 +33,7 @@ from gossamer.methods.denoising import mass_of_blocks
 from gossamer.plan import Grid
 from gossamer.policy import Policy
 from gossamer.report.masked import fills as picture_of_fills
-from gossamer.report.masked import kind_of
+from gossamer.report.masked import kind_of, styles_of
 
 BLOCK, PROMPT, LENGTH = 16, 101, 150
 
@@ -292,3 +292,5 @@ def test_pictures_tell_settings_and_tasks_apart(lines: list[dict[str, Any]]) -> 
     one, both = (picture_of_fills(some).panels for some in (lines, [*lines, *other]))
     assert len(both) == 2 * len(one)
     assert len({title for title, _ in both}) == len(both)
+    dense = [style.marker for kind, style in styles_of(fill_rows(lines)).items() if kind.startswith("dense")]
+    assert dense == [""]

@@ -68,7 +68,8 @@ def _ends(row: FillRow, figure: str) -> tuple[float, float]:
 def styles_of(rows: Sequence[FillRow]) -> dict[str, Style]:
     """By `kind_of`; dense attention is a line without a marker."""
     styles = label_styles(kind_of(row.method) for row in rows)
-    return {kind: Style(s.colour, "", s.dash) if kind == "dense" else s for kind, s in styles.items()}
+    lines = {kind: kind.partition("(")[0] == "dense" for kind in styles}
+    return {kind: Style(s.colour, "", s.dash) if lines[kind] else s for kind, s in styles.items()}
 
 
 def fills(records: Sequence[Record]) -> Figure:
