@@ -251,6 +251,7 @@ LINES: list[dict[str, Any]] = [
         "loss": 1.5,
         "by_distance": [[8, 1, 4], [16, 3, 4]],
         "curve": [0.25, 0.5],
+        "active": [{"key": 0.5, "filler": 0.1}],
         **{"steps": 200, "seconds": 1.5, "parameters": 1000, "state": 1024, "reads": 8.5, "batch": 64, "diverged": 7},
     },
     _fill("dense", 1.0, 0),

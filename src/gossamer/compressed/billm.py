@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ __all__ = ["Binarised", "Search", "binarise", "rounded", "sign_and_scale"]
 
 Search = Literal["weights", "saliency"]
 MOST_SALIENT = 49  # columns of a block
-QUANTILES = torch.linspace(0.1, 0.9, 81).tolist()
+QUANTILES = [0.1 + 0.01 * n for n in range(81)]
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,16 @@ def binarise(
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     rows, features = weight.shape
-    of: dict[str, Any] = {"dtype": torch.bool, "device": weight.device}
-    positive, high, second = (torch.zeros(rows, features, **of) for _ in range(3))
-    columns = torch.zeros(features, **of)
+    device = weight.device
+    positive, high, second = (torch.zeros(rows, features, dtype=torch.bool, device=device) for _ in range(3))
+    columns = torch.zeros(features, dtype=torch.bool, device=device)
     number = -(-features // block)
     mean, scale = (torch.zeros(4, rows, number, device=weight.device) for _ in range(2))
 
     def choose(w: Tensor, own: Tensor, start: int) -> tuple[Tensor, Tensor]:
         here, n = slice(start, start + w.shape[1]), start // block
         saliency = (w / own.diagonal()) ** 2
-        chosen = _salient_columns(w, saliency, search) if salient else torch.zeros(w.shape[1], **of)
+        chosen = _salient_columns(w, saliency, search) if salient else torch.zeros_like(w[0], dtype=torch.bool)
         above = _split(w, ~chosen) if split else torch.zeros_like(w, dtype=torch.bool)
         twice = chosen.expand_as(w)
         groups = (~twice & ~above, ~twice & above, twice)

@@ -130,11 +130,12 @@ class Int8Linear(nn.Module):
         return cls(*int8_weight(weight), of_inputs, bias, outliers)
 
     @classmethod
-    def empty(cls, out_features: int, in_features: int, bias: bool, dtype: torch.dtype, outliers: bool) -> Int8Linear:
-        """One to read a file into, on the current device."""
-        by_row, scale = torch.empty(out_features), torch.empty(())
-        shift = torch.empty(out_features, dtype=dtype) if bias else None
-        return cls(torch.empty(out_features, in_features, dtype=torch.int8), by_row, scale, shift, outliers)
+    def empty(cls, linear: nn.Linear, outliers: bool) -> Int8Linear:
+        """One to read a file into, in place of a linear layer."""
+        out_features, in_features, device = linear.out_features, linear.in_features, linear.weight.device
+        by_row, scale = torch.empty(out_features, device=device), torch.empty((), device=device)
+        quantised = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        return cls(quantised, by_row, scale, linear.bias, outliers)
 
     def check(self) -> None:
         """Raise ValueError where what was read from a file is no such weight."""

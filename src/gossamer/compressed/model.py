@@ -106,8 +106,7 @@ def _empty(linear: nn.Linear, name: str, entry: Mapping[str, Any]) -> nn.Module:
     if any(not isinstance(value, int) or value < 0 for value in known.values()):
         raise ValueError(f"layer {name} is described by {known}, which are not numbers of 0 or more")
     try:
-        shape = linear.out_features, linear.in_features, linear.bias is not None, linear.weight.dtype
-        return _KINDS[kind].empty(*shape, **known)
+        return _KINDS[kind].empty(linear, **known)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"layer {name} is described by {known}, which a layer of kind {kind} is not") from error
 

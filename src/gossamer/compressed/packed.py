@@ -95,12 +95,13 @@ class SparseLinear(PackedLinear):
         return cls(weight.shape[1], bits_of(kept), weight.detach()[kept], starts, bias)
 
     @classmethod
-    def empty(cls, out_features: int, in_features: int, bias: bool, dtype: torch.dtype, values: int) -> SparseLinear:
-        """One to read a file into, on the current device, whose weight has so many numbers that are not 0."""
-        bitmap = torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8)
-        starts = torch.empty(out_features + 1, dtype=torch.int64)
-        shift = torch.empty(out_features, dtype=dtype) if bias else None
-        return cls(in_features, bitmap, torch.empty(values, dtype=dtype), starts, shift)
+    def empty(cls, linear: nn.Linear, values: int) -> SparseLinear:
+        """One to read a file into, in place of a linear layer, with so many numbers that are not 0."""
+        out_features, in_features, device = linear.out_features, linear.in_features, linear.weight.device
+        bitmap = torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8, device=device)
+        starts = torch.empty(out_features + 1, dtype=torch.int64, device=device)
+        numbers = torch.empty(values, dtype=linear.weight.dtype, device=device)
+        return cls(in_features, bitmap, numbers, starts, linear.bias)
 
     def check(self) -> None:
         counts = bools_of(self.bitmap, 8 * self.bitmap.shape[1])
@@ -165,19 +166,17 @@ class OneBitLinear(PackedLinear):
         )
 
     @classmethod
-    def empty(
-        cls, out_features: int, in_features: int, bias: bool, dtype: torch.dtype, salient: int, block: int
-    ) -> OneBitLinear:
-        """One to read a file into, on the current device, with so many salient columns."""
+    def empty(cls, linear: nn.Linear, salient: int, block: int) -> OneBitLinear:
+        """One to read a file into, in place of a linear layer, with so many salient columns."""
+        out_features, in_features, device = linear.out_features, linear.in_features, linear.weight.device
         if not 0 < block <= max(128, in_features) or salient > in_features:
             raise ValueError(f"block must be 1 to {max(128, in_features)} and salient at most {in_features}")
         width, parts = -(-in_features // 8), (4, out_features, -(-in_features // block))
         shapes = {"positive": (out_features, width), "high": (out_features, width), "salient": (width,)}
         shapes["second"] = (out_features, -(-salient // 8))
-        buffers = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in shapes.items()}
-        buffers |= {name: torch.empty(parts, dtype=torch.float16) for name in ("mean", "scale")}
-        shift = torch.empty(out_features, dtype=dtype) if bias else None
-        return cls(in_features, salient, block, buffers, shift, dtype)
+        buffers = {name: torch.empty(shape, dtype=torch.uint8, device=device) for name, shape in shapes.items()}
+        buffers |= {name: torch.empty(parts, dtype=torch.float16, device=device) for name in ("mean", "scale")}
+        return cls(in_features, salient, block, buffers, linear.bias, linear.weight.dtype)
 
     def check(self) -> None:
         columns = bools_of(self.salient, 8 * len(self.salient))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 
-from gossamer.evaluate.checks import OBJECT, Fields, integer, is_integer, leaf, list_of, number, or_null
+from gossamer.evaluate.checks import OBJECT, Fields, integer, is_integer, leaf, list_of, mapping_of, number, or_null
 from gossamer.evaluate.leaves import (
     AMOUNT,
     COUNT,
@@ -60,7 +60,7 @@ MQAR = Fields(
         "loss": or_null(NATS),
         "curve": list_of(SCORE),
         "by_distance": list_of(_ANSWERS),
-        "active": list_of(OBJECT),
+        "active": list_of(mapping_of(SHARE)),
         **dict.fromkeys(("steps", "parameters", "batch", "diverged"), COUNT),
         "seconds": SECONDS,
     },
