@@ -119,7 +119,7 @@ def test_axis_orders_in_both_directions(force, isa: str, block: int) -> None:
         for got, expected in zip(cpu.attend(call, plan), cpu.attend(in_order, plain), strict=True):
             assert torch.equal(got[:, :, order], expected)
     padded = Extent([-5], [200], [5], [200], causal=False)  # ranks of dead keys among those of live ones
-    plan = SparsePlan.from_block_mask(mask, 240, 240, **(sizes | orders | {"extent": padded}))
+    plan = SparsePlan.from_block_mask(mask, 240, 240, **{**sizes, **orders, "extent": padded})
     check(draw(plan, heads=4, groups=2, dim=32), plan)
 
 
