@@ -7,7 +7,7 @@ from pathlib import Path
 
 from machines import measured
 
-from gossamer.evaluate.clips import ClipRow, clip_rows
+from gossamer.evaluate.clips import ClipRow, clip_labels, clip_rows
 from gossamer.evaluate.masked.summary import fill_rows, overlap_rows, same_seeds
 from gossamer.evaluate.mqar.summary import RecallRow, recall_rows
 from gossamer.evaluate.summary import read_results
@@ -207,10 +207,10 @@ def clip_losses(rows: list[ClipRow]) -> Panel:
 
 def frames_of_clips(records: list[dict], most: int = 12) -> Panel:
     """Frames of one prompt's clip by each method, the dense ones above, of settings of about a quarter of the pairs."""
-    densities = {row.method: row.density for row in clip_rows(records)}
+    densities, label = {row.method: row.density for row in clip_rows(records)}, clip_labels(records)
     shown = [record for record in records if "frames" in record and record["psnr"] is not None]
     near: dict[str, dict] = {}
-    for record in sorted(shown, key=lambda record: abs(densities[record["method"]] - 0.25)):
+    for record in sorted(shown, key=lambda record: abs(densities[label(record)] - 0.25)):
         near.setdefault(record["method"].partition("(")[0].partition("-")[0], record)
     shown = list(near.values())[:most]
     wide, high, pitch = 4 * 48, 2 * 48, 2 * 48 + 30
@@ -218,7 +218,7 @@ def frames_of_clips(records: list[dict], most: int = 12) -> Panel:
     for n, record in enumerate(shown):
         x, y = 10 + n % 3 * (wide + 20), 20 + n // 3 * pitch
         name = record["method"].partition(".json(")[0].partition("(")[0]
-        panel.text(x, y - 4, f"{name}, {densities[record['method']]:.0%}, {record['psnr']:.1f} dB", "start", size=10)
+        panel.text(x, y - 4, f"{name}, {densities[label(record)]:.0%}, {record['psnr']:.1f} dB", "start", size=10)
         given = {"x": x, "y": y, "width": wide, "height": high, "style": "image-rendering:pixelated"}
         panel.parts.append(element("image", href=f"data:image/png;base64,{record['frames']}", **given))
     return panel

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gossamer.evaluate.clips import clip_rows, clip_table, series_of, step_table
+from gossamer.evaluate.clips import clip_rows, clip_table, series_of, step_means, step_table
 from gossamer.methods import create
 from gossamer.report import write_report
 from gossamer.report.png import png
@@ -48,6 +48,18 @@ def test_rows_are_means_over_clips() -> None:
     assert less.series == adaspa.series == "adaspa"
     assert early.series == "adaspa(search=[0,12])"
     assert [row[3] for row in clip_table([dense, adaspa])] == ["PSNR", "-", "25.0 [10.0, 40.0]"]
+
+
+def test_clips_of_unlike_settings_are_apart() -> None:
+    longer = clip("adaspa", "a", 30.0) | {
+        "steps": 8,
+        "by_step": 8 * [{"density": 0.5, "plan_s": 0.0, "attention_s": 1.0}],
+    }
+    one, other = clip_rows([SOME[1], SOME[2], longer])
+    assert (one.method, one.clips, one.psnr) == ("adaspa steps=4", 2, 15.0)
+    assert (other.method, other.clips, other.psnr, other.series) == ("adaspa steps=8", 1, 30.0, "adaspa steps=8")
+    assert [len(steps) for steps in step_means([SOME[1], longer]).values()] == [4, 8]
+    assert [row[0] for row in clip_frames([*SOME, longer]).table[1:]] == ["adaspa steps=4"]
 
 
 def test_methods_of_one_model_are_one_series() -> None:

@@ -70,6 +70,8 @@ def execute(arguments: argparse.Namespace) -> int:
     for name in ("limit", "seeds"):
         if not 1 <= getattr(arguments, name) <= 10_000:
             raise BadInput(f"--{name} must be 1 to 10000, got {getattr(arguments, name)}")
+    if not 0.0 < arguments.share <= 1.0:
+        raise BadInput(f"--share must be above 0 and at most 1, got {arguments.share:g}")
     try:
         policies, watched = policies_of(arguments), overlapping(arguments.overlap)
         fills = [

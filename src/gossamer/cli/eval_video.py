@@ -150,6 +150,8 @@ def _policies(arguments: argparse.Namespace) -> tuple[list[Policy], Policy | Non
         ValueError, TypeError: a name, a field or a file that is none.
         OSError: a file that cannot be read.
     """
+    if not arguments.methods and not arguments.profiles:
+        raise ValueError("there is no method: name some with --methods, or give --profiles")
     specs = split_specs(arguments.methods) if arguments.methods else []
     policies = [Policy(parse_method(spec), min_tokens=arguments.min_tokens) for spec in specs]
     for path in arguments.profiles:
@@ -206,9 +208,12 @@ def _prompts(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {first_line(error)}; give a text file with one prompt a line") from error
+    if not found:
+        raise BadInput(f"{path} has no prompt; give a text file with one prompt a line")
+    return found
 
 
 def _size(text: str) -> dict[str, int]:

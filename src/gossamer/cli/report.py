@@ -26,6 +26,9 @@ def add_parser(commands: Any) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
+    from gossamer.evaluate.clips import clip_rows
+    from gossamer.evaluate.masked.summary import fill_rows, overlap_rows
+    from gossamer.evaluate.mqar.summary import recall_rows
     from gossamer.evaluate.schema import KINDS
     from gossamer.evaluate.summary import read_results, summary_rows
     from gossamer.report import write_report
@@ -45,7 +48,9 @@ def execute(arguments: argparse.Namespace) -> int:
         listed = ", ".join(f"{count} of kind {kind}" for kind, count in others.items())
         print(one_line(f"note: lines that this version does not know are left out: {listed}"), file=sys.stderr)
     if arguments.json:
-        print_json({"files": [str(path) for path in written], "rows": [r.to_dict() for r in summary_rows(records)]})
+        rows = [*summary_rows(records), *clip_rows(records), *fill_rows(records), *overlap_rows(records)]
+        rows += recall_rows(records)
+        print_json({"files": [str(path) for path in written], "rows": [row.to_dict() for row in rows]})
     else:
         print(written[0])
         print(f"and {len(written) - 1} CSV files in {written[1].parent}", file=sys.stderr)

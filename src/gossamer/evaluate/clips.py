@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 from gossamer.evaluate.metrics import Interval, bootstrap_interval, shown_interval
 from gossamer.methods.registry import class_of
 
-__all__ = ["ClipRow", "clip_rows", "clip_table", "series_of", "step_means", "step_table"]
+__all__ = ["ClipRow", "clip_labels", "clip_rows", "clip_table", "series_of", "step_means", "step_table"]
 
 Record = dict[str, Any]
+SETTINGS = ("steps", "size", "dtype", "beside")  # of a line, besides its method
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,31 @@ def _shown(value: Any) -> str:
 
 
 def clip_rows(records: Iterable[Record]) -> list[ClipRow]:
-    """In the order in which methods come. Of several lines for one clip the last one counts."""
+    """In the order in which methods come, those of unlike settings apart.
+
+    Of several lines for one clip the last one counts.
+    """
+    return [_row(label, list(own.values())) for label, own in _by_label(list(records)).items()]
+
+
+def clip_labels(records: Iterable[Record]) -> Callable[[Record], str]:
+    """Names a ``clip`` line: its method's label, and those settings in which the lines of these records differ."""
+    clips = [record for record in records if record["kind"] == "clip"]
+    unlike = [name for name in SETTINGS if len({record.get(name) for record in clips}) > 1]
+
+    def label(record: Record) -> str:
+        return " ".join([record["method"], *(f"{name}={record.get(name) or '-'}" for name in unlike)])
+
+    return label
+
+
+def _by_label(records: Sequence[Record]) -> dict[str, dict[Any, Record]]:
     found: dict[str, dict[Any, Record]] = {}
+    label = clip_labels(records)
     for record in records:
         if record["kind"] == "clip":
-            found.setdefault(record["method"], {})[_clip(record)] = record
-    return [_row(label, list(own.values())) for label, own in found.items()]
-
-
-def _clip(record: Record) -> tuple[Any, ...]:
-    of = ("model", "prompt", "seed", "steps", "size", "dtype", "beside")
-    return tuple(record.get(name) for name in of)
+            found.setdefault(label(record), {})[record.get("model"), record["prompt"], record["seed"]] = record
+    return found
 
 
 def _row(label: str, own: Sequence[Record]) -> ClipRow:
@@ -93,7 +108,7 @@ def _row(label: str, own: Sequence[Record]) -> ClipRow:
     steps = [record["by_step"] for record in own]
     return ClipRow(
         method=label,
-        series=series_of(own[0]),
+        series=series_of(own[0]) + label.removeprefix(own[0]["method"]),
         clips=len(own),
         equal=len(own) - len(psnr),
         density=fmean(step["density"] for clip in steps for step in clip),
@@ -133,16 +148,12 @@ def clip_table(rows: Sequence[ClipRow]) -> list[list[str]]:
 
 def step_means(records: Iterable[Record]) -> dict[str, list[Record]]:
     """By method's label, of each step the means of ``density``, ``plan_s`` and ``attention_s`` over the clips."""
-    found: dict[str, dict[Any, list[Record]]] = {}
-    for record in records:
-        if record["kind"] == "clip":
-            found.setdefault(record["method"], {})[_clip(record)] = record["by_step"]
     means = {}
-    for label, clips in found.items():
-        steps = min(len(clip) for clip in clips.values())
+    for label, own in _by_label(list(records)).items():
+        clips = [record["by_step"] for record in own.values()]
         means[label] = [
-            {name: fmean(clip[n][name] for clip in clips.values()) for name in ("density", "plan_s", "attention_s")}
-            for n in range(steps)
+            {name: fmean(clip[n][name] for clip in clips) for name in ("density", "plan_s", "attention_s")}
+            for n in range(min(map(len, clips)))
         ]
     return means
 

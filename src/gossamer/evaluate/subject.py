@@ -117,8 +117,9 @@ class Subject:
         }
 
     def fingerprint(self) -> str:
-        """Hash of the config and of a strided sample of every weight: changes when the model does."""
-        digest = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())
+        """Hash of the config and of a strided sample of every weight: changes with the model, not with its path."""
+        config = {name: value for name, value in self.model.config.to_dict().items() if name != "_name_or_path"}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, weight in self.model.named_parameters():
             flat = weight.detach().reshape(-1)
             part = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()

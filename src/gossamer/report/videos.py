@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gossamer.evaluate.clips import ClipRow, clip_rows, clip_table, step_means, step_table
+from gossamer.evaluate.clips import ClipRow, clip_labels, clip_rows, clip_table, step_means, step_table
 from gossamer.evaluate.metrics import Interval
 from gossamer.report.figure import Figure, Record, Style, Table, label_styles, legend
 from gossamer.report.html import Html, element
@@ -128,11 +128,11 @@ def _by_step(lines: Mapping[str, Sequence[float]], name: str, styles: Mapping[st
 def clip_frames(records: Sequence[Record]) -> Figure:
     """Frames of one clip of each method below those of the dense one."""
     shown = [record for record in records if record["kind"] == "clip" and "frames" in record][:_MOST_FRAMES]
-    densities = {row.method: row.density for row in clip_rows(records)}
+    densities, name_of = {row.method: row.density for row in clip_rows(records)}, clip_labels(records)
     panels: list[tuple[str, Html]] = []
     table: Table = [["method", "prompt", "seed", "psnr", "density"]]
     for record in shown:
-        label, known = record["method"], record["psnr"]
+        label, known = name_of(record), record["psnr"]
         said = "equal" if known is None else f"PSNR {known:.1f} dB"
         picture = element(
             "img",
