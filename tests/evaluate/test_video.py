@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -206,6 +207,9 @@ def test_pictures_have_the_dense_clip_above() -> None:
         (["--size", "height"], "--size takes NAME=NUMBER"),
         (["--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--methods", "nothing"], "unknown method 'nothing'"),
+        (["--methods", ""], "there is no method: name some with --methods, or give --profiles"),
+        (["--prompts", os.devnull], "has no prompt; give a text file with one prompt a line"),
+        (["--size", "height=256"], "makes clips of the size in its words.json; leave height out"),
     ],
 )
 def test_bad_input(folder: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
