@@ -175,9 +175,7 @@ def load_video_model(
             return PipelineModel(pipeline, folder.name, prompts, size or {})
         if (folder / "words.json").is_file():
             if size:
-                raise ValueError(
-                    f"{folder} makes clips of one size, which its words.json says; leave {', '.join(size)} out"
-                )
+                raise ValueError(f"{folder} makes clips of the size in its words.json; leave {', '.join(size)} out")
             words = json.loads((folder / "words.json").read_text())
             transformer_class = getattr(diffusers, _class_in(folder / "transformer"))
             scheduler_class = getattr(diffusers, _class_in(folder / "scheduler", "scheduler_config.json"))
