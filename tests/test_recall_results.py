@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -247,3 +248,24 @@ def test_what_the_page_says_of_characters() -> None:
 
 def test_how_many_logits_routing_computes() -> None:
     assert measured("routing(16)").reads / measured("dense").reads == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_the_page_says_of_shapes() -> None:
+    rows = json.loads((FILE.parent / "shapes.json").read_text())["rows"]
+    text = " ".join((ROOT / "docs" / "modules.md").read_text(encoding="utf-8").split())
+
+    def of(connections: str, figure: str) -> list[float]:
+        return [row[figure] for row in rows if row["connections"] == connections]
+
+    mass = {name: of(name, "mass") for name in ("sparsifiner", "oracle top-k", "local window", "random")}
+    assert len(mass["sparsifiner"]) == 3
+    for found, best, near, any_ in zip(*mass.values(), strict=True):
+        assert max(near, any_) < found < best
+    means = {name: f"{fmean(values):.3f}" for name, values in mass.items()}
+    said = f"{means['sparsifiner']} beside {means['local window']} in the mean, and less than the best connections do, "
+    assert said + means["oracle top-k"] in text
+    assert means["random"] == means["local window"]
+    after = [f"{fmean(of(name, 'after')):.3f}" for name in ("sparsifiner", "local window", "oracle top-k", "dense")]
+    assert (
+        "{} with predicted connections, {} with a window, {} with the best ones, and {} with all".format(*after) in text
+    )
