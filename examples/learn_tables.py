@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measured_on import measured_on
 from torch import Tensor
 
 from gossamer.modules import OrionMSP
 from gossamer.modules.tabular import Block
-from gossamer.profiles.machine import cpu_model
 
 CLASSES, LABELLED, ROWS, COLUMNS = 2, 32, 48, 8
 BATCH, TESTS = 16, 256
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append({"model": name, "seeds": accuracies, "interval": round(interval, 4), "difference": difference})
     print(f"{seconds:.0f} s; a guess is right in {1 / CLASSES:.3f}")
     if given.out is not None:
-        about = {"machine": {"processor": cpu_model(), "threads": torch.get_num_threads()}, "torch": torch.__version__}
+        about: dict[str, Any] = {"machine": measured_on(), "torch": torch.__version__}
         about |= {"steps": given.steps, "batch": BATCH, "tables": TESTS, "labelled": LABELLED, "rows_of_a_table": ROWS}
         about |= {"columns": COLUMNS, "classes": CLASSES, "seconds": round(seconds, 1), "rows": rows}
         given.out.write_text(json.dumps(about, indent=1) + "\n")

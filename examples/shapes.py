@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measured_on import measured_on
 from torch import Tensor, nn
 
 from gossamer.modules import (
@@ -33,7 +34,6 @@ from gossamer.modules import (
     reconstruction_loss,
     set_stage,
 )
-from gossamer.profiles.machine import cpu_model
 
 SIDE, PATCH, KINDS = 32, 4, 4
 GRID = SIDE // PATCH
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{seconds:.0f} s")
     if given.out is not None:
         named = ("connections", "mass", "before", "after")
-        about = {"machine": {"processor": cpu_model(), "threads": torch.get_num_threads()}, "torch": torch.__version__}
+        about: dict[str, object] = {"machine": measured_on(), "torch": torch.__version__}
         about |= {"steps": given.steps, "second_steps": given.steps // SECOND, "keep": given.keep, "images": TEST}
         rows = [{"seed": seed} | dict(zip(named, row, strict=True)) for seed, one in enumerate(found) for row in one]
         given.out.write_text(json.dumps(about | {"seconds": round(seconds, 1), "rows": rows}, indent=1) + "\n")

@@ -164,6 +164,12 @@ def test_a_dynamic_mask_recalls_in_two_seeds_of_three() -> None:
     assert all(record["accuracy"] > 0.99 for record in kept)
     assert f"{max(lost['curve']):.3f}" in text
     assert f"{lost['accuracy']:.3f} at the end" in text
+    few, fitting = measured("dynamic_mask(4)"), measured("dynamic_mask(8)")
+    assert few.high < 1 / 8 < fitting.low
+    assert f"one seed recalls {fitting.high:.3f} and two do not, {fitting.accuracy:.3f} in the mean" in " ".join(
+        text.split()
+    )
+    assert f"none does: {few.accuracy:.3f}" in " ".join(text.split())
 
 
 def test_attention_needs_no_width_and_two_convolutions_guess() -> None:
