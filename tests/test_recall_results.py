@@ -182,10 +182,22 @@ def test_attention_needs_no_width_and_two_convolutions_guess() -> None:
 
 
 def test_a_router_of_seqboat_does_not_fire_on_what_matters() -> None:
-    lines = [r for r in read_results(FILE) if r["kind"] == "mqar" and r["setting"] == "routers"]
-    routed = [r for r in lines if r["mixer"] == "convolution(3)+seqboat(8)"]
-    assert [(r["rate"], r["seed"], round(r["accuracy"], 3)) for r in routed] == [(0.01, 0, 0.285)]
-    assert set(routed[0]["active"][-1].values()) == {1.0}
+    text = " ".join((ROOT / "docs" / "recall.md").read_text(encoding="utf-8").split())
+    rows = {row.mixer: row for row in recall_rows(read_results(FILE)) if row.settings == ("routers",)}
+    assert {(row.seeds, row.rate) for row in rows.values()} == {(3, 0.01)}
+    routed, bare, window, dense = (
+        rows[f"convolution(3)+{kind}"] for kind in ("seqboat(8)", "seqboat_local(8)", "window(8)", "dense")
+    )
+    assert f"{routed.accuracy:.3f}, from {routed.low:.3f} to {routed.high:.3f} on three seeds" in text
+    assert f"without a router to {bare.accuracy:.3f}, plain windows to {window.accuracy:.3f}" in text
+    assert f"dense attention to {dense.accuracy:.3f}" in text
+    lines = [record for record in read_results(FILE) if record["kind"] == "mqar" and record["setting"] == "routers"]
+    fired = [record["active"][-1] for record in lines if record["mixer"] == "convolution(3)+seqboat(8)"]
+    every, some, none = sorted(fired, key=lambda active: -sum(active.values()))
+    assert set(every.values()) == {1.0}
+    assert set(none.values()) == {0.0}
+    assert round(8 * some["value"]) == 1
+    assert {name for name, share in some.items() if share} == {"value"}
 
 
 def test_routing_beats_local_attention_where_pairs_are_scattered() -> None:
