@@ -181,13 +181,7 @@ _HEADS = Fields(
 _LM_EVAL = Fields(
     {"method": TEXT, "scores": mapping_of(OBJECT)},
     {
-        "run": TEXT,
-        "profile": TEXT,
-        "method_fields": Fields({"method": TEXT}),
-        "policy": TEXT,
-        "decode_fields": Fields({"method": TEXT}),
-        "cache_fields": Fields({"cache": TEXT}),
-        "task": TEXT,
+        **{name: field for name, field in MORE_OF_A_METHOD.items() if name not in ("task_fields", "dense_because")},
         "index": COUNT,
         "lengths": list_of(LENGTH),
         "versions": OBJECT,

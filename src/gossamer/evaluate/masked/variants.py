@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.call import AttentionCall
-from gossamer.methods.denoising import keep, kept, mass_of_blocks, plan_of_mask, plan_of_rows, step_of
+from gossamer.methods.denoising import kept, mass_of_blocks, plan_of_mask, step_of
 from gossamer.methods.sparsed import SparseD
 from gossamer.plan import Grid, SparsePlan
 from gossamer.rules import top_k
@@ -58,32 +58,30 @@ class Variant(SparseD):
         if not 0 < self.part < 1:
             raise ValueError(f"{self.name}.part must be between 0 and 1, got {self.part}")
 
+    def chooses_at(self, total: int) -> int:
+        starts = {"after": super().chooses_at(total), "first": 0}
+        return starts.get(self.span, total - self._sparse(total) - 1)
+
     def ends(self, total: int) -> tuple[int, int]:
         """The step that chooses, and the first dense one after the sparse ones."""
-        sparse = min(total - 1, int(total * self.part))
-        spans = {"after": (self.chooses_at(total), total), "first": (0, sparse + 1)}
-        return spans.get(self.span, (total - sparse - 1, total))
+        return self.chooses_at(total), self._sparse(total) + 1 if self.span == "first" else total
+
+    def _sparse(self, total: int) -> int:
+        """Steps of a span."""
+        return min(total - 1, int(total * self.part))
 
     def lacks(self, call: AttentionCall) -> str | None:
-        if self.span == "after":
-            return super().lacks(call)
-        missing = super(SparseD, self).lacks(call)
-        step = step_of(call) if missing is None else None
-        if step is None or step.total is None:
-            return missing or "the number of steps"
-        first, stop = self.ends(step.total)
-        return None if first <= step.number < stop else f"a step from {first} to {stop - 1}"
+        missing, step = super().lacks(call), call.step
+        if missing is None and step is not None and step.total is not None:
+            stop = self.ends(step.total)[1]
+            return None if step.number < stop else f"a step before {stop}"
+        return missing
 
     def plan(self, call: AttentionCall) -> SparsePlan:
-        step, found = step_of(call), kept(call, self)
-        if found is None:
-            plan = plan_of_mask(call, self.mask(call), self.block)
-            keep(call, self, plan, step.number)
-        else:
-            plan = plan_of_rows(call, found)
-        if step.total is not None and step.number == self.ends(step.total)[0]:
-            return SparsePlan.dense(call.groups, call.query_len, call.key_len, call.extent)
-        if found is not None and self.choice in ("fresh", "best"):
+        step, chosen = step_of(call), kept(call, self) is not None
+        plan = super().plan(call)
+        again = step.total is None or step.number != self.chooses_at(step.total)
+        if chosen and again and self.choice in ("fresh", "best"):
             counts = plan.block_mask().sum(dim=-1)
             plan = plan_of_mask(call, self.mask(call, counts), self.block)
         return plan
