@@ -143,6 +143,7 @@ struct GradientKernels {
   float (*product)(const void* a, const void* b, DType dtype, int dim);
 };
 
+struct InputKernels;
 struct ScoreKernels;
 
 // One instruction set's kernels.
@@ -153,6 +154,7 @@ struct Kernels {
   void (*attend)(const Panel&);
   const ScoreKernels* scores;
   const GradientKernels* gradients;
+  const InputKernels* inputs;
 };
 
 // Layout of a panel's scratch: Q, O, S (P overwrites it), per-row state (sums, two maxima, a mask).

@@ -107,6 +107,13 @@ struct VecPortable {
   // Comparisons of 16-bit codes.
   typedef int16_t Words __attribute__((vector_size(16)));
 
+  static Reg load_s8(const int8_t* p) {
+    return Reg{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+  }
+  // Rounded to even, and above a zero; then in 0 .. 255.
+  static void store_u8(uint8_t* p, Reg x, int zero) {
+    for (int t = 0; t < 4; ++t) p[t] = static_cast<uint8_t>(static_cast<int>(__builtin_nearbyintf(x[t])) + zero);
+  }
   static Reg load_u8(const uint8_t* p) {
     return Reg{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
   }

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from gossamer.evaluate.mqar.layers import GatedConvolution, MaskedAttention, MaskedByValues
 from gossamer.evaluate.mqar.mixers import MIXERS, Mixer, parse_mixer
-from gossamer.modules import Axial, CombinerAttention, DynamicMaskAttention, Fixed, LogSparse, SeqBoatLayer
+from gossamer.modules import (
+    Axial,
+    CombinerAttention,
+    DynamicMaskAttention,
+    Fixed,
+    Learnable,
+    LogSparse,
+    Mixture,
+    SeqBoatLayer,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:gossamer runs its torch reference path:RuntimeWarning")
 WIDTH, TOKENS = 8, 21
@@ -117,7 +126,14 @@ def test_a_convolution_is_a_sum_over_the_last_taps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "pattern"), [("combiner", Fixed(5)), ("combiner_axial", Axial(5)), ("combiner_logsparse", LogSparse())]
+    ("name", "pattern"),
+    [
+        ("combiner", Fixed(5)),
+        ("combiner_axial", Axial(5)),
+        ("combiner_logsparse", LogSparse()),
+        ("combiner_mixture", Mixture((Fixed(5), Axial(5)))),
+        ("combiner_learnable", Learnable(TOKENS // 5)),
+    ],
 )
 def test_combiners_are_built_with_the_pattern_that_their_budget_says(name: str, pattern: object) -> None:
     mixes = layer(name)
@@ -171,6 +187,10 @@ def test_what_is_read_and_held() -> None:
     # Rows of 4: 1 to 4 in the own row, rows above in the own column, and 3 other columns from the second row on.
     assert costs("combiner_axial(4)") == (4 * 10 + 4 * (0 + 1 + 2 + 3) + 12 * 3, 32)
     assert costs("combiner_logsparse") == (16 + 32, 32)
+    # Both of those for each query; beside all keys and values the spans' own, and the open span's queries.
+    assert costs("combiner_mixture(4)") == (64 + 100, 32 + 2 * 4 + 4)
+    # Four clusters: the own tokens, a quarter of those before, and from 1 to 3 other clusters.
+    assert costs("combiner_learnable(4)") == (16 + 30 + (0 + 1 + 2 + 13 * 3), 32)
     assert costs("dynamic_mask(4)") == (58, 8)
     assert costs("window_heads(4)") == costs("window(4)")
     assert costs("seqboat(4)") == costs("seqboat_local(4)") == (58 + 12, 16 + 12)  # 16 averages; four besides the own

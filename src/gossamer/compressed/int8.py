@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.backends import cpu
+
 __all__ = ["InputScale", "Int8Linear", "has_product", "int8_weight", "overflow", "product_by_definition"]
 
 TOP = 127  # of a number in int8; -128 is not used, so that signs are alike
@@ -152,36 +154,52 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., out]`` of inputs ``[..., in]``, in their dtype; forward only. Rows that are not finite give NaN."""
-        rows = x.reshape(-1, self.in_features)
-        scale = float(self.scale)
-        wide = rows.float()
-        largest = wide.abs().amax(0) if len(wide) else wide.new_zeros(self.in_features)
-        lost = None
-        if not bool(largest.isfinite().all()):
-            lost = ~wide.isfinite().all(1)
-            wide = wide.masked_fill(lost[:, None], 0.0)
-            largest = wide.abs().amax(0)
-        inputs = (wide / scale).round_().clamp_(-TOP, TOP).add_(ZERO).to(torch.uint8)
-        out = self._product(inputs, scale)
-        features = (largest > TOP * scale).nonzero()[:, 0]
-        if self.outliers and len(features):
-            columns = self.quantised[:, features].float() * self.by_row[:, None]
-            out.addmm_(overflow(wide[:, features], scale), columns.T)
-        if lost is not None:
-            out[lost] = float("nan")
-        if self.bias is not None:
-            out += self.bias
+        rows = x.detach().reshape(-1, self.in_features)
+        fast = len(rows) > 0 and has_product(rows.device)
+        if fast and cpu.is_available() and rows.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            out = self._by_kernels(rows)
+        else:
+            out = self._by_definition(rows, fast)
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def _product(self, inputs: Tensor, scale: float) -> Tensor:
-        if not (len(inputs) and has_product(inputs.device)):
-            return product_by_definition(inputs, scale, self.quantised, self.by_row)
+    def _by_kernels(self, rows: Tensor) -> Tensor:
+        scale = float(self.scale)
+        given = cpu.QuantisedInputs(rows, scale)
+        # oneDNN writes bf16 itself; fp16 not everywhere.
+        out = self._product(given.numbers, scale, torch.float32 if rows.dtype == torch.float16 else rows.dtype)
+        if self.outliers and given.beyond:
+            given.add_to(out, self.quantised, self.by_row)
+        if given.lost:
+            out[given.lost] = float("nan")
+        return out
+
+    def _by_definition(self, rows: Tensor, fast: bool) -> Tensor:
+        scale = float(self.scale)
+        wide = rows.float()
+        lost = ~wide.isfinite().all(1)
+        wide = wide.masked_fill(lost[:, None], 0.0)
+        inputs = (wide / scale).round_().clamp_(-TOP, TOP).add_(ZERO).to(torch.uint8)
+        if fast:
+            out = self._product(inputs, scale)
+        else:
+            out = product_by_definition(inputs, scale, self.quantised, self.by_row)
+            if self.bias is not None:
+                out += self.bias
+        beyond = overflow(wide, scale)
+        features = beyond.any(0).nonzero()[:, 0]
+        if self.outliers and len(features):
+            out.addmm_(beyond[:, features], (self.quantised[:, features].float() * self.by_row[:, None]).T)
+        return out.masked_fill(lost[:, None], float("nan"))
+
+    def _product(self, inputs: Tensor, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """By oneDNN, bias and all."""
         # A tensor of inference mode counts no changes.
         state = (self.quantised.data_ptr(), None if self.quantised.is_inference() else self.quantised._version)
         if self._packed[1] != state:
             self._packed = torch.ops.onednn.qlinear_prepack(self.quantised, None), state
+        bias = None if self.bias is None else self.bias.float()
         zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
-        more = (None, 1.0, 0, torch.float32, "none", [], "")
+        more = (bias, 1.0, 0, dtype, "none", [], "")
         return torch.ops.onednn.qlinear_pointwise(inputs, scale, ZERO, self._packed[0], self.by_row, zero, *more)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:

@@ -10,6 +10,7 @@ All functions run on ``torch.get_num_threads()`` threads.
 
 from gossamer.backends.cpu.attend import attend, attend_rows
 from gossamer.backends.cpu.backward import attend_backward
+from gossamer.backends.cpu.linear import QuantisedInputs
 from gossamer.backends.cpu.lists import ListWriter, count, count_top_p, finish
 from gossamer.backends.cpu.native import (
     ENVIRONMENT,
@@ -48,6 +49,7 @@ __all__ = [
     "NEAR_BYTES",
     "PART_BYTES",
     "ListWriter",
+    "QuantisedInputs",
     "active_isa",
     "antidiagonal_peaks",
     "antidiagonal_scores",

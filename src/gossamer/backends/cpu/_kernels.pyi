@@ -217,6 +217,29 @@ class Labels:
 
     def __init__(self, *, codes: int, shape: Sequence[int], strides: Sequence[int], type: LabelType) -> None: ...
 
+class Inputs:
+    """Of ``[rows, features]`` at an address, with the stride of rows in elements; writes uint8 to ``out``."""
+
+    def __init__(
+        self,
+        isa: str,
+        x: int,
+        *,
+        shape: Sequence[int],
+        stride: int,
+        dtype: DType,
+        scale: float,
+        out: Array,
+        threads: int,
+    ) -> None: ...
+    @property
+    def beyond(self) -> int: ...
+    @property
+    def lost(self) -> list[int]: ...
+    def add(
+        self, *, weight: Array, by_row: Array, out: int, shape: Sequence[int], stride: int, dtype: DType, threads: int
+    ) -> None: ...
+
 def attend(isa: str, plan: Plan, call: AttentionCall, /) -> None: ...
 def attend_backward(isa: str, plan: Plan, call: GradientCall, /) -> None: ...
 def probe(isa: str, call: ScoreCall, *, last: int, width: int, columns: int, diagonals: int) -> None: ...

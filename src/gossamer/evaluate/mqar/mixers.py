@@ -18,7 +18,9 @@ from gossamer.modules import (
     Axial,
     CombinerAttention,
     Fixed,
+    Learnable,
     LogSparse,
+    Mixture,
     RoutingAttention,
     SeqBoatLayer,
 )
@@ -72,11 +74,15 @@ def _routing(assign: str) -> Callable[[Sizes], nn.Module]:
     return lambda s: RoutingAttention(
         s.width,
         2,
-        max(1, s.tokens // s.budget),
+        _clusters(s),
         window=s.budget,
         assign="prefix" if assign == "prefix" else "balanced",
         bias=True,
     )
+
+
+def _clusters(s: Sizes) -> int:
+    return max(1, s.tokens // s.budget)
 
 
 def _few(i: int, s: Sizes) -> int:
@@ -148,6 +154,20 @@ MIXERS: dict[str, Kind] = {
         lambda i, s: 1 + i.bit_count(),
         lambda s: 2 * s.tokens,
         dearer="the summary of each node",
+    ),
+    "combiner_mixture": Kind(
+        lambda s: CombinerAttention(s.width, 1, Mixture((Fixed(s.budget), Axial(s.budget))), bias=True),
+        lambda i, s: _spans(i, s) + _axial(i, s),
+        lambda s: 2 * s.tokens + 2 * (s.tokens // s.budget) + min(s.budget, s.tokens),  # the open span's queries
+        "tokens of a span, and of a row",
+        dearer="the summaries of spans and columns",
+    ),
+    "combiner_learnable": Kind(
+        lambda s: CombinerAttention(s.width, 1, Learnable(_clusters(s)), bias=True),
+        lambda i, s: 1 + i / _clusters(s) + min(i, _clusters(s) - 1),
+        lambda s: 2 * s.tokens,
+        "tokens of a cluster, were all as large",
+        dearer="the scores of centroids, and summaries for each query anew; masked and dense",
     ),
     "routing": Kind(
         _routing("prefix"),
