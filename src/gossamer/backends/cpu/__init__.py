@@ -12,6 +12,7 @@ from gossamer.backends.cpu.attend import attend, attend_rows
 from gossamer.backends.cpu.backward import attend_backward
 from gossamer.backends.cpu.linear import QuantisedInputs
 from gossamer.backends.cpu.lists import ListWriter, count, count_top_p, finish
+from gossamer.backends.cpu.memory import keep_freed_memory
 from gossamer.backends.cpu.native import (
     ENVIRONMENT,
     MAX_HEAD_DIM,
@@ -69,6 +70,7 @@ __all__ = [
     "has_openmp",
     "is_available",
     "keep_bounds",
+    "keep_freed_memory",
     "label_scores",
     "last_query_probe",
     "mean_row_maxima",
