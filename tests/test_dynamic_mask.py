@@ -125,6 +125,28 @@ class Cache:
         return self.held
 
 
+def test_with_all_keys_kept_it_is_dense_attention_with_a_bias() -> None:
+    torch.manual_seed(0)
+    made = DynamicMaskAttention(CONFIG)
+    x, still = torch.randn(2, 12, 32), (torch.ones(1, 12, 8), torch.zeros(1, 12, 8))  # as many keys as are kept
+
+    def dense() -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, 8)) for proj in (made.q_proj, made.k_proj, made.v_proj))
+        q, k, v = made.q_norm(q).transpose(1, 2), made.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+        rates = made.A * torch.nn.functional.softplus(made.dt_proj(v.transpose(1, 2).flatten(2)))
+        bias = rates.exp().transpose(1, 2)[:, :, None] + torch.full((12, 12), float("-inf")).triu(1)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=bias.repeat_interleave(2, 1)
+        )
+        return made.o_proj(out.transpose(1, 2).flatten(2))
+
+    torch.testing.assert_close(made(x, still)[0], dense())  # A is 0: the same bias everywhere
+    torch.nn.init.normal_(made.A)
+    torch.testing.assert_close(made(x, still)[0], dense())
+    made.keep, made.shared = 5, 1
+    assert not torch.allclose(made(x, still)[0], dense(), atol=1e-3)
+
+
 @pytest.mark.parametrize("shared", [1, 16])
 @torch.no_grad()
 def test_chunks_and_single_tokens_give_what_the_whole_prompt_gives(shared: int) -> None:

@@ -147,6 +147,18 @@ def test_a_router_learns_through_its_confidence_alone(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("causal", [True, False])
+def test_all_active_under_a_window_of_everything_are_dense_attention(causal: bool) -> None:
+    tokens = 9
+    q, k, v = (torch.randn(2, tokens, size, dtype=torch.float64) for size in (4, 4, 6))
+    counts = torch.full((2,), tokens)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    whole = layer(causal=causal, router=False, window=tokens)
+    torch.testing.assert_close(whole._attend(q, k, v, counts), expected)
+    near = layer(causal=causal, router=False, window=2)
+    assert not torch.allclose(near._attend(q, k, v, counts), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
 def test_kernels_and_tiles_agree(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(4)
     q, k = (torch.randn(2, 50, 16).requires_grad_() for _ in range(2))
