@@ -13,6 +13,7 @@ from typing import Any
 import bidirectional_tables
 import calibration_tables
 import choices
+import compressed_tables
 import contender_tables
 import decoding_tables
 import demo_tables
@@ -208,6 +209,13 @@ def integers_table() -> str:
     )
 
 
+def first_token_table() -> str:
+    """Seconds to the first token with sparse attention and int8 linear layers, for each model."""
+    return for_each_machine(
+        "first_token_*.json", lambda found, _: markdown(*compressed_tables.first_token_table(found))
+    )
+
+
 def calibration_table() -> str:
     """How calibrated profiles hold on other prompts, for each model."""
     made = calibration_tables.calibration_table
@@ -333,6 +341,7 @@ TABLES = {
     "vllm": vllm_table,
     "end_to_end": end_to_end_table,
     "targets": targets_table,
+    "first_token": first_token_table,
     "integers": integers_table,
     "calibration": calibration_table,
     "calibrate_memory": calibrate_memory_table,
