@@ -32,7 +32,7 @@ from torch import Tensor
 from gossamer.modules import OrionMSP
 from gossamer.modules.tabular import Block
 
-CLASSES, LABELLED, ROWS, COLUMNS = 2, 32, 48, 6
+CLASSES, LABELLED, ROWS, COLUMNS = 2, 32, 48, 4
 BATCH, TESTS, RATE = 32, 256, 1e-3
 SMALL = {"points": 8, "column_depth": 1, "row_heads": 4, "blocks": 3, "scales": (1, 2, 4), "classes": 2, "globals_": 2}
 SMALL |= {"group": "mean", "latents": 8, "memory_depth": 1, "heads": 4, "depth": 3}
@@ -96,14 +96,14 @@ def loss_of(model: OrionMSP, x: Tensor, y: Tensor) -> Tensor:
 
 
 def train(model: OrionMSP, steps: int, seed: int) -> None:
-    """On tables of one column first, then of one more after each fifteenth of the steps, as many as fit.
+    """On tables of one column first, then of one more after each tenth of the steps, as many as fit.
 
     With all columns from the start nothing is learnt for thousands of steps: what a label has to do with a row like it
     is found where rows are one number (Garg et al., 2208.01066, begin with few dimensions, too).
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    stage = max(1, steps // 15)
+    stage = max(1, steps // 10)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 50, (steps - step) / (0.3 * steps))
@@ -169,7 +169,7 @@ def trained(name: str, steps: int, seed: int) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=1500, help=f"of training, {BATCH} tables each")
+    parser.add_argument("--steps", type=int, default=1000, help=f"of training, {BATCH} tables each")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a JSON file of all accuracies")
     given = parser.parse_args(arguments)
