@@ -34,7 +34,11 @@ def log_softmax(logits: Any) -> Any:
 
 
 class Transformers:
-    """transformers with torch's attention, or with gossamer's plans where the settings name a method."""
+    """transformers with torch's attention, or with gossamer's plans where the settings name a method.
+
+    ``dtype``, float32 unless the settings say another; ``recipe`` compresses linear layers, calibrated on the request's
+    ``calibrate``; with ``keep_memory`` glibc keeps what is freed.
+    """
 
     def __init__(self, request: dict[str, Any], settings: dict[str, Any]) -> None:
         import torch
@@ -44,7 +48,17 @@ class Transformers:
         transformers.utils.logging.disable_progress_bar()
         self.torch, self.method = torch, settings.get("method")
         load = transformers.AutoModelForCausalLM.from_pretrained
-        self.model = load(request["model"], dtype=torch.float32, attn_implementation="sdpa").eval()
+        dtype = getattr(torch, settings.get("dtype", "float32"))
+        self.model = load(request["model"], dtype=dtype, attn_implementation="sdpa").eval()
+        if "recipe" in settings:
+            import gossamer
+
+            gossamer.compress(self.model, settings["recipe"], [torch.tensor([ids]) for ids in request["calibrate"]])
+        if settings.get("keep_memory"):
+            from gossamer.backends.cpu import keep_freed_memory
+
+            if not keep_freed_memory():
+                raise RuntimeError("this system's allocator has no option to keep memory")
         self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
 
     def _run(self, ids: Ids, keep: Any) -> tuple[Any, Answer]:

@@ -43,6 +43,7 @@ from gossamer.evaluate.haystack import load_haystack
 
 HERE = Path(__file__).resolve().parent
 WARM_UP = 512
+CALIBRATED = 2048  # tokens of a prompt that layers are compressed by
 LAST_ONLY = ("llama.cpp", "vllm")
 Row = dict[str, Any]
 
@@ -61,6 +62,12 @@ def ours(name: str, method: str) -> Contender:
     return Contender(f"gossamer {name}", "gossamer", {"method": method})
 
 
+def fast(name: str, **settings: Any) -> Contender:
+    """In bfloat16, with memory that is kept; with a recipe, on compressed linear layers."""
+    library = "gossamer" if "method" in settings else "transformers"
+    return Contender(f"{library} {name}", library, {"dtype": "bfloat16", "keep_memory": True} | settings)
+
+
 def openvino(name: str, weights: str = "float32", **settings: Any) -> Contender:
     kind = "" if weights == "float32" else f" {weights}"
     return Contender(f"openvino{kind} {name}", "openvino", settings, weights)
@@ -72,6 +79,7 @@ def xattention(threshold: float, weights: str = "float32", **settings: Any) -> C
     return openvino(f"xattention {threshold}{chunk}", weights, **more, **settings)
 
 
+FEW, MORE = "minference(vertical_size=256,slash_size=1024)", "minference(vertical_size=512,slash_size=2048)"
 CONTENDERS = {
     contender.name: contender
     for contender in (
@@ -80,10 +88,14 @@ CONTENDERS = {
         ours("max_relative", "max_relative"),
         ours("max_relative 0.05", "max_relative(alpha=0.05)"),
         ours("max_relative 0.02", "max_relative(alpha=0.02)"),
-        ours("minference 256/1024", "minference(vertical_size=256,slash_size=1024)"),
-        ours("minference 512/2048", "minference(vertical_size=512,slash_size=2048)"),
+        ours("minference 256/1024", FEW),
+        ours("minference 512/2048", MORE),
         ours("xattention", "xattention"),
         ours("xattention as openvino's", "xattention(threshold=0.9,stride=8,block=64)"),
+        fast("bfloat16"),
+        fast("bfloat16 minference 256/1024", method=FEW),
+        fast("int8 minference 256/1024", method=FEW, recipe="int8"),
+        fast("int8 minference 512/2048", method=MORE, recipe="int8"),
         openvino("dense"),
         openvino("trishape", mode="TRISHAPE", chunk=256),
         openvino("trishape 128/896", mode="TRISHAPE", chunk=256, num_retained_recent_tokens_in_cache=896),
@@ -241,6 +253,8 @@ class Bench:
             "warm_up": self.prompts.ids(WARM_UP, 10**6),
             "prompts": prompts,
         }
+        if "recipe" in contender.settings:
+            request["calibrate"] = [self.prompts.ids(CALIBRATED, 10**6 + n) for n in range(1, 5)]
         command = shlex.split(self.arguments.prefix)
         command += [python.get(contender.library, sys.executable), str(HERE / "contender_child.py")]
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
