@@ -88,6 +88,16 @@ def test_better_recipes_are_nearer() -> None:
     assert loss({"recipe": "int8"}) < loss({"recipe": "int8", "share": 0.98, "outliers": 0.0})
 
 
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if not recipe.looks])
+def test_recipes_that_look_at_weights_alone_need_no_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = compress(tiny(), name, samples()), tiny()
+    monkeypatch.setattr(other, "forward", None)  # nor is the model run
+    assert compress(other, name) is other
+    monkeypatch.undo()
+    assert torch.equal(logits(model), logits(other))
+    assert not torch.equal(logits(model), logits(tiny()))
+
+
 def test_layers_with_the_largest_outliers_keep_them() -> None:
     model = tiny()
     model.model.layers[0].input_layernorm.weight.data[3] *= 80.0

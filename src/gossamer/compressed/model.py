@@ -125,7 +125,7 @@ def described(layer: nn.Module) -> dict[str, Any] | None:
 def compress(
     model: Any,
     recipe: Recipe | Mapping[str, Any] | str,
-    samples: Sequence[Tensor],
+    samples: Sequence[Tensor] = (),
     *,
     progress: Callable[[str], None] | None = None,
 ) -> Any:
@@ -136,7 +136,8 @@ def compress(
     Args:
         model: a causal language model of transformers.
         recipe: one of `gossamer.compressed.recipes`, its dictionary, or its name.
-        samples: token ids ``[B, T]`` each, that say what enters the layers.
+        samples: token ids ``[B, T]`` each, that say what enters the layers; recipes that look at weights alone
+            (`Recipe.looks`) need none.
         progress: told the name of each layer once it is done.
 
     Returns:
@@ -149,7 +150,7 @@ def compress(
     recipe = recipe if isinstance(recipe, Recipe) else recipe_of(recipe)
     if isinstance(samples, Tensor) or not all(isinstance(x, Tensor) and x.ndim == 2 for x in samples):
         raise TypeError("samples are a list of tensors of token ids [B, T]")
-    if not samples:
+    if recipe.looks and not samples:
         raise ValueError("compressing needs samples: give token ids of some texts")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("the model's weights are quantised already; compress the model that they were made from")
@@ -181,7 +182,11 @@ def compress(
     training = model.training
     model.eval()
     try:
-        walk(model, samples, observe, after if recipe.in_turn else None)
+        if recipe.looks:
+            walk(model, samples, observe, after if recipe.in_turn else None)
+        else:
+            linears.update(former)
+            seen.update({name: recipe.statistic(linear) for name, linear in former.items()})
         with torch.no_grad():
             replace()
     except BaseException:  # nothing is half done

@@ -31,10 +31,12 @@ class Recipe(ABC):
     Attributes:
         name: in commands and in saved models.
         in_turn: each layer of the model is replaced before the next one sees its inputs.
+        looks: at the inputs of layers; one that does not needs no samples.
     """
 
     name: ClassVar[str]
     in_turn: ClassVar[bool] = True
+    looks: ClassVar[bool] = True
 
     @abstractmethod
     def statistic(self, linear: nn.Linear) -> Statistic:
@@ -86,6 +88,8 @@ class _ByHessian(_OneByOne):
 
 class _Blind(_OneByOne):
     """A recipe that looks at the weight alone: what the others are compared with."""
+
+    looks: ClassVar[bool] = False
 
     def statistic(self, linear: nn.Linear) -> Statistic:
         return _Nothing()
