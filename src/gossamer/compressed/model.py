@@ -185,8 +185,12 @@ def compress(
         if recipe.looks:
             walk(model, samples, observe, after if recipe.in_turn else None)
         else:
-            linears.update(former)
-            seen.update({name: recipe.statistic(linear) for name, linear in former.items()})
+            for number, layer in enumerate(layers):
+                own = {f"{place}.{number}.{name}": linear for name, linear in linear_layers(layer)}
+                linears.update(own)
+                seen.update({name: recipe.statistic(linear) for name, linear in own.items()})
+                with torch.no_grad():
+                    after(f"{place}.{number}", layer)
         with torch.no_grad():
             replace()
     except BaseException:  # nothing is half done
