@@ -148,6 +148,24 @@ def test_the_page_says_what_was_measured() -> None:
     assert measured("oracle_topk(8)").low > measured("random_topk(8)").high + 0.4
     assert measured("fixed(8)").reads == measured("combiner(8)").reads
     assert measured("fixed(8)").low > measured("combiner(8)").high
+    learned, mixed = measured("combiner_learnable(8)"), measured("combiner_mixture(8)")
+    assert (learned.seeds, mixed.seeds) == (3, 3)
+    assert learned.low > 0.99
+    assert f"recalls {learned.accuracy:.3f}; a query" in text
+    assert f"{mixed.accuracy:.3f}, from {mixed.low:.3f} to {mixed.high:.3f}, with twice" in text
+    assert mixed.reads > 2 * measured("combiner(8)").reads
+
+
+def test_a_hybrid_closes_the_gap_and_two_layers_of_attention_do_not_in_these_steps() -> None:
+    text = (ROOT / "docs" / "recall.md").read_text(encoding="utf-8")
+    rows = {row.mixer: row for row in recall_rows(read_results(FILE)) if row.settings == ("quick",)}
+    hybrid, dense = rows["window(16)+dense"], rows["dense"]
+    assert hybrid.seeds == dense.seeds == 3
+    lines = [r for r in read_results(FILE) if r["kind"] == "mqar" and r["mixer"] == "window(16)+dense"]
+    best = sorted(max(r["accuracy"] for r in lines if r["seed"] == seed) for seed in range(3))
+    assert best[1] > 0.99
+    assert f"off the ground in the third, {best[0]:.3f}" in text
+    assert f"no farther than {dense.accuracy:.3f}" in text
 
 
 def test_a_window_recalls_what_it_sees_and_nothing_else() -> None:
@@ -156,14 +174,17 @@ def test_a_window_recalls_what_it_sees_and_nothing_else() -> None:
     assert max(far[32], far[64]) < 0.02
 
 
-def test_a_dynamic_mask_recalls_in_two_seeds_of_three() -> None:
+def test_a_dynamic_mask_recalls_while_the_tokens_fit_its_budget() -> None:
     text = (ROOT / "docs" / "recall.md").read_text(encoding="utf-8")
     lines = [r for r in read_results(FILE) if r["kind"] == "mqar" and r["mixer"] == "convolution(3)+dynamic_mask(16)"]
-    lost, *kept = sorted((record for record in lines if record["rate"] == 0.003), key=lambda record: record["accuracy"])
-    assert len(kept) == 2
-    assert all(record["accuracy"] > 0.99 for record in kept)
-    assert f"{max(lost['curve']):.3f}" in text
-    assert f"{lost['accuracy']:.3f} at the end" in text
+    lost = []
+    for rate in (0.003, 0.01):
+        worst, *kept = sorted(record["accuracy"] for record in lines if record["rate"] == rate)
+        assert len(kept) == 2
+        assert min(kept) > 0.99
+        lost.append(worst)
+    assert f"{lost[0]:.3f} and {lost[1]:.3f}" in text
+    assert measured("dynamic_mask(16)").low > 0.99
     few, fitting = measured("dynamic_mask(4)"), measured("dynamic_mask(8)")
     assert few.high < 1 / 8 < fitting.low
     assert f"one seed recalls {fitting.high:.3f} and two do not, {fitting.accuracy:.3f} in the mean" in " ".join(
@@ -175,10 +196,10 @@ def test_a_dynamic_mask_recalls_in_two_seeds_of_three() -> None:
 def test_attention_needs_no_width_and_two_convolutions_guess() -> None:
     dense = [measured("dense", width).accuracy for width in (16, 32, 64)]
     convolved = [measured("convolution", width).accuracy for width in (16, 32, 64)]
-    assert [round(x, 3) for x in dense] == [0.992, 0.997, 0.998]
+    assert [round(x, 3) for x in dense] == [0.997, 0.997, 0.999]
     assert guess(measured("convolution")) == 1 / 8
-    assert max(convolved) < 1 / 8 + 0.02
-    assert round(measured("seqboat(16)").accuracy, 3) == 0.020
+    assert max(convolved) < 1 / 8 + 0.03
+    assert round(measured("seqboat(16)").accuracy, 3) == 0.026
 
 
 def test_a_router_of_seqboat_does_not_fire_on_what_matters() -> None:
@@ -209,7 +230,7 @@ def test_routing_beats_local_attention_where_pairs_are_scattered() -> None:
     for row in (routing, local):
         assert f"{row.accuracy:.3f}, from {row.low:.3f} to {row.high:.3f}" in text
     far = [dict(near_and_far(row)) for row in (routing, local)]
-    assert round(min(far[0][32], far[0][64]), 2) == 0.73
+    assert round(min(far[0][32], far[0][64]), 2) == 0.79
     assert {round(far[1][edge], 2) for edge in (32, 64)} == {0.01}
 
 
