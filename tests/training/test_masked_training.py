@@ -222,7 +222,7 @@ def test_a_failure_leaves_the_model_as_it_was(kind: type[BaseException]) -> None
         ({"logits": float("nan")}, "weights of a loss are 0 or more"),
     ],
 )
-def test_options_that_are_refused(options: dict[str, float], said: str) -> None:
+def test_options_that_are_refused(options: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         recover(*pruned(), batches(), **options)
 
