@@ -69,7 +69,7 @@ def predicted(model: Any, held_out: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def read(model: Any, held_out: Tensor, wanted: Tensor) -> dict[str, float]:
-    """Nats a token of held-out text, and of ``KL(teacher || model)``, where the teacher has ``wanted`` as `predicted`."""
+    """Nats a token of held-out text, and of ``KL(teacher || model)``; ``wanted`` is what the teacher `predicted`."""
     found = predicted(model, held_out)
     loss = F.nll_loss(found, held_out[:, 1:].flatten())
     kl = F.kl_div(found, wanted, reduction="batchmean", log_target=True)

@@ -3,7 +3,8 @@
     python examples/sparse_training.py [--steps N] [--seeds N] [--kinds NAMES] [--pattern N:M] [--out FILE]
 
 The model is that of `character_model.py`, on this repository's own text, where attention reads a span and the last
-token of each span before it. All of its linear layers are replaced, the tied embedding stays dense. Of a seed all kinds begin with the same weights and see the same samples.
+token of each span before it. All of its linear layers are replaced, the tied embedding stays dense. Of a seed all kinds
+begin with the same weights and see the same samples.
 
     dense             every product whole
     forward           y by the N largest of M along the inputs, dx by the dense weight
