@@ -49,7 +49,7 @@ KINDS: dict[str, dict[str, Any] | None] = {
 }
 # What hardware that skips zeros in groups computes: a shared mask has none along the outputs, over which dx sums.
 COUNTED = {kind: "forward" for kind in KINDS} | {"dense": "dense", "bdwp": "bdwp"}
-STEPS, SEEDS, BATCH, EVERY, HELD_OUT = 200, 3, 4, 25, 16
+STEPS, SEEDS, BATCH, EVERY, HELD_OUT = 400, 3, 4, 40, 16
 MIXER = "fixed(16)"  # of what character_model.py trains this learns most in few steps
 
 
