@@ -15,7 +15,6 @@ PRUNED = {
 TRAINED = {
     "dense": "dense",
     "forward": "forward-only",
-    "forward+decay": "forward-only with SR-STE's decay",
     "shared": "one mask for both",
     "shared+decay": "SR-STE: one mask for both, with decay",
     "bdwp": "BDWP",

@@ -8,9 +8,8 @@ begin with the same weights and see the same samples.
 
     dense             every product whole
     forward           y by the N largest of M along the inputs, dx by the dense weight
-    forward+decay     and SR-STE's decay of what is left out
     shared            y and dx by the mask along the inputs
-    shared+decay      SR-STE (2102.04010)
+    shared+decay      and SR-STE's decay of what is left out: SR-STE (2102.04010)
     bdwp              y by the mask along the inputs, dx by the mask along the outputs
 
 Held-out text is read with the weights that the forward product has. The table has means over the seeds, from the best
@@ -42,7 +41,6 @@ from gossamer.training import bdwp, count_macs
 KINDS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "forward": {"backward": "dense"},
-    "forward+decay": {"backward": "dense", "decay": 2e-4},
     "shared": {"backward": "shared"},
     "shared+decay": {"backward": "shared", "decay": 2e-4},
     "bdwp": {"backward": "bdwp"},
