@@ -95,7 +95,7 @@ class BDWPLinear(nn.Linear):
         y = x F^T + b       dx = dy B       dW = dy^T x       db = sum dy
 
     ``dW`` is dense and is what the optimiser gets for the dense weight, though that did not stand in the product
-    (straight-through). It is not the derivative of the output by W, and ``dx`` is not the one by x.
+    (straight-through). It is not the derivative of the output by W; nor is ``dx`` the one by x, but for ``"shared"``.
 
     Args:
         pattern: N:M; the paper's default is 2:8.

@@ -21,7 +21,7 @@ __all__ = ["MaskedLinear", "distillation_loss", "pack", "recover", "unpack"]
 
 _CLIP = 1.0  # largest norm of a gradient
 _RATE = 1e-4
-Layer = TypeVar("Layer", bound=nn.Module)
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class MaskedLinear(nn.Module):
@@ -208,8 +208,8 @@ def recover(
     """Train the weights that pruning kept until the model is near its teacher again; the zeros stay where they are.
 
     A step for each batch, with `distillation_loss`; the norm of a step's gradient is at most 1. Weights are trained in
-    fp32 and become what they were, so that a model in bfloat16 loses no small steps. Both models stay in
-    the mode that they are in: one in training applies its dropout.
+    fp32 and then get the dtype that they had, so that a model in bfloat16 loses no small steps. Both models stay in the
+    mode that they are in: one in training applies its dropout.
 
     Args:
         student: a model whose layers `gossamer.compress` pruned (`sparsegpt`, `magnitude`), changed in place.
@@ -271,7 +271,7 @@ def _said(x: object) -> str:
     return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _layers(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
+def _layers(model: nn.Module, kind: type[_Layer]) -> dict[str, _Layer]:
     found = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in found if isinstance(module, kind) and name}
 
