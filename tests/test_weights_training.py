@@ -111,7 +111,8 @@ def test_pruned_models_are_those_of_the_example(recovered: dict[str, Any]) -> No
         (kind, seed) for kind in example.KINDS for seed in range(example.SEEDS)
     }
     for row in recovered["rows"]:
-        assert row["zeros"] == pytest.approx(int(row["kind"].split("-")[1]) / 100, abs=1e-3)
+        # Some weights of the model were 0 before.
+        assert 0 <= row["zeros"] - int(row["kind"].split("-")[1]) / 100 < 0.01
         assert row["packed"]["loss"] == pytest.approx(row["curve"][-1]["loss"], abs=1e-4)
 
 
