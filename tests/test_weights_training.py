@@ -71,7 +71,7 @@ def test_recovering_runs_and_reads_what_is_packed(monkeypatch: pytest.MonkeyPatc
     from transformers import LlamaConfig, LlamaForCausalLM
 
     example, out = script("examples/recover_pruned.py"), tmp_path / "found.json"
-    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 
     def dense_model() -> Any:
         torch.manual_seed(0)
