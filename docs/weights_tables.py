@@ -10,7 +10,6 @@ PRUNED = {
     "sparsegpt-50": "50% by SparseGPT",
     "magnitude-70": "70% by magnitude",
     "sparsegpt-70": "70% by SparseGPT",
-    "sparsegpt-70-text": "70% by SparseGPT, trained on the text alone",
 }
 TRAINED = {
     "dense": "dense",

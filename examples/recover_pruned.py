@@ -3,9 +3,8 @@
     python examples/recover_pruned.py [--steps N] [--seeds N] [--only KINDS] [--work FOLDER] [--out FILE]
 
 The linear layers of the reference model are pruned to 50% and 70% zeros by magnitude and by SparseGPT; then the weights
-that were kept are trained with the mask fixed, on the predictions and hidden states of the dense model (Sparse Llama),
-and once, for comparison, on the text alone. A seed draws the samples that SparseGPT calibrates on and those of the
-steps. Text is that of the installed Python packages (`models/corpus.py`), held-out text from files that were neither
+that were kept are trained with the mask fixed, on the predictions and hidden states of the dense model (Sparse Llama). A
+seed draws the samples that SparseGPT calibrates on and those of the steps. Text is that of the installed Python packages (`models/corpus.py`), held-out text from files that were neither
 trained on nor calibrated on. The table has the loss of held-out text in nats a token, by steps, and its perplexity;
 ``--out`` is written after each training; those that it has from the same settings are left alone.
 """
@@ -34,15 +33,12 @@ from gossamer.cli.common import table
 from gossamer.compressed import SparseLinear
 from gossamer.training import recover
 
-DISTILLED: dict[str, float] = {"text": 0.0, "logits": 1.0, "hidden": 1.0}
-ALONE: dict[str, float] = {"text": 1.0, "logits": 0.0, "hidden": 0.0}
-# What is pruned how, to which share of zeros, and what its training learns.
-KINDS: dict[str, tuple[str, str, dict[str, float]]] = {
-    "magnitude-50": ("magnitude", "0.5", DISTILLED),
-    "sparsegpt-50": ("sparsegpt", "0.5", DISTILLED),
-    "magnitude-70": ("magnitude", "0.7", DISTILLED),
-    "sparsegpt-70": ("sparsegpt", "0.7", DISTILLED),
-    "sparsegpt-70-text": ("sparsegpt", "0.7", ALONE),
+# Pruned how, and to which share of zeros.
+KINDS: dict[str, tuple[str, str]] = {
+    "magnitude-50": ("magnitude", "0.5"),
+    "sparsegpt-50": ("sparsegpt", "0.5"),
+    "magnitude-70": ("magnitude", "0.7"),
+    "sparsegpt-70": ("sparsegpt", "0.7"),
 }
 STEPS, SEEDS, RATE = 20, 3, 1e-3
 AT = (0, 5, 10, 20, 40, 80, 160)  # steps after which held-out text is read
@@ -80,7 +76,7 @@ def run(
     kind: str, seed: int, steps: int, train: np.ndarray, held_out: Tensor, teacher: Any, wanted: Tensor
 ) -> dict[str, Any]:
     """The curve of one training."""
-    recipe, pattern, weights = KINDS[kind]
+    recipe, pattern = KINDS[kind]
     generator = np.random.default_rng(seed)
     calibration = list(windows(train, CALIBRATION, generator).split(1))
     batches = [windows(train, ROWS, generator) for _ in range(steps)]
@@ -100,7 +96,7 @@ def run(
             curve.append({"step": step} | read(student, held_out, wanted))
 
     begun = time.perf_counter()
-    recover(student, teacher, batches, optimizer=optimizer, progress=progress, **weights)
+    recover(student, teacher, batches, optimizer=optimizer, progress=progress)
     layers = [module for module in student.modules() if isinstance(module, SparseLinear)]
     zeros = 1 - sum(len(layer.values) for layer in layers) / sum(x.in_features * x.out_features for x in layers)
     print(f"{kind}, seed {seed}: {curve[0]['loss']:.3f} to {curve[-1]['loss']:.3f} nats", file=sys.stderr, flush=True)

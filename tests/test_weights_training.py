@@ -91,7 +91,7 @@ def test_recovering_runs_and_reads_what_is_packed(monkeypatch: pytest.MonkeyPatc
         assert row["zeros"] == pytest.approx(int(row["kind"].split("-")[1]) / 100, abs=0.01)
         assert row["curve"][0]["kl"] > 0
     assert found["dense"]["kl"] == 0
-    assert "sparsegpt-70-text" in capsys.readouterr().out
+    assert "sparsegpt-70" in capsys.readouterr().out
 
 
 def test_settings_and_counts_are_those_of_the_example(trained: dict[str, Any]) -> None:
