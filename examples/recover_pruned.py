@@ -3,10 +3,11 @@
     python examples/recover_pruned.py [--steps N] [--seeds N] [--only KINDS] [--work FOLDER] [--out FILE]
 
 The linear layers of the reference model are pruned to 50% and 70% zeros by magnitude and by SparseGPT; then the weights
-that were kept are trained with the mask fixed, on the predictions and hidden states of the dense model (Sparse Llama). A
-seed draws the samples that SparseGPT calibrates on and those of the steps. Text is that of the installed Python packages (`models/corpus.py`), held-out text from files that were neither
-trained on nor calibrated on. The table has the loss of held-out text in nats a token, by steps, and its perplexity;
-``--out`` is written after each training; those that it has from the same settings are left alone.
+that were kept are trained with the mask fixed, on the predictions and hidden states of the dense model (Sparse Llama).
+A seed draws the samples that SparseGPT calibrates on and those of the steps. Text is that of the installed Python
+packages (`models/corpus.py`), held-out text from files that were neither trained on nor calibrated on. The table has
+the loss of held-out text in nats a token, by steps, and its perplexity; ``--out`` is written after each training, and
+those that it has from the same settings are left alone.
 """
 
 from __future__ import annotations
