@@ -33,13 +33,15 @@ def recover_table(found: dict[str, Any]) -> Table:
         back = (means[0] - means[-1]) / (means[0] - dense)
         ends = f"{min(losses[-1]):.3f} to {max(losses[-1]):.3f}"
         perplexities = (f"{math.exp(means[n]):.1f}" for n in (0, -1))
-        rows.append((name, *(f"{mean:.3f}" for mean in means), ends, *perplexities, f"{back:.0%}", len(curves)))
+        kl = (f"{statistics.fmean(curve[n]['kl'] for curve in curves):.3f}" for n in (0, -1))
+        figures = (*(f"{mean:.3f}" for mean in means), ends, *perplexities, f"{back:.0%}", *kl)
+        rows.append((name, *figures, len(curves)))
     above = (
         f"Nats a token of {found['held_out']} held-out windows of {found['tokens']} tokens; the dense model has "
         f"{dense:.3f}, perplexity {math.exp(dense):.1f}. A step has {found['rows_a_step'] * found['tokens']:,} tokens."
     )
     header = ("pruned", *(f"after {step} steps" for step in steps), "best to worst seed", "perplexity before", "after")
-    return above, (*header, "of the loss back", "seeds"), rows
+    return above, (*header, "of the loss back", "KL to dense before", "KL after", "seeds"), rows
 
 
 def sparse_training_table(found: dict[str, Any]) -> Table:
