@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import weight_curves
 from machines import measured
 
 from gossamer.evaluate.clips import ClipRow, clip_labels, clip_rows
@@ -357,6 +358,10 @@ def main() -> None:
         found = json.loads(file.read_text())
         save(training_curves(found), IMAGES / file.parent.name / "extend_loss.svg")
         save(needles(found), IMAGES / file.parent.name / "extend_needles.svg")
+    for name in ("recover_pruned", "sparse_training"):
+        for file in measured(f"{name}.json"):
+            panel = getattr(weight_curves, name)(json.loads(file.read_text()))
+            save(panel, IMAGES / file.parent.name / f"{name}.svg")
     for file in measured("decoding.json"):
         rows = [row for row in json.loads(file.read_text())["rows"] if row.get("found")]
         for model, length in dict.fromkeys((row["model"], row["length"]) for row in rows):

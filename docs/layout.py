@@ -23,7 +23,7 @@ LEVELS = [
     ["profiles"],
     ["policy"],
     ["attention"],
-    ["cache", "modules", "distributed"],
+    ["cache", "modules", "distributed", "training"],
     ["integrations"],
     ["evaluate", "calibrate"],
     ["report"],

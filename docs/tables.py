@@ -27,6 +27,7 @@ import recall_tables
 import serving_tables
 import training_tables
 import video_tables
+import weights_tables
 from marked import markdown
 from targets import targets_of
 
@@ -233,6 +234,11 @@ def of_extension(make: Callable[[dict[str, Any]], training_tables.Table]) -> str
     return for_each_machine("extend_context.json", lambda found, _: markdown(*make(found)))
 
 
+def of_weights(file: str, make: Callable[[dict[str, Any]], weights_tables.Table]) -> str:
+    """What training with zeros in weights did, on each machine."""
+    return for_each_machine(file, lambda found, _: markdown(*make(found)))
+
+
 def gpu_table() -> str:
     """What was timed on each GPU."""
     return chosen("gpu.json", gpu_tables.gpu_rows)
@@ -358,6 +364,8 @@ TABLES = {
     **{name: partial(for_each_machine, *found) for name, found in decoding_tables.TABLES.items()},
     "decode_answers": lambda: of_lines("*/decoding_*.jsonl", decoding_tables.answers),
     "paged": lambda: for_each_machine("paged.json", lambda found, _: markdown(*serving_tables.paged_table(found))),
+    "recover_pruned": lambda: of_weights("recover_pruned.json", weights_tables.recover_table),
+    "sparse_training": lambda: of_weights("sparse_training.json", weights_tables.sparse_training_table),
     "extend": lambda: of_extension(training_tables.extend_table),
     "extend_seeds": lambda: of_extension(training_tables.seeds_table),
     "extend_differences": lambda: of_extension(training_tables.differences_table),
@@ -385,6 +393,8 @@ PICTURES = {
     "contenders_*": "Loss against seconds to the first token",
     "cpu_latency": "Seconds against length",
     "cpu_roofline": "Roofline",
+    "recover_pruned": "Held-out text after pruning, by steps",
+    "sparse_training": "Held-out text by steps of training",
     "extend_loss": "Loss of answers by steps and by seconds",
     "extend_needles": "Right answers by length",
     "video_frontier": "What clips lose against density",
