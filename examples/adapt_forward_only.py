@@ -51,8 +51,8 @@ ORDINARY = (
     "There are two buttons on the left.", "The cable is as long as my arm.", "I saw it first in a small shop.",
     "The label says where it was made.", "It was delivered in the afternoon.", "I keep it in the kitchen.",
 )  # fmt: skip
-HELD_OUT = 48
-METHOD: dict[str, Any] = {"method": "max_relative", "min_tokens": 128}
+HELD_OUT = 32
+METHOD: dict[str, Any] = {"method": "tri_shape", "sink": 16, "window": 64, "last": 32, "min_tokens": 128}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def review(number: int, sentences: int) -> Review:
     """One of endlessly many; half are good."""
     draw = random.Random(number)
     good = draw.random() < 0.5
-    lines = draw.choices(ORDINARY, k=sentences)
+    lines: list[str] = draw.choices(list[str](ORDINARY), k=sentences)
     for opinion in draw.sample(OPINIONS[good], 3):
         lines.insert(draw.randrange(len(lines) + 1), opinion)
     return Review("Review: " + " ".join(lines) + "\nQuestion: Is this review good or bad?\nAnswer:", good)

@@ -34,7 +34,6 @@ from gossamer.training.rsc import pair_scores, row_norms, sample_rows, top_rows
 
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 TRAINED = (0.05, 0.1, 0.3)  # budgets of whole trainings
-AT = (10, 40, 80)  # epochs whose gradients are compared
 LATER = 9  # steps between scores and their last use
 ROUNDS = 9  # of timing
 
@@ -48,6 +47,7 @@ class Setting:
     width: int = 64
     epochs: int = 120
     labelled: float = 0.05
+    at: tuple[int, ...] = (10, 40, 80)  # epochs whose gradients are compared
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,11 @@ def cosines(setting: Setting, graph: Graph, seed: int) -> list[dict[str, Any]]:
     model, rows = network(setting, seed), []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=5e-4)
     waiting: list[tuple[int, dict[str, Any], RSC]] = []
-    for epoch in range(max(AT) + LATER + 1):
+    for epoch in range(max(setting.at) + LATER + 1):
         for due, row, rsc in waiting:
             if due == epoch:
                 row["later"] = cosine(model, graph, rsc)
-        if epoch in AT:
+        if epoch in setting.at:
             for budget in BUDGETS:
                 for how in ("greedy", "uniform"):
                     rsc = RSC(steps=10**6, budget=budget, refresh=10**6, allocation=how)
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a small graph, a few epochs")
     parser.add_argument("--out", type=Path, help="a JSON file of all rows")
     given = parser.parse_args(arguments)
-    setting = replace(Setting(), nodes=300, degree=10.0, epochs=20) if given.quick else Setting()
+    setting = replace(Setting(), nodes=300, degree=10.0, epochs=20, at=(4,)) if given.quick else Setting()
     started, found = time.monotonic(), {"cosines": [], "trainings": []}
     for seed in range(given.seeds):
         graph = draw(setting, seed)
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(report(found))
     if given.out is not None:
         about = {"machine": measured_on(), "torch": torch.__version__, "setting": vars(setting), "later": LATER}
-        about |= {"at": AT, "entries": graph.adjacency.values().numel(), "rounds": ROUNDS}
+        about |= {"at": setting.at, "entries": graph.adjacency.values().numel(), "rounds": ROUNDS}
         about |= {"seconds": round(time.monotonic() - started, 1)}
         given.out.write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
 

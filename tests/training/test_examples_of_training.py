@@ -106,9 +106,9 @@ def test_memory_is_measured_of_each_kind(adapting: Any, kind: str) -> None:
 
 def test_estimated_gradients_are_as_near_as_expected() -> None:
     pytest.importorskip("transformers")
-    example = script("examples/estimated_gradients.py")
+    example: Any = script("examples/estimated_gradients.py")
     example.TRAINED = example.TRAINED[:1]
-    (row,) = example.measure(seeds=6, queries=(16,))
+    (row,) = example.measure(seeds=4, queries=(8,))
     assert row["numbers"] == 6 * 128
-    assert row["expected"] == pytest.approx(math.sqrt(16 / (16 + 768 + 1)), abs=1e-4)
+    assert row["expected"] == pytest.approx(math.sqrt(8 / (8 + 768 + 1)), abs=1e-4)
     assert fmean(row["cosines"]) == pytest.approx(row["expected"], rel=0.5)

@@ -123,7 +123,7 @@ def test_the_gradient_is_the_estimators_on_the_model_itself() -> None:
     """One pass with everything stacked, beside a loss that puts each B into the weights."""
     model, batch = language_model(torch.float64), batch_of()
     tuner = PRGE(model, rank=2, queries=2, eps=1e-3, seed=3)
-    adapters, layers = list(tuner.adapters.values()), list(tuner.layers.values())
+    adapters, layers = list(tuner.adapters.values()), list[Any](tuner.layers.values())
     found = tuner.gradient(batch)
     tuner.remove()
     given = {name: value for name, value in batch.items() if name != "labels"}

@@ -1,0 +1,90 @@
+"""The tables of training that computes less, and what the page says of the committed files."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from repository import ROOT, script
+
+PAGE = ROOT / "docs" / "training.md"
+FOLDER = ROOT / "benchmarks" / "results" / "amd-epyc-zen5-2-cores-avx512-bf16"
+
+
+@pytest.fixture(scope="module")
+def tables() -> Any:
+    return script("docs/less_training_tables.py")
+
+
+def committed(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def said() -> str:
+    return " ".join(PAGE.read_text(encoding="utf-8").split())
+
+
+def graph() -> dict[str, Any]:
+    cosines = [
+        {"seed": seed, "epoch": 10, "budget": 0.1, "allocation": how, "fresh": fresh, "later": 0.5, "share": 0.09}
+        for seed in range(2)
+        for how, fresh in (("greedy", 0.8 + 0.1 * seed), ("uniform", 0.7))
+    ]
+    row = {"training": "rsc", "budget": 0.1, "allocation": "greedy", "accuracy": 0.9, "multiplied": 0.3}
+    trainings: list[dict[str, Any]] = [{"seed": 0, "training": "exact", "accuracy": 0.95}]
+    trainings += [{"seed": 0, "exact_from": end} | row for end in (0.8, 1.0)]
+    times: list[dict[str, Any]] = [
+        {"what": "torch", "median_s": 0.002, "entries": 1000},
+        {"what": "cutting", "median_s": 0.004, "entries": 1000},
+        {"what": 0.1, "median_s": 0.0005, "entries": 90},
+    ]
+    about = {"machine": {"processor": "a processor"}, "setting": {"nodes": 4000, "epochs": 120}, "at": [10], "later": 9}
+    return about | {"cosines": cosines, "trainings": trainings, "times": times}
+
+
+def test_the_tables_of_sampled_products(tables: Any) -> None:
+    above, _, rows = tables.cosines_of(graph(), "machine")
+    assert "a processor (`machine`); 4,000 nodes" in above
+    assert "2 seeds and epochs 10." in above
+    assert rows == [(0.1, "0.850 (0.800 to 0.900)", "0.500", "0.090", "0.700", "0.500", "0.090")]
+    _, _, rows = tables.trainings_of(graph(), "machine")
+    assert rows == [
+        ("exact", "", "", "0.950", "1.000"),
+        (0.1, "greedy", "from 80% of the epochs", "0.900", "0.300"),
+        (0.1, "greedy", "never", "0.900", "0.300"),
+    ]
+    _, _, rows = tables.times_of(graph(), "machine")
+    assert rows == [
+        ("torch's own", "1.000", "1.00"),
+        ("sampled, budget 0.1", "0.090", "4.00"),
+        ("cutting a sample of budget 0.1", "1.000", "0.50"),
+    ]
+
+
+def test_the_tables_of_forward_passes(tables: Any) -> None:
+    found = {
+        "machine": {"processor": "a processor"}, "model": "a model", "dtype": "bfloat16", "trained_numbers": 92160,
+        "rows": 2, "tokens": 200, "queries": 3, "density": 0.8, "merged_dense": {"loss": 1.0, "accuracy": 0.75},
+        "curve": [{"step": 0, "loss": 2.0, "accuracy": 0.5}],
+        "memory_bytes": {kind: (n + 1) << 20 for n, kind in enumerate(tables.GROWN)},
+    }  # fmt: skip
+    above, _, rows = tables.adapted_of(found, "machine")
+    assert "so 12 rows; attention computes 80% of the pairs" in above
+    assert rows == [(0, "2.000", "0.50"), ("merged, dense attention", "1.000", "0.75")]
+    _, _, rows = tables.memory_of(found, "machine")
+    assert [row[1:] for row in rows] == [(12, "1"), (12, "2"), (2, "3"), (2, "4"), (12, "5")]
+    estimates = {"seeds": 2, "rows": [{"numbers": 768, "queries": 1, "cosines": [0.03, 0.05], "expected": 0.036}]}
+    assert tables.estimates_of(estimates, "machine")[1:] == (("trained numbers", "1 query"), [("768", "0.040 (0.036)")])
+
+
+def test_kinds_of_memory_are_those_of_the_example(tables: Any) -> None:
+    pytest.importorskip("transformers")
+    assert tuple(tables.GROWN) == script("examples/adapt_forward_only.py").KINDS
+
+
+def test_every_table_of_the_page_is_measured(tables: Any) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for name, make in tables.TABLES.items():
+        assert f"<!-- table: {name} -->" in text
+        assert make() != tables.NOT_MEASURED
