@@ -156,6 +156,7 @@ def adapt(model: Any, tokenizer: Any, given: argparse.Namespace) -> dict[str, An
             begun = time.monotonic()
             losses.append(round(tuner.step(batch), 4))
             seconds.append(round(time.monotonic() - begun, 2))
+            print(f"step {tuner.steps}: {losses[-1]:.3f}", flush=True)
             if tuner.steps % given.every == 0:
                 curve.append({"step": tuner.steps, **evaluate(model, tokenizer, held_out)})
                 print(f"{tuner.steps} steps, {sum(seconds):.0f} s: {curve[-1]}", flush=True)

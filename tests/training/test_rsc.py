@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.training import RSC, allocate, topk_mm
-from gossamer.training.rsc import pair_scores, row_norms, sample_rows
+from gossamer.training.sampled import cut, pair_scores, row_norms, sample_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:Sparse invariant checks")
 
@@ -85,7 +85,7 @@ def test_exact_gradients_are_finite_differences() -> None:
 
 
 def test_values_have_their_exact_gradient_beside_a_sampled_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gossamer.training.rsc._ENTRIES", 8)  # in several parts
+    monkeypatch.setattr("gossamer.training.sampled._ENTRIES", 8)  # in several parts
     a, h = matrix().requires_grad_(), numbers(9, 4).requires_grad_()
     grad = numbers(12, 4, seed=5)
     topk_mm(a, h, 3).backward(grad)
@@ -352,6 +352,35 @@ def test_empty_matrices_have_gradients_of_zero() -> None:
     assert h.grad is not None
     assert not h.grad.any()
     assert sample_rows(matrix(), torch.tensor([1])).transposed.shape == (9, 1)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_rows_cut_from_a_transposed_matrix_are_those_of_the_matrix(index: torch.dtype) -> None:
+    a = matrix()
+    a = torch.sparse_csr_tensor(a.crow_indices().to(index), a.col_indices().to(index), a.values(), a.shape)
+    for chosen in ([], [0, 1, 4, 11], list(range(12))):
+        rows = torch.tensor(chosen, dtype=torch.int64)
+        found, expected = cut(sample_rows(a), rows).transposed, sample_rows(a, rows).transposed
+        assert found.shape == (9, len(chosen))
+        assert found.crow_indices().dtype == found.col_indices().dtype == index
+        assert torch.equal(found.to_dense(), expected.to_dense())
+        assert torch.equal(found.to_dense(), a.to_dense()[rows].T)
+
+
+def test_a_matrix_is_sorted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gossamer.training.rsc as module
+
+    calls: list[int] = []
+
+    def counted(a: Tensor, rows: Tensor | None = None) -> Any:
+        calls.append(0 if rows is None else len(rows))
+        return sample_rows(a, rows)
+
+    monkeypatch.setattr(module, "sample_rows", counted)
+    network, a, rsc = Network(), matrix(12, 12), RSC(steps=30, budget=0.4, refresh=5)
+    for _ in range(30):
+        gradients(network, a, rsc)
+    assert calls == [0]
 
 
 def test_layers_of_pytorch_geometric() -> None:
