@@ -2,8 +2,9 @@
 
     python examples/estimated_gradients.py [--seeds 20] [--out estimated_gradients.json]
 
-The B matrices of some layers are trained numbers; their gradient by autograd is the truth. For a Gaussian estimate of
-``q`` queries of ``d`` numbers, the cosine to it should be about ``sqrt(q / (q + d + 1))``, whatever the model.
+The B matrices of some layers are trained numbers; their gradient by autograd is the truth. The squared cosine of an
+estimate by ``q`` queries to a gradient of ``d`` numbers is a Beta(q/2, (d - 1)/2) number where the loss is linear,
+whatever the model; the mean cosine that follows is printed beside.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ REFERENCE = Path(__file__).resolve().parent.parent / "models" / "reference"
 TRAINED = ((("v_proj",), 1), (("q_proj", "v_proj"), 1), (("q_proj", "v_proj"), 4), (("q_proj", "v_proj"), 16))
 QUERIES = (1, 4, 16, 64)
 TEXT = "A language model reads what stands before and says what comes next. " * 2
+
+
+def expected(queries: int, numbers: int) -> float:
+    """The mean cosine: of the root of a Beta number."""
+    a, b = queries / 2, (numbers - 1) / 2
+    return math.exp(math.lgamma(a + 0.5) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(a + b + 0.5))
 
 
 def truth(model: Any, tuner: PRGE, batch: dict[str, Tensor]) -> Tensor:
@@ -56,7 +63,7 @@ def measure(seeds: int, queries: tuple[int, ...] = QUERIES) -> list[dict[str, An
                 tuner.remove()
             d = len(gradient)
             row = {"targets": targets, "rank": rank, "numbers": d, "queries": q, "cosines": cosines}
-            rows.append(row | {"expected": round(math.sqrt(q / (q + d + 1)), 5)})
+            rows.append(row | {"expected": round(expected(q, d), 5)})
             print(f"{d:6} numbers, {q:3} queries: {statistics.fmean(cosines):.4f}, expected {rows[-1]['expected']:.4f}")
     return rows
 

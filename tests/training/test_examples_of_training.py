@@ -104,11 +104,20 @@ def test_memory_is_measured_of_each_kind(adapting: Any, kind: str) -> None:
     assert adapting.grown(kind, adapting.tiny_model(), adapting.Bytes(), given) >= 0
 
 
+def test_the_expected_cosine_is_that_of_drawn_numbers() -> None:
+    example: Any = script("examples/estimated_gradients.py")
+    z = torch.randn(4000, 3, 12, generator=torch.Generator().manual_seed(0))
+    estimate = (z[:, :, :1] * z).sum(1)  # of a gradient along the first number
+    cosines = estimate[:, 0] / estimate.norm(dim=1)
+    assert float(cosines.mean()) == pytest.approx(example.expected(3, 12), rel=0.02)
+    assert example.expected(1, 10**6) == pytest.approx(math.sqrt(2 / math.pi / 10**6), rel=1e-3)
+
+
 def test_estimated_gradients_are_as_near_as_expected() -> None:
     pytest.importorskip("transformers")
     example: Any = script("examples/estimated_gradients.py")
     example.TRAINED = example.TRAINED[:1]
     (row,) = example.measure(seeds=4, queries=(8,))
     assert row["numbers"] == 6 * 128
-    assert row["expected"] == pytest.approx(math.sqrt(8 / (8 + 768 + 1)), abs=1e-4)
+    assert row["expected"] == pytest.approx(example.expected(8, 768), abs=1e-4)
     assert fmean(row["cosines"]) == pytest.approx(row["expected"], rel=0.5)

@@ -68,7 +68,9 @@ def test_the_cosine_grows_with_queries_over_dimensions(queries: int, dim: int) -
         float(F.cosine_similarity(flat(estimate_gradient(loss, w, queries, 1e-4, seed)), gradient, dim=0))
         for seed in range(150)
     ]
-    assert sum(cosines) / len(cosines) == pytest.approx(math.sqrt(queries / (queries + dim + 1)), rel=0.15)
+    squares = sum(c * c for c in cosines) / len(cosines)
+    assert min(cosines) > 0
+    assert squares == pytest.approx(queries / (queries + dim - 1), rel=0.2)
 
 
 def test_seeds_give_the_same_numbers_again() -> None:

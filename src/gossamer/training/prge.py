@@ -28,8 +28,9 @@ def estimate_gradient(
 ) -> list[Tensor]:
     """Random gradient estimation: ``1/q sum_i [loss(w + eps z_i) - loss(w - eps z_i)] / (2 eps) z_i``.
 
-    The ``z_i`` are standard normal, so that the mean over seeds tends to the gradient of a smoothed loss; with ``q``
-    queries the cosine to the gradient of ``d`` numbers is about ``sqrt(q / (q + d + 1))``.
+    The ``z_i`` are standard normal: the mean over seeds tends to the gradient of a smoothed loss. Where the loss is
+    linear that far, the squared cosine to a gradient of ``d`` numbers is distributed as Beta(q/2, (d - 1)/2), so that
+    its mean is ``q / (q + d - 1)``.
 
     Args:
         loss: of weights of the same shapes; called ``2 queries`` times, without a gradient.
