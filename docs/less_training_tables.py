@@ -103,7 +103,7 @@ def memory_of(found: dict[str, Any], folder: str) -> Table:
     grown, rows = found["memory_bytes"], 2 * found["queries"] * found["rows"]
     counts = dict.fromkeys(GROWN, rows) | {"reading one copy": found["rows"], "backpropagation": found["rows"]}
     return (
-        "",
+        f"`{found['model']}` in {found['dtype']}; reviews of {found['tokens']} tokens.",
         ("what", "rows", "memory, MiB"),
         [(name, counts[kind], f"{grown[kind] / MIB:.0f}") for kind, name in GROWN.items()],
     )
@@ -133,6 +133,6 @@ TABLES = {
     "rsc_trainings": partial(shown, "graph_blocks.json", trainings_of),
     "rsc_times": partial(shown, "graph_blocks.json", times_of),
     "prge_adapted": partial(shown, "adapt_forward_only.json", adapted_of),
-    "prge_memory": partial(shown, "adapt_forward_only.json", memory_of),
+    "prge_memory": partial(shown, "forward_only_memory.json", memory_of),
     "prge_estimates": partial(shown, "estimated_gradients.json", estimates_of),
 }

@@ -52,7 +52,7 @@ ORDINARY = (
     "The label says where it was made.", "It was delivered in the afternoon.", "I keep it in the kitchen.",
 )  # fmt: skip
 HELD_OUT = 32
-METHOD: dict[str, Any] = {"method": "tri_shape", "sink": 16, "window": 64, "last": 32, "min_tokens": 128}
+METHOD: dict[str, Any] = {"method": "tri_shape", "sink": 16, "window": 32, "last": 16, "block": 16, "min_tokens": 64}
 
 
 @dataclass(frozen=True)
@@ -235,15 +235,15 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", nargs="?", help="folder or GGUF file; a tiny random model without")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="0 to measure memory alone")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop before, whatever the steps")
     parser.add_argument("--every", type=int, default=50, help="steps between looks at what was held out")
-    parser.add_argument("--sentences", type=int, default=24, help="ordinary ones of a review")
+    parser.add_argument("--sentences", type=int, default=14, help="ordinary ones of a review")
     parser.add_argument("--rows", type=int, default=2, help="reviews of a step")
-    parser.add_argument("--queries", type=int, default=4)
+    parser.add_argument("--queries", type=int, default=1)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--eps", type=float, default=0.02)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--memory", action="store_true", help="also measure memory")
@@ -257,10 +257,12 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {name: value for name, value in vars(given).items() if name not in ("model", "out", "memory", "grown")}
     name = Path(given.model).name if given.model else "tiny, random"
     found = {"machine": measured_on(), "torch": torch.__version__, "model": name, **settings, "method": METHOD}
-    found |= adapt(model, tokenizer, given)
+    if given.steps:
+        found |= adapt(model, tokenizer, given)
     if given.memory:
         del model
         found["memory_bytes"] = memory(given, arguments)
+        found["tokens"] = int(encode(tokenizer, [review(0, given.sentences)])["input_ids"].numel())
     if given.out is not None:
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -88,3 +89,44 @@ def test_every_table_of_the_page_is_measured(tables: Any) -> None:
     for name, make in tables.TABLES.items():
         assert f"<!-- table: {name} -->" in text
         assert make() != tables.NOT_MEASURED
+
+
+def test_what_the_page_says_of_sampled_products() -> None:
+    found, text = committed("graph_blocks.json"), said()
+    below = [row for row in found["cosines"] if row["budget"] < 1.0]
+    by = {(row["seed"], row["epoch"], row["budget"], row["allocation"]): row for row in below}
+    pairs = [(by[(*key[:3], "greedy")], by[key]) for key in by if key[3] == "uniform"]
+    nearer = sum(greedy["fresh"] > uniform["fresh"] for greedy, uniform in pairs)
+    assert f"nearer in {nearer} of {len(pairs)} pairs of gradients" in text
+    assert all(row["share"] <= row["budget"] for row in found["cosines"])
+
+    def cosine(budget: float, what: str, how: str = "greedy") -> float:
+        return fmean(row[what] for row in below if (row["budget"], row["allocation"]) == (budget, how))
+
+    assert f"a cosine of {cosine(0.5, 'fresh'):.2f} fresh and {cosine(0.5, 'later'):.2f} nine steps later" in text
+    assert f"With a tenth it is {cosine(0.1, 'fresh'):.2f} and {cosine(0.1, 'later'):.2f}" in text
+    assert [b for b in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7) if cosine(b, "fresh") > cosine(b, "fresh", "uniform")] == [0.05]
+    assert min(row["later"] for row in below if row["budget"] == 0.1) < 0.15
+
+    def accuracy(budget: float | None, end: float | None) -> str:
+        rows = [row for row in found["trainings"] if row.get("allocation", "greedy") == "greedy"]
+        mine = [row["accuracy"] for row in rows if (row.get("budget"), row.get("exact_from")) == (budget, end)]
+        assert len(mine) == 3
+        return f"{fmean(mine):.3f}"
+
+    ends = [accuracy(budget, end) for budget in (0.1, 0.3) for end in (1.0, 0.8)]
+    whole = accuracy(None, None)
+    assert "{} to {} at a tenth, {} to {} at three tenths, of {} with exact".format(*ends, whole) in text
+    assert f"{accuracy(0.05, 1.0)}, and an exact end brings half of it back, {accuracy(0.05, 0.8)}" in text
+    times = {row["what"]: row["median_s"] for row in found["times"]}
+    assert f"by itself is {times['torch'] / times[1.0]:.1f} times as fast" in text
+    assert f"is {times[1.0] / times[0.1]:.1f} times as fast as that" in text
+    assert times["cutting"] / times[1.0] == pytest.approx(1.0, abs=0.15)
+    assert f"{found['times'][0]['entries']:,} entries" in text
+
+
+def test_what_the_page_says_of_estimates() -> None:
+    rows = committed("estimated_gradients.json")["rows"]
+    most = max(rows, key=lambda row: (row["numbers"], row["queries"]))
+    assert f"{most['numbers']:,} numbers have a cosine of {fmean(most['cosines']):.3f}" in said()
+    assert all(fmean(row["cosines"]) == pytest.approx(row["expected"], rel=0.1) for row in rows if row["queries"] >= 16)
