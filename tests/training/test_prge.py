@@ -247,16 +247,15 @@ def test_no_graph_is_kept(mode: Any) -> None:
     assert not any(adapter.b.is_inference() or adapter.b.requires_grad for adapter in tuner.adapters.values())
 
 
-def test_bf16_models_have_fp32_adapters() -> None:
+def test_bf16_models_have_fp32_adapters_and_estimates_like_exact_ones() -> None:
     model, batch = language_model(torch.bfloat16), batch_of()
-    tuner = PRGE(model, rank=2, queries=2, eps=0.05, lr=0.1)
+    exact = gradients(language_model(torch.float64), batch, queries=2, eps=3e-3)
+    found = gradients(model, batch, queries=2, eps=3e-3)
+    assert F.cosine_similarity(found.double(), exact, dim=0) > 0.98
+    tuner = PRGE(model, rank=2, queries=2, eps=3e-3, lr=0.1)
     assert math.isfinite(tuner.step(batch))
     assert {adapter.b.dtype for adapter in tuner.adapters.values()} == {torch.float32}
     assert {adapter.a.dtype for adapter in tuner.adapters.values()} == {torch.bfloat16}
-    exact = gradients(language_model(torch.float64), batch, queries=2, eps=0.05, seed=0)
-    tuner.remove()
-    found = gradients(model, batch, queries=2, eps=0.05, seed=0)
-    assert F.cosine_similarity(found.double(), exact, dim=0) > 0.8
 
 
 def test_runs_on_sparse_prefill() -> None:

@@ -132,8 +132,7 @@ class PRGE:
     Between steps the model is as trained so far: it can be evaluated, or generate. Runs under `torch.no_grad` and
     `torch.inference_mode` alike.
 
-    Deviations: the paper's ``A`` is as in LoRA, uniform; here normal with the deviation of ``1 / sqrt(in)``. In bf16 an
-    ``eps`` of 1e-3 drowns in the rounding of outputs: take 1e-2 or more.
+    Deviation: LoRA's ``A`` is uniform; here it is normal with the deviation of ``1 / sqrt(in)``.
 
     Args:
         model: in ``eval()``; left as it is but for the layers' outputs.
