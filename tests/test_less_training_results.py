@@ -130,3 +130,21 @@ def test_what_the_page_says_of_estimates() -> None:
     most = max(rows, key=lambda row: (row["numbers"], row["queries"]))
     assert f"{most['numbers']:,} numbers have a cosine of {fmean(most['cosines']):.3f}" in said()
     assert all(fmean(row["cosines"]) == pytest.approx(row["expected"], rel=0.1) for row in rows if row["queries"] >= 16)
+
+
+def test_what_the_page_says_of_memory() -> None:
+    found = committed("forward_only_memory.json")
+    grown = {kind: f"{size / 2**20:.0f} MiB" for kind, size in found["memory_bytes"].items()}
+    text = said()
+    assert f"{grown['step']} for a step and {grown['reading']} for reading as many rows" in text
+    assert f"Reading the review once takes {grown['reading one copy']}" in text
+    assert f"through the same `B` {grown['backpropagation']}, without" in text
+
+
+def test_what_the_page_says_of_adapting() -> None:
+    found, text = committed("adapt_forward_only.json"), said()
+    assert found["sparse_calls"] > 0
+    assert found["dense_calls"] == 0
+    first, last = found["curve"][0], found["curve"][-1]
+    assert f"from {first['loss']:.2f} to {last['loss']:.2f} nats in {last['step']} steps" in text
+    assert f"from {first['accuracy']:.2f} to {last['accuracy']:.2f}" in text
