@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from statistics import fmean
 from typing import Any
 
@@ -148,3 +149,15 @@ def test_what_the_page_says_of_adapting() -> None:
     first, last = found["curve"][0], found["curve"][-1]
     assert f"from {first['loss']:.2f} to {last['loss']:.2f} nats in {last['step']} steps" in text
     assert f"from {first['accuracy']:.2f} to {last['accuracy']:.2f}" in text
+    low, high = wilson(round(32 * last["accuracy"]), 32)
+    assert f"which is {round(32 * last['accuracy'])} (95% interval {low:.2f} to {high:.2f})" in text
+    assert found["merged_dense"]["accuracy"] == last["accuracy"]
+    assert last["loss"] > math.log(2)
+
+
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """A 95% interval of a share."""
+    z, share = 1.96, right / asked
+    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z / (1 + z * z / asked) * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked**2))
+    return middle - half, middle + half
