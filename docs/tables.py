@@ -21,6 +21,7 @@ import end_to_end_tables
 import family_tables
 import gpu_tables
 import integer_tables
+import less_training_tables
 import masked_tables
 import pretrained_tables
 import recall_tables
@@ -342,6 +343,7 @@ TABLES = {
     "denoising_steps": lambda: for_each_machine("bidirectional.json", bidirectional_tables.steps_table),
     **video_tables.TABLES,
     **masked_tables.TABLES,
+    **less_training_tables.TABLES,
     "cpu": cpu_table,
     "parts": parts_table,
     "vllm": vllm_table,
