@@ -2,8 +2,8 @@
 #include "kernels/amx_tiles.h"
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
-#include "kernels/inputs.h"
 #include "kernels/isa.h"
+#include "kernels/quantise.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_avx512.h"
 
@@ -66,7 +66,7 @@ struct Amx {
 
 const Kernels* amx_kernels() {
   static const Kernels kernels{true, 32, pack_tile<Amx>, attend_panel<Amx>, score_kernels<Amx>(),
-                               gradient_kernels<Amx>(), input_kernels<Amx::Vec>()};
+                               gradient_kernels<Amx>(), quantise_kernels<Amx::Vec>()};
   return &kernels;
 }
 

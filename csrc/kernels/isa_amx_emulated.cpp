@@ -2,8 +2,8 @@
 #include "kernels/amx_tiles.h"
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
-#include "kernels/inputs.h"
 #include "kernels/isa.h"
+#include "kernels/quantise.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_portable.h"
 
@@ -64,7 +64,7 @@ struct AmxEmulated {
 
 const Kernels* amx_emulated_kernels() {
   static const Kernels kernels{true, 32, pack_tile<AmxEmulated>, attend_panel<AmxEmulated>,
-                               score_kernels<AmxEmulated>(), gradient_kernels<AmxEmulated>(), input_kernels<AmxEmulated::Vec>()};
+                               score_kernels<AmxEmulated>(), gradient_kernels<AmxEmulated>(), quantise_kernels<AmxEmulated::Vec>()};
   return &kernels;
 }
 

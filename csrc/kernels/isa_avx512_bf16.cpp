@@ -1,8 +1,8 @@
 // Compiled for AVX-512 with BF16: vdpbf16ps, twice the rate of fp32 FMA on AMD (Zen 4 on), half of it on Intel.
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
-#include "kernels/inputs.h"
 #include "kernels/isa.h"
+#include "kernels/quantise.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_avx512.h"
 
@@ -30,7 +30,7 @@ struct Avx512Bf16 {
 
 const Kernels* avx512_bf16_kernels() {
   static const Kernels kernels{true, 32, pack_tile<Avx512Bf16>, attend_panel<Avx512Bf16>, score_kernels<Avx512Bf16>(),
-                               gradient_kernels<Avx512Bf16>(), input_kernels<Avx512Bf16::Vec>()};
+                               gradient_kernels<Avx512Bf16>(), quantise_kernels<Avx512Bf16::Vec>()};
   return &kernels;
 }
 

@@ -1,8 +1,8 @@
 // Baseline flags: runs everywhere.
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
-#include "kernels/inputs.h"
 #include "kernels/isa.h"
+#include "kernels/quantise.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_portable.h"
 
@@ -30,7 +30,7 @@ struct Portable {
 
 const Kernels* portable_kernels() {
   static const Kernels kernels{false, 16, pack_tile<Portable>, attend_panel<Portable>, score_kernels<Portable>(),
-                               gradient_kernels<Portable>(), input_kernels<Portable::Vec>()};
+                               gradient_kernels<Portable>(), quantise_kernels<Portable::Vec>()};
   return &kernels;
 }
 

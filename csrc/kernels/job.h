@@ -143,7 +143,7 @@ struct GradientKernels {
   float (*product)(const void* a, const void* b, DType dtype, int dim);
 };
 
-struct InputKernels;
+struct QuantiseKernels;
 struct ScoreKernels;
 
 // One instruction set's kernels.
@@ -154,7 +154,7 @@ struct Kernels {
   void (*attend)(const Panel&);
   const ScoreKernels* scores;
   const GradientKernels* gradients;
-  const InputKernels* inputs;
+  const QuantiseKernels* quantise;
 };
 
 // Layout of a panel's scratch: Q, O, S (P overwrites it), per-row state (sums, two maxima, a mask).

@@ -13,7 +13,7 @@
 #include "runtime/cpu_features.h"
 
 void bind_views(nanobind::module_& m);
-void bind_inputs(nanobind::module_& m);
+void bind_quantised(nanobind::module_& m);
 void bind_planning(nanobind::module_& m);
 void bind_tokens(nanobind::module_& m);
 

@@ -10,7 +10,6 @@ All functions run on ``torch.get_num_threads()`` threads.
 
 from gossamer.backends.cpu.attend import attend, attend_rows
 from gossamer.backends.cpu.backward import attend_backward
-from gossamer.backends.cpu.linear import QuantisedInputs
 from gossamer.backends.cpu.lists import ListWriter, count, count_top_p, finish
 from gossamer.backends.cpu.memory import keep_freed_memory
 from gossamer.backends.cpu.native import (
@@ -23,6 +22,7 @@ from gossamer.backends.cpu.native import (
     why_unavailable,
 )
 from gossamer.backends.cpu.pages import forget_slots, keep_bounds, page_scores, page_tokens
+from gossamer.backends.cpu.quantised import QuantisedInputs
 from gossamer.backends.cpu.rotary import pool_before_rotary
 from gossamer.backends.cpu.scores import (
     NEAR_BYTES,

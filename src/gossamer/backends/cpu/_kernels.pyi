@@ -217,7 +217,7 @@ class Labels:
 
     def __init__(self, *, codes: int, shape: Sequence[int], strides: Sequence[int], type: LabelType) -> None: ...
 
-class Inputs:
+class QuantisedInputs:
     """Of ``[rows, features]`` at an address, with the stride of rows in elements; writes uint8 to ``out``."""
 
     def __init__(

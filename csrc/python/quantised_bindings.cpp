@@ -7,7 +7,7 @@
 #include <new>
 #include <vector>
 
-#include "linear/inputs.h"
+#include "linear/quantised.h"
 #include "plan/checks.h"
 #include "plan/tensor.h"
 #include "python/bindings.h"
@@ -28,15 +28,15 @@ MatrixView matrix(uintptr_t address, const Sizes& shape, int64_t stride, DType d
   return {pointer<char>(address), shape[0], shape[1], stride * element_size(dtype), dtype};
 }
 
-void make_inputs(Inputs* self, const std::string& isa, uintptr_t x, const Sizes& shape, int64_t stride, DType dtype,
+void make_quantised(QuantisedInputs* self, const std::string& isa, uintptr_t x, const Sizes& shape, int64_t stride, DType dtype,
                  float scale, const Given& out, int threads) {
   if (!(scale > 0.0f) || !std::isfinite(scale)) throw std::invalid_argument("a scale is above 0 and finite");
   const MatrixView view = matrix(x, shape, stride, dtype);
   check_count("numbers in uint8", out.second, checked_product({view.rows, view.columns}));
-  new (self) Inputs(kernels_for(isa), view, scale, pointer<uint8_t>(out), threads);
+  new (self) QuantisedInputs(kernels_for(isa), view, scale, pointer<uint8_t>(out), threads);
 }
 
-void add_beyond(const Inputs& self, const Given& weight, const Given& by_row, uintptr_t out, const Sizes& shape,
+void add_beyond(const QuantisedInputs& self, const Given& weight, const Given& by_row, uintptr_t out, const Sizes& shape,
                 int64_t stride, DType dtype, int threads) {
   const MatrixView view = matrix(out, shape, stride, dtype);
   check_count("rows of outputs", view.rows, self.rows());
@@ -47,13 +47,13 @@ void add_beyond(const Inputs& self, const Given& weight, const Given& by_row, ui
 
 }  // namespace
 
-void bind_inputs(nb::module_& m) {
+void bind_quantised(nb::module_& m) {
   using Release = nb::call_guard<nb::gil_scoped_release>;
-  nb::class_<Inputs>(m, "Inputs")
-      .def("__init__", &make_inputs, "isa"_a, "x"_a, nb::kw_only(), "shape"_a, "stride"_a, "dtype"_a, "scale"_a, "out"_a,
+  nb::class_<QuantisedInputs>(m, "QuantisedInputs")
+      .def("__init__", &make_quantised, "isa"_a, "x"_a, nb::kw_only(), "shape"_a, "stride"_a, "dtype"_a, "scale"_a, "out"_a,
            "threads"_a, Release())
-      .def_prop_ro("beyond", &Inputs::beyond)
-      .def_prop_ro("lost", &Inputs::lost)
+      .def_prop_ro("beyond", &QuantisedInputs::beyond)
+      .def_prop_ro("lost", &QuantisedInputs::lost)
       .def("add", &add_beyond, nb::kw_only(), "weight"_a, "by_row"_a, "out"_a, "shape"_a, "stride"_a, "dtype"_a, "threads"_a,
           Release());
 }

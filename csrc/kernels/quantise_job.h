@@ -1,4 +1,4 @@
-// Rows that enter a linear layer in int8: structures that the baseline code hands to the kernels in inputs.h.
+// Rows that enter a linear layer in int8: structures that the baseline code hands to the kernels in quantise.h.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ struct BeyondJob {
   DType dtype;
 };
 
-struct InputKernels {
+struct QuantiseKernels {
   // A row in uint8; lists what is beyond the scale and returns how many, or -1 where a number is not finite.
   int64_t (*quantise)(const QuantiseJob&, Beyond*);
   void (*add_beyond)(const BeyondJob&);

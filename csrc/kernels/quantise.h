@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/convert.h"
-#include "kernels/input_job.h"
+#include "kernels/quantise_job.h"
 
 namespace gossamer {
 namespace {
@@ -72,8 +72,8 @@ void add_beyond_to_row(const BeyondJob& job) {
 }
 
 template <class V>
-const InputKernels* input_kernels() {
-  static const InputKernels kernels{quantise_row<V>, add_beyond_to_row<V>};
+const QuantiseKernels* quantise_kernels() {
+  static const QuantiseKernels kernels{quantise_row<V>, add_beyond_to_row<V>};
   return &kernels;
 }
 

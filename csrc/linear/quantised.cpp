@@ -1,4 +1,4 @@
-#include "linear/inputs.h"
+#include "linear/quantised.h"
 
 #include <algorithm>
 #include <cstring>
@@ -15,7 +15,7 @@ int64_t parts(int64_t size, int64_t of) { return (size + of - 1) / of; }
 
 }  // namespace
 
-Inputs::Inputs(const Kernels& kernels, const MatrixView& x, float scale, uint8_t* out, int threads)
+QuantisedInputs::QuantisedInputs(const Kernels& kernels, const MatrixView& x, float scale, uint8_t* out, int threads)
     : kernels_(kernels), rows_(x.rows), columns_(x.columns), starts_(x.rows + 1) {
   struct Found {
     std::vector<Beyond> beyond;
@@ -28,7 +28,7 @@ Inputs::Inputs(const Kernels& kernels, const MatrixView& x, float scale, uint8_t
     for (int64_t n = job * kRowsOfJob; n < std::min((job + 1) * kRowsOfJob, rows_); ++n) {
       uint8_t* to = out + n * columns_;
       const int64_t count =
-          kernels.inputs->quantise({x.data + n * x.stride, x.dtype, static_cast<int>(columns_), scale, to}, row.data());
+          kernels.quantise->quantise({x.data + n * x.stride, x.dtype, static_cast<int>(columns_), scale, to}, row.data());
       mine.counts.push_back(count);
       if (count < 0) std::memset(to, kZeroAt, columns_);
       mine.beyond.insert(mine.beyond.end(), row.begin(), row.begin() + std::max<int64_t>(count, 0));
@@ -45,7 +45,7 @@ Inputs::Inputs(const Kernels& kernels, const MatrixView& x, float scale, uint8_t
   }
 }
 
-void Inputs::add(const int8_t* weight, const float* by_row, const MatrixView& out, int threads) const {
+void QuantisedInputs::add(const int8_t* weight, const float* by_row, const MatrixView& out, int threads) const {
   if (beyond_.empty()) return;
   // The weight's columns that count, each in one piece.
   std::vector<int32_t> place(columns_, -1);
@@ -70,7 +70,7 @@ void Inputs::add(const int8_t* weight, const float* by_row, const MatrixView& ou
       if (starts_[n] == starts_[n + 1]) continue;
       row.assign(beyond_.begin() + starts_[n], beyond_.begin() + starts_[n + 1]);
       for (Beyond& one : row) one.feature = place[one.feature];
-      kernels_.inputs->add_beyond({row.data(), static_cast<int64_t>(row.size()), columns.data(), by_row, outputs,
+      kernels_.quantise->add_beyond({row.data(), static_cast<int64_t>(row.size()), columns.data(), by_row, outputs,
                                    out.data + n * out.stride, out.dtype});
     }
   });

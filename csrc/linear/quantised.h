@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/input_job.h"
+#include "kernels/quantise_job.h"
 
 namespace gossamer {
 
@@ -15,10 +15,10 @@ struct MatrixView {
   DType dtype;
 };
 
-class Inputs {
+class QuantisedInputs {
  public:
   // Writes uint8 [rows, columns] and remembers the rest.
-  Inputs(const Kernels& kernels, const MatrixView& x, float scale, uint8_t* out, int threads);
+  QuantisedInputs(const Kernels& kernels, const MatrixView& x, float scale, uint8_t* out, int threads);
 
   int64_t rows() const { return rows_; }
   int64_t columns() const { return columns_; }

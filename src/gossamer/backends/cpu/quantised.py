@@ -35,7 +35,7 @@ class QuantisedInputs:
         _check_dtype("inputs", x)
         x = x if x.stride(-1) == 1 else x.contiguous()
         self.numbers = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
-        self._native = kernels().Inputs(
+        self._native = kernels().QuantisedInputs(
             active_isa(x.dtype),
             x.data_ptr(),
             shape=x.shape,
