@@ -3,6 +3,7 @@
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
 #include "kernels/isa.h"
+#include "kernels/linear.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_portable.h"
 
@@ -63,7 +64,8 @@ struct AmxEmulated {
 
 const Kernels* amx_emulated_kernels() {
   static const Kernels kernels{true, 32, pack_tile<AmxEmulated>, attend_panel<AmxEmulated>,
-                               score_kernels<AmxEmulated>(), gradient_kernels<AmxEmulated>()};
+                               score_kernels<AmxEmulated>(), gradient_kernels<AmxEmulated>(),
+                               linear_kernels<VecPortable>()};
   return &kernels;
 }
 

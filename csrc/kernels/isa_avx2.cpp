@@ -2,6 +2,7 @@
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
 #include "kernels/isa.h"
+#include "kernels/linear.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_avx2.h"
 
@@ -29,7 +30,7 @@ struct Avx2 {
 
 const Kernels* avx2_kernels() {
   static const Kernels kernels{false, 16, pack_tile<Avx2>, attend_panel<Avx2>, score_kernels<Avx2>(),
-                               gradient_kernels<Avx2>()};
+                               gradient_kernels<Avx2>(), linear_kernels<VecAvx2>()};
   return &kernels;
 }
 

@@ -2,6 +2,7 @@
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
 #include "kernels/isa.h"
+#include "kernels/linear.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_portable.h"
 
@@ -29,7 +30,7 @@ struct Portable {
 
 const Kernels* portable_kernels() {
   static const Kernels kernels{false, 16, pack_tile<Portable>, attend_panel<Portable>, score_kernels<Portable>(),
-                               gradient_kernels<Portable>()};
+                               gradient_kernels<Portable>(), linear_kernels<VecPortable>()};
   return &kernels;
 }
 

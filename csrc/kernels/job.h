@@ -144,6 +144,7 @@ struct GradientKernels {
 };
 
 struct ScoreKernels;
+struct LinearKernels;
 
 // One instruction set's kernels.
 struct Kernels {
@@ -153,6 +154,7 @@ struct Kernels {
   void (*attend)(const Panel&);
   const ScoreKernels* scores;
   const GradientKernels* gradients;
+  const LinearKernels* linear;
 };
 
 // Layout of a panel's scratch: Q, O, S (P overwrites it), per-row state (sums, two maxima, a mask).

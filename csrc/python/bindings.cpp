@@ -52,6 +52,7 @@ NB_MODULE(_kernels, m) {
   bind_views(m);
   bind_planning(m);
   bind_tokens(m);
+  bind_linear(m);
   m.def("attend", &attend);
   m.def("attend_backward", &attend_backward);
   m.def("prefer_huge_pages",

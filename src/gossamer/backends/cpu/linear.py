@@ -1,0 +1,112 @@
+"""Products with weights of linear layers that are stored packed, in C++: a weight is never whole in memory.
+
+Their definition is ``x @ weight.T + bias`` with the weight that `gossamer.compressed.PackedLinear` makes whole. Sums are
+taken in fp32; what is added up does not depend on the number of threads, nor on the other inputs of a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.backends.cpu.native import DTYPES, active_isa, is_available, kernels
+from gossamer.backends.cpu.views import dtype_of
+from gossamer.backends.gradient import in_forward_mode, is_wrapped
+
+__all__ = ["level_weight", "make_whole", "multiply", "sparse_weight", "takes"]
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels are built, and x is something that they read: floats on the CPU that need no gradient."""
+    return (
+        type(x) is Tensor
+        and is_available()
+        and x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and not in_forward_mode()
+        and not is_wrapped(x)
+    )
+
+
+def sparse_weight(columns: int, bitmap: Tensor, values: Tensor, starts: Tensor, scale: Tensor | None) -> Any:
+    """What `multiply` and `make_whole` take, of the tensors of a `gossamer.compressed.SparseLinear`.
+
+    It keeps none of them alive, and holds as long as they stay where they are.
+
+    Raises:
+        ValueError, TypeError: tensors that do not fit each other.
+    """
+    native = kernels()
+    if values.dtype not in (*DTYPES, torch.int8):
+        raise TypeError(f"numbers of a sparse weight are float32, bfloat16, float16 or int8, got {values.dtype}")
+    return native.SparseWeight(
+        shape=[len(bitmap), columns],
+        bitmap=_array(bitmap, torch.uint8),
+        values=_array(values, values.dtype),
+        type=getattr(native.ValueType, str(values.dtype).removeprefix("torch.")),
+        starts=_array(starts, torch.int64),
+        scale=(0, 0) if scale is None else _array(scale, torch.float32),
+    )
+
+
+def level_weight(columns: int, block: int, codes: Tensor, levels: Tensor, salient: Tensor, *, rounded: bool) -> Any:
+    """The same of a `gossamer.compressed.OneBitLinear`; ``rounded`` levels are those of a weight in bf16.
+
+    Raises:
+        ValueError, TypeError: tensors that do not fit each other.
+    """
+    return kernels().LevelWeight(
+        shape=[len(codes), columns],
+        block=block,
+        codes=_array(codes, torch.uint8),
+        levels=_array(levels, torch.float16),
+        salient=_array(salient, torch.uint8),
+        rounded=rounded,
+    )
+
+
+def _array(x: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    if x.dtype != dtype or x.device.type != "cpu":
+        raise TypeError(f"a part of a packed weight must be {dtype} on the CPU, got {x.dtype} on {x.device}")
+    if not x.is_contiguous():
+        raise ValueError("the parts of a packed weight must be contiguous; load or make the layer again")
+    return x.data_ptr(), x.numel()
+
+
+def multiply(x: Tensor, weight: Any, out_features: int, bias: Tensor | None) -> Tensor:
+    """``[n, out]`` of inputs ``[n, in]``, which `takes`, in their dtype; few, since each is multiplied by itself."""
+    if x.stride(1) != 1 and x.shape[1] != 1:
+        x = x.contiguous()
+    out = torch.empty(len(x), out_features, dtype=x.dtype, device="cpu")
+    added = (0, 0)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+        added = _array(bias, x.dtype)
+    kernels().multiply(
+        active_isa(x.dtype),
+        weight,
+        inputs=(x.data_ptr(), x.numel()),
+        stride=x.stride(0),
+        bias=added,
+        out=(out.data_ptr(), out.numel()),
+        dtype=dtype_of(x),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def make_whole(weight: Any, first: int, out: Tensor) -> Tensor:
+    """Write the rows of a weight from ``first`` on to ``out``, contiguous fp32 or bf16 ``[n, in]``, which is returned."""
+    kernels().make_whole(
+        active_isa(torch.float32),
+        weight,
+        first=first,
+        out=_array(out, out.dtype),
+        dtype=dtype_of(out),
+        threads=torch.get_num_threads(),
+    )
+    return out
