@@ -20,6 +20,7 @@ import end_to_end_tables
 import family_tables
 import gpu_tables
 import integer_tables
+import linear_tables
 import masked_tables
 import pretrained_tables
 import recall_tables
@@ -328,6 +329,7 @@ TABLES = {
     "denoising_steps": lambda: for_each_machine("bidirectional.json", bidirectional_tables.steps_table),
     **video_tables.TABLES,
     **masked_tables.TABLES,
+    **{name: partial(for_each_machine, "linear_decode.json", make) for name, make in linear_tables.MAKERS.items()},
     "cpu": cpu_table,
     "parts": parts_table,
     "vllm": vllm_table,

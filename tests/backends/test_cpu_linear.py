@@ -91,7 +91,13 @@ def test_one_bit(isa: str, dtype: torch.dtype, count: int, kind: torch.dtype) ->
 def test_inputs_that_are_not_contiguous(isa: str, dtype: torch.dtype) -> None:
     layer = SparseLinear.of(drawn(9, 45, 0.5))
     wide = inputs(6, 90, dtype)
-    for x in (wide[:, ::2], wide[:, 3:48], wide[::3, :45], wide[:, :3].T.repeat(1, 8)[:, :45], wide[:1, :45].expand(4, -1)):
+    for x in (
+        wide[:, ::2],
+        wide[:, 3:48],
+        wide[::3, :45],
+        wide[:, :3].T.repeat(1, 8)[:, :45],
+        wide[:1, :45].expand(4, -1),
+    ):
         close(product(layer, x), x, layer.weight)
 
 
@@ -109,7 +115,8 @@ def test_threads_change_nothing() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         sparse = SparseLinear.of(drawn(300, 500, 0.7).to(dtype))
         one_bit = OneBitLinear.of(binarised(301, 500, 128), None, dtype)
-        same_on_threads(lambda layers=(sparse, one_bit), x=inputs(3, 500, dtype): [product(one, x) for one in layers])
+        x = inputs(3, 500, dtype)
+        same_on_threads(lambda layers=(sparse, one_bit), x=x: [product(one, x) for one in layers])
 
 
 @every_kernel

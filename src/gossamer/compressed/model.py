@@ -21,9 +21,7 @@ __all__ = ["METHOD", "CompressedConfig", "CompressedQuantizer", "compress"]
 
 METHOD = "gossamer"
 _KINDS: dict[str, Any] = {"int8": Int8Linear, "sparse": SparseLinear, "one_bit": OneBitLinear}
-_BUFFERS = frozenset(
-    ("quantised", "by_row", "scale", "bitmap", "values", "starts", "codes", "levels", "salient")
-)
+_BUFFERS = frozenset(("quantised", "by_row", "scale", "bitmap", "values", "starts", "codes", "levels", "salient"))
 
 
 @register_quantization_config(METHOD)

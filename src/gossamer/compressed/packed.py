@@ -158,8 +158,8 @@ class SparseLinear(PackedLinear):
         scale: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> SparseLinear:
-        """Of a weight ``[out, in]``; with a scale ``[out]`` in int8, rounded to multiples of it, for a weight of a dtype
-        (by default that of ``weight``).
+        """Of a weight ``[out, in]``, in a dtype that need not be its own; with a scale ``[out]`` in int8, rounded to
+        multiples of it.
 
         Raises:
             ValueError: a scale of another shape, or one that is not above 0.
@@ -199,6 +199,8 @@ class SparseLinear(PackedLinear):
             raise ValueError(f"its bitmap has {int(starts[-1])} numbers, and {len(self.values)} are there")
         if not bool(self.values.isfinite().all()):
             raise ValueError("its numbers are not finite")
+        if self.scale is not None and bool((self.values == -TOP - 1).any()):
+            raise ValueError(f"its weight has numbers below {-TOP}")
         if self.scale is not None and not bool((self.scale > 0).all() and self.scale.isfinite().all()):
             raise ValueError("its scales are not above 0 and finite")
 

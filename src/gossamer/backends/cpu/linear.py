@@ -1,7 +1,8 @@
 """Products with weights of linear layers that are stored packed, in C++: a weight is never whole in memory.
 
-Their definition is ``x @ weight.T + bias`` with the weight that `gossamer.compressed.PackedLinear` makes whole. Sums are
-taken in fp32; what is added up does not depend on the number of threads, nor on the other inputs of a call.
+Their definition is ``x @ weight.T + bias`` with the weight that `gossamer.compressed.packed.PackedLinear` makes whole.
+Sums are fp32; of bf16 inputs against int8 they may be of integers, where an input is two numbers of 16 bits and errs by
+no more than fp32 does, or 2^-31 of the largest one of its row. Nothing depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def multiply(x: Tensor, weight: Any, out_features: int, bias: Tensor | None) -> 
 
 
 def make_whole(weight: Any, first: int, out: Tensor) -> Tensor:
-    """Write the rows of a weight from ``first`` on to ``out``, contiguous fp32 or bf16 ``[n, in]``, which is returned."""
+    """Rows of a weight from ``first`` on, as many as ``out`` has, which is contiguous fp32 or bf16 ``[n, in]``."""
     kernels().make_whole(
         active_isa(torch.float32),
         weight,
