@@ -19,6 +19,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,6 @@ Shape = tuple[int, int]  # [out, in]
 Row = dict[str, Any]
 
 BASE = "bf16"
-CACHE_BYTES = 96 << 20  # three times the largest cache of the machines that were measured
-SECONDS = 0.05  # of a call, at least: many layers are faster than a clock is fine
 SHAPES: dict[str, list[Shape]] = {
     "SmolLM2-135M": [(576, 576), (1536, 576), (576, 1536)],
     "Qwen2.5-Coder-0.5B": [(896, 896), (128, 896), (4864, 896), (896, 4864)],
@@ -48,6 +47,25 @@ SHAPES: dict[str, list[Shape]] = {
 MODELS = {"Qwen2.5-Coder-0.5B": (24, 896, 128, 4864), "Mistral-7B, 2 of 32 layers": (2, 4096, 1024, 14336)}
 PROMPTS = [(4864, 896), (4096, 4096)]
 TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How thoroughly to measure.
+
+    Args:
+        cache_bytes: of all copies of a layer: three times the largest cache of the machines that were measured.
+        seconds: of a call, at least: many layers are faster than a clock is fine.
+        quick: few shapes, no steps.
+    """
+
+    rounds: int = 9
+    cache_bytes: int = 96 << 20
+    seconds: float = 0.05
+    quick: bool = False
+
+
+FULL, QUICK = Setting(), Setting(rounds=2, cache_bytes=1 << 20, seconds=0.001, quick=True)
 
 
 def random_weight(shape: Shape, seed: int = 0) -> Tensor:
@@ -133,14 +151,14 @@ def in_turn(layers: Iterable[tuple[nn.Module, Tensor]], times: int) -> Callable[
     return call
 
 
-def timed(calls: dict[str, list[tuple[nn.Module, Tensor]]], rounds: int) -> dict[str, tuple[Series, int]]:
+def timed(calls: dict[str, list[tuple[nn.Module, Tensor]]], setting: Setting) -> dict[str, tuple[Series, int]]:
     """Seconds of all layers of each contender, and how often a call goes through them."""
     times = {}
     for name, layers in calls.items():
         found = alternate({name: in_turn(layers, 1)}, lambda seed: None, rounds=1)[name].median
-        times[name] = max(1, round(SECONDS / found))
+        times[name] = max(1, round(setting.seconds / found))
     contenders = {name: in_turn(layers, times[name]) for name, layers in calls.items()}
-    found = alternate(contenders, lambda seed: None, rounds=rounds)
+    found = alternate(contenders, lambda seed: None, rounds=setting.rounds)
     return {name: (series, times[name]) for name, series in found.items()}
 
 
@@ -160,13 +178,13 @@ def summary(found: dict[str, tuple[Series, int]], base: str, products: dict[str,
     return rows
 
 
-def layer_row(model: str, shape: Shape, rounds: int) -> Row:
+def layer_row(model: str, shape: Shape, setting: Setting) -> Row:
     made = {name: make(shape) for name, make in CONTENDERS.items()}
     sizes = {name: stored_bytes(layer) for name, layer in made.items()}
-    copies = {name: max(2, -(-CACHE_BYTES // size)) for name, size in sizes.items()}
+    copies = {name: max(2, -(-setting.cache_bytes // size)) for name, size in sizes.items()}
     x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(0))
     calls = {name: [(one, x.to(dtype_of(name))) for one in copied(layer, copies[name])] for name, layer in made.items()}
-    rows = summary(timed(calls, rounds), BASE, copies)
+    rows = summary(timed(calls, setting), BASE, copies)
     for name, row in rows.items():
         row |= {"bytes": sizes[name], "copies": copies[name], "gb_s": round(sizes[name] / row["seconds"] / 1e9, 2)}
     return {"model": model, "shape": list(shape), "tokens": 1, "contenders": rows}
@@ -178,7 +196,7 @@ def shapes_of(model: str) -> list[Shape]:
     return layers * [*one, (inner, hidden), (inner, hidden), (hidden, inner)]
 
 
-def step_row(model: str, rounds: int) -> Row:
+def step_row(model: str, setting: Setting) -> Row:
     shapes = shapes_of(model)
     inputs = {n: torch.randn(1, n, generator=torch.Generator().manual_seed(n)) for n in {shape[1] for shape in shapes}}
     calls: dict[str, list[tuple[nn.Module, Tensor]]] = {}
@@ -190,7 +208,7 @@ def step_row(model: str, rounds: int) -> Row:
             (layer, inputs[shape[1]].to(dtype_of(name))) for layer, shape in zip(layers, shapes, strict=True)
         ]
         sizes[name] = sum(map(stored_bytes, layers))
-    rows = summary(timed(calls, rounds), BASE, dict.fromkeys(calls, 1))
+    rows = summary(timed(calls, setting), BASE, dict.fromkeys(calls, 1))
     for name, row in rows.items():
         row |= {"bytes": sizes[name], "gb_s": round(sizes[name] / row["seconds"] / 1e9, 2)}
         row["tokens_per_s"] = round(1 / row["seconds"], 2)
@@ -208,46 +226,46 @@ class MadeWhole(nn.Module):
         return F.linear(x, self.layer.weight)
 
 
-def prompt_row(shape: Shape, rounds: int) -> Row:
+def prompt_row(shape: Shape, setting: Setting) -> Row:
     made = {name: make(shape) for name, make in CONTENDERS.items() if name != "fp32"}
     for name in [name for name in made if name != BASE]:
         made[f"{name}, made whole"] = MadeWhole(made[name])
     x = torch.randn(TOKENS, shape[1], generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    found = timed({name: [(layer, x)] for name, layer in made.items()}, rounds)
+    found = timed({name: [(layer, x)] for name, layer in made.items()}, setting)
     return {"shape": list(shape), "tokens": TOKENS, "contenders": summary(found, BASE, dict.fromkeys(made, 1))}
 
 
-def layers(quick: bool, rounds: int) -> Iterator[Row]:
+def layers(setting: Setting) -> Iterator[Row]:
     for model, shapes in SHAPES.items():
-        for shape in shapes[:1] if quick else shapes:
-            if not (quick and model == "larger"):
-                yield layer_row(model, shape, rounds)
+        for shape in shapes[:1] if setting.quick else shapes:
+            if not (setting.quick and model == "larger"):
+                yield layer_row(model, shape, setting)
 
 
-def steps(quick: bool, rounds: int) -> Iterator[Row]:
+def steps(setting: Setting) -> Iterator[Row]:
     for model in MODELS:
-        if not quick:
-            yield step_row(model, rounds)
+        if not setting.quick:
+            yield step_row(model, setting)
 
 
-def prompts(quick: bool, rounds: int) -> Iterator[Row]:
-    for shape in PROMPTS[:1] if quick else PROMPTS:
-        yield prompt_row(shape, rounds)
+def prompts(setting: Setting) -> Iterator[Row]:
+    for shape in PROMPTS[:1] if setting.quick else PROMPTS:
+        yield prompt_row(shape, setting)
 
 
-SECTIONS: dict[str, Callable[[bool, int], Iterator[Row]]] = {"layers": layers, "steps": steps, "prompts": prompts}
+SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {"layers": layers, "steps": steps, "prompts": prompts}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=FULL.rounds)
     parser.add_argument("--quick", action="store_true", help="few shapes and two rounds, to see that it runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, nargs="?", const=results("linear_decode.json"), help="a JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rounds = 2 if arguments.quick else arguments.rounds
+    setting = QUICK if arguments.quick else replace(FULL, rounds=arguments.rounds)
     known = arguments.out is not None and arguments.out.exists()
     report: Row = json.loads(arguments.out.read_text()) if known else {}
     isas = {name: cpu.active_isa(getattr(torch, name)) for name in ("float32", "bfloat16")}
@@ -255,8 +273,8 @@ def main() -> int:
     for section in arguments.only.split(","):
         report[section] = []
         bystanders = Bystanders()
-        for row in SECTIONS[section](arguments.quick, rounds):
-            report[section].append(row | {"rounds": rounds, "used_by_others": bystanders.share()})
+        for row in SECTIONS[section](setting):
+            report[section].append(row | {"rounds": setting.rounds, "used_by_others": bystanders.share()})
             bystanders = Bystanders()
             brief = {name: (one["seconds"], one["speedup"]) for name, one in row["contenders"].items()}
             print(json.dumps(row | {"contenders": brief}), flush=True)

@@ -18,8 +18,7 @@ def small(script: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(decode, "SHAPES", {"tiny": [(24, 40)]})
     monkeypatch.setattr(decode, "MODELS", {"tiny": (2, 16, 8, 24)})
     monkeypatch.setattr(decode, "PROMPTS", [(24, 40)])
-    monkeypatch.setattr(decode, "CACHE_BYTES", 12_000)
-    monkeypatch.setattr(decode, "SECONDS", 1e-4)
+    monkeypatch.setattr(decode, "FULL", decode.Setting(cache_bytes=12_000, seconds=1e-4))
     return decode
 
 

@@ -73,19 +73,26 @@ void over_rows(int64_t rows, int64_t columns, int threads, const std::function<v
 }
 
 void finish(const float* sums, int64_t first, int64_t rows, const float* scale, const void* bias, const Matrix& out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float added = bias == nullptr ? 0.0f : input_at(static_cast<const char*>(bias), first + r, out.dtype);
-    const float factor = scale == nullptr ? 1.0f : scale[first + r];
-    for (int64_t n = 0; n < out.rows; ++n) {
-      const float x = sums[r * out.rows + n] * factor + added;
+  constexpr int64_t kPart = 64;
+  float made[kPart];
+  for (int64_t n = 0; n < out.rows; ++n)
+    for (int64_t begin = 0; begin < rows; begin += kPart) {
+      const int64_t row = first + begin, count = std::min(kPart, rows - begin);
+      for (int64_t r = 0; r < count; ++r) made[r] = sums[(begin + r) * out.rows + n];
+      if (scale != nullptr)
+        for (int64_t r = 0; r < count; ++r) made[r] *= scale[row + r];
+      if (bias != nullptr)
+        for (int64_t r = 0; r < count; ++r)
+          made[r] += input_at(static_cast<const char*>(bias), row + r, out.dtype);
       char* to = out.data + n * out.stride;
+      auto* halves = reinterpret_cast<uint16_t*>(to) + row;
       if (out.dtype == DType::kFloat32)
-        reinterpret_cast<float*>(to)[first + r] = x;
+        std::memcpy(reinterpret_cast<float*>(to) + row, made, count * sizeof *made);
+      else if (out.dtype == DType::kBFloat16)
+        for (int64_t r = 0; r < count; ++r) halves[r] = float_to_bf16(made[r]);
       else
-        reinterpret_cast<uint16_t*>(to)[first + r] =
-            out.dtype == DType::kBFloat16 ? float_to_bf16(x) : float_to_fp16(x);
+        for (int64_t r = 0; r < count; ++r) halves[r] = float_to_fp16(made[r]);
     }
-  }
 }
 
 }  // namespace gossamer

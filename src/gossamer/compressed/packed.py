@@ -84,14 +84,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., out]`` of inputs ``[..., in]``, in their dtype; forward only."""
-        bias = self.bias
-        if x.shape[-1] == self.in_features and x.numel() and kernels.takes(x):
-            rows = x.reshape(-1, self.in_features)
-            if len(rows) <= MOST_ROWS:
-                out = kernels.multiply(rows, self._seen(), self.out_features, bias)
-                return out.view(*x.shape[:-1], self.out_features)
+        bias, numbers = self.bias, x.numel()
+        if numbers and x.shape[-1] == self.in_features and kernels.takes(x):
+            if numbers <= MOST_ROWS * self.in_features:
+                return kernels.multiply(x, self._seen(), self.out_features, bias)
             if x.dtype != torch.float16:
-                return self._by_tiles(rows).view(*x.shape[:-1], self.out_features)
+                return self._by_tiles(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _seen(self) -> Any:

@@ -79,10 +79,13 @@ def _array(x: Tensor, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def multiply(x: Tensor, weight: Any, out_features: int, bias: Tensor | None) -> Tensor:
-    """``[n, out]`` of inputs ``[n, in]``, which `takes`, in their dtype; few, since each is multiplied by itself."""
-    if x.stride(1) != 1 and x.shape[1] != 1:
-        x = x.contiguous()
-    out = torch.empty(len(x), out_features, dtype=x.dtype, device="cpu")
+    """``[..., out]`` of inputs ``[..., in]``, which `takes`, in their dtype; few, since each is multiplied by itself."""
+    out = x.new_empty((*x.shape[:-1], out_features))
+    stride = x.shape[-1]
+    if not x.is_contiguous():  # as most are: in decoding, a call has no time for a view
+        x = x.reshape(-1, stride)
+        x = x if x.stride(1) == 1 or stride == 1 else x.contiguous()
+        stride = x.stride(0)
     added = (0, 0)
     if bias is not None:
         bias = bias.to(x.dtype)
@@ -91,7 +94,7 @@ def multiply(x: Tensor, weight: Any, out_features: int, bias: Tensor | None) -> 
         active_isa(x.dtype),
         weight,
         inputs=(x.data_ptr(), x.numel()),
-        stride=x.stride(0),
+        stride=stride,
         bias=added,
         out=(out.data_ptr(), out.numel()),
         dtype=dtype_of(x),
