@@ -14,6 +14,7 @@ seconds over a contender's in the same round. Bytes are of the weights as stored
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -120,20 +121,7 @@ def stored_bytes(layer: nn.Module) -> int:
 
 def copied(layer: nn.Module, number: int) -> list[nn.Module]:
     """Layers with memory of their own."""
-    made = [layer]
-    for _ in range(number - 1):
-        other = object.__new__(type(layer))
-        other.__dict__ = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(layer).items()}
-        if "_view" in vars(layer):
-            other._view = (None, None)
-        for kept in (other._parameters, other._buffers):
-            for name, x in kept.items():
-                if x is not None:
-                    kept[name] = (
-                        nn.Parameter(x.clone(), requires_grad=False) if kept is other._parameters else x.clone()
-                    )
-        made.append(other)
-    return made
+    return [layer, *(copy.deepcopy(layer) for _ in range(number - 1))]
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -266,8 +254,8 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     setting = QUICK if arguments.quick else replace(FULL, rounds=arguments.rounds)
-    known = arguments.out is not None and arguments.out.exists()
-    report: Row = json.loads(arguments.out.read_text()) if known else {}
+    out: Path | None = arguments.out
+    report: Row = json.loads(out.read_text()) if out is not None and out.exists() else {}
     isas = {name: cpu.active_isa(getattr(torch, name)) for name in ("float32", "bfloat16")}
     report |= {"machine": machine(), "date": date.today().isoformat(), "threads": arguments.threads, "isas": isas}
     for section in arguments.only.split(","):
@@ -278,8 +266,8 @@ def main() -> int:
             bystanders = Bystanders()
             brief = {name: (one["seconds"], one["speedup"]) for name, one in row["contenders"].items()}
             print(json.dumps(row | {"contenders": brief}), flush=True)
-            if arguments.out is not None:
-                write(arguments.out, report)
+            if out is not None:
+                write(out, report)
     return 0
 
 
