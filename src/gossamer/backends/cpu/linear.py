@@ -79,7 +79,7 @@ def _array(x: Tensor, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def multiply(x: Tensor, weight: Any, out_features: int, bias: Tensor | None) -> Tensor:
-    """``[..., out]`` of inputs ``[..., in]``, which `takes`, in their dtype; few, since each is multiplied by itself."""
+    """``[..., out]`` of inputs ``[..., in]``, that `takes` takes, in their dtype; few: none is shared."""
     out = x.new_empty((*x.shape[:-1], out_features))
     stride = x.shape[-1]
     if not x.is_contiguous():  # as most are: in decoding, a call has no time for a view
