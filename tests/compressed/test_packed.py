@@ -103,6 +103,11 @@ def test_without_kernels_and_for_gradients_the_weight_is_made_whole(monkeypatch:
         given = x.clone().requires_grad_()
         layer(given).sum().backward()
         torch.testing.assert_close(given.grad, layer.weight.sum(0).expand(3, -1))
+        assert layer.bias is not None
+        layer.bias.requires_grad_()
+        layer(x).sum().backward()
+        torch.testing.assert_close(layer.bias.grad, torch.full((70,), 3.0))
+        layer.bias.requires_grad_(False)
         torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
         with monkeypatch.context() as patch:
             patch.setattr(kernels, "is_available", lambda: False)

@@ -85,7 +85,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., out]`` of inputs ``[..., in]``, in their dtype; forward only."""
         bias, numbers = self.bias, x.numel()
-        if numbers and x.shape[-1] == self.in_features and kernels.takes(x):
+        trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        if numbers and x.shape[-1] == self.in_features and kernels.takes(x) and not trained:
             if numbers <= MOST_ROWS * self.in_features:
                 return kernels.multiply(x, self._seen(), self.out_features, bias)
             if x.dtype != torch.float16:

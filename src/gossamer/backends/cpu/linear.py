@@ -22,12 +22,12 @@ __all__ = ["level_weight", "make_whole", "multiply", "sparse_weight", "takes"]
 def takes(x: Tensor) -> bool:
     """Whether the kernels are built, and x is something that they read: floats on the CPU that need no gradient."""
     return (
-        type(x) is Tensor
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
         and is_available()
         and x.device.type == "cpu"
         and x.dtype in DTYPES
         and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
         and not in_forward_mode()
         and not is_wrapped(x)
     )
