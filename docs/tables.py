@@ -22,6 +22,7 @@ import family_tables
 import gpu_tables
 import integer_tables
 import less_training_tables
+import linear_tables
 import masked_tables
 import pretrained_tables
 import recall_tables
@@ -344,6 +345,7 @@ TABLES = {
     **video_tables.TABLES,
     **masked_tables.TABLES,
     **less_training_tables.TABLES,
+    **{name: partial(for_each_machine, "linear_decode.json", make) for name, make in linear_tables.MAKERS.items()},
     "cpu": cpu_table,
     "parts": parts_table,
     "vllm": vllm_table,

@@ -3,6 +3,8 @@
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
 #include "kernels/isa.h"
+#include "kernels/linear.h"
+#include "kernels/linear_pairs.h"
 #include "kernels/quantise.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_avx512.h"
@@ -66,7 +68,8 @@ struct Amx {
 
 const Kernels* amx_kernels() {
   static const Kernels kernels{true, 32, pack_tile<Amx>, attend_panel<Amx>, score_kernels<Amx>(),
-                               gradient_kernels<Amx>(), quantise_kernels<Amx::Vec>()};
+                               gradient_kernels<Amx>(), quantise_kernels<Amx::Vec>(),
+                               linear_kernels<VecAvx512, PairLanes>()};
   return &kernels;
 }
 

@@ -3,6 +3,7 @@
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
 #include "kernels/isa.h"
+#include "kernels/linear.h"
 #include "kernels/quantise.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_portable.h"
@@ -64,7 +65,9 @@ struct AmxEmulated {
 
 const Kernels* amx_emulated_kernels() {
   static const Kernels kernels{true, 32, pack_tile<AmxEmulated>, attend_panel<AmxEmulated>,
-                               score_kernels<AmxEmulated>(), gradient_kernels<AmxEmulated>(), quantise_kernels<AmxEmulated::Vec>()};
+                               score_kernels<AmxEmulated>(), gradient_kernels<AmxEmulated>(),
+                               quantise_kernels<AmxEmulated::Vec>(),
+                               linear_kernels<VecPortable>()};
   return &kernels;
 }
 

@@ -2,6 +2,7 @@
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
 #include "kernels/isa.h"
+#include "kernels/linear.h"
 #include "kernels/quantise.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_avx2.h"
@@ -30,7 +31,8 @@ struct Avx2 {
 
 const Kernels* avx2_kernels() {
   static const Kernels kernels{false, 16, pack_tile<Avx2>, attend_panel<Avx2>, score_kernels<Avx2>(),
-                               gradient_kernels<Avx2>(), quantise_kernels<Avx2::Vec>()};
+                               gradient_kernels<Avx2>(), quantise_kernels<Avx2::Vec>(),
+                               linear_kernels<VecAvx2>()};
   return &kernels;
 }
 

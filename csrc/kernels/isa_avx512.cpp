@@ -2,6 +2,7 @@
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
 #include "kernels/isa.h"
+#include "kernels/linear.h"
 #include "kernels/quantise.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_avx512.h"
@@ -30,7 +31,8 @@ struct Avx512 {
 
 const Kernels* avx512_kernels() {
   static const Kernels kernels{false, 16, pack_tile<Avx512>, attend_panel<Avx512>, score_kernels<Avx512>(),
-                               gradient_kernels<Avx512>(), quantise_kernels<Avx512::Vec>()};
+                               gradient_kernels<Avx512>(), quantise_kernels<Avx512::Vec>(),
+                               linear_kernels<VecAvx512>()};
   return &kernels;
 }
 

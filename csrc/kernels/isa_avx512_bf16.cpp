@@ -2,6 +2,8 @@
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
 #include "kernels/isa.h"
+#include "kernels/linear.h"
+#include "kernels/linear_pairs.h"
 #include "kernels/quantise.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_avx512.h"
@@ -30,7 +32,8 @@ struct Avx512Bf16 {
 
 const Kernels* avx512_bf16_kernels() {
   static const Kernels kernels{true, 32, pack_tile<Avx512Bf16>, attend_panel<Avx512Bf16>, score_kernels<Avx512Bf16>(),
-                               gradient_kernels<Avx512Bf16>(), quantise_kernels<Avx512Bf16::Vec>()};
+                               gradient_kernels<Avx512Bf16>(), quantise_kernels<Avx512Bf16::Vec>(),
+                               linear_kernels<VecAvx512, PairLanes>()};
   return &kernels;
 }
 

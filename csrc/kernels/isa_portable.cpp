@@ -2,6 +2,7 @@
 #include "kernels/flash.h"
 #include "kernels/gradient.h"
 #include "kernels/isa.h"
+#include "kernels/linear.h"
 #include "kernels/quantise.h"
 #include "kernels/score_kernels.h"
 #include "kernels/vec_portable.h"
@@ -30,7 +31,8 @@ struct Portable {
 
 const Kernels* portable_kernels() {
   static const Kernels kernels{false, 16, pack_tile<Portable>, attend_panel<Portable>, score_kernels<Portable>(),
-                               gradient_kernels<Portable>(), quantise_kernels<Portable::Vec>()};
+                               gradient_kernels<Portable>(), quantise_kernels<Portable::Vec>(),
+                               linear_kernels<VecPortable>()};
   return &kernels;
 }
 

@@ -145,6 +145,7 @@ struct GradientKernels {
 
 struct QuantiseKernels;
 struct ScoreKernels;
+struct LinearKernels;
 
 // One instruction set's kernels.
 struct Kernels {
@@ -155,6 +156,7 @@ struct Kernels {
   const ScoreKernels* scores;
   const GradientKernels* gradients;
   const QuantiseKernels* quantise;
+  const LinearKernels* linear;
 };
 
 // Layout of a panel's scratch: Q, O, S (P overwrites it), per-row state (sums, two maxima, a mask).

@@ -128,6 +128,35 @@ struct VecAvx2 {
     }
   }
 
+  // The same of int8, as numbers.
+  static Reg expand_int8(const char* p, uint32_t bits) {
+    static constexpr LaneTables kTables;
+    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTables.lanes[bits]));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_shuffle_epi8(x, lanes)));
+  }
+
+  // A lane's level is one of 8: by two bits of its code, and by whether its column is salient.
+  using Codes = __m256i;
+  using Levels = __m256;
+  static Levels load_levels(const uint16_t* p, bool rounded) {
+    const Reg x = load_fp16(p);
+    return rounded ? round_to_bf16(x) : x;
+  }
+  static Codes load_lane_codes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Codes salient_lanes(uint32_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i own = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
+    return _mm256_and_si256(_mm256_cmpeq_epi32(own, lane), _mm256_set1_epi32(4));
+  }
+  template <int kShift>
+  static Reg level(Levels levels, Codes codes, Codes salient) {
+    const __m256i code = _mm256_and_si256(_mm256_srli_epi32(codes, kShift), _mm256_set1_epi32(3));
+    return _mm256_permutevar8x32_ps(levels, _mm256_or_si256(code, salient));
+  }
+
   // For x below 128. Below 2^-126 the result is 0, also of -inf, whose polynomial is NaN: the exponent is built by a
   // shift, which knows no denormals. NaN stays.
   template <int kDegree>
@@ -171,15 +200,21 @@ struct VecAvx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
   static void store_bf16(uint16_t* p, Reg x) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
-    rounded = _mm256_srli_epi32(rounded, 16);
+    const __m256i rounded = _mm256_srli_epi32(rounded_bits(x), 16);
     const __m128i narrow =
         _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+  }
+  static Reg round_to_bf16(Reg x) {
+    return _mm256_castsi256_ps(_mm256_and_si256(rounded_bits(x), _mm256_set1_epi32(-65536)));
+  }
+  // Of floats, rounded so that the upper halves are bf16.
+  static __m256i rounded_bits(Reg x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
   }
 
   // Pairs (even[n], odd[n]) for n < 16.

@@ -88,7 +88,38 @@ struct VecAvx512 {
       x = load_bf16(reinterpret_cast<const uint16_t*>(p));
     else
       x = load_fp16(reinterpret_cast<const uint16_t*>(p));
-    return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), x);
+    return expand_lanes(x, bits);
+  }
+  // In place: of another register the processor (Zen 5) waits for what was in it, although all of it is overwritten.
+  static Reg expand_lanes(Reg x, uint32_t bits) {
+    __asm__("vexpandps %0, %0%{%1%}%{z%}" : "+v"(x) : "Yk"(static_cast<__mmask16>(bits)));
+    return x;
+  }
+
+  // The same of int8, as numbers.
+  static Reg expand_int8(const char* p, uint32_t bits) {
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return expand_lanes(_mm512_cvtepi32_ps(wide), bits);
+  }
+
+  // A lane's level is one of 8: by two bits of its code, and by whether its column is salient.
+  using Codes = __m512i;
+  using Levels = __m512;
+  static Levels load_levels(const uint16_t* p, bool rounded) {
+    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const Reg x = _mm512_cvtph_ps(_mm256_broadcastsi128_si256(eight));
+    return rounded ? round_to_bf16(x) : x;
+  }
+  static Codes load_lane_codes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Codes salient_lanes(uint32_t bits) {
+    return _mm512_maskz_set1_epi32(static_cast<__mmask16>(bits), 4);
+  }
+  template <int kShift>
+  static Reg level(Levels levels, Codes codes, Codes salient) {
+    const __m512i shifted = _mm512_srli_epi32(codes, kShift);
+    return _mm512_permutexvar_ps(_mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(3), salient, 0xEA), levels);
   }
 
   // vscalefps multiplies by 2^floor(x) and maps -inf to 0, so that no clamp is needed. Below 2^-126 the result is 0, as
@@ -135,14 +166,19 @@ struct VecAvx512 {
 #ifdef __AVX512BF16__
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
 #else
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(x), 16)));
+#endif
+  }
+  static Reg round_to_bf16(Reg x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(rounded_bits(x), _mm512_set1_epi32(-65536)));
+  }
+  // Of floats, rounded so that the upper halves are bf16.
+  static __m512i rounded_bits(Reg x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-#endif
+    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
   }
 
   // Pairs (even[n], odd[n]) for n < 32.

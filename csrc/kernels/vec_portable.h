@@ -89,6 +89,39 @@ struct VecPortable {
     return x;
   }
 
+  // The same of int8, as numbers.
+  static Reg expand_int8(const char* p, uint32_t bits) {
+    Reg x = zero();
+    for (int t = 0, found = 0; t < 4; ++t)
+      if (bits >> t & 1) x[t] = static_cast<float>(reinterpret_cast<const int8_t*>(p)[found++]);
+    return x;
+  }
+
+  // A lane's level is one of 8: by two bits of its code, and by whether its column is salient.
+  using Codes = Lanes;
+  struct Levels {
+    float of[8];
+  };
+  static Levels load_levels(const uint16_t* p, bool rounded) {
+    Levels levels;
+    for (int n = 0; n < 8; ++n) {
+      const float x = fp16_to_float(p[n]);
+      levels.of[n] = rounded ? bf16_to_float(float_to_bf16(x)) : x;
+    }
+    return levels;
+  }
+  static Codes load_lane_codes(const uint8_t* p) { return Codes{p[0], p[1], p[2], p[3]}; }
+  static Codes salient_lanes(uint32_t bits) {
+    const Lanes lane = {1, 2, 4, 8};
+    const int32_t word = static_cast<int32_t>(bits & 15);
+    return ((Lanes{word, word, word, word} & lane) == lane) & 4;
+  }
+  template <int kShift>
+  static Reg level(const Levels& levels, Codes codes, Codes salient) {
+    const Lanes at = (codes >> kShift & 3) | salient;
+    return Reg{levels.of[at[0]], levels.of[at[1]], levels.of[at[2]], levels.of[at[3]]};
+  }
+
   // As in the AVX2 path: 0 below 2^-126, NaN kept.
   template <int kDegree>
   static Reg exp2(Reg x) {

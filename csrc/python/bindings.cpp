@@ -53,6 +53,7 @@ NB_MODULE(_kernels, m) {
   bind_planning(m);
   bind_tokens(m);
   bind_quantised(m);
+  bind_linear(m);
   m.def("attend", &attend);
   m.def("attend_backward", &attend_backward);
   m.def("prefer_huge_pages",

@@ -16,6 +16,7 @@ void bind_views(nanobind::module_& m);
 void bind_quantised(nanobind::module_& m);
 void bind_planning(nanobind::module_& m);
 void bind_tokens(nanobind::module_& m);
+void bind_linear(nanobind::module_& m);
 
 namespace gossamer {
 

@@ -41,7 +41,8 @@ bool detect_avx512() {
          (b >> 31 & 1);
 }
 
-bool detect_avx512_bf16() { return detect_avx512() && (cpuid(7, 1).a >> 5 & 1); }
+// With VBMI2, which kernels of sparse weights take, and which all but Cooper Lake have.
+bool detect_avx512_bf16() { return detect_avx512() && (cpuid(7, 1).a >> 5 & 1) && (cpuid(7, 0).c >> 6 & 1); }
 
 // Tile state must be enabled by the system, and granted to the process on request.
 bool detect_amx() {

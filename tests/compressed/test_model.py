@@ -46,12 +46,15 @@ def logits(model: Any) -> Tensor:
     return model(input_ids=samples()[0]).logits
 
 
-@pytest.mark.parametrize("name", ["sparsegpt", "magnitude", "billm", "int8"])
+SPARSE_INT8 = {"recipe": "sparsegpt", "bits": 8}
+
+
+@pytest.mark.parametrize("recipe", ["sparsegpt", "magnitude", "billm", "int8", SPARSE_INT8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_model_is_the_model(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_saved_model_is_the_model(recipe: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny(dtype=dtype)
     dense = logits(model)
-    compress(model, {"recipe": name}, samples())
+    compress(model, recipe, samples())
     assert not any(type(module) is nn.Linear for module in model.model.modules())
     found = logits(model)
     assert not torch.equal(found, dense)
@@ -120,14 +123,20 @@ def damage(folder: Path, key: str, change: Any) -> None:
     [
         ("sparsegpt", "bitmap", lambda x: x ^ 1, "its bitmap has"),
         ("sparsegpt", "starts", lambda x: x + 1, "its bitmap has"),
-        ("billm", "salient", lambda x: x * 0 + 255, "salient columns"),
-        ("billm", "mean", lambda x: x * float("nan"), "not finite"),
+        ("sparsegpt", "starts", lambda x: x.flip(0), "its bitmap has"),
+        (SPARSE_INT8, ".scale", lambda x: x * float("inf"), "above 0 and finite"),
+        (SPARSE_INT8, ".scale", lambda x: -x, "above 0 and finite"),
+        (SPARSE_INT8, "bitmap", lambda x: x ^ 1, "its bitmap has"),
+        (SPARSE_INT8, "values", lambda x: x * 0 - 128, "below -127"),
+        ("billm", "salient", lambda x: x * 0 + 255, "salient columns go beyond"),
+        ("billm", "codes", lambda x: x * 0 + 255, "codes go beyond"),
+        ("billm", "levels", lambda x: x * float("nan"), "not finite"),
         ("int8", "by_row", lambda x: x * 0, "above 0"),
         ("int8", ".scale", lambda x: x - 1e9, "above 0"),
     ],
 )
-def test_damaged_files_are_refused(recipe: str, key: str, change: Any, said: str, tmp_path: Path) -> None:
-    compress(tiny(), {"recipe": recipe}, samples()).save_pretrained(tmp_path)
+def test_damaged_files_are_refused(recipe: Any, key: str, change: Any, said: str, tmp_path: Path) -> None:
+    compress(tiny(), recipe, samples()).save_pretrained(tmp_path)
     damage(tmp_path, key, change)
     with pytest.raises(ValueError, match=f"is damaged: .*{said}"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -140,8 +149,10 @@ def test_damaged_files_are_refused(recipe: str, key: str, change: Any, said: str
         ({"kind": "sparse", "values": -1}, "not numbers of 0 or more"),
         ({"kind": "sparse", "values": "9"}, "not numbers of 0 or more"),
         ({"kind": "sparse"}, "a layer of kind sparse is not"),
-        ({"kind": "one_bit", "salient": 1, "block": 0}, "a layer of kind one_bit is not"),
-        ({"kind": "one_bit", "salient": 1, "block": 2**28}, "a layer of kind one_bit is not"),
+        ({"kind": "sparse", "values": 9, "bits": 4}, "a layer of kind sparse is not"),
+        ({"kind": "sparse", "values": 2**50}, "a layer of kind sparse is not"),
+        ({"kind": "one_bit", "block": 0}, "a layer of kind one_bit is not"),
+        ({"kind": "one_bit", "block": 2**28}, "a layer of kind one_bit is not"),
     ],
 )
 def test_hostile_configurations_are_refused(entry: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -158,11 +169,12 @@ def test_hostile_configurations_are_refused(entry: dict[str, Any], said: str, tm
     ("recipe", "key"),
     [
         *(("sparsegpt", key) for key in ("bitmap", "values", "starts")),
-        *(("billm", key) for key in ("positive", "high", "salient", "second", "mean", "scale")),
+        *(("billm", key) for key in ("codes", "levels", "salient")),
+        (SPARSE_INT8, ".scale"),
         *(("int8", key) for key in ("quantised", "by_row", ".scale")),
     ],
 )
-def test_files_that_lack_a_tensor_are_refused(recipe: str, key: str, tmp_path: Path) -> None:
+def test_files_that_lack_a_tensor_are_refused(recipe: Any, key: str, tmp_path: Path) -> None:
     compress(tiny(), recipe, samples()).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     state = load_file(path)
@@ -237,6 +249,7 @@ def test_bad_input() -> None:
         ({"recipe": "billm", "search": "x"}, "search must be"),
         ({"recipe": "sparsegpt", "pattern": "2:4", "block": 6}, "multiple of 4"),
         ({"recipe": "sparsegpt", "pattern": None}, "a pattern is"),
+        ({"recipe": "sparsegpt", "bits": 4}, "bits must be 8"),
     ):
         with pytest.raises(ValueError, match=said):
             recipe_of(fields)

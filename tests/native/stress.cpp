@@ -14,6 +14,7 @@
 #include "pages.h"
 #include "problem.h"
 #include "runtime/cpu_features.h"
+#include "weights.h"
 
 using namespace gossamer;
 
@@ -209,6 +210,9 @@ void check(const std::string& isa, unsigned seed, int threads) {
   expect(PagedProblem(seed).is_read_right(*kernels.scores), isa, seed, "pages are read wrong");
   expect(EncodedProblem(seed).is_read_right(*kernels.scores), isa, seed, "encoded tokens are read wrong");
   run_spoiled(problem, kernels, threads);
+  WeightProblem weights(seed);
+  expect(weights.is_multiplied_right(kernels, threads), isa, seed, "packed weights are multiplied wrong");
+  weights.run_spoiled(kernels, threads);
 }
 
 // They share the kept workspace.

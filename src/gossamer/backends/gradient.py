@@ -13,7 +13,7 @@ from gossamer.call import AttentionCall
 # torch.func has no public names for these.
 _functorch: Any = vars(torch._C)["_functorch"]
 
-__all__ = ["in_forward_mode", "is_transformed", "refuse", "refuse_transforms"]
+__all__ = ["in_forward_mode", "is_transformed", "is_wrapped", "refuse", "refuse_transforms"]
 
 
 def refuse(_context: Any, *_gradients: Tensor | None) -> NoReturn:
@@ -32,10 +32,15 @@ def in_forward_mode() -> bool:
     return forward_mode._current_level >= 0
 
 
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a tensor stands for others, in ``torch.func``."""
+    return _functorch.is_functorch_wrapped_tensor(x)
+
+
 def is_transformed(call: AttentionCall) -> bool:
     """Whether tensors carry tangents, or belong to ``torch.func``: kernels read plain numbers and lose the rest."""
     given = [tensor for tensor in (call.q, call.k, call.v, call.sinks, call.bias) if tensor is not None]
-    if any(_functorch.is_functorch_wrapped_tensor(tensor) for tensor in given):
+    if any(map(is_wrapped, given)):
         return True
     if not in_forward_mode():
         return False

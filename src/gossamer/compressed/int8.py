@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gossamer.backends import cpu
 
-__all__ = ["InputScale", "Int8Linear", "has_product", "int8_weight", "overflow", "product_by_definition"]
+__all__ = ["InputScale", "Int8Linear", "has_product", "int8_weight", "overflow", "product_by_definition", "row_scale"]
 
 TOP = 127  # of a number in int8; -128 is not used, so that signs are alike
 ZERO = 128  # what stands for 0 in uint8, which oneDNN multiplies by int8 on processors with VNNI
@@ -71,10 +71,14 @@ def overflow(x: Tensor, scale: float) -> Tensor:
     return x - x.clamp(-TOP * scale, TOP * scale)
 
 
+def row_scale(weight: Tensor) -> Tensor:
+    """fp32 ``[out]``, by which the rows of a weight ``[out, in]`` fit int8; above 0 also of a row of zeros."""
+    return weight.detach().float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny * TOP) / TOP
+
+
 def int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 ``[out, in]``, and a scale of each row fp32 ``[out]``."""
-    w = weight.detach().float()
-    scale = w.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / TOP
+    w, scale = weight.detach().float(), row_scale(weight)
     return (w / scale[:, None]).round().clamp(-TOP, TOP).to(torch.int8), scale
 
 

@@ -21,9 +21,7 @@ __all__ = ["METHOD", "CompressedConfig", "CompressedQuantizer", "compress"]
 
 METHOD = "gossamer"
 _KINDS: dict[str, Any] = {"int8": Int8Linear, "sparse": SparseLinear, "one_bit": OneBitLinear}
-_BUFFERS = frozenset(
-    ("quantised", "by_row", "scale", "bitmap", "values", "starts", "positive", "high", "salient", "second", "mean")
-)
+_BUFFERS = frozenset(("quantised", "by_row", "scale", "bitmap", "values", "starts", "codes", "levels", "salient"))
 
 
 @register_quantization_config(METHOD)
@@ -116,9 +114,10 @@ def described(layer: nn.Module) -> dict[str, Any] | None:
     if isinstance(layer, Int8Linear):
         return {"kind": "int8", "outliers": layer.outliers}
     if isinstance(layer, SparseLinear):
-        return {"kind": "sparse", "values": len(layer.values)}
+        bits = {} if layer.scale is None else {"bits": 8}
+        return {"kind": "sparse", "values": len(layer.values), **bits}
     if isinstance(layer, OneBitLinear):
-        return {"kind": "one_bit", "salient": layer.columns, "block": layer.block}
+        return {"kind": "one_bit", "block": layer.block}
     return None
 
 

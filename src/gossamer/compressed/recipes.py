@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gossamer.compressed.billm import binarise, rounded, sign_and_scale
 from gossamer.compressed.hessian import Hessian
-from gossamer.compressed.int8 import InputScale, Int8Linear
+from gossamer.compressed.int8 import InputScale, Int8Linear, row_scale
 from gossamer.compressed.packed import OneBitLinear, SparseLinear
 from gossamer.compressed.sparsegpt import Pattern, magnitude, prune
 
@@ -102,15 +102,21 @@ class _Nothing:
 
 @dataclass(frozen=True)
 class SparseGPT(_ByHessian):
-    """Zeros by SparseGPT; ``pattern`` is their share, or N:M (`Pattern.parse`)."""
+    """Zeros by SparseGPT; ``pattern`` is their share, or N:M (`Pattern.parse`).
+
+    With ``bits=8`` the others are int8 with a scale a row, and what rounding loses is handed on as well.
+    """
 
     name: ClassVar[str] = "sparsegpt"
     pattern: str | float = "0.5"
     damp: float = 0.01
     block: int = 128
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         _check_hessian(self)
+        if self.bits not in (None, 8) or isinstance(self.bits, float):
+            raise ValueError(f"sparsegpt.bits must be 8, or None for the weight's own dtype, got {self.bits!r}")
         pattern = Pattern.parse(self.pattern)
         if pattern.of and self.block % pattern.of:
             raise ValueError(f"sparsegpt.block must be a multiple of {pattern.of} for {pattern}, got {self.block}")
@@ -119,8 +125,10 @@ class SparseGPT(_ByHessian):
         _check_pattern(self.pattern, linears)
 
     def layer(self, linear: nn.Linear, seen: Hessian) -> nn.Module:
-        weight = prune(linear.weight, seen.factor(self.damp), Pattern.parse(self.pattern), self.block, dead=seen.dead)
-        return SparseLinear.of(weight.to(linear.weight.dtype), linear.bias)
+        factor, pattern = seen.factor(self.damp), Pattern.parse(self.pattern)
+        scale = row_scale(linear.weight) if self.bits else None
+        weight = prune(linear.weight, factor, pattern, self.block, dead=seen.dead, scale=scale)
+        return SparseLinear.of(weight, linear.bias, scale, linear.weight.dtype)
 
 
 @dataclass(frozen=True)

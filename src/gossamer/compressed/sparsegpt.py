@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gossamer.compressed.hessian import in_order, propagated
+from gossamer.compressed.int8 import TOP
 
 __all__ = ["Pattern", "magnitude", "prune"]
 
@@ -54,7 +55,15 @@ class Pattern:
         return f"{self.keep}:{self.of}" if self.of else f"{self.share:g}"
 
 
-def prune(weight: Tensor, factor: Tensor, pattern: Pattern, block: int = 128, *, dead: Tensor | None = None) -> Tensor:
+def prune(
+    weight: Tensor,
+    factor: Tensor,
+    pattern: Pattern,
+    block: int = 128,
+    *,
+    dead: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
     """A weight ``[out, in]`` with zeros by the pattern, fp32.
 
     The masks of a block of columns are chosen by the least ``w^2 / U_ii^2``: of the whole block at once where the
@@ -64,6 +73,8 @@ def prune(weight: Tensor, factor: Tensor, pattern: Pattern, block: int = 128, *,
     Args:
         factor: `Hessian.factor` of the layer's inputs, ``[in, in]``.
         dead: `Hessian.dead`; their weights are pruned first.
+        scale: ``[out]``; weights that are kept are rounded to -127 to 127 times it, and what that loses is handed on
+            too (section 3.5, with a fixed grid of each row).
 
     Raises:
         ValueError: M does not divide the inputs, or the block.
@@ -79,7 +90,8 @@ def prune(weight: Tensor, factor: Tensor, pattern: Pattern, block: int = 128, *,
             if pattern.of and i % pattern.of == 0:
                 group = slice(i, i + pattern.of)
                 zero[:, group] = _least_of_rows((now[:, group] / diagonal[group]) ** 2, pattern.of - pattern.keep)
-            return now[:, i].masked_fill(zero[:, i], 0.0)
+            kept = now[:, i].masked_fill(zero[:, i], 0.0)
+            return kept if scale is None else (kept / scale).round().clamp(-TOP, TOP) * scale
 
         return in_order(w, own, column)
 

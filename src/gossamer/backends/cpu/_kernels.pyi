@@ -363,6 +363,42 @@ def collisions(
     out: Array,
     threads: int,
 ) -> None: ...
+
+class ValueType(Enum):
+    float32 = 0
+    bfloat16 = 1
+    float16 = 2
+    int8 = 3
+
+class SparseWeight:
+    """``[rows, columns]``: a bitmap uint8, numbers of one type row by row, where each row's begin int64, and of int8
+    each row's scale fp32."""
+
+    def __init__(
+        self, *, shape: Sequence[int], bitmap: Array, values: Array, type: ValueType, starts: Array, scale: Array
+    ) -> None: ...
+
+class LevelWeight:
+    """``[rows, columns]``: codes uint8, levels fp16, and bits of salient columns."""
+
+    def __init__(
+        self, *, shape: Sequence[int], block: int, codes: Array, levels: Array, salient: Array, rounded: bool
+    ) -> None: ...
+
+def multiply(
+    isa: str,
+    weight: SparseWeight | LevelWeight,
+    *,
+    inputs: Array,
+    stride: int,
+    bias: Array,
+    out: Array,
+    dtype: DType,
+    threads: int,
+) -> None: ...
+def make_whole(
+    isa: str, weight: SparseWeight | LevelWeight, *, first: int, out: Array, dtype: DType, threads: int
+) -> None: ...
 def prefer_huge_pages(begin: int, size: int, /) -> None: ...
 def supported() -> list[str]: ...
 def prefers_bf16_dot() -> bool: ...
