@@ -1,13 +1,13 @@
 """Time to the first token of a long prompt: sparse attention and int8 linear layers beside the whole model.
 
     python benchmarks/first_token.py MODEL [--lengths 8192,16384] [--methods LIST] [--rounds 3] [--recipe int8]
-        [--against bfloat16,float32] [--out FILE]
+        [--against bfloat16,float32] [--reference sdpa] [--out FILE]
 
 Contenders are transformers' own sdpa attention in the dtypes of ``--against``, and for each method the model in
 bfloat16, and with its linear layers compressed by the recipe (calibrated on other prompts). They take turns on the same
 prompts, each after a short one that does not count; seconds are medians, a ratio is that within a round. KL (nats) and
-top-1 agreement are of the predictions at every 64th position of the first prompt, beside those of transformers' sdpa in
-float32, whose seconds stand beside them, of that one run. The parts of a prefill are as benchmarks/linear.py has them.
+top-1 agreement are of the predictions at every 64th position of the first prompt, beside those of dense attention in
+float32, by transformers' sdpa or by gossamer's kernel (``--reference``), whose seconds stand beside them, of that run.
 
 With ``--memory kept`` glibc keeps what is freed, for all contenders alike (`gossamer.backends.cpu.keep_freed_memory`).
 
@@ -46,6 +46,7 @@ from gossamer.integrations.transformers import enable
 
 WARM_UP, EVERY, FAR = 512, 64, 10**6
 METHODS = "minference(vertical_size=256,slash_size=1024)"
+REFERENCES = {"sdpa": None, "gossamer": "dense(kernel=gossamer)"}
 Row = dict[str, Any]
 Contender = tuple[nn.Module, str | None]  # a model, and the method it attends by; None: sdpa
 
@@ -126,13 +127,16 @@ def measure(found: dict[str, Contender], prompts: Prompts, length: int, rounds: 
     return rows
 
 
-def qualities(folder: Path, found: dict[str, Contender], prompts: Prompts, length: int) -> tuple[Row, dict[str, Row]]:
-    """The float32 model's own row, and KL and agreement by contender."""
+def qualities(
+    folder: Path, by: str | None, found: dict[str, Contender], prompts: Prompts, length: int
+) -> tuple[Row, dict[str, Row]]:
+    """The float32 model's own row, and KL and agreement by contender; of sdpa only beside sdpa, which takes long."""
     ids, positions = prompts.ids(length, 0), torch.tensor(kept(length, EVERY))
-    exact = (loaded(folder, torch.float32), None)
+    exact = (loaded(folder, torch.float32), by)
     row, expected = prefill(exact, ids, positions)
     del exact
-    return row, {name: beside(expected, prefill(one, ids, positions)[1]) for name, one in found.items()}
+    asked = {name: one for name, one in found.items() if by is None or one[1] is not None}
+    return row, {name: beside(expected, prefill(one, ids, positions)[1]) for name, one in asked.items()}
 
 
 def identity(row: Row) -> tuple[Any, ...]:
@@ -149,6 +153,7 @@ def main() -> int:
     parser.add_argument("--calibrate", type=int, default=2048, help="tokens of a calibration prompt")
     parser.add_argument("--samples", type=int, default=4, help="calibration prompts")
     parser.add_argument("--against", default="bfloat16")
+    parser.add_argument("--reference", choices=REFERENCES, default="sdpa")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", choices=("kept", "system"), default="kept")
     parser.add_argument("--no-quality", action="store_true", help="seconds alone")
@@ -171,11 +176,10 @@ def main() -> int:
     for length in arguments.lengths:
         rows = measure(found, prompts, length, arguments.rounds)
         if not arguments.no_quality:
-            exact, quality = qualities(folder, found, prompts, length)
-            rows = {key: row | quality[key] for key, row in rows.items()}
-            rows.setdefault(
-                "sdpa float32", {"total_s": round(exact["total_s"], 4), "rounds": 1, "kl": 0.0, "top1": 1.0}
-            )
+            exact, quality = qualities(folder, REFERENCES[arguments.reference], found, prompts, length)
+            rows = {key: row | quality.get(key, {}) for key, row in rows.items()}
+            own = {"total_s": round(exact["total_s"], 4), "rounds": 1, "kl": 0.0, "top1": 1.0}
+            rows.setdefault(f"{REFERENCES[arguments.reference] or 'sdpa'} float32", own)
         about = {"length": length, "recipe": arguments.recipe, "memory": arguments.memory}
         added = [about | {"contender": key} | row for key, row in rows.items()]
         same = {identity(row) for row in added}
