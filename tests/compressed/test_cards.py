@@ -174,7 +174,7 @@ def test_a_card_as_a_page(made: tuple[Any, Any, Card]) -> None:
     assert "`sparsegpt` (`pattern=0.5`, `damp=0.01`, `block=128`)" in page
     kl, interval = found.predictions.kl
     assert interval is not None
-    shown = f"| KL divergence from the original, nats |  | {kl:.4f} [{interval[0]:.4f}, {interval[1]:.4f}] |"
+    shown = f"| KL divergence from the original, nats |  | {kl:.3g} [{interval[0]:.3g}, {interval[1]:.3g}] |"
     assert shown in page
     assert "117 tokens of some\\_text\\|x.md, 3 windows" in page
     assert "right answers, passkey, 2 prompts of 150 tokens" in page
@@ -226,12 +226,13 @@ def test_models_that_do_not_belong_together_are_refused() -> None:
 
 
 def test_what_cannot_be_measured_is_said_before() -> None:
-    for fields, said in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"windows": 0}, "windows must be at least 1"),
         ({"length": 1}, "length must be at least 2"),
         ({"lengths": (0,)}, "lengths must be at least 1"),
         ({"rounds": 0}, "rounds must be"),
-    ):
+    )
+    for fields, said in wrong:
         with pytest.raises(ValueError, match=said):
             Measures(**fields)
     original = tiny()

@@ -16,10 +16,10 @@ from gossamer.compressed.model import compress
 from gossamer.compressed.recipes import RECIPES
 
 LENGTH = 37  # of no chunk a multiple
-EXACT = {"rtol": 1e-4, "atol": 1e-4}
+EXACT: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 # Attention adds up in another order, so that an input may be rounded the other way: by a step, one part in 127 of a
 # layer's largest inputs.
-ROUNDED = {"rtol": 0.0, "atol": 0.1}
+ROUNDED: dict[str, Any] = {"rtol": 0.0, "atol": 0.1}
 
 
 @pytest.fixture(scope="module", params=sorted(RECIPES))
@@ -27,7 +27,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return compress(tiny(), request.param, samples())
 
 
-def near(model: Any) -> dict[str, float]:
+def near(model: Any) -> dict[str, Any]:
     return ROUNDED if any(isinstance(module, Int8Linear) for module in model.modules()) else EXACT
 
 

@@ -89,8 +89,9 @@ def execute(arguments: argparse.Namespace) -> int:
         recipe = _recipe(arguments)
         measures = _measures(arguments, texts) if arguments.card else None
         with _begun(arguments.out) as begun, _teller() as told:
-            _compress(arguments, folder, begun, recipe, measures, texts, stored, told)
-            card = None if measures is None else _card(arguments, folder, begun, recipe, measures, stored, told)
+            spent = _compress(arguments, folder, begun, recipe, measures, texts, stored, told)
+            given = arguments, folder, begun, recipe
+            card = None if measures is None else _card(*given, measures, stored, spent, told)
     except (ValueError, TypeError) as error:
         raise BadInput(first_line(error)) from error
     except OSError as error:
@@ -108,33 +109,41 @@ def _compress(
     texts: list[str],
     stored: str,
     told: Callable[[str], None],
-) -> None:
-    """Write the compressed model; what cannot be measured afterwards is said before anything slow is done."""
+) -> float:
+    """Write the compressed model; seconds that compressing took.
+
+    What cannot be measured afterwards is said before anything slow is done.
+    """
     import torch
 
     from gossamer.cli.generation import load_checked, load_tokenizer
     from gossamer.compressed.model import compress
-    from gossamer.compressed.sequential import decoder_layers
+    from gossamer.compressed.sequential import decoder_layers, linear_layers
     from gossamer.evaluate.subject import Subject
 
     tokenizer = load_tokenizer(folder)
     model = load_checked(folder, "float32", arguments.device)
+    place, layers = decoder_layers(model)
+    recipe.check({f"{place}.{name}": linear for name, linear in linear_layers(layers)})
     samples = _samples(arguments, tokenizer, texts)
     if measures is not None:
         limit, tokenizer.model_max_length = tokenizer.model_max_length, sys.maxsize
         measures.check(Subject(model, tokenizer, "", chat=arguments.chat))
         tokenizer.model_max_length = limit
-    number, done = len(decoder_layers(model)[1]), 0
+    done = 0
 
     def layer(name: str) -> None:
         nonlocal done
         done += 1
-        told(f"{name}: {done} of {number} layers")
+        told(f"{name}: {done} of {len(layers)} layers")
 
     told(f"{recipe.name}: {len(samples)} passages of {arguments.length} tokens")
+    started = time.monotonic()
     compress(model, recipe, samples, progress=layer)
+    spent = time.monotonic() - started
     model.to(getattr(torch, stored)).save_pretrained(begun)
     tokenizer.save_pretrained(begun)
+    return spent
 
 
 def _card(
@@ -144,6 +153,7 @@ def _card(
     recipe: Recipe,
     measures: Measures,
     stored: str,
+    spent: float,
     told: Callable[[str], None],
 ) -> Card:
     """Measure what was written, as it is loaded from there."""
@@ -160,7 +170,7 @@ def _card(
         raise BadInput(str(error).replace(str(begun), "the compressed model")) from error
     made: dict[str, Any] = {"calibrated on": [file_name(name) for name in arguments.calibrate]}
     made |= {"passages": arguments.samples, "tokens of a passage": arguments.length, "seed": arguments.seed}
-    made |= {"calibrated in": "float32", "written in": stored}
+    made |= {"calibrated in": "float32", "seconds to compress": round(spent, 1), "written in": stored}
     more: dict[str, Any] = {"name": unicode(arguments.model.name), "recipe": recipe.to_dict(), "made": made}
     more |= {"files": (_weights(folder), _weights(begun)), "chat": arguments.chat, "progress": told}
     found = card(original, compressed, tokenizer, measures, **more)

@@ -83,11 +83,12 @@ class Card:
             f"Numbers of the original are counted as {self.dtypes[1]} here, so that a change of dtype saves nothing; "
             "files are as they lie in the folders.",
         ]
+        made = [*self.recipe.items(), *self.made.items(), *self.machine.items()]
         if self.times:
             parts += ["## Time", self._how_timed(), _table(*self._seconds())]
         parts += [
             "## How it was made",
-            _table(("", ""), [(_plain(name), _said(value)) for name, value in self._made()]),
+            _table(("", ""), [(name, _said(value)) for name, value in made]),
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -108,11 +109,11 @@ class Card:
             ("perplexity", before, after),
             ("loss of a token, nats", f"{found.nats[0]:.4f}", f"{found.nats[1]:.4f}"),
             ("the same, more than the original", "", _mean(found.more, "{:+.4f}")),
-            ("KL divergence from the original, nats", "", _mean(found.kl, "{:.4f}")),
-            ("greedy next tokens that are the original's", "", _mean(found.agreement, "{:.1%}")),
+            ("KL divergence from the original, nats", "", _mean(found.kl, "{:.3g}")),
+            ("greedy next tokens equal to the original's", "", _mean(found.agreement, "{:.1%}")),
         ]
         for task in self.tasks:
-            name = f"right answers, {_plain(task.task)}, {task.samples} prompts of {task.length:,} tokens"
+            name = f"right answers, {task.task}, {task.samples} prompts of {task.length:,} tokens"
             rows.append((name, _mean(task.original, "{:.1%}"), _mean(task.compressed, "{:.1%}")))
         return rows
 
@@ -139,12 +140,13 @@ class Card:
 
     def _how_timed(self) -> str:
         rounds = len(self.times[0].seconds[COMPRESSED])
+        threads = self.machine["threads"]
         machine = ", ".join(f"{_said(self.machine[name])}" for name in ("device", "cpu") if name in self.machine)
         return (
             f"Seconds until a prompt is read, transformers' own attention, one prompt at a time: medians of {rounds} "
             f"rounds in which the models took turns, each round on another passage; {machine}, "
-            f"{self.machine.get('threads')} threads. The last column is the median of the rounds' ratios to the faster "
-            "original."
+            f"{threads} thread{'s' * (threads != 1)}. The last column is the median of the rounds' ratios to the "
+            "faster original."
         )
 
     def _seconds(self) -> tuple[tuple[str, ...], Rows]:
@@ -261,9 +263,9 @@ def _mean(found: tuple[float, Sequence[float] | None], form: str) -> str:
 
 
 def _bytes(number: int) -> str:
-    return f"{number / 1e6:,.1f} MB" if number >= 1e5 else f"{number:,} bytes"
+    return f"{number / 1e6:,.1f} MB" if number >= 1e6 else f"{number:,} bytes"
 
 
 def _table(header: tuple[str, ...], rows: Rows) -> str:
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    return "\n".join([*lines, *(f"| {' | '.join([_plain(row[0]), *row[1:]])} |" for row in rows)])
