@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
+from repository import script
 
 from gossamer.compressed.schedule import (
     POLICIES,
@@ -20,17 +20,7 @@ from gossamer.compressed.schedule import (
 )
 
 Node = tuple[int, int]
-
-
-def drawn(seed: int, stages: int = 4, chunks: int = 3) -> ChunkGraph:
-    """A random graph; times are small integers, so that equal ones occur."""
-    rng = random.Random(seed)
-    made = [Stage("npu" if rng.random() < 0.5 else "cpu", float(rng.randint(1, 5)))]
-    while len(made) < stages:
-        attends = rng.random() < 0.4
-        processor = "cpu" if attends or rng.random() < 0.4 else "npu"
-        made.append(Stage(processor, float(rng.randint(1, 5)), attends, float(rng.randint(0, 2)) if attends else 0.0))
-    return ChunkGraph(tuple(made), chunks)
+drawn = script("examples/chunk_schedule.py").drawn  # random graphs, of whole seconds: equal ones occur
 
 
 def check(schedule: Schedule) -> None:
