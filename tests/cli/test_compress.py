@@ -249,7 +249,7 @@ def change(folder: Path, key: str, to: Callable[[torch.Tensor], torch.Tensor]) -
     save_file(state, file, {"format": "pt"})
 
 
-def test_damaged_folders_are_one_line(refused: Refused, small, prompt_file) -> None:
+def test_damaged_folders_are_one_line(refused: Refused, model_path, small, prompt_file) -> None:
     def after(damage: Callable[[], object]) -> str:
         kept = (small / "model.safetensors").read_bytes(), (small / "config.json").read_text()
         damage()
@@ -272,6 +272,7 @@ def test_damaged_folders_are_one_line(refused: Refused, small, prompt_file) -> N
         assert "its scales are not above 0 and finite" in after(
             lambda key=key: change(small, key, lambda x: x * torch.nan)
         )
+    assert "it lacks 42 tensors" in after(lambda: shutil.copy(model_path / "model.safetensors", weights))
     assert "no language model" in after(lambda: configured(intermediate_size=32))
     assert "no language model" in after(lambda: configured(num_hidden_layers=1))
     assert "no language model" in after(lambda: configured(quantization_config={"quant_method": "gossamer"}))

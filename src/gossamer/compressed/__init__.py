@@ -14,7 +14,7 @@ from gossamer.compressed.hessian import Hessian
 from gossamer.compressed.int8 import InputScale, Int8Linear
 from gossamer.compressed.packed import OneBitLinear, SparseLinear
 from gossamer.compressed.recipes import RECIPES, BiLLM, Int8, Magnitude, Recipe, SparseGPT, recipe_of
-from gossamer.compressed.schedule import ChunkGraph, Schedule, Stage, first_ready, greedy, in_order, optimum
+from gossamer.compressed.schedule import ChunkGraph, Schedule, Stage
 from gossamer.compressed.sparsegpt import Pattern, prune
 
 if importlib.util.find_spec("transformers") is not None:
@@ -41,10 +41,6 @@ __all__ = [
     "SparseLinear",
     "Stage",
     "binarise",
-    "first_ready",
-    "greedy",
-    "in_order",
-    "optimum",
     "prefill",
     "prune",
     "recipe_of",
