@@ -60,7 +60,7 @@ class Card:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; perplexities beyond all numbers are None."""
-        data = {"schema": SCHEMA} | asdict(self)
+        data: dict[str, Any] = {"schema": SCHEMA, **asdict(self)}
         data["size"]["bits"] = self.size.bits
         perplexities = [value if math.isfinite(value) else None for value in self.predictions.perplexity]
         data["predictions"]["perplexity"] = perplexities
@@ -207,12 +207,11 @@ def card(
     sizes = size(original, compressed, files)  # which says whether the models belong together
     measures.check(subjects[0])
     told = progress or _silent
-    known = getattr(compressed.config, "quantization_config", None)
     if recipe is None:
-        recipe = getattr(known, "recipe", None) or {}
+        recipe = getattr(getattr(compressed.config, "quantization_config", None), "recipe", {})
     return Card(
         name=name,
-        recipe=dict(recipe),
+        recipe={**recipe},
         dtypes=(_dtype(original), _dtype(compressed)),
         size=sizes,
         predictions=predictions(subjects[0], subjects[1], measures, told),

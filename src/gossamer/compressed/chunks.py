@@ -23,8 +23,9 @@ def prefill(
 
     Linear layers then see at most ``chunk`` tokens of each row, whatever the prompt's length, and attention sees the
     chunk's queries on all keys so far; `gossamer.enable` serves each chunk. The last chunk is as long as what is left
-    (llm.npu pads it); of a single token it is a decode step, which runs dense unless ``enable`` was told ``decode=``. ``generate(prefill_chunk_size=...)`` of transformers does the same before it decodes; this one
-    also reads rows that are padded on the right.
+    (llm.npu pads it); of a single token it is a decode step, which runs dense unless ``enable`` was given ``decode``.
+    ``generate(prefill_chunk_size=...)`` of transformers does the same before it decodes; this one also reads rows that
+    are padded on the right.
 
     Args:
         model: a causal language model of transformers.
