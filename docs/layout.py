@@ -25,7 +25,7 @@ LEVELS = [
     ["attention"],
     ["cache", "modules", "distributed", "training"],
     ["integrations"],
-    ["evaluate", "calibrate"],
+    ["evaluate", "calibrate", "compressed"],
     ["report"],
     ["cli"],
 ]

@@ -26,6 +26,7 @@ import linear_tables
 import masked_tables
 import pretrained_tables
 import recall_tables
+import schedule_tables
 import serving_tables
 import training_tables
 import video_tables
@@ -219,6 +220,13 @@ def first_token_table() -> str:
     )
 
 
+def chunk_schedule_table() -> str:
+    """How long a simulated NPU stands still; the same on every machine."""
+    makers = schedule_tables.schedule_table, schedule_tables.optimum_table
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/chunk_schedule.json"))]
+    return "\n\n".join(markdown(*make(found[0])) for make in makers) if found else NOT_MEASURED
+
+
 def calibration_table() -> str:
     """How calibrated profiles hold on other prompts, for each model."""
     made = calibration_tables.calibration_table
@@ -379,6 +387,7 @@ TABLES = {
     "heads_reference": lambda: of_lines("reference_heads.jsonl", pretrained_tables.heads_table),
     "heads_methods": lambda: of_lines("*/compare_*.jsonl", pretrained_tables.methods_table),
     "heads_closeness": lambda: of_lines("*/*_eval.jsonl", *pretrained_tables.BESIDE_DENSE),
+    "chunk_schedule": chunk_schedule_table,
     "demo": demo_table,
     "demo_pretrained": lambda: chosen("demo_pretrained.json", demo_tables.demo_rows),
     "methods": methods_table,

@@ -77,3 +77,18 @@ def test_records_say_which_window_it_was(tmp_path):
     windows = Windows(subject(), HAYSTACK, seed=0)
     assert [record["start"] for record in new] == [windows.start(300, i) for i in range(3)]
     assert len({record["nats"] for record in new}) == 3
+
+
+def test_windows_that_are_spread_share_no_token_and_reach_both_ends():
+    own = WordTokenizer()(short_text(320).text)["input_ids"]
+    windows = Windows(subject(), short_text(320), seed=0)
+    made = windows.spread(65, 5)  # a token in front of each, so all of the text
+    assert [tokens[0].tolist() for tokens in made] == [[own[0], *own[1 + n : 65 + n]] for n in range(0, 320, 64)]
+    first, last = windows.spread(41, 2)
+    assert first[0, 1:].tolist() == own[1:41]
+    assert last[0, 1:].tolist() == own[-40:]
+    assert [tokens.tolist() for tokens in windows.spread(41, 1)] == [first.tolist()]
+    with pytest.raises(ValueError, match="has 320 tokens, 5 windows of 66 take more; give a longer text"):
+        windows.spread(66, 5)
+    with pytest.raises(ValueError, match="1 windows of 1 take more"):
+        windows.spread(1, 1)

@@ -9,19 +9,25 @@ from __future__ import annotations
 import importlib.util
 
 from gossamer.compressed.billm import Binarised, binarise
+from gossamer.compressed.chunks import prefill
 from gossamer.compressed.hessian import Hessian
 from gossamer.compressed.int8 import InputScale, Int8Linear
 from gossamer.compressed.packed import OneBitLinear, SparseLinear
 from gossamer.compressed.recipes import RECIPES, BiLLM, Int8, Magnitude, Recipe, SparseGPT, recipe_of
+from gossamer.compressed.schedule import ChunkGraph, Schedule, Stage
 from gossamer.compressed.sparsegpt import Pattern, prune
 
 if importlib.util.find_spec("transformers") is not None:
     from gossamer.compressed import model as model
+    from gossamer.compressed.cards import Card as Card
+    from gossamer.compressed.cards import card as card
+    from gossamer.compressed.measures import Measures as Measures
 
 __all__ = [
     "RECIPES",
     "BiLLM",
     "Binarised",
+    "ChunkGraph",
     "Hessian",
     "InputScale",
     "Int8",
@@ -30,9 +36,12 @@ __all__ = [
     "OneBitLinear",
     "Pattern",
     "Recipe",
+    "Schedule",
     "SparseGPT",
     "SparseLinear",
+    "Stage",
     "binarise",
+    "prefill",
     "prune",
     "recipe_of",
 ]

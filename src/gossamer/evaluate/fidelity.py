@@ -143,7 +143,12 @@ def relative_l2(sparse: Tensor, dense: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def compare_logits(
-    subject: Subject, dense: Tensor, sparse: Sequence[Tensor], tokens: Tensor | None = None
+    subject: Subject,
+    dense: Tensor,
+    sparse: Sequence[Tensor],
+    tokens: Tensor | None = None,
+    *,
+    readers: Sequence[Subject] | None = None,
 ) -> list[dict[str, Any]]:
     """What each sparse run predicts, beside the dense one: the ``logits`` of a ``fidelity`` record.
 
@@ -153,6 +158,7 @@ def compare_logits(
     Args:
         dense, sparse: hidden states ``[S, width]``.
         tokens: the prompt, ``[1, S]``.
+        readers: the models whose heads read the sparse runs; `subject` unless given.
     """
     length, runs = dense.shape[0], len(sparse)
     edges = [0, *(edge for edge in (64 * 4**i for i in range(12)) if edge < length), length]
@@ -160,7 +166,8 @@ def compare_logits(
     # Of the token that follows each position, the last one left out: the dense run's first.
     losses = torch.zeros(1 + runs, length)
     following = None if tokens is None else F.pad(tokens[0, 1:], (0, 1))[:, None]
-    for parts in zip(subject.logits(dense), *map(subject.logits, sparse), strict=True):
+    own_heads = [reader.logits(hidden) for reader, hidden in zip(readers or [subject] * runs, sparse, strict=True)]
+    for parts in zip(subject.logits(dense), *own_heads, strict=True):
         (start, expected), others = parts[0], parts[1:]
         rows = slice(start, start + expected.shape[0])
         share, total, choice = expected.softmax(-1), expected.logsumexp(-1), expected.argmax(-1)

@@ -75,3 +75,19 @@ class Windows:
         start = self.start(length, index)
         front, own = self._parts
         return torch.tensor([[*front, *own[start : start + length - len(front)]]], device=self._subject.device)
+
+    def spread(self, length: int, count: int) -> list[Tensor]:
+        """Windows ``[1, length]`` that share no token of the text, at even distances over all of it.
+
+        Raises:
+            ValueError: the text is shorter than that takes.
+        """
+        front, own = self._parts
+        inner = length - len(front)
+        if inner < 1 or count * inner > len(own):
+            raise ValueError(
+                f"the text {self._text.name!r} has {len(own):,} tokens, {count} windows of {length:,} take more; give "
+                "a longer text, or ask for fewer or shorter windows"
+            )
+        starts = [n * (len(own) - inner) // max(1, count - 1) for n in range(count)]
+        return [torch.tensor([[*front, *own[start : start + inner]]], device=self._subject.device) for start in starts]
