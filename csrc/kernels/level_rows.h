@@ -68,7 +68,11 @@ void level_rows(const LevelRows& rows, int row, const typename E::Input* x, int6
           sum[chain][r][n] = E::add_product(w, x + n * pitch + at + column, sum[chain][r][n]);
       });
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) codes[r] += kCodeBytes;
+      for (int r = 0; r < kRows; ++r) {
+        // The same place of the rows that are next: several short rows are no stream that the processor would follow.
+        __builtin_prefetch(codes[r] + kRows * rows.codes_pitch);
+        codes[r] += kCodeBytes;
+      }
     }
   }
 #pragma GCC unroll 4

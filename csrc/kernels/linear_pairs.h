@@ -58,6 +58,7 @@ inline bool split_row(const void* row, DType dtype, int columns, int16_t* to, in
 template <int kRows, int kInputs>
 void split_rows(const SparseRows& rows, int row, const int16_t* x, int64_t pitch, const float* scales, float* sums,
                 int64_t sums_pitch) {
+  constexpr int kAhead = 4096;  // bytes
   constexpr int kStretch = 4096, kChains = kRows * kInputs > 2 ? 1 : 2;
   const uint8_t* bitmap[kRows];
   const char* p[kRows];
@@ -106,7 +107,12 @@ void split_rows(const SparseRows& rows, int row, const int16_t* x, int64_t pitch
     int c = begin;
     for (; c + 64 <= end; c += 64) {
 #pragma GCC unroll 2
-      for (int r = 0; r < kRows; ++r) std::memcpy(bits + r, bitmap[r] + c / 8, sizeof *bits);
+      for (int r = 0; r < kRows; ++r) {
+        std::memcpy(bits + r, bitmap[r] + c / 8, sizeof *bits);
+        // Short rows side by side are no stream that the processor would follow by itself.
+        __builtin_prefetch(p[r] + kAhead);
+        if (c % 512 == 0) __builtin_prefetch(bitmap[r] + c / 8 + kAhead);
+      }
       add(c, bits);
     }
     if (c < end) {
