@@ -169,7 +169,7 @@ class RSC:
     @property
     def exact(self) -> bool:
         """Whether this step's gradients are exact because the end is near."""
-        return self.done >= self.exact_from * self.steps
+        return self.done >= round(self.exact_from * self.steps)
 
     @property
     def rows(self) -> list[int]:
