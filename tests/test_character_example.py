@@ -35,7 +35,7 @@ def test_the_example_prints_a_table_and_writes_its_trainings(monkeypatch: Any, t
 
 def test_routing_stands_beside_local_heads_of_the_same_number() -> None:
     kinds = script("examples/character_model.py").KINDS.split(",")
-    assert kinds.index("routing(32)") == kinds.index("window_heads(32)") + 1
+    assert kinds.index("convolution(3)+routing(32)") == kinds.index("convolution(3)+window_heads(32)") + 1
 
 
 def test_training_lowers_the_loss(monkeypatch: Any) -> None:

@@ -41,8 +41,9 @@ def test_numbers_are_the_definitions(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("outputs", [1, 5, 130])
 def test_what_is_beyond_is_added(isa: str, dtype: torch.dtype, outputs: int) -> None:
     x = given(torch.float32)
+    torch.manual_seed(outputs)
     weight = torch.randint(-127, 128, (outputs, 37)).to(torch.int8)
-    by_row = torch.rand(outputs) * 0.01
+    by_row = 0.01 + 0.01 * torch.rand(outputs)
     out = torch.randn(67, outputs + 3).to(dtype)[:, :outputs]  # rows with something between them
     before = out.clone()
     cpu.QuantisedInputs(x, SCALE).add_to(out, weight, by_row)

@@ -51,7 +51,7 @@ def test_a_model_is_compressed_and_its_card_says_what_that_cost(capsys, model_pa
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "card.json"} <= set(names(out))
     assert names(tmp_path) == ["held_out.txt", "small", "text.txt"]
     assert f"{out}: compressed by sparsegpt; its card is {out / 'README.md'}" in err
-    assert data["recipe"] == {"recipe": "sparsegpt", "pattern": "2:4", "damp": 0.01, "block": 16}
+    assert data["recipe"] == {"recipe": "sparsegpt", "pattern": "2:4", "damp": 0.01, "block": 16, "bits": None}
     card = data["card"]
     assert card == json.loads((out / "card.json").read_text())
     assert card["predictions"]["tokens"] == 2 * 63

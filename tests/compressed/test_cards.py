@@ -156,7 +156,7 @@ def test_an_original_in_another_dtype_is_timed_in_both() -> None:
 def test_a_card_as_json(made: tuple[Any, Any, Card]) -> None:
     _, _, found = made
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert data["recipe"] == {"recipe": "sparsegpt", "pattern": "0.5", "damp": 0.01, "block": 128}
+    assert data["recipe"] == {"recipe": "sparsegpt", "pattern": "0.5", "damp": 0.01, "block": 128, "bits": None}
     assert data["predictions"]["perplexity"] == pytest.approx(found.predictions.perplexity)
     assert [task["task"] for task in data["tasks"]] == ["passkey", "needle_single(haystack=noise)"]
     assert [time["length"] for time in data["times"]] == [16, 32]

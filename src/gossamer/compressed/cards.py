@@ -93,7 +93,9 @@ class Card:
         return "\n\n".join(parts) + "\n"
 
     def _what(self) -> str:
-        fields = ", ".join(f"`{name}={value}`" for name, value in self.recipe.items() if name != "recipe")
+        fields = ", ".join(
+            f"`{name}={value}`" for name, value in self.recipe.items() if name != "recipe" and value is not None
+        )
         by = f" by `{self.recipe['recipe']}`" + (f" ({fields})" if fields else "") if self.recipe else ""
         return (
             f"The {self.size.layers} linear layers in the decoder of {_plain(self.name)} were replaced{by} with "
