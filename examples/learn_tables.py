@@ -34,7 +34,7 @@ from gossamer.modules.tabular import Block
 
 CLASSES, LABELLED, ROWS, COLUMNS = 2, 32, 48, 4
 BATCH, TESTS, RATE = 32, 256, 2e-3
-SMALL = {"points": 8, "column_depth": 1, "row_heads": 4, "blocks": 3, "scales": (1, 2, 4), "classes": 2, "globals_": 2}
+SMALL = {"points": 8, "column_depth": 1, "row_heads": 4, "blocks": 6, "scales": (1, 2, 4), "classes": 2, "globals_": 2}
 SMALL |= {"group": "mean", "latents": 8, "memory_depth": 1, "heads": 4, "depth": 3}
 VARIANTS = {
     "Orion-MSP, dense rows": {"window": COLUMNS + 8, "random": 0},

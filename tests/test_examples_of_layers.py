@@ -58,6 +58,18 @@ def test_classes_of_a_table_come_from_its_columns(tables: Any) -> None:
     assert torch.equal(tables.tables(6, torch.Generator().manual_seed(0))[1], y)
 
 
+def test_variants_of_tables_are_other_functions_of_the_same_weights(tables: Any) -> None:
+    x, y = tables.tables(2, torch.Generator().manual_seed(0))
+    found = {}
+    for name, options in tables.VARIANTS.items():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found[name] = tables.made(**options)(x, y, tables.LABELLED)
+    dense, meant, released = found.values()
+    assert not torch.allclose(dense, meant)
+    assert not torch.allclose(meant, released)
+
+
 def test_rows_without_a_label_change_nothing_of_those_with_one(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scaled or cut with all rows, the labelled ones would tell how many of each class the others have."""
     monkeypatch.setattr(tables, "tree", lambda used, generator: used[:, 0])

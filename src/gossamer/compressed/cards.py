@@ -213,7 +213,7 @@ def card(
         recipe = getattr(getattr(compressed.config, "quantization_config", None), "recipe", {})
     return Card(
         name=name,
-        recipe={**recipe},
+        recipe=dict(recipe or {}),
         dtypes=(_dtype(original), _dtype(compressed)),
         size=sizes,
         predictions=predictions(subjects[0], subjects[1], measures, told),
