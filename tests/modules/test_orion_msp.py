@@ -125,6 +125,20 @@ def test_scales_have_their_own_blocks_and_links() -> None:
     assert torch.equal(masks[0], made._seen(0, [9], 17, torch.device("cpu")))
 
 
+@pytest.mark.parametrize(("blocks", "shows"), [(2, False), (4, True)])
+def test_links_show_from_the_second_block_of_a_scale_on(blocks: int, shows: bool) -> None:
+    x, found = torch.randn(2, 3, 8, 8), []
+    for window in (0, 8):
+        torch.manual_seed(0)
+        row = RowInteraction(8, 2, blocks, scales=(1, 2), classes=2, globals_=1, window=window, random=0, group="mean")
+        for block in row.modules():
+            if isinstance(block, Block):  # what it adds begins as nothing
+                block.o_proj.reset_parameters()
+                block.down.reset_parameters()
+        found.append(row(x))
+    assert torch.equal(*found) != shows
+
+
 def test_split_attention_is_dense_under_the_split_mask() -> None:
     learner = stirred(RowLearner(8, 2, depth=2, classes=3))
     rows, labels = torch.randn(2, 7, 8, dtype=torch.float64), torch.randint(0, 3, (2, 4))

@@ -20,8 +20,8 @@ What the paper says and the released code does differ:
 - Options differ from place to place; by default they are those of the project's description (6 blocks, scales 1, 4 and
   16, window 8, 2 random links, 4 global tokens, learned groups, 32 memory vectors in 2 layers). The class there has 3
   blocks, scales 1, 4 and 8, window 4, no random links, 2 global tokens, means as groups and 16 vectors.
-- **Links matter from a scale's second block on**: class tokens, which alone are read, attend all, so that what the other
-  tokens attend shows one block later. With as many blocks as scales, as that class has, no link changes the output.
+- **Links matter from a scale's second block on**: class tokens, which alone are read, attend all, and what the others
+  attend shows one block later. With as many blocks as scales, as that class has, no link changes the output.
 - With learned groups, in the release as here, all groups of all scales read all columns, by what a column holds and not
   by its place: **the order of columns is lost, and columns whose numbers lie alike cannot be told apart.** With means
   the rotary embedding tells their places.
