@@ -179,6 +179,11 @@ def shapes_table() -> str:
     return "\n\n".join(markdown(*table) for table in made) or NOT_MEASURED
 
 
+def _in_all(seconds: float | None) -> str:
+    """Nothing of trainings that shared their machine with others."""
+    return "" if seconds is None else f"; {seconds:.0f} seconds in all"
+
+
 def learned_of(found: dict[str, Any], folder: str) -> Table:
     """A row for each model of `examples/learn_tables.py`."""
     rows = []
@@ -192,7 +197,7 @@ def learned_of(found: dict[str, Any], folder: str) -> Table:
     above = (
         f"{_told(found, folder)}; {found['steps']} steps of {found['batch']} tables; {found['tables']} tables of "
         f"{found['rows_of_a_table']} rows, {found['labelled']} of them labelled, and {found['columns']} columns; 95% "
-        f"intervals over the tables; {found['seconds']:.0f} seconds in all."
+        f"intervals over the tables{_in_all(found['seconds'])}."
     )
     header = ("model", "accuracy", "worst to best seed", "seeds", "beside logistic regression")
     return above, header, rows
