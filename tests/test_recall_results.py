@@ -282,13 +282,24 @@ def test_what_the_page_says_of_decoding_and_of_definitions() -> None:
 
 
 def test_what_the_page_says_of_characters() -> None:
+    text = " ".join((ROOT / "docs" / "recall.md").read_text(encoding="utf-8").split())
     rows = json.loads((FILE.parent / "characters.json").read_text())["rows"]
-    kinds = {row["kind"] for row in rows}
-    bits = {kind: [row["bits"] for row in rows if row["kind"] == kind] for kind in kinds}
+    assert {row["steps"] for row in rows} == {1500}
+    bits: dict[str, list[float]] = {}
+    for row in rows:
+        bits.setdefault(row["kind"].removeprefix("convolution(3)+"), []).append(row["bits"])
     assert all(len(each) == 3 for each in bits.values())
-    means = {kind: round(sum(each) / 3, 2) for kind, each in bits.items()}
-    said = {"combiner(16)": 3.43, "fixed(16)": 3.36, "routing(32)": 3.97, "window(32)": 3.93, "dense": 4.0}
-    assert means == pytest.approx(said, abs=0.006)
+    means = {kind: f"{fmean(each):.3f}" for kind, each in bits.items()}
+    ahead = [a < b for a, b in zip(bits["combiner(16)"], bits["fixed(16)"], strict=True)]
+    assert all(ahead)
+    assert f"{means['combiner(16)']} and {means['fixed(16)']} bits" in text
+    mixed = {a < b for a, b in zip(bits["routing(32)"], bits["window_heads(32)"], strict=True)}
+    assert mixed == {True, False}
+    assert f"{means['routing(32)']} and {means['window_heads(32)']}; which" in text
+    assert f"{means['seqboat_local(32)']} bits with every token active and {means['seqboat(32)']} with" in text
+    assert all(a < b for a, b in zip(bits["seqboat_local(32)"], bits["seqboat(32)"], strict=True))
+    assert f"Dense attention is last**, {means['dense']}" in text
+    assert max(means.values()) == means["dense"]
 
 
 def test_what_the_page_says_of_learned_tables() -> None:
