@@ -14,6 +14,8 @@ trained, activates.
 Layers that are masked and dense by definition stop at the length in `LONGEST`: their logits, and the sorts that choose
 among them, are of all pairs.
 
+Lengths are multiples of Combiner's spans: decoding begins with an open span that is empty.
+
 A new layer is one line in `MODULES`.
 """
 

@@ -21,3 +21,32 @@ def first_token_table(found: dict[str, Any]) -> Table:
         f"{found['model']['name']}, {found['threads']} threads; medians, and the median of the ratios of each round."
     )
     return above, (*header, "KL", "top-1", "rounds"), rows
+
+
+def quality_table(lines: list[dict[str, Any]]) -> Table:
+    """Of `benchmarks/compressed_quality.py`: what each recipe does to a model's predictions."""
+    about, original, *rest = lines
+    settings = about["settings"]
+    rows: list[tuple[Any, ...]] = [("as it is", "", f"{original['perplexity']:.2f}", "", "")]
+    for line in rest:
+        fields = dict(line["recipe"])
+        name = fields.pop("recipe")
+        unlike = {key: value for key, value in fields.items() if value != DEFAULTS.get(name, {}).get(key)}
+        said = ", ".join(f"`{key}={value}`" for key, value in unlike.items())
+        perplexity = f"{line['perplexity']:,.2f}" if line["perplexity"] < 1000 else f"{line['perplexity']:,.0f}"
+        rows.append(
+            (f"`{name}`", said, perplexity, f"{line['kl']:.3f} ± {line['kl_interval']:.3f}", f"{line['top1']:.3f}")
+        )
+    above = (
+        f"{settings['model']['name']}; calibrated on {settings['samples']} windows of {settings['length']} tokens, "
+        f"asked for {settings['windows']} others; in float32."
+    )
+    return above, ("recipe", "fields", "perplexity", "KL, 95% interval over windows", "top-1"), rows
+
+
+# What a recipe has unless it is told otherwise, and what a table leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sparsegpt": {"damp": 0.01, "block": 128, "bits": None},
+    "billm": {"block": 128, "damp": 0.01, "search": "weights", "salient": True, "split": True, "compensate": True},
+    "int8": {"share": 0.999, "outliers": 1.0},
+}

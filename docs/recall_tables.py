@@ -111,7 +111,11 @@ def characters_of(found: dict[str, Any]) -> Table:
         said = (f"{sum(bits) / len(bits):.3f}", f"{min(bits):.3f} to {max(bits):.3f}", len(mine))
         rows.append((f"`{kind}`", *said, f"{mine[0]['reads']:.0f}", f"{sum(seconds) / len(seconds):.0f}"))
     above = f"{found['machine']['cpu']}, {found['threads']} threads; {found['rows'][0]['steps']} steps."
-    return above, ("attention", "bits a character", "best to worst", "seeds", "keys a query", "seconds"), rows
+    return (
+        above,
+        ("attention", "bits a character", "best to worst", "seeds", "keys a query, mean of both layers", "seconds"),
+        rows,
+    )
 
 
 def characters_table() -> str:

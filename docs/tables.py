@@ -220,6 +220,13 @@ def first_token_table() -> str:
     )
 
 
+def compressed_table() -> str:
+    """What recipes do to a model's predictions, by machine and model."""
+    files = sorted(RESULTS.glob("*/compressed_*.jsonl"))
+    found = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
+    return "\n\n".join(markdown(*compressed_tables.quality_table(lines)) for lines in found) or NOT_MEASURED
+
+
 def chunk_schedule_table() -> str:
     """How long a simulated NPU stands still; the same on every machine."""
     makers = schedule_tables.schedule_table, schedule_tables.optimum_table
@@ -360,6 +367,7 @@ TABLES = {
     "end_to_end": end_to_end_table,
     "targets": targets_table,
     "first_token": first_token_table,
+    "compressed": compressed_table,
     "integers": integers_table,
     "calibration": calibration_table,
     "calibrate_memory": calibrate_memory_table,

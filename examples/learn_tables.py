@@ -8,8 +8,8 @@ Every table has columns from random numbers, some mixed from others, and classes
 of some of its columns: a small prior of the kind that such models are trained on. Two variants of Orion-MSP see the
 same tables: as its paper means it, and as its release has it (links drawn anew at each call, and rows that reach each
 other where they read the memory). Each scale has one block, as the class in the release has; with one, which columns
-attend each other changes nothing (`gossamer.modules.orion_msp`), so that dense rows are the same model. The one seed
-that was tried with two blocks learnt nothing in as many steps.
+attend each other changes nothing (`gossamer.modules.orion_msp`), so that dense rows are the same model, and the two
+variants differ in `mixing` alone. The one seed that was tried with two blocks learnt nothing in as many steps.
 
 Then, on tables that none has seen, their accuracy on the unlabelled rows stands beside logistic regression and the
 nearest neighbours, fitted to the labelled rows of each; both are written out below, since they are a few lines and the
