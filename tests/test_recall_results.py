@@ -364,14 +364,11 @@ def test_what_the_page_says_of_shapes() -> None:
     said = f"{means['sparsifiner']} beside {means['local window']} in the mean, and less than the best connections do, "
     assert said + means["oracle top-k"] in text
     assert means["random"] == means["local window"]
-    after = [
-        f"{fmean(of(name, 'after')):.3f}" for name in ("sparsifiner", "random", "local window", "oracle top-k", "dense")
-    ]
+    names = ("sparsifiner", "random", "local window", "oracle top-k", "dense")
+    predicted, other, near, best, every = (f"{fmean(of(name, 'after')):.3f}" for name in names)
     assert (
-        "{} with predicted connections, {} with random ones, {} with a window, {} with the best ones, and {} with all".format(
-            *after
-        )
-        in text
+        f"{predicted} with predicted connections, {other} with random ones, {near} with a window, {best} with" in text
     )
+    assert f"{best} with the best ones, and {every} with all" in text
     before = [f"{fmean(of(name, 'before')):.3f}" for name in ("sparsifiner", "oracle top-k")]
     assert "connections leave a guess, {} and {}".format(*before) in text
