@@ -58,6 +58,12 @@ RECIPES: list[dict[str, Any]] = [
 CHUNK = 256  # positions whose logits are compared at once
 
 
+def student(count: int) -> float:
+    """What a mean's standard error is multiplied by for its 95% interval."""
+    known = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 16: 2.13, 32: 2.04}
+    return known[max(n for n in known if n <= count)]
+
+
 def windows_of(ids: Tensor, count: int, length: int) -> list[Tensor]:
     """Windows ``[1, length]`` at equal distances."""
     step = (len(ids) - length) // max(1, count - 1) if count > 1 else 0
@@ -81,7 +87,7 @@ def judged(model: Any, windows: list[Tensor], expected: list[Tensor]) -> dict[st
         ]
         kls.append(float(torch.cat(each).mean()))
         same.append(float((found.argmax(-1) == own.argmax(-1)).float().mean()))
-    spread = 1.96 * statistics.stdev(kls) / len(kls) ** 0.5 if len(kls) > 1 else math.nan
+    spread = student(len(kls)) * statistics.stdev(kls) / len(kls) ** 0.5 if len(kls) > 1 else math.nan
     return {
         "perplexity": round(math.exp(statistics.fmean(losses)), 4),
         "losses": [round(loss, 5) for loss in losses],
@@ -92,11 +98,15 @@ def judged(model: Any, windows: list[Tensor], expected: list[Tensor]) -> dict[st
 
 
 def bits_a_weight(model: Any) -> float:
-    """Of the layers that are stored in another form, all that they store; 16 where none is."""
+    """Of layers that are stored in another form, all that they store, numbers as in bfloat16; 16 where none is."""
     stored, numbers = 0, 0
     for layer in model.modules():
         if described(layer) is not None:
-            stored += sum(x.numel() * x.element_size() for name, x in layer.state_dict().items() if name != "bias")
+            own = {name: x for name, x in layer.state_dict().items() if name != "bias"}
+            stored += sum(
+                x.numel() * (2 if name == "values" and x.is_floating_point() else x.element_size())
+                for name, x in own.items()
+            )
             numbers += layer.in_features * layer.out_features
     return round(8 * stored / numbers, 3) if numbers else 16.0
 

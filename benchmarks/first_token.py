@@ -91,7 +91,8 @@ def contenders(folder: Path, prompts: Prompts, arguments: argparse.Namespace) ->
     """By name, in turn."""
 
     made: dict[str, Contender] = {
-        f"sdpa {name}": (timed(loaded(folder, getattr(torch, name))), None) for name in split_specs(arguments.against)
+        f"sdpa {name}": (timed(loaded(folder, getattr(torch, name))), None)
+        for name in (split_specs(arguments.against) if arguments.against else [])
     }
     small = loaded(folder, torch.bfloat16)
     recipe = recipe_of(json.loads(arguments.recipe) if arguments.recipe.startswith("{") else arguments.recipe)

@@ -153,3 +153,25 @@ def test_bad_input() -> None:
         Int8Linear.of(torch.ones(2), None, 1.0)
     with pytest.raises(ValueError, match="share must be"):
         InputScale(2).scale(0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_stay_what_they_were_in_another_dtype(dtype: torch.dtype) -> None:
+    weight = torch.randn(5, 16)
+    weight[2] = 0.0  # whose scale is below all numbers of fp16
+    layer = Int8Linear.of(weight, None, 0.0123)
+    before = layer.by_row.clone(), layer.scale.clone()
+    layer.to(dtype)
+    assert torch.equal(layer.by_row, before[0])
+    assert torch.equal(layer.scale, before[1])
+    layer.check()
+
+
+def test_a_gradient_and_another_width_are_refused() -> None:
+    layer = Int8Linear.of(torch.randn(5, 16), None, 0.1)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        layer(torch.randn(2, 16, requires_grad=True))
+    with torch.no_grad():
+        layer(torch.randn(2, 16, requires_grad=True))
+    with pytest.raises(ValueError, match=r"16.*32"):
+        layer(torch.randn(2, 32))

@@ -131,3 +131,16 @@ def test_scales_and_levels_keep_their_dtype() -> None:
         assert torch.equal(getattr(layer.to(torch.bfloat16), name), before)
         assert getattr(layer.to("meta"), name).dtype == before.dtype
         assert getattr(layer.to_empty(device="cpu"), name).dtype == before.dtype
+
+
+@pytest.mark.parametrize("width", [80, 160, 360])
+def test_layers_that_become_another_dtype_and_back_are_read_anew(width: int) -> None:
+    """The allocator may give back the address that a view was made of."""
+    layer = SparseLinear.of(torch.randn(width, width).bfloat16())
+    x = torch.randn(1, width)
+    layer(x.bfloat16())
+    layer.float()
+    layer.half()
+    assert layer.dtype == torch.float16
+    expected = x @ layer.weight.float().T
+    torch.testing.assert_close(layer(x.half()).float(), expected, rtol=2e-2, atol=2e-1)

@@ -258,3 +258,9 @@ def test_bad_input() -> None:
         unpack(teacher)
     with pytest.raises(ValueError, match="the mask of a weight"):
         MaskedLinear(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_pruned_layers_in_int8_are_refused() -> None:
+    layer = SparseLinear.of(torch.randn(4, 8), None, torch.full((4,), 0.05))
+    with pytest.raises(ValueError, match="int8 cannot be trained"):
+        MaskedLinear.of(layer)

@@ -260,8 +260,13 @@ def _check_place(arguments: argparse.Namespace, model: Path) -> None:
         return
     if out.is_symlink() or not out.is_dir():
         raise BadInput(f"{out} is there already, and is no folder; give another --out")
-    if out.resolve() in (model.resolve(), *model.resolve().parents):
-        raise BadInput(f"{out} holds the model that is to be compressed; give another --out")
+    held = [arguments.held_out] if arguments.held_out else []
+    for kind, name in [("the model that is to be compressed", name) for name in (model, arguments.model)] + [
+        ("a text that is read", name) for name in (*arguments.calibrate, *held)
+    ]:
+        place = Path(name).resolve()
+        if out.resolve() in (place, *place.parents):
+            raise BadInput(f"{out} holds {kind}, {name}; give another --out")
     if next(out.iterdir(), None) is None:
         return
     if not arguments.overwrite:

@@ -59,14 +59,13 @@ class Card:
     machine: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; perplexities beyond all numbers are None."""
+        """As JSON has it; what is beyond all numbers, or none, is None."""
         data: dict[str, Any] = {"schema": SCHEMA, **asdict(self)}
         data["size"]["bits"] = self.size.bits
-        perplexities = [value if math.isfinite(value) else None for value in self.predictions.perplexity]
-        data["predictions"]["perplexity"] = perplexities
+        data["predictions"]["perplexity"] = list(self.predictions.perplexity)
         for row, time in zip(data["times"], self.times, strict=True):
             row |= {"medians": {name: time.median(name) for name in time.seconds}, "speedup": time.speedup}
-        return data
+        return _finite(data)
 
     def to_markdown(self) -> str:
         """A page with the tables, as ``README.md`` of a folder."""
@@ -270,3 +269,12 @@ def _bytes(number: int) -> str:
 def _table(header: tuple[str, ...], rows: Rows) -> str:
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join([_plain(row[0]), *row[1:]])} |" for row in rows)])
+
+
+def _finite(x: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x

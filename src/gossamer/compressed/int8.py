@@ -157,7 +157,18 @@ class Int8Linear(nn.Module):
         return self.quantised.float() * self.by_row[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., out]`` of inputs ``[..., in]``, in their dtype; forward only. Rows that are not finite give NaN."""
+        """``[..., out]`` of inputs ``[..., in]``, in their dtype. Rows that are not finite give NaN.
+
+        Raises:
+            ValueError: another width.
+            RuntimeError: a gradient is asked for.
+        """
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"inputs must be [..., {self.in_features}], got {list(x.shape)}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "int8 layers have no gradient: run under torch.no_grad(), or train the model that they were made from"
+            )
         rows = x.detach().reshape(-1, self.in_features)
         fast = len(rows) > 0 and has_product(rows.device)
         if fast and cpu.is_available() and rows.dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -208,9 +219,11 @@ class Int8Linear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
         """Move; the scales stay in fp32, which their product asks for."""
+        before = self.by_row, self.scale  # rounded to a model's dtype and back they would be others
         super()._apply(fn, recurse)
-        for name in ("by_row", "scale"):
-            setattr(self, name, getattr(self, name).float())
+        for name, old in zip(("by_row", "scale"), before, strict=True):
+            new = getattr(self, name)
+            setattr(self, name, torch.empty_like(new, dtype=old.dtype) if old.is_meta else old.to(new.device))
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         """Move; scales and levels are what they were, and values become what the model is."""
         before = {name: self._buffers[name] for name in self._kept if self._buffers.get(name) is not None}
+        like = next((x for x in self._buffers.values() if x is not None), torch.empty(0, device="cpu"))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=like.device)).dtype
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
@@ -95,7 +97,7 @@ class PackedLinear(nn.Module):
 
     def _seen(self) -> Any:
         """`view`, made again where a buffer has moved."""
-        state = [None if x is None else (x.data_ptr(), x.nbytes) for x in self._buffers.values()]
+        state = [None if x is None else (x.data_ptr(), x.dtype, x.nbytes) for x in self._buffers.values()]
         if self._view[1] != state:
             self._view = self.view(), state
         return self._view[0]

@@ -56,6 +56,8 @@ class MaskedLinear(nn.Module):
     @classmethod
     def of(cls, layer: SparseLinear) -> MaskedLinear:
         """Of a pruned layer, on its device."""
+        if layer.scale is not None:
+            raise ValueError("pruned layers in int8 cannot be trained: compress with bits=None, and round afterwards")
         mask = bools_of(layer.bitmap, layer.in_features)
         new = cls(layer.weight, mask, layer.bias, layer.dtype)
         return new.train(layer.training)
