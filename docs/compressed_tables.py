@@ -15,12 +15,13 @@ def first_token_table(found: dict[str, Any]) -> Table:
         attention = f"{sum(spent):.1f}" if None not in spent else ""  # type: ignore[arg-type]
         times = f"{row['times_sdpa_bfloat16']:.1f}" if "times_sdpa_bfloat16" in row else ""
         quality = (f"{row['kl']:.3f}", f"{row['top1']:.3f}") if "kl" in row else ("", "")
-        rows.append((*said, *seconds, attention, times, *quality, row["rounds"]))
+        others = f"{row['used_by_others']:.0%}" if row.get("used_by_others") is not None else ""
+        rows.append((*said, *seconds, attention, times, *quality, row["rounds"], others))
     header = ("tokens", "model", "freed memory is", "seconds", "of them linear", "attention", "times sdpa bfloat16")
     above = (
         f"{found['model']['name']}, {found['threads']} threads; medians, and the median of the ratios of each round."
     )
-    return above, (*header, "KL", "top-1", "rounds"), rows
+    return above, (*header, "KL", "top-1", "rounds", "others used"), rows
 
 
 def quality_table(lines: list[dict[str, Any]]) -> Table:
