@@ -80,7 +80,10 @@ def test_what_is_lost_is_what_the_page_says() -> None:
     assert f"perplexity is {lines[1]['perplexity']:.2f}" in text
     assert f"{found['sparsegpt', '0.5']:.1f} beside {found['magnitude', '0.5']:.0f} at 50%" in text
     assert f"{found['sparsegpt', '0.7']:.1f} beside {round(found['magnitude', '0.7'], -3):,.0f} at 70%" in text
-    assert found["sign_and_scale", None] < found["rounded", None]
+    assert found["billm", None] < found["sign_and_scale", None] < found["rounded", None]
+    assert f"{found['billm', None]:,.0f} at best" in text
+    (dropped,) = [line["perplexity"] for line in lines if line.get("recipe", {}).get("outliers") == 0.0]
+    assert f"and at {dropped:.0f} where what is beyond" in text
     assert f"int8 stands at {found['int8', None]:.2f}" in text
     above, header, rows = script("docs/compressed_tables.py").quality_table(lines)
     assert "8 windows of 1024 tokens" in above
