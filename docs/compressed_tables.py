@@ -1,7 +1,13 @@
 """Tables of what replaced linear layers cost and give."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+from marked import markdown
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+NOT_MEASURED = "Not measured yet."
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
@@ -51,3 +57,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "billm": {"block": 128, "damp": 0.01, "search": "weights", "salient": True, "split": True, "compensate": True},
     "int8": {"share": 0.999, "outliers": 1.0},
 }
+
+
+def compressed_table() -> str:
+    """What recipes do to a model's predictions, by machine and model."""
+    files = sorted(RESULTS.glob("*/compressed_*.jsonl"))
+    found = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
+    return "\n\n".join(markdown(*quality_table(lines)) for lines in found) or NOT_MEASURED

@@ -1,7 +1,12 @@
 """How long a simulated NPU stands still, from `examples/chunk_schedule.py`."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+from marked import markdown
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 ORDERS = {"in order": "in order", "first ready": "first ready", "greedy": "the paper's rule"}
 
@@ -31,3 +36,10 @@ def optimum_table(found: dict[str, Any]) -> Table:
         for name, title in ORDERS.items()
     ]
     return above, ("order", "times the optimum, mean", "at worst", "optimal"), rows
+
+
+def chunk_schedule_table() -> str:
+    """How long a simulated NPU stands still; the same on every machine."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/chunk_schedule.json"))]
+    made = (markdown(*make(found[0])) for make in (schedule_table, optimum_table)) if found else ("Not measured yet.",)
+    return "\n\n".join(made)

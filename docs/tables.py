@@ -64,6 +64,25 @@ def for_each_machine(file: str, make: Callable[[dict[str, Any], Path], str | Non
     return "\n\n".join(parts) or NOT_MEASURED
 
 
+def one(make: Callable[[dict[str, Any]], tuple[Any, ...]]) -> Callable[[dict[str, Any], Path], str]:
+    """For `for_each_machine`: the table that a function makes of a file."""
+    return lambda found, _: markdown(*make(found))
+
+
+# Tables that a file has one of, by name.
+OF_A_FILE: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[Any, ...]]]] = {
+    "first_token": ("first_token_*.json", compressed_tables.first_token_table),
+    "recover_pruned": ("recover_pruned.json", weights_tables.recover_table),
+    "sparse_training": ("sparse_training.json", weights_tables.sparse_training_table),
+    "calibration": ("calibration_*.json", calibration_tables.calibration_table),
+    "calibrate_memory": ("calibrate_memory.json", calibration_tables.memory_table),
+    "extend": ("extend_context.json", training_tables.extend_table),
+    "extend_seeds": ("extend_context.json", training_tables.seeds_table),
+    "extend_differences": ("extend_context.json", training_tables.differences_table),
+    "extend_served": ("extend_context.json", training_tables.served_table),
+}
+
+
 def machine_name(found: dict[str, Any]) -> str:
     """As a file of results says it of itself, or its first part that does."""
     parts = [found, *found.get("sections", found).values()]
@@ -213,49 +232,6 @@ def integers_table() -> str:
     )
 
 
-def first_token_table() -> str:
-    """Seconds to the first token with sparse attention and int8 linear layers, for each model."""
-    return for_each_machine(
-        "first_token_*.json", lambda found, _: markdown(*compressed_tables.first_token_table(found))
-    )
-
-
-def compressed_table() -> str:
-    """What recipes do to a model's predictions, by machine and model."""
-    files = sorted(RESULTS.glob("*/compressed_*.jsonl"))
-    found = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
-    return "\n\n".join(markdown(*compressed_tables.quality_table(lines)) for lines in found) or NOT_MEASURED
-
-
-def chunk_schedule_table() -> str:
-    """How long a simulated NPU stands still; the same on every machine."""
-    makers = schedule_tables.schedule_table, schedule_tables.optimum_table
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/chunk_schedule.json"))]
-    return "\n\n".join(markdown(*make(found[0])) for make in makers) if found else NOT_MEASURED
-
-
-def calibration_table() -> str:
-    """How calibrated profiles hold on other prompts, for each model."""
-    made = calibration_tables.calibration_table
-    return for_each_machine("calibration_*.json", lambda found, _: markdown(*made(found)))
-
-
-def calibrate_memory_table() -> str:
-    """The most memory that a calibration took."""
-    made = calibration_tables.memory_table
-    return for_each_machine("calibrate_memory.json", lambda found, _: markdown(*made(found)))
-
-
-def of_extension(make: Callable[[dict[str, Any]], training_tables.Table]) -> str:
-    """What sparse training did to a short model's context, on each machine."""
-    return for_each_machine("extend_context.json", lambda found, _: markdown(*make(found)))
-
-
-def of_weights(file: str, make: Callable[[dict[str, Any]], weights_tables.Table]) -> str:
-    """What training with zeros in weights did, on each machine."""
-    return for_each_machine(file, lambda found, _: markdown(*make(found)))
-
-
 def gpu_table() -> str:
     """What was timed on each GPU."""
     return chosen("gpu.json", gpu_tables.gpu_rows)
@@ -366,11 +342,9 @@ TABLES = {
     "vllm": vllm_table,
     "end_to_end": end_to_end_table,
     "targets": targets_table,
-    "first_token": first_token_table,
-    "compressed": compressed_table,
+    **{name: partial(for_each_machine, file, one(make)) for name, (file, make) in OF_A_FILE.items()},
+    "compressed": compressed_tables.compressed_table,
     "integers": integers_table,
-    "calibration": calibration_table,
-    "calibrate_memory": calibrate_memory_table,
     "gpu": gpu_table,
     "serving": lambda: for_each_machine(
         "serving.json", lambda found, _: "\n\n".join(markdown(*one) for one in serving_tables.serving_tables(found))
@@ -384,18 +358,12 @@ TABLES = {
     **{name: partial(for_each_machine, *found) for name, found in decoding_tables.TABLES.items()},
     "decode_answers": lambda: of_lines("*/decoding_*.jsonl", decoding_tables.answers),
     "paged": lambda: for_each_machine("paged.json", lambda found, _: markdown(*serving_tables.paged_table(found))),
-    "recover_pruned": lambda: of_weights("recover_pruned.json", weights_tables.recover_table),
-    "sparse_training": lambda: of_weights("sparse_training.json", weights_tables.sparse_training_table),
-    "extend": lambda: of_extension(training_tables.extend_table),
-    "extend_seeds": lambda: of_extension(training_tables.seeds_table),
-    "extend_differences": lambda: of_extension(training_tables.differences_table),
-    "extend_served": lambda: of_extension(training_tables.served_table),
     "heads": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.heads_table),
     "heads_kinds": lambda: of_lines("*/*_heads.jsonl", pretrained_tables.kinds_table),
     "heads_reference": lambda: of_lines("reference_heads.jsonl", pretrained_tables.heads_table),
     "heads_methods": lambda: of_lines("*/compare_*.jsonl", pretrained_tables.methods_table),
     "heads_closeness": lambda: of_lines("*/*_eval.jsonl", *pretrained_tables.BESIDE_DENSE),
-    "chunk_schedule": chunk_schedule_table,
+    "chunk_schedule": schedule_tables.chunk_schedule_table,
     "demo": demo_table,
     "demo_pretrained": lambda: chosen("demo_pretrained.json", demo_tables.demo_rows),
     "methods": methods_table,

@@ -63,7 +63,7 @@ def test_the_page_says_what_the_file_shows(found: dict[str, Any]) -> None:
 
 
 def test_the_tables_show_the_file(found: dict[str, Any]) -> None:
-    shown = script("docs/tables.py").chunk_schedule_table()
+    shown = script("docs/schedule_tables.py").chunk_schedule_table()
     row = found["rows"][4]
     cells = (f"{row[name]['bubbles']:.1%}" for name in ("in order", "first ready", "greedy"))
     assert f"| 4 | {row['cpu_work']:.2f} | {' | '.join(cells)} | {row['least']:.1%} |" in shown

@@ -69,6 +69,9 @@ def test_the_first_token_is_as_much_earlier_as_the_page_says() -> None:
     assert said in text
     assert f"{kl[16384, f'{few} int8']} and {kl[16384, f'{few} bfloat16']} with half of their pairs" in text
     assert f"loses {kl[16384, 'xattention int8']}" in text
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"comes after {int8['total_s']:.0f} seconds at 32K tokens" in readme
+    assert f"after {dense['total_s']:.0f} with torch's dense attention in bf16" in readme
 
 
 def test_what_is_lost_is_what_the_page_says() -> None:

@@ -15,10 +15,9 @@ def keep_freed_memory() -> bool:
     """Have glibc keep what this process frees, for what it asks for next.
 
     By default large tensors are taken from the system one by one and given back at once, so that each operation of a
-    long prompt begins with pages that the system has to clear: a third of a prefill's time where linear layers and
-    attention are fast. The process then holds on to the most memory that it ever needed. As by the environment
-    variables ``MALLOC_MMAP_MAX_=0`` and ``MALLOC_TRIM_THRESHOLD_=2147483647`` when a process starts; for the whole
-    process, once and for all, so that no other function of gossamer does it.
+    long prompt begins with pages that the system has to clear. With this the process holds on to the most memory that
+    it ever needed, as by the variables ``MALLOC_MMAP_MAX_=0`` and ``MALLOC_TRIM_THRESHOLD_=2147483647`` when it
+    starts: the whole process, once and for all, so that no other function of gossamer does it.
 
     Returns:
         Whether it could: on Linux with glibc, and no other allocator in its place that refuses.
